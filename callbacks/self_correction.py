@@ -1,0 +1,234 @@
+"""The online loop: at the start of training and between epochs, the model drafts and an expert revises.
+
+    callbacks: [{target: callbacks.self_correction.SelfCorrection, rounds: 2, drafts_per_round: 4096, ...}]
+
+    checkpoint -> datamodule.draft_dataloader(round, num) -> run_round (src/rounds.py) -> rounds/round-0001
+               -> datamodule.add_round -> the next epoch trains on it
+
+Which rounds are due follows from the epoch alone, so a run that resumes makes the missing ones: in
+`on_train_start`, or, if the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again. The
+random state of training is left as it was. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and
+`max_epochs=-1` where `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from src.batch import Batch, Expert, Round
+from src.drafting import Drawing, draft_batch, settings_of
+from src.parallel import world
+from src.rounds import read_round, run_round
+from src.shards import publish
+from src.tokenizer import Codec
+
+logger = logging.getLogger(__name__)
+
+
+class GivesDrafts(Protocol):
+    """What the callback needs of a datamodule."""
+
+    def draft_dataloader(self, round_number: int, num: int) -> Iterable[Batch]:
+        """The `num` training samples that a round drafts for, none twice, with `records` and `images`."""
+        ...
+
+    def add_round(self, path: str | Path) -> None: ...
+
+
+class SelfCorrection(L.Callback):
+    """Makes `rounds` rounds of `drafts_per_round` drafts each.
+
+    at_start: the first round comes before the first epoch; the others follow every `every_n_epochs` epochs
+    tokens_per_step: speeds at which drafts are drawn; the samples of a round are shared among them
+    per_shard: samples in each shard of a round
+    """
+
+    def __init__(
+        self,
+        *,
+        expert: Expert,
+        sampler: Drawing,
+        codec: Codec,
+        run_dir: str | Path,
+        tokens_per_step: Sequence[int],
+        drafts_per_round: int,
+        rounds: int = 1,
+        every_n_epochs: int = 1,
+        at_start: bool = True,
+        per_shard: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not tokens_per_step:
+            raise ValueError("tokens_per_step must name at least one speed, got an empty list")
+        for speed in tokens_per_step:
+            sampler.with_steps(tokens_per_step=speed)  # wrong numbers fail here, not at the first round
+        self.expert, self.sampler, self.codec, self.run_dir = expert, sampler, codec, Path(run_dir)
+        self.tokens_per_step, self.drafts_per_round = list(tokens_per_step), drafts_per_round
+        self.rounds, self.every_n_epochs, self.at_start = rounds, every_n_epochs, at_start
+        self.per_shard, self.seed = per_shard, seed
+        self.num_done = 0
+        self.saved_for = 0  # the round before which the newest checkpoint was saved
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_done": self.num_done, "saved_for": self.saved_for}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_done, self.saved_for = state_dict["num_done"], state_dict["saved_for"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        found = vars(trainer)["reload_dataloaders_every_n_epochs"]
+        if found != 1:
+            raise ValueError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {found}")
+        for name in ("draft_dataloader", "add_round"):
+            if not hasattr(_datamodule(trainer), name):
+                found = type(_datamodule(trainer)).__name__
+                raise ValueError(f"online rounds need a datamodule with {name}, got {found}")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if world() > 1:
+            raise ValueError(f"online rounds run on one process so far, got {world()}")
+        for number in range(1, self.num_done + 1):  # before Lightning asks for the first loader
+            self._add(trainer, read_round(self._folder(number)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        missing = self._num_due(trainer.current_epoch) - self.num_done
+        if missing <= 0:
+            return
+        for _ in range(missing):
+            self._run(trainer, pl_module)
+        with isolate_rng():
+            # Lightning has built the loader of this epoch already, without the round
+            trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
+            trainer.fit_loop.setup_data()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._num_due(trainer.current_epoch + 1) > self.num_done and not _is_last_epoch(trainer):
+            self._run(trainer, pl_module)
+
+    def _num_due(self, epochs: int) -> int:
+        """How many rounds there must be once `epochs` epochs are done."""
+        return min(self.rounds, self.at_start + epochs // self.every_n_epochs)
+
+    def _folder(self, number: int) -> Path:
+        return self.run_dir / "rounds" / f"round-{number:04d}"
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Save a checkpoint, as Lightning's own comes too late; it replaces that of the round before.
+
+        A run that resumed from it keeps it: what Lightning would save then has counted the epoch twice.
+        """
+        if self.saved_for > self.num_done:
+            return
+        self.saved_for = self.num_done + 1
+        folder = self.run_dir / "checkpoints"
+        path = folder / f"pre-round-{self.saved_for:04d}.ckpt"
+        temporary = folder / f".{path.name}.tmp"
+        trainer.save_checkpoint(temporary)
+        publish(temporary, path)
+        for older in set(folder.glob("pre-round-*.ckpt")) - {path}:
+            os.unlink(older)
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+        began = time.perf_counter()
+        number = self.num_done + 1
+        with isolate_rng(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+            made = self._round(number, _datamodule(trainer), pl_module)
+        self.num_done = number
+        self._add(trainer, made)
+        metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
+        for log in trainer.loggers:
+            log.log_metrics(metrics, step=trainer.global_step)
+
+    def _round(self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule) -> Round:
+        backbone: Any = pl_module.backbone
+        seed = self.seed + number
+        settings = settings_of(
+            backbone,
+            self.sampler,
+            tokens_per_step=self.tokens_per_step,
+            num=self.drafts_per_round,
+            seed=seed,
+        )
+        draft = partial(
+            draft_batch,
+            backbone,
+            sampler=self.sampler,
+            codec=self.codec,
+            seed=seed,
+            fingerprint=settings["model"],
+            device=pl_module.device,
+        )
+        return run_round(
+            self._folder(number),
+            datamodule.draft_dataloader(number, self.drafts_per_round),
+            draft,
+            expert=self.expert,
+            codec=self.codec,
+            tokens_per_step=self.tokens_per_step,
+            per_shard=self.per_shard,
+            settings=settings,
+            total=self.drafts_per_round,
+        )
+
+    def _add(self, trainer: L.Trainer, made: Round) -> None:
+        if made.manifest["counts"]["written"]:
+            _datamodule(trainer).add_round(made.path)
+        else:
+            logger.warning("%s holds no correction to train on: %s", made.path, made.manifest["counts"])
+
+
+def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
+    """The figures of a round for the logger."""
+    counts = manifest["counts"]
+    revised = max(1, counts["revised"])
+    metrics = {
+        "round/drafted": counts["drafted"],
+        "round/right_share": counts["right"] / revised,
+        "round/edits_per_draft": counts["edits"] / revised,
+        "round/written": counts["written"],
+    }
+    for kind in ("rejected", "failures"):
+        metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest[kind].items()}
+    return metrics
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, after which every submodule is again in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _datamodule(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _is_last_epoch(trainer: L.Trainer) -> bool:
+    """Whether training ends with the epoch that has just ended."""
+    epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return epochs or steps or trainer.should_stop

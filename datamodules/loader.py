@@ -1,0 +1,174 @@
+"""A loader of batches that can be stopped and resumed anywhere, on several ranks and with several workers.
+
+    Loader([Part(stream, rows=64, advance=12000, per_rank=11968)], collate, batches=187, epoch=lambda: 3, ...)
+
+    epoch of the stream -> equal contiguous ranges of the ranks -> contiguous shares of the workers -> batches
+
+Each batch takes `rows` samples of every part, so a fixed share of it can come from another stream. All ranks
+yield the same number of batches. State: {epoch, batches, plan}; a resumed loader enters the stream at the
+right place and reads nothing twice. As the DataLoader always asks its first worker first, the workers are
+rotated by the batches already consumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.shards import Reader, Sample, Stream
+from src.batch import Batch
+
+log = logging.getLogger(__name__)
+
+Notes = Counter[tuple[str, str]]  # how often (where, reason) happened
+ADVICE = {
+    "missing": "{where} ends too early, other samples stand in for the lost ones; copy or make it again",
+    "damaged": "{where} holds damaged samples, others stand in for them; copy or make it again",
+    "cut": "some responses are longer than the canvas of {where} tokens and were cut; set a larger canvas",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a loader takes from one stream.
+
+    rows:     samples in each batch
+    advance:  positions of the stream from the start of one epoch to the start of the next
+    per_rank: samples of one rank in an epoch; where the last batch would need more, it is smaller
+    """
+
+    stream: Stream
+    rows: int
+    advance: int
+    per_rank: int
+
+    def samples(self, reader: Reader, origin: int, first: int, last: int) -> Iterator[Sample]:
+        """The samples of batches `first` to `last` (exclusive) of the rank whose range starts at `origin`."""
+        return reader.samples(origin + first * self.rows, origin + min(last * self.rows, self.per_rank))
+
+
+Collate = Callable[[list[Sample], int], tuple[Batch, Notes]]
+
+
+class Loader:
+    """Batches of one epoch. Which epoch is asked for anew at the start of each pass over the loader.
+
+    collate: (samples, epoch) -> (Batch, notes); notes: counts what went wrong, for all loaders
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        collate: Collate,
+        *,
+        batches: int,
+        epoch: Callable[[], int],
+        notes: Notes,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.parts, self.collate, self.batches, self.epoch = tuple(parts), collate, batches, epoch
+        self.notes, self.workers, self.rank, self.world = notes, workers, rank, world
+        self._position: tuple[int, int] | None = None  # (epoch, batches handed out)
+        self._resume: dict | None = None
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Lazy: nothing happens, and no resume point is used up, before the first batch is asked for."""
+        epoch = self.epoch()
+        done = self._resume_point(epoch)
+        self._resume, self._position = None, (epoch, done)
+        for batch, notes in self._raw(epoch, done):
+            self._note(notes)
+            done += 1
+            self._position = (epoch, done)
+            yield batch
+
+    @property
+    def plan(self) -> str:
+        """Hash of all that decides which samples a batch holds, apart from the epoch."""
+        streams = [(p.stream.digests, p.stream.seed, [s.count for s in p.stream.shards]) for p in self.parts]
+        sizes = [(p.rows, p.advance, p.per_rank) for p in self.parts]
+        state = json.dumps([streams, sizes, self.batches, self.world, self.workers])
+        return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def state_dict(self) -> dict:
+        if self._position is None:
+            return self._resume or {"epoch": self.epoch(), "batches": 0, "plan": self.plan}
+        return {"epoch": self._position[0], "batches": self._position[1], "plan": self.plan}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._resume, self._position = dict(state), None
+
+    def _resume_point(self, epoch: int) -> int:
+        if self._resume is None or self._resume["epoch"] != epoch:
+            return 0
+        if self._resume["plan"] != self.plan:
+            log.warning(
+                "data, batch size, seed, ranks or workers are not the checkpoint's: epoch %d starts anew",
+                epoch,
+            )
+            return 0
+        return self._resume["batches"]
+
+    def _raw(self, epoch: int, done: int) -> DataLoader:
+        source = _Source(self, epoch, done)
+        own = torch.Generator()  # the DataLoader would otherwise draw its seed from the global generator
+        pin = torch.cuda.is_available()
+        return DataLoader(
+            source, batch_size=None, num_workers=self.workers, collate_fn=_same, generator=own, pin_memory=pin
+        )
+
+    def _note(self, notes: list[tuple[str, str, int]]) -> None:
+        for where, reason, count in notes:
+            if (where, reason) not in self.notes:
+                log.warning(ADVICE[reason].format(where=where))
+            self.notes[where, reason] += count
+
+
+class _Source(IterableDataset):
+    """What runs in a worker: its share of the rank's batches, from the first one not yet consumed."""
+
+    def __init__(self, loader: Loader, epoch: int, done: int) -> None:
+        self.parts, self.collate, self.batches = loader.parts, loader.collate, loader.batches
+        self.rank, self.epoch, self.done = loader.rank, epoch, done
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[tuple[str, str, int]]]]:
+        info = get_worker_info()
+        number, workers = (info.id, info.num_workers) if info else (0, 1)
+        first, last = share(self.batches, workers, (number + self.done) % workers, self.done)
+        readers = [Reader(part.stream) for part in self.parts]
+        origins = [self.epoch * part.advance + self.rank * part.per_rank for part in self.parts]
+        streams = [p.samples(r, o, first, last) for p, r, o in zip(self.parts, readers, origins, strict=True)]
+        for _ in range(first, last):
+            rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
+            batch, notes = self.collate([sample for some in rows for sample in some], self.epoch)
+            for reader in readers:
+                notes.update(reader.damage)
+                reader.damage.clear()
+            yield batch, [(where, reason, count) for (where, reason), count in notes.items()]
+
+
+def share(batches: int, workers: int, worker: int, done: int) -> tuple[int, int]:
+    """The range of batches that a worker still has to make, after `done` were taken from the workers in turn.
+
+    Worker w delivers the batches whose place in the epoch is w modulo `workers`; its data are contiguous.
+    """
+    sizes = [len(range(w, batches, workers)) for w in range(workers)]
+    start = sum(sizes[:worker])
+    return start + len(range(worker, done, workers)), start + sizes[worker]
+
+
+def _same(item):
+    return item

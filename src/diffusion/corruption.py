@@ -1,0 +1,150 @@
+"""Corruptions: what a model is trained to undo. Each labels every response position with a `Kind`.
+
+    state = start(batch, rate)                       everything CLEAN, padding FROZEN
+    state = Chain(Absorb(...), Replace(...), Span())(batch, state, noise)
+
+B rows, L response positions. A corruption touches only positions that are still CLEAN, so the order of a chain says
+who goes first. Frozen positions never change; a replacement never equals the original. All randomness comes from
+`src.diffusion.noise.Noise`, so a sample is damaged in the same way whatever batch it lands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from src.batch import Batch, Corrupted, Corruption, Kind, SpecialIds
+from src.diffusion.noise import Noise
+
+
+def start(batch: Batch, rate: Tensor) -> Corrupted:
+    """The undamaged response at noise level `rate` (B,)."""
+    kind = torch.where(batch.editable, int(Kind.CLEAN), int(Kind.FROZEN)).to(torch.uint8)
+    return Corrupted(batch.response.clone(), batch.response, kind, rate)
+
+
+def _write(state: Corrupted, where: Tensor, tokens: Tensor, kind: Kind) -> Corrupted:
+    changed = state.kind.masked_fill(where, int(kind))
+    return Corrupted(torch.where(where, tokens, state.tokens), state.target, changed, state.rate)
+
+
+class Absorb:
+    """Hide each clean token behind the mask with probability `rate` of its row (LLaDA, eq. 3)."""
+
+    def __init__(self, *, special: SpecialIds) -> None:
+        self.mask_id = special.mask
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        hit = noise.uniform(batch.editable) < state.rate[:, None]  # (B, L)
+        hit &= state.where(Kind.CLEAN)
+        return _write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+
+
+class Replace:
+    """Replace each visible clean token with probability `rate` by another one ("syntax" errors; ReDiff, section 3.2).
+
+    source: `uniform` draws from all ordinary ids, `response` from the other tokens of the same response (plausible
+    words in the wrong place; a draw that equals the original leaves it clean).
+    dynamic: the rate is at most the row's noise level (an ablation of the paper, which found it worse).
+    """
+
+    def __init__(self, *, special: SpecialIds, rate: float, source: str = "uniform", dynamic: bool = False) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"the replacement rate must be within 0..1, got {rate}")
+        if source not in ("uniform", "response"):
+            raise ValueError(f"source must be 'uniform' or 'response', got {source!r}")
+        self.rate, self.source, self.dynamic = rate, source, dynamic
+        forbidden = {*special.banned, special.mask, special.eos, special.eot}
+        self.ordinary = torch.tensor([i for i in range(special.vocab_size) if i not in forbidden])
+        self.rank = torch.full((special.vocab_size,), len(self.ordinary))  # place of an id among the ordinary ones
+        self.rank[self.ordinary] = torch.arange(len(self.ordinary))
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        rate = state.rate.clamp(max=self.rate) if self.dynamic else torch.full_like(state.rate, self.rate)
+        hit = noise.uniform(batch.editable) < rate[:, None]
+        tokens = self._draw(batch, noise)
+        hit &= state.where(Kind.CLEAN) & (tokens != state.target)
+        return _write(state, hit, tokens, Kind.SYNTAX)
+
+    def _draw(self, batch: Batch, noise: Noise) -> Tensor:
+        original = batch.response
+        if self.source == "uniform":
+            index = noise.integers(batch.editable, len(self.ordinary) - 1)
+            index += index >= self.rank.to(original.device)[original]  # skip the original: uniform over all the others
+            return self.ordinary.to(original.device)[index]
+        count = batch.editable.sum(1, keepdim=True)
+        place = (noise.uniform(batch.editable) * count).long().clamp(max=original.shape[1] - 1)
+        ordered = torch.argsort((~batch.editable).int(), dim=1, stable=True)  # editable positions first
+        return original.gather(1, ordered.gather(1, place))
+
+
+class Span:
+    """Put false spans in place of true ones where the text is still visible (ReDiff, hallucination).
+
+    num: how many of a row's spans are used, chosen at random; None: all of them.
+    """
+
+    def __init__(self, *, num: int | None = 1) -> None:
+        if num is not None and num < 1:
+            raise ValueError(f"num must be at least 1 or null, got {num}")
+        self.num = num
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        hit = self._chosen(batch, noise) & state.where(Kind.CLEAN) & (batch.flawed != batch.response)
+        return _write(state, hit, batch.flawed, Kind.HALLUCINATION)
+
+    def _chosen(self, batch: Batch, noise: Noise) -> Tensor:
+        if self.num is None:
+            return batch.span > 0
+        count = int(batch.span.max()) if batch.span.numel() else 0
+        ids = torch.arange(1, count + 1, device=batch.span.device)
+        present = (batch.span[:, :, None] == ids).any(1)  # (B, S)
+        order = noise.uniform(present).argsort(1).argsort(1)  # rank of each span; absent ones come last
+        chosen = present & (order < self.num)  # (B, S)
+        return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
+
+
+class Edit:
+    """All flawed spans of a row, unmasked, and nothing else (ReDiff, Stage II; released code: also Stage I).
+
+    kind: what the flawed tokens become; rest: what the other editable tokens become.
+    """
+
+    def __init__(self, *, kind: Kind = Kind.MISTAKE, rest: Kind = Kind.DRAFT) -> None:
+        self.kind, self.rest = kind, rest
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        wrong = state.where(Kind.CLEAN) & (batch.flawed != batch.response)
+        rest = state.where(Kind.CLEAN) & ~wrong
+        return _write(_write(state, wrong, batch.flawed, self.kind), rest, state.tokens, self.rest)
+
+
+class Chain:
+    """Several corruptions in order."""
+
+    def __init__(self, *steps: Corruption) -> None:
+        self.steps: Sequence[Corruption] = steps
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        for step in self.steps:
+            state = step(batch, state, noise)
+        return state
+
+
+class Choose:
+    """One corruption for the rows of an online round (`drafted`) or with flawed spans (`spans`), another for the rest."""
+
+    def __init__(self, *, when: str, then: Corruption, otherwise: Corruption) -> None:
+        if when not in ("drafted", "spans"):
+            raise ValueError(f"when must be 'drafted' or 'spans', got {when!r}")
+        self.when, self.then, self.otherwise = when, then, otherwise
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        rows = batch.drafted if self.when == "drafted" else (batch.span > 0).any(1)
+        a, b = self.then(batch, state, noise), self.otherwise(batch, state, noise)
+        pick = rows[:, None]
+        return Corrupted(
+            torch.where(pick, a.tokens, b.tokens), state.target, torch.where(pick, a.kind, b.kind), state.rate
+        )

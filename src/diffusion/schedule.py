@@ -1,0 +1,99 @@
+"""How many tokens a step reveals, and where.
+
+    schedule = Schedule(length=32, tokens_per_step=4, steps=None, blocks=2)
+    progress = Progress(schedule, tokens, mask_id)
+    progress.enter(tokens)        moves rows whose block is full to their next block
+    progress.take(tokens)         (B,) number to reveal in this step; one scheduled step is used up
+
+The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, right
+also when a reviser hides tokens again or a caption starts with few masks. At the last scheduled step of a
+block all its masks go, so every row ends. Rows move through the blocks on their own: none waits for another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Blocks of a response of `length` tokens, and the steps of each: `steps` in all, or `tokens_per_step`.
+
+    Raises ValueError when the numbers do not fit together.
+    """
+
+    length: int
+    tokens_per_step: int | None
+    steps: int | None
+    blocks: int
+
+    def __post_init__(self) -> None:
+        tokens, steps, length, blocks = self.tokens_per_step, self.steps, self.length, self.blocks
+        if (tokens is None) == (steps is None):
+            raise ValueError(
+                f"give one of tokens_per_step and steps, got tokens_per_step={tokens} steps={steps}"
+            )
+        if length < 1 or blocks < 1 or length % blocks:
+            raise ValueError(f"a length of {length} tokens cannot be split into {blocks} equal blocks")
+        if steps is not None and (steps < 1 or steps % blocks):
+            raise ValueError(f"{steps} steps cannot be shared equally by {blocks} blocks")
+        if steps is not None and steps > length:
+            raise ValueError(f"{steps} steps are more than the {length} tokens of the response")
+        if tokens is not None and not 1 <= tokens <= self.block_length:
+            raise ValueError(
+                f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}"
+            )
+
+    @property
+    def block_length(self) -> int:
+        return self.length // self.blocks
+
+    def steps_for(self, masks: Tensor) -> Tensor:
+        """(B,) steps that a block with `masks` (B,) hidden tokens gets."""
+        if self.steps is not None:
+            return torch.full_like(masks, self.steps // self.blocks)
+        return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
+
+
+class Progress:
+    """Where each row stands: `end` (B,), the end of its current block, and `steps_left` (B,) in it."""
+
+    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int) -> None:
+        self.schedule, self.mask_id = schedule, mask_id
+        self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
+        self.end = tokens.new_zeros(len(tokens))
+        self.steps_left = tokens.new_zeros(len(tokens))
+
+    def enter(self, tokens: Tensor) -> None:
+        """Open the next block that has masks, in rows without a mask up to the end of their current one."""
+        size, masked = self.schedule.block_length, tokens == self.mask_id
+        full = ~(masked & self.before_end).any(1) & masked.any(1)
+        first = masked.int().argmax(1) // size
+        self.end = torch.where(full, (first + 1) * size, self.end)
+        fresh = self.schedule.steps_for((masked & self.before_end).sum(1))
+        self.steps_left = torch.where(full, fresh, self.steps_left)
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """(B,) how many masks before the end of the block to reveal now."""
+        masks = ((tokens == self.mask_id) & self.before_end).sum(1)
+        count = ceil_divide(masks, self.steps_left.clamp(min=1))
+        self.steps_left = (self.steps_left - 1).clamp(min=0)
+        return count
+
+    @property
+    def before_end(self) -> Tensor:
+        """(B, L) bool: the current block and all earlier ones."""
+        return self.place < self.end[:, None]
+
+    @property
+    def in_block(self) -> Tensor:
+        """(B, L) bool: the current block."""
+        return self.before_end & (self.place >= self.end[:, None] - self.schedule.block_length)
+
+
+def ceil_divide(number: Tensor, by: Tensor) -> Tensor:
+    """Integer division that rounds up."""
+    return (number + by - 1) // by

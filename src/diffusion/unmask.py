@@ -1,0 +1,69 @@
+"""Which masked tokens to reveal: scores, policies, and the draw of the tokens themselves.
+
+    proposal = draw(logits, temperature=0.7, noise=noise, counts=[3, 5])    (N,) token ids
+    score = low_confidence(logits, proposal)                                (N,) probability of each proposal
+    TopK().select(confidence, eligible, count)                              (B, L) bool, what to reveal
+
+N counts the eligible positions of all rows in row-major order. A score never sees the temperature,
+which would saturate it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from src.diffusion.noise import Noise
+
+
+class Unmask(Protocol):
+    """A policy. It selects at least `count` (B,) eligible positions of a row, or all if there are fewer."""
+
+    def select(self, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The scheduled number of most confident positions; of equal ones the leftmost."""
+
+    def select(self, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+        """(B, L) bool from confidence (B, L), eligible (B, L) bool and count (B,)."""
+        order = confidence.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1)
+        return eligible & (rank < count[:, None])
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every position whose confidence reaches `tau`, and at least the scheduled number."""
+
+    tau: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must be above 0 and at most 1, got {self.tau}")
+
+    def select(self, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+        """(B, L) bool from confidence (B, L), eligible (B, L) bool and count (B,)."""
+        return TopK().select(confidence, eligible, count) | (eligible & (confidence >= self.tau))
+
+
+def low_confidence(logits: Tensor, proposal: Tensor) -> Tensor:
+    """(N,) float64 probability of `proposal` (N,) under `logits` (N, V): the least sure stay hidden."""
+    # NOTE: in lower precision many probabilities near 1 are equal, and position would decide instead.
+    return logits.double().log_softmax(-1).gather(-1, proposal[:, None])[:, 0].exp()
+
+
+def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int]) -> Tensor:
+    """(N,) token ids by the Gumbel-max rule. `counts`: how many of the N positions each row of the batch has.
+
+    Each row draws from its own generator, so that its tokens do not depend on its neighbours in the batch.
+    """
+    size, pairs = logits.shape[-1], zip(counts, noise.generators, strict=True)
+    uniform = [torch.rand(n, size, generator=g, dtype=torch.float64) for n, g in pairs]
+    # NOTE: float64, because Gumbel noise from float32 numbers is cut off and so lowers the temperature.
+    gumbel = -(-torch.cat(uniform).log()).log()
+    return (logits.double() + temperature * gumbel.to(logits.device)).argmax(-1)

@@ -1,0 +1,235 @@
+"""Drafts: what a model writes, on disk in shards of one chunk each, so that a killed run draws only the rest.
+
+    batches -> draw_drafts(folder, batches, partial(draft_batch, backbone, ...)) -> lists of `Draft`
+            -> drafts-rank-0000-000000.tar, ... -> index.json (kind `drafts`), written last
+    read_drafts(folder) -> the same chunks again
+
+Samples are shared evenly among the speeds of `tokens_per_step`, so that no image is drafted twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from src.batch import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
+from src.parallel import rank
+from src.shards import INDEX, image_name, read_index, read_shard, sha256, write_index, write_json, write_shard
+from src.tokenizer import Codec
+
+logger = logging.getLogger(__name__)
+SETTINGS = "settings.json"
+PROBES = 1024  # numbers of each parameter that enter a fingerprint
+
+
+class Drawing(Protocol):
+    """What drafting needs of a sampler (see `src/diffusion/sampler.py`)."""
+
+    @property
+    def schedule(self) -> Any: ...
+
+    def with_steps(self, *, tokens_per_step: int) -> Drawing: ...
+
+    def __call__(
+        self, backbone: Backbone, prefix: Prefix, *, special: SpecialIds, keys: list[str], seed: int
+    ) -> Sampled: ...
+
+
+class DraftsBatch(Protocol):
+    """Draws the drafts of one batch at one speed."""
+
+    def __call__(self, batch: Batch, *, tokens_per_step: int) -> list[Draft]: ...
+
+
+def draft_batch(
+    backbone: Backbone,
+    batch: Batch,
+    *,
+    sampler: Drawing,
+    codec: Codec,
+    tokens_per_step: int,
+    seed: int,
+    fingerprint: str,
+    device: torch.device | str = "cpu",
+) -> list[Draft]:
+    """A draft for each row. The same (seed, key) gives the same draft, whatever else is in the batch."""
+    chosen = sampler.with_steps(tokens_per_step=tokens_per_step)
+    with torch.no_grad():
+        prefix = backbone.encode_prefix(batch.to(device).prefix)
+        sampled = chosen(backbone, prefix, special=codec.special, keys=batch.keys, seed=seed)
+    common = {
+        "steps": _num_steps(chosen.schedule),
+        "sampler": describe(chosen),
+        "fingerprint": fingerprint,
+        "seed": seed,
+    }
+    images = batch.images or [b""] * len(batch)
+    rows = zip(sampled.ids.tolist(), batch.keys, batch.records, images, strict=True)
+    return [_draft(codec, *row, common) for row in rows]
+
+
+def settings_of(
+    backbone: nn.Module, sampler: Drawing, *, tokens_per_step: Sequence[int], num: int, seed: int
+) -> dict[str, Any]:
+    """What drafts depend on, beside the samples; it is kept with them."""
+    return {
+        "model": fingerprint(backbone),
+        "sampler": describe(sampler),
+        "tokens_per_step": list(tokens_per_step),
+        "num": num,
+        "seed": seed,
+    }
+
+
+def draw_drafts(
+    folder: Path,
+    batches: Iterable[Batch],
+    draft: DraftsBatch,
+    *,
+    tokens_per_step: Sequence[int],
+    tokenizer: str,
+    settings: Mapping[str, Any],
+    total: int,
+) -> Iterator[list[Draft]]:
+    """Draw drafts chunk by chunk, or read those that lie there already; finished when used up.
+
+    settings: what the drafts depend on; a folder with other settings is refused. total: for the progress bar.
+    """
+    _claim(folder, settings)
+    if (folder / INDEX).exists():
+        yield from read_drafts(folder)
+        return
+    shards, num_drawn, seconds = [], 0, 0.0
+    with tqdm(total=total, desc="draft", unit="draft") as bar:
+        for number, (part, speed) in enumerate(_parts(batches, tokens_per_step)):
+            path = folder / f"drafts-rank-{rank():04d}-{number:06d}.tar"
+            if path.exists():
+                drafts = _read_chunk(path, part.keys)
+                shards.append({"name": path.name, "count": len(drafts), "sha256": sha256(path)})
+            else:
+                began = time.perf_counter()
+                drafts = draft(part, tokens_per_step=speed)
+                seconds, num_drawn = seconds + time.perf_counter() - began, num_drawn + len(drafts)
+                shards.append(write_shard(path, map(_to_sample, drafts)))
+            bar.update(len(drafts))
+            yield drafts
+    speed = {"drawn": num_drawn, "seconds": round(seconds, 3)}  # by the process that finished
+    extra = {"settings": dict(settings), "drawing": speed}
+    write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
+
+
+def read_drafts(folder: Path) -> Iterator[list[Draft]]:
+    """The chunks of a finished folder of drafts, in order."""
+    index = read_index(folder)
+    if index["kind"] != "drafts":
+        raise ValueError(f"{folder} holds {index['kind']!r}, not drafts")
+    for shard in index["shards"]:
+        yield _read_chunk(folder / shard["name"])
+
+
+def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Remove drafts that were drawn with other settings, by other weights for example."""
+    found = _settings_in(folder)
+    if found is not None and found != _plain(settings):
+        logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(found, settings)))
+        shutil.rmtree(folder)
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ."""
+    wanted = _plain(wanted)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def describe(value: Any) -> Any:
+    """A component as plain data: its class and its settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(vars(value))
+    return {"class": type(value).__name__, **{name: describe(getattr(value, name)) for name in names}}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash of a model's weights: of the shapes, and of evenly spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        probes = flat[:: max(1, -(-flat.numel() // PROBES))]
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(probes.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _parts(batches: Iterable[Batch], tokens_per_step: Sequence[int]) -> Iterator[tuple[Batch, int]]:
+    """Each batch dealt out among the speeds; the first speed moves on, so that remainders even out."""
+    for number, batch in enumerate(batches):
+        for place in range(min(len(tokens_per_step), len(batch))):
+            part = batch.rows(slice(place, None, len(tokens_per_step)))
+            yield part, tokens_per_step[(number + place) % len(tokens_per_step)]
+
+
+def _draft(codec: Codec, ids: list[int], key: str, record: dict, image: bytes, common: dict) -> Draft:
+    ids = ids[: ids.index(codec.eot_id) + 1] if codec.eot_id in ids else ids
+    captions = record.get("captions") or [{"text": ""}]
+    return Draft(
+        key=f"{key}@s{common['steps']}",
+        prompt=record["prompt"],
+        text=codec.decode(ids),
+        token_ids=ids,
+        reference=captions[0]["text"],
+        record=record,
+        image=image,
+        **common,
+    )
+
+
+def _num_steps(schedule: Any) -> int:
+    """Steps that a schedule takes for a response of masks only."""
+    return schedule.steps or schedule.blocks * -(-schedule.block_length // schedule.tokens_per_step)
+
+
+def _to_sample(draft: Draft) -> dict[str, Any]:
+    image = {image_name(draft.image): draft.image} if draft.image else {}
+    plain = {f.name: getattr(draft, f.name) for f in fields(draft) if f.name != "image"}
+    return {"__key__": draft.key, "json": plain, **image}
+
+
+def _read_chunk(path: Path, keys: Sequence[str] | None = None) -> list[Draft]:
+    """The drafts of a shard; `keys`: of which samples they must be."""
+    samples = read_shard(path)
+    drafts = [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in samples]
+    if keys is not None and [draft.key.rpartition("@")[0] for draft in drafts] != list(keys):
+        raise ValueError(f"{path} holds drafts of other samples; remove {path.parent} to draw again")
+    return drafts
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note in a new folder what its drafts depend on; refuse one that was begun otherwise."""
+    found = _settings_in(folder)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, dict(settings))
+    elif changed := differences(found, settings):
+        names = ", ".join(changed)
+        raise ValueError(f"{folder} holds drafts made with another {names}; choose another folder")
+
+
+def _settings_in(folder: Path) -> dict | None:
+    path = folder / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _plain(settings: Mapping[str, Any]) -> dict:
+    """As JSON returns it: tuples become lists."""
+    return json.loads(json.dumps(dict(settings)))

@@ -1,0 +1,77 @@
+"""Text in boxes, drawn with PIL: captions with coloured words for reports, and tokens for TensorBoard.
+
+placed = layout(pieces, width=300, size=13)      wrapped into lines
+paint(draw, placed, at=(10, 10), size=13)        drawn; placed.height is what it needs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+INK: Colour = (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A word or token: its text, its ink, the fill of the box behind it (None: no box).
+
+    A `wide` piece touches the next one if that has the same fill, so that a marked sentence is one band.
+    """
+
+    text: str
+    ink: Colour = INK
+    fill: Colour | None = None
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Pieces with boxes (left, top, right, bottom) counted from the text's corner, and its height."""
+
+    pieces: list[tuple[Piece, tuple[int, int, int, int]]]
+    height: int
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font that PIL brings along."""
+    return ImageFont.load_default(size=size)
+
+
+def layout(pieces: Sequence[Piece], *, width: int, size: int, gap: int = 4) -> Placed:
+    """Break pieces into lines of `width` pixels, `gap` pixels apart; one too wide gets a line of its own."""
+    step = round(size * 1.45)
+    placed: list[tuple[Piece, tuple[int, int, int, int]]] = []
+    x = y = 0
+    for piece in pieces:
+        length = round(font(size).getlength(piece.text))
+        if x and x + length > width:
+            x, y = 0, y + step
+        elif x and placed[-1][0].wide and placed[-1][0].fill == piece.fill:
+            before, box = placed[-1]
+            placed[-1] = before, (box[0], box[1], x, box[3])
+        placed.append((piece, (x, y, x + length, y + step - 2)))
+        x += length + gap
+    return Placed(placed, y + step if placed else 0)
+
+
+def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], size: int) -> None:
+    """Draw a layout with its top left corner `at`."""
+    dx, dy = at
+    for piece, (left, top, right, bottom) in placed.pieces:
+        if piece.fill:
+            draw.rectangle((dx + left - 1, dy + top, dx + right, dy + bottom), fill=piece.fill)
+    for piece, (left, top, _, bottom) in placed.pieces:
+        place = (dx + left, dy + (top + bottom) // 2)
+        draw.text(place, piece.text, fill=piece.ink, font=font(size), anchor="lm")
+
+
+def enlarge(image: Image.Image, *, side: int) -> Image.Image:
+    """The image at `side` pixels width and height; a small one keeps its pixels as sharp squares."""
+    small = max(image.size) * 2 <= side
+    return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)

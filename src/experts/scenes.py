@@ -1,0 +1,209 @@
+"""The scenes expert: exact corrections of a draft from its scene graph. Offline, for embedded scenes.
+
+    expert: {target: src.experts.scenes.ScenesExpert}
+
+    draft -> sentences -> readings (which template, which words fit it) -> true words -> single-word edits
+
+A sentence keeps its template, hence its number of words:
+
+1. A sentence that the grammar rejects is read as the nearest template of equally many words; where too many
+   words differ, it is left alone.
+2. Object sentences are given objects one to one. First, as many objects as possible are described; then, a
+   sentence stays with the object at the place that it names; then, as few words as possible change. Surplus
+   sentences are made true where they stand.
+3. Introductions get the number and the background, relations the nearest true relation. A relation that no
+   pair of objects satisfies is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from src.batch import Draft, Edit, Failure, Revision
+from src.scenes.grammar import (
+    LEXICON,
+    NUMBERS,
+    TEMPLATES,
+    Statement,
+    read_caption,
+    template_words,
+    write_sentence,
+)
+from src.scenes.graph import Scene, SceneObject
+from src.scenes.score import score_caption
+
+MAX_MISMATCH = 0.45  # share of the words of an ungrammatical sentence that may differ from a template
+
+
+class ScenesExpert:
+    """Corrects every sentence that it can read.
+
+    Fails with `no_scene` where the record holds no scene graph, and with `no_local_edit` where the draft is
+    wrong but no sentence can be corrected word by word.
+    """
+
+    name = "scenes"
+
+    async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
+        """Yield (key, answer) for every draft."""
+        for draft in drafts:
+            yield draft.key, self._answer(draft)
+
+    def _answer(self, draft: Draft) -> Revision | Failure:
+        if not draft.record.get("scene"):
+            return Failure("no_scene")
+        scene = Scene.from_dict(draft.record["scene"])
+        edits = tuple(correct(scene, draft.text))
+        if edits:
+            return Revision(edits, raw=json.dumps([edit.to_dict() for edit in edits]), model=self.name)
+        score = score_caption(scene, draft.text)
+        if score.syntax == score.factuality == 1.0:
+            return Revision((), raw="right", model=self.name)
+        return Failure("no_local_edit")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A sentence as a use of a template: its start in the text, its words, and the legible fields."""
+
+    start: int
+    words: list[str]
+    kind: str
+    template: int
+    fields: dict[str, str]
+
+    def say(self, **fields: str) -> list[str]:
+        """The words of a sentence with the same template and these fields."""
+        return write_sentence(Statement(self.kind, self.template, fields)).split(" ")
+
+    def cost(self, words: list[str]) -> int:
+        """How many words differ."""
+        return sum(a != b for a, b in zip(self.words, words, strict=True))
+
+
+def correct(scene: Scene, text: str) -> list[Edit]:
+    """Single-word edits, in order, that make the readable sentences of a text grammatical and true."""
+    readings = list(_readings(text))
+    about = [r for r in readings if r.kind == "object"]
+    objects = dict(zip((r.start for r in about), _assign(scene, about), strict=True))
+    return [edit for r in readings for edit in _edits(r, _true_words(scene, r, objects))]
+
+
+def _true_words(scene: Scene, reading: _Reading, objects: dict[int, SceneObject]) -> list[str]:
+    if reading.kind == "object":
+        return _say_object(reading, objects[reading.start])
+    if reading.kind == "intro":
+        count = len(scene.objects)
+        noun = LEXICON["noun"][count > 1]
+        return reading.say(number=NUMBERS[count - 1], noun=noun, background=scene.background)
+    return _nearest_relation(scene, reading)
+
+
+def _say_object(reading: _Reading, item: SceneObject) -> list[str]:
+    return reading.say(**{name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")})
+
+
+def _nearest_relation(scene: Scene, reading: _Reading) -> list[str]:
+    """The true relation sentence with the fewest new words; on a tie the relation changes, not the objects.
+
+    The words as they are, where no relation of this template holds.
+    """
+    options = []
+    templates = {field for _, field, _ in template_words("relation", reading.template)}
+    name = "side" if "side" in templates else "level"
+    for a, b in permutations(scene.objects, 2):
+        pair = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
+        for word in LEXICON[name]:
+            relation = f"{word} of" if name == "side" else word
+            if scene.holds(relation, (a.colour, a.shape), (b.colour, b.shape)):
+                words = reading.say(**pair, **{name: word})
+                options.append((reading.cost(words), word == reading.fields.get(name), len(options), words))
+    return min(options)[-1] if options else reading.words
+
+
+def _assign(scene: Scene, readings: list[_Reading]) -> list[SceneObject]:
+    """An object for every object sentence, by dynamic programming over the sets of objects already described.
+
+    A plan is (objects described, negated; sentences that leave the object at their place; new words; choices),
+    and the least one wins. Sentences and objects are in order, so ties go to the first.
+    """
+    plans: dict[int, tuple[int, int, int, tuple[int, ...]]] = {0: (0, 0, 0, ())}
+    for reading in readings:
+        costs = [reading.cost(_say_object(reading, item)) for item in scene.objects]
+        home = _home(scene, reading)
+        surplus = costs.index(min(costs)) if home is None else home
+        longer: dict[int, tuple[int, int, int, tuple[int, ...]]] = {}
+        for described, (fresh, left, words, choices) in plans.items():
+            for choice, cost in enumerate(costs):
+                new = not described >> choice & 1
+                if new or choice == surplus:
+                    away = home not in (None, choice)
+                    plan = (fresh - new, left + away, words + cost, (*choices, choice))
+                    key = described | 1 << choice
+                    longer[key] = min(longer.get(key, plan), plan)
+        plans = longer
+    return [scene.objects[choice] for choice in min(plans.values())[-1]]
+
+
+def _home(scene: Scene, reading: _Reading) -> int | None:
+    """The object at the place that a sentence names."""
+    item = scene.at(reading.fields.get("row", ""), reading.fields.get("column", ""))
+    return None if item is None else scene.objects.index(item)
+
+
+def _readings(text: str) -> Iterator[_Reading]:
+    for sentence in read_caption(text):
+        words = text[sentence.start : sentence.end].split(" ")
+        if sentence.statement:
+            statement = sentence.statement
+            yield _Reading(sentence.start, words, statement.kind, statement.template, statement.fields)
+        else:
+            nearest = _nearest_template(words)
+            if nearest is not None:
+                yield _Reading(sentence.start, words, *nearest)
+
+
+def _nearest_template(words: list[str]) -> tuple[str, int, dict[str, str]] | None:
+    """(kind, index, legible fields) of the template with the fewest misfit words, if they are few enough."""
+    if "" in words:  # a double blank: there is no word to replace
+        return None
+    found = []
+    for kind, templates in TEMPLATES.items():
+        for index in range(len(templates)):
+            template = template_words(kind, index)
+            if len(template) == len(words):
+                wrong, fields = _fit(words, template)
+                found.append((wrong, len(found), (kind, index, fields)))
+    wrong, _, nearest = min(found, default=(len(words), 0, None))
+    return nearest if wrong <= MAX_MISMATCH * len(words) else None
+
+
+def _fit(words: list[str], template: list[tuple[str, str | None, str]]) -> tuple[int, dict[str, str]]:
+    """The number of words that do not fit a template, and the fields of those that do."""
+    wrong = 0
+    fields: dict[str, str] = {}
+    for position, (word, (expected, field, tail)) in enumerate(zip(words, template, strict=True)):
+        value = word.removesuffix(tail)
+        known = value[0].lower() + value[1:] if position == 0 and value[:1].isupper() else value
+        if field is None:
+            wrong += word != expected
+        elif known in LEXICON[field] and word == value + tail and (position > 0 or known != value):
+            fields[field] = known
+        else:
+            wrong += 1
+    return wrong, fields
+
+
+def _edits(reading: _Reading, words: list[str]) -> Iterator[Edit]:
+    """An edit for every word that changes; punctuation behind both words stays outside."""
+    template = template_words(reading.kind, reading.template)
+    char = reading.start
+    for old, new, (_, field, _) in zip(reading.words, words, template, strict=True):
+        if old != new:
+            tail = int(len(old) > 1 and old[-1] == new[-1] and old[-1] in ".,")
+            reason = f"wrong {field}" if field else "syntax"
+            yield Edit(old[: len(old) - tail], new[: len(new) - tail], char, reason)
+        char += len(old) + 1

@@ -1,0 +1,113 @@
+"""Entries of annotation files to photos: images found, records of one image merged, splits fixed.
+
+    Album("images/").add(entry) ... -> .photos()
+
+One photo is one image under one prompt, with all captions that any record gives for it. All photos of an
+image are in one split, also where it has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from src.importers.records import Caption, Entry, Skip
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_COCO_PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")
+_ID_DIGITS = 12  # COCO pads ids so in file names
+
+
+@dataclass
+class Photo:
+    """One sample to be: where its image is, its prompt, captions by text, and its split."""
+
+    key: str
+    path: Path
+    prompt: str
+    split: str
+    captions: dict[str, Caption] = field(default_factory=dict)
+
+
+class Album:
+    """Collects entries whose images lie under `folder`. `counts` gets what is left out, by reason."""
+
+    def __init__(self, folder: Path, *, prompt: str, seed: int, counts: Counter[str]) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"no image folder {folder}")
+        self.folder, self.prompt, self.seed, self.counts = folder, prompt, seed, counts
+        self._photos: dict[tuple[Path, str], Photo] = {}
+        self._splits: dict[str, str] = {}
+
+    def photos(self) -> list[Photo]:
+        return list(self._photos.values())
+
+    def add(self, entry: Entry) -> None:
+        """File an entry under its image and prompt."""
+        try:
+            path = self._find(entry.image)
+        except Skip as reason:
+            self.counts[str(reason)] += 1
+            return
+        prompt = entry.prompt or self.prompt
+        photo = self._photos.get((path, prompt))
+        if photo is None:
+            key = self._key(path, prompt)
+            photo = self._photos[path, prompt] = Photo(key, path, prompt, self._split(path, entry.split))
+        else:
+            self.counts["merged"] += 1
+        self._merge(photo, entry)
+
+    def _merge(self, photo: Photo, entry: Entry) -> None:
+        for caption in entry.captions:
+            known = photo.captions.setdefault(caption.text, caption)
+            if known is not caption:
+                new = [swap for swap in caption.swaps if swap not in known.swaps]
+                known.swaps.extend(new)
+                self.counts["duplicate_caption"] += not new
+
+    def _find(self, name: str) -> Path:
+        """The file that a name means: with all of its folders or fewer, or under COCO's other name."""
+        parts = [p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", ".", "..")]
+        for first in range(len(parts)):
+            for candidate in _names(self.folder.joinpath(*parts[first:])):
+                if os.path.isfile(candidate):  # unlike Path.is_file, false for impossible names too
+                    return candidate
+        raise Skip("missing_image")
+
+    def _key(self, path: Path, prompt: str) -> str:
+        name = path.relative_to(self.folder).as_posix()
+        digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).hexdigest()
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
+
+    def _split(self, path: Path, given: str | None) -> str:
+        """What the image's first record says, else by a hash of its name: 90 % train, 5 % val, 5 % test."""
+        name = _COCO_PREFIX.sub("", path.stem)
+        if given and given.lower() not in SPLITS:
+            self.counts["unknown_split"] += 1
+        known = SPLITS.get(given.lower()) if given else None
+        return self._splits.setdefault(name, known or hashed_split(name, self.seed))
+
+
+def hashed_split(name: str, seed: int) -> str:
+    """train, val or test, as a function of a name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "little") / 2**64
+    return "train" if share < 0.90 else "val" if share < 0.95 else "test"
+
+
+def _names(path: Path) -> list[Path]:
+    plain = path.with_name(_COCO_PREFIX.sub("", path.name))
+    if path.name.isdecimal():
+        plain = plain.with_name(plain.name.zfill(_ID_DIGITS))
+    bare = (
+        []
+        if path.suffix.lower() in ENDINGS
+        else [p.with_name(p.name + e) for p in (path, plain) for e in ENDINGS]
+    )
+    return [path, plain, *bare]

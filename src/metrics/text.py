@@ -1,0 +1,134 @@
+"""Diagnostics of caption texts that need no model and no network: degeneration, overlap with references.
+
+    TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the set (distinct-2)
+    ReferenceOverlap   word F1 against the best reference
+    Bleu               corpus BLEU-4 against all references
+    response_counts    tokens, whether the canvas cut the caption, masks left over: facts of ids, not of texts
+
+Quality metrics can look good while a text falls apart; these are cheap enough to be always on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torchmetrics.text import BLEUScore
+
+from src.batch import SpecialIds
+from src.metrics.caption import CaptionMetric, Stat
+
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words of a text, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]:
+    """Facts of one response: `tokens`, `cut` and `leftover_masks`.
+
+    `cut` is 1 where the text fills the canvas and nothing ends it.
+    """
+    ids = list(ids)
+    ended = special.eot in ids or ids[-1] == special.eos
+    body = [i for i in (ids[: ids.index(special.eot)] if special.eot in ids else ids) if i != special.eos]
+    masks = body.count(special.mask)
+    return {"tokens": float(len(body)), "cut": float(not ended), "leftover_masks": float(masks)}
+
+
+class TextHealth(CaptionMetric):
+    """Signs of degeneration.
+
+    Per caption: `words`; `duplicate_bigrams`, the share of its bigrams that repeat an earlier one;
+    `doubled_words`, how many words equal the word before; `empty`, 1 where there is none. Over all captions:
+    `distinct_2`, the number of different bigrams divided by that of all bigrams, without a standard error.
+    """
+
+    names = ("words", "duplicate_bigrams", "doubled_words", "empty")
+    bigrams: list[Tensor] | Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes: only tensors are reduced over ranks
+
+    def score(self, text: str, record: dict) -> dict[str, float]:
+        words = words_of(text)
+        pairs = _bigrams(words)
+        return {
+            "words": float(len(words)),
+            "duplicate_bigrams": 1 - len(set(pairs)) / len(pairs) if pairs else 0.0,
+            "doubled_words": float(sum(a == b for a, b in pairs)),
+            "empty": float(not words),
+        }
+
+    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
+        super().update(texts, records)
+        assert isinstance(self.bigrams, list)
+        hashes = [_hash(pair) for text in texts for pair in _bigrams(words_of(text))]
+        self.bigrams.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
+
+    def compute(self) -> dict[str, Stat]:
+        found = super().compute()
+        hashes = self.bigrams if isinstance(self.bigrams, Tensor) else torch.cat(self.bigrams)
+        distinct = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
+        return {**found, "distinct_2": Stat(mean=distinct, se=None, n=int(self.count))}
+
+
+class ReferenceOverlap(CaptionMetric):
+    """`word_f1`: F1 of the caption's words, as bags, against the best of the references."""
+
+    higher_is_better = True
+    names = ("word_f1",)
+
+    def score(self, text: str, record: dict) -> dict[str, float]:
+        words = words_of(text)
+        return {"word_f1": max(_f1(words, words_of(reference)) for reference in references_of(record))}
+
+
+class Bleu(BLEUScore):
+    """`bleu`: corpus BLEU-4 of the words against all references; it has no standard error."""
+
+    full_state_update = False  # its states are sums
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(n_gram=4)
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normal = [" ".join(words_of(text)) for text in texts]
+        references = [[" ".join(words_of(text)) for text in references_of(record)] for record in records]
+        super().update(normal, references)
+        self.count += len(texts)
+
+    def compute(self) -> dict[str, Stat]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {"bleu": Stat(mean=float(super().compute()), se=None, n=int(self.count))}
+
+
+def references_of(record: dict) -> list[str]:
+    """All reference captions of a record. Raises ValueError where there is none."""
+    texts = [caption["text"] for caption in record.get("captions", ())]
+    if not texts:
+        raise ValueError(f"record {record.get('key', '?')!r} has no captions to compare with")
+    return texts
+
+
+def _bigrams(words: list[str]) -> list[tuple[str, str]]:
+    return list(pairwise(words))
+
+
+def _hash(pair: tuple[str, str]) -> int:
+    digest = hashlib.blake2b("\n".join(pair).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _f1(words: list[str], reference: list[str]) -> float:
+    shared = sum((Counter(words) & Counter(reference)).values())
+    return 2 * shared / (len(words) + len(reference)) if shared else 0.0

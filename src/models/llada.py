@@ -1,0 +1,195 @@
+"""The LLaDA decoder: a Llama-style transformer with bidirectional attention (arXiv 2502.09992).
+
+    prefix embeddings (B, P, D) ----> encode_prefix --\\
+    response embeddings (B, L, D) ------------------> forward -> hidden states of the response (B, L, D)
+
+Attention modes. `full`: prefix and response see each other, as LLaDA-V was released. `prefix`: the prefix sees only
+itself, so its keys and values are computed once and reused exactly, at every denoising step and for every noise draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder, under the names of the released config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    rope_theta: float = 500_000.0
+    rms_norm_eps: float = 1e-5
+    attention: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("full", "prefix"):
+            raise ValueError(f"attention must be 'full' or 'prefix', got {self.attention!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(f"{self.num_attention_heads} heads are not a multiple of {self.kv_heads} key/value heads")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "num_key_value_heads": self.kv_heads}
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; queries may also see keys and values computed earlier."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def keys_values(self, x: Tensor, rope: KeyValue) -> KeyValue:
+        """Rotated keys and values (B, H, T, d) of `x` (B, T, D)."""
+        return rotate(self._split(self.k_proj(x), self.kv_heads), rope), self._split(self.v_proj(x), self.kv_heads)
+
+    def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        query = rotate(self._split(self.q_proj(x), self.heads), rope)
+        own = self.keys_values(x, rope)
+        key, value = own if past is None else (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+        )  # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), own
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm computed in float32 and cast back before the weight, as the released code does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        attended, own = self.self_attn(self.input_layernorm(x), rope, mask, past)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), own
+
+
+class Decoder(nn.Module):
+    """Blocks and final norm. Embedding and head live beside it, under the released names, in `LLaDAV`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> list[KeyValue]:
+        """Keys and values of a prefix that attends to itself only: per layer (B, H, P, d). `prefix` mode."""
+        rope = self._rope(self._positions(embeds, None))
+        bias = None if mask is None else mask[:, None, None, :]
+        cache: list[KeyValue] = []
+        x = embeds
+        for block in self.layers[:-1]:
+            x, own = block(x, rope, bias, None)
+            cache.append(own)
+        last = self.layers[-1]  # its output for the prefix is never read
+        cache.append(last.self_attn.keys_values(last.input_layernorm(x), rope))
+        return cache
+
+    def forward(
+        self, embeds: Tensor, prefix: Tensor, prefix_mask: Tensor | None, cache: list[KeyValue] | None, attend: Tensor | None
+    ) -> Tensor:
+        """Hidden states (B, L, D) of a response with embeddings `embeds` (B, L, D) behind `prefix` (B, P, D)."""
+        length = prefix.shape[1]
+        rope = self._rope(self._positions(embeds, prefix_mask, offset=length))
+        mask = _join_masks(embeds, length, prefix_mask, attend)
+        if cache is not None:
+            x = embeds
+            for block, past in zip(self.layers, cache, strict=True):
+                x, _ = block(x, rope, mask, past)
+            return self.norm(x)
+        prefix_rope = self._rope(self._positions(prefix, None))
+        cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(prefix_rope, rope, strict=True))
+        x = torch.cat([prefix, embeds], 1)
+        for block in self.layers:
+            x, _ = block(x, (cos, sin), mask, None)
+        return self.norm(x[:, length:])
+
+    def _positions(self, x: Tensor, prefix_mask: Tensor | None, offset: int = 0) -> Tensor:
+        """(B or 1, T) position ids; a response starts right behind its own, unpadded prefix."""
+        steps = torch.arange(x.shape[1], device=x.device)[None]
+        return steps + (offset if prefix_mask is None else prefix_mask.sum(1, keepdim=True))
+
+    def _rope(self, positions: Tensor) -> KeyValue:
+        """cos and sin (B or 1, 1, T, d) in float32, half-split layout."""
+        d = self.config.head_dim
+        inverse = self.config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
+        angle = positions[:, None, :, None].float() * torch.cat([inverse, inverse])
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: KeyValue) -> Tensor:
+    """Rotary embedding of `x` (B, H, T, d), computed in float32."""
+    wide = x.float()
+    first, second = wide.chunk(2, -1)
+    return (wide * rope[0] + torch.cat([-second, first], -1) * rope[1]).to(x.dtype)
+
+
+def _join_masks(embeds: Tensor, length: int, prefix_mask: Tensor | None, attend: Tensor | None) -> Tensor | None:
+    """(B, 1, 1, P + L) bool over keys, or None when nothing is hidden."""
+    if prefix_mask is None and attend is None:
+        return None
+    batch, response = embeds.shape[:2]
+    ones = torch.ones(batch, max(length, response), dtype=torch.bool, device=embeds.device)
+    left = ones[:, :length] if prefix_mask is None else prefix_mask
+    right = ones[:, :response] if attend is None else attend
+    return torch.cat([left, right], 1)[:, None, None, :]

@@ -1,0 +1,20 @@
+"""The small model of the embedded data: the LLaDA-V class with small numbers and fresh weights."""
+
+from __future__ import annotations
+
+import torch
+
+from src.models.llada_v import LLaDAV
+from src.tokenizer import Codec
+
+
+def tiny(codec: Codec, *, decoder: dict, vision: dict | None, seed: int = 0) -> LLaDAV:
+    """Fresh weights for the codec's vocabulary; `decoder` lacks `vocab_size`. Leaves the global RNG as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LLaDAV(
+            decoder={**decoder, "vocab_size": codec.vocab_size},
+            vision=vision,
+            image_id=codec.image_id,
+            init_std=decoder["hidden_size"] ** -0.5,
+        )

@@ -1,0 +1,206 @@
+"""What every objective shares: the training step, the reduction of losses, the optimizer, the logged numbers.
+
+    batch -> micro-batches -> corrupt (no network) -> totals of the denominators -> losses -> backward -> one step
+
+The denominators are added over micro-batches before anything is divided, so the micro-batch size changes memory and
+nothing else. A subclass fills the table (a corruption and its terms); one that needs more passes overrides `losses`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.batch import Batch, Corrupted, Corruption, Kind, Loss, SpecialIds
+from src.diffusion import corruption
+from src.diffusion.losses import Term, denominator, positions_of, term_loss
+from src.diffusion.noise import Noise
+
+WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """AdamW and its schedule (linear warm-up, constant, decay to zero), and how a step is cut up.
+
+    lr: peak learning rate; vision_lr: that of the vision tower (None: the same; 0: frozen)
+    decay: `cosine` (from the end of the warm-up) or the share in 0..1 of the steps that decay linearly at the end
+    views: noise draws per sample and step, which share one encoded prefix
+    micro_batch: rows in a forward pass (None: all); changes memory, not the result
+    """
+
+    lr: float
+    vision_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: float | str = "cosine"
+    clip_norm: float | None = 1.0
+    views: int = 1
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
+            raise ValueError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
+        if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
+            raise ValueError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
+
+    def factor(self, step: int, total: int) -> float:
+        """The learning rate's factor at an optimizer step of `total`."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.decay == "cosine":
+            done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+        length = float(self.decay) * total
+        return warm * (min(1.0, (total - step) / length) if length else 1.0)
+
+
+class Objective(L.LightningModule):
+    """Base of all objectives.
+
+    backbone: a factory of the network; special: token ids; t_min: noise levels are uniform on [t_min, 1);
+    seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Callable[[], nn.Module],
+        special: SpecialIds,
+        training: Training,
+        corruption: Corruption,
+        terms: tuple[Term, ...],
+        t_min: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone()
+        if not 0 <= t_min < 1:
+            raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
+        self.special, self.options = special, training
+        self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
+
+    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
+        """The terms for one micro-batch, `corrupted` being one damaged response per view. One pass unless overridden."""
+        return self.one_pass(batch, corrupted)
+
+    def corrupt(self, batch: Batch) -> list[Corrupted]:
+        """One damaged response per view; a pure function of seed, epoch, key and view."""
+        found = []
+        for view in range(self.options.views):
+            noise = Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=view)
+            state = corruption.start(batch, noise.level(self.t_min, device=batch.response.device))
+            found.append(self.corruption(batch, state, noise))
+        return found
+
+    def one_pass(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
+        """Encode the prefix once, run every view behind it, and reduce each term. Logits only where a term looks."""
+        prefix = self.backbone.encode_prefix(batch.prefix)
+        parts: dict[str, list[Loss]] = {term.name: [] for term in self.terms}
+        for state in corrupted:
+            where = positions_of(self.terms, state)  # (B, L)
+            logits = self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()  # (N, V)
+            token_loss = torch.zeros(where.shape, device=where.device)
+            token_loss[where] = F.cross_entropy(logits, state.target[where], reduction="none")
+            for term in self.terms:
+                parts[term.name].append(term_loss(term, token_loss, state))
+            self._log_accuracy(logits, state, where)
+        return {name: _add(losses) for name, losses in parts.items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        micro = [(part, self.corrupt(part)) for part in batch.split(self.options.micro_batch or len(batch))]
+        totals = self._totals(micro)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        sums = dict.fromkeys(totals, 0.0)
+        for part, corrupted in micro:
+            shares = {name: loss.numerator / totals[name] for name, loss in self.losses(part, corrupted).items()}
+            self.manual_backward(sum(self._coef(name) * share for name, share in shares.items()))
+            for name, share in shares.items():
+                sums[name] = sums[name] + share.detach()
+        norm = self._clip()
+        optimizer.step()
+        self.lr_schedulers().step()
+        self.log_dict({f"train/{name}": value for name, value in sums.items()})
+        self.log("train/loss", sum(self._coef(name) * value for name, value in sums.items()), prog_bar=True)
+        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        corrupted = self.corrupt(batch)
+        totals = self._totals([(batch, corrupted)])
+        losses = self.losses(batch, corrupted)
+        values = {name: loss.numerator / totals[name] for name, loss in losses.items()}
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(batch))
+        total = sum(self._coef(name) * value for name, value in values.items())
+        self.log("val/loss", total, batch_size=len(batch), prog_bar=True)
+
+    def configure_optimizers(self) -> dict:
+        options = self.options
+        groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
+        optimizer = torch.optim.AdamW(groups, betas=tuple(options.betas), weight_decay=options.weight_decay)
+        total = self.trainer.max_steps
+        if total < 1:
+            raise ValueError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
+        """(parameters, learning rate): everything but the vision tower, then the vision tower."""
+        tower = [p for name, p in self.named_parameters() if "vision_tower" in name and p.requires_grad]
+        known = {id(p) for p in tower}
+        yield [p for p in self.parameters() if p.requires_grad and id(p) not in known], self.options.lr
+        rate = self.options.lr if self.options.vision_lr is None else self.options.vision_lr
+        if tower and rate:
+            yield tower, rate
+        else:
+            for parameter in tower:
+                parameter.requires_grad_(False)
+
+    def _totals(self, micro: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
+        """Each term's denominator over the whole batch, at least 1."""
+        states = [state for _, corrupted in micro for state in corrupted]
+        return {t.name: torch.stack([denominator(t, s) for s in states]).sum().clamp(min=1) for t in self.terms}
+
+    def _coef(self, name: str) -> float:
+        return next(term.coef for term in self.terms if term.name == name)
+
+    def _clip(self) -> Tensor:
+        limit = self.options.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
+
+    def _log_accuracy(self, logits: Tensor, state: Corrupted, where: Tensor) -> None:
+        """Per-kind accuracy, P(keep | clean) and P(fix | wrong), where the terms look."""
+        if self._trainer is None or not self.trainer.loggers:
+            return
+        right = torch.zeros_like(where)
+        right[where] = logits.detach().argmax(-1) == state.target[where]
+        stage = "train" if self.training else "val"
+        kinds = {term.kind for term in self.terms}
+        for kind in sorted(kinds):
+            self._log_share(f"{stage}/accuracy/{kind.name.lower()}", right, state.where(kind))
+        if Kind.CLEAN in kinds:
+            self._log_share(f"{stage}/p_keep_clean", right, state.where(Kind.CLEAN))
+        if wrong := kinds & set(WRONG):
+            hit = torch.stack([state.where(kind) for kind in wrong]).any(0)
+            self._log_share(f"{stage}/p_fix_wrong", right, hit)
+
+    def _log_share(self, name: str, right: Tensor, where: Tensor) -> None:
+        count = int(where.sum())
+        if count:
+            self.log(name, (right & where).sum() / count, batch_size=count)
+
+
+def attended(batch: Batch) -> Tensor | None:
+    """(B, L) attention mask of the response, or None when no row is padded."""
+    return None if bool(batch.editable.all()) else batch.editable
+
+
+def _add(losses: list[Loss]) -> Loss:
+    return Loss(sum(loss.numerator for loss in losses), sum(loss.denominator for loss in losses))  # type: ignore[arg-type]

@@ -1,0 +1,44 @@
+"""Online self-correction: Stage II of ReDiff (arXiv 2510.19871, section 3.3).
+
+    rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, no 1/t
+    the other rows (a small share of Stage I data): as in `src.objectives.revision`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from src.batch import Kind, SpecialIds
+from src.diffusion.corruption import Choose, Edit
+from src.diffusion.losses import Term
+from src.objectives.base import Objective, Training
+from src.objectives.revision import stage_one, stage_one_terms
+
+
+class Refine(Objective):
+    """Stage II with Stage I data mixed in.
+
+    mistake: coefficient of the corrected spans; mistake_weight: `one` (paper) or `inverse_rate` (released code, which
+    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); the rest: `Revision`.
+    """
+
+    def __init__(
+        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001,
+        mistake: float = 1.0, mistake_weight: str = "one", keep: float = 0.0,
+        rate: float = 0.10, source: str = "uniform", dynamic: bool = False, hallucination: str = "mixed",
+        weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05, clean: float = 1.0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        terms = stage_one_terms(
+            weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
+            hallucination=float(hallucination != "off"),
+        )  # fmt: skip
+        terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake),)
+        if keep:
+            terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
+        data = stage_one(special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination)
+        damage = Choose(when="drafted", then=Edit(), otherwise=data)
+        super().__init__(
+            backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
+        )

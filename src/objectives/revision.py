@@ -1,0 +1,61 @@
+"""Foundational revision: Stage I of ReDiff (arXiv 2510.19871, section 3.2).
+
+    hide tokens with probability t -> replace some visible ones at random -> put a false span in place of a true one
+    -> cross-entropy on the hidden, the replaced, the false and the untouched tokens, each a mean of its own, weight 1/t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from src.batch import Corruption, Kind, SpecialIds
+from src.diffusion.corruption import Absorb, Chain, Choose, Edit, Replace, Span
+from src.diffusion.losses import Term
+from src.objectives.base import Objective, Training
+
+
+def stage_one(
+    special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str
+) -> Corruption:
+    """The Stage I corruption. `hallucination`: see `Revision`."""
+    noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
+    if hallucination == "mixed":
+        return Chain(*noise, Span())
+    if hallucination == "alone":
+        alone = Edit(kind=Kind.HALLUCINATION, rest=Kind.FROZEN)
+        return Choose(when="spans", then=alone, otherwise=Chain(*noise))
+    if hallucination == "off":
+        return Chain(*noise)
+    raise ValueError(f"hallucination must be 'mixed', 'alone' or 'off', got {hallucination!r}")
+
+
+def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):
+    """The four rows of Stage I; a coefficient of 0 leaves a row out."""
+    rows = ((Kind.MASK, 1.0), (Kind.SYNTAX, syntax), (Kind.HALLUCINATION, hallucination), (Kind.CLEAN, clean))
+    return tuple(Term(k.name.lower(), k, weight, reduce, coef=c, floor=floor) for k, c in rows if c)
+
+
+class Revision(Objective):
+    """Stage I.
+
+    rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.
+    hallucination: `mixed` = masks, noise and a false span in one sample (paper); `alone` = a sample with a false span
+    gets nothing else (released code); `off` = no false spans.
+    weight, reduce, floor: of every term; clean: coefficient of the untouched tokens.
+    """
+
+    def __init__(
+        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001, rate: float = 0.10, source: str = "uniform", dynamic: bool = False,
+        hallucination: str = "mixed", weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05,
+        clean: float = 1.0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        terms = stage_one_terms(
+            weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
+            hallucination=float(hallucination != "off"),
+        )  # fmt: skip
+        damage = stage_one(special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination)
+        super().__init__(
+            backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
+        )

@@ -1,0 +1,225 @@
+"""What an evaluation says: a table, sentences on the claim, a plot and a picture. Functions of plain data.
+
+    results["methods"][method][sampler][tokens/step][metric] = {mean, se, n}       of results.json
+    scores[method, sampler, tokens/step][metric] = [value of each caption, ...]    captions in one fixed order
+
+The first row (first method and sampler) is the baseline, the last (last method and sampler) the contender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from src.drawing import Colour, Piece, Placed, enlarge, font, layout, paint
+from src.metrics.caption import Mark, Stat, summarise
+
+Row = tuple[str, str]
+Scores = Mapping[tuple[str, str, int], Mapping[str, Sequence[float]]]
+FILL: dict[str, Colour] = {"ungrammatical": (255, 226, 150), "false": (250, 190, 190)}
+INK: dict[str, Colour] = {"ungrammatical": (90, 60, 0), "false": (170, 0, 0)}
+MEANING = {"false": "contradicts the image", "ungrammatical": "no sentence of the grammar"}
+SIDE, COLUMN, PAD, TEXT, HEAD = 150, 310, 14, 14, 15  # pixels of captions.png
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One caption of an image, with its flawed places."""
+
+    title: str
+    text: str
+    marks: list[Mark]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image with captions by several methods."""
+
+    image: Image.Image
+    panels: list[Panel]
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Stat:
+    """Mean of a - b over captions of the same images, with the standard error of the paired differences."""
+    return summarise([x - y for x, y in zip(a, b, strict=True)])
+
+
+def rows_of(results: dict) -> list[Row]:
+    """(method, sampler) in the order of the results."""
+    return [(method, sampler) for method, samplers in results["methods"].items() for sampler in samplers]
+
+
+def speeds_of(results: dict) -> list[int]:
+    """The numbers of tokens per step, ascending."""
+    cells = (cells for samplers in results["methods"].values() for cells in samplers.values())
+    return sorted({int(name) for found in cells for name in found})
+
+
+def text_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
+    """The tables of the headline metrics and of the forward calls, then the claim, as aligned plain text."""
+    blocks = ["\n".join(_aligned(_grid(results, metric))) for metric in [*headline, "forwards"]]
+    return "\n\n".join([*blocks, "\n".join(claims(results, scores, headline=headline))]) + "\n"
+
+
+def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
+    """The same as Markdown."""
+    blocks = ["\n".join(_piped(_grid(results, metric))) for metric in [*headline, "forwards"]]
+    lines = "\n".join(f"- {line}" for line in claims(results, scores, headline=headline))
+    head = "Columns: tokens per step. Mean ± standard error over captions."
+    return "\n\n".join([head, *blocks, lines]) + "\n"
+
+
+def claims(results: dict, scores: Scores, *, headline: Sequence[str]) -> list[str]:
+    """Per metric: the change of each row from slowest to fastest, and contender minus baseline."""
+    rows, speeds = rows_of(results), speeds_of(results)
+    lines = []
+    for metric in headline:
+        if metric not in scores[*rows[0], speeds[0]]:
+            continue  # a corpus metric: nothing to pair
+        if len(speeds) > 1:
+            lines += _drops(rows, speeds, scores, metric)
+        if len(rows) > 1:
+            lines += _gains(rows, speeds, scores, metric)
+    return lines
+
+
+def _drops(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> list[str]:
+    first, last = speeds[0], speeds[-1]
+    drops = [paired_difference(scores[*row, last][metric], scores[*row, first][metric]) for row in rows]
+    lines = []
+    for row, drop in zip(rows, drops, strict=True):
+        base = drops[0]["mean"]
+        share = f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
+        said = f"{metric} from {first} to {last} tokens/step: {_name(row)} {_signed(drop)}"
+        lines.append(said + (share if row != rows[0] and base < 0 else ""))
+    return lines
+
+
+def _gains(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> list[str]:
+    best, base = rows[-1], rows[0]
+    gains = [paired_difference(scores[*best, n][metric], scores[*base, n][metric]) for n in speeds]
+    what = f"{_name(best)} - {_name(base)}"
+    return [f"{metric} at {n} tokens/step: {what} {_signed(d)}" for n, d in zip(speeds, gains, strict=True)]
+
+
+def _name(row: Row) -> str:
+    return " ".join(row)
+
+
+def _signed(stat: Stat) -> str:
+    return f"{stat['mean']:+.3f}" + (f" ± {stat['se']:.3f}" if stat["se"] is not None else "")
+
+
+def _grid(results: dict, metric: str) -> list[list[str]]:
+    """Header and one line for each row; a cell that lacks the metric is a dash."""
+    speeds = speeds_of(results)
+    lines = [[metric, "sampler", *(str(n) for n in speeds)]]
+    for method, sampler in rows_of(results):
+        cells = results["methods"][method][sampler]
+        lines.append([method, sampler, *(_cell(cells.get(str(n), {}).get(metric)) for n in speeds)])
+    return lines
+
+
+def _cell(stat: Stat | None) -> str:
+    if stat is None:
+        return "-"
+    return f"{stat['mean']:.3f}" + (f" ±{stat['se']:.3f}" if stat["se"] is not None else "")
+
+
+def _aligned(grid: list[list[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in grid]
+
+
+def _piped(grid: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(line) + " |" for line in grid]
+    return [lines[0], "|" + "---|" * len(grid[0]), *lines[1:]]
+
+
+def plot(results: dict, path: Path, *, headline: Sequence[str]) -> None:
+    """Each headline metric against tokens/step: a colour for each method, a line style for each sampler."""
+    figure = Figure(figsize=(4.8 * len(headline), 4.4), layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(1, len(headline), squeeze=False)[0]
+    for axis, metric in zip(axes, headline, strict=True):
+        _draw_axis(axis, results, metric)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _draw_axis(axis: Axes, results: dict, metric: str) -> None:
+    methods = list(results["methods"])
+    samplers = list(dict.fromkeys(sampler for _, sampler in rows_of(results)))
+    for method, sampler in rows_of(results):
+        cells = results["methods"][method][sampler]
+        points = sorted((int(n), cell[metric]) for n, cell in cells.items() if metric in cell)
+        style = ("--", "-", ":", "-.")[samplers.index(sampler) % 4]
+        axis.errorbar(
+            [n for n, _ in points],
+            [stat["mean"] for _, stat in points],
+            yerr=[2 * (stat["se"] or 0.0) for _, stat in points],
+            color=f"C{methods.index(method)}", linestyle=style, marker="os^D"[samplers.index(sampler) % 4],
+            markersize=5, linewidth=1.8, capsize=3, label=f"{method}, {sampler}",
+        )  # fmt: skip
+    speeds = speeds_of(results)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(speeds, [str(n) for n in speeds])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens per step")
+    axis.set_title(f"{metric} (bars: ± 2 standard errors)", fontsize=11)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_ylim(bottom=0, top=1.03 if axis.get_ylim()[1] <= 1.2 else None)
+
+
+def picture(examples: Sequence[Example], path: Path) -> None:
+    """One image a row with its captions side by side, flaws in colour; what the colours mean stands below."""
+    texts = [[_caption(panel) for panel in example.panels] for example in examples]
+    heights = [max([SIDE, *(placed.height for placed in row)]) + PAD for row in texts]
+    titles = [panel.title for panel in examples[0].panels]
+    width = PAD + SIDE + len(titles) * (PAD + COLUMN) + PAD
+    head = HEAD + 2 * PAD
+    sheet = Image.new("RGB", (width, head + sum(heights) + head), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, title in enumerate(titles):
+        draw.text((_left(number), head // 2), title, fill=(0, 0, 0), font=font(HEAD), anchor="lm")
+    top = head
+    for example, row, height in zip(examples, texts, heights, strict=True):
+        draw.line((PAD, top - PAD // 2, width - PAD, top - PAD // 2), fill=(215, 215, 215))
+        sheet.paste(enlarge(example.image, side=SIDE), (PAD, top))
+        for number, placed in enumerate(row):
+            paint(draw, placed, at=(_left(number), top), size=TEXT)
+        top += height
+    paint(draw, _legend(examples, width), at=(_left(0), top), size=TEXT)
+    sheet.save(path)
+
+
+def _left(number: int) -> int:
+    return PAD + SIDE + PAD + number * (COLUMN + PAD)
+
+
+def _caption(panel: Panel) -> Placed:
+    if not panel.text.strip():
+        return layout([Piece("(empty)", ink=(140, 140, 140))], width=COLUMN, size=TEXT)
+    pieces, at = [], 0
+    for word in panel.text.split():
+        start = panel.text.index(word, at)
+        at = start + len(word)
+        flaw = next((m.flaw for m in panel.marks if m.start < at and start < m.end), None)
+        pieces.append(_piece(word, flaw))
+    return layout(pieces, width=COLUMN, size=TEXT)
+
+
+def _piece(word: str, flaw: str | None) -> Piece:
+    return Piece(word, ink=INK[flaw], fill=FILL[flaw], wide=flaw == "ungrammatical") if flaw else Piece(word)
+
+
+def _legend(examples: Sequence[Example], width: int) -> Placed:
+    flaws = {mark.flaw for example in examples for panel in example.panels for mark in panel.marks}
+    pieces = [_piece(MEANING[flaw], flaw) for flaw in MEANING if flaw in flaws]
+    return layout(pieces, width=width, size=TEXT, gap=24)

@@ -1,0 +1,263 @@
+"""Draft -> revise -> shards on disk: the work of the online loop, for the callback and for the `revise` verb.
+
+    batches -> draw_drafts -> drafts/                        one shard for each chunk (src/drafting.py)
+            -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/journal.py)
+            -> src.align.locate -> rank-0000-000000.tar, ... -> index.json, the manifest
+
+    run_round("rounds/round-0001", batches, partial(draft_batch, ...), expert=expert, ...)    draft and revise
+    revise_round("rounds/round-0001", drafts, expert=expert, ...)                             drafts on disk
+
+A round grows in `.round-0001.partial` and gets its name last. The call that was killed is simply repeated: it
+draws no finished chunk again, asks nothing that was answered, and returns a finished round as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from tqdm import tqdm
+
+from src.align import Span, locate
+from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
+from src.drafting import DraftsBatch, differences, draw_drafts, drop_stale, read_drafts
+from src.journal import Answer, Journal
+from src.parallel import rank
+from src.shards import INDEX, image_name, publish, read_index, write_shards
+from src.tokenizer import Codec
+
+logger = logging.getLogger(__name__)
+
+
+def run_round(
+    folder: str | Path,
+    batches: Iterable[Batch],
+    draft: DraftsBatch,
+    *,
+    expert: Expert,
+    codec: Codec,
+    tokens_per_step: Sequence[int],
+    per_shard: int,
+    settings: Mapping[str, Any],
+    total: int,
+) -> Round:
+    """Draft and revise into `folder`. settings: what the drafts depend on (model, sampler, seed, ...)."""
+    folder = Path(folder)
+    if _is_finished(folder):
+        return _same_round(folder, settings)
+    drafts = _partial(folder) / "drafts"
+    drop_stale(drafts, settings)
+    drawn = draw_drafts(
+        drafts, batches, draft,
+        tokens_per_step=tokens_per_step, tokenizer=codec.fingerprint, settings=settings, total=total,
+    )  # fmt: skip
+    return revise_round(
+        folder, drafts, drawn=drawn, expert=expert, codec=codec, per_shard=per_shard, total=total
+    )  # fmt: skip
+
+
+def revise_round(
+    folder: str | Path,
+    drafts: Path,
+    *,
+    expert: Expert,
+    codec: Codec,
+    per_shard: int,
+    total: int,
+    drawn: Iterable[list[Draft]] | None = None,
+) -> Round:
+    """Ask the expert about the folder `drafts` and write the corrected ones as a round.
+
+    drawn: yields the chunks while they are written to `drafts`; without it the folder is finished already.
+    total: number of drafts, for the progress bar.
+    """
+    folder = Path(folder)
+    if _is_finished(folder):
+        return _same_round(folder, read_index(drafts)["settings"])
+    work = _partial(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / INDEX).exists():
+        with Journal(work / f"journal-rank-{rank():04d}.jsonl", expert=expert.name) as journal:
+            _ask(expert, journal, read_drafts(drafts) if drawn is None else drawn, total)
+            _write(work, drafts, journal, codec, per_shard)
+    publish(work, folder)
+    return read_round(folder)
+
+
+def read_round(folder: str | Path) -> Round:
+    """A finished round."""
+    manifest = read_index(folder)
+    if manifest["kind"] != "round":
+        raise ValueError(f"{folder} holds {manifest['kind']!r}, not a round")
+    return Round(Path(folder), manifest)
+
+
+class ExpertThread:
+    """Asks an expert in a thread of its own; a context manager that ends when every answer is in the journal.
+
+    The expert lives in one event loop for the whole round, so it may keep connections and limits of its own.
+    """
+
+    def __init__(self, expert: Expert, journal: Journal, bar: tqdm) -> None:
+        self.expert, self.journal, self.bar = expert, journal, bar
+        self._asked: list[Future] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
+
+    def __enter__(self) -> ExpertThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None:
+                for future in self._asked:
+                    future.result()
+        finally:
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def ask(self, drafts: Sequence[Draft]) -> None:
+        """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
+        for future in self._asked:
+            if future.done():
+                future.result()
+        self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
+
+    async def _cancel(self) -> None:
+        """End what still runs; after an error, that is all chunks without answers."""
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
+    async def _collect(self, drafts: Sequence[Draft]) -> None:
+        unsettled = {draft.key: draft for draft in drafts if not self.journal.is_settled(draft)}
+        self.bar.update(len(drafts) - len(unsettled))
+        if not unsettled:
+            return
+        async for key, answer in self.expert.revise(list(unsettled.values())):
+            if key not in unsettled:
+                raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")
+            self.journal.add(unsettled.pop(key), answer)
+            self.bar.update()
+
+
+@dataclass
+class Tally:
+    """What became of the drafts of a round.
+
+    counts: drafted = revised + failed + unanswered; revised = right + written + unusable; where no edit could be
+    placed a draft is unusable. `edits` counts those placed; the others are in `rejected`, by reason.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    usage: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        names = ("drafted", "revised", "right", "unusable", "failed", "unanswered", "edits")
+        self.counts.update(dict.fromkeys(names, 0))
+
+    def add(self, answer: Answer | None) -> None:
+        """Count a draft and its answer."""
+        self.counts["drafted"] += 1
+        if isinstance(answer, Revision):
+            self.counts["revised"] += 1
+            self.counts["right"] += not answer.edits
+            self.usage.update({name: n for name, n in answer.usage.items() if isinstance(n, int | float)})
+        elif isinstance(answer, Failure):
+            self.counts["failed"] += 1
+            self.failures[answer.reason] += 1
+        else:
+            self.counts["unanswered"] += 1
+
+    def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> list[Span]:
+        """The token spans of a draft's edits, counted."""
+        aligned = locate(codec, draft.token_ids, edits)
+        self.rejected += aligned.rejected
+        self.counts["edits"] += len(aligned.spans)
+        self.counts["unusable"] += not aligned.spans
+        return aligned.spans
+
+
+def _ask(expert: Expert, journal: Journal, chunks: Iterable[list[Draft]], total: int) -> None:
+    with tqdm(total=total, desc="revise", unit="draft") as bar, ExpertThread(expert, journal, bar) as thread:
+        for chunk in chunks:
+            thread.ask(chunk)
+
+
+def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int) -> None:
+    index, tally = read_index(drafts), Tally()
+    if index["tokenizer"] != codec.fingerprint:
+        found = index["tokenizer"]
+        raise ValueError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
+    write_shards(
+        work,
+        _samples(drafts, journal, codec, tally),
+        prefix=f"rank-{rank():04d}",
+        per_shard=per_shard,
+        kind="round",
+        tokenizer=codec.fingerprint,
+        counts=tally.counts,
+        extra={
+            "expert": journal.expert,
+            "rejected": tally.rejected,
+            "failures": tally.failures,
+            "usage": tally.usage,
+            "settings": index["settings"],
+            "drawing": index["drawing"],
+        },
+    )
+
+
+def _samples(drafts: Path, journal: Journal, codec: Codec, tally: Tally) -> Iterator[dict[str, Any]]:
+    """The drafts that have a placed edit, as samples of a round, in the order of the drafts."""
+    for chunk in read_drafts(drafts):
+        for draft in chunk:
+            answer = journal.answer(draft)
+            tally.add(answer)
+            edits = answer.edits if isinstance(answer, Revision) else ()
+            if edits and (spans := tally.place(codec, draft, edits)):
+                yield _to_sample(draft, spans)
+
+
+def _to_sample(draft: Draft, spans: Sequence[Span]) -> dict[str, Any]:
+    names = ("key", "prompt", "text", "reference", "steps")
+    content = {name: getattr(draft, name) for name in names} | {"draft_ids": draft.token_ids}
+    content |= {"spans": [asdict(span) for span in spans], "model": draft.fingerprint}
+    content |= {name: draft.record[name] for name in ("scene",) if name in draft.record}
+    image = {image_name(draft.image): draft.image} if draft.image else {}
+    return {"__key__": draft.key, "json": content, **image}
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _is_finished(folder: Path) -> bool:
+    if folder.exists() and not (folder / INDEX).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is in the way: it is not a round (no {INDEX})")
+    return (folder / INDEX).exists()
+
+
+def _same_round(folder: Path, settings: Mapping[str, Any]) -> Round:
+    """A finished round, if it was made with the same settings; other weights alone are only reported."""
+    found = read_round(folder)
+    changed = differences(found.manifest["settings"], settings)
+    if changed == ["model"]:
+        logger.warning("%s exists already; it was drafted by other weights", folder)
+    elif changed:
+        raise ValueError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
+    return found

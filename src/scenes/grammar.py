@@ -1,0 +1,242 @@
+"""The caption grammar: one table of sentence templates that both writes captions and reads them back.
+
+    write_caption(scene, rng) -> str           several sentences, varied wording, objects in raster order
+    read_caption(text) -> [Sentence]           every sentence with its statement, or None where it is ungrammatical
+    false_fields(scene, statement) -> {field}  the words of a statement that contradict the scene
+    swaps(scene, text, rng) -> [Swap]          single facts that can be turned false, word for word
+
+A template is a row of words; a word such as `{colour}` is a field. Words are separated by one blank, so a sentence is
+read by comparing words, and a caption that was written here is always read back without loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, SceneObject, relations
+
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LEXICON: dict[str, tuple[str, ...]] = {
+    "size": SIZES,
+    "colour": COLOURS,
+    "shape": SHAPES,
+    "row": ROWS,
+    "column": COLUMNS,
+    "background": BACKGROUNDS,
+    "number": NUMBERS,
+    "noun": ("object", "objects"),
+    "side": ("left", "right"),
+    "level": ("above", "below"),
+    "colour2": COLOURS,
+    "shape2": SHAPES,
+}
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "object": (
+        "A {size} {colour} {shape} is in the {row} {column}.",
+        "In the {row} {column} there is a {size} {colour} {shape}.",
+        "The {row} {column} holds a {colour} {shape} that is {size}.",
+        "A {colour} {shape}, quite {size}, sits in the {row} {column}.",
+        "There is a {shape} in the {row} {column}, {size} and {colour}.",
+        "At the {row} {column} we see a {size} {shape} of {colour} color.",
+    ),
+    "intro": (
+        "The picture shows {number} {noun} on a {background} background.",
+        "On a {background} background we find {number} {noun}.",
+        "{number} {noun} can be seen on a {background} background.",
+        "A {background} background carries {number} {noun}.",
+    ),
+    "relation": (
+        "The {colour} {shape} is {side} of the {colour2} {shape2}.",
+        "To the {side} of the {colour2} {shape2} lies the {colour} {shape}.",
+        "The {colour} {shape} is {level} the {colour2} {shape2}.",
+        "One finds the {colour} {shape} {level} the {colour2} {shape2}.",
+    ),
+}
+FACT_OF_FIELD = {
+    "shape": "object",
+    "colour": "attribute",
+    "size": "attribute",
+    "background": "attribute",
+    "number": "count",
+    "row": "place",
+    "column": "place",
+    "side": "relation",
+    "level": "relation",
+}
+_SLOT = re.compile(r"\{(\w+)\}([.,]?)")
+_SENTENCE = re.compile(r"\S[^.]*(?:\.|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a sentence says: the kind of template (`object`, `intro`, `relation`), its index, and the field values."""
+
+    kind: str
+    template: int
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a text: its character range, its statement (None: ungrammatical), and where each field stands."""
+
+    start: int
+    end: int
+    statement: Statement | None
+    places: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A fact that can be turned false: `text[start:end] == right`; with `wrong` there the caption states a falsehood."""
+
+    start: int
+    end: int
+    right: str
+    wrong: str
+    fact: str
+
+
+def template_words(kind: str, index: int) -> list[tuple[str, str | None, str]]:
+    """The words of a template as (word, field or None, trailing punctuation)."""
+    words: list[tuple[str, str | None, str]] = []
+    for word in TEMPLATES[kind][index].split(" "):
+        slot = _SLOT.fullmatch(word)
+        words.append((word, slot[1], slot[2]) if slot else (word, None, ""))
+    return words
+
+
+def write_sentence(statement: Statement) -> str:
+    """The sentence for a statement, with a capital letter at its start."""
+    text = TEMPLATES[statement.kind][statement.template].format(**statement.fields)
+    return text[0].upper() + text[1:]
+
+
+def write_caption(scene: Scene, rng: Random, *, relation_rate: float = 0.6) -> str:
+    """A true, detailed caption: an introduction first or last, the objects in raster order, perhaps a relation."""
+    parts = [write_sentence(_object_statement(item, rng)) for item in scene.objects]
+    if len(scene.objects) > 1 and rng.random() < relation_rate:
+        parts.append(write_sentence(_relation_statement(scene, rng)))
+    intro = write_sentence(_intro_statement(scene, rng))
+    parts.insert(0 if rng.random() < 0.7 else len(parts), intro)
+    return " ".join(parts)
+
+
+def write_brief(scene: Scene) -> str:
+    """A bare list of the objects in raster order, outside the grammar: the short captions of the alignment phase."""
+    return ", ".join(f"{o.row} {o.column} {o.size} {o.colour} {o.shape}" for o in scene.objects) + "."
+
+
+def _object_statement(item: SceneObject, rng: Random) -> Statement:
+    fields = {name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")}
+    return Statement("object", rng.randrange(len(TEMPLATES["object"])), fields)
+
+
+def _intro_statement(scene: Scene, rng: Random) -> Statement:
+    count = len(scene.objects)
+    fields = {"number": NUMBERS[count - 1], "noun": LEXICON["noun"][count > 1], "background": scene.background}
+    return Statement("intro", rng.randrange(len(TEMPLATES["intro"])), fields)
+
+
+def _relation_statement(scene: Scene, rng: Random) -> Statement:
+    a, b = rng.sample(scene.objects, 2)
+    relation = rng.choice(sorted(relations(a, b)))
+    word = relation.removesuffix(" of")
+    field, templates = ("side", (0, 1)) if relation.endswith(" of") else ("level", (2, 3))
+    pair = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
+    return Statement("relation", rng.choice(templates), {**pair, field: word})
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Character ranges of the sentences; an unfinished tail counts as a sentence."""
+    return [(m.start(), m.start() + len(m[0].rstrip())) for m in _SENTENCE.finditer(text)]
+
+
+def read_caption(text: str) -> list[Sentence]:
+    """Every sentence of a text with what it says. Exact: one wrong word, blank or capital makes it ungrammatical."""
+    return [_read_sentence(text, start, end) for start, end in split_sentences(text)]
+
+
+def _read_sentence(text: str, start: int, end: int) -> Sentence:
+    words = text[start:end].split(" ")
+    for kind, templates in TEMPLATES.items():
+        for index in range(len(templates)):
+            found = _match(words, template_words(kind, index))
+            if found is not None and _agrees(found[0]):
+                places = {name: (start + a, start + b) for name, (a, b) in found[1].items()}
+                return Sentence(start, end, Statement(kind, index, found[0]), places)
+    return Sentence(start, end, None, {})
+
+
+def _match(
+    words: list[str], template: list[tuple[str, str | None, str]]
+) -> tuple[dict[str, str], dict[str, tuple[int, int]]] | None:
+    if len(words) != len(template):
+        return None
+    fields: dict[str, str] = {}
+    places: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for position, (word, (expected, field, tail)) in enumerate(zip(words, template, strict=True)):
+        if field is None:
+            if word != expected:
+                return None
+        else:
+            value = word.removesuffix(tail) if tail else word
+            if value == word and tail:
+                return None
+            known = value.lower() if position == 0 else value
+            if known not in LEXICON[field] or (position == 0 and not value[:1].isupper()):
+                return None
+            fields[field] = known
+            places[field] = (offset, offset + len(value))
+        offset += len(word) + 1
+    return fields, places
+
+
+def _agrees(fields: dict[str, str]) -> bool:
+    """Number agreement: one object, two objects."""
+    return "noun" not in fields or (fields["noun"] == "object") == (fields["number"] == "one")
+
+
+def false_fields(scene: Scene, statement: Statement) -> set[str]:
+    """Fields of a statement that contradict the scene.
+
+    An object sentence is about the object at its place: where the place is empty, all of it is false. A relation is one
+    fact: all its fields are false unless such a pair exists.
+    """
+    fields = statement.fields
+    if statement.kind == "intro":
+        wrong = {"number"} if fields["number"] != NUMBERS[len(scene.objects) - 1] else set()
+        return wrong | ({"background"} if fields["background"] != scene.background else set())
+    if statement.kind == "object":
+        item = scene.at(fields["row"], fields["column"])
+        if item is None:
+            return {"row", "column", "shape", "colour", "size"}
+        return {name for name in ("shape", "colour", "size") if getattr(item, name) != fields[name]}
+    relation = f"{fields['side']} of" if "side" in fields else fields["level"]
+    pair = (fields["colour"], fields["shape"]), (fields["colour2"], fields["shape2"])
+    return set() if scene.holds(relation, *pair) else set(fields)
+
+
+def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
+    """For every sentence and field of a true caption at most one replacement that makes the sentence false."""
+    return [swap for sentence in read_caption(text) if sentence.statement for swap in _swaps(scene, sentence, text, rng)]
+
+
+def _swaps(scene: Scene, sentence: Sentence, text: str, rng: Random) -> Iterator[Swap]:
+    assert sentence.statement is not None
+    statement = sentence.statement
+    for field, (start, end) in sentence.places.items():
+        if field not in FACT_OF_FIELD:
+            continue
+        options = [w for w in LEXICON[field] if w != statement.fields[field]]
+        rng.shuffle(options)
+        for word in options:
+            changed = {**statement.fields, field: word}
+            if _agrees(changed) and false_fields(scene, Statement(statement.kind, statement.template, changed)):
+                wrong = word.capitalize() if text[start].isupper() else word
+                yield Swap(start, end, text[start:end], wrong, FACT_OF_FIELD[field])
+                break

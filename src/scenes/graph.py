@@ -1,0 +1,98 @@
+"""Scene graphs: up to nine objects on a 3x3 board, each with shape, colour, size and place.
+
+    draw_scene(rng, objects=(1, 3)) -> Scene        a random scene
+    Scene.to_dict() / Scene.from_dict()             what a shard stores
+
+A place (row, column of the board) holds at most one object, so it identifies the object that a sentence speaks of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from random import Random
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white", "black", "cyan")
+SIZES = ("small", "large")
+ROWS = ("upper", "middle", "lower")
+COLUMNS = ("left", "center", "right")
+BACKGROUNDS = ("gray", "brown", "pink", "beige")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object. `row` and `column` are words of `ROWS` and `COLUMNS`; `dx`, `dy` shift its centre, in cells."""
+
+    shape: str
+    colour: str
+    size: str
+    row: str
+    column: str
+    dx: float = 0.0
+    dy: float = 0.0
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """(row index, column index) on the board."""
+        return ROWS.index(self.row), COLUMNS.index(self.column)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects in raster order (top to bottom, left to right) on a background."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+
+    def at(self, row: str, column: str) -> SceneObject | None:
+        """The object at a place, or None."""
+        return next((o for o in self.objects if (o.row, o.column) == (row, column)), None)
+
+    def holds(self, relation: str, subject: tuple[str, str], other: tuple[str, str]) -> bool:
+        """Whether some object (colour, shape) stands in `relation` to some different object (colour, shape)."""
+        return any(
+            relation in relations(a, b)
+            for a in self.objects
+            for b in self.objects
+            if a is not b and (a.colour, a.shape) == subject and (b.colour, b.shape) == other
+        )
+
+    def to_dict(self) -> dict:
+        return {"objects": [asdict(o) for o in self.objects], "background": self.background}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> Scene:
+        return cls(tuple(SceneObject(**o) for o in data["objects"]), data["background"])
+
+
+def relations(a: SceneObject, b: SceneObject) -> set[str]:
+    """The words of `RELATIONS` that hold between two objects, judged by their cells."""
+    (row_a, col_a), (row_b, col_b) = a.cell, b.cell
+    found = set()
+    if col_a != col_b:
+        found.add("left of" if col_a < col_b else "right of")
+    if row_a != row_b:
+        found.add("above" if row_a < row_b else "below")
+    return found
+
+
+def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float = 0.12) -> Scene:
+    """A random scene with a number of objects from the closed range `objects`; centres move by up to `jitter` cells."""
+    if not 1 <= objects[0] <= objects[1] <= len(ROWS) * len(COLUMNS):
+        raise ValueError(f"objects must be a range within 1..9, got {objects}")
+    cells = rng.sample([(r, c) for r in ROWS for c in COLUMNS], rng.randint(*objects))
+    cells.sort(key=lambda cell: (ROWS.index(cell[0]), COLUMNS.index(cell[1])))
+    found = tuple(
+        SceneObject(
+            shape=rng.choice(SHAPES),
+            colour=rng.choice(COLOURS),
+            size=rng.choice(SIZES),
+            row=row,
+            column=column,
+            dx=round(rng.uniform(-jitter, jitter), 3),
+            dy=round(rng.uniform(-jitter, jitter), 3),
+        )
+        for row, column in cells
+    )
+    return Scene(found, rng.choice(BACKGROUNDS))

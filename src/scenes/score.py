@@ -1,0 +1,66 @@
+"""Exact quality of a caption against its scene: coverage, factuality, syntax. No model, no tolerance.
+
+Facts of a scene: four of each object (something at its place, its shape, its colour, its size), the number of objects,
+the background. Claims of a caption: the same four of each object sentence, two of each introduction, one of each relation.
+An object sentence speaks of the object at the place that it names, so a wrong place makes all four claims false.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from src.scenes.grammar import Statement, false_fields, read_caption
+from src.scenes.graph import Scene
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """Counts behind the three ratios."""
+
+    facts: int
+    covered: int
+    claims: int
+    true_claims: int
+    sentences: int
+    grammatical: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of the scene's facts that some sentence states correctly."""
+        return self.covered / self.facts
+
+    @property
+    def factuality(self) -> float:
+        """Share of the caption's claims that are true; 0 where nothing is claimed."""
+        return self.true_claims / self.claims if self.claims else 0.0
+
+    @property
+    def syntax(self) -> float:
+        """Share of the caption's sentences that the grammar accepts; 0 for an empty caption."""
+        return self.grammatical / self.sentences if self.sentences else 0.0
+
+
+def score_caption(scene: Scene, text: str) -> CaptionScore:
+    """Score a text against a scene. Ungrammatical sentences claim nothing, and cost syntax."""
+    sentences = read_caption(text)
+    statements = [s.statement for s in sentences if s.statement]
+    claims = [claim for statement in statements for claim in _claims(scene, statement)]
+    return CaptionScore(
+        facts=4 * len(scene.objects) + 2,
+        covered=len({fact for fact, true in claims if true and fact[0] != "relation"}),
+        claims=len(claims),
+        true_claims=sum(true for _, true in claims),
+        sentences=len(sentences),
+        grammatical=len(statements),
+    )
+
+
+def _claims(scene: Scene, statement: Statement) -> list[tuple[tuple[str, ...], bool]]:
+    """(fact, whether it is true) for each claim of a statement."""
+    wrong = false_fields(scene, statement)
+    if statement.kind == "intro":
+        return [((name,), name not in wrong) for name in ("number", "background")]
+    if statement.kind == "object":
+        place = (statement.fields["row"], statement.fields["column"])
+        return [((name, *place), name not in wrong) for name in ("row", "shape", "colour", "size")]
+    return [(("relation",), not wrong)]

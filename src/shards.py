@@ -1,0 +1,188 @@
+"""Write shards so that a kill at any moment leaves either a whole file or none.
+
+    write_shards(folder, samples, prefix="train", per_shard=512, kind="captions", tokenizer=...)
+        samples -> train-000000.tar, train-000001.tar, ... -> index.json, written last
+
+A sample is `{"__key__": "KEY", "json": {...}, "png": b"..."}`: a file `KEY.<name>` for every name that does
+not start with an underscore; a dict becomes UTF-8 JSON. Files get temporary names, are synced to disk and
+then renamed; the headers carry neither clock nor user, so equal samples make equal bytes. A folder without
+index.json is unfinished: writing it again removes what an interrupted run left and starts over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+FORMAT = 1
+INDEX = "index.json"
+MAX_KEY = 90  # bytes: a tar header holds names of up to 100
+
+
+def write_shards(
+    folder: str | Path,
+    samples: Iterable[Mapping[str, Any]],
+    *,
+    prefix: str,
+    per_shard: int,
+    kind: str,
+    tokenizer: str | None,
+    counts: Mapping[str, int] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict:
+    """Write a data folder and return its index.
+
+    `counts` (why samples were skipped, ...) and `extra` (further keys of the index) are read after the last
+    sample, so the iterable may fill them as it goes; `counts["written"]` is added here.
+    """
+    folder = Path(folder)
+    if per_shard < 1:
+        raise ValueError(f"per_shard must be at least 1, got {per_shard}")
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} is finished already; remove it or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in [*folder.glob(f"{prefix}-*.tar"), *folder.glob(f".{prefix}-*.tmp")]:
+        stale.unlink()
+    shards = [
+        write_shard(folder / f"{prefix}-{number:06d}.tar", group)
+        for number, group in enumerate(_groups(samples, per_shard))
+    ]
+    return write_index(folder, shards, kind=kind, tokenizer=tokenizer, counts=counts, extra=extra)
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
+    """Write one tar atomically and return its entry of the index: name, count, sha256."""
+    temporary = _temporary(path)
+    count = 0
+    with temporary.open("wb") as stream:
+        with TarWriter(stream, encoder=False, mtime=0) as tar:
+            for sample in samples:
+                tar.write(_encode(sample))
+                count += 1
+        _sync(stream)
+    digest = sha256(temporary)
+    _rename(temporary, path)
+    return {"name": path.name, "count": count, "sha256": digest}
+
+
+def write_index(
+    folder: Path,
+    shards: list[dict],
+    *,
+    kind: str,
+    tokenizer: str | None,
+    counts: Mapping[str, int] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict:
+    """Write index.json, which makes a folder of shards a finished one, and return it."""
+    total = {**(counts or {}), "written": sum(shard["count"] for shard in shards)}
+    index = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer, "shards": shards, "counts": total}
+    index |= extra or {}
+    write_json(folder / INDEX, index)
+    return index
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    temporary = _temporary(path)
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        _sync(stream)
+    _rename(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a file, or a folder and the files in it, to disk and rename it to its final name."""
+    for item in [*temporary.rglob("*"), temporary]:
+        sync_path(item)
+    _rename(temporary, path)
+
+
+def sync_path(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def image_name(data: bytes) -> str:
+    """`png` or `jpg`: the file name ending of an encoded image."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    raise ValueError(f"an image must be PNG or JPEG, got bytes that start with {data[:4]!r}")
+
+
+def read_shard(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of one tar as they were written: `__key__`, `json` as a dict, everything else as bytes."""
+    with tarfile.open(path) as tar:
+        for key, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
+            sample: dict[str, Any] = {"__key__": key}
+            for member in members:
+                stream = tar.extractfile(member)
+                if stream is not None:
+                    sample[member.name.partition(".")[2]] = stream.read()
+            yield {name: json.loads(value) if name == "json" else value for name, value in sample.items()}
+
+
+def read_index(folder: str | Path) -> dict:
+    """The index of a finished data folder."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a finished data folder: it has no {INDEX}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _groups(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Iterable[Mapping[str, Any]]]:
+    """Consecutive groups of `size` samples, lazily; each must be used up before the next is taken."""
+    rest = iter(samples)
+    for first in rest:
+        yield chain([first], islice(rest, size - 1))
+
+
+def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
+    key = sample["__key__"]
+    if not 0 < len(key.encode()) <= MAX_KEY or "." in key or "/" in key:
+        raise ValueError(f"a key has 1 to {MAX_KEY} bytes, no dot and no slash, got {key!r}")
+    files = {name: _encode_value(value) for name, value in sample.items() if not name.startswith("_")}
+    return {"__key__": key, **files}
+
+
+def _encode_value(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    sync_path(path.parent)

@@ -1,0 +1,287 @@
+"""Edits to token spans, checked against plain replacement of characters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from src.align import Aligned, apply_spans, locate, locate_swap
+from src.batch import Edit
+from src.scenes.grammar import LEXICON, swaps, write_caption
+from src.scenes.graph import draw_scene
+from src.tokenizer import Codec
+
+ODD = "Häuser naïve 東京タワー 🙂🙃 isn't e\u0301 co-op “quoted” tab\there  two  blanks\nline ½"
+
+
+def _captions(count: int) -> list[str]:
+    rng = Random(7)
+    return [write_caption(draw_scene(rng, objects=(1, 9)), rng) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.train(_captions(200), vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def raw_codec() -> Codec:
+    """One token per byte."""
+    return Codec.train([], vocab_size=263, alphabet="bytes")
+
+
+@pytest.fixture(scope="module")
+def byte_codec() -> Codec:
+    return Codec.train([*_captions(50), ODD], vocab_size=420, alphabet="bytes")
+
+
+def _cut(codec: Codec, text: str, rng: Random) -> list[int]:
+    """Ids of a text that is encoded in random pieces."""
+    cuts = sorted({0, len(text), *(rng.randrange(len(text) + 1) for _ in range(len(text) // 4))})
+    return [i for a, b in zip(cuts, cuts[1:], strict=False) for i in codec.encode(text[a:b])[0]]
+
+
+def _check_invariants(ids: list[int], aligned: Aligned) -> None:
+    end = 0
+    for span in aligned.spans:
+        assert end <= span.start < span.end <= len(ids)
+        assert len(span.target_ids) == span.end - span.start
+        assert span.target_ids[0] != ids[span.start]
+        assert span.target_ids[-1] != ids[span.end - 1]
+        end = span.end
+
+
+def _apart(rng: Random, places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    chosen: list[tuple[int, int]] = []
+    for start, end in rng.sample(places, min(count, len(places))):
+        if all(end <= a or b <= start for a, b in chosen):
+            chosen.append((start, end))
+    return chosen
+
+
+def _replaced(text: str, changes: list[tuple[int, int, str]]) -> str:
+    for start, end, new in sorted(changes, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _run_and_compare(codec: Codec, text: str, ids: list[int], changes: list[tuple[int, int, str]]) -> Counter:
+    """Locate all changes; the result must read as if exactly the accepted ones were made in the text."""
+    edits = [Edit(text[a:b], new, a) for a, b, new in changes]
+    aligned = locate(codec, ids, edits)
+    _check_invariants(ids, aligned)
+    assert len(aligned.spans) + sum(aligned.rejected.values()) == len(edits)
+    wanted = Counter((span.org, span.target) for span in aligned.spans)
+    accepted = [c for c in changes if wanted[text[c[0] : c[1]], c[2]]]
+    if len(accepted) == len(aligned.spans):  # else two edits read the same, and only one of them was accepted
+        assert codec.decode(apply_spans(ids, aligned.spans)) == _replaced(text, accepted)
+    return aligned.rejected
+
+
+@pytest.mark.parametrize("chopped", [False, True])
+def test_accepted_word_edits_equal_text_replacement_on_scene_captions(codec: Codec, chopped: bool) -> None:
+    rng, accepted, total = Random(1), 0, 0
+    words = sorted({w for name in ("size", "colour", "shape", "row", "number") for w in LEXICON[name]})
+    for text in _captions(60):
+        ids = _cut(codec, text, rng) if chopped else codec.encode(text)[0]
+        starts = [0, *(i + 1 for i, char in enumerate(text) if char == " ")]
+        places = [(i, i + len(text[i:].split(" ")[0].strip(".,"))) for i in starts]
+        changes = [(a, b, rng.choice(words)) for a, b in _apart(rng, places, 6)]
+        rejected = _run_and_compare(codec, text, [*ids, codec.eot_id, codec.eos_id], changes)
+        assert set(rejected) <= {"unequal_length", "no_change"}
+        total, accepted = total + len(changes), accepted + len(changes) - sum(rejected.values())
+    assert accepted > total / 4
+
+
+@pytest.mark.parametrize("chopped", [False, True])
+def test_accepted_character_edits_equal_text_replacement_on_odd_text(
+    byte_codec: Codec, chopped: bool
+) -> None:
+    rng, rejected, total = Random(2), Counter[str](), 0
+    for _ in range(120):
+        text = " ".join(rng.sample(ODD.split(" "), 6))
+        ids = _cut(byte_codec, text, rng) if chopped else byte_codec.encode(text)[0]
+        places = [(a, a + rng.randint(1, 5)) for a in range(len(text) - 5)]
+        changes = [(a, b, "".join(rng.sample(ODD, b - a))) for a, b in _apart(rng, places, 4)]
+        rejected += _run_and_compare(byte_codec, text, ids, changes)
+        total += len(changes)
+    assert set(rejected) <= {"unequal_length", "no_change", "overlap"}
+    assert sum(rejected.values()) < total * 0.95
+
+
+def test_byte_tokens_take_any_replacement_of_equally_many_bytes(raw_codec: Codec) -> None:
+    text = "Die Häuser: 東京 🙂 end."
+    ids = raw_codec.encode(text)[0]
+    for org, target in (("🙂", "🙃"), ("東京", "京東"), ("ä", "ö"), ("Die", "Das"), (".", "!")):
+        (span,) = locate(raw_codec, ids, [Edit(org, target)]).spans
+        assert raw_codec.decode(apply_spans(ids, [span])) == text.replace(org, target)
+    (span,) = locate(raw_codec, ids, [Edit("ä", "ö")]).spans
+    assert span.end - span.start == 1  # both letters start with the same byte, which is not part of the span
+
+
+def test_minimal_span_of_a_long_quote(codec: Codec) -> None:
+    text = "A small red ring is in the upper left."
+    ids, offsets = codec.encode(text)
+    (span,) = locate(codec, ids, [Edit("A small red ring is in", "A small blue ring is in")]).spans
+    place = next(i for i, (a, b) in enumerate(offsets) if text[a:b].strip() == "red")
+    assert (span.start, span.end) == (place, place + 1)
+    assert span.target_ids == codec.encode(" blue")[0]
+    assert (span.org, span.target) == ("A small red ring is in", "A small blue ring is in")
+
+
+def test_shared_context_of_two_quotes_is_no_overlap(codec: Codec) -> None:
+    ids, _ = codec.encode("A small red ring is in the upper left.")
+    aligned = locate(codec, ids, [Edit("red ring", "blue ring"), Edit("red ring", "red square")])
+    assert codec.decode(apply_spans(ids, aligned.spans)) == "A small blue square is in the upper left."
+
+
+@pytest.mark.parametrize(
+    ("org", "target", "start", "result"),
+    [
+        ("One", "Two", None, "Two object is red, quite red, left."),  # start of the text: no blank before it
+        ("One", "Two", 0, "Two object is red, quite red, left."),
+        ("red", "blue", 14, "One object is blue, quite red, left."),
+        ("red", "blue", 25, "One object is red, quite blue, left."),  # before a comma
+        ("red,", "blue,", 25, "One object is red, quite blue, left."),
+        ("left", "right", None, "One object is red, quite red, right."),  # before the full stop
+        ("left.", "right.", None, "One object is red, quite red, right."),
+        (" left", " right", None, "One object is red, quite red, right."),
+        ("left", "right", 999, "One object is red, quite red, right."),  # a wrong place, but unique
+        ("left", "right", -5, "One object is red, quite red, right."),
+    ],
+)
+def test_known_edits(codec: Codec, org: str, target: str, start: int | None, result: str) -> None:
+    ids, _ = codec.encode("One object is red, quite red, left.")
+    aligned = locate(codec, [*ids, codec.eot_id], [Edit(org, target, start)])
+    assert not aligned.rejected
+    assert codec.decode(apply_spans(ids, aligned.spans)) == result
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (Edit("", "blue"), "empty"),
+        (Edit("red", "red", 14), "no_change"),
+        (Edit("purple", "blue"), "absent"),
+        (Edit("red", "blue"), "ambiguous"),
+        (Edit("red", "blue", 15), "ambiguous"),
+        (Edit("object", "red object"), "unequal_length"),
+        (Edit(" object", ""), "unequal_length"),
+        (Edit("object is", "object is is"), "unequal_length"),
+        (Edit("left.", "left. left."), "unequal_length"),
+    ],
+)
+def test_reasons(codec: Codec, edit: Edit, reason: str) -> None:
+    ids, _ = codec.encode("One object is red, quite red, left.")
+    aligned = locate(codec, ids, [edit])
+    assert aligned.spans == []
+    assert aligned.rejected == {reason: 1}
+
+
+def test_characters_that_the_tokenizer_lacks_are_not_left_out(codec: Codec) -> None:
+    ids, _ = codec.encode("One object is red.")
+    for target in ("red€", "€blue", "東京"):
+        assert locate(codec, ids, [Edit("red", target)]).rejected == {"unknown": 1}
+
+
+def test_the_first_of_overlapping_edits_wins(codec: Codec) -> None:
+    ids, _ = codec.encode("One object is red, quite red, left.")
+    edits = [Edit("red", "blue", 14), Edit("is red", "is green", 11), Edit("is red", "on red", 11)]
+    aligned = locate(codec, ids, edits)
+    assert aligned.rejected == {"overlap": 1}
+    assert codec.decode(apply_spans(ids, aligned.spans)) == "One object on blue, quite red, left."
+
+
+def test_two_edits_within_one_token_overlap(codec: Codec) -> None:
+    ids, _ = codec.encode("A red square.")
+    assert len(codec.encode(" square")[0]) == 1
+    aligned = locate(codec, ids, [Edit("squ", "squ"), Edit("square", "circle"), Edit("are", "ARE")])
+    assert aligned.rejected["no_change"] == 1
+    assert len(aligned.spans) == 1
+    assert codec.decode(apply_spans(ids, aligned.spans)) == "A red circle."
+
+
+def test_whole_words_come_before_parts_of_words(raw_codec: Codec) -> None:
+    text = "scattered red dots"
+    ids = raw_codec.encode(text)[0]
+    (span,) = locate(raw_codec, ids, [Edit("red", "tan")]).spans
+    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered tan dots"
+    (span,) = locate(raw_codec, ids, [Edit("dot", "hat")]).spans
+    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered red hats"
+
+
+def test_special_tokens_inside_a_draft(codec: Codec) -> None:
+    a, b = codec.encode("A small red")[0], codec.encode(" ring is in the upper left.")[0]
+    ids = [codec.eos_id, *a, codec.mask_id, *b, codec.eos_id, codec.eot_id, *a, *b]
+    edits = [Edit("A", "The"), Edit("red", "blue"), Edit("ring", "square"), Edit("left", "right")]
+    aligned = locate(codec, ids, edits)
+    assert not aligned.rejected
+    fixed = apply_spans(ids, aligned.spans)
+    assert codec.decode(fixed) == "The small blue square is in the upper right."
+    assert [i for i, t in enumerate(fixed) if t in (codec.eos_id, codec.mask_id, codec.eot_id)] == [
+        i for i, t in enumerate(ids) if t in (codec.eos_id, codec.mask_id, codec.eot_id)
+    ]
+    through = locate(codec, ids, [Edit("red ring", "blue square")])
+    assert through.rejected == {"unequal_length": 1}  # three tokens, one of them special
+
+
+def test_a_target_cannot_smuggle_in_special_tokens(raw_codec: Codec) -> None:
+    text = "x" * len("<|eot_id|>") + " end"
+    ids = raw_codec.encode(text)[0]
+    for span in locate(raw_codec, ids, [Edit("x" * len("<|eot_id|>"), "<|eot_id|>")]).spans:
+        assert raw_codec.eot_id not in span.target_ids
+
+
+def test_broken_bytes_in_a_draft_do_no_harm(raw_codec: Codec) -> None:
+    euro = raw_codec.encode("€")[0]
+    ids = [*euro[:2], *raw_codec.encode("ab red")[0], euro[1], *raw_codec.encode(" dots")[0]]
+    text = raw_codec.decode(ids)
+    (span,) = locate(raw_codec, ids, [Edit("dots", "hats")]).spans
+    assert raw_codec.decode(apply_spans(ids, [span])) == text.replace("dots", "hats")
+
+
+def test_no_edits_and_an_empty_draft(codec: Codec) -> None:
+    assert locate(codec, [], []) == Aligned([], Counter())
+    assert locate(codec, [codec.eot_id], [Edit("a", "b")]).rejected == {"absent": 1}
+
+
+def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
+    rng, found, total = Random(3), 0, 0
+    for _ in range(60):
+        scene = draw_scene(rng)
+        text = write_caption(scene, rng)
+        ids, offsets = codec.encode(text)
+        for swap in swaps(scene, text, rng):
+            wrong_text = _replaced(text, [(swap.start, swap.end, swap.wrong)])
+            wrong_ids = codec.encode(wrong_text)[0]
+            located = locate_swap(codec, text, swap.start, swap.end, swap.wrong)
+            total += 1
+            assert (located is None) == (len(wrong_ids) != len(ids))
+            if located:
+                found += 1
+                first, end, wrong = located
+                assert [*ids[:first], *wrong, *ids[end:]] == wrong_ids
+                assert all(a < swap.end and b > swap.start for a, b in offsets[first:end])
+    assert found > total / 2
+
+
+def test_swaps_that_cannot_be_had(codec: Codec, byte_codec: Codec) -> None:
+    text = "A red ring is in the upper left."
+    assert locate_swap(codec, text, 2, 5, "red") is None
+    assert locate_swap(codec, text, 2, 5, "red blue") is None
+    assert locate_swap(codec, text, 2, 5, "€blue") is None  # the tokenizer would drop the sign silently
+    assert locate_swap(codec, text, 0, 1, "") is None
+    located = locate_swap(byte_codec, "Ein ä.", 4, 5, "ö")
+    assert located is not None
+    assert byte_codec.decode([*byte_codec.encode("Ein ä.")[0][: located[0]], *located[2]]) == "Ein ö"
+
+
+def test_a_swap_that_changes_its_surroundings_is_refused() -> None:
+    codec = Codec.train(["ab cd"] * 9 + ["xc d"] * 9, vocab_size=280, alphabet="bytes")
+    ids = codec.encode("ab cd")[0]
+    wrong = codec.encode("xc d")[0]
+    assert len(ids) == len(wrong) == 2
+    assert locate_swap(codec, "ab cd", 0, 4, "xc ") == (0, 2, wrong)
+    assert locate_swap(codec, "ab cd", 0, 5, "xc d") == (0, 2, wrong)

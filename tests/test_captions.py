@@ -1,0 +1,316 @@
+"""Captions and rounds as batches: what is in a batch, how rounds are mixed in, and resuming inside a real trainer."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.captions import CaptionData
+from src.shards import write_shards
+from src.tokenizer import Codec
+
+TEXTS = ("A red ring.", "A blue cross is here.")
+WORDS = "Describe the picture. Which one? user assistant red blue green ring cross A is here."
+CANVAS = 12
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.train([WORDS] * 3 + list(TEXTS) * 3, vocab_size=400, alphabet="bytes")
+
+
+def picture(number: int, size: int = 4) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (size, size), (number, 255, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def swap(codec: Codec, text: str, right: str, wrong: str) -> dict:
+    """A swap with its tokens, found by comparing the two encodings."""
+    start = text.index(right)
+    ids = codec.encode(text)[0]
+    false = codec.encode(text[:start] + wrong + text[start + len(right) :])[0]
+    assert len(ids) == len(false)
+    changed = [i for i, (a, b) in enumerate(zip(ids, false, strict=True)) if a != b]
+    first, end = changed[0], changed[-1] + 1
+    place = {"start": start, "end": start + len(right), "right": right, "wrong": wrong, "fact": "attribute"}
+    return {**place, "tokens": [first, end, false[first:end]]}
+
+
+def record(codec: Codec, number: int) -> dict:
+    captions = [
+        {"text": TEXTS[0], "swaps": [swap(codec, TEXTS[0], "red", "blue"), swap(codec, TEXTS[0], "ring", "cross")]},
+        {"text": TEXTS[1], "swaps": []},
+    ]
+    prompt = "Describe the picture." if number % 2 else "Which one?"
+    return {"key": f"k{number:03d}", "prompt": prompt, "captions": captions}
+
+
+def write(folder: Path, codec: Codec, records: list[dict], kind: str, fingerprint: str | None = None) -> Path:
+    samples = ({"__key__": r["key"], "json": r, "png": picture(n)} for n, r in enumerate(records))
+    tokenizer = fingerprint or codec.fingerprint
+    write_shards(folder, samples, prefix="s", per_shard=8, kind=kind, tokenizer=tokenizer)
+    return folder
+
+
+def draft(codec: Codec, number: int) -> dict:
+    """A draft that says "A blue ring." where "red" is right."""
+    ids = [*codec.encode("A blue ring.")[0], codec.eot_id]
+    right = swap(codec, "A blue ring.", "blue", "red")["tokens"]
+    spans = [{"start": right[0], "end": right[1], "target_ids": right[2], "org": "blue", "target": "red"}]
+    return {
+        "key": f"d{number:03d}", "prompt": "Which one?", "draft_ids": ids, "text": "A blue ring.", "spans": spans,
+        "reference": TEXTS[0], "steps": 3, "model": "m",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, codec: Codec) -> Path:
+    for split, count in (("train", 20), ("val", 5), ("test", 3)):
+        write(tmp_path / "data" / split, codec, [record(codec, n) for n in range(count)], "captions")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def round_folder(tmp_path: Path, codec: Codec) -> Path:
+    return write(tmp_path / "round-0001", codec, [draft(codec, n) for n in range(9)], "round")
+
+
+def data(folder: Path, codec: Codec, **changed: Any) -> CaptionData:
+    settings: dict[str, Any] = {"batch_size": 4, "canvas": CANVAS, "image_size": 4, "seed": 5}
+    return CaptionData(path=str(folder), codec=codec, **{**settings, **changed})
+
+
+def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
+    first, second = data(folder, codec).val_dataloader()
+    assert first.keys == ["k000", "k001", "k002", "k003"]
+    assert second.keys == ["k004"]
+    right, wrong = codec.encode("A red ring.")[0], codec.encode("A blue cross.")[0]
+    length = len(right)
+    fill = [codec.eos_id] * (CANVAS - length - 1)
+    assert first.response.tolist() == [[*right, codec.eot_id, *fill]] * 4
+    assert first.flawed.tolist() == [[*wrong, codec.eot_id, *fill]] * 4
+    numbers = first.span[0].tolist()
+    assert [n > 0 for n in numbers[:length]] == [a != b for a, b in zip(right, wrong, strict=True)]
+    assert sorted(set(numbers)) == [0, 1, 2]
+    assert not any(numbers[length:])
+    assert first.editable.all()
+    assert not first.drafted.any()
+    assert (first.epoch, first.records[1]["key"], first.images[1]) == (0, "k001", picture(1))
+    red, full, none = first.prefix["pixel_values"][3].unbind()
+    assert first.prefix["pixel_values"].shape == (4, 3, 4, 4)
+    torch.testing.assert_close(red, torch.full((4, 4), 3 / 127.5 - 1))
+    assert full.eq(1).all()
+    assert none.eq(-1).all()
+
+
+def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: Codec) -> None:
+    first, last = data(folder, codec).val_dataloader()
+    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which one?")), key=len)[::-1]
+    assert len(long) > len(short)
+    for row, (ids, mask) in enumerate(zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)):
+        expected = codec.prompt_ids(first.records[row]["prompt"])
+        assert ids[mask].tolist() == expected
+        assert mask.tolist() == [i < len(expected) for i in range(len(long))]
+    assert "prompt_mask" not in last.prefix
+
+
+def test_images_of_another_size_are_resized(folder: Path, codec: Codec) -> None:
+    batch = next(iter(data(folder, codec, image_size=7).val_dataloader()))
+    assert batch.prefix["pixel_values"].shape == (4, 3, 7, 7)
+    assert np.allclose(batch.prefix["pixel_values"][2, 0].numpy(), 2 / 127.5 - 1)
+
+
+def test_training_takes_each_image_once_and_captions_by_epoch(folder: Path, codec: Codec) -> None:
+    module = data(folder, codec)
+    module.trainer = trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)  # type: ignore[assignment]
+    taken: dict[str, list[str]] = {}
+    for trainer.current_epoch in range(6):
+        batches = list(module.train_dataloader())
+        assert sorted(k for b in batches for k in b.keys) == [f"k{n:03d}" for n in range(20)]
+        assert {b.epoch for b in batches} == {trainer.current_epoch}
+        for b in batches:
+            for key, ids in zip(b.keys, b.response.tolist(), strict=True):
+                taken.setdefault(key, []).append(codec.decode(ids))
+    assert set(taken["k003"]) == set(TEXTS)  # 6 epochs: one caption only has a chance of 1 in 32, fixed by the seed
+    trainer.current_epoch = 2
+    again = {k: codec.decode(i) for b in module.train_dataloader() for k, i in zip(b.keys, b.response.tolist(), strict=True)}
+    assert again == {key: texts[2] for key, texts in taken.items()}
+
+
+def test_too_long_responses_are_cut_and_reported_once(
+    folder: Path, codec: Codec, caplog: pytest.LogCaptureFixture
+) -> None:
+    right, wrong = codec.encode("A red ring.")[0], codec.encode("A blue cross.")[0]
+    changed = [i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
+    canvas = changed[-1]  # the cut goes through or before the second span
+    module = data(folder, codec, canvas=canvas)
+    with caplog.at_level(logging.WARNING):
+        batches = [*module.val_dataloader(), *module.val_dataloader()]
+    assert batches[0].response.tolist() == [right[:canvas]] * 4
+    assert set(batches[0].span[0].tolist()) == {0, 1}
+    assert torch.equal(batches[0].flawed != batches[0].response, batches[0].span > 0)
+    assert module.notes[str(canvas), "cut"] == 10
+    assert caplog.text.count("longer than the canvas") == 1
+
+
+def test_rounds_are_mixed_in_by_share(folder: Path, round_folder: Path, codec: Codec) -> None:
+    module = data(folder, codec)
+    assert len(module.train_dataloader()) == 5
+    module.add_round(round_folder)
+    module.add_round(round_folder)
+    batches = list(module.train_dataloader())
+    assert len(batches) == 9 // 3  # one pass over the drafts, 3 of the 4 rows
+    assert all(b.drafted.tolist() == [False, True, True, True] for b in batches)
+    assert sorted(k for b in batches for k in b.keys[1:]) == [f"d{n:03d}" for n in range(9)]
+    row = batches[0].rows(slice(1, 2))
+    draft_ids = batches[0].records[1]["draft_ids"]
+    fill = [codec.eos_id] * (CANVAS - len(draft_ids))
+    assert row.flawed[0].tolist() == draft_ids + fill
+    assert codec.decode(row.response[0].tolist()) == "A red ring."
+    assert torch.equal(row.flawed != row.response, row.span == 1)
+    assert len(row.images) == 1
+
+
+@pytest.mark.parametrize(("share", "drafts"), [(0.0, 4), (0.5, 2), (0.99, 1)])
+def test_share_of_captions(folder: Path, round_folder: Path, codec: Codec, share: float, drafts: int) -> None:
+    module = data(folder, codec, rounds=(str(round_folder),), data_share=share)
+    assert {int(b.drafted.sum()) for b in module.train_dataloader()} == {drafts}
+
+
+def test_a_round_smaller_than_a_batch_is_cycled(tmp_path: Path, folder: Path, codec: Codec) -> None:
+    small = write(tmp_path / "small", codec, [draft(codec, n) for n in range(2)], "round")
+    (batch,) = data(folder, codec, rounds=(str(small),)).train_dataloader()
+    assert set(batch.keys[1:]) == {"d000", "d001"}
+
+
+def test_fixed_number_of_batches_goes_round_the_data_evenly(folder: Path, codec: Codec) -> None:
+    module = data(folder, codec, epoch_batches=3)
+    module.trainer = trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)  # type: ignore[assignment]
+    seen: list[str] = []
+    for trainer.current_epoch in range(5):  # 5 epochs of 12 rows are 3 passes over 20 images
+        seen += [k for b in module.train_dataloader() for k in b.keys]
+    assert sorted(seen) == sorted([f"k{n:03d}" for n in range(20)] * 3)
+
+
+def test_ranks_get_equal_and_different_parts(folder: Path, round_folder: Path, codec: Codec) -> None:
+    def keys(rank: int, loader: str) -> list[list[str]]:
+        module = data(folder, codec, batch_size=2, data_share=0.5, rounds=rounds)
+        module.trainer = SimpleNamespace(current_epoch=1, global_rank=rank, world_size=2)  # type: ignore[assignment]
+        return [b.keys for b in getattr(module, loader)()]
+
+    rounds: tuple[str, ...] = ()
+    for rounds in ((), (str(round_folder),)):
+        one, two = keys(0, "train_dataloader"), keys(1, "train_dataloader")
+        assert [len(k) for k in one] == [len(k) for k in two]
+        assert not {k for ks in one for k in ks} & {k for ks in two for k in ks}
+    shares = [[k for ks in keys(rank, "val_dataloader") for k in ks] for rank in (0, 1)]
+    assert shares == [["k000", "k001", "k002"], ["k003", "k004", "k000"]]
+
+
+def test_drafting_takes_turns_through_the_data(folder: Path, codec: Codec) -> None:
+    module = data(folder, codec)
+    rounds = [[k for b in module.draft_dataloader(number, 7) for k in b.keys] for number in (1, 2, 3)]
+    assert [len(set(keys)) for keys in rounds] == [7, 7, 7]
+    assert not set(rounds[0]) & set(rounds[1])
+    assert [k for b in module.draft_dataloader(2, 7) for k in b.keys] == rounds[1]
+    with pytest.raises(ValueError, match="1 to 20 images, got 21"):
+        module.draft_dataloader(1, 21)
+
+
+def test_limit(folder: Path, codec: Codec) -> None:
+    module = data(folder, codec, limit={"train": 8, "val": 2})
+    assert {k for b in module.train_dataloader() for k in b.keys} == {f"k{n:03d}" for n in range(8)}
+    assert [b.keys for b in module.val_dataloader()] == [["k000", "k001"]]
+    assert len(list(module.test_dataloader())) == 1
+
+
+def test_mistakes_are_named(tmp_path: Path, folder: Path, round_folder: Path, codec: Codec) -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        data(folder, codec, batch_size=0)
+    with pytest.raises(ValueError, match=r"data_share .* got 1"):
+        data(folder, codec, data_share=1)
+    with pytest.raises(ValueError, match="limit names .*dev"):
+        data(folder, codec, limit={"dev": 3})
+    with pytest.raises(ValueError, match=r"20 training samples .* batch of 21"):
+        data(folder, codec, batch_size=21).train_dataloader()
+    with pytest.raises(ValueError, match="no data folder"):
+        data(tmp_path / "none", codec).train_dataloader()
+    with pytest.raises(ValueError, match="'round', expected 'captions'"):
+        write(tmp_path / "mixed" / "train", codec, [draft(codec, 0)], "round")
+        data(tmp_path / "mixed", codec).train_dataloader()
+    other = Codec.train(["something else"], vocab_size=300, alphabet="bytes")
+    with pytest.raises(ValueError, match=r"src\.prepare with this tokenizer"):
+        data(folder, other).val_dataloader()
+    with pytest.raises(ValueError, match=rf"round-0001 .* {other.fingerprint}; .*src\.draft"):
+        data(folder, other).add_round(round_folder)
+
+
+def test_state_holds_the_rounds(tmp_path: Path, folder: Path, round_folder: Path, codec: Codec) -> None:
+    state = data(folder, codec, rounds=(str(round_folder),)).state_dict()
+    fresh = data(folder, codec)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    assert len(fresh.train_dataloader()) == 3
+    (round_folder / "index.json").unlink()
+    for shard in round_folder.glob("*.tar"):
+        shard.unlink()
+    write(round_folder, codec, [draft(codec, n) for n in range(4)], "round")
+    with pytest.raises(ValueError, match="not the round that the checkpoint knows"):
+        data(folder, codec).load_state_dict(state)
+
+
+class Recorder(L.LightningModule):
+    """Notes the keys of every batch, and saves a checkpoint before the step `save_at`."""
+
+    def __init__(self, path: Path, save_at: int = -1, round_folder: Path | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.path, self.save_at, self.round_folder = path, save_at, round_folder
+        self.keys: list[tuple[int, int, list[str]]] = []
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        self.keys.append((self.current_epoch, self.global_step, batch.keys))
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step == self.save_at:
+            self.trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch == 0 and self.round_folder:
+            self.trainer.datamodule.add_round(self.round_folder)  # type: ignore[attr-defined]
+
+
+def fit(module: Recorder, datamodule: CaptionData, **settings: Any) -> list[tuple[int, int, list[str]]]:
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, reload_dataloaders_every_n_epochs=1, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=datamodule, **settings)
+    return module.keys
+
+
+@pytest.mark.filterwarnings("ignore:The .*does not have many workers")
+@pytest.mark.parametrize(("save_at", "workers"), [(3, 0), (5, 0), (6, 0), (6, 2)])
+def test_a_trainer_resumes_on_the_very_next_batch(
+    tmp_path: Path, folder: Path, round_folder: Path, codec: Codec, save_at: int, workers: int
+) -> None:
+    """Epochs of 5, 3 and 3 batches; a checkpoint within epoch 0, at its end, within epoch 1 (trained on a round)."""
+    path = tmp_path / "saved.ckpt"
+    whole = fit(Recorder(path, save_at, round_folder), data(folder, codec, workers=workers))
+    assert [epoch for epoch, _, _ in whole] == [0] * 5 + [1] * 3 + [2] * 3
+    resumed = fit(Recorder(path, -1, round_folder), data(folder, codec, workers=workers), ckpt_path=str(path), weights_only=True)
+    assert resumed == whole[save_at:]

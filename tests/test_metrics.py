@@ -1,0 +1,152 @@
+"""Caption metrics against hand-computed captions and brute force."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from src.batch import SpecialIds
+from src.metrics.caption import Mark, summarise
+from src.metrics.scenes import SceneQuality
+from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
+
+SCENE = {
+    "objects": [
+        {"shape": "circle", "colour": "red", "size": "small", "row": "upper", "column": "left"},
+        {"shape": "ring", "colour": "blue", "size": "large", "row": "lower", "column": "right"},
+    ],
+    "background": "pink",
+}
+REFERENCES = [{"text": "A red dog runs."}, {"text": "A dog on the grass."}]
+RECORD = {"key": "a", "scene": SCENE, "captions": REFERENCES}
+PERFECT = (
+    "The picture shows two objects on a pink background. A small red circle is in the upper left. "
+    "In the lower right there is a large blue ring. The red circle is above the blue ring."
+)
+# introduction: number wrong, background right; object: colour wrong, three of four right; then no sentence
+# covered facts: background, place, shape, size = 4 of 2 * 4 + 2; claims: 2 + 4, true 1 + 3
+FLAWED = (
+    "On a pink background we find three objects. A small green circle is in the upper left. "
+    "A red red is ring."
+)
+NOTHING = {"coverage": 0.0, "factuality": 0.0, "quality": 0.0}
+HAND = {
+    PERFECT: {"coverage": 1.0, "factuality": 1.0, "syntax": 1.0, "quality": 1.0},
+    FLAWED: {"coverage": 0.4, "factuality": 4 / 6, "syntax": 2 / 3, "quality": (0.4 + 4 / 6) / 2},
+    "": {**NOTHING, "syntax": 0.0},
+    "A small red circle is in the middle left.": {
+        **NOTHING,
+        "syntax": 1.0,
+    },  # an empty place: four false claims
+}
+
+
+@pytest.mark.parametrize("text", HAND)
+def test_scene_quality_of_hand_made_captions(text):
+    assert SceneQuality().score(text, RECORD) == pytest.approx(HAND[text])
+
+
+def test_means_and_standard_errors_match_the_definition():
+    metric = SceneQuality()
+    metric.update(list(HAND), [RECORD] * len(HAND))
+    for name, stat in metric.compute().items():
+        values = [hand[name] for hand in HAND.values()]
+        assert stat["mean"] == pytest.approx(sum(values) / 4)
+        assert stat["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(4))
+        assert stat["n"] == 4
+
+
+def test_summarise_needs_two_values_for_an_error_and_one_for_a_mean():
+    assert summarise([3.0]) == {"mean": 3.0, "se": None, "n": 1}
+    assert summarise([2.5] * 9)["se"] == 0.0
+    with pytest.raises(ValueError, match="no captions"):
+        summarise([])
+
+
+@pytest.mark.parametrize("kind", [SceneQuality, TextHealth, ReferenceOverlap, Bleu])
+def test_two_merged_metrics_equal_one(kind):
+    texts = [*HAND, "A red dog runs on the grass today.", "The the dog."]
+    whole, left, right = kind(), kind(), kind()
+    whole.update(texts, [RECORD] * len(texts))
+    left.update(texts[:2], [RECORD] * 2)
+    for text in texts[2:]:
+        right.update([text], [RECORD])
+    left.merge_state(right)
+    merged = left.compute()
+    for name, stat in whole.compute().items():
+        assert merged[name] == pytest.approx(stat)
+
+
+def test_scene_marks_name_the_wrong_words():
+    found = SceneQuality().marks(FLAWED, RECORD)
+    assert [(FLAWED[m.start : m.end], m.flaw) for m in found] == [
+        ("three", "false"),
+        ("green", "false"),
+        ("A red red is ring.", "ungrammatical"),
+    ]
+    assert SceneQuality().marks(PERFECT, RECORD) == []
+    assert TextHealth().marks("red red", RECORD) == list[Mark]()
+
+
+def test_a_record_without_a_scene_is_named():
+    with pytest.raises(ValueError, match="'photo-7' has no scene"):
+        SceneQuality().update(["A dog."], [{"key": "photo-7"}])
+
+
+def test_text_health_by_hand():
+    # words: the the dog the the dog; bigrams the-the, the-dog, dog-the, the-the, the-dog: 3 of 5 differ
+    score = TextHealth().score("The the dog, the the dog.", {})
+    assert score == {
+        "words": 6.0,
+        "duplicate_bigrams": pytest.approx(0.4),
+        "doubled_words": 2.0,
+        "empty": 0.0,
+    }
+    score = TextHealth().score(" .. ", {})
+    assert score == {"words": 0.0, "duplicate_bigrams": 0.0, "doubled_words": 0.0, "empty": 1.0}
+
+
+def test_distinct_2_counts_bigrams_over_the_whole_set():
+    metric = TextHealth()
+    metric.update(["a red ring", "a red cross", ""], [{}] * 3)
+    # a-red, red-ring, a-red, red-cross
+    assert metric.compute()["distinct_2"] == {"mean": 0.75, "se": None, "n": 3}
+    assert metric.compute()["empty"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_word_f1_takes_the_best_reference():
+    # against "A dog on the grass.": shared a, dog, the; 3 words against 5
+    assert ReferenceOverlap().score("the dog, a", RECORD)["word_f1"] == pytest.approx(2 * 3 / (3 + 5))
+    # against "A red dog runs.": shared a, red; a repeated word counts once
+    assert ReferenceOverlap().score("red red a", RECORD)["word_f1"] == pytest.approx(2 * 2 / (3 + 4))
+    assert ReferenceOverlap().score("", RECORD)["word_f1"] == 0.0
+    with pytest.raises(ValueError, match="no captions"):
+        ReferenceOverlap().score("a", {"key": "x", "captions": []})
+
+
+def test_bleu_by_hand():
+    record = {"captions": [{"text": "a b c d e f"}]}
+    metric = Bleu()
+    metric.update(["A b c d e x."], [record])
+    # n-gram precisions 5/6, 4/5, 3/4, 2/3 (product 1/3), no brevity penalty
+    assert metric.compute()["bleu"]["mean"] == pytest.approx((1 / 3) ** 0.25, rel=1e-5)
+
+
+def test_words_drop_case_and_punctuation():
+    assert words_of("A man's well-lit, 3-legged Dog -- ok.") == [
+        "a",
+        "man's",
+        "well-lit",
+        "3-legged",
+        "dog",
+        "ok",
+    ]
+
+
+def test_response_counts_stop_at_eot():
+    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0,), vocab_size=9)
+    assert response_counts([5, 6, 2, 1, 0], special) == {"tokens": 2.0, "cut": 0.0, "leftover_masks": 0.0}
+    assert response_counts([5, 6, 1, 1], special) == {"tokens": 2.0, "cut": 0.0, "leftover_masks": 0.0}
+    assert response_counts([5, 0, 6], special) == {"tokens": 3.0, "cut": 1.0, "leftover_masks": 1.0}

@@ -1,0 +1,510 @@
+"""The sampler against plain per-row loops, and scripted backbones with outcomes computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from src.batch import Prefix, SpecialIds
+from src.diffusion.revisers import OverwriteAll, Reviser
+from src.diffusion.sampler import Sampler
+from src.diffusion.schedule import Progress, Schedule
+from src.diffusion.unmask import Threshold
+from src.models.llada_v import LLaDAV
+
+MASK, EOS, EOT, BOS = 0, 1, 2, 3
+V = 24
+SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK, BOS), vocab_size=V)
+WORDS = range(4, V)
+
+
+class Scripted:
+    """A backbone whose logits are `script(row, call, tokens) -> (L, V)`; `row` is read from the prefix."""
+
+    def __init__(self, script):
+        self.script, self.calls, self.seen = script, 0, []
+
+    def __call__(self, prefix, tokens, *, attend=None, positions=None):
+        assert attend is None
+        self.seen.append(tokens.clone())
+        rows = prefix.embeds[:, 0, 0].int().tolist()
+        logits = torch.stack([self.script(r, self.calls, t) for r, t in zip(rows, tokens, strict=True)])
+        self.calls += 1
+        return logits if positions is None else logits[positions]
+
+
+def rows_of(count):
+    """A prefix that only tells which row is which."""
+    return Prefix(torch.arange(count, dtype=torch.float32)[:, None, None])
+
+
+def peaked(ids, heights=None):
+    """(L, V) logits with the argmax `ids`; a higher height means more confidence."""
+    logits = torch.zeros(len(ids), V)
+    for place, token in enumerate(ids):
+        logits[place, token] = 5.0 if heights is None else heights[place]
+    return logits
+
+
+def sample(sampler, backbone, count=1, **settings):
+    settings = {"special": SPECIAL, "keys": [f"k{i}" for i in range(count)], "seed": 0} | settings
+    return sampler(backbone, rows_of(count), **settings)
+
+
+def tiny(attention="prefix", sharpness=8.0):
+    torch.manual_seed(11)
+    decoder = {
+        "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "attention": attention,
+    }  # fmt: skip
+    model = LLaDAV(decoder=decoder, vision=None).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(sharpness)
+    return model
+
+
+def encode(model, prompts):
+    """Prefix of prompts of any lengths, padded on the right."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([p + [EOS] * (longest - len(p)) for p in prompts])
+    mask = torch.tensor([[i < len(p) for i in range(longest)] for p in prompts])
+    with torch.no_grad():
+        return model.encode_prefix({"prompt_ids": ids, "prompt_mask": mask})
+
+
+PROMPTS = [[4, 9, 7], [5, 6, 21, 8, 11, 13], [12, 4], [17, 18, 19, 20]]
+
+
+def even_split(number, steps):
+    return [number // steps + (step < number % steps) for step in range(steps)]
+
+
+def decode_by_hand(model, prompt, *, length, blocks, steps=None, tokens_per_step=None, revise=False, post=0):
+    """Plain loops for one row: LLaDA low-confidence decoding, ReDiff overwriting of the current block."""
+    prefix = encode(model, [prompt])
+    x, forwards, edits, size = [MASK] * length, 0, 0, length // blocks
+
+    def predict():
+        with torch.no_grad():
+            logits = model(prefix, torch.tensor([x]))[0].double()
+        logits[:, [MASK, BOS]] = -math.inf
+        return logits.argmax(-1).tolist(), logits.softmax(-1).max(-1).values.tolist()
+
+    for block in range(blocks):
+        places = range(block * size, (block + 1) * size)
+        split = even_split(size, steps // blocks if steps else -(-size // tokens_per_step))
+        for count in split:
+            best, confidence = predict()
+            forwards += 1
+            hidden = [i for i in places if x[i] == MASK]
+            visible = [i for i in places if x[i] != MASK]
+            for i in sorted(hidden, key=lambda i: -confidence[i])[:count]:
+                x[i] = best[i]
+            for i in visible if revise else ():
+                edits += x[i] != best[i]
+                x[i] = best[i]
+    for _ in range(post):
+        best, _ = predict()
+        forwards += 1
+        edits += sum(a != b for a, b in zip(x, best, strict=True))
+        x, before = best, x
+        if x == before:
+            break
+    end = x.index(EOT) + 1 if EOT in x else length
+    return x[:end] + [EOS] * (length - end), forwards, edits
+
+
+# --- schedule --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n]
+)
+def test_reveals_are_an_even_split_with_the_remainder_first(number, steps):
+    tokens = torch.full((1, number), MASK)
+    progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, MASK)
+    counts = []
+    while (tokens == MASK).any():
+        progress.enter(tokens)
+        counts.append(int(progress.take(tokens)))
+        done = sum(counts)
+        tokens[:, :done] = 5
+    assert counts == even_split(number, steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tokens_per_step": 2, "steps": 4}, "tokens_per_step=2 steps=4"),
+        ({"blocks": 3}, "8 tokens cannot be split into 3"),
+        ({"steps": 5, "blocks": 2}, "5 steps cannot be shared equally by 2"),
+        ({"steps": 9}, "9 steps are more than the 8 tokens"),
+        ({"steps": 0}, "0 steps"),
+        ({"tokens_per_step": 0}, "got 0"),
+        ({"tokens_per_step": 5, "blocks": 2}, "the block's 4, got 5"),
+        ({"post_steps": 1}, "without a reviser, got 1"),
+        ({"post_steps": -1, "reviser": OverwriteAll()}, "got -1"),
+        ({"temperature": -0.5}, "got -0.5"),
+        ({"max_forwards": 0}, "got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Sampler(length=8, **settings)
+
+
+def test_parts_refuse_wrong_settings():
+    with pytest.raises(ValueError, match=r"got 1.5"):
+        Threshold(1.5)
+    with pytest.raises(ValueError, match="'rows'"):
+        OverwriteAll(scope="rows")  # type: ignore[arg-type]
+
+
+def test_with_steps_changes_the_speed_only():
+    sampler = Sampler(length=12, tokens_per_step=4, blocks=2, reviser=OverwriteAll(), post_steps=3)
+    other = sampler.with_steps(steps=6)
+    assert (other.steps, other.tokens_per_step, other.blocks, other.post_steps) == (6, None, 2, 3)
+    assert other.reviser is sampler.reviser
+    assert sampler.tokens_per_step == 4
+
+
+# --- against plain loops ---------------------------------------------------------------------------------
+
+SETTINGS = [
+    {"length": 12, "blocks": 1, "tokens_per_step": 1},
+    {"length": 12, "blocks": 1, "tokens_per_step": 5},
+    {"length": 13, "blocks": 1, "steps": 4},
+    {"length": 12, "blocks": 3, "steps": 6},
+    {"length": 14, "blocks": 2, "tokens_per_step": 3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+def test_without_reviser_it_is_llada(settings, attention):
+    model = tiny(attention)
+    found = Sampler(**settings)(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0)
+    for row, prompt in enumerate(PROMPTS):
+        ids, forwards, _ = decode_by_hand(model, prompt, **settings)
+        assert found.ids[row].tolist() == ids
+        assert found.forwards[row] == forwards
+    assert found.edits.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("post", [0, 2])
+def test_overwrite_all_is_rediff(settings, post):
+    model = tiny()
+    sampler = Sampler(**settings, reviser=OverwriteAll(), post_steps=post)
+    found = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0)
+    by_hand = [decode_by_hand(model, p, **settings, revise=True, post=post) for p in PROMPTS]
+    assert found.ids.tolist() == [ids for ids, _, _ in by_hand]
+    assert found.forwards.tolist() == [forwards for _, forwards, _ in by_hand]
+    assert found.edits.tolist() == [edits for _, _, edits in by_hand]
+    assert sum(edits for _, _, edits in by_hand) > 0  # else the case would show nothing
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_batch_equals_its_rows_one_by_one(attention, temperature):
+    model = tiny(attention)
+    sampler = Sampler(
+        length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=6, temperature=temperature
+    )
+    keys = ["a", "b", "c", "d"]
+    start = torch.full((4, 12), MASK)
+    start[1, 2:] = 9  # so that rows end at different steps
+    start[3, :7] = 5
+    batch = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=keys, seed=3, start=start)
+    for row in range(4):
+        prefix = encode(model, [PROMPTS[row]])
+        alone = sampler(model, prefix, special=SPECIAL, keys=[keys[row]], seed=3, start=start[row : row + 1])
+        assert batch.ids[row].tolist() == alone.ids[0].tolist()
+        assert int(batch.forwards[row]) == int(alone.forwards[0])
+        assert int(batch.edits[row]) == int(alone.edits[0])
+
+
+@pytest.mark.parametrize("length", [1, 7, 11])
+@pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 5, 7])
+def test_every_length_and_speed_ends(length, tokens_per_step):
+    speed = min(tokens_per_step, length)
+    found = sample(
+        Sampler(length=length, tokens_per_step=speed), Scripted(lambda r, c, t: peaked([7] * length))
+    )
+    assert found.ids.tolist() == [[7] * length]
+    assert found.forwards.tolist() == [math.ceil(length / speed)]
+
+
+# --- what a step does, by hand ---------------------------------------------------------------------------
+
+
+def test_tokens_revealed_in_a_step_are_rewritten_only_by_the_next():
+    best = [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    heights = [[9, 8, 3, 2], [5, 5, 4, 6], [5, 5, 5, 5]]
+    backbone = Scripted(lambda r, call, t: peaked(best[call], heights[call]))
+    found = sample(
+        Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True
+    )
+    # step 1 reveals 0 and 1; step 2 rewrites these and reveals 2 and 3; the post step rewrites all
+    assert [step.tokens for step in found.traces[0]] == [[4, 5, MASK, MASK], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert [step.rewritten for step in found.traces[0]] == [
+        [], [(0, 4, 8), (1, 5, 9)], [(0, 8, 12), (1, 9, 13), (2, 10, 14), (3, 11, 15)],
+    ]  # fmt: skip
+    assert (found.forwards.tolist(), found.edits.tolist(), found.remasks.tolist()) == ([3], [6], [0])
+    without = sample(Sampler(length=4, tokens_per_step=2), Scripted(backbone.script))
+    assert without.ids.tolist() == [[4, 5, 10, 11]]
+
+
+@pytest.mark.parametrize(("scope", "expected"), [("block", [4, 4, 5, 5]), ("all", [5, 5, 5, 5])])
+def test_scope_says_whether_earlier_blocks_are_revised(scope, expected):
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
+    found = sample(
+        Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope)), backbone
+    )
+    assert found.ids.tolist() == [expected]
+
+
+def test_post_steps_revise_every_block_whatever_the_scope():
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
+    sampler = Sampler(
+        length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope="block"), post_steps=1
+    )
+    assert sample(sampler, backbone).ids.tolist() == [[6, 6, 6, 6]]
+
+
+def test_a_block_starts_only_when_the_one_before_is_full():
+    backbone = Scripted(lambda r, call, t: peaked([5] * 6, [1, 2, 3, 7, 8, 9]))
+    found = sample(Sampler(length=6, tokens_per_step=2, blocks=2), backbone, trace=True)
+    assert [step.unmasked for step in found.traces[0]] == [[1, 2], [0], [4, 5], [3]]
+
+
+def test_threshold_reveals_what_is_sure_and_at_least_the_scheduled_number():
+    def probability(p):  # the height that gives the peak probability p over the 22 ids that may be written
+        return math.log(p / (1 - p) * 21)
+
+    sure = [[0.9, 0.3, 0.95, 0.2, 0.1], [0.5, 0.4, 0.5, 0.3, 0.2], [0.5, 0.5, 0.5, 0.91, 0.92]]
+    backbone = Scripted(lambda r, call, t: peaked([5] * 5, [probability(p) for p in sure[call]]))
+    found = sample(Sampler(length=5, unmask=Threshold(0.85)), backbone, trace=True)
+    assert [step.unmasked for step in found.traces[0]] == [[0, 2], [1], [3, 4]]
+    assert found.traces[0][0].confidence == pytest.approx([0.9, 0.95])
+    two = sample(
+        Sampler(length=5, tokens_per_step=2, unmask=Threshold(0.99)), Scripted(backbone.script), trace=True
+    )
+    assert [len(step.unmasked) for step in two.traces[0]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("reviser", [None, OverwriteAll()])
+def test_banned_ids_are_never_written(temperature, reviser):
+    wide = V + 5  # the head has rows that the tokenizer lacks
+
+    def script(row, call, tokens):
+        logits = torch.zeros(9, wide)
+        logits[:, [MASK, BOS, *range(V, wide)]] = 50.0
+        return logits
+
+    settings = {"temperature": temperature, "reviser": reviser, "post_steps": 2 if reviser else 0}
+    found = sample(Sampler(length=9, tokens_per_step=2, **settings), Scripted(script), count=20)
+    allowed = {*WORDS, EOS, EOT}
+    assert {token for row in found.ids.tolist() for token in row} <= allowed
+
+
+def test_what_is_behind_the_first_eot_becomes_end_of_text():
+    backbone = Scripted(
+        lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r])
+    )
+    found = sample(Sampler(length=5, tokens_per_step=5), backbone, count=3)
+    assert found.ids.tolist() == [[5, EOT, EOS, EOS, EOS], [5, 6, 7, 8, 9], [EOT, EOS, EOS, EOS, EOS]]
+
+
+# --- a given start ---------------------------------------------------------------------------------------
+
+
+def test_an_oracle_corrects_a_flawed_caption_in_one_forward_call():
+    true = [[5, 6, 7, EOT, EOS, EOS], [8, 9, 10, 11, 12, EOT]]
+    flawed = torch.tensor([[5, 16, 17, EOT, EOS, EOS], [8, 9, 10, EOT, EOS, EOS]])
+    kept = flawed.clone()
+    backbone = Scripted(lambda r, call, t: peaked(true[r]))
+    sampler = Sampler(length=6, reviser=OverwriteAll(), post_steps=10)
+    found = sample(sampler, backbone, count=2, start=flawed)
+    assert found.ids.tolist() == true
+    assert found.edits.tolist() == [2, 3]
+    assert found.forwards.tolist() == [2, 2]  # the second one shows that nothing changes any more
+    assert torch.equal(flawed, kept)
+    once = sample(
+        Sampler(length=6, reviser=OverwriteAll(), post_steps=1),
+        Scripted(backbone.script),
+        count=2,
+        start=kept,
+    )
+    assert (once.ids.tolist(), once.forwards.tolist()) == (true, [1, 1])
+
+
+def test_rows_that_are_done_cost_nothing_more():
+    true = [4, 5, 6, 7, 8, EOT]
+    start = torch.tensor([[MASK] * 6, [4, MASK, 6, 7, 8, EOT], [4, 5, 6, 7, 8, EOT]])
+    backbone = Scripted(lambda r, call, t: peaked(true))
+    found = sample(Sampler(length=6, tokens_per_step=2), backbone, count=3, start=start)
+    assert found.ids.tolist() == [true] * 3
+    assert found.forwards.tolist() == [3, 1, 0]
+    assert [len(tokens) for tokens in backbone.seen] == [2, 1, 1]
+
+
+def test_a_start_may_hold_masks_in_a_later_block_only():
+    start = torch.tensor([[4, 5, 6, MASK, MASK, 9]])
+    backbone = Scripted(lambda r, call, t: peaked([14, 15, 16, 17, 18, 19]))
+    found = sample(Sampler(length=6, steps=2, blocks=2, reviser=OverwriteAll()), backbone, start=start)
+    assert found.ids.tolist() == [[4, 5, 6, 17, 18, 19]]  # the one scheduled step of block 2
+    assert (found.forwards.tolist(), found.edits.tolist()) == ([1], [1])
+
+
+def test_a_start_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(1, 5\).*\(1, 6\)"):
+        sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), start=torch.full((1, 5), MASK))
+    with pytest.raises(ValueError, match="1 keys for a prefix of 2 rows"):
+        sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), count=2, keys=["a"])
+
+
+# --- when it stops ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_a_cycle_ends_the_post_steps(period):
+    script = lambda r, call, t: peaked([(int(t[0]) - 4 + 1) % period + 4, 9, 9])  # noqa: E731
+    start = torch.tensor([[4, 9, 9], [4, 8, 9]])
+    found = sample(
+        Sampler(length=3, reviser=OverwriteAll(), post_steps=50), Scripted(script), count=2, start=start
+    )
+    # row 0 starts in the cycle and is back after `period` passes; row 1 first leaves its start for good
+    assert found.forwards.tolist() == [period, period + 1]
+
+
+def test_max_forwards_fills_the_rest_with_the_last_logits():
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 6, [6, 5, 4, 3, 2, 1]))
+    found = sample(Sampler(length=6, blocks=2, max_forwards=2), backbone, trace=True)
+    assert found.ids.tolist() == [[4, 5, 5, 5, 5, 5]]
+    assert found.forwards.tolist() == [2]
+    assert found.traces[0][-1].unmasked == [1, 2, 3, 4, 5]
+    assert all(0 < p < 1 for p in found.traces[0][-1].confidence)
+    drawn = sample(Sampler(length=6, max_forwards=1, temperature=9.0), Scripted(backbone.script))
+    assert drawn.ids.tolist() == [[4] * 6]  # what the budget fills is the argmax at any temperature
+    post = Sampler(length=6, tokens_per_step=6, reviser=OverwriteAll(), post_steps=9, max_forwards=3)
+    assert sample(post, Scripted(backbone.script)).forwards.tolist() == [3]
+
+
+# --- temperature and seeds -------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_from_the_tempered_softmax_and_scored_by_the_plain_one():
+    row = torch.full((V,), -math.inf)
+    row[[5, 6, 7, 8]] = torch.tensor([1.0, 0.5, 0.0, -1.0])
+    sampler = Sampler(length=5, tokens_per_step=5, temperature=0.5)
+    found = sample(sampler, Scripted(lambda r, c, t: row.expand(5, V)), count=800, trace=True)
+    expected = (row[[5, 6, 7, 8]] / 0.5).softmax(0) * 4000
+    observed = torch.stack([(found.ids == token).sum() for token in (5, 6, 7, 8)])
+    assert int(observed.sum()) == 4000
+    assert (
+        float(((observed - expected) ** 2 / expected).sum()) < 16.3
+    )  # chi-square, 3 degrees of freedom, p = 0.001
+    step, plain = found.traces[0][0], row.softmax(0)
+    assert step.confidence == pytest.approx([float(plain[token]) for token in step.tokens])
+
+
+def test_seeds_and_keys_decide_the_draw_and_the_global_generator_is_left_alone():
+    sampler = Sampler(length=10, tokens_per_step=3, temperature=1.0)
+    flat = lambda r, c, t: torch.zeros(10, V)  # noqa: E731
+    state = torch.get_rng_state()
+    first = sample(sampler, Scripted(flat), count=3, seed=5)
+    again = sample(sampler, Scripted(flat), count=3, seed=5)
+    other = sample(sampler, Scripted(flat), count=3, seed=6)
+    moved = sample(sampler, Scripted(flat), count=1, seed=5, keys=["k2"])
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first.ids, again.ids)
+    assert all((first.ids[row] != other.ids[row]).any() for row in range(3))
+    assert (first.ids[0] != first.ids[1]).any()
+    assert torch.equal(moved.ids[0], first.ids[2])
+
+
+# --- trace and hooks -------------------------------------------------------------------------------------
+
+
+class RemaskOnce(Reviser):
+    """Hides the first visible token again at the second step."""
+
+    def editable(self, state):
+        return state.visible & state.block
+
+    def remask(self, state, prediction):
+        first = state.visible & (state.visible.cumsum(1) == 1)
+        return first & (state.step == 1)[:, None]
+
+
+class RemaskAlways(RemaskOnce):
+    """Hides all that it may."""
+
+    def remask(self, state, prediction):
+        return state.visible
+
+
+class LookTwice(Reviser):
+    """At every second step, predicts again from a response whose masks are filled."""
+
+    def refine(self, state, prediction, predict):
+        rows = (state.step % 2 == 1)[:, None]
+        if not rows.any():
+            return prediction
+        again = predict(prediction.best, prediction.where & rows)
+        logits = prediction.logits.clone()
+        logits[(prediction.where & rows)[prediction.where]] = again.logits
+        best = torch.where(again.where, again.best, prediction.best)
+        return type(prediction)(prediction.where, logits, best)
+
+
+def test_a_trace_replays_to_the_final_ids():
+    model = tiny()
+    sampler = Sampler(length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=4)
+    found = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0, trace=True)
+    for row, steps in enumerate(found.traces):
+        tokens, edits = [MASK] * 12, 0
+        for step in steps:
+            for place in step.unmasked:
+                assert tokens[place] == MASK
+                tokens[place] = step.tokens[place]
+            for place, old, new in step.rewritten:
+                assert tokens[place] == old
+                tokens[place] = new
+            edits += len(step.rewritten)
+            assert tokens == step.tokens
+            assert len(step.confidence) == len(step.unmasked)
+        end = tokens.index(EOT) + 1 if EOT in tokens else 12
+        assert tokens[:end] + [EOS] * (12 - end) == found.ids[row].tolist()
+        assert (edits, steps[-1].forwards) == (int(found.edits[row]), int(found.forwards[row]))
+
+
+def test_a_remasking_reviser_is_scheduled_and_counted():
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4, [4, 3, 2, 1]))
+    found = sample(Sampler(length=4, steps=4, reviser=RemaskOnce()), backbone, trace=True)
+    # step 2 reveals place 1 and hides place 0; three masks in two steps: 0 and 2 next, then 3
+    assert [step.unmasked for step in found.traces[0]] == [[0], [1], [0, 2], [3]]
+    assert [step.remasked for step in found.traces[0]] == [[], [0], [], []]
+    assert (found.ids.tolist(), found.remasks.tolist()) == ([[6, 5, 6, 7]], [1])
+
+
+def test_remasking_without_end_still_ends():
+    sampler = Sampler(length=6, steps=4, blocks=2, reviser=RemaskAlways())
+    found = sample(sampler, Scripted(lambda r, c, t: peaked([5] * 6)), count=2)
+    assert found.ids.tolist() == [[5] * 6] * 2
+    assert found.forwards.tolist() == [4, 4]
+
+
+def test_a_refining_reviser_sees_filled_masks_and_its_passes_are_counted():
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 3, [3, 2, 1]))
+    found = sample(Sampler(length=3, reviser=LookTwice()), backbone)
+    # calls: 0 step 1, 1 step 2, 2 its second look (with call 1's guesses filled in), 3 step 3
+    assert found.ids.tolist() == [[4, 6, 7]]
+    assert found.forwards.tolist() == [4]
+    assert backbone.seen[2].tolist() == [[4, 5, 5]]

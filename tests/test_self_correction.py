@@ -1,0 +1,380 @@
+"""The online loop inside real trainings: when rounds come, what training sees of them, and what a kill leaves.
+
+Run as a program, this file is the training that the tests kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks.self_correction import SelfCorrection
+from datamodules.captions import CaptionData
+from src.batch import Edit, Revision
+from src.diffusion.sampler import Sampler
+from src.models.tiny import tiny
+from src.objectives.base import Training
+from src.objectives.refine import Refine
+from src.scenes.grammar import write_caption
+from src.scenes.graph import draw_scene
+from src.scenes.render import render
+from src.shards import read_index, write_shards
+from src.tokenizer import Codec
+
+NUM, CANVAS, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round
+
+
+class Rewriter:
+    """Wants another word for the first tokens of every draft; says on stdout whose draft it answers."""
+
+    name = "rewriter"
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    async def revise(self, drafts):
+        for draft in drafts:
+            ends = [len(self.codec.decode(draft.token_ids[:n])) for n in range(4)]
+            words = [draft.text[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            sys.stdout.write(f"answer {draft.key}\n")
+            sys.stdout.flush()
+            yield draft.key, Revision(tuple(Edit(w, " ring", a) for w, a in zip(words, ends, strict=False) if w))
+
+
+class Careless(Rewriter):
+    """Draws from the global generators, as any component of a round may."""
+
+    async def revise(self, drafts):
+        async for answer in super().revise(drafts):
+            torch.rand(3), random.random(), np.random.rand()
+            yield answer
+
+
+class Steps(L.Callback):
+    """Keeps the loss, and the number of drafted rows, of every step."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.drafted: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+        self.drafted[trainer.global_step] = int(batch.drafted.sum())
+
+
+class Noisy(L.LightningModule):
+    """Takes noise from every global generator, so that a draw too many anywhere shows in its weights."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.backbone = backbone(codec)
+        self.backbone.vision.eval()  # a part that is not in training mode must stay so
+
+    def training_step(self, batch, batch_idx):
+        assert self.backbone.training
+        assert not self.backbone.vision.training
+        hide = torch.rand(batch.response.shape) < random.random() * np.random.rand()
+        tokens = torch.where(hide, 0, batch.response)
+        logits = self.backbone(self.backbone.encode_prefix(batch.prefix), tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.response.flatten())
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Deaf(CaptionData):
+    """Takes note of rounds but does not train on them."""
+
+    heard: tuple[str, ...] = ()
+
+    def add_round(self, path):
+        self.heard = (*self.heard, Path(path).name)
+
+
+def backbone(codec: Codec):
+    decoder = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "attention": "prefix",
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "image_size": 48, "patch_size": 16,
+    }  # fmt: skip
+    return tiny(codec, decoder=decoder, vision=vision)
+
+
+def make_data(folder: Path) -> None:
+    rng = random.Random(1)
+    codec = Codec.train([write_caption(draw_scene(rng), rng) for _ in range(200)], vocab_size=350)
+    codec.save(folder / "tokenizer")
+
+    def samples():
+        for number in range(16):
+            scene, stream = draw_scene(rng), io.BytesIO()
+            render(scene, rng).save(stream, "PNG")
+            caption = {"text": write_caption(scene, rng), "swaps": []}
+            record = {
+                "key": f"s{number:02d}", "prompt": "Describe.", "captions": [caption], "scene": scene.to_dict()
+            }  # fmt: skip
+            yield {"__key__": record["key"], "json": record, "png": stream.getvalue()}
+
+    write_shards(
+        folder / "train", samples(), prefix="train", per_shard=8, kind="captions", tokenizer=codec.fingerprint
+    )  # fmt: skip
+
+
+def correction(codec: Codec, run: Path, **changed) -> SelfCorrection:
+    values = {
+        "expert": Rewriter(codec), "sampler": Sampler(length=CANVAS), "codec": codec, "run_dir": run,
+        "tokens_per_step": [16, 32], "drafts_per_round": NUM, "rounds": 2, "seed": 7,
+    }  # fmt: skip
+    return SelfCorrection(**{**values, **changed})
+
+
+def trainer_for(run: Path, callbacks: list, **changed) -> L.Trainer:
+    values = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": -1,
+        "max_steps": 3 * STEPS_PER_EPOCH, "reload_dataloaders_every_n_epochs": 1, "enable_progress_bar": False,
+        "enable_model_summary": False, "limit_val_batches": 0, "default_root_dir": run, "use_distributed_sampler": False,
+    }  # fmt: skip
+    return L.Trainer(callbacks=callbacks, **{**values, **changed})
+
+
+def data_for(data: Path, codec: Codec, kind: type[CaptionData] = CaptionData, **changed) -> CaptionData:
+    values = {"batch_size": 4, "canvas": CANVAS, "image_size": 48, "epoch_batches": STEPS_PER_EPOCH}
+    return kind(path=str(data), codec=codec, **{**values, **changed})
+
+
+class Lost(Rewriter):
+    """Loses its connection after one answer."""
+
+    async def revise(self, drafts):
+        async for answer in super().revise(drafts[:1]):
+            yield answer
+        raise ConnectionError("the expert is gone")
+
+
+def train(
+    data: Path, run: Path, expert: type[Rewriter] = Rewriter, *, resume: Path | None = None, save: bool = False
+) -> tuple[Steps, dict, CaptionData]:
+    """Stage II: losses, final weights, and the datamodule with its rounds.
+
+    It goes on from `resume`, else from the newest checkpoint if there is one; save: keep a checkpoint of every step.
+    """
+    torch.set_num_threads(1)
+    codec = Codec.load(data / "tokenizer")
+    module = Refine(
+        backbone=partial(backbone, codec), special=codec.special, training=Training(lr=1e-3, decay=0.0)
+    )  # fmt: skip
+    steps, datamodule = Steps(), data_for(data, codec)
+    callbacks: list[L.Callback] = [correction(codec, run, expert=expert(codec)), steps]
+    if save:
+        every_step = {"save_top_k": -1, "every_n_train_steps": 1, "save_on_train_epoch_end": False}
+        callbacks.append(ModelCheckpoint(run / "steps", filename="{step}", **every_step))
+    trainer = trainer_for(run, callbacks, enable_checkpointing=save)
+    newest = max((run / "checkpoints").glob("*.ckpt"), default=None)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume or newest)
+    return steps, module.state_dict(), datamodule
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codec(data) -> Codec:
+    return Codec.load(data / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted Stage II: its folder, steps, weights, datamodule."""
+    run = tmp_path_factory.mktemp("whole")
+    return run, *train(data, run, save=True)
+
+
+def shards(run: Path) -> dict[str, str]:
+    files = sorted((run / "rounds").glob("round-*/*.tar"))
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
+    run, steps, _, datamodule = whole
+    assert [path.name for path in sorted((run / "rounds").iterdir())] == ["round-0001", "round-0002"]
+    assert [index.path.name for index in datamodule.rounds] == ["round-0001", "round-0002"]
+    assert list(steps.drafted.values()) == [3] * 3 * STEPS_PER_EPOCH, "a quarter of 4 rows are captions"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["pre-round-0002.ckpt"]
+
+
+def test_rounds_draft_for_different_images_with_the_weights_of_their_time(whole):
+    run = whole[0]
+    indexes = [read_index(run / "rounds" / f"round-000{n}" / "drafts") for n in (1, 2)]
+    assert len({index["settings"]["model"] for index in indexes}) == 2
+    text = [path.read_text() for n in (1, 2) for path in (run / "rounds" / f"round-000{n}").glob("journal*")]
+    keys = [{line.split('"key": "')[1][:3] for line in journal.splitlines()} for journal in text]
+    assert [len(found) for found in keys] == [NUM, NUM]
+    assert not keys[0] & keys[1]
+
+
+def train_and_kill(data: Path, run: Path, *, answers: int) -> None:
+    """Start a training, and kill it from outside once the expert has given some answers."""
+    program = [sys.executable, __file__, str(data), str(run)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        said = (line.split()[1] for line in child.stdout if line.startswith("answer "))
+        for _ in range(answers):
+            next(said)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_killed_training_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
+    """Killed in the first round, killed in the second, and then left by the expert."""
+    train_and_kill(data, tmp_path, answers=3)
+    train_and_kill(data, tmp_path, answers=(NUM - 3) + 2)
+    with pytest.raises(ConnectionError):
+        train(data, tmp_path, Lost)
+    steps, weights, datamodule = train(data, tmp_path)
+    run, expected_steps, expected, _ = whole
+    assert min(steps.losses) == STEPS_PER_EPOCH + 1
+    assert steps.losses == {n: loss for n, loss in expected_steps.losses.items() if n in steps.losses}
+    assert max(steps.losses) == 3 * STEPS_PER_EPOCH
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert [index.path.name for index in datamodule.rounds] == ["round-0001", "round-0002"]
+    assert shards(tmp_path) == shards(run)
+    assert not list((tmp_path / "rounds").glob(".*"))
+    for journal in (tmp_path / "rounds").glob("*/journal*"):
+        keys = [line.split('"key": "')[1].split('"')[0] for line in journal.read_text().splitlines()]
+        assert len(keys) == len(set(keys)) == NUM
+
+
+@pytest.mark.parametrize("step", [2, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1])
+def test_training_resumes_at_any_step(data, whole, tmp_path, step):
+    """Mid-epoch before the second round, right before it, and mid-epoch after it."""
+    run, expected_steps, expected, _ = whole
+    num_done = 1 + (step > STEPS_PER_EPOCH)
+    for number in range(1, num_done + 1):
+        shutil.copytree(run / "rounds" / f"round-000{number}", tmp_path / "rounds" / f"round-000{number}")
+    saved = run / "steps" / f"step={step}.ckpt"
+    steps, weights, datamodule = train(data, tmp_path, resume=saved)
+    assert steps.losses == {n: loss for n, loss in expected_steps.losses.items() if n > step}
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert shards(tmp_path) == shards(run)
+    assert [index.path.name for index in datamodule.rounds] == ["round-0001", "round-0002"]
+
+
+def test_drafting_leaves_training_untouched(data, codec, tmp_path):
+    """Bit for bit: weights with two rounds whose data are not used equal those without rounds."""
+    weights, heard = [], []
+    careless = correction(codec, tmp_path / "with", expert=Careless(codec))
+    for name, callbacks in (("with", [careless]), ("without", [])):
+        L.seed_everything(3, verbose=False)
+        module, datamodule = Noisy(codec), data_for(data, codec, Deaf)
+        trainer_for(tmp_path / name, callbacks).fit(module, datamodule=datamodule)
+        weights.append(module.state_dict())
+        heard.append(datamodule.heard)
+    assert heard == [("round-0001", "round-0002"), ()]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_state_survives_a_checkpoint(data, codec, tmp_path):
+    first = correction(codec, tmp_path, rounds=1)
+    module = Noisy(codec)
+    trainer = trainer_for(tmp_path, [first], max_steps=STEPS_PER_EPOCH)
+    trainer.fit(module, datamodule=data_for(data, codec))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    second, datamodule = correction(codec, tmp_path, rounds=1, expert=None), data_for(data, codec)
+    trainer_for(tmp_path, [second], max_steps=2 * STEPS_PER_EPOCH).fit(
+        Noisy(codec), datamodule=datamodule, ckpt_path=tmp_path / "end.ckpt"
+    )  # fmt: skip
+    assert second.state_dict() == first.state_dict() == {"num_done": 1, "saved_for": 1}
+    assert [index.path.name for index in datamodule.rounds] == ["round-0001"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "due"),
+    [
+        ({"rounds": 3}, [1, 2, 3, 3]),
+        ({"rounds": 3, "at_start": False}, [0, 1, 2, 3]),
+        ({"rounds": 2, "every_n_epochs": 3}, [1, 1, 1, 2]),
+    ],
+)
+def test_when_rounds_are_due(codec, tmp_path, settings, due):
+    callback = correction(codec, tmp_path, **settings)
+    assert [callback._num_due(epochs) for epochs in range(4)] == due
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2, "max_steps": -1}, {"max_steps": 2 * STEPS_PER_EPOCH}])
+def test_no_round_after_the_last_epoch(data, codec, tmp_path, limit):
+    callback = correction(codec, tmp_path, at_start=False)
+    trainer_for(tmp_path, [callback], **limit).fit(Noisy(codec), datamodule=data_for(data, codec))
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["round-0001"]
+
+
+def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
+    trainer = trainer_for(tmp_path, [correction(codec, tmp_path)], max_steps=6, logger=CSVLogger(tmp_path))
+    trainer.fit(Noisy(codec), datamodule=data_for(data, codec))
+    header, *rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    drafted = [dict(zip(header.split(","), row.split(","), strict=True)) for row in rows]
+    rounds = [row for row in drafted if row.get("round/drafted")]
+    assert [(float(row["round/drafted"]), row["step"]) for row in rounds] == [(NUM, "0"), (NUM, str(STEPS_PER_EPOCH))]
+    for number, row in enumerate(rounds, 1):
+        counts = read_index(tmp_path / "rounds" / f"round-000{number}")["counts"]
+        assert float(row["round/edits_per_draft"]) == pytest.approx(counts["edits"] / NUM)
+        assert float(row["round/right_share"]) == pytest.approx(counts["right"] / NUM)
+        assert float(row["round/seconds"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"drafts_per_round": 0}, "drafts_per_round must be at least 1, got 0"),
+        ({"tokens_per_step": []}, "at least one speed"),
+        ({"tokens_per_step": [CANVAS + 1]}, f"got {CANVAS + 1}"),
+    ],
+)
+def test_wrong_numbers_fail_at_once(codec, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        correction(codec, tmp_path, **settings)
+
+
+def test_trainer_that_keeps_its_loader_is_refused(data, codec, tmp_path):
+    trainer = trainer_for(tmp_path, [correction(codec, tmp_path)], reload_dataloaders_every_n_epochs=0)
+    with pytest.raises(ValueError, match="reload_dataloaders_every_n_epochs=1"):
+        trainer.fit(Noisy(codec), datamodule=data_for(data, codec))
+
+
+def test_datamodule_that_takes_no_rounds_is_refused(codec, tmp_path):
+    with pytest.raises(ValueError, match="draft_dataloader, got LightningDataModule"):
+        trainer_for(tmp_path, [correction(codec, tmp_path)]).fit(
+            Noisy(codec), datamodule=L.LightningDataModule()
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Path(sys.argv[2]))

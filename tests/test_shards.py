@@ -1,0 +1,280 @@
+"""Shards: written whole or not at all, read in a pure order, resumed exactly, and read on past damage."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.loader import Loader, Part, share
+from datamodules.shards import Reader, Shard, Stream, read_index, read_tar
+from src.batch import Batch
+from src.shards import write_shards
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (2, 2), (value % 256, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sample(number: int) -> dict:
+    return {"__key__": f"s{number:03d}", "json": {"number": number}, "png": png(number)}
+
+
+def make(folder: Path, count: int, *, per_shard: int = 10) -> Path:
+    samples = (sample(number) for number in range(count))
+    write_shards(folder, samples, prefix="train", per_shard=per_shard, kind="captions", tokenizer="t")
+    return folder
+
+
+def collate(samples: list, epoch: int) -> tuple[Batch, Counter]:
+    rows = torch.tensor([[s.record["number"], s.image.getpixel((0, 0))[0]] for s in samples])
+    editable = torch.ones_like(rows, dtype=torch.bool)
+    drafted = torch.zeros(len(samples), dtype=torch.bool)
+    return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
+
+
+def loader(stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
+    batches = stream.count // (rows * world)
+    part = Part(stream, rows, stream.count, batches * rows)
+    return Loader(
+        [part], collate, batches=batches, epoch=lambda: epoch, notes=Counter(),
+        workers=workers, rank=rank, world=world,
+    )  # fmt: skip
+
+
+def keys(batches) -> list[list[str]]:
+    return [batch.keys for batch in batches]
+
+
+def positions(stream: Stream, start: int, stop: int) -> list[tuple[str, int]]:
+    return [(shard.path.name, place) for shard, places in stream.segments(start, stop) for place in places]
+
+
+def test_index_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data folder"):
+        read_index(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no index\.json"):
+        read_index(tmp_path)
+    folder = make(tmp_path / "d", 25)
+    index = read_index(folder, verify=True)
+    assert [s.count for s in index.shards] == [10, 10, 5]
+    assert (index.count, index.kind, index.tokenizer) == (25, "captions", "t")
+    last = folder / "train-000002.tar"
+    last.write_bytes(last.read_bytes().replace(b'"number": 24', b'"number": 42'))
+    assert read_index(folder).count == 25
+    with pytest.raises(ValueError, match=r"train-000002\.tar .*sha256 differs"):
+        read_index(folder, verify=True)
+    last.unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 shards, such as train-000002\.tar"):
+        read_index(folder)
+    (folder / "index.json").write_text('{"format": 99, "kind": "captions", "tokenizer": null, "shards": []}')
+    with pytest.raises(ValueError, match="format 99"):
+        read_index(folder)
+    (folder / "index.json").write_text('{"format": 1')
+    with pytest.raises(ValueError, match="damaged"):
+        read_index(folder)
+
+
+def test_limit_keeps_the_first_samples(tmp_path: Path) -> None:
+    index = read_index(make(tmp_path / "d", 25)).first(12)
+    assert [s.count for s in index.shards] == [10, 2]
+    found = Reader(Stream([index], seed=0)).samples(0, 12)
+    assert sorted(s.record["number"] for s in found) == list(range(12))
+
+
+def test_a_pass_holds_every_sample_once_and_passes_differ(tmp_path: Path) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 25))], seed=3)
+    first, second = positions(stream, 0, 25), positions(stream, 25, 50)
+    assert sorted(first) == sorted(second) == sorted(set(first))
+    assert first != second
+    assert first != positions(Stream([read_index(tmp_path / "d")], seed=4), 0, 25)
+    plain = positions(Stream([read_index(tmp_path / "d")], seed=3, shuffle=False), 0, 25)
+    assert plain == [(f"train-{n // 10:06d}.tar", n % 10) for n in range(25)]
+
+
+def test_order_does_not_depend_on_where_it_is_cut(tmp_path: Path) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 25))], seed=3)
+    whole = positions(stream, 7, 61)
+    for cut in (8, 24, 25, 26, 50, 60):
+        assert positions(stream, 7, cut) + positions(stream, cut, 61) == whole
+
+
+def test_reader_yields_what_was_written(tmp_path: Path) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 25))], seed=0)
+    places = positions(stream, 0, 30)
+    found = list(Reader(stream).samples(0, 30))
+    numbers = [int(name[6:12]) * 10 + place for name, place in places]
+    assert [s.record["number"] for s in found] == numbers
+    assert [s.image.getpixel((0, 0)) for s in found] == [(n, 0, 0) for n in numbers]
+    assert all(s.data == png(s.record["number"]) for s in found)
+
+
+def test_ranks_share_the_samples_in_equal_parts(tmp_path: Path) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 53))], seed=1)
+    ranks = [[k for b in loader(stream, rank=r, world=3) for k in b.keys] for r in range(3)]
+    assert [len(r) for r in ranks] == [16, 16, 16]  # 53 // (4 * 3) = 4 batches of 4
+    assert len({k for r in ranks for k in r}) == 48
+
+
+@pytest.mark.parametrize(("batches", "workers"), [(0, 1), (1, 2), (7, 1), (7, 2), (7, 3), (6, 3), (2, 5)])
+def test_shares_of_workers_by_brute_force(batches: int, workers: int) -> None:
+    def round_robin(done: int) -> list[int]:
+        queues = [list(range(*share(batches, workers, (w + done) % workers, done))) for w in range(workers)]
+        order, turn = [], 0
+        while any(queues):
+            queue = queues[turn % workers]
+            if queue:
+                order.append(queue.pop(0))
+            turn += 1
+        return order
+
+    whole = round_robin(0)
+    assert sorted(whole) == list(range(batches))
+    for done in range(batches + 1):
+        assert round_robin(done) == whole[done:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
+    whole = keys(loader(stream, workers=workers, epoch=2))
+    assert len(whole) == 7
+    for stop in (0, 3, 7):
+        first = loader(stream, workers=workers, epoch=2)
+        iterator = iter(first)
+        begun = [next(iterator).keys for _ in range(stop)]
+        second = loader(stream, workers=workers, epoch=2)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert second.state_dict() == first.state_dict()  # a checkpoint before the first batch forgets nothing
+        iter(second)  # a trainer may ask for an iterator that it never uses
+        assert begun + keys(second) == whole
+        assert keys(second) == whole  # the next pass starts anew
+
+
+def test_resume_with_other_data_starts_the_epoch_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
+    state = {**loader(stream).state_dict(), "batches": 3}
+    other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=1))
+    other.load_state_dict(state)
+    with caplog.at_level(logging.WARNING):
+        assert len(keys(other)) == len(other)
+    assert "starts anew" in caplog.text
+    later = loader(stream, epoch=1)
+    later.load_state_dict(state)
+    assert len(keys(later)) == len(later)
+
+
+def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    stream = Stream([read_index(make(tmp_path / "d", 12))], seed=1)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader(stream))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def damage(folder: Path) -> None:
+    """Shard 0 ends in the middle, shard 1 has a broken image and a broken JSON; shard 2 is good."""
+    first, second = folder / "train-000000.tar", folder / "train-000001.tar"
+    first.write_bytes(first.read_bytes()[: 512 * 2 * 9 + 100])  # 4 whole samples of 2 members, half of the fifth
+    data = second.read_bytes()
+    data = data.replace(png(12), b"\x00" * len(png(12))).replace(b'{"number": 15}', b'{"number": 15[')
+    second.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_survived_counted_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    folder = make(tmp_path / "d", 30)
+    damage(folder)
+    stream = Stream([read_index(folder)], seed=1)
+    broken = loader(stream, rows=5, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        whole = [*keys(broken), *keys(broken)]
+    assert [len(k) for k in whole] == [5] * 12
+    lost = {f"s{n:03d}" for n in (*range(4, 10), 12, 15)}
+    assert {k for ks in whole for k in ks} == {f"s{n:03d}" for n in range(30)} - lost
+    messages = [r.getMessage() for r in caplog.records]
+    assert sum("train-000000.tar ends too early" in m for m in messages) == 1
+    assert sum("train-000001.tar holds damaged samples" in m for m in messages) == 1
+    where = [str(folder / f"train-00000{n}.tar") for n in (0, 1)]
+    lost_first = broken.notes[where[0], "missing"] + broken.notes[where[0], "damaged"]
+    assert (lost_first, broken.notes[where[1], "damaged"]) == (12, 4)  # 6 and 2 samples in each of two passes
+    resumed = loader(stream, rows=5, workers=workers)
+    resumed.load_state_dict({**broken.state_dict(), "batches": 2})
+    assert keys(resumed) == whole[2:6]
+
+
+def test_an_unreadable_shard_is_replaced_by_another_and_all_of_them_are_an_error(tmp_path: Path) -> None:
+    folder = make(tmp_path / "d", 20)
+    (folder / "train-000000.tar").write_bytes(b"\xff" * 5000)
+    found = list(Reader(Stream([read_index(folder)], seed=1)).samples(0, 20))
+    assert len(found) == 20
+    assert {s.record["number"] for s in found} == set(range(10, 20))
+    (folder / "train-000001.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="no readable sample"):
+        list(Reader(Stream([read_index(folder)], seed=1)).samples(0, 20))
+
+
+def test_empty_stream_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        Stream([read_index(make(tmp_path / "d", 0))], seed=0)
+
+
+def test_shards_are_plain_tars_and_equal_samples_make_equal_bytes(tmp_path: Path) -> None:
+    one, two = make(tmp_path / "a", 12), make(tmp_path / "b", 12)
+    for name in ("train-000000.tar", "train-000001.tar", "index.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    with tarfile.open(one / "train-000001.tar") as tar:
+        assert sorted(tar.getnames()) == ["s010.json", "s010.png", "s011.json", "s011.png"]
+        assert {member.mtime for member in tar} == {0}
+    assert len(list(read_tar(Shard(one / "train-000001.tar", 2).path))) == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.test_shards import sample
+from src.shards import write_shards
+
+def samples():
+    for number in range(25):
+        if number == 15:
+            print("half", flush=True)
+            sys.stdin.read()
+        yield sample(number)
+
+write_shards(Path(sys.argv[1]), samples(), prefix="train", per_shard=10, kind="captions", tokenizer="t")
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{WRITER}", str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"half\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert sorted(p.name for p in folder.glob("*.tar")) == ["train-000000.tar"]
+    with pytest.raises(ValueError, match="interrupted"):
+        read_index(folder)
+    make(folder, 25)
+    fresh = make(tmp_path / "e", 25)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in fresh.iterdir()}
