@@ -6,8 +6,8 @@
                -> datamodule.add_round -> the next epoch trains on it
 
 Which rounds are due follows from the epoch alone, so a run that resumes makes the missing ones: in
-`on_train_start`, or, if the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again. The
-random state of training is left as it was. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and
+`on_train_start`, or, if the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again.
+The random state of training is left as it was. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and
 `max_epochs=-1` where `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
 """
 

@@ -5,8 +5,8 @@
 
     model, images -> draw_drafts (src/drafting.py) -> out/drafts-rank-0000-000000.tar, ..., out/index.json
 
-A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that the
-online callback draws for the round of the same number and seed. Next: `python -m src.revise`.
+A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that
+the online callback draws for the round of the same number and seed. Next: `python -m src.revise`.
 """
 
 from __future__ import annotations

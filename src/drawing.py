@@ -18,7 +18,7 @@ INK: Colour = (30, 30, 30)
 
 @dataclass(frozen=True)
 class Piece:
-    """A word or token: its text, its ink, the fill of the box behind it (None: no box).
+    """A word or token: its text, its ink, fill and edge of the box behind it (None: no box, no edge).
 
     A `wide` piece touches the next one if that has the same fill, so that a marked sentence is one band.
     """
@@ -26,6 +26,7 @@ class Piece:
     text: str
     ink: Colour = INK
     fill: Colour | None = None
+    edge: Colour | None = None
     wide: bool = False
 
 
@@ -64,14 +65,15 @@ def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], siz
     """Draw a layout with its top left corner `at`."""
     dx, dy = at
     for piece, (left, top, right, bottom) in placed.pieces:
-        if piece.fill:
-            draw.rectangle((dx + left - 1, dy + top, dx + right, dy + bottom), fill=piece.fill)
+        box = (dx + left - 1, dy + top, dx + right, dy + bottom)
+        draw.rectangle(box, fill=piece.fill, outline=piece.edge)
     for piece, (left, top, _, bottom) in placed.pieces:
         place = (dx + left, dy + (top + bottom) // 2)
         draw.text(place, piece.text, fill=piece.ink, font=font(size), anchor="lm")
 
 
 def enlarge(image: Image.Image, *, side: int) -> Image.Image:
-    """The image at `side` pixels width and height; a small one keeps its pixels as sharp squares."""
-    small = max(image.size) * 2 <= side
-    return image.resize((side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    """The image with its longer side at `side` pixels; a small one keeps its pixels as sharp squares."""
+    scale = side / max(image.size)
+    width, height = (max(1, round(n * scale)) for n in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
@@ -135,6 +135,10 @@ def main(argv: list[str]) -> None:
 
 def evaluate(settings: DictConfig) -> None:
     """Fill the cells that are missing, then report on all."""
+    if settings.num < 1:
+        raise ConfigError(f"evaluate.num must be at least 1, got {settings.num}")
+    if settings.split not in STAGES:
+        raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
     folders = {str(name): Path(path) for name, path in settings.models.items()}
     for name, folder in folders.items():
         _check_model(name, folder)
@@ -168,6 +172,7 @@ def _fill(ledger: Ledger, sampling: Sampling, settings: DictConfig, folders: dic
                 sampler: Sampler = build(settings.samplers[cell.sampler])
                 sampler = sampler.with_steps(tokens_per_step=cell.tokens_per_step)
                 ledger.add(cell, *evaluate_cell(backbone, sampler, sampling, bar=bar))
+                _check_headline(ledger.stats[cell], settings.headline)
 
 
 def evaluate_cell(
@@ -225,8 +230,6 @@ def _batches(loader: Any, num: int) -> Iterator[Batch]:
 
 
 def _loader(settings: DictConfig, offers: dict) -> Any:
-    if settings.split not in STAGES:
-        raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
     data = build(settings.data, **offers)
     data.setup(STAGES[settings.split])
     return getattr(data, f"{settings.split}_dataloader")()
@@ -239,11 +242,16 @@ def _shared_codec(folders: dict[str, Path]) -> Codec:
     return next(iter(codecs.values()))
 
 
+def _check_headline(stats: dict[str, Stat], headline: Sequence[str]) -> None:
+    if unknown := [name for name in headline if name not in stats]:
+        raise ConfigError(f"evaluate.headline: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
+
+
 def _check_model(method: str, folder: Path) -> None:
     if not (folder / "model.safetensors").is_file():
         raise ConfigError(
-            f"no model of {method!r} in {folder}: make it with `python -m src.train conf={method}`, or name another "
-            f"model folder in evaluate.models.{method} (`make quickstart` makes those of the quickstart)"
+            f"no model of {method!r} in {folder}: make it with `python -m src.train conf={method}`, or name "
+            f"another model folder in evaluate.models.{method} (`make quickstart` makes those of the quickstart)"
         )
 
 
@@ -300,9 +308,7 @@ def _report(ledger: Ledger, sampling: Sampling, headline: list[str]) -> None:
         columns = {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
         scores[cell.method, cell.sampler, cell.tokens_per_step] = columns
     results = ledger.results
-    known = ledger.stats[next(iter(captions))]
-    if unknown := [name for name in headline if name not in known]:
-        raise ConfigError(f"evaluate.headline: no metric {', '.join(unknown)}; there are {', '.join(known)}")
+    _check_headline(ledger.stats[next(iter(captions))], headline)
     sys.stdout.write(text_report(results, scores, headline=headline))
     write_bytes(ledger.out / "table.md", markdown_report(results, scores, headline=headline).encode())
     plot(results, ledger.out / "quality.png", headline=headline)

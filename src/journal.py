@@ -5,8 +5,8 @@
         journal.answer(draft)               the answer, also when an earlier process wrote it; None: ask
 
 A line is `{"request": hash, "key": ..., "revision" | "failure": {...}}`. The hash covers all that an answer
-depends on: expert, key (hence image), prompt, draft text and reference. A process that is killed may leave half
-a line at the end; it is cut off when the journal is opened again.
+depends on: expert, key (hence image), prompt, draft text and reference. A process that is killed may leave
+half a line at the end; it is cut off when the journal is opened again.
 """
 
 from __future__ import annotations

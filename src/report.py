@@ -94,9 +94,10 @@ def _drops(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> l
     lines = []
     for row, drop in zip(rows, drops, strict=True):
         base = drops[0]["mean"]
-        share = f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
         said = f"{metric} from {first} to {last} tokens/step: {_name(row)} {_signed(drop)}"
-        lines.append(said + (share if row != rows[0] and base < 0 else ""))
+        if row != rows[0] and base < 0:
+            said += f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
+        lines.append(said)
     return lines
 
 
@@ -128,7 +129,8 @@ def _grid(results: dict, metric: str) -> list[list[str]]:
 def _cell(stat: Stat | None) -> str:
     if stat is None:
         return "-"
-    return f"{stat['mean']:.3f}" + (f" ±{stat['se']:.3f}" if stat["se"] is not None else "")
+    digits = 3 if abs(stat["mean"]) < 2 else 1  # shares, and counts such as forward calls
+    return f"{stat['mean']:.{digits}f}" + (f" ±{stat['se']:.{digits}f}" if stat["se"] is not None else "")
 
 
 def _aligned(grid: list[list[str]]) -> list[str]:
@@ -155,12 +157,13 @@ def plot(results: dict, path: Path, *, headline: Sequence[str]) -> None:
 def _draw_axis(axis: Axes, results: dict, metric: str) -> None:
     methods = list(results["methods"])
     samplers = list(dict.fromkeys(sampler for _, sampler in rows_of(results)))
-    for method, sampler in rows_of(results):
+    for number, (method, sampler) in enumerate(rows_of(results)):
         cells = results["methods"][method][sampler]
         points = sorted((int(n), cell[metric]) for n, cell in cells.items() if metric in cell)
+        beside = 1.012**number  # so that error bars do not hide each other
         style = ("--", "-", ":", "-.")[samplers.index(sampler) % 4]
         axis.errorbar(
-            [n for n, _ in points],
+            [n * beside for n, _ in points],
             [stat["mean"] for _, stat in points],
             yerr=[2 * (stat["se"] or 0.0) for _, stat in points],
             color=f"C{methods.index(method)}", linestyle=style, marker="os^D"[samplers.index(sampler) % 4],
@@ -210,13 +213,13 @@ def _caption(panel: Panel) -> Placed:
     for word in panel.text.split():
         start = panel.text.index(word, at)
         at = start + len(word)
-        flaw = next((m.flaw for m in panel.marks if m.start < at and start < m.end), None)
-        pieces.append(_piece(word, flaw))
+        mark = next((m for m in panel.marks if m.start < at and start < m.end), None)
+        pieces.append(_piece(word, mark.flaw, wide=at < mark.end) if mark else Piece(word))
     return layout(pieces, width=COLUMN, size=TEXT)
 
 
-def _piece(word: str, flaw: str | None) -> Piece:
-    return Piece(word, ink=INK[flaw], fill=FILL[flaw], wide=flaw == "ungrammatical") if flaw else Piece(word)
+def _piece(word: str, flaw: str, *, wide: bool = False) -> Piece:
+    return Piece(word, ink=INK[flaw], fill=FILL[flaw], wide=wide)
 
 
 def _legend(examples: Sequence[Example], width: int) -> Placed:

@@ -157,8 +157,8 @@ class ExpertThread:
 class Tally:
     """What became of the drafts of a round.
 
-    counts: drafted = revised + failed + unanswered; revised = right + written + unusable; where no edit could be
-    placed a draft is unusable. `edits` counts those placed; the others are in `rejected`, by reason.
+    counts: drafted = revised + failed + unanswered, and revised = right + written + unusable (no edit placed).
+    `edits` counts those that were placed; the others are in `rejected`, by reason.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

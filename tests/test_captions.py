@@ -1,4 +1,4 @@
-"""Captions and rounds as batches: what is in a batch, how rounds are mixed in, and resuming inside a real trainer."""
+"""Captions and rounds as batches: what is in them, how rounds are mixed in, resuming a real trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from src.shards import write_shards
 from src.tokenizer import Codec
 
 TEXTS = ("A red ring.", "A blue cross is here.")
-WORDS = "Describe the picture. Which one? user assistant red blue green ring cross A is here."
+WORDS = "Describe the picture. Which? user assistant red blue green ring cross A is here."
 CANVAS = 12
 
 
@@ -48,10 +48,13 @@ def swap(codec: Codec, text: str, right: str, wrong: str) -> dict:
 
 def record(codec: Codec, number: int) -> dict:
     captions = [
-        {"text": TEXTS[0], "swaps": [swap(codec, TEXTS[0], "red", "blue"), swap(codec, TEXTS[0], "ring", "cross")]},
+        {
+            "text": TEXTS[0],
+            "swaps": [swap(codec, TEXTS[0], "red", "blue"), swap(codec, TEXTS[0], "ring", "cross")],
+        },
         {"text": TEXTS[1], "swaps": []},
     ]
-    prompt = "Describe the picture." if number % 2 else "Which one?"
+    prompt = "Describe the picture." if number % 2 else "Which?"
     return {"key": f"k{number:03d}", "prompt": prompt, "captions": captions}
 
 
@@ -68,7 +71,7 @@ def draft(codec: Codec, number: int) -> dict:
     right = swap(codec, "A blue ring.", "blue", "red")["tokens"]
     spans = [{"start": right[0], "end": right[1], "target_ids": right[2], "org": "blue", "target": "red"}]
     return {
-        "key": f"d{number:03d}", "prompt": "Which one?", "draft_ids": ids, "text": "A blue ring.", "spans": spans,
+        "key": f"d{number:03d}", "prompt": "Which?", "draft_ids": ids, "text": "A blue ring.", "spans": spans,
         "reference": TEXTS[0], "steps": 3, "model": "m",
     }  # fmt: skip
 
@@ -115,9 +118,13 @@ def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
 
 def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: Codec) -> None:
     first, last = data(folder, codec).val_dataloader()
-    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which one?")), key=len)[::-1]
+    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which?")), key=len)[
+        ::-1
+    ]
     assert len(long) > len(short)
-    for row, (ids, mask) in enumerate(zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)):
+    for row, (ids, mask) in enumerate(
+        zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)
+    ):
         expected = codec.prompt_ids(first.records[row]["prompt"])
         assert ids[mask].tolist() == expected
         assert mask.tolist() == [i < len(expected) for i in range(len(long))]
@@ -141,10 +148,13 @@ def test_training_takes_each_image_once_and_captions_by_epoch(folder: Path, code
         for b in batches:
             for key, ids in zip(b.keys, b.response.tolist(), strict=True):
                 taken.setdefault(key, []).append(codec.decode(ids))
-    assert set(taken["k003"]) == set(TEXTS)  # 6 epochs: one caption only has a chance of 1 in 32, fixed by the seed
+    assert set(taken["k003"]) == set(
+        TEXTS
+    )  # 6 epochs: one caption only has a chance of 1 in 32, fixed by the seed
     trainer.current_epoch = 2
-    again = {k: codec.decode(i) for b in module.train_dataloader() for k, i in zip(b.keys, b.response.tolist(), strict=True)}
-    assert again == {key: texts[2] for key, texts in taken.items()}
+    batches = list(module.train_dataloader())
+    rows = [row for b in batches for row in zip(b.keys, b.response.tolist(), strict=True)]
+    assert {key: codec.decode(ids) for key, ids in rows} == {key: texts[2] for key, texts in taken.items()}
 
 
 def test_too_long_responses_are_cut_and_reported_once(
@@ -203,14 +213,13 @@ def test_fixed_number_of_batches_goes_round_the_data_evenly(folder: Path, codec:
 
 
 def test_ranks_get_equal_and_different_parts(folder: Path, round_folder: Path, codec: Codec) -> None:
-    def keys(rank: int, loader: str) -> list[list[str]]:
+    def keys(rank: int, loader: str, *rounds: str) -> list[list[str]]:
         module = data(folder, codec, batch_size=2, data_share=0.5, rounds=rounds)
         module.trainer = SimpleNamespace(current_epoch=1, global_rank=rank, world_size=2)  # type: ignore[assignment]
         return [b.keys for b in getattr(module, loader)()]
 
-    rounds: tuple[str, ...] = ()
-    for rounds in ((), (str(round_folder),)):
-        one, two = keys(0, "train_dataloader"), keys(1, "train_dataloader")
+    for rounds in ([], [str(round_folder)]):
+        one, two = keys(0, "train_dataloader", *rounds), keys(1, "train_dataloader", *rounds)
         assert [len(k) for k in one] == [len(k) for k in two]
         assert not {k for ks in one for k in ks} & {k for ks in two for k in ks}
     shares = [[k for ks in keys(rank, "val_dataloader") for k in ks] for rank in (0, 1)]
@@ -239,14 +248,14 @@ def test_mistakes_are_named(tmp_path: Path, folder: Path, round_folder: Path, co
         data(folder, codec, batch_size=0)
     with pytest.raises(ValueError, match=r"data_share .* got 1"):
         data(folder, codec, data_share=1)
-    with pytest.raises(ValueError, match="limit names .*dev"):
+    with pytest.raises(ValueError, match=r"limit names .*dev"):
         data(folder, codec, limit={"dev": 3})
     with pytest.raises(ValueError, match=r"20 training samples .* batch of 21"):
         data(folder, codec, batch_size=21).train_dataloader()
     with pytest.raises(ValueError, match="no data folder"):
         data(tmp_path / "none", codec).train_dataloader()
+    write(tmp_path / "mixed" / "train", codec, [draft(codec, 0)], "round")
     with pytest.raises(ValueError, match="'round', expected 'captions'"):
-        write(tmp_path / "mixed" / "train", codec, [draft(codec, 0)], "round")
         data(tmp_path / "mixed", codec).train_dataloader()
     other = Codec.train(["something else"], vocab_size=300, alphabet="bytes")
     with pytest.raises(ValueError, match=r"src\.prepare with this tokenizer"):
@@ -270,7 +279,7 @@ def test_state_holds_the_rounds(tmp_path: Path, folder: Path, round_folder: Path
 
 
 class Recorder(L.LightningModule):
-    """Notes the keys of every batch, and saves a checkpoint before the step `save_at`."""
+    """Notes the keys of every batch, saves after step `save_at`, and adds a round after epoch 0."""
 
     def __init__(self, path: Path, save_at: int = -1, round_folder: Path | None = None) -> None:
         super().__init__()
@@ -282,16 +291,20 @@ class Recorder(L.LightningModule):
         self.keys.append((self.current_epoch, self.global_step, batch.keys))
         return self.weight.sum()
 
+    def validation_step(self, *_: Any) -> None:
+        """Lightning warns about a val_dataloader without it."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self.global_step == self.save_at:
             self.trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(self) -> None:
         if self.current_epoch == 0 and self.round_folder:
             self.trainer.datamodule.add_round(self.round_folder)  # type: ignore[attr-defined]
+        self.on_train_batch_end()
 
 
 def fit(module: Recorder, datamodule: CaptionData, **settings: Any) -> list[tuple[int, int, list[str]]]:
@@ -303,14 +316,14 @@ def fit(module: Recorder, datamodule: CaptionData, **settings: Any) -> list[tupl
     return module.keys
 
 
-@pytest.mark.filterwarnings("ignore:The .*does not have many workers")
 @pytest.mark.parametrize(("save_at", "workers"), [(3, 0), (5, 0), (6, 0), (6, 2)])
 def test_a_trainer_resumes_on_the_very_next_batch(
     tmp_path: Path, folder: Path, round_folder: Path, codec: Codec, save_at: int, workers: int
 ) -> None:
-    """Epochs of 5, 3 and 3 batches; a checkpoint within epoch 0, at its end, within epoch 1 (trained on a round)."""
+    """Epochs of 5, 3 and 3 batches; a checkpoint within epoch 0, at its end, within epoch 1 (on a round)."""
     path = tmp_path / "saved.ckpt"
     whole = fit(Recorder(path, save_at, round_folder), data(folder, codec, workers=workers))
     assert [epoch for epoch, _, _ in whole] == [0] * 5 + [1] * 3 + [2] * 3
-    resumed = fit(Recorder(path, -1, round_folder), data(folder, codec, workers=workers), ckpt_path=str(path), weights_only=True)
+    again = Recorder(path, -1, round_folder)
+    resumed = fit(again, data(folder, codec, workers=workers), ckpt_path=str(path), weights_only=True)
     assert resumed == whole[save_at:]

@@ -409,8 +409,8 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
     asked = {"expert": Diligent(tmp_path / "asked"), "codec": case.codec, "per_shard": 4, "total": NUM}
     revise_round(tmp_path / "r", tmp_path / "drafts", **asked)
     assert digests(tmp_path / "r") == digests(whole)
+    common["settings"] = {**case.settings, "tokens_per_step": [2]}
     with pytest.raises(ValueError, match="another tokens_per_step"):
-        common["settings"] = {**case.settings, "tokens_per_step": [2]}
         next(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
 
 

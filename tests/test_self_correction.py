@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
@@ -24,10 +25,13 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+import src.draft
+import src.revise
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import CaptionData
 from src.batch import Edit, Revision
 from src.diffusion.sampler import Sampler
+from src.models.checkpoint import save_pretrained
 from src.models.tiny import tiny
 from src.objectives.base import Training
 from src.objectives.refine import Refine
@@ -51,7 +55,7 @@ class Rewriter:
     async def revise(self, drafts):
         for draft in drafts:
             ends = [len(self.codec.decode(draft.token_ids[:n])) for n in range(4)]
-            words = [draft.text[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+            words = [draft.text[a:b] for a, b in pairwise(ends)]
             sys.stdout.write(f"answer {draft.key}\n")
             sys.stdout.flush()
             yield draft.key, Revision(tuple(Edit(w, " ring", a) for w, a in zip(words, ends, strict=False) if w))
@@ -62,7 +66,7 @@ class Careless(Rewriter):
 
     async def revise(self, drafts):
         async for answer in super().revise(drafts):
-            torch.rand(3), random.random(), np.random.rand()
+            torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
             yield answer
 
 
@@ -89,7 +93,7 @@ class Noisy(L.LightningModule):
     def training_step(self, batch, batch_idx):
         assert self.backbone.training
         assert not self.backbone.vision.training
-        hide = torch.rand(batch.response.shape) < random.random() * np.random.rand()
+        hide = torch.rand(batch.response.shape) < random.random() * np.random.rand()  # noqa: NPY002
         tokens = torch.where(hide, 0, batch.response)
         logits = self.backbone(self.backbone.encode_prefix(batch.prefix), tokens)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.response.flatten())
@@ -153,13 +157,13 @@ def trainer_for(run: Path, callbacks: list, **changed) -> L.Trainer:
     values = {
         "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": -1,
         "max_steps": 3 * STEPS_PER_EPOCH, "reload_dataloaders_every_n_epochs": 1, "enable_progress_bar": False,
-        "enable_model_summary": False, "limit_val_batches": 0, "default_root_dir": run, "use_distributed_sampler": False,
+        "enable_model_summary": False, "limit_val_batches": 0, "default_root_dir": run,
     }  # fmt: skip
     return L.Trainer(callbacks=callbacks, **{**values, **changed})
 
 
 def data_for(data: Path, codec: Codec, kind: type[CaptionData] = CaptionData, **changed) -> CaptionData:
-    values = {"batch_size": 4, "canvas": CANVAS, "image_size": 48, "epoch_batches": STEPS_PER_EPOCH}
+    values = {"batch_size": 4, "canvas": CANVAS, "image_size": 48, "epoch_batches": STEPS_PER_EPOCH, "seed": 7}
     return kind(path=str(data), codec=codec, **{**values, **changed})
 
 
@@ -374,6 +378,54 @@ def test_datamodule_that_takes_no_rounds_is_refused(codec, tmp_path):
         trainer_for(tmp_path, [correction(codec, tmp_path)]).fit(
             Noisy(codec), datamodule=L.LightningDataModule()
         )  # fmt: skip
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------------
+
+
+def draft_arguments(data: Path, model: Path, out: Path) -> list[str]:
+    sizes = [f"data.canvas={CANVAS}", "data.batch_size=4", f"num={NUM}", "tokens_per_step=[16,32]", "seed=7"]
+    return ["conf=draft", f"model.path={model}", f"data.path={data}", f"out={out}", *sizes]
+
+
+@pytest.fixture
+def model(codec, tmp_path) -> Path:
+    save_pretrained(backbone(codec), codec, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_draft_verb_draws_what_the_callback_draws(data, whole, model, tmp_path):
+    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
+    online = whole[0] / "rounds" / "round-0001" / "drafts"
+    names = sorted(path.name for path in online.glob("*.tar"))
+    assert sorted(path.name for path in (tmp_path / "drafts").glob("*.tar")) == names
+    assert all((tmp_path / "drafts" / name).read_bytes() == (online / name).read_bytes() for name in names)
+
+
+def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
+    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
+    arguments = ["conf=revise", f"drafts={tmp_path / 'drafts'}", f"out={tmp_path / 'r'}", f"tokenizer={model}"]
+    capsys.readouterr()
+    src.revise.main(arguments)
+    said = capsys.readouterr().out
+    counts = read_index(tmp_path / "r")["counts"]
+    assert counts["drafted"] == NUM == counts["revised"] + counts["failed"]
+    assert f"{NUM} drafted" in said
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
+    src.revise.main(arguments)
+    assert capsys.readouterr().out == said
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
+
+
+def test_verbs_say_in_one_line_what_is_wrong(data, model, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        src.draft.main([*draft_arguments(data, model, tmp_path / "drafts"), "num=17"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        src.revise.main(["conf=revise", f"drafts={tmp_path}", f"out={tmp_path / 'r'}", f"tokenizer={model}"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: a round can draft for 1 to 16 images, got 17"
+    assert second == f"error: {tmp_path} is not a finished data folder: it has no index.json"
 
 
 if __name__ == "__main__":

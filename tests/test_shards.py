@@ -45,7 +45,9 @@ def collate(samples: list, epoch: int) -> tuple[Batch, Counter]:
     return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
 
 
-def loader(stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
+def loader(
+    stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
+) -> Loader:
     batches = stream.count // (rows * world)
     part = Part(stream, rows, stream.count, batches * rows)
     return Loader(
@@ -157,13 +159,17 @@ def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) 
         begun = [next(iterator).keys for _ in range(stop)]
         second = loader(stream, workers=workers, epoch=2)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert second.state_dict() == first.state_dict()  # a checkpoint before the first batch forgets nothing
+        assert (
+            second.state_dict() == first.state_dict()
+        )  # a checkpoint before the first batch forgets nothing
         iter(second)  # a trainer may ask for an iterator that it never uses
         assert begun + keys(second) == whole
         assert keys(second) == whole  # the next pass starts anew
 
 
-def test_resume_with_other_data_starts_the_epoch_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_with_other_data_starts_the_epoch_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
     state = {**loader(stream).state_dict(), "batches": 3}
     other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=1))
@@ -188,7 +194,9 @@ def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
 def damage(folder: Path) -> None:
     """Shard 0 ends in the middle, shard 1 has a broken image and a broken JSON; shard 2 is good."""
     first, second = folder / "train-000000.tar", folder / "train-000001.tar"
-    first.write_bytes(first.read_bytes()[: 512 * 2 * 9 + 100])  # 4 whole samples of 2 members, half of the fifth
+    first.write_bytes(
+        first.read_bytes()[: 512 * 2 * 9 + 100]
+    )  # 4 whole samples of 2 members, half of the fifth
     data = second.read_bytes()
     data = data.replace(png(12), b"\x00" * len(png(12))).replace(b'{"number": 15}', b'{"number": 15[')
     second.write_bytes(data)
@@ -277,4 +285,6 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
         read_index(folder)
     make(folder, 25)
     fresh = make(tmp_path / "e", 25)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in fresh.iterdir()}
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in fresh.iterdir()
+    }

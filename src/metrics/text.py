@@ -76,7 +76,7 @@ class TextHealth(CaptionMetric):
 
     def compute(self) -> dict[str, Stat]:
         found = super().compute()
-        hashes = self.bigrams if isinstance(self.bigrams, Tensor) else torch.cat(self.bigrams)
+        hashes: Tensor = torch.cat(self.bigrams) if isinstance(self.bigrams, list) else self.bigrams
         distinct = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
         return {**found, "distinct_2": Stat(mean=distinct, se=None, n=int(self.count))}
 

@@ -1,0 +1,199 @@
+"""Samples: what the model writes about a few fixed validation images, in TensorBoard, as training goes on.
+
+    callbacks: [{target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}]
+
+    first `num` validation samples -> draft (sampler_plain) and refined caption (sampler_refine)
+      -> `samples/captions`: a table, changed words in **bold**; `samples/refined`: the images with token boxes
+
+TensorBoard shows no HTML colours in text, so the tokens are drawn into an image: red boxes are words of the draft that
+the refined caption does not have, green ones are new, and a blue edge marks a token that the reviser rewrote on its way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageDraw
+
+from callbacks.self_correction import evaluating
+from src.batch import Backbone, Batch, Sampled
+from src.diffusion.sampler import Sampler
+from src.drawing import Colour, Piece, enlarge, layout, paint
+from src.tokenizer import Codec
+
+OLD: Colour = (250, 190, 190)
+NEW: Colour = (190, 235, 190)
+KEPT: Colour = (238, 238, 238)
+REWRITTEN: Colour = (20, 60, 200)
+SIDE, TEXT, PAD, WIDTH = 144, 13, 10, 460  # pixels
+
+
+class Samples(L.Callback):
+    """Logs drafts and refined captions of `num` fixed images every `every_n_steps` optimizer steps.
+
+    sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with the same seed.
+    Raises ValueError at the start of training when the trainer has no TensorBoard logger or no datamodule.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler_plain: Sampler,
+        sampler_refine: Sampler,
+        codec: Codec,
+        every_n_steps: int,
+        num: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"every_n_steps": every_n_steps, "num": num}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.samplers = {"draft": sampler_plain, "refined": sampler_refine}
+        self.codec, self.every_n_steps, self.num, self.seed = codec, every_n_steps, num, seed
+        self.last_step = 0  # the step logged last, so that a resumed run does not log it twice
+        self.batch: Batch | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = state_dict["last_step"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.batch = first_samples(trainer, self.num)
+        _writer(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self.last_step:
+            return
+        self.last_step = step
+        assert self.batch is not None
+        found = self.write(pl_module, self.batch.to(pl_module.device))
+        if trainer.is_global_zero:  # every rank samples, since sharded parameters need them all
+            self.log(_writer(trainer), self.batch, found, step)
+
+    def write(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Sampled]:
+        """Draft and refined responses of a batch."""
+        backbone: Backbone = pl_module.backbone  # type: ignore[assignment]
+        special = self.codec.special
+        with evaluating(pl_module), torch.no_grad():
+            prefix = backbone.encode_prefix(batch.prefix)
+            return {
+                name: sampler(backbone, prefix, special=special, keys=batch.keys, seed=self.seed, trace=True)
+                for name, sampler in self.samplers.items()
+            }
+
+    def log(self, writer: Any, batch: Batch, found: dict[str, Sampled], step: int) -> None:
+        """Write the table and the picture of one step."""
+        texts = {
+            name: [self.codec.decode(ids) for ids in sampled.ids.tolist()] for name, sampled in found.items()
+        }
+        references = [(record.get("captions") or [{"text": ""}])[0]["text"] for record in batch.records]
+        writer.add_text(
+            "samples/captions", table(batch.keys, texts["draft"], texts["refined"], references), step
+        )
+        sheets = [self._sheet(batch, found, row) for row in range(len(batch))]
+        writer.add_image("samples/refined", _stack(sheets), step, dataformats="HWC")
+        writer.flush()
+
+    def _sheet(self, batch: Batch, found: dict[str, Sampled], row: int) -> Image.Image:
+        """One image with the tokens of its draft and of its refined caption."""
+        ids = {name: self._visible(sampled.ids[row].tolist()) for name, sampled in found.items()}
+        same = _matched(ids["draft"], ids["refined"])
+        edges = {name: _rewritten(sampled, row) for name, sampled in found.items()}
+        texts = []
+        for name, other in (("draft", OLD), ("refined", NEW)):
+            kept = {pair[name == "refined"] for pair in same}
+            texts.append([
+                Piece(
+                    self.codec.tokenizer.decode([token]).strip() or "\u00b7",
+                    fill=KEPT if place in kept else other,
+                    edge=REWRITTEN if place in edges[name] else None,
+                )
+                for place, token in enumerate(ids[name])
+            ])  # fmt: skip
+        return _draw(batch.images[row] if batch.images else None, texts)
+
+    def _visible(self, ids: list[int]) -> list[int]:
+        """The tokens that make up the text: those before eot, without filler."""
+        ids = ids[: ids.index(self.codec.eot_id)] if self.codec.eot_id in ids else ids
+        return [token for token in ids if token != self.codec.eos_id]
+
+
+def first_samples(trainer: L.Trainer, num: int) -> Batch:
+    """The first `num` validation samples of the trainer's datamodule, at most one batch of them."""
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        raise ValueError("samples are written about validation images: the trainer needs a datamodule")
+    return next(iter(data.val_dataloader())).rows(slice(0, num))
+
+
+def table(
+    keys: Sequence[str], drafts: Sequence[str], refined: Sequence[str], references: Sequence[str]
+) -> str:
+    """A Markdown table of captions; words of draft and refined caption that the other lacks are in bold."""
+    lines = ["| image | draft | refined | reference |", "|---|---|---|---|"]
+    for key, draft, better, reference in zip(keys, drafts, refined, references, strict=True):
+        old, new = draft.split(), better.split()
+        same = _matched(old, new)
+        cells = [_bold(old, {a for a, _ in same}), _bold(new, {b for _, b in same}), _escape(reference)]
+        lines.append("| " + " | ".join([_escape(key), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _bold(words: list[str], kept: set[int]) -> str:
+    return " ".join(_escape(word) if n in kept else f"**{_escape(word)}**" for n, word in enumerate(words))
+
+
+def _escape(text: str) -> str:
+    """Text that a Markdown table shows as it is."""
+    text = " ".join(text.split())
+    return "".join(f"\\{c}" if c in "\\`*_|<>[]" else c for c in text)
+
+
+def _matched(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
+    """Places (in old, in new) of what both have in common, in order."""
+    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
+    return [(block.a + n, block.b + n) for block in blocks for n in range(block.size)]
+
+
+def _rewritten(sampled: Sampled, row: int) -> set[int]:
+    """Positions that the reviser changed at any step."""
+    assert sampled.traces is not None
+    return {place for step in sampled.traces[row] for place, _, _ in step.rewritten}
+
+
+def _draw(image: bytes | None, texts: Sequence[Sequence[Piece]]) -> Image.Image:
+    placed = [layout(pieces, width=WIDTH, size=TEXT) for pieces in texts]
+    height = max(SIDE, sum(text.height + PAD for text in placed))
+    sheet = Image.new("RGB", (SIDE + WIDTH + 3 * PAD, height + PAD), "white")
+    if image:
+        sheet.paste(enlarge(Image.open(io.BytesIO(image)).convert("RGB"), side=SIDE), (PAD, PAD))
+    top = PAD
+    for text in placed:
+        paint(ImageDraw.Draw(sheet), text, at=(SIDE + 2 * PAD, top), size=TEXT)
+        top += text.height + PAD
+    return sheet
+
+
+def _stack(sheets: list[Image.Image]) -> np.ndarray:
+    """(H, W, 3) uint8: equally wide sheets below each other."""
+    return np.concatenate([np.asarray(sheet) for sheet in sheets])
+
+
+def _writer(trainer: L.Trainer) -> Any:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    raise ValueError("samples are logged to TensorBoard: the trainer needs a TensorBoardLogger")

@@ -1,0 +1,169 @@
+"""Corruptions against their definitions: rates within sampling error, exact labels, and independence of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from src.batch import Batch, Kind, SpecialIds
+from src.diffusion.corruption import Absorb, Chain, Choose, Edit, Replace, Span, start
+from src.diffusion.noise import Noise
+
+SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3, 4), vocab_size=40)
+ORDINARY = sorted(set(range(40)) - {0, 1, 2, 3, 4})
+
+
+def make_batch(rows: int = 4, length: int = 12, *, padding: int = 3, seed: int = 0) -> Batch:
+    """Random responses; row r has r % (padding + 1) padded positions, and two spans of two wrong tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    response = torch.randint(5, 40, (rows, length), generator=generator)
+    editable = torch.ones(rows, length, dtype=torch.bool)
+    for row in range(rows):
+        if row % (padding + 1):
+            editable[row, -(row % (padding + 1)) :] = False
+    flawed, span = response.clone(), torch.zeros_like(response)
+    for number, first in ((1, 1), (2, 5)):
+        span[:, first : first + 2] = number
+        flawed[:, first : first + 2] = torch.where(response[:, first : first + 2] == 39, 5, 39)
+    keys = [f"k{row}" for row in range(rows)]
+    return Batch({}, response, editable, flawed, span, torch.zeros(rows, dtype=torch.bool), keys)
+
+
+def run(corruption, batch: Batch, rate: float = 0.5, *, seed: int = 0):
+    state = start(batch, torch.full((len(batch),), rate))
+    return corruption(batch, state, Noise(batch.keys, seed=seed, epoch=batch.epoch))
+
+
+def stage_one(**replace):
+    return Chain(Absorb(special=SPECIAL), Replace(special=SPECIAL, **{"rate": 0.1, **replace}), Span())
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.95])
+def test_absorb_hides_its_rate_of_the_editable_tokens(rate):
+    batch = make_batch(400, 32)
+    out = run(Absorb(special=SPECIAL), batch, rate)
+    hidden = out.where(Kind.MASK)
+    share = hidden.sum() / batch.editable.sum()
+    assert abs(share - rate) < 4 * (rate * (1 - rate) / int(batch.editable.sum())) ** 0.5
+    assert torch.equal(hidden, out.tokens == SPECIAL.mask)
+    assert torch.equal(out.tokens[~hidden], batch.response[~hidden])
+
+
+def test_replacements_have_their_rate_never_equal_the_original_and_cover_all_ordinary_ids():
+    batch = make_batch(600, 32)
+    out = run(Replace(special=SPECIAL, rate=0.3), batch)
+    hit = out.where(Kind.SYNTAX)
+    total = int(batch.editable.sum())
+    assert abs(hit.sum() / total - 0.3) < 4 * (0.3 * 0.7 / total) ** 0.5
+    assert (out.tokens[hit] != batch.response[hit]).all()
+    counts = torch.bincount(out.tokens[hit], minlength=40)
+    assert {i for i in range(40) if counts[i]} == set(ORDINARY)
+    # Given the original, every other ordinary id is equally likely: chi-square over one original.
+    drawn = out.tokens[hit & (batch.response == 7)]
+    expected = len(drawn) / (len(ORDINARY) - 1)
+    found = torch.bincount(drawn, minlength=40)[[i for i in ORDINARY if i != 7]]
+    assert ((found - expected) ** 2 / expected).sum() < 70  # 33 degrees of freedom, p < 0.001 at 63.9
+
+
+def test_replacements_from_the_response_come_from_the_same_row():
+    batch = make_batch(50, 16)
+    out = run(Replace(special=SPECIAL, rate=1.0, source="response"), batch)
+    for row in range(len(batch)):
+        own = set(batch.response[row][batch.editable[row]].tolist())
+        assert set(out.tokens[row][out.where(Kind.SYNTAX)[row]].tolist()) <= own
+    assert out.where(Kind.SYNTAX).sum() > 0.5 * batch.editable.sum()
+
+
+def test_a_dynamic_rate_is_capped_by_the_noise_level():
+    batch = make_batch(500, 32)
+    out = run(Replace(special=SPECIAL, rate=0.3, dynamic=True), batch, 0.05)
+    share = out.where(Kind.SYNTAX).sum() / batch.editable.sum()
+    assert abs(share - 0.05) < 0.01
+
+
+def test_frozen_positions_never_change():
+    batch = make_batch(64, 12)
+    for corruption in (stage_one(), Chain(Span(num=None)), Edit(), Replace(special=SPECIAL, rate=1.0, source="response")):
+        out = run(corruption, batch, 0.7)
+        assert torch.equal(out.tokens[~batch.editable], batch.response[~batch.editable])
+        assert (out.kind[~batch.editable] == int(Kind.FROZEN)).all()
+        assert (out.kind[batch.editable] != int(Kind.FROZEN)).all()
+
+
+def test_one_span_a_row_where_the_text_is_still_visible():
+    batch = make_batch(64, 12)
+    out = run(stage_one(rate=0.0), batch, 0.3)
+    hit = out.where(Kind.HALLUCINATION)
+    assert torch.equal(out.tokens[hit], batch.flawed[hit])
+    assert (out.tokens[hit] != batch.response[hit]).all()
+    assert not (hit & out.where(Kind.MASK)).any()
+    chosen = [set(batch.span[row][hit[row]].tolist()) for row in range(len(batch))]
+    assert all(len(found) <= 1 for found in chosen)
+    assert {1} in chosen and {2} in chosen  # both spans get their turn
+
+
+def test_without_masks_a_whole_span_is_put_in():
+    batch = make_batch(16, 12)
+    out = run(Span(), batch)
+    assert (out.where(Kind.HALLUCINATION).sum(1) == 2).all()
+    everything = run(Span(num=None), batch)
+    assert (everything.where(Kind.HALLUCINATION).sum(1) == 4).all()
+
+
+def test_edit_shows_the_draft_and_marks_its_mistakes():
+    batch = make_batch(8, 12)
+    out = run(Edit(), batch)
+    assert torch.equal(out.tokens[batch.editable], batch.flawed[batch.editable])
+    assert torch.equal(out.where(Kind.MISTAKE), (batch.span > 0) & batch.editable)
+    assert torch.equal(out.where(Kind.DRAFT), (batch.span == 0) & batch.editable)
+
+
+def test_choose_gives_each_row_its_own_corruption():
+    batch = make_batch(6, 12)
+    batch.drafted[::2] = True
+    out = run(Choose(when="drafted", then=Edit(), otherwise=Absorb(special=SPECIAL)), batch, 0.5)
+    assert not out.where(Kind.MASK)[::2].any() and out.where(Kind.MISTAKE)[::2].any()
+    assert out.where(Kind.MASK)[1::2].any() and not out.where(Kind.MISTAKE)[1::2].any()
+
+
+def test_a_sample_gets_the_same_noise_in_any_batch_with_any_padding():
+    batch = make_batch(5, 12)
+    whole = run(stage_one(), batch, 0.4)
+    for row in range(len(batch)):
+        alone = batch.rows(slice(row, row + 1))
+        kept = int(alone.editable.sum())
+        trimmed = Batch({}, *(getattr(alone, n)[:, :kept] for n in ("response", "editable", "flawed", "span")),
+                        alone.drafted, alone.keys)  # fmt: skip
+        out = run(stage_one(), trimmed, 0.4)
+        assert torch.equal(out.tokens[0], whole.tokens[row, :kept])
+        assert torch.equal(out.kind[0], whole.kind[row, :kept])
+
+
+def test_noise_differs_between_epochs_draws_seeds_and_keys():
+    where = torch.ones(1, 8, dtype=torch.bool)
+    draws = [
+        Noise([key], seed=seed, epoch=epoch, draw=draw).uniform(where)
+        for key, seed, epoch, draw in (("a", 0, 0, 0), ("b", 0, 0, 0), ("a", 1, 0, 0), ("a", 0, 1, 0), ("a", 0, 0, 1))
+    ]
+    assert len({tuple(d.flatten().tolist()) for d in draws}) == len(draws)
+    assert torch.equal(draws[0], Noise(["a"], seed=0).uniform(where))
+
+
+def test_noise_levels_are_uniform_on_their_range():
+    levels = Noise([f"k{i}" for i in range(4000)], seed=0).level(0.2)
+    assert levels.min() >= 0.2 and levels.max() < 1
+    assert abs(levels.mean() - 0.6) < 4 * 0.8 / 12**0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Replace(special=SPECIAL, rate=1.5), "1.5"),
+        (lambda: Replace(special=SPECIAL, rate=0.1, source="bigram"), "bigram"),
+        (lambda: Span(num=0), "0"),
+        (lambda: Choose(when="sometimes", then=Edit(), otherwise=Edit()), "sometimes"),
+    ],
+)
+def test_bad_settings_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

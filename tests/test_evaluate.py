@@ -1,0 +1,360 @@
+"""Evaluation: the verb on real shards and small models, resuming, and the report on hand-made numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from itertools import pairwise
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from src.batch import Batch
+from src.drawing import Piece, layout, paint
+from src.evaluate import main
+from src.metrics.caption import Mark
+from src.models.checkpoint import from_pretrained, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.prepare import Scenes
+from src.report import (
+    FILL,
+    Example,
+    Panel,
+    claims,
+    markdown_report,
+    paired_difference,
+    picture,
+    plot,
+    text_report,
+)
+from src.scenes.graph import Scene
+from src.scenes.score import score_caption
+from src.shards import read_index, read_shard
+from src.tokenizer import Codec
+
+CANVAS, NUM = 48, 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    counts = {"num_train": 40, "num_val": 2, "num_test": 8, "captions_per_image": 1, "objects": [1, 2]}
+    Scenes(
+        out=str(out),
+        **counts,
+        image_size=48,
+        noise=2.0,
+        vocab_size=300,
+        canvas=CANVAS,
+        prompt="Describe the picture.",
+    ).run()
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(["mask", "stage2"]):
+        write_model(folder / name, Codec.load(data / "tokenizer"), seed=seed)
+    return folder
+
+
+def write_model(path, codec, *, seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    decoder = {"vocab_size": codec.vocab_size, "num_hidden_layers": 1, "attention": "prefix", **sizes}
+    vision = {"num_hidden_layers": 1, "image_size": 48, "patch_size": 16, **sizes}
+    save_pretrained(LLaDAV(decoder=decoder, vision=vision, image_id=codec.image_id), codec, path)
+
+
+@pytest.fixture
+def conf(data, models, tmp_path):
+    """A function: settings of the evaluation -> path of its yaml."""
+    plain = {"target": "src.diffusion.sampler.Sampler", "length": CANVAS}
+    reviser = {"target": "src.diffusion.revisers.OverwriteAll"}
+    base = {
+        "models": {name: str(models / name) for name in ("mask", "stage2")},
+        "samplers": {"plain": plain, "refine": {**plain, "reviser": reviser, "post_steps": 2}},
+        "tokens_per_step": [16, 32],
+        "data": {
+            "target": "datamodules.captions.CaptionData",
+            "path": str(data),
+            "canvas": CANVAS,
+            "image_size": 48,
+        },
+        "split": "test",
+        "num": NUM,
+        "batch_size": 3,
+        "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.text.Bleu"}],
+        "headline": ["quality", "syntax"],
+        "out": str(tmp_path / "out"),
+        "seed": 0,
+    }
+
+    def write(**changed) -> str:
+        path = tmp_path / "evaluate.yaml"
+        path.write_text(yaml.safe_dump({"evaluate": {**base, **changed}}, sort_keys=False))
+        return f"conf={path}"
+
+    return write
+
+
+def results(tmp_path) -> dict:
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def captions(tmp_path, name) -> list[dict]:
+    return [
+        json.loads(line)
+        for line in (tmp_path / "out" / "captions" / f"{name}.jsonl").read_text().splitlines()
+    ]
+
+
+def records(data) -> list[dict]:
+    index = read_index(data / "test")
+    return [s["json"] for shard in index["shards"] for s in read_shard(data / "test" / shard["name"])]
+
+
+def inodes(tmp_path) -> dict[str, int]:
+    return {path.stem: path.stat().st_ino for path in (tmp_path / "out" / "captions").iterdir()}
+
+
+def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
+    main([conf()])
+    found = results(tmp_path)["methods"]
+    assert [(m, s, list(cells)) for m, row in found.items() for s, cells in row.items()] == [
+        (m, s, ["16", "32"]) for m in ("mask", "stage2") for s in ("plain", "refine")
+    ]
+    lines, known = captions(tmp_path, "stage2-refine-16"), records(data)[:NUM]
+    assert [line["key"] for line in lines] == [record["key"] for record in known]
+    scores = [
+        score_caption(Scene.from_dict(r["scene"]), line["text"]) for line, r in zip(lines, known, strict=True)
+    ]
+    cell = found["stage2"]["refine"]["16"]
+    for name in ("coverage", "factuality", "syntax"):
+        values = [getattr(score, name) for score in scores]
+        assert cell[name]["mean"] == pytest.approx(statistics.mean(values))
+        assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
+    assert cell["quality"]["mean"] == pytest.approx(
+        (cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2
+    )
+    assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
+    assert found["mask"]["plain"]["16"]["forwards"]["mean"] == CANVAS / 16
+    assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(CANVAS / 32)
+    assert found["mask"]["plain"]["16"]["edits"]["mean"] == 0
+    printed = capsys.readouterr().out
+    assert printed.split()[:4] == ["quality", "sampler", "16", "32"]
+    assert (tmp_path / "out" / "table.md").read_text().count("| stage2 | refine |") == 3
+    for name in ("quality.png", "captions.png"):
+        assert Image.open(tmp_path / "out" / name).size > (400, 300)
+
+
+def test_captions_do_not_depend_on_the_batch_size(conf, tmp_path):
+    main([conf(tokens_per_step=[16])])
+    first = captions(tmp_path, "mask-refine-16")
+    main([conf(tokens_per_step=[16], batch_size=1, out=str(tmp_path / "again"))])
+    again = (tmp_path / "again" / "captions" / "mask-refine-16.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in again] == [line["text"] for line in first]
+
+
+def test_a_rerun_does_only_what_is_missing(conf, tmp_path):
+    main([conf(tokens_per_step=[32])])
+    first = inodes(tmp_path)
+    (tmp_path / "out" / "captions" / "stage2-plain-32.jsonl").write_text("")
+    main([conf()])
+    second = inodes(tmp_path)
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"stage2-plain-32"}
+    assert len(second) == 8
+    main([conf(seed=1, tokens_per_step=[32])])
+    third = inodes(tmp_path)
+    assert {name for name in second if second[name] != third[name]} == set(first)
+    assert set(results(tmp_path)["meta"]["cells"]) == set(first)
+
+
+def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_anew(
+    conf, data, models, tmp_path, capsys
+):
+    broken = tmp_path / "broken"
+    codec = Codec.load(data / "tokenizer")
+    write_model(broken, codec, seed=5)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes((models / "mask" / "model.safetensors").read_bytes())
+    settings = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(
+        json.dumps({**settings, "decoder": {**settings["decoder"], "num_hidden_layers": 2}})
+    )
+    names = {"models": {"mask": str(models / "mask"), "stage2": str(broken)}, "tokens_per_step": [32]}
+    with pytest.raises(SystemExit):
+        main([conf(**names)])
+    assert "does not fit its config" in capsys.readouterr().err
+    assert list(results(tmp_path)["methods"]) == ["mask"]
+    first = inodes(tmp_path)
+    assert set(first) == {"mask-plain-32", "mask-refine-32"}
+    (broken / "config.json").write_text(json.dumps(settings))
+    (broken / "model.safetensors").write_bytes(weights)
+    main([conf(**names)])
+    assert list(results(tmp_path)["methods"]) == ["mask", "stage2"]
+    second = inodes(tmp_path)
+    write_model(broken, codec, seed=6)
+    main([conf(**names)])
+    third = inodes(tmp_path)
+    assert all(first[name] == second[name] == third[name] for name in first)
+    assert all(second[name] != third[name] for name in second.keys() - first.keys())
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"models": {"stage1": "nowhere/model"}},
+            "no model of 'stage1' in nowhere/model: make it with `python -m src.train",
+        ),
+        ({"headline": ["qualty"]}, "no metric qualty; there are coverage"),
+        ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
+        ({"samplers": {"plain": {"target": "src.diffusion.sampler.Sampler"}}}, "length"),
+        ({"num": 0}, "evaluate.num must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(changed, words, conf, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([conf(tokens_per_step=[32], **changed)])
+    assert stop.value.code == 2
+    assert words in (said := capsys.readouterr().err)
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in said
+
+
+def test_models_with_other_tokenizers_are_refused(conf, models, tmp_path, capsys):
+    codec = Codec.train(["another vocabulary"], vocab_size=40)
+    write_model(tmp_path / "other", codec, seed=0)
+    with pytest.raises(SystemExit):
+        main([conf(models={"mask": str(models / "mask"), "other": str(tmp_path / "other")})])
+    assert "tokenizers: mask, other" in capsys.readouterr().err
+
+
+def test_the_captions_are_what_the_sampler_writes(conf, data, models, tmp_path):
+    from datamodules.captions import CaptionData
+    from src.diffusion.sampler import Sampler
+
+    main([conf(tokens_per_step=[16])])
+    codec = Codec.load(data / "tokenizer")
+    loader = CaptionData(
+        path=str(data), codec=codec, batch_size=NUM, canvas=CANVAS, image_size=48
+    ).test_dataloader()
+    batch: Batch = next(iter(loader))
+    backbone = from_pretrained(models / "mask").eval()
+    prefix = backbone.encode_prefix(batch.prefix)
+    found = Sampler(length=CANVAS, tokens_per_step=16)(
+        backbone, prefix, special=codec.special, keys=batch.keys, seed=0
+    )
+    texts = [line["text"] for line in captions(tmp_path, "mask-plain-16")]
+    assert texts == [codec.decode(ids) for ids in found.ids.tolist()]
+
+
+# two methods, two speeds; the baseline loses 0.4, the contender 0.1
+HAND = {
+    ("mask", "plain", 1): [1.0, 0.8],
+    ("mask", "plain", 8): [0.4, 0.6],
+    ("stage2", "refine", 1): [0.9, 0.9],
+    ("stage2", "refine", 8): [0.8, 0.8],
+}
+
+
+@pytest.fixture
+def hand():
+    methods: dict = {}
+    for (method, sampler, speed), values in HAND.items():
+        se = statistics.stdev(values) / math.sqrt(2)
+        stat = {"mean": statistics.mean(values), "se": se, "n": 2}
+        methods.setdefault(method, {}).setdefault(sampler, {})[str(speed)] = {"quality": stat}
+    return {"methods": methods}, {cell: {"quality": values} for cell, values in HAND.items()}
+
+
+def test_paired_difference_by_hand():
+    found = paired_difference([0.5, 0.9, 0.1], [0.1, 0.2, 0.3])
+    differences = [0.4, 0.7, -0.2]
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["se"] == pytest.approx(statistics.stdev(differences) / math.sqrt(3))
+    with pytest.raises(ValueError, match="longer"):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+def test_claims_by_hand(hand):
+    # mask: -0.6, -0.2; stage2: -0.1, -0.1; at 8 tokens/step stage2 leads by 0.4 and 0.2, at 1 by -0.1 and 0.1
+    assert claims(*hand, headline=["quality"]) == [
+        "quality from 1 to 8 tokens/step: mask plain -0.400 ± 0.200",
+        "quality from 1 to 8 tokens/step: stage2 refine -0.100 ± 0.000, 25% of the change of mask plain",
+        "quality at 1 tokens/step: stage2 refine - mask plain +0.000 ± 0.100",
+        "quality at 8 tokens/step: stage2 refine - mask plain +0.300 ± 0.100",
+    ]
+
+
+def test_tables_are_aligned_and_leave_gaps(hand):
+    del hand[0]["methods"]["mask"]["plain"]["1"]["quality"]
+    lines = text_report(*hand, headline=["quality"]).splitlines()
+    assert lines[:3] == [
+        "quality  sampler  1             8",
+        "mask     plain    -             0.500 ±0.100",
+        "stage2   refine   0.900 ±0.000  0.800 ±0.000",
+    ]
+    assert "| stage2 | refine | 0.900 ±0.000 | 0.800 ±0.000 |" in markdown_report(*hand, headline=["quality"])
+
+
+def test_a_plot_without_standard_errors_is_drawn(hand, tmp_path):
+    hand[0]["methods"]["mask"]["plain"]["8"]["quality"]["se"] = None
+    plot(hand[0], tmp_path / "a.png", headline=["quality"])
+    colours = Image.open(tmp_path / "a.png").convert("RGB").getcolors(1 << 20)
+    assert {(31, 119, 180), (255, 127, 14)} <= {
+        colour for _, colour in colours or []
+    }  # the lines of both methods
+
+
+def test_the_picture_marks_flaws_and_only_flaws(tmp_path):
+    def colours(marks):
+        panels = [Panel("before", "A red ring. Red the is.", marks), Panel("after", "A blue ring.", [])]
+        picture([Example(Image.new("RGB", (48, 48), (1, 2, 3)), panels)], tmp_path / "p.png")
+        return {colour for _, colour in Image.open(tmp_path / "p.png").getcolors(1 << 20) or []}
+
+    assert not colours([]) & set(FILL.values())
+    assert set(FILL.values()) <= (found := colours([Mark(2, 5, "false"), Mark(12, 23, "ungrammatical")]))
+    assert (1, 2, 3) in found
+
+
+def test_layout_keeps_order_stays_inside_and_never_overlaps():
+    words = [
+        "a",
+        "caption",
+        "of",
+        "several",
+        "words",
+        "and",
+        "one",
+        "extraordinarily" * 3,
+        "long",
+        "one",
+        "at",
+        "all",
+    ]
+    placed = layout([Piece(word) for word in words], width=100, size=13)
+    assert [piece.text for piece, _ in placed.pieces] == words
+    boxes = [box for _, box in placed.pieces]
+    assert boxes == sorted(boxes, key=lambda box: (box[1], box[0]))
+    for (_, top, right, _), (left, next_top, _, _) in pairwise(boxes):
+        assert right < left or top < next_top
+    assert all(right <= 100 or left == 0 for left, _, right, _ in boxes)
+    assert placed.height >= max(box[3] for box in boxes)
+
+
+def test_paint_puts_ink_into_the_box():
+    image = Image.new("RGB", (120, 40), "white")
+    placed = layout([Piece("word", ink=(255, 0, 0), fill=(0, 0, 255))], width=100, size=13)
+    paint(ImageDraw.Draw(image), placed, at=(10, 10), size=13)
+    left, top, right, bottom = placed.pieces[0][1]
+    box = (10 + left - 1, 10 + top, 10 + right + 1, 10 + bottom + 1)
+    assert image.crop(box).getpixel((0, 0)) == (0, 0, 255)
+    image.paste((255, 255, 255), box)
+    assert image.getcolors() == [(120 * 40, (255, 255, 255))]  # nothing was drawn outside

@@ -1,0 +1,578 @@
+"""Preparing data: reproducible and true scenes, photographs from any format, and what goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.captions import CaptionData
+from datamodules.shards import Reader, Sample, Stream, read_index
+from src.config import ConfigError
+from src.importers.images import ImageProblem, convert, fit, load
+from src.importers.photos import Album, hashed_split
+from src.importers.records import Entry, read_entries
+from src.prepare import Photos, Scenes, main
+from src.scenes.graph import Scene
+from src.scenes.render import render
+from src.scenes.score import score_caption
+from src.tokenizer import Codec
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real data is not there")
+SCENES: dict[str, Any] = {
+    "num_train": 30, "num_val": 8, "num_test": 8, "captions_per_image": 2, "objects": [1, 2], "noise": 2.0,
+    "image_size": 24, "vocab_size": 300, "canvas": 64, "prompt": "Describe the picture.", "seed": 1,
+    "per_shard": 16,
+}  # fmt: skip
+PHOTOS: dict[str, Any] = {"image_size": 16, "vocab_size": 400, "canvas": 64, "prompt": "What is there?"}
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "out"
+    Scenes(out=str(out), **SCENES).run()
+    return out
+
+
+def samples(folder: Path) -> list[Sample]:
+    index = read_index(folder, verify=True)
+    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count)) if index.count else []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- scenes ------------------------------------------------------------------------------------------
+
+
+def test_equal_settings_make_equal_bytes(tmp_path: Path, scenes: Path) -> None:
+    Scenes(out=str(tmp_path / "again"), **SCENES).run()
+    assert contents(tmp_path / "again") == contents(scenes)
+    Scenes(out=str(tmp_path / "other"), **{**SCENES, "seed": 2}).run()
+    assert (
+        contents(tmp_path / "other")["train/train-000000.tar"] != contents(scenes)["train/train-000000.tar"]
+    )
+
+
+def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
+    seen: dict[str, set[str]] = {}
+    for split in SPLITS:
+        found = samples(scenes / split)
+        assert len(found) == SCENES[f"num_{split}"]
+        graphs = []
+        for s in found:
+            for item in s.record["scene"]["objects"]:
+                item["dx"] = item["dy"] = 0
+            graphs.append(json.dumps(s.record["scene"], sort_keys=True))
+        seen[split] = set(graphs)
+        assert split == "train" or len(seen[split]) == len(graphs)
+    assert not seen["train"] & seen["val"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["val"] & seen["test"]
+
+
+def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
+    codec = Codec.load(scenes / "tokenizer")
+    facts: Counter[str] = Counter()
+    for s in samples(scenes / "train"):
+        scene = Scene.from_dict(s.record["scene"])
+        assert len(s.record["captions"]) == 2
+        for caption in s.record["captions"]:
+            text = caption["text"]
+            score = score_caption(scene, text)
+            assert (score.factuality, score.syntax) == (1, 1)
+            ids = codec.encode(text)[0]
+            assert len(ids) < SCENES["canvas"]
+            for swap in caption["swaps"]:
+                facts[swap["fact"]] += 1
+                assert text[swap["start"] : swap["end"]] == swap["right"]
+                false = text[: swap["start"]] + swap["wrong"] + text[swap["end"] :]
+                assert score_caption(scene, false).factuality < 1
+                first, end, wrong = swap["tokens"]
+                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
+                assert len(wrong) == end - first
+    assert set(facts) == {"object", "attribute", "count", "place", "relation"}
+
+
+def test_images_show_the_scene(scenes: Path) -> None:
+    for s in samples(scenes / "val"):
+        assert s.image.size == (24, 24)
+        clean = render(Scene.from_dict(s.record["scene"]), Random(0), size=24, noise=0)
+        difference = np.asarray(s.image, dtype=float) - np.asarray(clean, dtype=float)
+        assert 1 < difference.std() < 3  # noise of 2 grey levels
+
+
+def test_a_loader_takes_them(scenes: Path) -> None:
+    codec = Codec.load(scenes / "tokenizer")
+    data = CaptionData(path=str(scenes), codec=codec, batch_size=10, canvas=64, image_size=24)
+    for batch in data.train_dataloader():
+        for row, record in enumerate(batch.records):
+            assert codec.decode(batch.response[row].tolist()) in [c["text"] for c in record["captions"]]
+            scene = Scene.from_dict(record["scene"])
+            assert score_caption(scene, codec.decode(batch.flawed[row].tolist())).factuality < 1
+
+
+def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(
+    tmp_path: Path, scenes: Path
+) -> None:
+    codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
+    codec.save(tmp_path / "tokenizer")
+    settings = {**SCENES, "canvas": 400, "tokenizer": str(tmp_path / "tokenizer")}
+    index = Scenes(out=str(tmp_path / "out"), **settings).run()
+    assert index["tokenizer"] == codec.fingerprint == Codec.load(tmp_path / "out" / "tokenizer").fingerprint
+    assert index["counts"]["train"]["swaps of unequal length"] > 0
+    for s in samples(tmp_path / "out" / "train"):
+        for caption in s.record["captions"]:
+            ids = codec.encode(caption["text"])[0]
+            for swap in caption["swaps"]:
+                first, end, wrong = swap["tokens"]
+                false = caption["text"][: swap["start"]] + swap["wrong"] + caption["text"][swap["end"] :]
+                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
+
+
+def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(scenes, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert Scenes(out=str(out), **SCENES).run() == json.loads((out / "index.json").read_text())
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    changed = {**SCENES, "num_val": 7, "noise": 0.0}
+    with pytest.raises(ValueError, match=r"made with other settings \(noise, num_val\)"):
+        Scenes(out=str(out), **changed).run()
+    Scenes(out=str(out), overwrite=True, **changed).run()
+    assert len(samples(out / "val")) == 7
+    (out / "index.json").unlink()
+    with pytest.raises(ValueError, match="no finished dataset"):
+        Scenes(out=str(out), **changed).run()
+
+
+def test_impossible_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_val must be at least 1, got 0"):
+        Scenes(out=str(tmp_path / "a"), **{**SCENES, "num_val": 0})
+    with pytest.raises(ValueError, match="no caption of a scene fits 10 tokens"):
+        Scenes(out=str(tmp_path / "a"), **{**SCENES, "canvas": 10}).run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path, scenes: Path) -> None:
+    """The real verb in a real process, killed while it writes its first shard."""
+    out = tmp_path / "out"
+    values = {**SCENES, "num_train": 3000}
+    command = [sys.executable, "-m", "src.prepare", "conf=scenes", f"prepare.out={out}", *_settings(values)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out.partial/train/.*.tmp")):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    Scenes(out=str(out), **SCENES).run()
+    assert contents(out) == contents(scenes)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _settings(values: dict[str, Any]) -> list[str]:
+    return [f"prepare.{name}={json.dumps(value)}" for name, value in values.items() if name != "per_shard"]
+
+
+# --- photographs -------------------------------------------------------------------------------------
+
+
+def picture(path: Path, colour: str = "red", size: tuple[int, int] = (8, 8)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def entries(path: Path) -> tuple[list[Entry], Counter[str]]:
+    counts: Counter[str] = Counter()
+    return list(read_entries(path, counts)), +counts
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def first(path: Path) -> tuple[str, str, str | None]:
+    (entry,), _ = entries(path)
+    return entry.image, entry.captions[0].text, entry.prompt
+
+
+def test_jsonl_with_bom_crlf_blank_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = ['{"image": "a.jpg", "caption": "Été. "}', '{"image": "c.jpg", "caption": "x"}']
+    lines = [good[0], "", '{"image": "b.jpg", "capt', good[1]]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    found, counts = entries(path)
+    assert [(e.image, e.captions[0].text) for e in found] == [("a.jpg", "Été."), ("c.jpg", "x")]
+    assert counts == {"records": 2, "broken_json": 1}
+
+
+def test_objects_one_after_another_and_mappings(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    pretty = '{\n "image_id": 42,\n "text": "one",\n "question_id": 1, "prompt": "p"}'
+    path.write_text(pretty + '\n{"image_id": 7, "text": "two"}')
+    assert [e.image for e in entries(path)[0]] == ["42", "7"]
+    assert first(write_json(path, {"x.png": "a cat"})) == ("x.png", "a cat", None)
+    nested = {"0": {"filename": "x.png", "caption": "a cat", "negative_caption": "a dog"}}
+    assert first(write_json(path, nested)) == ("x.png", "a cat", None)
+    coco = {
+        "images": [{"id": 3, "file_name": "x.png"}],
+        "annotations": [{"id": 1, "image_id": 3, "caption": "a cat"}],
+    }
+    assert first(write_json(path, coco)) == ("x.png", "a cat", None)
+
+
+def test_tables(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows(
+            [["image", "caption", "split"], ["a.jpg", 'says "hi",\nthen goes', "val"]]
+        )
+    (entry,), _ = entries(path)
+    assert (entry.image, entry.captions[0].text, entry.split) == ("a.jpg", 'says "hi",\nthen goes', "val")
+
+
+def test_unknown_formats_name_the_keys_they_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keys picture, words"):
+        entries(write_json(tmp_path / "a.json", [{"picture": "a.jpg", "words": "x"}]))
+    with pytest.raises(ValueError, match="holds no records"):
+        entries(write_json(tmp_path / "a.json", []))
+    (tmp_path / "b.json").write_text('[{"image": "a.jpg", "caption": "x"},')
+    with pytest.raises(ValueError, match="not valid JSON"):
+        entries(tmp_path / "b.json")
+    with pytest.raises(ValueError, match="no annotation file"):
+        entries(tmp_path / "none.json")
+    (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        entries(tmp_path / "c.json")
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"conversations": turns("<image>\nQ", "A")}, "no_image"),
+        ({"image": ["a.jpg", "b.jpg"], "conversations": turns("Q", "A")}, "several_images"),
+        ({"image": "a.jpg", "conversations": turns("<image><image>Q", "A")}, "several_images"),
+        ({"image": "a.jpg", "conversations": turns("Q", "A", "<image>R", "B")}, "image_in_later_turn"),
+        ({"image": "a.jpg", "conversations": turns("<image>Q")}, "no_answer"),
+        ({"image": "a.jpg", "conversations": []}, "no_answer"),
+        ({"image": "a.jpg", "conversations": turns("<image>Q", "  ")}, "empty_caption"),
+        ({"image": "a.jpg", "video": "v", "conversations": turns("Q", "A")}, "video"),
+        ({"image": True, "caption": "x"}, "no_image"),
+        ({"image": None, "caption": "x"}, "no_image"),
+        ({"image": "a.jpg", "caption": ""}, "empty_caption"),
+        ({"image": "a.jpg", "captions": []}, "empty_caption"),
+        ({"image": "a.jpg", "caption": True}, "empty_caption"),
+    ],
+)
+def test_unusable_records_are_counted(tmp_path: Path, record: dict, reason: str) -> None:
+    found, counts = entries(write_json(tmp_path / "a.json", [record]))
+    assert not found
+    assert counts[reason] == 1
+
+
+def test_conversations_give_their_first_answer(tmp_path: Path) -> None:
+    record = {
+        "id": 1,
+        "image": "a.jpg",
+        "conversations": turns("What is it?\n<image>", " A cat. ", "Sure?", "Yes."),
+    }
+    path = write_json(tmp_path / "a.json", [record, record, 5])
+    (one, two), counts = entries(path)
+    assert one == two
+    assert (one.image, one.captions[0].text, one.prompt) == ("a.jpg", "A cat.", "What is it?")
+    assert counts == {"records": 2, "later_turns": 2, "duplicate_id": 1, "not_a_record": 1}
+    roles = (("system", "S"), ("user", "<image>Q"), ("assistant", "A"))
+    chat = {"images": ["a.jpg"], "messages": [{"role": role, "content": text} for role, text in roles]}
+    assert first(write_json(path, [chat])) == ("a.jpg", "A", "Q")
+
+
+def vicrit(true: str, false: str, right: str, wrong: str) -> dict:
+    return {"image": "a.jpg", "problem": "<image>Q", "original_caption": true, "changed_caption": false,
+            "solution_original": right, "solution_target": wrong}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "start"),
+    [
+        (vicrit("A red cat.", "A blue cat.", "red", "blue"), 2),
+        (vicrit("A red cat on red.", "A red cat on blue.", "red", "blue"), 13),  # the second of two places
+        (vicrit("THE RED CAT", "The blue cat.", "RED", "blue"), None),  # a full stop that no swap explains
+        (vicrit("THE RED CAT", "the blue cat", "RED", "blue"), 4),
+        (vicrit("A red cat.", "A blue cat.", "green", "blue"), None),
+        (vicrit("A cat.", "A blue cat.", "", "blue"), None),
+    ],
+)
+def test_vicrit_swaps_are_placed_where_the_captions_differ(
+    tmp_path: Path, record: dict, start: int | None
+) -> None:
+    (entry,), counts = entries(write_json(tmp_path / "a.json", [record]))
+    assert entry.captions[0].text == record["original_caption"]
+    assert [swap.start for swap in entry.captions[0].swaps] == ([] if start is None else [start])
+    assert counts["swap_not_found"] == (start is None)
+
+
+def test_rediff_pairs_turn_the_flawed_text_true(tmp_path: Path) -> None:
+    def read(text: str, *pairs: tuple[str, str]) -> tuple[list[Entry], Counter[str]]:
+        revise = [{"org": org, "target": target} for org, target in pairs]
+        record = {"image": "a.jpg", "conversations": turns("<image>Q", text), "revise": revise}
+        return entries(write_json(tmp_path / "a.json", [record]))
+
+    (entry,), _ = read(
+        "A man in a red coat holds an apple.", ("an apple", "a pear"), ("red coat", "very blue coat")
+    )
+    caption = entry.captions[0]
+    assert caption.text == "A man in a very blue coat holds a pear."
+    for swap, right, wrong in zip(
+        caption.swaps, ("very blue coat", "a pear"), ("red coat", "an apple"), strict=True
+    ):
+        assert (swap.right, swap.wrong) == (right, wrong)
+        assert caption.text[swap.start : swap.start + len(right)] == right
+    (entry,), _ = read("A woman sees a man.", ("man", "dog"))  # not the one inside of `woman`
+    assert entry.captions[0].text == "A woman sees a dog."
+    for text, pairs, reason in (
+        ("A man.", [("dog", "cat")], "revise_not_found"),
+        ("A man, a man.", [("man", "cat")], "revise_ambiguous"),
+        ("A man.", [("", "cat")], "revise_empty_span"),
+        ("A big red man.", [("big red", "x y"), ("red man", "x y")], "revise_overlap"),
+    ):
+        found, counts = read(text, *pairs)
+        assert not found
+        assert counts[reason] == 1
+
+
+def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "000000000042.jpg")
+    counts: Counter[str] = Counter()
+    album = Album(tmp_path / "images", prompt="P", seed=0, counts=counts)
+    swapped = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A blue cat.", "red", "blue")]))[
+        0
+    ][0]
+    again = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A red dog.", "cat", "dog")]))[0][0]
+    names = [
+        "images/000000000042.jpg",
+        "COCO_val2014_000000000042.jpg",
+        "42",
+        "coco/x/000000000042",
+        "/images/42",
+    ]
+    for name in names[:3]:
+        album.add(Entry(name, swapped.captions, "Q", "test"))
+    album.add(Entry(names[3], again.captions, "Q", "train"))
+    album.add(Entry(names[4], swapped.captions, None, None))
+    album.add(Entry("../../etc/passwd", swapped.captions))
+    one, other = album.photos()
+    assert (one.prompt, other.prompt) == ("Q", "P")
+    assert one.key != other.key
+    assert one.split == other.split == "test"
+    assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue"), ("cat", "dog")]
+    assert counts["merged"] == 3
+    assert counts["missing_image"] == 1
+
+
+def test_hashed_splits_have_their_shares() -> None:
+    counts = Counter(hashed_split(f"image-{n}", 0) for n in range(4000))
+    assert abs(counts["train"] - 3600) < 80  # 4 standard deviations
+    assert abs(counts["val"] - 200) < 60
+    assert abs(counts["test"] - 200) < 60
+
+
+def test_whole_picture_on_grey_in_any_mode(tmp_path: Path) -> None:
+    wide = fit(Image.new("RGB", (40, 10), "red"), 16)
+    assert wide.size == (16, 16)
+    assert [wide.getpixel((8, y)) for y in (0, 5, 8, 15)] == [(128,) * 3, (128,) * 3, (255, 0, 0), (128,) * 3]
+    assert fit(Image.new("RGB", (300, 1), "red"), 16).getpixel((3, 7)) == (255, 0, 0)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert load(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert load(tmp_path / "deep.png").getpixel((1, 1)) == (128, 128, 128)
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
+    red, green, blue = load(tmp_path / "ink.jpg").getpixel((1, 1))  # type: ignore[misc]
+    assert red > 240
+    assert max(green, blue) < 15
+    turned = Image.new("RGB", (8, 4), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert load(tmp_path / "turned.jpg").size == (4, 8)
+    picture(tmp_path / "large.jpg", size=(1600, 800))
+    assert load(tmp_path / "large.jpg", size=50).size == (200, 100)  # decoded at an eighth of the size
+    with Image.open(io.BytesIO(convert(tmp_path / "large.jpg", size=16, encoding="jpg"))) as small:
+        assert (small.format, small.size) == ("JPEG", (16, 16))
+
+
+def test_broken_images_have_reasons(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("<html><body>Not found</body></html>")
+    (tmp_path / "bomb.gif").write_bytes(b"GIF89a" + b"\xff\xff" * 2 + b"\x00\x00\x00" + b"," + b"\x00" * 20)
+    for name, reason in (
+        ("empty.jpg", "empty_image_file"), ("page.jpg", "undecodable_image"), ("bomb.gif", "image_too_large"),
+        ("none.jpg", "missing_image"),
+    ):  # fmt: skip
+        with pytest.raises(ImageProblem, match=reason):
+            load(tmp_path / name)
+
+
+def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    for number in range(6):
+        picture(images / f"p{number}.jpg", size=(20, 10))
+    (images / "bad.jpg").write_text("<html>")
+    rows: list[dict] = [{"image": f"p{n}.jpg", "captions": ["A red box.", f"Box {n}."]} for n in range(6)]
+    for row in rows:
+        row["split"] = "val" if row["image"] == "p5.jpg" else "train"
+    rows += [{"image": "bad.jpg", "caption": "x", "split": "train"}, {"image": "none.jpg", "caption": "x"}]
+    rows += [{"image": "p0.jpg", "caption": "word " * 100}, {"image": "p1.jpg", "caption": " "}]
+    rows += [vicrit("A red box.", "A blue box.", "red", "blue") | {"image": "p2.jpg", "problem": None}]
+    annotations = write_json(tmp_path / "a.json", rows)
+    out = tmp_path / "out"
+    main([
+        "conf=photos", f"prepare.out={out}", f"prepare.images={images}", f"prepare.annotations={annotations}",
+        *_settings(PHOTOS),
+    ])  # fmt: skip
+    table = {tuple(line.split()[:-1]): int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()}
+    assert table["train", "written"] == 5
+    assert table["train", "undecodable_image"] == 1
+    assert table["train", "captions", "too", "long"] == 1
+    assert table["val", "written"] == 1
+    assert table["records", "missing_image"] == table["records", "empty_caption"] == 1
+    assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
+    records = {s.record["key"][:2]: s for s in samples(out / "train")}
+    assert [c["text"] for c in records["p3"].record["captions"]] == ["A red box.", "Box 3."]
+    assert records["p3"].record["prompt"] == "What is there?"
+    assert records["p3"].image.size == (16, 16)
+    codec = Codec.load(out / "tokenizer")
+    assert codec.decode(codec.encode("Ünseen 日本 text")[0]) == "Ünseen 日本 text"
+    for swap in records["p2"].record["captions"][0]["swaps"]:
+        assert (swap["right"], swap["wrong"]) == ("red", "blue")
+    data = CaptionData(path=str(out), codec=codec, batch_size=5, canvas=64, image_size=16)
+    assert len(list(data.train_dataloader())) == 1
+
+
+def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
+    annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
+    settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
+    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*missing_image +1"):
+        Photos(out=str(tmp_path / "out"), **settings).run()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="no image folder"):
+        Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
+    with pytest.raises(ConfigError, match="encoding must be one of jpg, png, got 'gif'"):
+        main.__wrapped__([  # type: ignore[attr-defined]
+            "conf=photos", "prepare.images=x", "prepare.annotations=y", "prepare.encoding=gif",
+        ])  # fmt: skip
+
+
+# --- real files --------------------------------------------------------------------------------------
+
+
+@needs_real_data
+def test_odd_images_decode_or_are_reported() -> None:
+    manifest = json.loads((SHARED / "odd_images" / "manifest.json").read_text())
+    results: Counter[bool] = Counter()
+    for row in manifest:
+        path = SHARED / "odd_images" / row["image"]
+        results[row["decodes"]] += 1
+        if not row["decodes"]:
+            for read in (partial(load, path), partial(convert, path, size=16, encoding="jpg")):
+                with pytest.raises(ImageProblem):
+                    read()
+            continue
+        image = load(path)
+        assert len(convert(path, size=16, encoding="png")) > 100
+        assert image.mode == "RGB"
+        if size := row.get("rgb_size_after_exif_transpose"):
+            assert list(image.size) == size, path.name
+    assert results == {True: 27, False: 6}
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "usable", "counts"),
+    [
+        ("CompreCap__GPT-4o_first5.json", 5, {}),
+        ("InternLM-XComposer__multi_turn_multi_images_example.json", 0, {"several_images": 2}),
+        ("InternLM-XComposer__only_text_example.json", 0, {"no_image": 2}),
+        ("InternLM-XComposer__single_turn_single_image_example.json", 2, {}),
+        ("LLaMA-Factory__mllm_demo.json", 6, {"later_turns": 6}),
+        ("LLaVA__caps_boxes_coco2014_val_80.jsonl", 80, {}),
+        ("LLaVA__coco2014_val_gpt4_qa_30x3.jsonl", 90, {"duplicate_id": 60}),
+        ("POPE__Instruction1_llava_first12.json", 12, {}),
+        ("ReDiff__readme_sample.json", 1, {}),
+        ("lmms-finetune__multi_images.json", 0, {"several_images": 2}),
+        ("lmms-finetune__single_image.json", 2, {"later_turns": 1}),
+        ("lmms-finetune__single_image_has_text_only.json", 2, {"no_image": 2}),
+        ("lmms-finetune__video.json", 0, {"video": 2}),
+        ("LLaVA__qa90_questions.jsonl", None, {}),
+        ("POPE__coco_pope_random_first30.json", None, {}),
+    ],
+)
+def test_real_formats(name: str, usable: int | None, counts: dict[str, int]) -> None:
+    path = SHARED / "formats" / name
+    if usable is None:
+        with pytest.raises(
+            ValueError, match="no known annotation format: the first record has the keys question_id"
+        ):
+            entries(path)
+        return
+    found, counted = entries(path)
+    assert len(found) == usable
+    assert counted.items() >= counts.items()
+
+
+@needs_real_data
+def test_real_pairs_agree_between_formats() -> None:
+    pairs, _ = entries(SHARED / "hallucination_pairs" / "vicrit_format.json")
+    assert len(pairs) == sum(len(e.captions[0].swaps) for e in pairs) == 1245
+    truth = {(e.image, e.captions[0].text) for e in pairs}
+    repaired, counts = entries(SHARED / "hallucination_pairs" / "rediff_revise_format.json")
+    assert len(repaired) + counts["revise_ambiguous"] == 1688
+    single = [e for e in repaired if len(e.captions[0].swaps) == 1]
+    assert len([e for e in single if (e.image, e.captions[0].text) in truth]) > 0.85 * len(single)
+
+
+@needs_real_data
+@pytest.mark.parametrize("annotations", ["captions.jsonl", "llava_five_captions.json"])
+def test_real_photographs(tmp_path: Path, annotations: str) -> None:
+    folder = SHARED / "coco_cc"
+    settings = {**PHOTOS, "canvas": 200, "images": str(folder), "annotations": str(folder / annotations)}
+    index = Photos(out=str(tmp_path / "out"), max_images=12, **settings).run()
+    assert sum(index["counts"][split]["written"] for split in SPLITS) == 12
+    found = [s for split in SPLITS for s in samples(tmp_path / "out" / split)]
+    known = {row["id"]: row for row in map(json.loads, (folder / "captions.jsonl").read_text().splitlines())}
+    for s in found:
+        row = known[s.key.split("-")[0]]
+        texts = [c["text"] for c in s.record["captions"]]
+        if annotations == "captions.jsonl":
+            assert texts == list(dict.fromkeys(text.strip() for text in row["captions"]))
+            assert s.key in {t.key for t in samples(tmp_path / "out" / row["split"])}
+        else:
+            assert len(texts) == 1
+            assert s.record["prompt"].startswith("Describe what is visible")
+        bars = (
+            np.asarray(s.image)[[0, -1]] if row["width"] > row["height"] else np.asarray(s.image)[:, [0, -1]]
+        )
+        assert abs(bars.mean(dtype=float) - 128) < 40
