@@ -3,10 +3,11 @@
     callbacks: [{target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}]
 
     first `num` validation samples -> draft (sampler_plain) and refined caption (sampler_refine)
-      -> `samples/captions`: a table, changed words in **bold**; `samples/refined`: the images with token boxes
+      -> `samples/captions`: a table, changed words in **bold**
+      -> `samples/tokens`: the images with the tokens of both in boxes
 
-TensorBoard shows no HTML colours in text, so the tokens are drawn into an image: red boxes are words of the draft that
-the refined caption does not have, green ones are new, and a blue edge marks a token that the reviser rewrote on its way.
+TensorBoard shows no HTML colours in text, so the tokens are drawn into an image: red boxes are tokens of the draft
+that the refined caption lacks, green ones are new, and a blue edge marks a token that the reviser wrote.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ SIDE, TEXT, PAD, WIDTH = 144, 13, 10, 460  # pixels
 class Samples(L.Callback):
     """Logs drafts and refined captions of `num` fixed images every `every_n_steps` optimizer steps.
 
-    sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with the same seed.
-    Raises ValueError at the start of training when the trainer has no TensorBoard logger or no datamodule.
+    sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with one seed.
+    Raises ValueError when the trainer has no TensorBoard logger or no datamodule.
     """
 
     def __init__(
@@ -71,9 +72,7 @@ class Samples(L.Callback):
         self.batch = first_samples(trainer, self.num)
         _writer(trainer)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         step = trainer.global_step
         if step % self.every_n_steps or step == self.last_step:
             return
@@ -81,7 +80,7 @@ class Samples(L.Callback):
         assert self.batch is not None
         found = self.write(pl_module, self.batch.to(pl_module.device))
         if trainer.is_global_zero:  # every rank samples, since sharded parameters need them all
-            self.log(_writer(trainer), self.batch, found, step)
+            self.publish(_writer(trainer), self.batch, found, step)
 
     def write(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Sampled]:
         """Draft and refined responses of a batch."""
@@ -94,17 +93,13 @@ class Samples(L.Callback):
                 for name, sampler in self.samplers.items()
             }
 
-    def log(self, writer: Any, batch: Batch, found: dict[str, Sampled], step: int) -> None:
+    def publish(self, writer: Any, batch: Batch, found: dict[str, Sampled], step: int) -> None:
         """Write the table and the picture of one step."""
-        texts = {
-            name: [self.codec.decode(ids) for ids in sampled.ids.tolist()] for name, sampled in found.items()
-        }
+        texts = {name: [self.codec.decode(ids) for ids in sampled.ids.tolist()] for name, sampled in found.items()}
         references = [(record.get("captions") or [{"text": ""}])[0]["text"] for record in batch.records]
-        writer.add_text(
-            "samples/captions", table(batch.keys, texts["draft"], texts["refined"], references), step
-        )
+        writer.add_text("samples/captions", table(batch.keys, texts["draft"], texts["refined"], references), step)
         sheets = [self._sheet(batch, found, row) for row in range(len(batch))]
-        writer.add_image("samples/refined", _stack(sheets), step, dataformats="HWC")
+        writer.add_image("samples/tokens", _stack(sheets), step, dataformats="HWC")
         writer.flush()
 
     def _sheet(self, batch: Batch, found: dict[str, Sampled], row: int) -> Image.Image:
@@ -117,7 +112,7 @@ class Samples(L.Callback):
             kept = {pair[name == "refined"] for pair in same}
             texts.append([
                 Piece(
-                    self.codec.tokenizer.decode([token]).strip() or "\u00b7",
+                    self.codec.decode([token]).strip() or "\u00b7",
                     fill=KEPT if place in kept else other,
                     edge=REWRITTEN if place in edges[name] else None,
                 )
@@ -139,9 +134,7 @@ def first_samples(trainer: L.Trainer, num: int) -> Batch:
     return next(iter(data.val_dataloader())).rows(slice(0, num))
 
 
-def table(
-    keys: Sequence[str], drafts: Sequence[str], refined: Sequence[str], references: Sequence[str]
-) -> str:
+def table(keys: Sequence[str], drafts: Sequence[str], refined: Sequence[str], references: Sequence[str]) -> str:
     """A Markdown table of captions; words of draft and refined caption that the other lacks are in bold."""
     lines = ["| image | draft | refined | reference |", "|---|---|---|---|"]
     for key, draft, better, reference in zip(keys, drafts, refined, references, strict=True):

@@ -2,11 +2,13 @@
 
     callbacks: [{target: callbacks.throughput.Throughput, every_n_steps: 50}]
 
-    perf/tokens_per_s     response tokens, all ranks     perf/data_wait     share of the time spent waiting for data
-    perf/samples_per_s    samples, all ranks             perf/memory_gib    peak: of the GPU, else of the process
-    perf/tokens_seen      response tokens since the first step, over restarts
+    perf/tokens_per_s     response tokens, all ranks    perf/data_wait    share of the time between two steps
+    perf/samples_per_s    samples, all ranks            perf/memory_gib   peak: of the GPU, else of the process
+    perf/tokens_seen, perf/samples_seen                 since the first step, over restarts
 
-The clock runs from asking for a batch to the end of its step; validation and online rounds do not count.
+The clock stops for validation and between epochs. What lies between the end of a step and the start of the next one is
+counted as waiting for data; callbacks listed before this one do not add to it, those behind it (and the saving of
+checkpoints, which Lightning does last) do.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from src.batch import Batch
 
@@ -25,69 +28,78 @@ GIB = 1 << 30
 
 
 class Throughput(L.Callback):
-    """Measures between logging points; each point averages over the steps since the one before."""
+    """Each point averages over the steps since the point before."""
 
     def __init__(self, *, every_n_steps: int = 50) -> None:
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self.tokens_seen = self.samples_seen = 0
+        self.tokens_seen = self.samples_seen = 0  # up to the last point
         self.last_step = 0
-        self._clear()
-        self._asked: float | None = None  # when the trainer turned to the next batch
-        self._began = 0.0
+        self.waited = self.worked = 0.0  # seconds since the last point
+        self._tokens: Tensor | int = 0  # stays on the device: reading it would make every step wait
+        self._samples = 0
+        self._world = 1
+        self._asked = self._began = 0.0  # when the trainer asked for the batch, and when it had it
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "tokens_seen": self.tokens_seen,
-            "samples_seen": self.samples_seen,
-            "last_step": self.last_step,
-        }
+        tokens, samples = self._unlogged()
+        seen = {"tokens_seen": self.tokens_seen + tokens, "samples_seen": self.samples_seen + samples}
+        return {**seen, "last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen, self.samples_seen = state_dict["tokens_seen"], state_dict["samples_seen"]
         self.last_step = state_dict["last_step"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._world = trainer.world_size
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._asked = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         self._began = time.perf_counter()
-        if self._asked is not None:
-            self.waited += self._began - self._asked
+        self.waited += self._began - self._asked
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        tokens, samples = int(batch.editable.sum()) * trainer.world_size, len(batch) * trainer.world_size
-        self.tokens, self.samples = self.tokens + tokens, self.samples + samples
-        self.tokens_seen, self.samples_seen = self.tokens_seen + tokens, self.samples_seen + samples
-        self.worked += time.perf_counter() - self._began
+        self._tokens = self._tokens + batch.editable.sum()
+        self._samples += len(batch)
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self.last_step:
+        due = step % self.every_n_steps == 0 and step != self.last_step
+        counts = self._unlogged() if due else None  # waits for the device, so it comes before the clock is read
+        self.worked += time.perf_counter() - self._began
+        if counts:
             self.last_step = step
-            for logger in trainer.loggers:
-                logger.log_metrics(self._metrics(pl_module.device), step)
-            self._clear()
+            self._log(trainer, *counts, peak_memory(pl_module.device))
         self._asked = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._asked = time.perf_counter()  # validation is no waiting for data
+        self._asked = time.perf_counter()
 
-    def _metrics(self, device: torch.device) -> dict[str, float]:
+    def _unlogged(self) -> tuple[int, int]:
+        """Tokens and samples of all ranks since the last point."""
+        return int(self._tokens) * self._world, self._samples * self._world
+
+    def _log(self, trainer: L.Trainer, tokens: int, samples: int, memory: int) -> None:
+        """Log a point and start over."""
+        self.tokens_seen, self.samples_seen = self.tokens_seen + tokens, self.samples_seen + samples
         seconds = self.waited + self.worked
-        return {
-            "perf/tokens_per_s": self.tokens / seconds,
-            "perf/samples_per_s": self.samples / seconds,
+        metrics = {
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/samples_per_s": samples / seconds,
             "perf/data_wait": self.waited / seconds,
-            "perf/memory_gib": peak_memory(device) / GIB,
+            "perf/memory_gib": memory / GIB,
             "perf/tokens_seen": float(self.tokens_seen),
             "perf/samples_seen": float(self.samples_seen),
         }
-
-    def _clear(self) -> None:
-        self.tokens = self.samples = 0
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, self.last_step)
+        self._tokens = self._samples = 0
         self.waited = self.worked = 0.0
 
 

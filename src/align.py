@@ -92,9 +92,7 @@ def apply_spans(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
     return out
 
 
-def locate_swap(
-    codec: Codec, text: str, start: int, end: int, wrong: str
-) -> tuple[int, int, list[int]] | None:
+def locate_swap(codec: Codec, text: str, start: int, end: int, wrong: str) -> tuple[int, int, list[int]] | None:
     """Tokens of a caption that change when `text[start:end]` becomes `wrong`: (first, end, the wrong ids).
 
     None where that is no replacement of equally many tokens of the phrase itself.

@@ -66,7 +66,8 @@ def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], siz
     dx, dy = at
     for piece, (left, top, right, bottom) in placed.pieces:
         box = (dx + left - 1, dy + top, dx + right, dy + bottom)
-        draw.rectangle(box, fill=piece.fill, outline=piece.edge)
+        if piece.fill or piece.edge:
+            draw.rectangle(box, fill=piece.fill, outline=piece.edge)
     for piece, (left, top, _, bottom) in placed.pieces:
         place = (dx + left, dy + (top + bottom) // 2)
         draw.text(place, piece.text, fill=piece.ink, font=font(size), anchor="lm")

@@ -259,9 +259,7 @@ def _meta(settings: DictConfig, folders: dict[str, Path]) -> dict:
     """What the results say about how they were made."""
     index = Path(settings.data.path) / settings.split / "index.json"
     if not index.is_file():
-        raise ConfigError(
-            f"evaluate.data.path: no data in {index.parent}; make it with `python -m src.prepare`"
-        )
+        raise ConfigError(f"evaluate.data.path: {index.parent} holds no data; `python -m src.prepare` makes it")
     return {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "model_configs": {name: sha256(folder / "config.json")[:16] for name, folder in folders.items()},
@@ -290,9 +288,7 @@ def _signatures(settings: DictConfig, meta: dict) -> dict[Cell, str]:
         _plain(settings.metrics),
     ]
     found = {}
-    for method, sampler, count in product(
-        settings.models, settings.samplers, sorted(set(settings.tokens_per_step))
-    ):
+    for method, sampler, count in product(settings.models, settings.samplers, sorted(set(settings.tokens_per_step))):
         model = [meta["models"][method], meta["model_configs"][method]]
         parts = [*shared, model, _plain(settings.samplers[sampler]), count]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -4,8 +4,8 @@
 
     drafts -> expert -> edits aligned to tokens (src/align.py) -> out/rank-0000-000000.tar, ... out/index.json
 
-A killed run is continued by the same command; nothing that was answered is asked again. To train on the round,
-list it in `data.rounds`.
+A killed run is continued by the same command; nothing that was answered is asked again. To train on the
+round, list it in `data.rounds`.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class ExpertThread:
 class Tally:
     """What became of the drafts of a round.
 
-    counts: drafted = revised + failed + unanswered, and revised = right + written + unusable (no edit placed).
+    counts: drafted = revised + failed + unanswered, revised = right + written + unusable (no edit placed).
     `edits` counts those that were placed; the others are in `rejected`, by reason.
     """
 

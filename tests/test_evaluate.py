@@ -107,10 +107,7 @@ def results(tmp_path) -> dict:
 
 
 def captions(tmp_path, name) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (tmp_path / "out" / "captions" / f"{name}.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line) for line in (tmp_path / "out" / "captions" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def records(data) -> list[dict]:
@@ -130,17 +127,13 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     ]
     lines, known = captions(tmp_path, "stage2-refine-16"), records(data)[:NUM]
     assert [line["key"] for line in lines] == [record["key"] for record in known]
-    scores = [
-        score_caption(Scene.from_dict(r["scene"]), line["text"]) for line, r in zip(lines, known, strict=True)
-    ]
+    scores = [score_caption(Scene.from_dict(r["scene"]), line["text"]) for line, r in zip(lines, known, strict=True)]
     cell = found["stage2"]["refine"]["16"]
     for name in ("coverage", "factuality", "syntax"):
         values = [getattr(score, name) for score in scores]
         assert cell[name]["mean"] == pytest.approx(statistics.mean(values))
         assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
-    assert cell["quality"]["mean"] == pytest.approx(
-        (cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2
-    )
+    assert cell["quality"]["mean"] == pytest.approx((cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2)
     assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
     assert found["mask"]["plain"]["16"]["forwards"]["mean"] == CANVAS / 16
     assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(CANVAS / 32)
@@ -242,15 +235,11 @@ def test_the_captions_are_what_the_sampler_writes(conf, data, models, tmp_path):
 
     main([conf(tokens_per_step=[16])])
     codec = Codec.load(data / "tokenizer")
-    loader = CaptionData(
-        path=str(data), codec=codec, batch_size=NUM, canvas=CANVAS, image_size=48
-    ).test_dataloader()
+    loader = CaptionData(path=str(data), codec=codec, batch_size=NUM, canvas=CANVAS, image_size=48).test_dataloader()
     batch: Batch = next(iter(loader))
     backbone = from_pretrained(models / "mask").eval()
     prefix = backbone.encode_prefix(batch.prefix)
-    found = Sampler(length=CANVAS, tokens_per_step=16)(
-        backbone, prefix, special=codec.special, keys=batch.keys, seed=0
-    )
+    found = Sampler(length=CANVAS, tokens_per_step=16)(backbone, prefix, special=codec.special, keys=batch.keys, seed=0)
     texts = [line["text"] for line in captions(tmp_path, "mask-plain-16")]
     assert texts == [codec.decode(ids) for ids in found.ids.tolist()]
 
@@ -308,9 +297,7 @@ def test_a_plot_without_standard_errors_is_drawn(hand, tmp_path):
     hand[0]["methods"]["mask"]["plain"]["8"]["quality"]["se"] = None
     plot(hand[0], tmp_path / "a.png", headline=["quality"])
     colours = Image.open(tmp_path / "a.png").convert("RGB").getcolors(1 << 20)
-    assert {(31, 119, 180), (255, 127, 14)} <= {
-        colour for _, colour in colours or []
-    }  # the lines of both methods
+    assert {(31, 119, 180), (255, 127, 14)} <= {colour for _, colour in colours or []}  # the lines of both methods
 
 
 def test_the_picture_marks_flaws_and_only_flaws(tmp_path):

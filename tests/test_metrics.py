@@ -27,10 +27,7 @@ PERFECT = (
 )
 # introduction: number wrong, background right; object: colour wrong, three of four right; then no sentence
 # covered facts: background, place, shape, size = 4 of 2 * 4 + 2; claims: 2 + 4, true 1 + 3
-FLAWED = (
-    "On a pink background we find three objects. A small green circle is in the upper left. "
-    "A red red is ring."
-)
+FLAWED = "On a pink background we find three objects. A small green circle is in the upper left. A red red is ring."
 NOTHING = {"coverage": 0.0, "factuality": 0.0, "quality": 0.0}
 HAND = {
     PERFECT: {"coverage": 1.0, "factuality": 1.0, "syntax": 1.0, "quality": 1.0},

@@ -121,9 +121,7 @@ def decode_by_hand(model, prompt, *, length, blocks, steps=None, tokens_per_step
 # --- schedule --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n]
-)
+@pytest.mark.parametrize(("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n])
 def test_reveals_are_an_even_split_with_the_remainder_first(number, steps):
     tokens = torch.full((1, number), MASK)
     progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, MASK)
@@ -212,9 +210,7 @@ def test_overwrite_all_is_rediff(settings, post):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_batch_equals_its_rows_one_by_one(attention, temperature):
     model = tiny(attention)
-    sampler = Sampler(
-        length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=6, temperature=temperature
-    )
+    sampler = Sampler(length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=6, temperature=temperature)
     keys = ["a", "b", "c", "d"]
     start = torch.full((4, 12), MASK)
     start[1, 2:] = 9  # so that rows end at different steps
@@ -232,9 +228,7 @@ def test_a_batch_equals_its_rows_one_by_one(attention, temperature):
 @pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 5, 7])
 def test_every_length_and_speed_ends(length, tokens_per_step):
     speed = min(tokens_per_step, length)
-    found = sample(
-        Sampler(length=length, tokens_per_step=speed), Scripted(lambda r, c, t: peaked([7] * length))
-    )
+    found = sample(Sampler(length=length, tokens_per_step=speed), Scripted(lambda r, c, t: peaked([7] * length)))
     assert found.ids.tolist() == [[7] * length]
     assert found.forwards.tolist() == [math.ceil(length / speed)]
 
@@ -246,9 +240,7 @@ def test_tokens_revealed_in_a_step_are_rewritten_only_by_the_next():
     best = [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     heights = [[9, 8, 3, 2], [5, 5, 4, 6], [5, 5, 5, 5]]
     backbone = Scripted(lambda r, call, t: peaked(best[call], heights[call]))
-    found = sample(
-        Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True
-    )
+    found = sample(Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True)
     # step 1 reveals 0 and 1; step 2 rewrites these and reveals 2 and 3; the post step rewrites all
     assert [step.tokens for step in found.traces[0]] == [[4, 5, MASK, MASK], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert [step.rewritten for step in found.traces[0]] == [
@@ -262,17 +254,13 @@ def test_tokens_revealed_in_a_step_are_rewritten_only_by_the_next():
 @pytest.mark.parametrize(("scope", "expected"), [("block", [4, 4, 5, 5]), ("all", [5, 5, 5, 5])])
 def test_scope_says_whether_earlier_blocks_are_revised(scope, expected):
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
-    found = sample(
-        Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope)), backbone
-    )
+    found = sample(Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope)), backbone)
     assert found.ids.tolist() == [expected]
 
 
 def test_post_steps_revise_every_block_whatever_the_scope():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
-    sampler = Sampler(
-        length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope="block"), post_steps=1
-    )
+    sampler = Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope="block"), post_steps=1)
     assert sample(sampler, backbone).ids.tolist() == [[6, 6, 6, 6]]
 
 
@@ -291,9 +279,7 @@ def test_threshold_reveals_what_is_sure_and_at_least_the_scheduled_number():
     found = sample(Sampler(length=5, unmask=Threshold(0.85)), backbone, trace=True)
     assert [step.unmasked for step in found.traces[0]] == [[0, 2], [1], [3, 4]]
     assert found.traces[0][0].confidence == pytest.approx([0.9, 0.95])
-    two = sample(
-        Sampler(length=5, tokens_per_step=2, unmask=Threshold(0.99)), Scripted(backbone.script), trace=True
-    )
+    two = sample(Sampler(length=5, tokens_per_step=2, unmask=Threshold(0.99)), Scripted(backbone.script), trace=True)
     assert [len(step.unmasked) for step in two.traces[0]] == [2, 2, 1]
 
 
@@ -314,9 +300,7 @@ def test_banned_ids_are_never_written(temperature, reviser):
 
 
 def test_what_is_behind_the_first_eot_becomes_end_of_text():
-    backbone = Scripted(
-        lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r])
-    )
+    backbone = Scripted(lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r]))
     found = sample(Sampler(length=5, tokens_per_step=5), backbone, count=3)
     assert found.ids.tolist() == [[5, EOT, EOS, EOS, EOS], [5, 6, 7, 8, 9], [EOT, EOS, EOS, EOS, EOS]]
 
@@ -376,9 +360,7 @@ def test_a_start_of_another_shape_is_refused():
 def test_a_cycle_ends_the_post_steps(period):
     script = lambda r, call, t: peaked([(int(t[0]) - 4 + 1) % period + 4, 9, 9])  # noqa: E731
     start = torch.tensor([[4, 9, 9], [4, 8, 9]])
-    found = sample(
-        Sampler(length=3, reviser=OverwriteAll(), post_steps=50), Scripted(script), count=2, start=start
-    )
+    found = sample(Sampler(length=3, reviser=OverwriteAll(), post_steps=50), Scripted(script), count=2, start=start)
     # row 0 starts in the cycle and is back after `period` passes; row 1 first leaves its start for good
     assert found.forwards.tolist() == [period, period + 1]
 
@@ -407,9 +389,7 @@ def test_tokens_are_drawn_from_the_tempered_softmax_and_scored_by_the_plain_one(
     expected = (row[[5, 6, 7, 8]] / 0.5).softmax(0) * 4000
     observed = torch.stack([(found.ids == token).sum() for token in (5, 6, 7, 8)])
     assert int(observed.sum()) == 4000
-    assert (
-        float(((observed - expected) ** 2 / expected).sum()) < 16.3
-    )  # chi-square, 3 degrees of freedom, p = 0.001
+    assert float(((observed - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
     step, plain = found.traces[0][0], row.softmax(0)
     assert step.confidence == pytest.approx([float(plain[token]) for token in step.tokens])
 

@@ -260,8 +260,11 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(data, whole, tmp_pat
     """Killed in the first round, killed in the second, and then left by the expert."""
     train_and_kill(data, tmp_path, answers=3)
     train_and_kill(data, tmp_path, answers=(NUM - 3) + 2)
+    checkpoint = tmp_path / "checkpoints" / "pre-round-0002.ckpt"
+    saved = checkpoint.stat().st_mtime_ns
     with pytest.raises(ConnectionError):
         train(data, tmp_path, Lost)
+    assert checkpoint.stat().st_mtime_ns == saved
     steps, weights, datamodule = train(data, tmp_path)
     run, expected_steps, expected, _ = whole
     assert min(steps.losses) == STEPS_PER_EPOCH + 1

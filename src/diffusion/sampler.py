@@ -191,9 +191,7 @@ class _Run:
         before, forwards = self.tokens.tolist(), self.predict.forwards.tolist()
         for row in self.active.nonzero()[:, 0].tolist():
             tokens, confidence = host["tokens"][row], host["confidence"][row]
-            unmasked, rewritten, remasked = (
-                _true(host[name][row]) for name in ("unmasked", "rewritten", "remasked")
-            )
+            unmasked, rewritten, remasked = (_true(host[name][row]) for name in ("unmasked", "rewritten", "remasked"))
             traces[row].append(
                 TraceStep(
                     tokens=tokens,

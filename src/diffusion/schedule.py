@@ -33,9 +33,7 @@ class Schedule:
     def __post_init__(self) -> None:
         tokens, steps, length, blocks = self.tokens_per_step, self.steps, self.length, self.blocks
         if (tokens is None) == (steps is None):
-            raise ValueError(
-                f"give one of tokens_per_step and steps, got tokens_per_step={tokens} steps={steps}"
-            )
+            raise ValueError(f"give one of tokens_per_step and steps, got tokens_per_step={tokens} steps={steps}")
         if length < 1 or blocks < 1 or length % blocks:
             raise ValueError(f"a length of {length} tokens cannot be split into {blocks} equal blocks")
         if steps is not None and (steps < 1 or steps % blocks):
@@ -43,9 +41,7 @@ class Schedule:
         if steps is not None and steps > length:
             raise ValueError(f"{steps} steps are more than the {length} tokens of the response")
         if tokens is not None and not 1 <= tokens <= self.block_length:
-            raise ValueError(
-                f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}"
-            )
+            raise ValueError(f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}")
 
     @property
     def block_length(self) -> int:

@@ -127,7 +127,7 @@ def _nearest_relation(scene: Scene, reading: _Reading) -> list[str]:
 def _assign(scene: Scene, readings: list[_Reading]) -> list[SceneObject]:
     """An object for every object sentence, by dynamic programming over the sets of objects already described.
 
-    A plan is (objects described, negated; sentences that leave the object at their place; new words; choices),
+    A plan is (objects described, negated; sentences that leave the object at their place; words; choices),
     and the least one wins. Sentences and objects are in order, so ties go to the first.
     """
     plans: dict[int, tuple[int, int, int, tuple[int, ...]]] = {0: (0, 0, 0, ())}

@@ -33,6 +33,7 @@ class DecoderConfig:
     attention: str = "full"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         if self.attention not in ("full", "prefix"):
             raise ValueError(f"attention must be 'full' or 'prefix', got {self.attention!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -42,14 +43,15 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+        assert self.num_key_value_heads is not None  # filled in above
+        return self.num_key_value_heads
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "num_key_value_heads": self.kv_heads}
+        return asdict(self)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,82 @@
+# make quickstart   the whole story on embedded data: train, correct online, compare (CPU, about 20 minutes)
+# make test         all tests
+# make help         everything else
+#
+# The first call makes a virtual environment and installs the project into it; only Python >= 3.11 is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+fresh ?= 0
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+INSTALLED := $(VENV)/.installed
+CODE := src callbacks datamodules tests
+
+ifneq ($(filter-out 0 1,$(fresh)),)
+$(error fresh must be 0 or 1, got $(fresh))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test base lint clean install
+
+help:
+	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
+	@echo "                  a second call resumes; fresh=1 removes runs/quickstart first"
+	@echo "make test         all tests"
+	@echo "make base         train the embedded base model again, into assets/base (hours)"
+	@echo "make lint         ruff and pyright"
+	@echo "make install      only the virtual environment $(VENV)"
+	@echo "make clean        remove .venv and caches; data, runs and assets stay"
+	@echo "variables:        PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) (TORCH: where there is no CUDA device)"
+
+quickstart: $(INSTALLED)
+	$(if $(filter 1,$(fresh)),rm -rf runs/quickstart)
+	$(RUN) src.prepare conf=scenes prepare.out=runs/quickstart/data prepare.tokenizer=assets/base
+	$(RUN) src.train conf=mask,quickstart
+	$(RUN) src.train conf=stage1,quickstart
+	$(RUN) src.train conf=stage2,quickstart
+	$(RUN) src.evaluate conf=quickstart/evaluate
+
+test: $(INSTALLED)
+	$(RUN) pytest
+
+# The phases are explained in conf/base.yaml and conf/base_phases; each resumes where it was stopped.
+base: $(INSTALLED)
+	$(RUN) src.prepare conf=scenes prepare.num_train=24000
+	$(RUN) src.prepare conf=scenes prepare.num_train=24000 prepare.out=data/scenes-brief prepare.brief=true \
+		prepare.captions_per_image=1 prepare.canvas=24 prepare.tokenizer=data/scenes/tokenizer
+	$(RUN) src.train conf=base_phases/tower
+	$(RUN) src.train conf=base_phases/brief
+	$(RUN) src.train conf=base
+	rm -rf assets/base.partial
+	mkdir -p assets
+	cp -R runs/base/model assets/base.partial
+	rm -rf assets/base
+	mv assets/base.partial assets/base
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: no $(PYTHON) here; install Python 3.11 or newer, or name it: PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed; name another one:" \
+			"PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments; install its venv module" \
+			"(Debian and Ubuntu: the package python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	nvidia-smi -L >/dev/null 2>&1 || $(RUN) pip install $(TORCH)
+	$(RUN) pip install -e '.[dev]'
+	@touch $@

@@ -1,0 +1,204 @@
+"""Samples and throughput in real small runs; what they wrote is read back from the event files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks.samples import NEW, OLD, REWRITTEN, Samples, table
+from callbacks.throughput import Throughput, peak_memory
+from datamodules.captions import CaptionData
+from src.diffusion.revisers import OverwriteAll
+from src.diffusion.sampler import Sampler
+from src.models.llada_v import LLaDAV
+from src.objectives.base import Training
+from src.objectives.mask import MaskPrediction
+from src.prepare import Scenes
+from src.tokenizer import Codec
+
+CANVAS, BATCH = 48, 4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
+    Scenes(out=str(out), **sizes, image_size=48, vocab_size=300, canvas=CANVAS, prompt="Describe the picture.").run()
+    return out
+
+
+@pytest.fixture
+def codec(path):
+    return Codec.load(path / "tokenizer")
+
+
+def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trainer:
+    """A real training run; the checkpoint of its last step is `run/last.ckpt`."""
+
+    def backbone():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+        decoder = {"vocab_size": codec.vocab_size, "attention": "prefix", **sizes}
+        return LLaDAV(decoder=decoder, vision={"image_size": 48, "patch_size": 16, **sizes}, image_id=codec.image_id)
+
+    training = Training(lr=1e-2, warmup_steps=1, decay=0.0)
+    objective = MaskPrediction(backbone=backbone, special=codec.special, training=training)
+    options = {"logger": TensorBoardLogger(run, name="tb", version=""), "limit_val_batches": 1, **options}
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        **options,
+    )
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
+    trainer.fit(objective, datamodule=data, ckpt_path=ckpt)
+    trainer.save_checkpoint(run / "last.ckpt")
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def events(run) -> EventAccumulator:
+    return EventAccumulator(str(run / "tb"), size_guidance={"images": 0, "tensors": 0, "scalars": 0}).Reload()
+
+
+def samples(codec, **options) -> Samples:
+    plain = Sampler(length=CANVAS, tokens_per_step=12)
+    refine = Sampler(length=CANVAS, tokens_per_step=12, reviser=OverwriteAll(), post_steps=2)
+    return Samples(sampler_plain=plain, sampler_refine=refine, codec=codec, **{"every_n_steps": 2, "num": 3, **options})
+
+
+def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
+    trainer = fit(path, codec, tmp_path, [samples(codec)])
+    found = events(tmp_path)
+    texts = found.Tensors("samples/captions/text_summary")
+    assert [event.step for event in texts] == [2, 4]
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
+    batch = next(iter(data.val_dataloader())).rows(slice(0, 3))
+    backbone = trainer.lightning_module.backbone.eval()  # as it stands after step 4
+    prefix = backbone.encode_prefix(batch.prefix)
+    ids = Sampler(length=CANVAS, tokens_per_step=12)(
+        backbone, prefix, special=codec.special, keys=batch.keys, seed=0
+    ).ids.tolist()
+    lines = texts[-1].tensor_proto.string_val[0].decode().splitlines()[2:]
+    for line, key, row, record in zip(lines, batch.keys, ids, batch.records, strict=True):
+        name, draft, _, reference = (cell.strip() for cell in line.strip("|").split(" | "))
+        assert name == key
+        assert draft.replace("**", "").replace("\\", "").split() == codec.decode(row).split()
+        assert reference == record["captions"][0]["text"]
+
+
+def test_images_show_the_validation_images_and_the_tokens(path, codec, tmp_path):
+    fit(path, codec, tmp_path, [samples(codec, num=2)], steps=2)
+    (event,) = events(tmp_path).Images("samples/tokens")
+    sheet = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).reshape(-1, 3)
+    colours = {tuple(colour) for colour in np.unique(sheet, axis=0).tolist()}
+    assert {OLD, NEW, REWRITTEN} <= colours  # a model after two steps agrees with itself hardly anywhere
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
+    for image in next(iter(data.val_dataloader())).images[:2]:
+        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).reshape(-1, 3)
+        assert {tuple(pixel) for pixel in pixels.tolist()} <= colours
+
+
+def test_sampling_changes_nothing_in_training(path, codec, tmp_path):
+    with_samples = fit(path, codec, tmp_path / "a", [samples(codec, every_n_steps=1)])
+    without = fit(path, codec, tmp_path / "b", [])
+    left, right = (t.lightning_module.state_dict() for t in (with_samples, without))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert all(module.training for module in with_samples.lightning_module.modules())
+
+
+def test_a_resumed_run_logs_each_step_once(path, codec, tmp_path):
+    fit(path, codec, tmp_path, [samples(codec), Throughput(every_n_steps=2)], steps=3)
+    fit(path, codec, tmp_path, [samples(codec), Throughput(every_n_steps=2)], steps=6, ckpt=tmp_path / "last.ckpt")
+    found = events(tmp_path)
+    assert [event.step for event in found.Tensors("samples/captions/text_summary")] == [2, 4, 6]
+    seen = found.Scalars("perf/samples_seen")
+    assert [(event.step, event.value) for event in seen] == [(2, 2 * BATCH), (4, 4 * BATCH), (6, 6 * BATCH)]
+
+
+def test_throughput_adds_up(path, codec, tmp_path):
+    fit(path, codec, tmp_path, [Throughput(every_n_steps=2)], steps=12, val_check_interval=3)
+    found = events(tmp_path)
+    series = {name: found.Scalars(f"perf/{name}") for name in ("tokens_seen", "samples_seen", "data_wait")}
+    assert [event.step for event in series["samples_seen"]] == [2, 4, 6, 8, 10, 12]
+    assert [event.value for event in series["samples_seen"]] == [BATCH * n for n in (2, 4, 6, 8, 10, 12)]
+    assert [event.value for event in series["tokens_seen"]] == [BATCH * CANVAS * n for n in (2, 4, 6, 8, 10, 12)]
+    assert all(0 < event.value < 1 for event in series["data_wait"])
+    rates = zip(found.Scalars("perf/tokens_per_s"), found.Scalars("perf/samples_per_s"), strict=True)
+    assert all(tokens.value == pytest.approx(CANVAS * samples.value, rel=1e-5) for tokens, samples in rates)
+
+
+def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monkeypatch):
+    """On a clock that only data and steps move, the share is exact: 3 s for a batch, 1 s for its step."""
+    now = [0.0]
+    monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: now[0])
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, *_):
+            now[0] += 1.0
+
+        def on_train_batch_end(self, *_):
+            now[0] += 3.0
+
+        def on_validation_start(self, *_):
+            now[0] += 1000.0
+
+        def on_train_epoch_end(self, *_):
+            now[0] += 1000.0
+
+    fit(path, codec, tmp_path, [Throughput(every_n_steps=4), Clock()], steps=12, val_check_interval=5)
+    found = events(tmp_path)
+    for event, rate in zip(found.Scalars("perf/data_wait"), found.Scalars("perf/samples_per_s"), strict=True):
+        assert event.value <= 0.75
+        assert rate.value <= BATCH
+    # steps 1 to 4: four steps of 1 s, three waits of 3 s (the first batch was there at once)
+    first = found.Scalars("perf/data_wait")[0]
+    assert first.value == pytest.approx(9 / 13)
+    assert found.Scalars("perf/samples_per_s")[0].value == pytest.approx(4 * BATCH / 13)
+
+
+def test_peak_memory_never_falls_and_counts_what_is_held():
+    before = peak_memory(torch.device("cpu"))
+    block = np.ones(1 << 27, dtype=np.uint8)  # 128 MiB
+    assert peak_memory(torch.device("cpu")) >= max(before, block.nbytes)
+
+
+def test_state_survives_json():
+    callback = Throughput()
+    callback.load_state_dict({"tokens_seen": 7, "samples_seen": 3, "last_step": 50})
+    assert json.loads(json.dumps(callback.state_dict())) == {"tokens_seen": 7, "samples_seen": 3, "last_step": 50}
+
+
+def test_table_marks_what_changed_and_escapes_the_rest():
+    text = table(["a_1"], ["A red | ring."], ["A blue | ring. <b>"], ["x\ny"])
+    assert text.splitlines()[2] == "| a\\_1 | A **red** \\| ring. | A **blue** \\| ring. **\\<b\\>** | x y |"
+
+
+@pytest.mark.parametrize("changed", [{"every_n_steps": 0}, {"num": 0}])
+def test_wrong_numbers_are_refused(changed, codec):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        samples(codec, **changed)
+
+
+def test_samples_need_tensorboard(path, codec, tmp_path):
+    with pytest.raises(ValueError, match="TensorBoardLogger"):
+        fit(path, codec, tmp_path, [samples(codec)], logger=False)

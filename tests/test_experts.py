@@ -1,0 +1,312 @@
+"""The offline experts, judged by what their edits make of a draft: by the scorer of scenes, or the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from src.align import apply_spans, locate
+from src.batch import Draft, Edit, Expert, Failure, Revision
+from src.experts.reference import ReferenceExpert
+from src.experts.scenes import ScenesExpert, correct
+from src.scenes.grammar import LEXICON, NUMBERS, TEMPLATES, Statement, swaps, write_caption, write_sentence
+from src.scenes.graph import Scene, SceneObject, draw_scene
+from src.scenes.score import score_caption
+from src.tokenizer import Codec
+
+WORDS = sorted({w for words in LEXICON.values() for w in words} | {"A", "the", "is", "in", "of", "xx", "there", "On"})
+
+
+def _draft(text: str, *, key: str = "k", reference: str = "", **record: object) -> Draft:
+    return Draft(key, "Describe.", text, [], 8, reference, {}, "f", 0, dict(record))
+
+
+def _ask(expert: Expert, drafts: Sequence[Draft]) -> list[tuple[str, Revision | Failure]]:
+    async def collect() -> list[tuple[str, Revision | Failure]]:
+        return [answer async for answer in expert.revise(drafts)]
+
+    return asyncio.run(collect())
+
+
+def _edits(expert: Expert, draft: Draft) -> tuple[Edit, ...]:
+    ((key, answer),) = _ask(expert, [draft])
+    assert key == draft.key
+    assert isinstance(answer, Revision)
+    return answer.edits
+
+
+def _apply(text: str, edits: Sequence[Edit]) -> str:
+    """Plain replacement; every edit quotes what stands at its place."""
+    for edit in sorted(edits, key=lambda e: e.start_char or 0, reverse=True):
+        start = edit.start_char
+        assert start is not None
+        assert edit.org
+        assert text[start : start + len(edit.org)] == edit.org
+        text = text[:start] + edit.target + text[start + len(edit.org) :]
+    return text
+
+
+def _samples(count: int, seed: int, objects: tuple[int, int] = (1, 5)) -> list[tuple[Scene, str, Random]]:
+    rng = Random(seed)
+    out = []
+    for _ in range(count):
+        scene = draw_scene(rng, objects=objects)
+        out.append((scene, write_caption(scene, rng), Random(rng.random())))
+    return out
+
+
+def _quality(scene: Scene, text: str) -> tuple[float, float, float]:
+    score = score_caption(scene, text)
+    return score.factuality, score.syntax, score.coverage
+
+
+def _thing(shape: str, colour: str, size: str, row: str, column: str) -> SceneObject:
+    return SceneObject(shape, colour, size, row, column)
+
+
+RING = _thing("ring", "red", "small", "upper", "left")
+SQUARE = _thing("square", "blue", "large", "upper", "right")
+CROSS = _thing("cross", "green", "small", "lower", "left")
+PAIR = Scene((RING, SQUARE), "gray")
+
+
+def test_scenes_leaves_true_captions_alone() -> None:
+    for scene, text, _ in _samples(150, 1, (1, 9)):
+        ((_, answer),) = _ask(ScenesExpert(), [_draft(text, scene=scene.to_dict())])
+        assert isinstance(answer, Revision)
+        assert answer.edits == ()
+        assert answer.raw == "right"
+
+
+def test_scenes_undoes_any_single_swap_with_one_word() -> None:
+    count = 0
+    for scene, text, rng in _samples(50, 2):
+        for swap in swaps(scene, text, rng):
+            wrong = text[: swap.start] + swap.wrong + text[swap.end :]
+            assert score_caption(scene, wrong).factuality < 1
+            edits = _edits(ScenesExpert(), _draft(wrong, scene=scene.to_dict()))
+            assert len(edits) == 1
+            assert " " not in edits[0].org + edits[0].target
+            assert _quality(scene, _apply(wrong, edits)) == (1.0, 1.0, 1.0)
+            count += 1
+    assert count > 400
+
+
+def test_scenes_mends_one_damaged_word() -> None:
+    """One word of a true caption becomes any other word, perhaps ungrammatical: everything is right again."""
+    for scene, text, rng in _samples(300, 3):
+        words = text.split(" ")
+        place = rng.randrange(len(words))
+        tail = words[place][-1] if words[place][-1] in ".," else ""
+        words[place] = rng.choice(WORDS) + tail
+        wrong = " ".join(words)
+        edits = correct(scene, wrong)
+        assert len(edits) <= 1
+        assert _quality(scene, _apply(wrong, edits)) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.6])
+def test_scenes_never_makes_a_caption_worse(rate: float) -> None:
+    """However heavy the damage, all three scores stay or rise, and a second look finds nothing more to do."""
+    gains = 0.0
+    for scene, text, rng in _samples(200, 4, (1, 6)):
+        damaged = " ".join(rng.choice([*WORDS, "ring."]) if rng.random() < rate else w for w in text.split(" "))
+        fixed = _apply(damaged, correct(scene, damaged))
+        before, after = _quality(scene, damaged), _quality(scene, fixed)
+        assert all(a >= b for a, b in zip(after, before, strict=True))
+        assert len(fixed.split(" ")) == len(damaged.split(" "))
+        assert correct(scene, fixed) == []
+        gains += sum(after) - sum(before)
+    assert gains > 20
+
+
+def test_scenes_makes_captions_of_other_scenes_true() -> None:
+    """Grammatical and false throughout: true afterwards, but for relations that no pair of objects satisfies."""
+    others = [text for _, text, _ in _samples(150, 5)]
+    for (scene, _, _), text in zip(_samples(150, 6), others, strict=True):
+        fixed = _apply(text, correct(scene, text))
+        score = score_caption(scene, fixed)
+        assert score.syntax == 1.0
+        assert score.claims - score.true_claims <= 1  # at most one relation in a caption
+        count = sum(len(re.findall(r" (?:upper|middle|lower) ", s)) for s in text.split("."))
+        assert score.covered == 4 * min(count, len(scene.objects)) + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [
+        # the place is taken: its object is what the sentence is about, even if another one looks more like it
+        ("A large blue square is in the upper left.", "A small red ring is in the upper left."),
+        # the place is empty: the object that agrees with most words
+        ("A large red square is in the lower right.", "A large blue square is in the upper right."),
+        # said twice while another object goes without: the second sentence moves on
+        (
+            "A small red ring is in the upper left. A small red ring is in the upper left.",
+            "A small red ring is in the upper left. A large blue square is in the upper right.",
+        ),
+        # a surplus sentence is made true where it stands
+        (
+            "A small red ring is in the upper left. A large blue square is in the upper right. "
+            "A small blue ring is in the upper left.",
+            "A small red ring is in the upper left. A large blue square is in the upper right. "
+            "A small red ring is in the upper left.",
+        ),
+        ("On a pink background we find one object.", "On a gray background we find two objects."),
+        ("One object can be seen on a gray background.", "Two objects can be seen on a gray background."),
+        ("The red ring is right of the blue square.", "The red ring is left of the blue square."),
+        ("The red cross is left of the blue square.", "The red ring is left of the blue square."),
+        ("The red ring is above the blue square.", None),  # they share a row
+        # ungrammatical
+        ("A small the ring is is the upper left.", "A small red ring is in the upper left."),
+        ("a small red ring is in the upper left.", "A small red ring is in the upper left."),
+        ("A red ring, quite or, sits in the upper left,", "A red ring, quite small, sits in the upper left."),
+        ("Two object can be seen on a gray background.", "Two objects can be seen on a gray background."),
+        ("the the the the ring the the the the.", None),
+        ("A small  ring is in the upper left.", None),
+        ("A small ring is in the upper left.", None),
+    ],
+)  # fmt: skip
+def test_scenes_known_cases(text: str, fixed: str | None) -> None:
+    ((_, answer),) = _ask(ScenesExpert(), [_draft(text, scene=PAIR.to_dict())])
+    if fixed is None:
+        assert answer == Failure("no_local_edit")
+    else:
+        assert isinstance(answer, Revision)
+        assert _apply(text, answer.edits) == fixed
+
+
+def test_scenes_chooses_the_duplicate_that_costs_least() -> None:
+    scene = Scene((RING, SQUARE, CROSS), "gray")
+    text = "A small green cross is in the upper left. A small red ring is in the upper left."
+    fixed = "A small green cross is in the lower left. A small red ring is in the upper left."
+    assert _apply(text, correct(scene, text)) == fixed
+
+
+def test_scenes_edits_are_words_without_their_punctuation() -> None:
+    text = "There is a ring in the upper right, small and blue."
+    edits = correct(Scene((RING,), "gray"), text)
+    assert [(e.org, e.target, e.reason) for e in edits] == [
+        ("right", "left", "wrong column"),
+        ("blue", "red", "wrong colour"),
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted(TEMPLATES))
+def test_scenes_reads_every_template(kind: str) -> None:
+    fields = {
+        "size": "small",
+        "colour": "red",
+        "shape": "ring",
+        "row": "upper",
+        "column": "left",
+        "noun": "objects",
+    }
+    fields |= {"side": "left", "level": "above", "colour2": "blue", "shape2": "square", "number": NUMBERS[1]}
+    low = _thing("square", "blue", "large", "lower", "right")
+    for template in range(len(TEMPLATES[kind])):
+        text = write_sentence(Statement(kind, template, {**fields, "background": "gray"}))
+        words = text.split(" ")
+        for place in range(len(words)):
+            damaged = " ".join([*words[:place], "zz", *words[place + 1 :]])
+            assert _apply(damaged, correct(Scene((RING, low), "gray"), damaged)) == text
+
+
+def test_scenes_edits_become_token_spans() -> None:
+    """Expert and alignment together: with a word-level tokenizer nothing is lost on the way."""
+    samples = _samples(15, 8)
+    codec = Codec.train([text for _, text, _ in _samples(150, 9, (1, 9))], vocab_size=600)
+    for scene, text, rng in samples:
+        for swap in swaps(scene, text, rng):
+            wrong = text[: swap.start] + swap.wrong + text[swap.end :]
+            ids, _ = codec.encode(wrong)
+            aligned = locate(codec, [*ids, codec.eot_id], correct(scene, wrong))
+            assert not aligned.rejected
+            assert score_caption(scene, codec.decode(apply_spans(ids, aligned.spans))).factuality == 1.0
+
+
+def test_scenes_without_a_scene_and_an_empty_draft() -> None:
+    assert _ask(ScenesExpert(), [_draft("A ring.")]) == [("k", Failure("no_scene"))]
+    assert _ask(ScenesExpert(), [_draft("", scene=PAIR.to_dict())]) == [("k", Failure("no_local_edit"))]
+
+
+@pytest.mark.parametrize("expert", [ScenesExpert(), ReferenceExpert()])
+def test_every_draft_is_answered_once_and_the_raw_answer_is_json(expert: Expert) -> None:
+    drafts = [
+        _draft(text.replace("small", "large"), key=f"k{i}", reference=text, scene=scene.to_dict())
+        for i, (scene, text, _) in enumerate(_samples(20, 10))
+    ]
+    answers = _ask(expert, drafts)
+    assert sorted(key for key, _ in answers) == sorted(d.key for d in drafts)
+    for _, answer in answers:
+        assert isinstance(answer, Revision)
+        assert answer.model == expert.name
+        told = [] if answer.raw == "right" else json.loads(answer.raw)
+        assert told == [e.to_dict() for e in answer.edits]
+    assert any(answer.edits for _, answer in answers if isinstance(answer, Revision))
+
+
+REFERENCE = "Two brown dogs run on the wet sand, near a small boat. The sky is grey."
+
+
+@pytest.mark.parametrize(
+    ("changes", "edits"),
+    [
+        ({}, []),
+        ({"dogs": "cats"}, [("cats", "dogs")]),
+        ({"grey": "blue", "Two": "Three"}, [("Three", "Two"), ("blue", "grey")]),
+        ({"wet sand": "green grass"}, [("green grass", "wet sand")]),
+        # another number of words is another way of telling: not an edit
+        ({"small": "big blue", "brown": "black"}, [("black", "brown")]),
+        # too long a segment
+        ({"brown dogs run on the": "w1 w2 w3 w4 w5", "sky": "sea"}, [("sea", "sky")]),
+        # a word in the place of a comma
+        ({"sand,": "sand and", "sky": "sea"}, [("sea", "sky")]),
+    ],
+)
+def test_reference_edits(changes: dict[str, str], edits: list[tuple[str, str]]) -> None:
+    text = REFERENCE
+    for right, wrong in changes.items():
+        text = text.replace(right, wrong)
+    found = _edits(ReferenceExpert(), _draft(text, reference=REFERENCE))
+    assert [(e.org, e.target) for e in found] == edits
+    assert [e.start_char for e in found] == [text.index(org) for org, _ in edits]
+
+
+def test_reference_max_words_bounds_the_edits() -> None:
+    draft = _draft(REFERENCE.replace("wet sand", "green grass").replace("sky", "sea"), reference=REFERENCE)
+    assert [e.org for e in _edits(ReferenceExpert(max_words=1), draft)] == ["sea"]
+    with pytest.raises(ValueError, match="max_words must be at least 1, got 0"):
+        ReferenceExpert(max_words=0)
+
+
+def test_reference_restores_scattered_words() -> None:
+    """No word occurs twice and damaged ones stand apart: the edits give back the reference."""
+    rng = Random(11)
+    for _ in range(100):
+        right = [f"w{i}{rng.choice(['', ',', '.', '?'])}" for i in range(rng.randint(8, 40))]
+        words = list(right)
+        for place in range(rng.randrange(6), len(words), 6):
+            words[place] = words[place].replace("w", "x")
+        draft, text = " ".join(words), " ".join(right)
+        assert _apply(draft, _edits(ReferenceExpert(), _draft(draft, reference=text))) == text
+
+
+def test_reference_takes_the_most_similar_of_several() -> None:
+    other = "A man in a red coat holds an umbrella."
+    draft = _draft(other.replace("red", "blue"), reference=REFERENCE, captions=[{"text": REFERENCE}, {"text": other}])
+    (edit,) = _edits(ReferenceExpert(), draft)
+    assert (edit.org, edit.target) == ("blue", "red")
+    right = _draft(other, reference=REFERENCE, captions=[{"text": REFERENCE}, {"text": other}])
+    assert _edits(ReferenceExpert(), right) == ()
+
+
+def test_reference_fails_without_a_reference_or_anything_local() -> None:
+    assert _ask(ReferenceExpert(), [_draft("A dog.")]) == [("k", Failure("no_reference"))]
+    told_otherwise = _draft("Dogs.", reference=REFERENCE)
+    assert _ask(ReferenceExpert(), [told_otherwise]) == [("k", Failure("no_local_edit"))]
+    assert _ask(ReferenceExpert(), [_draft("", reference=REFERENCE)]) == [("k", Failure("no_local_edit"))]

@@ -1,0 +1,194 @@
+"""The backbone against independent implementations: transformers' Llama without causality, and itself, uncached."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.tiny import tiny
+from src.tokenizer import Codec
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48, "patch_size": 16}  # fmt: skip
+IMAGE = 90
+
+
+def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = None) -> LLaDAV:
+    torch.manual_seed(0)
+    decoder = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+               "num_attention_heads": 4, "num_key_value_heads": kv_heads, "attention": attention}  # fmt: skip
+    return LLaDAV(decoder=decoder, vision=vision, image_id=IMAGE, init_std=0.2).eval()
+
+
+def oracle(model: LLaDAV) -> LlamaForCausalLM:
+    """transformers' Llama with our weights and bidirectional attention."""
+    c = model.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.kv_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.is_causal = False
+    llama = LlamaForCausalLM(config).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision")}
+    llama.load_state_dict(state)
+    return llama
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@torch.no_grad()
+def test_full_attention_equals_a_bidirectional_llama(kv_heads):
+    model = make(kv_heads=kv_heads)
+    prompt, response = torch.randint(0, 90, (3, 5)), torch.randint(0, 90, (3, 7))
+    ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
+    theirs = oracle(model)(torch.cat([prompt, response], 1)).logits[:, 5:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prefix_attention_equals_a_masked_llama():
+    """In `prefix` mode the cached prefix is exact: the same as one pass in which the prefix sees only itself."""
+    model = make("prefix")
+    prompt, response = torch.randint(0, 90, (2, 5)), torch.randint(0, 90, (2, 7))
+    ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
+    allowed = torch.ones(12, 12, dtype=torch.bool)
+    allowed[:5, 5:] = False
+    bias = torch.zeros(12, 12).masked_fill(~allowed, float("-inf"))[None, None].expand(2, 1, 12, 12)
+    theirs = oracle(model)(torch.cat([prompt, response], 1), attention_mask=bias).logits[:, 5:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+@torch.no_grad()
+def test_padded_rows_give_what_they_give_alone(attention):
+    model = make(attention, vision=VISION)
+    images = torch.randn(3, 3, 48, 48)
+    prompts = [[IMAGE, 5, 6, 7], [5, IMAGE], [8, 9, IMAGE]]
+    responses = [[11, 12, 13], [14, 15, 16, 17, 18], [19]]
+    pad = lambda rows, width: torch.tensor([r + [0] * (width - len(r)) for r in rows])  # noqa: E731
+    here = lambda rows, width: torch.tensor([[i < len(r) for i in range(width)] for r in rows])  # noqa: E731
+    prefix = model.encode_prefix(
+        {"prompt_ids": pad(prompts, 4), "prompt_mask": here(prompts, 4), "pixel_values": images}
+    )
+    together = model(prefix, pad(responses, 5), attend=here(responses, 5))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        alone = model.encode_prefix({"prompt_ids": torch.tensor([prompt]), "pixel_values": images[row : row + 1]})
+        logits = model(alone, torch.tensor([response]))
+        torch.testing.assert_close(together[row, : len(response)], logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_image_tokens_stand_where_the_mark_was():
+    model = make(vision=VISION)
+    image = torch.randn(1, 3, 48, 48)
+    tokens = model.vision(image)[0]
+    embeds = model.encode_prefix({"prompt_ids": torch.tensor([[3, IMAGE, 4]]), "pixel_values": image}).embeds[0]
+    words = model.model.embed_tokens(torch.tensor([3, 4]))
+    torch.testing.assert_close(embeds, torch.cat([words[:1], tokens, words[1:]]))
+
+
+@torch.no_grad()
+def test_the_image_path_stops_before_the_final_norm():
+    model = make(vision=VISION)
+    tower = SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)).eval()
+    tower.load_state_dict(model.vision.vision_tower.state_dict())
+    image = torch.randn(2, 3, 48, 48)
+    expected = tower(image, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model.vision.features(image), expected)
+    assert (model.vision.features(image) - tower(image).last_hidden_state).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+@torch.no_grad()
+def test_logits_only_where_asked(attention):
+    model = make(attention)
+    prefix = model.encode_prefix({"prompt_ids": torch.randint(0, 90, (2, 4))})
+    response, where = torch.randint(0, 90, (2, 6)), torch.rand(2, 6) < 0.5
+    torch.testing.assert_close(model(prefix, response, positions=where), model(prefix, response)[where])
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+def test_a_shared_prefix_gives_the_gradients_of_copies(attention):
+    model = make(attention, vision=VISION)
+    inputs = {"prompt_ids": torch.tensor([[IMAGE, 5]]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    views = [torch.randint(0, 90, (1, 6)) for _ in range(2)]
+    gradients = []
+    for shared in (True, False):
+        model.zero_grad()
+        once = model.encode_prefix(inputs)
+        loss = sum(model(once if shared else model.encode_prefix(inputs), v).square().mean() for v in views)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def codec() -> Codec:
+    return Codec.train(["a red ring", "a blue ring user Describe assistant"], vocab_size=80)
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
+    words = codec()
+    decoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "attention": "prefix"}  # fmt: skip
+    model = tiny(words, decoder=decoder, vision=VISION, seed=3).eval()
+    save_pretrained(model, words, tmp_path / "model")
+    again = from_pretrained(tmp_path / "model").eval()
+    assert again.config == model.config
+    batch = {"prompt_ids": torch.tensor([words.prompt_ids("Describe")]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    response = torch.randint(7, words.vocab_size, (1, 5))
+    assert torch.equal(again(again.encode_prefix(batch), response), model(model.encode_prefix(batch), response))
+    assert Codec.load(tmp_path / "model").fingerprint == words.fingerprint
+    first = fingerprint(tmp_path / "model")
+    again.lm_head.weight.mul_(1.01)
+    save_pretrained(again, words, tmp_path / "model")
+    assert fingerprint(tmp_path / "model") != first
+
+
+def test_tiny_models_follow_their_seed():
+    words = codec()
+    decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    state = torch.random.get_rng_state()
+    a, b, c = (tiny(words, decoder=decoder, vision=None, seed=s).lm_head.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_broken_model_folders_are_explained(tmp_path):
+    words = codec()
+    decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = tmp_path / "model"
+    with pytest.raises(ValueError, match=r"config.json, model.safetensors not found"):
+        from_pretrained(folder)
+    save_pretrained(tiny(words, decoder=decoder, vision=None), words, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}))
+    with pytest.raises(ValueError, match=r"missing model.layers.1"):
+        from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
+    with pytest.raises(ValueError, match="'llada'"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"attention": "causal"}, "causal"), ({"num_attention_heads": 5}, "5 heads"), ({"num_key_value_heads": 3}, "3 key")],
+)
+def test_impossible_sizes_are_named(changed, message):
+    sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        LLaDAV(decoder={**sizes, **changed}, vision=None)
+
+
+def test_prompts_and_images_must_agree():
+    model = make(vision=VISION)
+    images = torch.zeros(1, 3, 48, 48)
+    with pytest.raises(ValueError, match="exactly one image mark"):
+        model.encode_prefix({"prompt_ids": torch.tensor([[3, 4]]), "pixel_values": images})
+    with pytest.raises(ValueError, match="no vision path"):
+        make().encode_prefix({"prompt_ids": torch.tensor([[IMAGE]]), "pixel_values": images})

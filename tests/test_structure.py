@@ -1,0 +1,326 @@
+"""The shape of the project: who imports whom, what files look like, and that configs, verbs and commands exist.
+
+The layers are those of `LAYERS`; a module belongs to the row with the longest name that fits it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.config import check, load_config
+from src.train import OFFERS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("src", "callbacks", "datamodules")
+MAX_LINES = 400
+LONGER: dict[str, str] = {}  # file: why it may be longer
+VERBS = ("train", "generate", "evaluate", "prepare", "draft", "revise")
+
+# Which of our modules a layer may import, besides itself.
+LAYERS: dict[str, set[str]] = {
+    "src": set(),
+    "src.batch": set(),
+    "src.config": set(),
+    "src.parallel": set(),
+    "src.shards": set(),  # the file format; both ends of it use this one
+    "src.drawing": set(),
+    "src.importers": set(),
+    "src.scenes": set(),
+    "src.tokenizer": {"src.batch"},
+    "src.journal": {"src.batch"},
+    "src.diffusion": {"src.batch"},
+    "src.align": {"src.batch", "src.tokenizer"},
+    "src.metrics": {"src.batch", "src.scenes", "src.tokenizer"},
+    "src.models": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
+    "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
+    "src.judges": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
+    "src.drafting": {"src.batch", "src.parallel", "src.shards", "src.tokenizer"},
+    "src.rounds": {
+        *("src.batch", "src.align", "src.parallel", "src.tokenizer"),
+        *("src.drafting", "src.journal", "src.shards"),  # the parts of a round
+    },
+    "src.objectives": {"src.batch", "src.diffusion", "src.parallel"},
+    "src.objectives.tower": {"src.batch", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
+    "src.report": {"src.drawing", "src.metrics"},
+    "datamodules": {"src.batch", "src.align", "src.scenes", "src.shards", "src.tokenizer"},
+    "callbacks": {
+        *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
+        *("src.parallel", "src.rounds", "src.shards", "src.tokenizer"),
+    },
+    **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
+}
+
+# Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
+ONLY_IN: dict[str, set[str]] = {
+    "lightning": {"src.objectives", "src.objectives.tower", "src.train", "callbacks", "datamodules"},
+    "omegaconf": {"src.config", *(f"src.{verb}" for verb in VERBS)},
+    "transformers": {"src.models", "src.tokenizer"},
+    "openai": {"src.experts", "src.judges"},
+    "matplotlib": {"src.report"},
+}
+WITHOUT_TORCH = ("src.config", "src.shards", "src.journal", "src.drawing", "src.importers", "src.scenes", "src.align")
+
+# How a yaml file is checked: the lowest layer it stands on -> what its verb offers, and values for its `???`.
+SCHEMAS: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "base": (OFFERS, []),
+    "scenes": ((), []),
+    "photos": ((), ["prepare.images=photos", "prepare.annotations=captions.json"]),
+    "generate": ((), ["model.path=model", "images=photos"]),
+    "draft": (("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
+    "revise": (("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
+    "evaluate": (("codec", "seed", "batch_size"), []),
+}
+# A layer (a file or a folder of them) that needs others below it -> each of those.
+PARTIAL: dict[str, list[str]] = {
+    "sampler": ["draft"],
+    "expert": ["revise"],
+    "quickstart": ["mask", "stage1", "stage2"],
+}
+
+
+def source_files() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    return short(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what a file imports anywhere, `a.b.c` for `from a.b import c`; relative imports are resolved."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, layer: str) -> bool:
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def layer_of(module: str) -> str:
+    """The row of a module. Only `src/__init__.py` itself belongs to the row `src`."""
+    rows = [row for row in LAYERS if within(module, row) and (row != "src" or module == "src")]
+    assert rows, f"{module} has no row in LAYERS: say which of our modules it may import"
+    return max(rows, key=len)
+
+
+def forbidden(module: str, imported: list[str]) -> list[str]:
+    """Those of the imported names that the layer of a module may not use."""
+    own = layer_of(module)
+    bad = []
+    for name in imported:
+        top = name.split(".")[0]
+        if top in PACKAGES:
+            allowed = any(within(name, other) for other in {own, *LAYERS[own]})
+        elif top == "torch":
+            allowed = own not in WITHOUT_TORCH
+        else:
+            allowed = own in ONLY_IN.get(top, {own})
+        if not allowed:
+            bad.append(name)
+    return bad
+
+
+@pytest.mark.parametrize("path", source_files(), ids=short)
+def test_layers(path: Path) -> None:
+    assert forbidden(module_name(path), list(imports(path))) == []
+
+
+def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
+    assert forbidden("src.diffusion.losses", ["torch", "src.batch.Kind", "src.diffusion.noise.Noise"]) == []
+    assert forbidden("src.diffusion.losses", ["lightning", "src.tokenizer.Codec", "src.batches"]) == [
+        "lightning",
+        "src.tokenizer.Codec",
+        "src.batches",
+    ]
+    assert forbidden("datamodules.captions", ["callbacks.samples", "src.config", "datamodules.shards"]) == [
+        "callbacks.samples",
+        "src.config",
+    ]
+    assert forbidden("src.scenes.graph", ["random", "torch"]) == ["torch"]
+    assert forbidden("src.train", ["src.models.checkpoint", "callbacks.samples"]) == ["callbacks.samples"]
+
+
+def test_imports_sees_every_way_to_import() -> None:
+    found = list(imports(Path(__file__)))
+    assert {"ast", "src.config.check", "src.train.OFFERS", "pathlib.Path"} <= set(found)
+
+
+def test_no_print() -> None:
+    calls = [
+        f"{short(path)}:{node.lineno}"
+        for path in source_files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {short(path): len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()}
+    too_long = {name for name, length in lengths.items() if length > MAX_LINES}
+    assert too_long == set(LONGER)
+
+
+def test_modules_say_what_they_are() -> None:
+    silent = [short(path) for path in source_files() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_no_drawer_for_odds_and_ends() -> None:
+    assert [short(path) for path in source_files() if re.fullmatch(r"(utils?|helpers?|misc)\.py", path.name)] == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    mark = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    files = [
+        *source_files(),
+        *ROOT.glob("tests/*.py"),
+        *ROOT.glob("conf/**/*.yaml"),
+        *(ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md", "pyproject.toml")),
+    ]
+    assert [short(path) for path in files if mark.search(path.read_text(encoding="utf-8"))] == []
+
+
+# configs
+
+
+def config_names() -> list[str]:
+    return sorted(path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in ROOT.glob("conf/**/*.yaml"))
+
+
+def stacks(name: str) -> list[str]:
+    """What to give to `conf=` in order to read a file: itself, or what it is made for with it on top."""
+    below = PARTIAL.get(name) or PARTIAL.get(name.split("/")[0], [])
+    return [name] if not below or lowest(name) in SCHEMAS else [f"{lower},{name}" for lower in below]
+
+
+def lowest(name: str) -> str:
+    """The file that a stack of layers stands on."""
+    first = name.split(",")[0]
+    bases = yaml.safe_load((ROOT / "conf" / f"{first}.yaml").read_text(encoding="utf-8")).get("base", [])
+    return lowest(bases if isinstance(bases, str) else bases[0]) if bases else first
+
+
+def compose(stack: str, settings: list[str]) -> None:
+    """Read a stack with the settings, and bind every target of it."""
+    schema = lowest(stack)
+    assert schema in SCHEMAS, f"{schema}.yaml has no row in SCHEMAS: say what its verb offers to the targets"
+    offers, needed = SCHEMAS[schema]
+    given = {setting.partition("=")[0] for setting in settings}
+    fill = [setting for setting in needed if setting.partition("=")[0] not in given]
+    check(load_config([f"conf={stack}", *settings, *fill], root=ROOT / "conf"), offers=offers)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_composes_and_binds(name: str) -> None:
+    for stack in stacks(name):
+        compose(stack, [])
+
+
+# verbs
+
+HELP = """
+import contextlib, io, json, runpy, sys
+found = {}
+for verb in sys.argv[1:]:
+    sys.argv = [verb, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        runpy.run_module(f"src.{verb}", run_name="__main__", alter_sys=True)
+    found[verb] = text.getvalue()
+sys.stdout.write(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_texts() -> dict[str, str]:
+    """What each verb prints for --help; one process for all, as most of the time goes into imports."""
+    command = [sys.executable, "-c", HELP, *VERBS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_verbs_are_the_files_that_run() -> None:
+    runnable = {path.stem for path in (ROOT / "src").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert runnable == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_has_main_and_help(verb: str, help_texts: dict[str, str]) -> None:
+    tree = ast.parse((ROOT / "src" / f"{verb}.py").read_text(encoding="utf-8"))
+    assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert (ast.get_docstring(tree) or "?").splitlines()[0] in help_texts[verb]
+    assert f"python -m src.{verb} conf=" in help_texts[verb]
+    assert "conf=NAME" in help_texts[verb]
+
+
+# commands in README and Makefile
+
+
+def readme_commands() -> list[str]:
+    """Lines of shell in code blocks, and code within the text, that run a verb or make."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = [line.partition("  #")[0].strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+              for line in block.splitlines()]  # fmt: skip
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [line for line in [*blocks, *inline] if re.match(r"(python -m src\.|make )", line)]
+
+
+def check_verb(command: str) -> None:
+    """`... -m src.VERB key=value ...`: the verb exists and its configuration composes and binds."""
+    verb, *arguments = shlex.split(command.partition("-m src.")[2])
+    assert verb in VERBS
+    settings = dict(argument.partition("=")[::2] for argument in arguments if argument != "--help")
+    stack = settings.pop("conf", None)
+    if not (stack is None or stack.endswith(".yaml")):
+        compose(stack, [f"{key}={value}" for key, value in settings.items()])
+
+
+def make_targets() -> set[str]:
+    return set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("command", sorted(set(readme_commands())))
+def test_readme_command(command: str) -> None:
+    if command.startswith("make "):
+        assert {word for word in command.split()[1:] if "=" not in word} <= make_targets()
+    else:
+        check_verb(command)
+
+
+def test_readme_shows_the_two_commands() -> None:
+    assert {"make quickstart", "make test"} <= set(readme_commands())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("target", sorted(make_targets()))
+def test_make_target_runs_existing_verbs(target: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    for line in done.stdout.replace("\\\n", " ").splitlines():
+        if "-m src." in line:
+            check_verb(line)
