@@ -33,7 +33,7 @@ help:
 
 quickstart: $(INSTALLED)
 	$(if $(filter 1,$(fresh)),rm -rf runs/quickstart)
-	$(RUN) src.prepare conf=scenes prepare.out=runs/quickstart/data prepare.tokenizer=assets/base
+	$(RUN) src.prepare conf=quickstart/scenes
 	$(RUN) src.train conf=mask,quickstart
 	$(RUN) src.train conf=stage1,quickstart
 	$(RUN) src.train conf=stage2,quickstart

@@ -31,7 +31,8 @@ from src.tokenizer import Codec
 
 OLD: Colour = (250, 190, 190)
 NEW: Colour = (190, 235, 190)
-KEPT: Colour = (238, 238, 238)
+KEPT: Colour = (234, 238, 244)
+LABEL: Colour = (120, 120, 120)
 REWRITTEN: Colour = (20, 60, 200)
 SIDE, TEXT, PAD, WIDTH = 144, 13, 10, 460  # pixels
 
@@ -110,14 +111,15 @@ class Samples(L.Callback):
         texts = []
         for name, other in (("draft", OLD), ("refined", NEW)):
             kept = {pair[name == "refined"] for pair in same}
-            texts.append([
+            boxes = [
                 Piece(
                     self.codec.decode([token]).strip() or "\u00b7",
                     fill=KEPT if place in kept else other,
                     edge=REWRITTEN if place in edges[name] else None,
                 )
                 for place, token in enumerate(ids[name])
-            ])  # fmt: skip
+            ]
+            texts.append([Piece(f"{name}:", ink=LABEL), *boxes])
         return _draw(batch.images[row] if batch.images else None, texts)
 
     def _visible(self, ids: list[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """Evaluate: caption the images of a split with every model, sampler and number of tokens a step, and compare.
 
-    python -m src.evaluate conf=quickstart
-    python -m src.evaluate conf=quickstart evaluate.num=64 evaluate.tokens_per_step=[1,8]
+    python -m src.evaluate conf=evaluate
+    python -m src.evaluate conf=evaluate evaluate.num=64 evaluate.tokens_per_step=[1,8]
 
     models x samplers x tokens/step -> captions -> metrics -> results.json, captions/METHOD-SAMPLER-N.jsonl
                                                            -> table.md (also printed), *.png

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.samples import NEW, OLD, REWRITTEN, Samples, table
+from callbacks.samples import KEPT, NEW, OLD, PAD, REWRITTEN, SIDE, Samples, table
 from callbacks.throughput import Throughput, peak_memory
 from datamodules.captions import CaptionData
+from src.batch import Sampled, TraceStep
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
@@ -91,8 +93,7 @@ def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
     found = events(tmp_path)
     texts = found.Tensors("samples/captions/text_summary")
     assert [event.step for event in texts] == [2, 4]
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
-    batch = next(iter(data.val_dataloader())).rows(slice(0, 3))
+    batch = validation_batch(path, codec, 3)
     backbone = trainer.lightning_module.backbone.eval()  # as it stands after step 4
     prefix = backbone.encode_prefix(batch.prefix)
     ids = Sampler(length=CANVAS, tokens_per_step=12)(
@@ -106,16 +107,43 @@ def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
         assert reference == record["captions"][0]["text"]
 
 
-def test_images_show_the_validation_images_and_the_tokens(path, codec, tmp_path):
-    fit(path, codec, tmp_path, [samples(codec, num=2)], steps=2)
-    (event,) = events(tmp_path).Images("samples/tokens")
-    sheet = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")).reshape(-1, 3)
-    colours = {tuple(colour) for colour in np.unique(sheet, axis=0).tolist()}
-    assert {OLD, NEW, REWRITTEN} <= colours  # a model after two steps agrees with itself hardly anywhere
+def validation_batch(path, codec, num):
     data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
-    for image in next(iter(data.val_dataloader())).images[:2]:
-        pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).reshape(-1, 3)
-        assert {tuple(pixel) for pixel in pixels.tolist()} <= colours
+    return next(iter(data.val_dataloader())).rows(slice(0, num))
+
+
+def sampled(codec, text, rewritten=()):
+    """What a sampler returns for a text, with the places that its reviser rewrote."""
+    ids = [*codec.encode(text)[0], codec.eot_id]
+    step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1)
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Sampled(torch.tensor([ids + [codec.eos_id] * (CANVAS - len(ids))]), zero, zero, zero, 0.0, [[step]])
+
+
+@pytest.mark.parametrize(
+    ("draft", "rewritten", "colours"),
+    [
+        ("A pink background carries two objects.", (), {KEPT}),
+        ("A gray background carries two objects.", (), {KEPT, OLD, NEW}),
+        ("A gray background carries two objects.", (1,), {KEPT, OLD, NEW, REWRITTEN}),
+        ("", (), {NEW}),
+    ],
+)
+def test_tokens_are_coloured_by_what_became_of_them(draft, rewritten, colours, path, codec, tmp_path):
+    batch = validation_batch(path, codec, 1)
+    found = {
+        "draft": sampled(codec, draft),
+        "refined": sampled(codec, "A pink background carries two objects.", rewritten),
+    }
+    with SummaryWriter(str(tmp_path / "tb")) as writer:
+        samples(codec).publish(writer, batch, found, 7)
+    (event,) = events(tmp_path).Images("samples/tokens")
+    sheet = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+    assert event.step == 7
+    assert colours == {KEPT, OLD, NEW, REWRITTEN} & {pixel for _, pixel in sheet.getcolors(1 << 20) or []}
+    shown = np.asarray(sheet)[PAD : PAD + SIDE, PAD : PAD + SIDE]
+    image = np.asarray(Image.open(io.BytesIO(batch.images[0])).convert("RGB"))
+    assert (shown[1::3, 1::3] == image).all()  # 48 pixels at three times their size
 
 
 def test_sampling_changes_nothing_in_training(path, codec, tmp_path):

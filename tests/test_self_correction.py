@@ -113,6 +113,16 @@ class Deaf(CaptionData):
         self.heard = (*self.heard, Path(path).name)
 
 
+class Forgetful(CaptionData):
+    """Does not keep its rounds in the checkpoint."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        del state_dict
+
+
 def backbone(codec: Codec):
     decoder = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -308,13 +318,14 @@ def test_drafting_leaves_training_untouched(data, codec, tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_state_survives_a_checkpoint(data, codec, tmp_path):
+@pytest.mark.parametrize("kind", [CaptionData, Forgetful])
+def test_state_survives_a_checkpoint(data, codec, tmp_path, kind):
     first = correction(codec, tmp_path, rounds=1)
     module = Noisy(codec)
     trainer = trainer_for(tmp_path, [first], max_steps=STEPS_PER_EPOCH)
-    trainer.fit(module, datamodule=data_for(data, codec))
+    trainer.fit(module, datamodule=data_for(data, codec, kind))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    second, datamodule = correction(codec, tmp_path, rounds=1, expert=None), data_for(data, codec)
+    second, datamodule = correction(codec, tmp_path, rounds=1, expert=None), data_for(data, codec, kind)
     trainer_for(tmp_path, [second], max_steps=2 * STEPS_PER_EPOCH).fit(
         Noisy(codec), datamodule=datamodule, ckpt_path=tmp_path / "end.ckpt"
     )  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.config import check, load_config
+from src.config import ConfigError, check, load_config
 from src.train import OFFERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,21 +72,24 @@ ONLY_IN: dict[str, set[str]] = {
 }
 WITHOUT_TORCH = ("src.config", "src.shards", "src.journal", "src.drawing", "src.importers", "src.scenes", "src.align")
 
-# How a yaml file is checked: the lowest layer it stands on -> what its verb offers, and values for its `???`.
-SCHEMAS: dict[str, tuple[tuple[str, ...], list[str]]] = {
-    "base": (OFFERS, []),
-    "scenes": ((), []),
-    "photos": ((), ["prepare.images=photos", "prepare.annotations=captions.json"]),
-    "generate": ((), ["model.path=model", "images=photos"]),
-    "draft": (("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
-    "revise": (("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
-    "evaluate": (("codec", "seed", "batch_size"), []),
+# How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
+SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
+    "base": ("train", OFFERS, []),
+    "scenes": ("prepare", (), []),
+    "photos": ("prepare", (), ["prepare.images=photos", "prepare.annotations=captions.json"]),
+    "generate": ("generate", (), ["model.path=model", "images=photos"]),
+    "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
+    "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
+    "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
 }
-# A layer (a file or a folder of them) that needs others below it -> each of those.
-PARTIAL: dict[str, list[str]] = {
-    "sampler": ["draft"],
-    "expert": ["revise"],
+# A layer, or a folder of layers, that is made to lie on top of others -> those.
+ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
+    "sampler/": ["draft"],
+    "expert/": ["revise"],
+    "model/": ["mask", "stage1"],
+    "objective/": ["stage1", "stage2"],
+    "objective/rediff_released_stage2": ["stage2", "stage2,objective/rediff_released"],
 }
 
 
@@ -213,9 +216,9 @@ def config_names() -> list[str]:
 
 
 def stacks(name: str) -> list[str]:
-    """What to give to `conf=` in order to read a file: itself, or what it is made for with it on top."""
-    below = PARTIAL.get(name) or PARTIAL.get(name.split("/")[0], [])
-    return [name] if not below or lowest(name) in SCHEMAS else [f"{lower},{name}" for lower in below]
+    """What to give to `conf=` in order to check a file: itself if it can stand alone, and on top of others."""
+    below = ON_TOP.get(name, ON_TOP.get(f"{name.split('/')[0]}/", []))
+    return [*([name] if lowest(name) in SCHEMAS else []), *(f"{lower},{name}" for lower in below)]
 
 
 def lowest(name: str) -> str:
@@ -225,18 +228,20 @@ def lowest(name: str) -> str:
     return lowest(bases if isinstance(bases, str) else bases[0]) if bases else first
 
 
-def compose(stack: str, settings: list[str]) -> None:
-    """Read a stack with the settings, and bind every target of it."""
+def compose(stack: str, settings: list[str], *, fill: bool = True) -> str:
+    """Read a stack with the settings and bind every target of it; `fill` adds what must be given. Returns the verb."""
     schema = lowest(stack)
-    assert schema in SCHEMAS, f"{schema}.yaml has no row in SCHEMAS: say what its verb offers to the targets"
-    offers, needed = SCHEMAS[schema]
+    assert schema in SCHEMAS, f"{schema}.yaml has no row in SCHEMAS: say which verb reads it"
+    verb, offers, needed = SCHEMAS[schema]
     given = {setting.partition("=")[0] for setting in settings}
-    fill = [setting for setting in needed if setting.partition("=")[0] not in given]
-    check(load_config([f"conf={stack}", *settings, *fill], root=ROOT / "conf"), offers=offers)
+    more = [setting for setting in needed if fill and setting.partition("=")[0] not in given]
+    check(load_config([f"conf={stack}", *settings, *more], root=ROOT / "conf"), offers=offers)
+    return verb
 
 
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_composes_and_binds(name: str) -> None:
+    assert stacks(name), f"{name}.yaml stands on no known schema: give it a row in SCHEMAS or ON_TOP"
     for stack in stacks(name):
         compose(stack, [])
 
@@ -290,14 +295,14 @@ def readme_commands() -> list[str]:
     return [line for line in [*blocks, *inline] if re.match(r"(python -m src\.|make )", line)]
 
 
-def check_verb(command: str) -> None:
-    """`... -m src.VERB key=value ...`: the verb exists and its configuration composes and binds."""
+def check_verb(command: str, *, fill: bool = True) -> None:
+    """`... -m src.VERB conf=NAME key=value ...`: that verb reads that configuration, and it composes and binds."""
     verb, *arguments = shlex.split(command.partition("-m src.")[2])
     assert verb in VERBS
-    settings = dict(argument.partition("=")[::2] for argument in arguments if argument != "--help")
-    stack = settings.pop("conf", None)
-    if not (stack is None or stack.endswith(".yaml")):
-        compose(stack, [f"{key}={value}" for key, value in settings.items()])
+    conf = [argument.removeprefix("conf=") for argument in arguments if argument.startswith("conf=")]
+    if conf and not conf[0].endswith(".yaml"):
+        settings = [argument for argument in arguments if not argument.startswith("conf=")]
+        assert compose(conf[0], settings, fill=fill) == verb
 
 
 def make_targets() -> set[str]:
@@ -310,6 +315,19 @@ def test_readme_command(command: str) -> None:
         assert {word for word in command.split()[1:] if "=" not in word} <= make_targets()
     else:
         check_verb(command)
+
+
+def readme_errors() -> list[tuple[str, str]]:
+    """(command, what it says) of the mistakes that README shows."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    return [pair for block in blocks for pair in re.findall(r"^\$ (.*)\nerror: (.*)$", block, re.M)]
+
+
+@pytest.mark.parametrize(("command", "message"), readme_errors())
+def test_readme_error(command: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_verb(command, fill=False)
+    assert str(error.value) == message
 
 
 def test_readme_shows_the_two_commands() -> None:

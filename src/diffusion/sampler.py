@@ -37,6 +37,8 @@ class Sampler:
     reviser: what happens to visible tokens (default nothing)
     post_steps: passes that only revise, once no mask is left; a row stops earlier when its text comes back
     temperature: 0 takes the argmax, otherwise revealed tokens are drawn from softmax(logits / temperature)
+    eos_last: proposals of eot and end-of-text are revealed after all others. They are the surest guesses of a canvas
+        that is all masks, and revealed first they make every text as short as it can be
     max_forwards: forward calls a row may use, checked once a step; the last fills every mask with its argmax
     """
 
@@ -48,6 +50,7 @@ class Sampler:
     reviser: Reviser | None = None
     post_steps: int = 0
     temperature: float = 0.0
+    eos_last: bool = False
     max_forwards: int | None = None
 
     def __post_init__(self) -> None:
@@ -145,7 +148,7 @@ class _Run:
         prediction = self.predict(before, eligible | editable)
         prediction = self.reviser.refine(state, prediction, self.predict)
         proposal, confidence = self._propose(prediction, eligible, drawn=eligible & ~last[:, None])
-        unmasked = self.unmask.select(confidence, eligible, count)
+        unmasked = self.unmask.select(self._score(proposal, confidence), eligible, count)
         written = self.reviser.overwrite(state, prediction)
         rewritten = editable & (written != before)
         remasked = hideable & self.reviser.remask(state, prediction)
@@ -173,6 +176,13 @@ class _Run:
         confidence = torch.zeros(eligible.shape, dtype=torch.float64, device=eligible.device)
         confidence[eligible] = low_confidence(prediction.at(eligible), proposal[eligible])
         return proposal, confidence
+
+    def _score(self, proposal: Tensor, confidence: Tensor) -> Tensor:
+        """The confidence by which places are chosen: with `eos_last` below 0 where the text would end."""
+        if not self.sampler.eos_last:
+            return confidence
+        special = self.predict.special
+        return confidence - ((proposal == special.eos) | (proposal == special.eot)).double()
 
     def _finish(self, step: _Step, post: Tensor, last: Tensor) -> None:
         """Count. Rows are done when no mask is left and revising is over, or when their budget is spent."""
