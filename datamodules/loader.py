@@ -5,7 +5,7 @@
     epoch of the stream -> equal contiguous ranges of the ranks -> contiguous shares of the workers -> batches
 
 Each batch takes `rows` samples of every part, so a fixed share of it can come from another stream. All ranks
-yield the same number of batches. State: {epoch, batches, plan}; a resumed loader enters the stream at the
+yield the same number of batches. State: {epoch, batches, of, plan}; a resumed loader enters the stream at the
 right place and reads nothing twice. As the DataLoader always asks its first worker first, the workers are
 rotated by the batches already consumed.
 """
@@ -105,15 +105,20 @@ class Loader:
 
     def state_dict(self) -> dict:
         if self._position is None:
-            return self._resume or {"epoch": self.epoch(), "batches": 0, "plan": self.plan}
-        return {"epoch": self._position[0], "batches": self._position[1], "plan": self.plan}
+            return self._resume or self._state(self.epoch(), 0)
+        return self._state(*self._position)
 
     def load_state_dict(self, state: dict) -> None:
         self._resume, self._position = dict(state), None
 
+    def _state(self, epoch: int, done: int) -> dict:
+        return {"epoch": epoch, "batches": done, "of": self.batches, "plan": self.plan}
+
     def _resume_point(self, epoch: int) -> int:
         if self._resume is None or self._resume["epoch"] != epoch:
             return 0
+        if self._resume["batches"] >= self._resume["of"]:  # finished, whatever data have come since
+            return self.batches
         if self._resume["plan"] != self.plan:
             log.warning(
                 "data, batch size, seed, ranks or workers are not the checkpoint's: epoch %d starts anew",

@@ -30,7 +30,6 @@ from src.tokenizer import Codec
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special")
 FIXED = ("data", "model", "objective", "seed", "tokenizer")  # what a run may not change when it resumes
-LAST = "checkpoints/last.ckpt"
 log = logging.getLogger(__name__)
 
 
@@ -62,8 +61,7 @@ def train(cfg: DictConfig) -> None:
         callbacks=[build(node, **offers) for node in cfg.callbacks.values() if node],
         default_root_dir=run_dir,
     )
-    last = run_dir / LAST
-    trainer.fit(objective, datamodule=data, ckpt_path=last if last.exists() else None)
+    trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
     if trainer.interrupted or trainer.global_step < cfg.trainer.max_steps:
         raise ConfigError(f"stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; the same command resumes")
     save_pretrained(objective.backbone, codec, run_dir / "model")
@@ -77,7 +75,7 @@ def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
         if any(run_dir.iterdir()) and not saved.exists():
             raise ConfigError(f"{run_dir} is not a run's folder (no config.yaml): choose another run_dir")
         shutil.rmtree(run_dir)
-    if (run_dir / LAST).exists():
+    if _newest(run_dir):
         old = OmegaConf.load(saved)
         changed = [key for key in FIXED if old.get(key) != cfg.get(key)]
         if changed:
@@ -90,6 +88,11 @@ def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
         return False
     save_config(cfg, saved)
     return True
+
+
+def _newest(run_dir: Path) -> Path | None:
+    """The checkpoint written last; before each online round one is written too."""
+    return max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 if __name__ == "__main__":

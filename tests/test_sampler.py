@@ -488,3 +488,30 @@ def test_a_refining_reviser_sees_filled_masks_and_its_passes_are_counted():
     assert found.ids.tolist() == [[4, 6, 7]]
     assert found.forwards.tolist() == [4]
     assert backbone.seen[2].tolist() == [[4, 5, 5]]
+
+
+class Tail(nn.Module):
+    """Sure of end-of-text at the end of the canvas, less sure of the words before it."""
+
+    def encode_prefix(self, prefix):
+        raise AssertionError("the test makes the prefix")
+
+    def forward(self, prefix, tokens, *, attend=None, positions=None):
+        logits = torch.zeros(*tokens.shape, 12)
+        logits[:, :4, 7] = 2.0
+        logits[:, 4, SPECIAL_TAIL.eot] = 6.0
+        logits[:, 5:, SPECIAL_TAIL.eos] = 8.0
+        return logits if positions is None else logits[positions]
+
+
+SPECIAL_TAIL = SpecialIds(mask=0, eos=1, eot=2, banned=(0,), vocab_size=12)
+
+
+@pytest.mark.parametrize(("eos_last", "order"), [(False, [5, 6, 7, 4, 0, 1, 2, 3]), (True, [0, 1, 2, 3, 5, 6, 7, 4])])
+def test_the_end_of_the_text_can_be_kept_for_last(eos_last, order):
+    sampler = Sampler(length=8, tokens_per_step=1, eos_last=eos_last)
+    out = sampler(Tail(), Prefix(torch.zeros(1, 1, 1)), special=SPECIAL_TAIL, keys=["a"], seed=0, trace=True)
+    assert out.traces is not None
+    assert [step.unmasked[0] for step in out.traces[0]] == order
+    assert out.ids[0].tolist() == [7, 7, 7, 7, 2, 1, 1, 1]
+    assert all(0 < c <= 1 for step in out.traces[0] for c in step.confidence)
