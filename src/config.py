@@ -25,6 +25,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import logging
 import os
 import pkgutil
 import sys
@@ -119,6 +120,7 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
         if {"-h", "--help"} & set(argv):
             sys.stdout.write(help_text(sys.modules[main.__module__].__doc__))
             return
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
             main(argv)
         except ConfigError as error:

@@ -377,7 +377,6 @@ def _write_split(
 
 @main_guard
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = load_config(argv)
     dataset = build(config.prepare)
     try:

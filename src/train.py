@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def train(cfg: DictConfig) -> None:
     if not _open_run(cfg, run_dir):
         log.info("%s is finished already; resume=false would start it afresh", run_dir)
         return
+    _quiet()
     L.seed_everything(cfg.seed, verbose=False)
     codec = Codec.load(cfg.tokenizer)
     offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special}
@@ -88,6 +90,14 @@ def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
         return False
     save_config(cfg, saved)
     return True
+
+
+def _quiet() -> None:
+    """Lightning's banners, and warnings about its own internals, tell a user nothing."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _newest(run_dir: Path) -> Path | None:

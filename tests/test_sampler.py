@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from torch import nn
+
 from src.batch import Prefix, SpecialIds
 from src.diffusion.revisers import OverwriteAll, Reviser
 from src.diffusion.sampler import Sampler
