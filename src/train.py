@@ -95,9 +95,14 @@ def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
 def _quiet() -> None:
     """Lightning's banners, and warnings about its own internals, tell a user nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*does not have many workers.*",
+        "Using ModelCheckpoint with manual optimization.*",
+        "Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _newest(run_dir: Path) -> Path | None:
