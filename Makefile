@@ -36,7 +36,7 @@ quickstart: $(INSTALLED)
 	$(RUN) src.prepare conf=quickstart/scenes
 	$(RUN) src.train conf=mask,quickstart
 	$(RUN) src.train conf=stage1,quickstart
-	$(RUN) src.train conf=stage2,quickstart
+	$(RUN) src.train conf=quickstart/stage2
 	$(RUN) src.evaluate conf=quickstart/evaluate
 
 test: $(INSTALLED)
