@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.batch import Batch, Kind, SpecialIds
-from src.diffusion.corruption import Absorb, Chain, Choose, Edit, Replace, Span, start
+from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span, start
 from src.diffusion.noise import Noise
 
 SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3, 4), vocab_size=40)
@@ -32,6 +32,10 @@ def make_batch(rows: int = 4, length: int = 12, *, padding: int = 3, seed: int =
 def run(corruption, batch: Batch, rate: float = 0.5, *, seed: int = 0):
     state = start(batch, torch.full((len(batch),), rate))
     return corruption(batch, state, Noise(batch.keys, seed=seed, epoch=batch.epoch))
+
+
+def draft() -> Only:
+    return Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT)
 
 
 def stage_one(**replace):
@@ -83,7 +87,7 @@ def test_a_dynamic_rate_is_capped_by_the_noise_level():
 
 def test_frozen_positions_never_change():
     batch = make_batch(64, 12)
-    for corruption in (stage_one(), Chain(Span(num=None)), Edit(), Replace(special=SPECIAL, rate=1.0, source="response")):
+    for corruption in (stage_one(), Chain(Span(num=None)), draft(), Replace(special=SPECIAL, rate=1.0, source="response")):
         out = run(corruption, batch, 0.7)
         assert torch.equal(out.tokens[~batch.editable], batch.response[~batch.editable])
         assert (out.kind[~batch.editable] == int(Kind.FROZEN)).all()
@@ -110,9 +114,9 @@ def test_without_masks_a_whole_span_is_put_in():
     assert (everything.where(Kind.HALLUCINATION).sum(1) == 4).all()
 
 
-def test_edit_shows_the_draft_and_marks_its_mistakes():
+def test_a_draft_is_shown_and_its_mistakes_are_marked():
     batch = make_batch(8, 12)
-    out = run(Edit(), batch)
+    out = run(draft(), batch)
     assert torch.equal(out.tokens[batch.editable], batch.flawed[batch.editable])
     assert torch.equal(out.where(Kind.MISTAKE), (batch.span > 0) & batch.editable)
     assert torch.equal(out.where(Kind.DRAFT), (batch.span == 0) & batch.editable)
@@ -121,9 +125,26 @@ def test_edit_shows_the_draft_and_marks_its_mistakes():
 def test_choose_gives_each_row_its_own_corruption():
     batch = make_batch(6, 12)
     batch.drafted[::2] = True
-    out = run(Choose(when="drafted", then=Edit(), otherwise=Absorb(special=SPECIAL)), batch, 0.5)
+    out = run(Choose(when="drafted", then=draft(), otherwise=Absorb(special=SPECIAL)), batch, 0.5)
     assert not out.where(Kind.MASK)[::2].any() and out.where(Kind.MISTAKE)[::2].any()
     assert out.where(Kind.MASK)[1::2].any() and not out.where(Kind.MISTAKE)[1::2].any()
+
+
+def test_choose_takes_its_share_of_the_rows_that_qualify():
+    batch = make_batch(600, 12)
+    batch.span[::3] = 0
+    out = run(Choose(when="spans", then=Only(Span(), rest=Kind.FROZEN), otherwise=Absorb(special=SPECIAL), share=0.6), batch)
+    alone = out.where(Kind.HALLUCINATION).any(1)
+    assert not alone[::3].any()
+    assert abs(alone.sum() / 400 - 0.6) < 4 * (0.24 / 400) ** 0.5
+    assert not out.where(Kind.MASK)[alone].any() and out.where(Kind.MASK)[~alone].any(1).float().mean() > 0.9
+    assert (out.where(Kind.HALLUCINATION)[alone].sum(1) == 2).all()  # one of the two spans
+
+
+def test_tokens_of_a_span_that_happen_to_be_right_belong_to_it():
+    batch = make_batch(4, 12, padding=0)
+    batch.flawed[:, 2] = batch.response[:, 2]
+    assert run(draft(), batch).where(Kind.MISTAKE)[:, 2].all()
 
 
 def test_a_sample_gets_the_same_noise_in_any_batch_with_any_padding():
@@ -161,7 +182,7 @@ def test_noise_levels_are_uniform_on_their_range():
         (lambda: Replace(special=SPECIAL, rate=1.5), "1.5"),
         (lambda: Replace(special=SPECIAL, rate=0.1, source="bigram"), "bigram"),
         (lambda: Span(num=0), "0"),
-        (lambda: Choose(when="sometimes", then=Edit(), otherwise=Edit()), "sometimes"),
+        (lambda: Choose(when="sometimes", then=draft(), otherwise=draft()), "sometimes"),
     ],
 )
 def test_bad_settings_are_named(call, message):

@@ -310,3 +310,28 @@ def test_reference_fails_without_a_reference_or_anything_local() -> None:
     told_otherwise = _draft("Dogs.", reference=REFERENCE)
     assert _ask(ReferenceExpert(), [told_otherwise]) == [("k", Failure("no_local_edit"))]
     assert _ask(ReferenceExpert(), [_draft("", reference=REFERENCE)]) == [("k", Failure("no_local_edit"))]
+
+
+@pytest.mark.parametrize("damage", [lambda t: t.replace(". ", ".", 1), lambda t: f" {t}"])
+def test_a_missing_or_leading_blank_is_an_error_that_one_edit_mends(damage):
+    rng = Random(5)
+    for _ in range(30):
+        scene = draw_scene(rng, objects=(2, 3))
+        text = write_caption(scene, rng)
+        flawed = damage(text)
+        assert score_caption(scene, flawed).syntax < 1.0
+        edits = correct(scene, flawed)
+        assert len(edits) == 1
+        (edit,) = edits
+        assert flawed[: edit.start_char] + edit.target + flawed[edit.start_char + len(edit.org) :] == text
+
+
+def test_a_joint_and_the_word_behind_it_are_mended_together():
+    rng = Random(6)
+    scene = draw_scene(rng, objects=(2, 2))
+    text = write_caption(scene, rng)
+    place = text.index(". ")
+    word = text[place + 2 :].split(" ")[0]
+    flawed = text[: place + 1] + "of" + text[place + 2 + len(word) :]
+    (edit,) = correct(scene, flawed)
+    assert flawed[: edit.start_char] + edit.target + flawed[edit.start_char + len(edit.org) :] == text

@@ -141,6 +141,37 @@ def test_micro_batches_change_nothing(name, size):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("micro", [1, 3])
+def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro):
+    """Two optimizer steps through Lightning, schedule and clipping included, against the same with whole batches."""
+    batch = batch_with_prompt(6, padding=0)
+    weights, rates = [], []
+    for size in (None, micro):
+        objective = make(Revision, rate=0.3)
+        objective.options = Training(lr=1e-2, warmup_steps=2, decay=0.5, clip_norm=0.1, micro_batch=size)
+        trainer = L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(objective, torch.utils.data.DataLoader([batch] * 4, batch_size=None))
+        weights.append(torch.cat([p.detach().flatten() for p in objective.parameters()]))
+        rates.append(objective.lr_schedulers().get_last_lr()[0])
+    start = torch.cat([p.detach().flatten() for p in make(Revision).parameters()])
+    assert (weights[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
+    assert rates == [0.0, 0.0]  # four steps done: warm-up 2, decay over the last two
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    batch = batch_with_prompt(4, padding=0)
+    objective = make(MaskPrediction)
+    objective.backbone.lm_head.weight.data[0, 0] = math.nan
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    before = objective.backbone.model.norm.weight.clone()
+    with pytest.raises(RuntimeError, match="non-finite"):
+        trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert torch.equal(before, objective.backbone.model.norm.weight)
+
+
 def test_views_share_a_prefix_and_average_their_losses():
     batch = batch_with_prompt()
     two = make(MaskPrediction)

@@ -81,19 +81,19 @@ class Replace:
 
 
 class Span:
-    """Put false spans in place of true ones where the text is still visible (ReDiff, hallucination).
+    """Put false spans in place of true ones where the text is still visible (ReDiff: hallucinations, or mistakes of a draft).
 
-    num: how many of a row's spans are used, chosen at random; None: all of them.
+    num: how many of a row's spans are used, chosen at random; None: all of them. kind: what their tokens become.
     """
 
-    def __init__(self, *, num: int | None = 1) -> None:
+    def __init__(self, *, num: int | None = 1, kind: Kind = Kind.HALLUCINATION) -> None:
         if num is not None and num < 1:
             raise ValueError(f"num must be at least 1 or null, got {num}")
-        self.num = num
+        self.num, self.kind = num, kind
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
-        hit = self._chosen(batch, noise) & state.where(Kind.CLEAN) & (batch.flawed != batch.response)
-        return _write(state, hit, batch.flawed, Kind.HALLUCINATION)
+        hit = self._chosen(batch, noise) & state.where(Kind.CLEAN)
+        return _write(state, hit, batch.flawed, self.kind)
 
     def _chosen(self, batch: Batch, noise: Noise) -> Tensor:
         if self.num is None:
@@ -106,19 +106,15 @@ class Span:
         return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
 
 
-class Edit:
-    """All flawed spans of a row, unmasked, and nothing else (ReDiff, Stage II; released code: also Stage I).
+class Only:
+    """One corruption and nothing else: the tokens that it leaves clean become `rest`."""
 
-    kind: what the flawed tokens become; rest: what the other editable tokens become.
-    """
-
-    def __init__(self, *, kind: Kind = Kind.MISTAKE, rest: Kind = Kind.DRAFT) -> None:
-        self.kind, self.rest = kind, rest
+    def __init__(self, corruption: Corruption, *, rest: Kind) -> None:
+        self.corruption, self.rest = corruption, rest
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
-        wrong = state.where(Kind.CLEAN) & (batch.flawed != batch.response)
-        rest = state.where(Kind.CLEAN) & ~wrong
-        return _write(_write(state, wrong, batch.flawed, self.kind), rest, state.tokens, self.rest)
+        state = self.corruption(batch, state, noise)
+        return _write(state, state.where(Kind.CLEAN), state.tokens, self.rest)
 
 
 class Chain:
@@ -134,17 +130,21 @@ class Chain:
 
 
 class Choose:
-    """One corruption for the rows of an online round (`drafted`) or with flawed spans (`spans`), another for the rest."""
+    """One corruption for some rows, another for the rest.
 
-    def __init__(self, *, when: str, then: Corruption, otherwise: Corruption) -> None:
+    when: `drafted` = rows of an online round, `spans` = rows with false spans; share: of those rows, chosen at random
+    """
+
+    def __init__(self, *, when: str, then: Corruption, otherwise: Corruption, share: float = 1.0) -> None:
         if when not in ("drafted", "spans"):
             raise ValueError(f"when must be 'drafted' or 'spans', got {when!r}")
-        self.when, self.then, self.otherwise = when, then, otherwise
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be within 0..1, got {share}")
+        self.when, self.then, self.otherwise, self.share = when, then, otherwise, share
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         rows = batch.drafted if self.when == "drafted" else (batch.span > 0).any(1)
+        pick = (rows & (noise.level(device=rows.device) < self.share))[:, None]
         a, b = self.then(batch, state, noise), self.otherwise(batch, state, noise)
-        pick = rows[:, None]
-        return Corrupted(
-            torch.where(pick, a.tokens, b.tokens), state.target, torch.where(pick, a.kind, b.kind), state.rate
-        )
+        tokens, kind = torch.where(pick, a.tokens, b.tokens), torch.where(pick, a.kind, b.kind)
+        return Corrupted(tokens, state.target, kind, state.rate)

@@ -89,7 +89,24 @@ def correct(scene: Scene, text: str) -> list[Edit]:
     readings = list(_readings(text))
     about = [r for r in readings if r.kind == "object"]
     objects = dict(zip((r.start for r in about), _assign(scene, about), strict=True))
-    return [edit for r in readings for edit in _edits(r, _true_words(scene, r, objects))]
+    edits = [edit for r in readings for edit in _edits(r, _true_words(scene, r, objects))]
+    return _with_joints(text, [r.start for r in readings], edits)
+
+
+def _with_joints(text: str, starts: list[int], edits: list[Edit]) -> list[Edit]:
+    """The edits, and the blank put in or taken out where a sentence does not start behind exactly one."""
+    found = {edit.start_char: edit for edit in edits}
+    for start in starts:
+        word = text[start:].split(" ")[0]
+        edit = found.get(start) or Edit(word, word, start, "blank")
+        if start and text[start - 1] != " ":
+            end = text[start - 1]
+            found.pop(start, None)
+            found[start - 1] = Edit(end + edit.org, f"{end} {edit.target}", start - 1, edit.reason)
+        elif start == 1:
+            found.pop(start, None)
+            found[0] = Edit(f" {edit.org}", edit.target, 0, edit.reason)
+    return [found[place] for place in sorted(found, key=lambda place: place or 0)]
 
 
 def _true_words(scene: Scene, reading: _Reading, objects: dict[int, SceneObject]) -> list[str]:

@@ -86,6 +86,7 @@ class Objective(L.LightningModule):
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
+        self._counts: dict[Kind, Tensor] = {}  # right and all tokens of each kind since the last log
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
         """The terms for one micro-batch, `corrupted` being one damaged response per view. One pass unless overridden."""
@@ -111,7 +112,7 @@ class Objective(L.LightningModule):
             token_loss[where] = F.cross_entropy(logits, state.target[where], reduction="none")
             for term in self.terms:
                 parts[term.name].append(term_loss(term, token_loss, state))
-            self._log_accuracy(logits, state, where)
+            self._count(logits, state, where)
         return {name: _add(losses) for name, losses in parts.items()}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -130,6 +131,7 @@ class Objective(L.LightningModule):
         self.lr_schedulers().step()
         self.log_dict({f"train/{name}": value for name, value in sums.items()})
         self.log("train/loss", sum(self._coef(name) * value for name, value in sums.items()), prog_bar=True)
+        self._log_counts("train", len(batch))
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -140,6 +142,7 @@ class Objective(L.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(batch))
         total = sum(self._coef(name) * value for name, value in values.items())
         self.log("val/loss", total, batch_size=len(batch), prog_bar=True)
+        self._log_counts("val", len(batch))
 
     def configure_optimizers(self) -> dict:
         options = self.options
@@ -172,29 +175,29 @@ class Objective(L.LightningModule):
         return next(term.coef for term in self.terms if term.name == name)
 
     def _clip(self) -> Tensor:
-        limit = self.options.clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters(), math.inf if limit is None else limit)
+        """Clip the global norm and return it. Raises RuntimeError when it is not finite: the step would ruin the weights."""
+        limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters(), limit, error_if_nonfinite=True)
 
-    def _log_accuracy(self, logits: Tensor, state: Corrupted, where: Tensor) -> None:
-        """Per-kind accuracy, P(keep | clean) and P(fix | wrong), where the terms look."""
-        if self._trainer is None or not self.trainer.loggers:
-            return
+    def _count(self, logits: Tensor, state: Corrupted, where: Tensor) -> None:
+        """Add up how many tokens of each kind were right, where the terms look."""
         right = torch.zeros_like(where)
         right[where] = logits.detach().argmax(-1) == state.target[where]
-        stage = "train" if self.training else "val"
-        kinds = {term.kind for term in self.terms}
-        for kind in sorted(kinds):
-            self._log_share(f"{stage}/accuracy/{kind.name.lower()}", right, state.where(kind))
-        if Kind.CLEAN in kinds:
-            self._log_share(f"{stage}/p_keep_clean", right, state.where(Kind.CLEAN))
-        if wrong := kinds & set(WRONG):
-            hit = torch.stack([state.where(kind) for kind in wrong]).any(0)
-            self._log_share(f"{stage}/p_fix_wrong", right, hit)
+        for term in self.terms:
+            here = state.where(term.kind)
+            self._counts[term.kind] = self._counts.get(term.kind, 0) + torch.stack([(right & here).sum(), here.sum()])
 
-    def _log_share(self, name: str, right: Tensor, where: Tensor) -> None:
-        count = int(where.sum())
-        if count:
-            self.log(name, (right & where).sum() / count, batch_size=count)
+    def _log_counts(self, stage: str, rows: int) -> None:
+        """Accuracy of each kind, P(keep | clean) and P(fix | wrong) over all micro-batches and views of a step."""
+        found = {kind: count.tolist() for kind, count in self._counts.items()}
+        self._counts.clear()
+        shares = {f"accuracy/{kind.name.lower()}": pair for kind, pair in found.items()}
+        if Kind.CLEAN in found:
+            shares["p_keep_clean"] = found[Kind.CLEAN]
+        if wrong := [found[kind] for kind in WRONG if kind in found]:
+            shares["p_fix_wrong"] = [sum(column) for column in zip(*wrong, strict=True)]
+        values = {f"{stage}/{name}": right / total for name, (right, total) in shares.items() if total}
+        self.log_dict(values, batch_size=rows)
 
 
 def attended(batch: Batch) -> Tensor | None:

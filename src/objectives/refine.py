@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 from src.batch import Kind, SpecialIds
-from src.diffusion.corruption import Choose, Edit
+from src.diffusion.corruption import Choose, Only, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective, Training
 from src.objectives.revision import stage_one, stage_one_terms
@@ -28,17 +28,20 @@ class Refine(Objective):
         self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001,
         mistake: float = 1.0, mistake_weight: str = "one", keep: float = 0.0,
         rate: float = 0.10, source: str = "uniform", dynamic: bool = False, hallucination: str = "mixed",
-        weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05, clean: float = 1.0, seed: int = 0,
+        alone_share: float = 0.6, weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05, clean: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
         terms = stage_one_terms(
             weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
             hallucination=float(hallucination != "off"),
         )  # fmt: skip
-        terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake),)
+        if mistake:
+            terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
         if keep:
             terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
-        data = stage_one(special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination)
-        damage = Choose(when="drafted", then=Edit(), otherwise=data)
+        data = stage_one(
+            special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
+        )
+        damage = Choose(when="drafted", then=Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT), otherwise=data)
         super().__init__(
             backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
         )

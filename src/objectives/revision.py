@@ -11,21 +11,21 @@ from collections.abc import Callable
 from torch import nn
 
 from src.batch import Corruption, Kind, SpecialIds
-from src.diffusion.corruption import Absorb, Chain, Choose, Edit, Replace, Span
+from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective, Training
 
 
 def stage_one(
-    special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str
+    special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str, alone_share: float
 ) -> Corruption:
     """The Stage I corruption. `hallucination`: see `Revision`."""
     noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
     if hallucination == "mixed":
         return Chain(*noise, Span())
     if hallucination == "alone":
-        alone = Edit(kind=Kind.HALLUCINATION, rest=Kind.FROZEN)
-        return Choose(when="spans", then=alone, otherwise=Chain(*noise))
+        alone = Only(Span(), rest=Kind.FROZEN)
+        return Choose(when="spans", then=alone, otherwise=Chain(*noise), share=alone_share)
     if hallucination == "off":
         return Chain(*noise)
     raise ValueError(f"hallucination must be 'mixed', 'alone' or 'off', got {hallucination!r}")
@@ -41,21 +41,24 @@ class Revision(Objective):
     """Stage I.
 
     rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.
-    hallucination: `mixed` = masks, noise and a false span in one sample (paper); `alone` = a sample with a false span
-    gets nothing else (released code); `off` = no false spans.
+    hallucination: `mixed` = masks, noise and a false span in one sample (paper); `alone` = a share `alone_share` of
+    the samples that have false spans get one of them and nothing else (released code, where it is the share of such
+    samples in the data); `off` = no false spans.
     weight, reduce, floor: of every term; clean: coefficient of the untouched tokens.
     """
 
     def __init__(
         self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001, rate: float = 0.10, source: str = "uniform", dynamic: bool = False,
-        hallucination: str = "mixed", weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05,
+        hallucination: str = "mixed", alone_share: float = 0.6, weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05,
         clean: float = 1.0, seed: int = 0,
     ) -> None:  # fmt: skip
         terms = stage_one_terms(
             weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
             hallucination=float(hallucination != "off"),
         )  # fmt: skip
-        damage = stage_one(special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination)
+        damage = stage_one(
+            special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
+        )
         super().__init__(
             backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
         )

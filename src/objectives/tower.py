@@ -47,7 +47,7 @@ class TowerLabels(Objective):
         for score, label in zip(scores[:3], places.to(hidden.device).unbind(-1), strict=True):
             total = total + F.cross_entropy(score.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
         self._log_labels(scores[0], places[..., 0].to(hidden.device))
-        return {"labels": Loss(total * len(batch), torch.tensor(len(batch)))}
+        return {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
 
     def _log_labels(self, score: Tensor, label: Tensor) -> None:
         there = label < len(SHAPES)

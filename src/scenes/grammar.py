@@ -156,8 +156,17 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 
 
 def read_caption(text: str) -> list[Sentence]:
-    """Every sentence of a text with what it says. Exact: one wrong word, blank or capital makes it ungrammatical."""
-    return [_read_sentence(text, start, end) for start, end in split_sentences(text)]
+    """Every sentence of a text with what it says. Exact: one wrong word, blank or capital makes it ungrammatical.
+
+    The blank before a sentence belongs to it: exactly one, and none before the first.
+    """
+    ranges = split_sentences(text)
+    gaps = [""] + [" "] * len(ranges)
+    ends = [0] + [end for _, end in ranges]
+    return [
+        _read_sentence(text, start, end) if text[before:start] == gap else Sentence(start, end, None, {})
+        for (start, end), before, gap in zip(ranges, ends, gaps, strict=False)
+    ]
 
 
 def _read_sentence(text: str, start: int, end: int) -> Sentence:
