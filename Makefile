@@ -8,14 +8,20 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 fresh ?= 0
+seed ?= 0
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
+OUT := runs/quickstart$(if $(filter-out 0,$(seed)),-seed$(seed))
 CODE := src callbacks datamodules tests
 
 ifneq ($(filter-out 0 1,$(fresh)),)
 $(error fresh must be 0 or 1, got $(fresh))
+endif
+
+ifneq ($(shell printf '%s' '$(seed)' | tr -d 0-9),)
+$(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
@@ -23,7 +29,7 @@ endif
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
-	@echo "                  a second call resumes; fresh=1 removes runs/quickstart first"
+	@echo "                  a second call resumes; fresh=1 removes $(OUT) first; seed=1 is another run"
 	@echo "make test         all tests"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
 	@echo "make lint         ruff and pyright"
@@ -32,12 +38,12 @@ help:
 	@echo "variables:        PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) (TORCH: where there is no CUDA device)"
 
 quickstart: $(INSTALLED)
-	$(if $(filter 1,$(fresh)),rm -rf runs/quickstart)
+	$(if $(filter 1,$(fresh)),rm -rf $(OUT))
 	$(RUN) src.prepare conf=quickstart/scenes
-	$(RUN) src.train conf=mask,quickstart
-	$(RUN) src.train conf=stage1,quickstart
-	$(RUN) src.train conf=quickstart/stage2
-	$(RUN) src.evaluate conf=quickstart/evaluate
+	$(RUN) src.train conf=mask,quickstart seed=$(seed) run_dir=$(OUT)/mask
+	$(RUN) src.train conf=stage1,quickstart seed=$(seed) run_dir=$(OUT)/stage1
+	$(RUN) src.train conf=quickstart/stage2 seed=$(seed) run_dir=$(OUT)/stage2
+	$(RUN) src.evaluate conf=quickstart/evaluate evaluate.seed=$(seed) evaluate.out=$(OUT)
 
 test: $(INSTALLED)
 	$(RUN) pytest
