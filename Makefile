@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
 OUT := runs/quickstart$(if $(filter-out 0,$(seed)),-seed$(seed))
-CODE := src callbacks datamodules tests
+CODE := src callbacks datamodules benchmarks tests
 
 ifneq ($(filter-out 0 1,$(fresh)),)
 $(error fresh must be 0 or 1, got $(fresh))
@@ -50,8 +50,8 @@ test: $(INSTALLED)
 
 # The phases are explained in conf/base.yaml and conf/base_phases; each resumes where it was stopped.
 base: $(INSTALLED)
-	$(RUN) src.prepare conf=scenes prepare.num_train=24000
-	$(RUN) src.prepare conf=scenes prepare.num_train=24000 prepare.out=data/scenes-brief prepare.brief=true \
+	$(RUN) src.prepare conf=scenes
+	$(RUN) src.prepare conf=scenes prepare.out=data/scenes-brief prepare.brief=true \
 		prepare.captions_per_image=1 prepare.canvas=24 prepare.tokenizer=data/scenes/tokenizer
 	$(RUN) src.train conf=base_phases/tower
 	$(RUN) src.train conf=base_phases/brief

@@ -23,9 +23,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 
-from callbacks.self_correction import evaluating
 from src.batch import Backbone, Batch, Sampled
 from src.diffusion.sampler import Sampler
+from src.drafting import evaluating
 from src.drawing import Colour, Piece, enlarge, layout, paint
 from src.tokenizer import Codec
 

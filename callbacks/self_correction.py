@@ -16,18 +16,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from src.batch import Batch, Expert, Round
-from src.drafting import Drawing, draft_batch, settings_of
+from src.drafting import Drawing, draft_batch, evaluating, settings_of
 from src.parallel import world
 from src.rounds import read_round, run_round
 from src.shards import publish
@@ -41,6 +39,10 @@ class GivesDrafts(Protocol):
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterable[Batch]:
         """The `num` training samples that a round drafts for, none twice, with `records` and `images`."""
+        ...
+
+    def draft_settings(self) -> Mapping[str, Any]:
+        """What the drafts depend on there: the data, their order, how they are shown to the model."""
         ...
 
     def add_round(self, path: str | Path) -> None: ...
@@ -97,7 +99,7 @@ class SelfCorrection(L.Callback):
         found = vars(trainer)["reload_dataloaders_every_n_epochs"]
         if found != 1:
             raise ValueError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {found}")
-        for name in ("draft_dataloader", "add_round"):
+        for name in ("draft_dataloader", "draft_settings", "add_round"):
             if not hasattr(_datamodule(trainer), name):
                 found = type(_datamodule(trainer)).__name__
                 raise ValueError(f"online rounds need a datamodule with {name}, got {found}")
@@ -109,6 +111,8 @@ class SelfCorrection(L.Callback):
             self._add(trainer, read_round(self._folder(number)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if getattr(_datamodule(trainer), "epoch_batches", None):  # otherwise each round changes the length
+            self._check_length(trainer, steps=int(trainer.num_training_batches))
         missing = self._num_due(trainer.current_epoch) - self.num_done
         if missing <= 0:
             return
@@ -122,6 +126,25 @@ class SelfCorrection(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._num_due(trainer.current_epoch + 1) > self.num_done and not _is_last_epoch(trainer):
             self._run(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.num_done < self.rounds:
+            logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
+
+    def _check_length(self, trainer: L.Trainer, *, steps: int) -> None:
+        """Refuse a training that ends before the last round is due. steps: of an epoch."""
+        epochs = (self.rounds - self.at_start) * self.every_n_epochs  # before the last round
+        if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+            raise ValueError(
+                f"{self.rounds} rounds need more than {epochs} epochs, but max_epochs={trainer.max_epochs}; "
+                "raise trainer.max_epochs, or lower rounds"
+            )
+        if trainer.max_steps != -1 and epochs * steps >= trainer.max_steps:
+            raise ValueError(
+                f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
+                f"max_steps={trainer.max_steps}; set data.epoch_batches={trainer.max_steps // (epochs + 1)}, "
+                "or lower rounds"
+            )
 
     def _num_due(self, epochs: int) -> int:
         """How many rounds there must be once `epochs` epochs are done."""
@@ -164,9 +187,12 @@ class SelfCorrection(L.Callback):
         settings = settings_of(
             backbone,
             self.sampler,
+            codec=self.codec,
             tokens_per_step=self.tokens_per_step,
             num=self.drafts_per_round,
+            round_number=number,
             seed=seed,
+            data=datamodule.draft_settings(),
         )
         draft = partial(
             draft_batch,
@@ -209,18 +235,6 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     for kind in ("rejected", "failures"):
         metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest[kind].items()}
     return metrics
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, after which every submodule is again in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _datamodule(trainer: L.Trainer) -> Any:

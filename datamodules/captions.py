@@ -71,9 +71,7 @@ class CaptionData(L.LightningDataModule):
             raise ValueError(f"data_share must be at least 0 and less than 1, got {data_share}")
         self.path, self.codec, self.batch_size, self.seed = Path(path), codec, batch_size, seed
         self.workers, self.data_share, self.epoch_batches = workers, data_share, epoch_batches
-        self.limit: dict[str, int] = (
-            dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
-        )
+        self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if unknown := set(self.limit) - set(SPLITS):
             raise ValueError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         self.collate = Collate(codec, canvas=canvas, image_size=image_size, seed=seed)
@@ -97,9 +95,7 @@ class CaptionData(L.LightningDataModule):
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
-                raise ValueError(
-                    f"{saved['path']} is not the round that the checkpoint knows: its index.json differs"
-                )
+                raise ValueError(f"{saved['path']} is not the round that the checkpoint knows: its index.json differs")
 
     def train_dataloader(self) -> Loader:
         """Cheap and lazy, as Lightning calls it twice on resume; the epoch is read at the first batch."""
@@ -132,6 +128,18 @@ class CaptionData(L.LightningDataModule):
         turn, place = divmod(round_number - 1, index.count // num)
         return self._in_order(Stream([index], seed=self.seed + turn), num, advance=num, epoch=lambda: place)
 
+    def draft_settings(self) -> dict[str, Any]:
+        """What drafts for these data depend on, beside the number of the round; kept with them."""
+        index = self.index("train")
+        return {
+            "data": index.digest,
+            "data_count": index.count,
+            "data_seed": self.seed,
+            "batch_size": self.batch_size,
+            "canvas": self.collate.canvas,
+            "image_size": self.collate.image_size,
+        }
+
     def index(self, split: str) -> Index:
         """The data folder of a split, cut to `limit`."""
         index = self._checked(read_index(self.path / split), kind="captions")
@@ -143,9 +151,12 @@ class CaptionData(L.LightningDataModule):
         return self._in_order(stream, index.count, advance=0, epoch=lambda: 0)
 
     def _in_order(self, stream: Stream, num: int, *, advance: int, epoch: Callable[[], int]) -> Loader:
-        """`num` samples with their first captions. Ranks get equal shares; the last reads on to fill up."""
+        """`num` samples with their first captions, without damaged ones.
+
+        Ranks get equal shares; the last reads on to fill up.
+        """
         per_rank = -(-num // self._place()[1])
-        part = Part(stream, self.batch_size, advance, per_rank)
+        part = Part(stream, self.batch_size, advance, per_rank, stand_in=False)
         batches = -(-per_rank // self.batch_size)
         return self._loader([part], batches, self.collate.with_first_caption(), epoch)
 

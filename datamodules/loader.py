@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 Notes = Counter[tuple[str, str]]  # how often (where, reason) happened
 ADVICE = {
-    "missing": "{where} ends too early, other samples stand in for the lost ones; copy or make it again",
-    "damaged": "{where} holds damaged samples, others stand in for them; copy or make it again",
+    "missing": "{where} ends too early: some samples are lost; copy or make it again",
+    "damaged": "{where} holds damaged samples, which are not used; copy or make it again",
     "cut": "some responses are longer than the canvas of {where} tokens and were cut; set a larger canvas",
 }
 
@@ -43,12 +43,14 @@ class Part:
     rows:     samples in each batch
     advance:  positions of the stream from the start of one epoch to the start of the next
     per_rank: samples of one rank in an epoch; where the last batch would need more, it is smaller
+    stand_in: others take the place of damaged samples; without, there are fewer samples at the end
     """
 
     stream: Stream
     rows: int
     advance: int
     per_rank: int
+    stand_in: bool = True
 
     def samples(self, reader: Reader, origin: int, first: int, last: int) -> Iterator[Sample]:
         """The samples of batches `first` to `last` (exclusive) of the rank whose range starts at `origin`."""
@@ -93,7 +95,8 @@ class Loader:
             self._note(notes)
             done += 1
             self._position = (epoch, done)
-            yield batch
+            if batch is not None:  # it would be empty, as so many samples were left out
+                yield batch
 
     @property
     def plan(self) -> str:
@@ -149,16 +152,17 @@ class _Source(IterableDataset):
         self.parts, self.collate, self.batches = loader.parts, loader.collate, loader.batches
         self.rank, self.epoch, self.done = loader.rank, epoch, done
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[tuple[str, str, int]]]]:
+    def __iter__(self) -> Iterator[tuple[Batch | None, list[tuple[str, str, int]]]]:
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         first, last = share(self.batches, workers, (number + self.done) % workers, self.done)
-        readers = [Reader(part.stream) for part in self.parts]
+        readers = [Reader(part.stream, stand_in=part.stand_in) for part in self.parts]
         origins = [self.epoch * part.advance + self.rank * part.per_rank for part in self.parts]
         streams = [p.samples(r, o, first, last) for p, r, o in zip(self.parts, readers, origins, strict=True)]
         for _ in range(first, last):
             rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
-            batch, notes = self.collate([sample for some in rows for sample in some], self.epoch)
+            samples = [sample for some in rows for sample in some]
+            batch, notes = self.collate(samples, self.epoch) if samples else (None, Counter())
             for reader in readers:
                 notes.update(reader.damage)
                 reader.damage.clear()

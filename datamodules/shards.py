@@ -2,18 +2,18 @@
 
     read_index(folder) -> Index                  what a data folder holds; an error where something is missing
     Stream(indexes, seed=0).segments(100, 164)   positions of an endless stream of passes -> places in shards
-    Reader(stream).samples(100, 164)             the samples there, exactly one for every position
+    Reader(stream).samples(100, 164)             the samples there, one for every position
 
     pass 0: shards permuted, samples permuted within each shard | pass 1: permuted anew | ...
             [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
 
-A damaged sample (truncated tar, broken JSON or image) does not change how many samples a range yields: the
-next readable one of its shard stands in, and the damage is counted. `src.shards` is the writing side.
+Damaged samples (truncated tar, broken JSON or image) are counted. In training they do not change how many
+samples a range yields: the next readable one of the shard stands in. Where each sample must come at most
+once, in evaluation and for drafts, they are left out. `src.shards` is the writing side.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -25,9 +25,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from src.shards import FORMAT, INDEX, sha256
+from src.shards import INDEX, read_manifest, read_tar, sha256
 
 IMAGES = ("png", "jpg")
 
@@ -63,9 +62,7 @@ class Index:
         for shard in self.shards:
             kept.append(Shard(shard.path, min(shard.count, left)))
             left -= kept[-1].count
-        return Index(
-            self.path, self.kind, self.tokenizer, tuple(s for s in kept if s.count), self.digest, self.content
-        )
+        return Index(self.path, self.kind, self.tokenizer, tuple(s for s in kept if s.count), self.digest, self.content)
 
 
 @dataclass
@@ -78,50 +75,18 @@ class Sample:
     image: Image.Image
 
 
-def read_index(folder: str | Path, *, verify: bool = False) -> Index:
-    """What a data folder holds. Every shard must exist, and with `verify` have the sha256 of the index."""
+def read_index(folder: str | Path) -> Index:
+    """What a data folder holds. Every shard must exist."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no data folder {folder}; make it with `python -m src.prepare`")
-    if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"{folder} has no {INDEX}: it is no data folder, or writing it was interrupted; make it again"
-        )
-    raw = (folder / INDEX).read_bytes()
-    content = _parse_index(raw, folder / INDEX)
+    content = read_manifest(folder)
     shards = tuple(Shard(folder / entry["name"], entry["count"]) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again"
         )
-    if verify:
-        for shard, entry in zip(shards, content["shards"], strict=True):
-            if sha256(shard.path) != entry["sha256"]:
-                raise ValueError(
-                    f"{shard.path} is not what {INDEX} says (sha256 differs); make it again or copy it anew"
-                )
-    digest = hashlib.sha256(raw).hexdigest()
-    return Index(folder, content["kind"], content["tokenizer"], shards, digest, content)
-
-
-def _parse_index(raw: bytes, path: Path) -> dict:
-    try:
-        content = json.loads(raw)
-        form = content["format"]
-        complete = (
-            isinstance(content["kind"], str)
-            and "tokenizer" in content
-            and isinstance(content["shards"], list)
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}); make the folder again"
-        ) from error
-    if form != FORMAT or not complete:
-        raise ValueError(
-            f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again"
-        )
-    return content
+    return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 
 class Segment(NamedTuple):
@@ -170,19 +135,24 @@ class Stream:
 
 
 class Reader:
-    """Reads a stream and remembers what was damaged: `damage` counts samples by (shard, reason)."""
+    """Reads a stream and remembers what was damaged: `damage` counts samples by (shard, reason).
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    stand_in: a readable sample takes the place of a damaged one, which is left out otherwise
+    """
+
+    def __init__(self, stream: Stream, *, stand_in: bool = True) -> None:
+        self.stream, self.stand_in = stream, stand_in
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
-        """One sample for every position of the stream from `start` to `stop` (exclusive), in order."""
+        """The samples at the positions `start` to `stop` (exclusive) of the stream, in order."""
         for shard, places in self.stream.segments(start, stop):
             wanted = set(places)
-            found = {place: raw for place, raw in enumerate(read_tar(shard.path)) if place in wanted}
+            found = {place: raw for place, raw in enumerate(read_tar(shard.path, strict=False)) if place in wanted}
             for place in places:
-                yield self._decode(shard, found.pop(place, None)) or self._stand_in(shard, place)
+                sample = self._decode(shard, found.pop(place, None))
+                if sample or self.stand_in:
+                    yield sample or self._stand_in(shard, place)
 
     def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
         sample = None if raw is None else decode(raw)
@@ -196,21 +166,13 @@ class Reader:
         It depends on the files only, so a resumed run finds the same one.
         """
         for other in (shard, *(s for s in self.stream.shards if s != shard)):
-            raws = list(islice(read_tar(other.path), other.count))
+            raws = list(islice(read_tar(other.path, strict=False), other.count))
             for step in range(len(raws)):
                 if sample := decode(raws[(place + step) % len(raws)]):
                     return sample
         raise ValueError(
             f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again"
         )
-
-
-def read_tar(path: Path) -> Iterator[dict[str, Any]]:
-    """The raw samples of a tar, as far as it can be read."""
-    skip = lambda error: True  # noqa: E731 - what cannot be read is missed, and counted, by the caller
-    with path.open("rb") as stream:
-        files = tar_file_expander([{"url": str(path), "stream": stream}], handler=skip)
-        yield from group_by_keys(files, handler=skip)
 
 
 def decode(raw: dict[str, Any]) -> Sample | None:

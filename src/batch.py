@@ -241,16 +241,14 @@ class Corruption(Protocol):
 
 
 class Expert(Protocol):
-    """Corrects drafts. Answers come in any order, each exactly once."""
+    """Corrects drafts. Answers come in any order, each exactly once.
+
+    What its answers depend on is its name and its public attributes, or a dict `settings` where it has one; an
+    answer is never reused after these have changed.
+    """
 
     name: str
 
     def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
         """Yield (key of the draft, answer)."""
         ...
-
-
-class TakesRounds(Protocol):
-    """A datamodule that can train on online rounds."""
-
-    def add_round(self, path: str | Path) -> None: ...

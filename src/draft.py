@@ -39,7 +39,16 @@ def _draw(cfg: DictConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = build(cfg.model).eval().to(device)
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
-    settings = settings_of(backbone, sampler, tokens_per_step=speeds, num=cfg.num, seed=seed)
+    settings = settings_of(
+        backbone,
+        sampler,
+        codec=codec,
+        tokens_per_step=speeds,
+        num=cfg.num,
+        round_number=cfg.round,
+        seed=seed,
+        data=data.draft_settings(),
+    )
     draft = partial(
         draft_batch,
         backbone,

@@ -9,12 +9,12 @@ Samples are shared evenly among the speeds of `tokens_per_step`, so that no imag
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,13 +24,13 @@ from torch import nn
 from tqdm import tqdm
 
 from src.batch import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
+from src.models.checkpoint import fingerprint
 from src.parallel import rank
-from src.shards import INDEX, image_name, read_index, read_shard, sha256, write_index, write_json, write_shard
+from src.shards import INDEX, image_name, read_manifest, read_shard, sha256, write_index, write_json, write_shard
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-PROBES = 1024  # numbers of each parameter that enter a fingerprint
 
 
 class Drawing(Protocol):
@@ -80,15 +80,26 @@ def draft_batch(
 
 
 def settings_of(
-    backbone: nn.Module, sampler: Drawing, *, tokens_per_step: Sequence[int], num: int, seed: int
+    backbone: nn.Module,
+    sampler: Drawing,
+    *,
+    codec: Codec,
+    tokens_per_step: Sequence[int],
+    num: int,
+    round_number: int,
+    seed: int,
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What drafts depend on, beside the samples; it is kept with them."""
+    """What drafts depend on; it is kept with them. data: the part that the datamodule knows."""
     return {
         "model": fingerprint(backbone),
+        "tokenizer": codec.fingerprint,
         "sampler": describe(sampler),
         "tokens_per_step": list(tokens_per_step),
         "num": num,
+        "round": round_number,
         "seed": seed,
+        **data,
     }
 
 
@@ -131,7 +142,7 @@ def draw_drafts(
 
 def read_drafts(folder: Path) -> Iterator[list[Draft]]:
     """The chunks of a finished folder of drafts, in order."""
-    index = read_index(folder)
+    index = read_manifest(folder)
     if index["kind"] != "drafts":
         raise ValueError(f"{folder} holds {index['kind']!r}, not drafts")
     for shard in index["shards"]:
@@ -153,22 +164,45 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def describe(value: Any) -> Any:
-    """A component as plain data: its class and its settings."""
+    """A component as plain data: its class and its settings, which are its public attributes or its `settings`.
+
+    Raises ValueError for a setting that is neither plain nor a component.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    names = [f.name for f in fields(value)] if is_dataclass(value) else sorted(vars(value))
-    return {"class": type(value).__name__, **{name: describe(getattr(value, name)) for name in names}}
+    if isinstance(value, Codec):
+        return value.fingerprint
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): describe(item) for name, item in value.items()}
+    return {"class": type(value).__name__, **{name: describe(item) for name, item in _public_settings(value).items()}}
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Hash of a model's weights: of the shapes, and of evenly spaced numbers of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        probes = flat[:: max(1, -(-flat.numel() // PROBES))]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(probes.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, after which every submodule is again in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _public_settings(component: Any) -> Mapping[str, Any]:
+    if hasattr(component, "settings"):
+        return component.settings
+    if is_dataclass(component):
+        names = [f.name for f in fields(component)]
+    elif hasattr(component, "__dict__"):
+        names = sorted(vars(component))
+    else:
+        raise ValueError(f"{component!r} is no setting: keep it under a name that starts with _, or define `settings`")
+    return {name: getattr(component, name) for name in names if not name.startswith("_")}
 
 
 def _parts(batches: Iterable[Batch], tokens_per_step: Sequence[int]) -> Iterator[tuple[Batch, int]]:

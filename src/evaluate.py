@@ -40,7 +40,10 @@ from src.report import Example, Panel, markdown_report, picture, plot, text_repo
 from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
 
-CODE = ("diffusion", "metrics", "models", "scenes")  # packages whose change makes kept results stale
+CODE = (  # what makes kept results stale when it changes
+    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tokenizer.py"),
+    *("src/diffusion", "src/metrics", "src/models", "src/scenes", "datamodules"),
+)
 PACKAGES = ("torch", "transformers", "torchmetrics")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}  # as Lightning names them
 EXAMPLES = 6  # images of captions.png: the first ones of the split, not a selection
@@ -145,9 +148,10 @@ def evaluate(settings: DictConfig) -> None:
     codec = _shared_codec(folders)
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
-    meta = _meta(settings, folders)
+    loader = _loader(settings, offers)
+    meta = _meta(settings, folders, left_out=_left_out(loader, settings.num))
     sampling = Sampling(
-        loader=_loader(settings, offers),
+        loader=loader,
         num=settings.num,
         codec=codec,
         metrics=_plain(settings.metrics),
@@ -235,6 +239,13 @@ def _loader(settings: DictConfig, offers: dict) -> Any:
     return getattr(data, f"{settings.split}_dataloader")()
 
 
+def _left_out(loader: Any, num: int) -> int:
+    """How many samples among the first ones are damaged; others follow in their place while there are any."""
+    for _ in _batches(loader, num):
+        pass
+    return sum(loader.notes[note] for note in loader.notes if note[1] in ("damaged", "missing"))
+
+
 def _shared_codec(folders: dict[str, Path]) -> Codec:
     codecs = {name: Codec.load(folder) for name, folder in folders.items()}
     if len({codec.fingerprint for codec in codecs.values()}) > 1:
@@ -255,25 +266,23 @@ def _check_model(method: str, folder: Path) -> None:
         )
 
 
-def _meta(settings: DictConfig, folders: dict[str, Path]) -> dict:
+def _meta(settings: DictConfig, folders: dict[str, Path], *, left_out: int) -> dict:
     """What the results say about how they were made."""
     index = Path(settings.data.path) / settings.split / "index.json"
-    if not index.is_file():
-        raise ConfigError(f"evaluate.data.path: {index.parent} holds no data; `python -m src.prepare` makes it")
     return {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "model_configs": {name: sha256(folder / "config.json")[:16] for name, folder in folders.items()},
-        "data": {"split": settings.split, "index_sha256": sha256(index)},
+        "data": {"split": settings.split, "index_sha256": sha256(index), "left_out": left_out},
         "seed": settings.seed,
         "settings": _plain(settings),
-        "code": _code_hash(),
+        "code": _code_hash(Path(__file__).parents[1]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def _code_hash() -> str:
-    root = Path(__file__).parent
-    files = sorted(path for package in CODE for path in (root / package).rglob("*.py"))
+def _code_hash(root: Path) -> str:
+    places = [root / name for name in CODE]
+    files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]
 
 

@@ -28,7 +28,7 @@ Answer = Revision | Failure
 class Journal:
     """Answers of one expert by one process; a context manager.
 
-    Raises ValueError when a line other than the last one is broken.
+    expert: its name and settings, as text. Raises ValueError when a line other than the last one is broken.
     """
 
     def __init__(self, path: str | Path, *, expert: str) -> None:

@@ -41,6 +41,8 @@ from src.tokenizer import Codec
 log = logging.getLogger(__name__)
 
 CHAT_WORDS = "system user assistant"  # roles that the chat template writes
+EVALUATION_SEED = 0  # of val and test scenes: they stay the same, whatever the seed of a dataset
+RESERVED = 512  # scenes of val, and of test, that no training set holds, however few of them a dataset has
 MAX_DRAWS = 1000  # attempts at a new scene or a fitting caption before the settings count as impossible
 CACHE_SIZE = 200_000  # texts, of some hundred bytes each
 
@@ -109,6 +111,9 @@ class Dataset(ABC):
 class Scenes(Dataset):
     """Procedural scenes with true captions and hallucinated facts. No scene is in two splits, jitter aside.
 
+    Val and test do not depend on `seed`, and no training set of any seed holds one of their first 512 scenes; so
+    datasets can be compared, and no model was trained on the test scenes of another dataset.
+
     objects:   least and greatest number of objects; noise: grey levels of sensor noise
     tokenizer: folder of a tokenizer to use; null trains one of `vocab_size` on the captions
     canvas:    captions have at most canvas - 1 tokens, so that eot fits
@@ -148,9 +153,13 @@ class Scenes(Dataset):
         taken: set[tuple] = set()
         drawn: dict[str, list[Scene]] = {}
         for split, size in (("test", self.num_test), ("val", self.num_val), ("train", self.num_train)):
-            rng = Random(f"{self.seed}/{split}/scenes")
-            drawn[split] = [self._new_scene(rng, taken, split) for _ in range(size)]
+            rng = Random(f"{self._seed(split)}/{split}/scenes")
+            reserved = size if split == "train" else max(size, RESERVED)
+            drawn[split] = [self._new_scene(rng, taken, split) for _ in range(reserved)][:size]
         return drawn
+
+    def _seed(self, split: str) -> int:
+        return self.seed if split == "train" else EVALUATION_SEED
 
     def _new_scene(self, rng: Random, taken: set[tuple], split: str) -> Scene:
         for _ in range(MAX_DRAWS):
@@ -160,9 +169,7 @@ class Scenes(Dataset):
                 if split != "train":
                     taken.add(content)
                 return scene
-        raise ValueError(
-            f"too few scenes differ with objects={list(self.objects)}; ask for fewer val and test"
-        )
+        raise ValueError(f"too few scenes differ with objects={list(self.objects)}; ask for fewer val and test")
 
     def _texts(self, scenes: list[Scene]) -> Iterator[str]:
         """What a tokenizer for scenes has to know."""
@@ -178,7 +185,7 @@ class Scenes(Dataset):
     ) -> Iterator[dict]:
         locate = SwapLocator(codec)
         for number, scene in enumerate(scenes):
-            rng = Random(f"{self.seed}/{split}/{number}")
+            rng = Random(f"{self._seed(split)}/{split}/{number}")
             key = f"{split}-{number:06d}"
             captions = [self._caption(scene, rng, locate, counts) for _ in range(self.captions_per_image)]
             record = {"key": key, "prompt": self.prompt, "captions": captions, "scene": scene.to_dict()}
@@ -193,9 +200,7 @@ class Scenes(Dataset):
             if len(locate.codec.encode(text)[0]) < self.canvas:
                 return {"text": text, "swaps": locate(text, swaps(scene, text, rng), counts)}
             counts["captions redrawn"] += 1
-        raise ValueError(
-            f"no caption of a scene fits {self.canvas} tokens; set a larger canvas or fewer objects"
-        )
+        raise ValueError(f"no caption of a scene fits {self.canvas} tokens; set a larger canvas or fewer objects")
 
 
 @dataclass(kw_only=True)
@@ -223,9 +228,7 @@ class Photos(Dataset):
     def write(self, folder: Path) -> dict:
         skipped: Counter[str] = Counter()
         photos = self._collect(skipped)
-        codec = _codec(
-            folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes"
-        )
+        codec = _codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
         counts = {}
         with tqdm(total=len(photos), desc="photos", unit="image", disable=None) as bar:
             for split in ("train", "val", "test"):
@@ -317,13 +320,9 @@ class SwapLocator:
             for s, place in kept
         ]
 
-    def _by_sentence(
-        self, text: str, found: Sequence[Swap]
-    ) -> list[tuple[int, int, list[int]] | None] | None:
+    def _by_sentence(self, text: str, found: Sequence[Swap]) -> list[tuple[int, int, list[int]] | None] | None:
         ids, offsets = self.codec.encode(text)
-        sentences = [
-            (start - (start > 0), end) for start, end in split_sentences(text)
-        ]  # with the blank before
+        sentences = [(start - (start > 0), end) for start, end in split_sentences(text)]  # with the blank before
         flawed, falsified, places = list(ids), text, []
         for swap in reversed(found):  # from the back, so that the places before stay valid
             a, b = next((s for s in sentences if s[0] <= swap.start and swap.end <= s[1]), (0, len(text)))
@@ -349,13 +348,9 @@ def report(counts: dict[str, dict[str, int]]) -> str:
     return "\n".join(f"{part:8} {reason:{width}} {number:>8}" for part, reason, number in rows)
 
 
-def _codec(
-    folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str
-) -> Codec:
+def _codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
     """The given tokenizer or a new one, saved with the data."""
-    codec = (
-        Codec.load(tokenizer) if tokenizer else Codec.train(texts, vocab_size=vocab_size, alphabet=alphabet)
-    )
+    codec = Codec.load(tokenizer) if tokenizer else Codec.train(texts, vocab_size=vocab_size, alphabet=alphabet)
     codec.save(folder / "tokenizer")
     return codec
 

@@ -61,17 +61,35 @@ def speeds_of(results: dict) -> list[int]:
 
 
 def text_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
-    """The tables of the headline metrics and of the forward calls, then the claim, as aligned plain text."""
-    blocks = ["\n".join(_aligned(_grid(results, metric))) for metric in [*headline, "forwards"]]
-    return "\n\n".join([*blocks, "\n".join(claims(results, scores, headline=headline))]) + "\n"
+    """How to read the tables, the tables of the headline metrics, then the claim, as aligned plain text."""
+    blocks = ["\n".join(_aligned(_grid(results, metric))) for metric in headline]
+    lines = "\n".join(claims(results, scores, headline=headline))
+    return "\n\n".join(["\n".join(notes(results)), *blocks, lines]) + "\n"
 
 
 def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
     """The same as Markdown."""
-    blocks = ["\n".join(_piped(_grid(results, metric))) for metric in [*headline, "forwards"]]
+    blocks = ["\n".join(_piped(_grid(results, metric))) for metric in headline]
+    head = "\n".join(f"- {line}" for line in notes(results))
     lines = "\n".join(f"- {line}" for line in claims(results, scores, headline=headline))
-    head = "Columns: tokens per step. Mean ± standard error over captions."
     return "\n\n".join([head, *blocks, lines]) + "\n"
+
+
+def notes(results: dict) -> list[str]:
+    """What a reader of the tables has to know: the cost of each row, and what its last steps are used for."""
+    speeds = ", ".join(str(n) for n in speeds_of(results))
+    lines = [f"columns: {speeds} tokens per step; mean ± standard error over captions"]
+    for method, sampler in rows_of(results):
+        cells = results["methods"][method][sampler].values()
+        calls = ", ".join(f"{cell['forwards']['mean']:.1f}" for cell in cells if "forwards" in cell)
+        lines.append(f"forward calls a caption, {method} {sampler}: {calls}")
+    samplers = results.get("meta", {}).get("settings", {}).get("samplers", {}).values()
+    if any(sampler.get("eos_last") for sampler in samplers):
+        lines.append(
+            "with eos_last a sampler without reviser has its text before its last steps, which only fill in end of "
+            "text; one with a reviser goes on rewriting the text in these steps"
+        )
+    return lines
 
 
 def claims(results: dict, scores: Scores, *, headline: Sequence[str]) -> list[str]:

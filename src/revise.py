@@ -15,7 +15,7 @@ from pathlib import Path
 
 from src.config import ConfigError, build, check, load_config, main_guard
 from src.rounds import revise_round
-from src.shards import read_index
+from src.shards import read_manifest
 from src.tokenizer import Codec
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
             expert=build(cfg.expert, codec=codec),
             codec=codec,
             per_shard=cfg.per_shard,
-            total=read_index(drafts)["counts"]["written"],
+            total=read_manifest(drafts)["counts"]["written"],
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -14,6 +14,7 @@ draws no finished chunk again, asks nothing that was answered, and returns a fin
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,10 +28,10 @@ from tqdm import tqdm
 
 from src.align import Span, locate
 from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
-from src.drafting import DraftsBatch, differences, draw_drafts, drop_stale, read_drafts
+from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts
 from src.journal import Answer, Journal
 from src.parallel import rank
-from src.shards import INDEX, image_name, publish, read_index, write_shards
+from src.shards import INDEX, image_name, publish, read_manifest, write_shards
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
@@ -51,49 +52,36 @@ def run_round(
     """Draft and revise into `folder`. settings: what the drafts depend on (model, sampler, seed, ...)."""
     folder = Path(folder)
     if _is_finished(folder):
-        return _same_round(folder, settings)
+        return _same_round(folder, settings, expert)
     drafts = _partial(folder) / "drafts"
     drop_stale(drafts, settings)
     drawn = draw_drafts(
         drafts, batches, draft,
         tokens_per_step=tokens_per_step, tokenizer=codec.fingerprint, settings=settings, total=total,
     )  # fmt: skip
-    return revise_round(
-        folder, drafts, drawn=drawn, expert=expert, codec=codec, per_shard=per_shard, total=total
-    )  # fmt: skip
+    _make(folder, drafts, drawn, settings, expert=expert, codec=codec, per_shard=per_shard, total=total)
+    return read_round(folder)
 
 
 def revise_round(
-    folder: str | Path,
-    drafts: Path,
-    *,
-    expert: Expert,
-    codec: Codec,
-    per_shard: int,
-    total: int,
-    drawn: Iterable[list[Draft]] | None = None,
+    folder: str | Path, drafts: Path, *, expert: Expert, codec: Codec, per_shard: int, total: int
 ) -> Round:
-    """Ask the expert about the folder `drafts` and write the corrected ones as a round.
+    """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
-    drawn: yields the chunks while they are written to `drafts`; without it the folder is finished already.
     total: number of drafts, for the progress bar.
     """
     folder = Path(folder)
+    settings = read_manifest(drafts)["settings"]
     if _is_finished(folder):
-        return _same_round(folder, read_index(drafts)["settings"])
-    work = _partial(folder)
-    work.mkdir(parents=True, exist_ok=True)
-    if not (work / INDEX).exists():
-        with Journal(work / f"journal-rank-{rank():04d}.jsonl", expert=expert.name) as journal:
-            _ask(expert, journal, read_drafts(drafts) if drawn is None else drawn, total)
-            _write(work, drafts, journal, codec, per_shard)
-    publish(work, folder)
+        return _same_round(folder, settings, expert)
+    drawn = read_drafts(drafts)
+    _make(folder, drafts, drawn, settings, expert=expert, codec=codec, per_shard=per_shard, total=total)
     return read_round(folder)
 
 
 def read_round(folder: str | Path) -> Round:
     """A finished round."""
-    manifest = read_index(folder)
+    manifest = read_manifest(folder)
     if manifest["kind"] != "round":
         raise ValueError(f"{folder} holds {manifest['kind']!r}, not a round")
     return Round(Path(folder), manifest)
@@ -192,14 +180,43 @@ class Tally:
         return aligned.spans
 
 
+def _make(
+    folder: Path,
+    drafts: Path,
+    drawn: Iterable[list[Draft]],
+    settings: Mapping[str, Any],
+    *,
+    expert: Expert,
+    codec: Codec,
+    per_shard: int,
+    total: int,
+) -> None:
+    """Write a round; `drawn` yields the chunks of `drafts`, and may write them as it goes."""
+    work, asked = _partial(folder), identity(expert)
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / INDEX).exists() and _changed(read_manifest(work), settings, expert):
+        (work / INDEX).unlink()
+    if not (work / INDEX).exists():
+        name = json.dumps(asked, sort_keys=True)
+        with Journal(work / f"journal-rank-{rank():04d}.jsonl", expert=name) as journal:
+            _ask(expert, journal, drawn, total)
+            _write(work, drafts, journal, codec, per_shard, expert=asked)
+    publish(work, folder)
+
+
+def identity(expert: Expert) -> dict[str, Any]:
+    """What the answers of an expert depend on: its name and its settings."""
+    return {"name": expert.name, **describe(expert)}
+
+
 def _ask(expert: Expert, journal: Journal, chunks: Iterable[list[Draft]], total: int) -> None:
     with tqdm(total=total, desc="revise", unit="draft") as bar, ExpertThread(expert, journal, bar) as thread:
         for chunk in chunks:
             thread.ask(chunk)
 
 
-def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int) -> None:
-    index, tally = read_index(drafts), Tally()
+def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int, *, expert: dict[str, Any]) -> None:
+    index, tally = read_manifest(drafts), Tally()
     if index["tokenizer"] != codec.fingerprint:
         found = index["tokenizer"]
         raise ValueError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
@@ -212,7 +229,7 @@ def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: 
         tokenizer=codec.fingerprint,
         counts=tally.counts,
         extra={
-            "expert": journal.expert,
+            "expert": expert,
             "rejected": tally.rejected,
             "failures": tally.failures,
             "usage": tally.usage,
@@ -252,12 +269,18 @@ def _is_finished(folder: Path) -> bool:
     return (folder / INDEX).exists()
 
 
-def _same_round(folder: Path, settings: Mapping[str, Any]) -> Round:
+def _same_round(folder: Path, settings: Mapping[str, Any], expert: Expert) -> Round:
     """A finished round, if it was made with the same settings; other weights alone are only reported."""
     found = read_round(folder)
-    changed = differences(found.manifest["settings"], settings)
+    changed = _changed(found.manifest, settings, expert)
     if changed == ["model"]:
         logger.warning("%s exists already; it was drafted by other weights", folder)
     elif changed:
         raise ValueError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
     return found
+
+
+def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], expert: Expert) -> list[str]:
+    """Names of what a round was made with that differs."""
+    found = {"expert": manifest["expert"], **manifest["settings"]}
+    return differences(found, {"expert": identity(expert), **settings})

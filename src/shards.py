@@ -2,6 +2,7 @@
 
     write_shards(folder, samples, prefix="train", per_shard=512, kind="captions", tokenizer=...)
         samples -> train-000000.tar, train-000001.tar, ... -> index.json, written last
+    read_manifest(folder), read_shard(path)     index.json, and the samples of a tar, as they were written
 
 A sample is `{"__key__": "KEY", "json": {...}, "png": b"..."}`: a file `KEY.<name>` for every name that does
 not start with an underscore; a dict becomes UTF-8 JSON. Files get temporary names, are synced to disk and
@@ -14,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from webdataset.handlers import ignore_and_continue, reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 FORMAT = 1
@@ -135,24 +137,34 @@ def image_name(data: bytes) -> str:
     raise ValueError(f"an image must be PNG or JPEG, got bytes that start with {data[:4]!r}")
 
 
+def read_tar(path: Path, *, strict: bool) -> Iterator[dict[str, Any]]:
+    """The samples of one tar: `__key__`, and the bytes of each file. Not strict: as far as it can be read."""
+    handler = reraise_exception if strict else ignore_and_continue
+    with path.open("rb") as stream:
+        files = tar_file_expander([{"url": str(path), "stream": stream}], handler=handler)
+        yield from group_by_keys(files, handler=handler)
+
+
 def read_shard(path: Path) -> Iterator[dict[str, Any]]:
     """The samples of one tar as they were written: `__key__`, `json` as a dict, everything else as bytes."""
-    with tarfile.open(path) as tar:
-        for key, members in groupby(tar, key=lambda member: member.name.partition(".")[0]):
-            sample: dict[str, Any] = {"__key__": key}
-            for member in members:
-                stream = tar.extractfile(member)
-                if stream is not None:
-                    sample[member.name.partition(".")[2]] = stream.read()
-            yield {name: json.loads(value) if name == "json" else value for name, value in sample.items()}
+    for raw in read_tar(path, strict=True):
+        yield {**raw, "json": json.loads(raw["json"])}
 
 
-def read_index(folder: str | Path) -> dict:
-    """The index of a finished data folder."""
+def read_manifest(folder: str | Path) -> dict:
+    """The index.json of a finished data folder. Raises ValueError where there is none, or not one of ours."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished data folder: it has no {INDEX}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_bytes())
+        form = content["format"]
+        complete = isinstance(content["kind"], str) and "tokenizer" in content and isinstance(content["shards"], list)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make the folder again") from error
+    if form != FORMAT or not complete:
+        raise ValueError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
+    return content
 
 
 def _groups(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Iterable[Mapping[str, Any]]]:

@@ -1,9 +1,9 @@
 """Text to tokens and back: a Hugging Face fast tokenizer with the special tokens and chat template of LLaDA.
 
-    codec = Codec.load("assets/base")
-    codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `image_id` where the image goes
-    codec.encode("A red ring.")                 ids and character offsets of a response, without eot
-    codec.decode(ids)                           text up to the first eot, special tokens removed
+codec = Codec.load("assets/base")
+codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `image_id` where the image goes
+codec.encode("A red ring.")                 ids and character offsets of a response, without eot
+codec.decode(ids)                           text up to the first eot, special tokens removed
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Codec:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen") -> Codec:
-        """A byte-level BPE tokenizer. `alphabet`: `seen` (characters of the texts only) or `bytes` (any text at all)."""
+        """A byte-level BPE tokenizer. `alphabet`: `seen` (characters of the texts) or `bytes` (any text at all)."""
         if alphabet not in ("seen", "bytes"):
             raise ValueError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
         bpe = Tokenizer(models.BPE())
@@ -106,12 +106,12 @@ class Codec:
         ids = list(ids)
         if self.eot_id in ids:
             ids = ids[: ids.index(self.eot_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def prompt_ids(self, question: str, *, image: bool = True) -> list[int]:
         """Ids of a one-turn prompt up to where the response starts; `image_id` stands where the image goes."""
         content = f"{IMAGE}{question}" if image else question
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
         head, mark, tail = text.partition(IMAGE)
         encode = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
         return encode(head) + [self.image_id] * bool(mark) + (encode(tail) if mark else [])

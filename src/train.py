@@ -5,11 +5,12 @@
     python -m src.train conf=runs/stage1/config.yaml run_dir=runs/again
 
     RUN/config.yaml      repeats the run          RUN/checkpoints/  to resume from
-    RUN/tensorboard/     logs                     RUN/model/        the result, written last
-    RUN/rounds/          online rounds (Stage II)
+    RUN/inputs.json      hashes of what it reads  RUN/model/        the result, written last
+    RUN/tensorboard/     logs                     RUN/rounds/       online rounds (Stage II)
 
 A rerun of the same command resumes where the run stopped, and does nothing when it is finished; `resume=false` removes
-what is there and starts afresh.
+what is there and starts afresh. A rerun with other settings, or after a change of the model it starts from or of its
+data, is refused.
 """
 
 from __future__ import annotations
@@ -18,19 +19,27 @@ import json
 import logging
 import shutil
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from src.config import ConfigError, build, check, load_config, main_guard, save_config
-from src.models.checkpoint import save_pretrained
+from src.models.checkpoint import fingerprint, save_pretrained
+from src.shards import INDEX, sha256, write_json
 from src.tokenizer import Codec
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special")
-FIXED = ("data", "model", "objective", "seed", "tokenizer")  # what a run may not change when it resumes
+# What a run may not change when it resumes; the learning rate's schedule spans `max_steps`.
+FIXED = ("data", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision")
+MISTAKES = (ValueError, MisconfigurationException)
 log = logging.getLogger(__name__)
 
 
@@ -39,57 +48,93 @@ def main(argv: list[str]) -> None:
     """Train as the config says."""
     cfg = load_config(argv)
     check(cfg, offers=OFFERS)
-    try:
-        train(cfg)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    train(cfg)
 
 
 def train(cfg: DictConfig) -> None:
     """Build everything, fit from the last checkpoint if there is one, and export the model."""
     run_dir = Path(cfg.run_dir)
-    if not _open_run(cfg, run_dir):
-        log.info("%s is finished already; resume=false would start it afresh", run_dir)
-        return
     _quiet()
-    L.seed_everything(cfg.seed, verbose=False)
-    codec = Codec.load(cfg.tokenizer)
-    offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special}
-    data = build(cfg.data, **offers)
-    objective = build(cfg.objective, backbone=partial(build, cfg.model, codec=codec), **offers)
-    trainer = L.Trainer(
-        **OmegaConf.to_container(cfg.trainer),  # type: ignore[arg-type]
-        logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-        callbacks=[build(node, **offers) for node in cfg.callbacks.values() if node],
-        default_root_dir=run_dir,
-    )
-    trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
+    try:
+        if not _open_run(cfg, run_dir):
+            log.info("%s is finished already; resume=false would start it afresh", run_dir)
+            return
+        L.seed_everything(cfg.seed, verbose=False)
+        codec = Codec.load(cfg.tokenizer)
+        offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special}
+        data = build(cfg.data, **offers)
+        objective = build(cfg.objective, backbone=partial(build, cfg.model, codec=codec), **offers)
+        began = Event()
+        trainer = _trainer(cfg, LambdaCallback(on_train_batch_start=lambda *_: began.set()), **offers)
+    except MISTAKES as error:
+        raise ConfigError(str(error)) from error
+    try:
+        trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
+    except MISTAKES as error:
+        if began.is_set():  # what is wrong by now is no mistake of the user's
+            raise
+        raise ConfigError(str(error)) from error
     if trainer.interrupted or trainer.global_step < cfg.trainer.max_steps:
         raise ConfigError(f"stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; the same command resumes")
     save_pretrained(objective.backbone, codec, run_dir / "model")
-    (run_dir / "finished.json").write_text(json.dumps({"steps": trainer.global_step}) + "\n")
+    write_json(run_dir / "finished.json", {"steps": trainer.global_step})
+
+
+def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
+    """The trainer with the callbacks of the config, and then those given."""
+    built = [build(node, run_dir=run_dir, **offers) for node in cfg.callbacks.values() if node]
+    logger = TensorBoardLogger(run_dir, name="tensorboard", version="")
+    trainer = build(cfg.trainer, logger=logger, callbacks=[*built, *callbacks], default_root_dir=run_dir)
+    if trainer.world_size > 1:
+        raise ConfigError(f"trainer: {trainer.world_size} devices; training runs on one so far, several come later")
+    return trainer
 
 
 def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
     """Prepare the run's folder; false if the run is finished. Raises ConfigError where resuming would mix two runs."""
-    saved = run_dir / "config.yaml"
+    saved, finished = run_dir / "config.yaml", run_dir / "finished.json"
     if run_dir.exists() and not cfg.resume:
         if any(run_dir.iterdir()) and not saved.exists():
             raise ConfigError(f"{run_dir} is not a run's folder (no config.yaml): choose another run_dir")
         shutil.rmtree(run_dir)
-    if _newest(run_dir):
-        old = OmegaConf.load(saved)
-        changed = [key for key in FIXED if old.get(key) != cfg.get(key)]
-        if changed:
-            raise ConfigError(
-                f"{run_dir} holds a run with other settings ({', '.join(changed)}); give another run_dir, "
-                "or resume=false to start it afresh"
-            )
-    finished = run_dir / "finished.json"
-    if finished.exists() and json.loads(finished.read_text())["steps"] >= cfg.trainer.max_steps:
+    inputs = _inputs(cfg)
+    if saved.exists() and (finished.exists() or _checkpoints(run_dir)):
+        _check_same(cfg, run_dir, inputs)
+    if finished.exists():
         return False
-    save_config(cfg, saved)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "inputs.json", inputs)
+    save_config(OmegaConf.create({**cfg, "resume": True}), saved)  # repeating a run must not remove it
     return True
+
+
+def _check_same(cfg: DictConfig, run_dir: Path, inputs: dict[str, str]) -> None:
+    """Raise ConfigError if the run was made with other settings or from other files."""
+    remedy = "give another run_dir, or resume=false to start it afresh"
+    old = OmegaConf.load(run_dir / "config.yaml")
+    changed = [key for key in FIXED if OmegaConf.select(old, key) != OmegaConf.select(cfg, key)]
+    if changed:
+        raise ConfigError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {remedy}")
+    record = run_dir / "inputs.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in inputs if inputs[key] != known.get(key)]
+    if changed:
+        raise ConfigError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {remedy}")
+
+
+def _inputs(cfg: DictConfig) -> dict[str, str]:
+    """Hashes of what the run reads: the weights it starts from and the index of its data, where they are there.
+
+    The index of the training split is taken first, as it holds hashes of the shards.
+    """
+    found = {}
+    model, data = (cfg[node].get("path") for node in ("model", "data"))
+    if model and (Path(model) / "model.safetensors").is_file():
+        found["model.path"] = fingerprint(model)
+    indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []
+    if present := [index for index in indexes if index.is_file()]:
+        found["data.path"] = sha256(present[0])
+    return found
 
 
 def _quiet() -> None:
@@ -105,9 +150,18 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The newest first; before each online round one is written too."""
+    return sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
 def _newest(run_dir: Path) -> Path | None:
-    """The checkpoint written last; before each online round one is written too."""
-    return max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    """The newest checkpoint that is whole: the directory of the archive stands at the end of the file."""
+    for path in _checkpoints(run_dir):
+        if zipfile.is_zipfile(path):
+            return path
+        log.warning("%s is damaged; taking the checkpoint before it", path)
+    return None
 
 
 if __name__ == "__main__":

@@ -118,13 +118,9 @@ def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
 
 def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: Codec) -> None:
     first, last = data(folder, codec).val_dataloader()
-    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which?")), key=len)[
-        ::-1
-    ]
+    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which?")), key=len)[::-1]
     assert len(long) > len(short)
-    for row, (ids, mask) in enumerate(
-        zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)
-    ):
+    for row, (ids, mask) in enumerate(zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)):
         expected = codec.prompt_ids(first.records[row]["prompt"])
         assert ids[mask].tolist() == expected
         assert mask.tolist() == [i < len(expected) for i in range(len(long))]
@@ -148,9 +144,7 @@ def test_training_takes_each_image_once_and_captions_by_epoch(folder: Path, code
         for b in batches:
             for key, ids in zip(b.keys, b.response.tolist(), strict=True):
                 taken.setdefault(key, []).append(codec.decode(ids))
-    assert set(taken["k003"]) == set(
-        TEXTS
-    )  # 6 epochs: one caption only has a chance of 1 in 32, fixed by the seed
+    assert set(taken["k003"]) == set(TEXTS)  # 6 epochs: one caption only has a chance of 1 in 32, fixed by the seed
     trainer.current_epoch = 2
     batches = list(module.train_dataloader())
     rows = [row for b in batches for row in zip(b.keys, b.response.tolist(), strict=True)]

@@ -87,7 +87,12 @@ def test_a_dynamic_rate_is_capped_by_the_noise_level():
 
 def test_frozen_positions_never_change():
     batch = make_batch(64, 12)
-    for corruption in (stage_one(), Chain(Span(num=None)), draft(), Replace(special=SPECIAL, rate=1.0, source="response")):
+    for corruption in (
+        stage_one(),
+        Chain(Span(num=None)),
+        draft(),
+        Replace(special=SPECIAL, rate=1.0, source="response"),
+    ):
         out = run(corruption, batch, 0.7)
         assert torch.equal(out.tokens[~batch.editable], batch.response[~batch.editable])
         assert (out.kind[~batch.editable] == int(Kind.FROZEN)).all()
@@ -133,7 +138,9 @@ def test_choose_gives_each_row_its_own_corruption():
 def test_choose_takes_its_share_of_the_rows_that_qualify():
     batch = make_batch(600, 12)
     batch.span[::3] = 0
-    out = run(Choose(when="spans", then=Only(Span(), rest=Kind.FROZEN), otherwise=Absorb(special=SPECIAL), share=0.6), batch)
+    out = run(
+        Choose(when="spans", then=Only(Span(), rest=Kind.FROZEN), otherwise=Absorb(special=SPECIAL), share=0.6), batch
+    )
     alone = out.where(Kind.HALLUCINATION).any(1)
     assert not alone[::3].any()
     assert abs(alone.sum() / 400 - 0.6) < 4 * (0.24 / 400) ** 0.5

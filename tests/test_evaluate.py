@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
+import tarfile
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
 
+import src.evaluate
 from src.batch import Batch
 from src.drawing import Piece, layout, paint
-from src.evaluate import main
+from src.evaluate import _code_hash, main
 from src.metrics.caption import Mark
+from src.metrics.text import ReferenceOverlap
 from src.models.checkpoint import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
-from src.prepare import Scenes
+from src.prepare import Photos, Scenes
 from src.report import (
     FILL,
     Example,
@@ -32,7 +37,7 @@ from src.report import (
 )
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
-from src.shards import read_index, read_shard
+from src.shards import read_manifest, read_shard
 from src.tokenizer import Codec
 
 CANVAS, NUM = 48, 5
@@ -111,7 +116,7 @@ def captions(tmp_path, name) -> list[dict]:
 
 
 def records(data) -> list[dict]:
-    index = read_index(data / "test")
+    index = read_manifest(data / "test")
     return [s["json"] for shard in index["shards"] for s in read_shard(data / "test" / shard["name"])]
 
 
@@ -139,8 +144,9 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(CANVAS / 32)
     assert found["mask"]["plain"]["16"]["edits"]["mean"] == 0
     printed = capsys.readouterr().out
-    assert printed.split()[:4] == ["quality", "sampler", "16", "32"]
-    assert (tmp_path / "out" / "table.md").read_text().count("| stage2 | refine |") == 3
+    assert "forward calls a caption, mask plain: 3.0, 2.0\n" in printed
+    assert "quality  sampler  16" in printed
+    assert (tmp_path / "out" / "table.md").read_text().count("| stage2 | refine |") == 2
     for name in ("quality.png", "captions.png"):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
 
@@ -221,6 +227,73 @@ def test_mistakes_are_said_in_one_line(changed, words, conf, capsys):
     assert "Traceback" not in said
 
 
+def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    shard = tmp_path / "data" / "test" / "test-000000.tar"
+    second = records(data)[1]["key"]
+    with tarfile.open(shard) as tar:
+        at = tar.getmember(f"{second}.png").offset_data
+    shard.write_bytes(shard.read_bytes()[:at] + bytes(64) + shard.read_bytes()[at + 64 :])
+    node = {"target": "datamodules.captions.CaptionData", "canvas": CANVAS, "image_size": 48}
+    main([conf(data={**node, "path": str(tmp_path / "data")}, tokens_per_step=[32], num=8)])
+    names = [record["key"] for record in records(data) if record["key"] != second]
+    assert [line["key"] for line in captions(tmp_path, "mask-plain-32")] == names
+    assert results(tmp_path)["meta"]["data"]["left_out"] == 1
+    assert results(tmp_path)["methods"]["mask"]["plain"]["32"]["quality"]["n"] == 7
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "src/batch.py",
+        "src/evaluate.py",
+        "src/tokenizer.py",
+        "src/shards.py",
+        "src/metrics/text.py",
+        "src/diffusion/sampler.py",
+        "src/models/llada.py",
+        "src/scenes/score.py",
+        "datamodules/captions.py",
+        "datamodules/loader.py",
+    ],
+)
+def test_code_that_makes_the_numbers_makes_them_stale(path, tmp_path):
+    root = Path(src.evaluate.__file__).parents[1]
+    for package in ("src", "datamodules"):
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = _code_hash(tmp_path)
+    assert before == _code_hash(root)
+    (tmp_path / path).write_text((tmp_path / path).read_text() + "\n# changed\n")
+    assert _code_hash(tmp_path) != before
+
+
+def test_photographs_are_compared_with_their_captions(tmp_path):
+    """The shipped configuration, on pictures and captions of this test."""
+    for number in range(12):
+        Image.new("RGB", (20, 30), (number * 20, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [
+        json.dumps({"image": f"{n}.png", "captions": ["A red thing.", "One thing."], "split": split})
+        for n, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 4)
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    Photos(
+        out=str(tmp_path / "photos"), images=str(tmp_path), annotations=str(tmp_path / "captions.jsonl"),
+        image_size=48, vocab_size=300, canvas=64, prompt="What is it?",
+    ).run()  # fmt: skip
+    codec = Codec.load(tmp_path / "photos" / "tokenizer")
+    for seed, name in enumerate(["mask", "stage1", "stage2"]):
+        write_model(tmp_path / name, codec, seed=seed)
+    settings = [f"models.{name}={tmp_path / name}" for name in ("mask", "stage1", "stage2")]
+    settings += [f"data.path={tmp_path / 'photos'}", "data.image_size=48", f"out={tmp_path / 'out'}"]
+    main(["conf=evaluate_photos", *(f"evaluate.{line}" for line in [*settings, "tokens_per_step=[32]"])])
+    found = results(tmp_path)["methods"]["stage2"]["refine"]["32"]
+    text = captions(tmp_path, "stage2-refine-32")[0]
+    assert found["word_f1"]["n"] == found["bleu"]["n"] == 4
+    assert text["scores"]["word_f1"] == ReferenceOverlap().score(text["text"], {"captions": [
+        {"text": "A red thing."}, {"text": "One thing."}]})["word_f1"]  # fmt: skip
+    assert "| stage2 | refine |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_models_with_other_tokenizers_are_refused(conf, models, tmp_path, capsys):
     codec = Codec.train(["another vocabulary"], vocab_size=40)
     write_model(tmp_path / "other", codec, seed=0)
@@ -284,13 +357,29 @@ def test_claims_by_hand(hand):
 
 def test_tables_are_aligned_and_leave_gaps(hand):
     del hand[0]["methods"]["mask"]["plain"]["1"]["quality"]
-    lines = text_report(*hand, headline=["quality"]).splitlines()
+    lines = text_report(*hand, headline=["quality"]).split("\n\n")[1].splitlines()
     assert lines[:3] == [
         "quality  sampler  1             8",
         "mask     plain    -             0.500 ±0.100",
         "stage2   refine   0.900 ±0.000  0.800 ±0.000",
     ]
     assert "| stage2 | refine | 0.900 ±0.000 | 0.800 ±0.000 |" in markdown_report(*hand, headline=["quality"])
+
+
+def test_the_head_says_what_a_row_costs_and_what_the_last_steps_do(hand):
+    for sampler, calls in (("plain", [8.0, 1.0]), ("refine", [9.0, 2.5])):
+        method = {"plain": "mask", "refine": "stage2"}[sampler]
+        for cell, mean in zip(hand[0]["methods"][method][sampler].values(), calls, strict=True):
+            cell["forwards"] = {"mean": mean, "se": 0.0, "n": 2}
+    head = text_report(*hand, headline=["quality"]).split("\n\n")[0].splitlines()
+    assert head == [
+        "columns: 1, 8 tokens per step; mean ± standard error over captions",
+        "forward calls a caption, mask plain: 8.0, 1.0",
+        "forward calls a caption, stage2 refine: 9.0, 2.5",
+    ]
+    hand[0]["meta"] = {"settings": {"samplers": {"plain": {"eos_last": True}}}}
+    assert "only fill in end of text" in text_report(*hand, headline=["quality"])
+    assert "- with eos_last" in markdown_report(*hand, headline=["quality"])
 
 
 def test_a_plot_without_standard_errors_is_drawn(hand, tmp_path):

@@ -88,8 +88,8 @@ def directly(backbone, codec, photo, sampler, *, start=None, prompt=PROMPT):
 def test_captions_are_those_of_the_sampler(name, model, backbone, codec, photos, tmp_path):
     found = run(model, photos, tmp_path / "out.jsonl", ask(), f"sampler={name}", "batch_size=2")
     assert [line["key"] for line in found] == ["a.png", "b.png", "more/c.png"]
-    extra = {} if name == "plain" else {"reviser": OverwriteAll(), "post_steps": 4}
-    sampler = Sampler(length=LENGTH, tokens_per_step=4, **extra)
+    extra = {} if name == "plain" else {"reviser": OverwriteAll(), "post_steps": 1}
+    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True, **extra)
     for line in found:
         expected = directly(backbone, codec, photos / line["key"], sampler)
         assert line["text"] == codec.decode(expected.ids[0].tolist())
@@ -101,7 +101,7 @@ def test_a_caption_to_correct_is_what_the_sampler_starts_from(model, backbone, c
     (line,) = run(model, photos / "a.png", tmp_path / "o.jsonl", ask(), f"caption={TEXTS[0]}", "post_steps=2")
     ids = [*codec.encode(TEXTS[0])[0], codec.eot_id]
     start = torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))])
-    sampler = Sampler(length=LENGTH, reviser=OverwriteAll(), post_steps=2)
+    sampler = Sampler(length=LENGTH, reviser=OverwriteAll(), post_steps=2, eos_last=True)
     expected = directly(backbone, codec, photos / "a.png", sampler, start=start)
     assert line["text"] == codec.decode(expected.ids[0].tolist())
     assert line["edits"] == int(expected.edits) > 0

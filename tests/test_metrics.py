@@ -144,6 +144,21 @@ def test_words_drop_case_and_punctuation():
 
 def test_response_counts_stop_at_eot():
     special = SpecialIds(mask=0, eos=1, eot=2, banned=(0,), vocab_size=9)
-    assert response_counts([5, 6, 2, 1, 0], special) == {"tokens": 2.0, "cut": 0.0, "leftover_masks": 0.0}
-    assert response_counts([5, 6, 1, 1], special) == {"tokens": 2.0, "cut": 0.0, "leftover_masks": 0.0}
-    assert response_counts([5, 0, 6], special) == {"tokens": 3.0, "cut": 1.0, "leftover_masks": 1.0}
+    assert response_counts([5, 6, 2, 1, 0], special) == {
+        "tokens": 2.0,
+        "cut": 0.0,
+        "leftover_masks": 0.0,
+        "inner_eos": 0.0,
+    }
+    assert response_counts([5, 6, 1, 1], special) == {
+        "tokens": 2.0,
+        "cut": 0.0,
+        "leftover_masks": 0.0,
+        "inner_eos": 0.0,
+    }
+    assert response_counts([5, 0, 6], special) == {
+        "tokens": 3.0, "cut": 1.0, "leftover_masks": 1.0, "inner_eos": 0.0
+    }  # fmt: skip
+    assert response_counts([5, 1, 6, 1, 2, 1, 1], special)["inner_eos"] == 0.5
+    assert response_counts([5, 1, 6, 6, 1, 1], special)["inner_eos"] == 0.25
+    assert response_counts([2, 1, 1], special)["inner_eos"] == response_counts([1, 1], special)["inner_eos"] == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
@@ -13,14 +15,28 @@ from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.tokenizer import Codec
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48, "patch_size": 16}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 16,
+}
 IMAGE = 90
 
 
 def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = None) -> LLaDAV:
     torch.manual_seed(0)
-    decoder = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-               "num_attention_heads": 4, "num_key_value_heads": kv_heads, "attention": attention}  # fmt: skip
+    decoder = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "attention": attention,
+    }
     return LLaDAV(decoder=decoder, vision=vision, image_id=IMAGE, init_std=0.2).eval()
 
 
@@ -28,11 +44,17 @@ def oracle(model: LLaDAV) -> LlamaForCausalLM:
     """transformers' Llama with our weights and bidirectional attention."""
     c = model.config
     config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.kv_heads, rms_norm_eps=c.rms_norm_eps, rope_theta=c.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.kv_heads,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=False,
+    )
     config.is_causal = False
     llama = LlamaForCausalLM(config).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision")}
@@ -135,7 +157,13 @@ def codec() -> Codec:
 @torch.no_grad()
 def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     words = codec()
-    decoder = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "attention": "prefix"}  # fmt: skip
+    decoder = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "attention": "prefix",
+    }
     model = tiny(words, decoder=decoder, vision=VISION, seed=3).eval()
     save_pretrained(model, words, tmp_path / "model")
     again = from_pretrained(tmp_path / "model").eval()
@@ -145,9 +173,29 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(again(again.encode_prefix(batch), response), model(model.encode_prefix(batch), response))
     assert Codec.load(tmp_path / "model").fingerprint == words.fingerprint
     first = fingerprint(tmp_path / "model")
+    assert first == fingerprint(model) == fingerprint(again)
     again.lm_head.weight.mul_(1.01)
     save_pretrained(again, words, tmp_path / "model")
     assert fingerprint(tmp_path / "model") != first
+
+
+def test_the_fingerprint_sees_names_shapes_types_and_every_number():
+    """One number in the middle of many; the same bytes under another name, in another shape, or of another type."""
+    table = torch.arange(6000.0)
+    changed = table.clone()
+    changed[3001] = -1.0
+    states = [{"a": table}, {"b": table}, {"a": changed}, {"a": table.view(60, 100)}, {"a": table.view(torch.int32)}]
+    found = []
+    for state in states:
+        module = nn.Module()
+        for name, tensor in state.items():
+            module.register_buffer(name, tensor)
+        found.append(fingerprint(module))
+    assert len(set(found)) == len(states)
+    module = nn.Module()
+    module.register_buffer("a", table.bfloat16())
+    module.register_buffer("count", torch.tensor(3))
+    assert fingerprint(module) == fingerprint(copy.deepcopy(module))
 
 
 def test_tiny_models_follow_their_seed():
@@ -167,7 +215,9 @@ def test_broken_model_folders_are_explained(tmp_path):
         from_pretrained(folder)
     save_pretrained(tiny(words, decoder=decoder, vision=None), words, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}})
+    )
     with pytest.raises(ValueError, match=r"missing model.layers.1"):
         from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
@@ -176,11 +226,53 @@ def test_broken_model_folders_are_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", lambda c: {k: v for k, v in c.items() if k != "decoder"}),
+        ("config.json", lambda c: {**c, "decoder": {**c["decoder"], "hiden_size": 16}}),
+        ("config.json", lambda c: {**c, "decoder": {}}),
+        ("config.json", lambda c: [c]),
+        ("config.json", None),
+        ("model.safetensors", None),
+    ],
+)
+def test_damaged_model_folders_are_explained(tmp_path, file, damage):
+    """`damage` changes the content of a JSON file; None cuts the file in half."""
+    words = codec()
+    decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_pretrained(tiny(words, decoder=decoder, vision=None), words, tmp_path / "model")
+    path = tmp_path / "model" / file
+    whole = path.read_bytes()
+    path.write_bytes(json.dumps(damage(json.loads(whole))).encode() if damage else whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{file} is damaged"):
+        from_pretrained(tmp_path / "model")
+
+
+def test_a_model_belongs_to_its_tokenizer(tmp_path):
+    words, others = codec(), Codec.train(["another text altogether"], vocab_size=80)
+    decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_pretrained(tiny(words, decoder=decoder, vision=None), words, tmp_path / "model")
+    from_pretrained(tmp_path / "model", codec=words)
+    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+        from_pretrained(tmp_path / "model", codec=others)
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
-    [({"attention": "causal"}, "causal"), ({"num_attention_heads": 5}, "5 heads"), ({"num_key_value_heads": 3}, "3 key")],
+    [
+        ({"attention": "causal"}, "causal"),
+        ({"num_attention_heads": 5}, "5 heads"),
+        ({"num_key_value_heads": 3}, "3 key"),
+    ],
 )
 def test_impossible_sizes_are_named(changed, message):
-    sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 9,
+        "hidden_size": 32,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     with pytest.raises(ValueError, match=message):
         LLaDAV(decoder={**sizes, **changed}, vision=None)
 

@@ -70,7 +70,8 @@ def brute_force(objective, batch: Batch) -> float:
 def total(objective, batch: Batch) -> torch.Tensor:
     corrupted = objective.corrupt(batch)
     totals = objective._totals([(batch, corrupted)])
-    return sum(objective._coef(n) * x.numerator / totals[n] for n, x in objective.losses(batch, corrupted).items())
+    losses = objective.losses(batch, corrupted)
+    return sum(t.coef * losses[t.name].numerator / totals[t.name] for t in objective.terms)
 
 
 def make(cls, **options):
@@ -100,7 +101,11 @@ def test_hand_computed_terms():
     kind = torch.tensor([[2, 2, 1, 0], [2, 1, 1, 1]], dtype=torch.uint8)
     loss = torch.tensor([[1.0, 3.0, 5.0, 9.0], [4.0, 1.0, 2.0, 3.0]])
     state = Corrupted(kind.long(), kind.long(), kind, torch.tensor([0.5, 0.25]))
-    value = lambda **o: (lambda x: (x.numerator / x.denominator).item())(term_loss(Term("m", Kind.MASK, **o), loss, state))  # noqa: E731
+
+    def value(**options) -> float:
+        found = term_loss(Term("m", Kind.MASK, **options), loss, state)
+        return (found.numerator / found.denominator).item()
+
     assert value(weight="one", reduce="tokens") == pytest.approx((1 + 3 + 4) / 3)
     assert value(weight="one", reduce="kind_mean") == pytest.approx((2 + 4) / 2)
     assert value(weight="inverse_rate", reduce="kind_mean") == pytest.approx((2 / 0.5 + 4 / 0.25) / 2)
@@ -136,7 +141,7 @@ def test_micro_batches_change_nothing(name, size):
         totals = objective._totals(parts)
         for part, corrupted in parts:
             losses = objective.losses(part, corrupted)
-            sum(objective._coef(n) * x.numerator / totals[n] for n, x in losses.items()).backward()
+            sum(t.coef * losses[t.name].numerator / totals[t.name] for t in objective.terms).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
@@ -149,8 +154,14 @@ def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro
     for size in (None, micro):
         objective = make(Revision, rate=0.3)
         objective.options = Training(lr=1e-2, warmup_steps=2, decay=0.5, clip_norm=0.1, micro_batch=size)
-        trainer = L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer = L.Trainer(
+            max_steps=4,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(objective, torch.utils.data.DataLoader([batch] * 4, batch_size=None))
         weights.append(torch.cat([p.detach().flatten() for p in objective.parameters()]))
         rates.append(objective.lr_schedulers().get_last_lr()[0])
@@ -164,8 +175,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     batch = batch_with_prompt(4, padding=0)
     objective = make(MaskPrediction)
     objective.backbone.lm_head.weight.data[0, 0] = math.nan
-    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     before = objective.backbone.model.norm.weight.clone()
     with pytest.raises(RuntimeError, match="non-finite"):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
@@ -240,8 +257,15 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
         def on_train_batch_end(self, trainer, *_):
             logged.update(trainer.callback_metrics)
 
-    trainer = L.Trainer(max_steps=30, accelerator="cpu", logger=L.pytorch.loggers.CSVLogger(tmp_path), callbacks=[Watch()],
-                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer = L.Trainer(
+        max_steps=30,
+        accelerator="cpu",
+        logger=L.pytorch.loggers.CSVLogger(tmp_path),
+        callbacks=[Watch()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(objective, torch.utils.data.DataLoader([batch] * 30, batch_size=None))
     objective.trainer = None
     assert total(objective, batch) < 0.7 * before
@@ -250,7 +274,9 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
 
 def test_special_ids_stay_out_of_random_replacements():
     special = SpecialIds(mask=39, eos=38, eot=37, banned=(39, 36), vocab_size=40)
-    objective = Revision(backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="off", t_min=0.01)
+    objective = Revision(
+        backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="off", t_min=0.01
+    )
     batch = make_batch(200, 12)
     (state,) = objective.corrupt(batch)
     assert state.tokens[state.where(Kind.SYNTAX)].max() < 36

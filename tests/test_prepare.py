@@ -25,7 +25,7 @@ from src.importers.images import ImageProblem, convert, fit, load
 from src.importers.photos import Album, hashed_split
 from src.importers.records import Entry, read_entries
 from src.prepare import Photos, Scenes, main
-from src.scenes.graph import Scene
+from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
 from src.tokenizer import Codec
@@ -50,7 +50,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def samples(folder: Path) -> list[Sample]:
-    index = read_index(folder, verify=True)
+    index = read_index(folder)
     return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count)) if index.count else []
 
 
@@ -65,9 +65,35 @@ def test_equal_settings_make_equal_bytes(tmp_path: Path, scenes: Path) -> None:
     Scenes(out=str(tmp_path / "again"), **SCENES).run()
     assert contents(tmp_path / "again") == contents(scenes)
     Scenes(out=str(tmp_path / "other"), **{**SCENES, "seed": 2}).run()
-    assert (
-        contents(tmp_path / "other")["train/train-000000.tar"] != contents(scenes)["train/train-000000.tar"]
-    )
+    assert contents(tmp_path / "other")["train/train-000000.tar"] != contents(scenes)["train/train-000000.tar"]
+
+
+def without_jitter(scene: Scene) -> str:
+    for item in (plain := scene.to_dict())["objects"]:
+        item["dx"] = item["dy"] = 0
+    return json.dumps(plain, sort_keys=True)
+
+
+def test_val_and_test_do_not_depend_on_the_seed_and_are_never_trained_on(tmp_path: Path) -> None:
+    """With one object there are 3456 scenes, and the 1024 reserved ones would be met soon."""
+    few = {**SCENES, "objects": [1, 1], "num_train": 60, "num_test": 4, "num_val": 3, "captions_per_image": 1}
+    for seed in (1, 2):
+        Scenes(out=str(tmp_path / f"{seed}"), **{**few, "seed": seed}).run()
+    for split in ("val", "test"):
+        one, two = (samples(tmp_path / seed / split) for seed in "12")
+        assert [(s.key, s.data, s.record["captions"][0]["text"], s.record["scene"]) for s in one] == [
+            (s.key, s.data, s.record["captions"][0]["text"], s.record["scene"]) for s in two
+        ]
+    reserved: dict[str, None] = {}
+    for split in ("test", "val"):
+        rng, full = Random(f"0/{split}/scenes"), len(reserved) + 512
+        while len(reserved) < full:
+            reserved[without_jitter(draw_scene(rng, objects=(1, 1)))] = None
+    for seed in "12":
+        trained = {without_jitter(Scene.from_dict(s.record["scene"])) for s in samples(tmp_path / seed / "train")}
+        assert not trained & set(reserved)
+        tested = [without_jitter(Scene.from_dict(s.record["scene"])) for s in samples(tmp_path / seed / "test")]
+        assert tested == list(reserved)[:4]
 
 
 def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
@@ -75,11 +101,7 @@ def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
     for split in SPLITS:
         found = samples(scenes / split)
         assert len(found) == SCENES[f"num_{split}"]
-        graphs = []
-        for s in found:
-            for item in s.record["scene"]["objects"]:
-                item["dx"] = item["dy"] = 0
-            graphs.append(json.dumps(s.record["scene"], sort_keys=True))
+        graphs = [without_jitter(Scene.from_dict(s.record["scene"])) for s in found]
         seen[split] = set(graphs)
         assert split == "train" or len(seen[split]) == len(graphs)
     assert not seen["train"] & seen["val"]
@@ -128,9 +150,7 @@ def test_a_loader_takes_them(scenes: Path) -> None:
             assert score_caption(scene, codec.decode(batch.flawed[row].tolist())).factuality < 1
 
 
-def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(
-    tmp_path: Path, scenes: Path
-) -> None:
+def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path, scenes: Path) -> None:
     codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
     codec.save(tmp_path / "tokenizer")
     settings = {**SCENES, "canvas": 400, "tokenizer": str(tmp_path / "tokenizer")}
@@ -243,9 +263,7 @@ def test_objects_one_after_another_and_mappings(tmp_path: Path) -> None:
 def test_tables(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as stream:
-        csv.writer(stream).writerows(
-            [["image", "caption", "split"], ["a.jpg", 'says "hi",\nthen goes', "val"]]
-        )
+        csv.writer(stream).writerows([["image", "caption", "split"], ["a.jpg", 'says "hi",\nthen goes', "val"]])
     (entry,), _ = entries(path)
     assert (entry.image, entry.captions[0].text, entry.split) == ("a.jpg", 'says "hi",\nthen goes', "val")
 
@@ -325,9 +343,7 @@ def vicrit(true: str, false: str, right: str, wrong: str) -> dict:
         (vicrit("A cat.", "A blue cat.", "", "blue"), None),
     ],
 )
-def test_vicrit_swaps_are_placed_where_the_captions_differ(
-    tmp_path: Path, record: dict, start: int | None
-) -> None:
+def test_vicrit_swaps_are_placed_where_the_captions_differ(tmp_path: Path, record: dict, start: int | None) -> None:
     (entry,), counts = entries(write_json(tmp_path / "a.json", [record]))
     assert entry.captions[0].text == record["original_caption"]
     assert [swap.start for swap in entry.captions[0].swaps] == ([] if start is None else [start])
@@ -340,14 +356,10 @@ def test_rediff_pairs_turn_the_flawed_text_true(tmp_path: Path) -> None:
         record = {"image": "a.jpg", "conversations": turns("<image>Q", text), "revise": revise}
         return entries(write_json(tmp_path / "a.json", [record]))
 
-    (entry,), _ = read(
-        "A man in a red coat holds an apple.", ("an apple", "a pear"), ("red coat", "very blue coat")
-    )
+    (entry,), _ = read("A man in a red coat holds an apple.", ("an apple", "a pear"), ("red coat", "very blue coat"))
     caption = entry.captions[0]
     assert caption.text == "A man in a very blue coat holds a pear."
-    for swap, right, wrong in zip(
-        caption.swaps, ("very blue coat", "a pear"), ("red coat", "an apple"), strict=True
-    ):
+    for swap, right, wrong in zip(caption.swaps, ("very blue coat", "a pear"), ("red coat", "an apple"), strict=True):
         assert (swap.right, swap.wrong) == (right, wrong)
         assert caption.text[swap.start : swap.start + len(right)] == right
     (entry,), _ = read("A woman sees a man.", ("man", "dog"))  # not the one inside of `woman`
@@ -367,9 +379,7 @@ def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -
     picture(tmp_path / "images" / "000000000042.jpg")
     counts: Counter[str] = Counter()
     album = Album(tmp_path / "images", prompt="P", seed=0, counts=counts)
-    swapped = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A blue cat.", "red", "blue")]))[
-        0
-    ][0]
+    swapped = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A blue cat.", "red", "blue")]))[0][0]
     again = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A red dog.", "cat", "dog")]))[0][0]
     names = [
         "images/000000000042.jpg",
@@ -534,9 +544,7 @@ def test_odd_images_decode_or_are_reported() -> None:
 def test_real_formats(name: str, usable: int | None, counts: dict[str, int]) -> None:
     path = SHARED / "formats" / name
     if usable is None:
-        with pytest.raises(
-            ValueError, match="no known annotation format: the first record has the keys question_id"
-        ):
+        with pytest.raises(ValueError, match="no known annotation format: the first record has the keys question_id"):
             entries(path)
         return
     found, counted = entries(path)
@@ -573,7 +581,5 @@ def test_real_photographs(tmp_path: Path, annotations: str) -> None:
         else:
             assert len(texts) == 1
             assert s.record["prompt"].startswith("Describe what is visible")
-        bars = (
-            np.asarray(s.image)[[0, -1]] if row["width"] > row["height"] else np.asarray(s.image)[:, [0, -1]]
-        )
+        bars = np.asarray(s.image)[[0, -1]] if row["width"] > row["height"] else np.asarray(s.image)[:, [0, -1]]
         assert abs(bars.mean(dtype=float) - 128) < 40

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from torch import nn
 
 from src.batch import Batch, Draft, Edit, Failure, Prefix, Revision
 from src.diffusion.sampler import Sampler
-from src.drafting import draft_batch, draw_drafts, fingerprint, read_drafts, settings_of
+from src.drafting import describe, draft_batch, draw_drafts, read_drafts, settings_of
+from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
 from src.journal import Journal
+from src.models.checkpoint import fingerprint
 from src.rounds import read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
@@ -58,6 +61,7 @@ class Diligent:
     """
 
     name = "diligent"
+    settings: ClassVar[dict] = {}  # where it notes what, and when it is killed, does not change its answers
 
     def __init__(self, log: Path, *, kill_at: int | None = None) -> None:
         self.log, self.kill_at, self.num = log, kill_at, 0
@@ -113,7 +117,9 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        return settings_of(self.backbone, self.sampler, tokens_per_step=[4, 16], num=NUM, seed=3)
+        data = {"data": "d" * 64, "canvas": CANVAS, "image_size": 48}
+        fixed = {"codec": self.codec, "tokens_per_step": [4, 16], "num": NUM, "round_number": 1, "seed": 3}
+        return settings_of(self.backbone, self.sampler, data=data, **fixed)
 
     @property
     def draft(self):
@@ -357,23 +363,81 @@ def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
 
-def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path):
-    with pytest.raises(ValueError, match="another seed"):
-        case.run(whole, Diligent(tmp_path / "asked"), settings={**case.settings, "seed": 4})
+@pytest.mark.parametrize("name", ["seed", "round", "data", "canvas", "image_size", "tokenizer"])
+def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name):
+    with pytest.raises(ValueError, match=f"round made with another {name};"):
+        case.run(whole, Diligent(tmp_path / "asked"), settings={**case.settings, name: "another"})
+
+
+def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
+    asked = {"codec": case.codec, "per_shard": 4, "total": NUM}
+    for expert in (ScenesExpert(), ReferenceExpert()):
+        with pytest.raises(ValueError, match="round made with another expert;"):
+            case.run(whole, expert)
+        with pytest.raises(ValueError, match="round made with another expert;"):
+            revise_round(whole, whole / "drafts", expert=expert, **asked)
+    revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=2), **asked)
+    revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=2), **asked)
+    with pytest.raises(ValueError, match="another expert"):
+        revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=3), **asked)
+    manifest = json.loads((tmp_path / "r" / "index.json").read_text())
+    assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tmp_path):
+    """Killed with all answers in the journal and the round written, right before it gets its name."""
+    folder = tmp_path / "round-0001"
+    again = lambda expert: revise_round(  # noqa: E731
+        folder, whole / "drafts", expert=expert, codec=case.codec, per_shard=4, total=NUM
+    )  # fmt: skip
+
+    def killed() -> None:
+        kill_at_rename(4)  # 3 shards, their index, the round
+        again(ReferenceExpert(max_words=2))
+
+    assert in_child(killed) == signal.SIGKILL
+    partial_ = tmp_path / ".round-0001.partial"
+    assert len(journaled(partial_)) == NUM
+    assert (partial_ / "index.json").exists()
+    made = again(ReferenceExpert(max_words=3))
+    assert made.manifest["expert"]["max_words"] == 3
+    assert len(journaled(folder)) == 2 * NUM
+
+
+def test_experts_are_described_by_their_public_attributes_or_their_settings(case):
+    class Remote:
+        name = "remote"
+
+        def __init__(self) -> None:
+            self.codec, self.model, self.limits = case.codec, "m", (1, {"a": None})
+            self._key = "secret"
+
+    expert = Remote()
+    content = {"codec": case.codec.fingerprint, "model": "m", "limits": [1, {"a": None}]}
+    assert describe(expert) == {"class": "Remote", **content}
+    expert.client = object()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="is no setting"):
+        describe(expert)
+    expert.settings = {"model": "m"}  # type: ignore[attr-defined]
+    assert describe(expert) == {"class": "Remote", "model": "m"}
 
 
 def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(case, tmp_path):
     """The drafts turn out equal here, so that not one question is left."""
 
-    class Fails(Diligent):
+    gone: list[bool] = [True]
+
+    class Shaky(Diligent):
         async def revise(self, drafts):
             async for answer in super().revise(drafts):
-                if self.num == 4:
+                if gone[0] and self.num == 4:
                     raise ConnectionError("the expert is gone")
                 yield answer
 
     with pytest.raises(ConnectionError):
-        case.run(tmp_path / "r", Fails(tmp_path / "asked"))
+        case.run(tmp_path / "r", Shaky(tmp_path / "asked"))
+    gone[0] = False
     answered = journaled(tmp_path / ".r.partial")
     assert len(answered) == 3
     calls = []
@@ -382,7 +446,7 @@ def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(cas
         calls.append(batch.keys)
         return case.draft(batch, tokens_per_step=tokens_per_step)
 
-    case.run(tmp_path / "r", Diligent(tmp_path / "again"), draft=draft, settings={**case.settings, "model": "new"})
+    case.run(tmp_path / "r", Shaky(tmp_path / "again"), draft=draft, settings={**case.settings, "model": "new"})
     assert sum(map(len, calls)) == NUM
     assert not set((tmp_path / "again").read_text().split()) & set(answered)
 
@@ -409,9 +473,10 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
     asked = {"expert": Diligent(tmp_path / "asked"), "codec": case.codec, "per_shard": 4, "total": NUM}
     revise_round(tmp_path / "r", tmp_path / "drafts", **asked)
     assert digests(tmp_path / "r") == digests(whole)
-    common["settings"] = {**case.settings, "tokens_per_step": [2]}
-    with pytest.raises(ValueError, match="another tokens_per_step"):
-        next(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
+    for name in ("tokens_per_step", "data", "canvas", "round"):
+        common["settings"] = {**case.settings, name: "another"}
+        with pytest.raises(ValueError, match=f"drafts made with another {name};"):
+            next(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
 
 
 def test_unfinished_drafts_are_refused(case, tmp_path):
@@ -429,17 +494,6 @@ def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
         revise_round(
             tmp_path / "r", whole / "drafts", expert=ScenesExpert(), codec=other, per_shard=4, total=NUM
         )  # fmt: skip
-
-
-def test_fingerprint_follows_the_weights():
-    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
-    before = fingerprint(model)
-    copy = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
-    assert fingerprint(copy) != before
-    copy.load_state_dict(model.state_dict())
-    assert fingerprint(copy) == before
-    model[0].weight.data += 1e-6
-    assert fingerprint(model) != before
 
 
 # --- journal ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import logging
 import os
 import random
 import shutil
@@ -38,7 +40,7 @@ from src.objectives.refine import Refine
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
-from src.shards import read_index, write_shards
+from src.shards import read_manifest, write_shards
 from src.tokenizer import Codec
 
 NUM, CANVAS, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round
@@ -49,11 +51,14 @@ class Rewriter:
 
     name = "rewriter"
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, *, lost: bool = False) -> None:
         self.codec = codec
+        self._lost = lost  # the connection, after one answer
 
     async def revise(self, drafts):
-        for draft in drafts:
+        for number, draft in enumerate(drafts):
+            if self._lost and number == 1:
+                raise ConnectionError("the expert is gone")
             ends = [len(self.codec.decode(draft.token_ids[:n])) for n in range(4)]
             words = [draft.text[a:b] for a, b in pairwise(ends)]
             sys.stdout.write(f"answer {draft.key}\n")
@@ -177,17 +182,8 @@ def data_for(data: Path, codec: Codec, kind: type[CaptionData] = CaptionData, **
     return kind(path=str(data), codec=codec, **{**values, **changed})
 
 
-class Lost(Rewriter):
-    """Loses its connection after one answer."""
-
-    async def revise(self, drafts):
-        async for answer in super().revise(drafts[:1]):
-            yield answer
-        raise ConnectionError("the expert is gone")
-
-
 def train(
-    data: Path, run: Path, expert: type[Rewriter] = Rewriter, *, resume: Path | None = None, save: bool = False
+    data: Path, run: Path, *, lost: bool = False, resume: Path | None = None, save: bool = False
 ) -> tuple[Steps, dict, CaptionData]:
     """Stage II: losses, final weights, and the datamodule with its rounds.
 
@@ -199,7 +195,7 @@ def train(
         backbone=partial(backbone, codec), special=codec.special, training=Training(lr=1e-3, decay=0.0)
     )  # fmt: skip
     steps, datamodule = Steps(), data_for(data, codec)
-    callbacks: list[L.Callback] = [correction(codec, run, expert=expert(codec)), steps]
+    callbacks: list[L.Callback] = [correction(codec, run, expert=Rewriter(codec, lost=lost)), steps]
     if save:
         every_step = {"save_top_k": -1, "every_n_train_steps": 1, "save_on_train_epoch_end": False}
         callbacks.append(ModelCheckpoint(run / "steps", filename="{step}", **every_step))
@@ -243,7 +239,7 @@ def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
 
 def test_rounds_draft_for_different_images_with_the_weights_of_their_time(whole):
     run = whole[0]
-    indexes = [read_index(run / "rounds" / f"round-000{n}" / "drafts") for n in (1, 2)]
+    indexes = [read_manifest(run / "rounds" / f"round-000{n}" / "drafts") for n in (1, 2)]
     assert len({index["settings"]["model"] for index in indexes}) == 2
     text = [path.read_text() for n in (1, 2) for path in (run / "rounds" / f"round-000{n}").glob("journal*")]
     keys = [{line.split('"key": "')[1][:3] for line in journal.splitlines()} for journal in text]
@@ -273,7 +269,7 @@ def test_killed_training_goes_on_as_if_nothing_had_happened(data, whole, tmp_pat
     checkpoint = tmp_path / "checkpoints" / "pre-round-0002.ckpt"
     saved = checkpoint.stat().st_mtime_ns
     with pytest.raises(ConnectionError):
-        train(data, tmp_path, Lost)
+        train(data, tmp_path, lost=True)
     assert checkpoint.stat().st_mtime_ns == saved
     steps, weights, datamodule = train(data, tmp_path)
     run, expected_steps, expected, _ = whole
@@ -347,9 +343,13 @@ def test_when_rounds_are_due(codec, tmp_path, settings, due):
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 2, "max_steps": -1}, {"max_steps": 2 * STEPS_PER_EPOCH}])
-def test_no_round_after_the_last_epoch(data, codec, tmp_path, limit):
+def test_no_round_after_the_last_epoch(data, codec, tmp_path, caplog, limit):
+    """The first epoch has 4 batches of 4 captions, the second one 2 with 3 drafts each; then it is over."""
     callback = correction(codec, tmp_path, at_start=False)
-    trainer_for(tmp_path, [callback], **limit).fit(Noisy(codec), datamodule=data_for(data, codec))
+    datamodule = data_for(data, codec, epoch_batches=None)
+    with caplog.at_level(logging.WARNING):
+        trainer_for(tmp_path, [callback], **limit).fit(Noisy(codec), datamodule=datamodule)
+    assert "training ended after 1 of 2 rounds" in caplog.text
     assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["round-0001"]
 
 
@@ -361,7 +361,7 @@ def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
     rounds = [row for row in drafted if row.get("round/drafted")]
     assert [(float(row["round/drafted"]), row["step"]) for row in rounds] == [(NUM, "0"), (NUM, str(STEPS_PER_EPOCH))]
     for number, row in enumerate(rounds, 1):
-        counts = read_index(tmp_path / "rounds" / f"round-000{number}")["counts"]
+        counts = read_manifest(tmp_path / "rounds" / f"round-000{number}")["counts"]
         assert float(row["round/edits_per_draft"]) == pytest.approx(counts["edits"] / NUM)
         assert float(row["round/right_share"]) == pytest.approx(counts["right"] / NUM)
         assert float(row["round/seconds"]) > 0
@@ -379,6 +379,40 @@ def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
 def test_wrong_numbers_fail_at_once(codec, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         correction(codec, tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "message"),
+    [
+        (
+            {"rounds": 2},
+            {"max_steps": 3},
+            r"2 rounds need more than 1 epochs of 3 steps, .*=3; set data.epoch_batches=1,",
+        ),
+        (
+            {"rounds": 3},
+            {"max_steps": 6},
+            r"3 rounds need more than 2 epochs of 3 steps, .*=6; set data.epoch_batches=2,",
+        ),
+        ({"rounds": 2, "at_start": False}, {"max_steps": 6}, "more than 2 epochs of 3 steps"),
+        ({"rounds": 2, "every_n_epochs": 3}, {"max_steps": 9}, "more than 3 epochs of 3 steps"),
+        ({"rounds": 3}, {"max_steps": -1, "max_epochs": 2}, "more than 2 epochs, but max_epochs=2"),
+    ],
+)
+def test_rounds_that_would_never_be_due_are_refused(data, codec, tmp_path, settings, limit, message):
+    trainer = trainer_for(tmp_path, [correction(codec, tmp_path, **settings)], **limit)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Noisy(codec), datamodule=data_for(data, codec))
+    assert not (tmp_path / "rounds").exists()
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 2}, {"rounds": 1, "at_start": False}])
+def test_rounds_that_are_just_due_are_made(data, codec, tmp_path, settings):
+    callback = correction(codec, tmp_path, **settings)
+    trainer_for(tmp_path, [callback], max_steps=STEPS_PER_EPOCH + 1).fit(
+        Noisy(codec), datamodule=data_for(data, codec)
+    )  # fmt: skip
+    assert callback.num_done == settings["rounds"]
 
 
 def test_trainer_that_keeps_its_loader_is_refused(data, codec, tmp_path):
@@ -399,6 +433,7 @@ def test_datamodule_that_takes_no_rounds_is_refused(codec, tmp_path):
 
 def draft_arguments(data: Path, model: Path, out: Path) -> list[str]:
     sizes = [f"data.canvas={CANVAS}", "data.batch_size=4", f"num={NUM}", "tokens_per_step=[16,32]", "seed=7"]
+    sizes.append("sampler.eos_last=false")
     return ["conf=draft", f"model.path={model}", f"data.path={data}", f"out={out}", *sizes]
 
 
@@ -422,13 +457,48 @@ def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
     capsys.readouterr()
     src.revise.main(arguments)
     said = capsys.readouterr().out
-    counts = read_index(tmp_path / "r")["counts"]
+    counts = read_manifest(tmp_path / "r")["counts"]
     assert counts["drafted"] == NUM == counts["revised"] + counts["failed"]
     assert f"{NUM} drafted" in said
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
     src.revise.main(arguments)
     assert capsys.readouterr().out == said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["data.image_size=24"], "image_size"),
+        (["round=2", "seed=6"], "data_seed, round"),
+        (["data.batch_size=3"], "batch_size"),
+    ],
+)
+def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change, name):
+    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
+    with pytest.raises(SystemExit):
+        src.draft.main([*draft_arguments(data, model, tmp_path / "drafts"), *change])
+    message = f"error: {tmp_path / 'drafts'} holds drafts made with another {name}; choose another folder"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    index = json.loads((other / "train" / "index.json").read_text())
+    (other / "train" / "index.json").write_text(json.dumps({**index, "note": "other data"}))
+    with pytest.raises(SystemExit):
+        src.draft.main(draft_arguments(other, model, tmp_path / "drafts"))
+    assert "made with another data;" in capsys.readouterr().err
+
+
+def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
+    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
+    arguments = [f"drafts={tmp_path / 'drafts'}", f"out={tmp_path / 'r'}", f"tokenizer={model}"]
+    src.revise.main(["conf=revise", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        src.revise.main(["conf=revise,expert/reference", *arguments])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"error: {tmp_path / 'r'} is a round made with another expert; choose another folder\n"
 
 
 def test_verbs_say_in_one_line_what_is_wrong(data, model, tmp_path, capsys):

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from datamodules.loader import Loader, Part, share
-from datamodules.shards import Reader, Shard, Stream, read_index, read_tar
+from datamodules.shards import Reader, Stream, read_index
 from src.batch import Batch
-from src.shards import write_shards
+from src.shards import read_shard, read_tar, write_shards
 
 
 def png(value: int) -> bytes:
@@ -45,9 +45,7 @@ def collate(samples: list, epoch: int) -> tuple[Batch, Counter]:
     return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
 
 
-def loader(
-    stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
-) -> Loader:
+def loader(stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:
     batches = stream.count // (rows * world)
     part = Part(stream, rows, stream.count, batches * rows)
     return Loader(
@@ -70,15 +68,10 @@ def test_index_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no index\.json"):
         read_index(tmp_path)
     folder = make(tmp_path / "d", 25)
-    index = read_index(folder, verify=True)
+    index = read_index(folder)
     assert [s.count for s in index.shards] == [10, 10, 5]
     assert (index.count, index.kind, index.tokenizer) == (25, "captions", "t")
-    last = folder / "train-000002.tar"
-    last.write_bytes(last.read_bytes().replace(b'"number": 24', b'"number": 42'))
-    assert read_index(folder).count == 25
-    with pytest.raises(ValueError, match=r"train-000002\.tar .*sha256 differs"):
-        read_index(folder, verify=True)
-    last.unlink()
+    (folder / "train-000002.tar").unlink()
     with pytest.raises(ValueError, match=r"lacks 1 of 3 shards, such as train-000002\.tar"):
         read_index(folder)
     (folder / "index.json").write_text('{"format": 99, "kind": "captions", "tokenizer": null, "shards": []}')
@@ -159,17 +152,13 @@ def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) 
         begun = [next(iterator).keys for _ in range(stop)]
         second = loader(stream, workers=workers, epoch=2)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert (
-            second.state_dict() == first.state_dict()
-        )  # a checkpoint before the first batch forgets nothing
+        assert second.state_dict() == first.state_dict()  # a checkpoint before the first batch forgets nothing
         iter(second)  # a trainer may ask for an iterator that it never uses
         assert begun + keys(second) == whole
         assert keys(second) == whole  # the next pass starts anew
 
 
-def test_resume_with_other_data_starts_the_epoch_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_resume_with_other_data_starts_the_epoch_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
     state = {**loader(stream).state_dict(), "batches": 3}
     other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=1))
@@ -194,9 +183,7 @@ def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
 def damage(folder: Path) -> None:
     """Shard 0 ends in the middle, shard 1 has a broken image and a broken JSON; shard 2 is good."""
     first, second = folder / "train-000000.tar", folder / "train-000001.tar"
-    first.write_bytes(
-        first.read_bytes()[: 512 * 2 * 9 + 100]
-    )  # 4 whole samples of 2 members, half of the fifth
+    first.write_bytes(first.read_bytes()[: 512 * 2 * 9 + 100])  # 4 whole samples of 2 members, half of the fifth
     data = second.read_bytes()
     data = data.replace(png(12), b"\x00" * len(png(12))).replace(b'{"number": 15}', b'{"number": 15[')
     second.write_bytes(data)
@@ -226,6 +213,38 @@ def test_damage_is_survived_counted_and_named_once(
     assert keys(resumed) == whole[2:6]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_is_left_out_where_nothing_may_stand_in(tmp_path: Path, workers: int) -> None:
+    folder = make(tmp_path / "d", 30)
+    damage(folder)
+    stream = Stream([read_index(folder)], seed=1, shuffle=False)
+    part = Part(stream, 3, 0, 30, stand_in=False)
+    careful = Loader([part], collate, batches=10, epoch=lambda: 0, notes=Counter(), workers=workers)
+    found = [key for batch in careful for key in batch.keys]
+    assert sorted(found) == [f"s{n:03d}" for n in (*range(4), 10, 11, 13, 14, *range(16, 30))]
+    assert sum(careful.notes.values()) == 8
+
+
+def test_damage_to_the_whole_last_batch_is_counted(tmp_path: Path) -> None:
+    folder = make(tmp_path / "d", 20)
+    (folder / "train-000001.tar").write_bytes(b"")
+    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 10, 0, 20, stand_in=False)
+    careful = Loader([part], collate, batches=2, epoch=lambda: 0, notes=Counter())
+    assert keys(careful) == [[f"s{n:03d}" for n in range(10)]]
+    assert careful.notes[str(folder / "train-000001.tar"), "missing"] == 10
+
+
+def test_a_damaged_shard_is_read_as_far_as_possible_or_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "d", 10) / "train-000000.tar"
+    assert [(s["__key__"], s["json"], s["png"]) for s in read_shard(path)] == [
+        (s["__key__"], s["json"], s["png"]) for s in map(sample, range(10))
+    ]
+    path.write_bytes(path.read_bytes()[: 512 * 2 * 9 + 520])  # the header and some bytes of the fifth image
+    assert [raw["__key__"] for raw in read_tar(path, strict=False) if "png" in raw] == [f"s{n:03d}" for n in range(4)]
+    with pytest.raises(tarfile.ReadError):
+        list(read_shard(path))
+
+
 def test_an_unreadable_shard_is_replaced_by_another_and_all_of_them_are_an_error(tmp_path: Path) -> None:
     folder = make(tmp_path / "d", 20)
     (folder / "train-000000.tar").write_bytes(b"\xff" * 5000)
@@ -249,7 +268,6 @@ def test_shards_are_plain_tars_and_equal_samples_make_equal_bytes(tmp_path: Path
     with tarfile.open(one / "train-000001.tar") as tar:
         assert sorted(tar.getnames()) == ["s010.json", "s010.png", "s011.json", "s011.png"]
         assert {member.mtime for member in tar} == {0}
-    assert len(list(read_tar(Shard(one / "train-000001.tar", 2).path))) == 2
 
 
 WRITER = """
@@ -281,10 +299,8 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> N
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert sorted(p.name for p in folder.glob("*.tar")) == ["train-000000.tar"]
-    with pytest.raises(ValueError, match="interrupted"):
+    with pytest.raises(ValueError, match="not a finished data folder"):
         read_index(folder)
     make(folder, 25)
     fresh = make(tmp_path / "e", 25)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
-        p.name: p.read_bytes() for p in fresh.iterdir()
-    }
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in fresh.iterdir()}

@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "src.models": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.judges": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
-    "src.drafting": {"src.batch", "src.parallel", "src.shards", "src.tokenizer"},
+    "src.drafting": {"src.batch", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
     "src.rounds": {
         *("src.batch", "src.align", "src.parallel", "src.tokenizer"),
         *("src.drafting", "src.journal", "src.shards"),  # the parts of a round

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from src.objectives.revision import Revision
 from src.prepare import Scenes
+from src.shards import INDEX
 from src.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +27,25 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48, vocab_size=300, canvas=40, prompt="Describe.", num_train=48, num_val=8, num_test=8,
-           captions_per_image=1, objects=[1, 1], noise=2.0, per_shard=16).run()  # fmt: skip
+    write_scenes(out, vocab_size=300, canvas=40, num_train=48)
     return out
+
+
+def write_scenes(out: Path, *, vocab_size: int, canvas: int, num_train: int) -> None:
+    Scenes(out=str(out), image_size=48, vocab_size=vocab_size, canvas=canvas, prompt="Describe.", num_train=num_train,
+           num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=2.0, per_shard=16).run()  # fmt: skip
 
 
 def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
     sizes = ["model.decoder.hidden_size=32", "model.decoder.intermediate_size=32", "model.decoder.num_hidden_layers=1"]
     sizes += ["model.vision.hidden_size=32", "model.vision.intermediate_size=32", "model.vision.num_hidden_layers=1"]
-    data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=8", "data.canvas=40", "data.workers=0"]
+    data = [
+        f"data.path={scenes}",
+        f"tokenizer={scenes}/tokenizer",
+        "data.batch_size=8",
+        "data.canvas=40",
+        "data.workers=0",
+    ]
     quick = ["callbacks.samples=null"]
     steps = ["trainer.max_steps=10", "callbacks.checkpoint.every_n_train_steps=4", "trainer.limit_val_batches=1"]
     return [f"conf={conf},model/tiny", f"run_dir={run_dir}", *sizes, *data, *quick, *steps, *more]
@@ -58,7 +71,8 @@ def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
 
 def test_checkpoints_hold_tensors_and_plain_containers_only(finished):
     state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 8 and len(state["optimizer_states"]) == 1
+    assert state["global_step"] == 8
+    assert len(state["optimizer_states"]) == 1
 
 
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(scenes, finished, tmp_path):
@@ -69,7 +83,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(scenes, fin
     process = subprocess.Popen([sys.executable, "-m", "src.train", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "model").exists()
@@ -89,12 +104,18 @@ def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, finished
     run(argv)
     assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == stamp
     run([*argv, "resume=false"])
-    assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns != stamp
+    afresh = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
+    assert afresh != stamp
+    run([f"conf={run_dir}/config.yaml"])  # what is saved does not start afresh once more
+    assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == afresh
 
 
 def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
     run_dir = tmp_path / "repeated"
-    run([f"conf={finished}/config.yaml", f"run_dir={run_dir}", f"callbacks.checkpoint.dirpath={run_dir}/checkpoints"])
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run([f"conf={finished}/config.yaml", f"run_dir={run_dir}"])
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"last.ckpt", "epoch=1-step=8.ckpt"}
     whole, again = (load_file(d / "model" / "model.safetensors") for d in (finished, run_dir))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
@@ -103,6 +124,15 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
     ("change", "message"),
     [
         ("objective.rate=0.2", r"holds a run with other settings \(objective\)"),
+        ("trainer.max_steps=20", r"holds a run with other settings \(trainer.max_steps\)"),
+        ("trainer.precision=bf16-mixed", r"holds a run with other settings \(trainer.precision\)"),
+        ("trainer.max_steps=abc", "trainer.max_steps: expected int, got 'abc'"),
+        ("trainer={max_stesp: 3}", "did you mean 'trainer.max_steps'"),
+        ("trainer.accelerator=quantum", "quantum"),
+        ("trainer.limit_val_batches=2.5", "2.5 for limit_val_batches"),
+        ("trainer.devices=2", "2 devices"),
+        ("trainer.max_steps=-1", "trainer.max_steps must be given"),
+        ("callbacks.checkpoint.every_n_train_steps=0", "every_n_train_steps must be at least 1, got 0"),
         ("objective.rats=0.2", "did you mean 'objective.rate'"),
         ("objective.hallucination=sometimes", "'sometimes'"),
         ("data.path=/nowhere", "/nowhere"),
@@ -110,11 +140,12 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_clear_line(scenes, finished, tmp_path, capsys, change, message):
-    run_dir = finished if "rate=" in change else tmp_path / "fresh"
+    run_dir = finished if "other settings" in message else tmp_path / "fresh"
     with pytest.raises(SystemExit) as stop:
         run([*arguments(scenes, run_dir), change])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ")
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
     assert re.search(message, error), error
 
 
@@ -124,3 +155,94 @@ def test_a_folder_that_is_no_run_is_never_removed(scenes, tmp_path, capsys):
         run([*arguments(scenes, tmp_path), "resume=false"])
     assert "is not a run's folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").exists()
+
+
+def refusal(argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit):
+        run(argv)
+    return capsys.readouterr().err
+
+
+def test_a_key_in_a_layer_that_the_trainer_does_not_know(scenes, tmp_path, capsys):
+    layer = tmp_path / "mine.yaml"
+    layer.write_text("trainer: {max_step: 3}")
+    argv = arguments(scenes, tmp_path / "run")
+    error = refusal([f"{argv[0]},{layer}", *argv[1:]], capsys)
+    assert error == "error: trainer.max_step: lightning.Trainer has no argument 'max_step'; did you mean 'max_steps'?\n"
+
+
+def test_a_finished_run_without_its_checkpoints_still_knows_its_settings(scenes, finished, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "(seed)" in refusal([*arguments(scenes, run_dir), "seed=5"], capsys)
+
+
+def test_a_missing_shard_ends_in_one_clear_line(scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    next((data / "train").glob("*.tar")).unlink()
+    error = refusal(arguments(data, tmp_path / "run"), capsys)
+    assert re.fullmatch(r"error: .*train-000\d+\.tar.*\n", error), error
+
+
+def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
+    def broken(self, batch):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(Revision, "corrupt", broken)
+    with pytest.raises(ValueError, match="shapes differ") as caught:
+        run(arguments(scenes, tmp_path / "run"))
+    assert caught.type is ValueError  # no ConfigError, which would end in one line
+
+
+def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
+    """A model that was trained again, and data that were made again, under the same names."""
+    data, model, run_dir = tmp_path / "data", tmp_path / "model", tmp_path / "run"
+    shutil.copytree(scenes, data)
+    shutil.copytree(finished / "model", model)
+    argv = [f"conf={finished}/config.yaml", f"run_dir={run_dir}", f"data.path={data}", "trainer.max_steps=1"]
+    argv.append(f"model={{target: src.models.checkpoint.from_pretrained, path: {model}}}")
+    run(argv)
+    run(argv)
+    state = load_file(model / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["lm_head.weight"] * 1.01}, model / "model.safetensors")
+    error = refusal(argv, capsys)
+    assert f"changed since (model.path={model});" in error
+    assert "resume=false" in error
+    index = data / "train" / INDEX
+    index.write_text(index.read_text() + "\n")
+    assert f"(model.path={model}, data.path={data})" in refusal(argv, capsys)
+    run([*argv, "resume=false"])
+    run(argv)
+
+
+def test_a_truncated_checkpoint_is_passed_over(scenes, finished, tmp_path, caplog):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "finished.json").unlink()
+    newest = run_dir / "checkpoints" / "last.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    shutil.rmtree(run_dir / "model")
+    run(arguments(scenes, run_dir))
+    assert "last.ckpt is damaged" in caplog.text
+    whole, again = (load_file(d / "model" / "model.safetensors") for d in (finished, run_dir))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_are_written_beside_their_place(scenes, tmp_path, monkeypatch):
+    """No folder for temporary files is needed: it may be small, or on another disk."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    run(arguments(scenes, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=0"))
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_model_of_another_tokenizer_is_refused(scenes, finished, tmp_path, capsys):
+    data = tmp_path / "other"
+    write_scenes(data, vocab_size=200, canvas=60, num_train=8)
+    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {finished}/model}}"
+    argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/run", f"tokenizer={data}/tokenizer"]
+    error = refusal([*argv, f"data.path={data}", "data.canvas=60", model], capsys)
+    assert f"the model in {finished}/model was trained with another tokenizer than {data}/tokenizer" in error

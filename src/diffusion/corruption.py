@@ -81,7 +81,7 @@ class Replace:
 
 
 class Span:
-    """Put false spans in place of true ones where the text is still visible (ReDiff: hallucinations, or mistakes of a draft).
+    """Put false spans in place of true ones where the text is still visible (hallucinations, or mistakes of a draft).
 
     num: how many of a row's spans are used, chosen at random; None: all of them. kind: what their tokens become.
     """

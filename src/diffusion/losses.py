@@ -50,7 +50,9 @@ def denominator(term: Term, corrupted: Corrupted) -> Tensor:
 def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
     """Reduce per-token losses (B, L), defined where a term looks and 0 elsewhere, to one `Loss`."""
     where = corrupted.where(term.kind)
-    weight = 1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
+    weight = (
+        1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
+    )
     sums = (cross_entropy * where).sum(1)  # (B,)
     if term.reduce == "kind_mean":
         sums = sums / where.sum(1).clamp(min=1)

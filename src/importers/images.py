@@ -65,9 +65,7 @@ def _upright_rgb(image: Image.Image, size: int) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageProblem("image_too_large")
     if size:
-        image.draft(
-            None, (2 * size, 2 * size)
-        )  # JPEG only: decode at half, a quarter or an eighth of the size
+        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth of the size
     image.load()
     return to_rgb(_transposed(image))
 

@@ -105,9 +105,5 @@ def _names(path: Path) -> list[Path]:
     plain = path.with_name(_COCO_PREFIX.sub("", path.name))
     if path.name.isdecimal():
         plain = plain.with_name(plain.name.zfill(_ID_DIGITS))
-    bare = (
-        []
-        if path.suffix.lower() in ENDINGS
-        else [p.with_name(p.name + e) for p in (path, plain) for e in ENDINGS]
-    )
+    bare = [] if path.suffix.lower() in ENDINGS else [p.with_name(p.name + e) for p in (path, plain) for e in ENDINGS]
     return [path, plain, *bare]

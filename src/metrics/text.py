@@ -3,7 +3,7 @@
     TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the set (distinct-2)
     ReferenceOverlap   word F1 against the best reference
     Bleu               corpus BLEU-4 against all references
-    response_counts    tokens, whether the canvas cut the caption, masks left over: facts of ids, not of texts
+    response_counts    tokens, whether the canvas cut the caption, masks and end-of-text ids left in it: facts of ids
 
 Quality metrics can look good while a text falls apart; these are cheap enough to be always on.
 """
@@ -32,15 +32,23 @@ def words_of(text: str) -> list[str]:
 
 
 def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]:
-    """Facts of one response: `tokens`, `cut` and `leftover_masks`.
+    """Facts of one response: `tokens`, `cut`, `leftover_masks` and `inner_eos`.
 
-    `cut` is 1 where the text fills the canvas and nothing ends it.
+    `cut` is 1 where the text fills the canvas and nothing ends it. `inner_eos` is the share of end-of-text ids
+    among those before eot, or before the filler where there is no eot: they vanish in the text.
     """
     ids = list(ids)
     ended = special.eot in ids or ids[-1] == special.eos
-    body = [i for i in (ids[: ids.index(special.eot)] if special.eot in ids else ids) if i != special.eos]
-    masks = body.count(special.mask)
-    return {"tokens": float(len(body)), "cut": float(not ended), "leftover_masks": float(masks)}
+    inner = ids[: ids.index(special.eot)] if special.eot in ids else ids
+    while special.eot not in ids and inner and inner[-1] == special.eos:
+        inner = inner[:-1]
+    body = [i for i in inner if i != special.eos]
+    return {
+        "tokens": float(len(body)),
+        "cut": float(not ended),
+        "leftover_masks": float(body.count(special.mask)),
+        "inner_eos": 1 - len(body) / len(inner) if inner else 0.0,
+    }
 
 
 class TextHealth(CaptionMetric):

@@ -1,7 +1,7 @@
 """Model folders: config.json, model.safetensors and the tokenizer files, in our own Hugging Face layout.
 
-    save_pretrained(model, codec, "runs/mask/model")
-    model = from_pretrained("runs/mask/model")
+save_pretrained(model, codec, "runs/mask/model")
+model = from_pretrained("runs/mask/model")
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,22 +42,21 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path) -> None:
     partial.replace(path)
 
 
-def from_pretrained(path: str | Path, *, attention: str | None = None) -> LLaDAV:
+def from_pretrained(path: str | Path, *, codec: Codec | None = None, attention: str | None = None) -> LLaDAV:
     """Read a model folder. `attention` overrides the attention mode that the checkpoint records.
 
-    Raises ValueError when files are missing, or when tensors are missing, unexpected or of another shape.
+    codec: the tokenizer that the model will be used with. Raises ValueError when it is not the model's own, when files
+    are missing or damaged, or when tensors are missing, unexpected or of another shape.
     """
     path = Path(path)
     absent = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
     if absent:
         raise ValueError(f"{path} is not a model folder: {', '.join(absent)} not found")
-    config = json.loads((path / "config.json").read_text())
-    if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{path}/config.json has model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
-    decoder = {**config["decoder"], **({"attention": attention} if attention else {})}
-    with torch.device("meta"):
-        model = LLaDAV(decoder=decoder, vision=config["vision"], image_id=config["image_id"])
-    state = load_file(path / "model.safetensors")
+    _check_tokenizer(path, codec)
+    with _explained(path / "config.json"):
+        model = _empty(path, attention)
+    with _explained(path / "model.safetensors"):
+        state = load_file(path / "model.safetensors")
     _check(model, state, path)
     model.load_state_dict(state, assign=True)
     _restore_buffers(model)
@@ -63,13 +65,52 @@ def from_pretrained(path: str | Path, *, attention: str | None = None) -> LLaDAV
     return model
 
 
-def fingerprint(path: str | Path) -> str:
-    """Hash of a model folder's weights: names the model in drafts, rounds and results."""
+def fingerprint(model: nn.Module | str | Path) -> str:
+    """Hash of a model's weights: names it in drafts, rounds and results. The same for a module and for its folder."""
     digest = hashlib.sha256()
-    with (Path(path) / "model.safetensors").open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()[:16]
+
+
+def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors in order of the names; those of a folder are read one at a time."""
+    if isinstance(model, nn.Module):
+        yield from sorted(model.state_dict().items())
+        return
+    path = Path(model) / "model.safetensors"
+    with _explained(path), safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
+
+
+def _empty(path: Path, attention: str | None) -> LLaDAV:
+    """The model that config.json describes, on the meta device."""
+    config = json.loads((path / "config.json").read_text())
+    if config["model_type"] != MODEL_TYPE:
+        raise ValueError(f"{path}/config.json has model_type {config['model_type']!r}, expected {MODEL_TYPE!r}")
+    decoder = {**config["decoder"], **({"attention": attention} if attention else {})}
+    with torch.device("meta"):
+        return LLaDAV(decoder=decoder, vision=config["vision"], image_id=config["image_id"])
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """What a reader raises about a damaged file, as a ValueError that names the file."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _check_tokenizer(path: Path, codec: Codec | None) -> None:
+    if codec and Codec.load(path).fingerprint != codec.fingerprint:
+        given = codec.tokenizer.name_or_path or "the given one"
+        raise ValueError(
+            f"the model in {path} was trained with another tokenizer than {given}: its token ids mean other words; "
+            f"set tokenizer={path}, and prepare the data with it"
+        )
 
 
 def _describe(model: LLaDAV) -> dict:

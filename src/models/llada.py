@@ -10,6 +10,7 @@ itself, so its keys and values are computed once and reused exactly, at every de
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> list[KeyValue]:
@@ -148,7 +149,12 @@ class Decoder(nn.Module):
         return cache
 
     def forward(
-        self, embeds: Tensor, prefix: Tensor, prefix_mask: Tensor | None, cache: list[KeyValue] | None, attend: Tensor | None
+        self,
+        embeds: Tensor,
+        prefix: Tensor,
+        prefix_mask: Tensor | None,
+        cache: list[KeyValue] | None,
+        attend: Tensor | None,
     ) -> Tensor:
         """Hidden states (B, L, D) of a response with embeddings `embeds` (B, L, D) behind `prefix` (B, P, D)."""
         length = prefix.shape[1]

@@ -1,7 +1,7 @@
 """LLaDA-V: image path and LLaDA decoder as one backbone. The tiny model is this class with small numbers.
 
-    encode_prefix({prompt_ids (B, T), pixel_values (B, 3, S, S), prompt_mask}) -> Prefix, image tokens in place of the image id
-    forward(prefix, tokens (B, L), attend, positions) -> logits only where asked
+encode_prefix({prompt_ids (B, T), pixel_values (B, 3, S, S), prompt_mask}) -> Prefix, image tokens at the image id
+forward(prefix, tokens (B, L), attend, positions) -> logits only where asked
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ class LLaDAV(nn.Module):
         start = where.int().argmax(1, keepdim=True)  # (B, 1)
         place = torch.arange(ids.shape[1], device=ids.device)[None]
         target = torch.cat(
-            [start + torch.arange(count, device=ids.device)[None], torch.where(place > start, place + count - 1, place)], 1
+            [
+                start + torch.arange(count, device=ids.device)[None],
+                torch.where(place > start, place + count - 1, place),
+            ],
+            1,
         )  # where each image token, then each text token goes; the image mark itself is overwritten by the image
         length = ids.shape[1] + count - 1
         source = torch.cat([image, text], 1)

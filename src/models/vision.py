@@ -1,6 +1,6 @@
 """The image path: SigLIP tower (transformers) and two-layer projector, as in LLaDA-V.
 
-    pixel_values (B, 3, S, S) in [-1, 1] -> tower -> last hidden states, no final norm (B, N, W) -> projector (B, N, D)
+pixel_values (B, 3, S, S) in [-1, 1] -> tower -> last hidden states, no final norm (B, N, W) -> projector (B, N, D)
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -81,7 +82,7 @@ class Objective(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.backbone = backbone()
+        self.backbone: Any = backbone()  # an nn.Module that obeys `src.batch.Backbone`
         if not 0 <= t_min < 1:
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
@@ -89,7 +90,7 @@ class Objective(L.LightningModule):
         self._counts: dict[Kind, Tensor] = {}  # right and all tokens of each kind since the last log
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
-        """The terms for one micro-batch, `corrupted` being one damaged response per view. One pass unless overridden."""
+        """The terms for one micro-batch; `corrupted` has one damaged response per view. One pass unless overridden."""
         return self.one_pass(batch, corrupted)
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
@@ -118,19 +119,18 @@ class Objective(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(part, self.corrupt(part)) for part in batch.split(self.options.micro_batch or len(batch))]
         totals = self._totals(micro)
-        optimizer = self.optimizers()
+        optimizer, schedule = self._optimization()
         optimizer.zero_grad()
-        sums = dict.fromkeys(totals, 0.0)
+        sums = {name: torch.zeros((), device=self.device) for name in totals}
         for part, corrupted in micro:
             shares = {name: loss.numerator / totals[name] for name, loss in self.losses(part, corrupted).items()}
-            self.manual_backward(sum(self._coef(name) * share for name, share in shares.items()))
-            for name, share in shares.items():
-                sums[name] = sums[name] + share.detach()
+            self.manual_backward(self._weighted(shares))
+            sums = {name: sums[name] + share.detach() for name, share in shares.items()}
         norm = self._clip()
         optimizer.step()
-        self.lr_schedulers().step()
+        schedule.step()
         self.log_dict({f"train/{name}": value for name, value in sums.items()})
-        self.log("train/loss", sum(self._coef(name) * value for name, value in sums.items()), prog_bar=True)
+        self.log("train/loss", self._weighted(sums), prog_bar=True)
         self._log_counts("train", len(batch))
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
@@ -140,14 +140,15 @@ class Objective(L.LightningModule):
         losses = self.losses(batch, corrupted)
         values = {name: loss.numerator / totals[name] for name, loss in losses.items()}
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(batch))
-        total = sum(self._coef(name) * value for name, value in values.items())
-        self.log("val/loss", total, batch_size=len(batch), prog_bar=True)
+        self.log("val/loss", self._weighted(values), batch_size=len(batch), prog_bar=True)
         self._log_counts("val", len(batch))
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         options = self.options
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
-        optimizer = torch.optim.AdamW(groups, betas=tuple(options.betas), weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, betas=(options.betas[0], options.betas[1]), weight_decay=options.weight_decay
+        )
         total = self.trainer.max_steps
         if total < 1:
             raise ValueError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
@@ -171,11 +172,16 @@ class Objective(L.LightningModule):
         states = [state for _, corrupted in micro for state in corrupted]
         return {t.name: torch.stack([denominator(t, s) for s in states]).sum().clamp(min=1) for t in self.terms}
 
-    def _coef(self, name: str) -> float:
-        return next(term.coef for term in self.terms if term.name == name)
+    def _weighted(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum of the terms with their coefficients."""
+        return torch.stack([term.coef * values[term.name] for term in self.terms]).sum()
+
+    def _optimization(self) -> tuple[Any, Any]:
+        """The optimizer and its schedule; Lightning's accessors return lists where there are several."""
+        return self.optimizers(), self.lr_schedulers()
 
     def _clip(self) -> Tensor:
-        """Clip the global norm and return it. Raises RuntimeError when it is not finite: the step would ruin the weights."""
+        """Clip the global norm and return it. Raises RuntimeError where it is not finite: the step would ruin the run."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         return torch.nn.utils.clip_grad_norm_(self.parameters(), limit, error_if_nonfinite=True)
 

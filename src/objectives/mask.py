@@ -1,6 +1,6 @@
 """Mask prediction: the objective of LLaDA (arXiv 2502.09992, eq. 3 and SFT), and the baseline of ReDiff.
 
-    hide tokens with probability t -> cross-entropy on the hidden ones, weight 1/t
+hide tokens with probability t -> cross-entropy on the hidden ones, weight 1/t
 """
 
 from __future__ import annotations
@@ -19,11 +19,25 @@ class MaskPrediction(Objective):
     """One term on masked tokens. weight, reduce and floor: see `Term`; the rest: see `Objective`."""
 
     def __init__(
-        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001,
-        weight: str = "inverse_rate", reduce: str = "answer_len", floor: float = 0.0, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        backbone: Callable[[], nn.Module],
+        special: SpecialIds,
+        training: Training,
+        t_min: float = 0.001,
+        weight: str = "inverse_rate",
+        reduce: str = "answer_len",
+        floor: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
         damage = Absorb(special=special)
         super().__init__(
-            backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
+            backbone=backbone,
+            special=special,
+            training=training,
+            corruption=damage,
+            terms=terms,
+            t_min=t_min,
+            seed=seed,
         )

@@ -1,7 +1,7 @@
 """Online self-correction: Stage II of ReDiff (arXiv 2510.19871, section 3.3).
 
-    rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, no 1/t
-    the other rows (a small share of Stage I data): as in `src.objectives.revision`
+rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, no 1/t
+the other rows (a small share of Stage I data): as in `src.objectives.revision`
 """
 
 from __future__ import annotations
@@ -25,15 +25,34 @@ class Refine(Objective):
     """
 
     def __init__(
-        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001,
-        mistake: float = 1.0, mistake_weight: str = "one", keep: float = 0.0,
-        rate: float = 0.10, source: str = "uniform", dynamic: bool = False, hallucination: str = "mixed",
-        alone_share: float = 0.6, weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05, clean: float = 1.0, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        backbone: Callable[[], nn.Module],
+        special: SpecialIds,
+        training: Training,
+        t_min: float = 0.001,
+        mistake: float = 1.0,
+        mistake_weight: str = "one",
+        keep: float = 0.0,
+        rate: float = 0.10,
+        source: str = "uniform",
+        dynamic: bool = False,
+        hallucination: str = "mixed",
+        alone_share: float = 0.6,
+        weight: str = "inverse_rate",
+        reduce: str = "kind_mean",
+        floor: float = 0.05,
+        clean: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         terms = stage_one_terms(
-            weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
+            weight=weight,
+            reduce=reduce,
+            floor=floor,
+            clean=clean,
+            syntax=float(rate > 0),
             hallucination=float(hallucination != "off"),
-        )  # fmt: skip
+        )
         if mistake:
             terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
         if keep:
@@ -43,5 +62,11 @@ class Refine(Objective):
         )
         damage = Choose(when="drafted", then=Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT), otherwise=data)
         super().__init__(
-            backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
+            backbone=backbone,
+            special=special,
+            training=training,
+            corruption=damage,
+            terms=terms,
+            t_min=t_min,
+            seed=seed,
         )

@@ -1,7 +1,7 @@
 """Foundational revision: Stage I of ReDiff (arXiv 2510.19871, section 3.2).
 
-    hide tokens with probability t -> replace some visible ones at random -> put a false span in place of a true one
-    -> cross-entropy on the hidden, the replaced, the false and the untouched tokens, each a mean of its own, weight 1/t
+hide tokens with probability t -> replace some visible ones at random -> put a false span in place of a true one
+-> cross-entropy on the hidden, the replaced, the false and the untouched tokens, each a mean of its own, weight 1/t
 """
 
 from __future__ import annotations
@@ -48,17 +48,40 @@ class Revision(Objective):
     """
 
     def __init__(
-        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, t_min: float = 0.001, rate: float = 0.10, source: str = "uniform", dynamic: bool = False,
-        hallucination: str = "mixed", alone_share: float = 0.6, weight: str = "inverse_rate", reduce: str = "kind_mean", floor: float = 0.05,
-        clean: float = 1.0, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        backbone: Callable[[], nn.Module],
+        special: SpecialIds,
+        training: Training,
+        t_min: float = 0.001,
+        rate: float = 0.10,
+        source: str = "uniform",
+        dynamic: bool = False,
+        hallucination: str = "mixed",
+        alone_share: float = 0.6,
+        weight: str = "inverse_rate",
+        reduce: str = "kind_mean",
+        floor: float = 0.05,
+        clean: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         terms = stage_one_terms(
-            weight=weight, reduce=reduce, floor=floor, clean=clean, syntax=float(rate > 0),
+            weight=weight,
+            reduce=reduce,
+            floor=floor,
+            clean=clean,
+            syntax=float(rate > 0),
             hallucination=float(hallucination != "off"),
-        )  # fmt: skip
+        )
         damage = stage_one(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
         )
         super().__init__(
-            backbone=backbone, special=special, training=training, corruption=damage, terms=terms, t_min=t_min, seed=seed
+            backbone=backbone,
+            special=special,
+            training=training,
+            corruption=damage,
+            terms=terms,
+            t_min=t_min,
+            seed=seed,
         )

@@ -91,7 +91,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Swap:
-    """A fact that can be turned false: `text[start:end] == right`; with `wrong` there the caption states a falsehood."""
+    """A fact that can be turned false: `text[start:end] == right`, and with `wrong` there the caption is false."""
 
     start: int
     end: int
@@ -232,7 +232,9 @@ def false_fields(scene: Scene, statement: Statement) -> set[str]:
 
 def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
     """For every sentence and field of a true caption at most one replacement that makes the sentence false."""
-    return [swap for sentence in read_caption(text) if sentence.statement for swap in _swaps(scene, sentence, text, rng)]
+    return [
+        swap for sentence in read_caption(text) if sentence.statement for swap in _swaps(scene, sentence, text, rng)
+    ]
 
 
 def _swaps(scene: Scene, sentence: Sentence, text: str, rng: Random) -> Iterator[Swap]:

@@ -33,7 +33,9 @@ def render(scene: Scene, rng: Random, *, size: int = 48, noise: float = 4.0) -> 
     big = size * SUPERSAMPLE
     image = Image.new("RGB", (big, big), PALETTE[scene.background])
     draw = ImageDraw.Draw(image)
-    for item in sorted(scene.objects, key=lambda o: o.size == "small"):  # small ones stay visible in front of large ones
+    for item in sorted(
+        scene.objects, key=lambda o: o.size == "small"
+    ):  # small ones stay visible in front of large ones
         _draw_object(draw, item, big)
     small = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
     grain = np.random.default_rng(rng.getrandbits(64)).normal(0.0, noise, small.shape) if noise else 0.0

@@ -1,8 +1,8 @@
 """Exact quality of a caption against its scene: coverage, factuality, syntax. No model, no tolerance.
 
-Facts of a scene: four of each object (something at its place, its shape, its colour, its size), the number of objects,
-the background. Claims of a caption: the same four of each object sentence, two of each introduction, one of each relation.
-An object sentence speaks of the object at the place that it names, so a wrong place makes all four claims false.
+Facts of a scene: four of each object (something at its place, its shape, its colour, its size), the number of
+objects, the background. Claims of a caption: the same four of each object sentence, two of each introduction, one of
+each relation. An object sentence speaks of the object at the place that it names, so a wrong place makes all four claims false.
 """
 
 from __future__ import annotations
