@@ -195,7 +195,7 @@ class Round:
 
 @dataclass
 class TraceStep:
-    """One step of a sampler, for one row: tokens after it, what was unmasked, and what was rewritten (position, old, new)."""
+    """One step of a sampler, for one row: tokens after it, places unmasked, and rewritten (position, old, new)."""
 
     tokens: list[int]
     unmasked: list[int]
@@ -207,7 +207,7 @@ class TraceStep:
 
 @dataclass
 class Sampled:
-    """What a sampler returns for B rows: ids (B, L), counts per row (B,), wall seconds for the batch, optional traces."""
+    """What a sampler returns for B rows: ids (B, L), counts per row (B,), wall seconds of the batch, traces."""
 
     ids: Tensor
     forwards: Tensor

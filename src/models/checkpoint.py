@@ -70,7 +70,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

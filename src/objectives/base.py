@@ -181,7 +181,7 @@ class Objective(L.LightningModule):
         return self.optimizers(), self.lr_schedulers()
 
     def _clip(self) -> Tensor:
-        """Clip the global norm and return it. Raises RuntimeError where it is not finite: the step would ruin the run."""
+        """Clip the global norm and return it. Raises RuntimeError where it is not finite: the step would be ruin."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         return torch.nn.utils.clip_grad_norm_(self.parameters(), limit, error_if_nonfinite=True)
 

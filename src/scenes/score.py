@@ -2,7 +2,8 @@
 
 Facts of a scene: four of each object (something at its place, its shape, its colour, its size), the number of
 objects, the background. Claims of a caption: the same four of each object sentence, two of each introduction, one of
-each relation. An object sentence speaks of the object at the place that it names, so a wrong place makes all four claims false.
+each relation. An object sentence speaks of the object at the place that it names, so a wrong place makes all four
+claims false.
 """
 
 from __future__ import annotations
