@@ -192,7 +192,9 @@ def test_a_bad_file_is_named(conf, text, expected):
 
 
 def test_a_relative_root_falls_back_to_the_folder_beside_the_package(conf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # deeper than the repository: the relative path leads nowhere from here
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
     repository = Path(src.__file__).parents[1]
     relative = os.path.relpath(conf(base="x: 1\n"), repository)
     assert not Path(relative).exists()
