@@ -192,7 +192,7 @@ def test_a_bad_file_is_named(conf, text, expected):
 
 
 def test_a_relative_root_falls_back_to_the_folder_beside_the_package(conf, tmp_path, monkeypatch):
-    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # deeper than the repository: the relative path leads nowhere from here
+    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # deeper than the repository
     deep.mkdir(parents=True)
     monkeypatch.chdir(deep)
     repository = Path(src.__file__).parents[1]
