@@ -1,4 +1,4 @@
-"""Yaml layers and key=value settings -> one checked, resolved, read-only config -> components.
+"""Yaml layers and key=value settings -> one resolved, read-only config.
 
     python -m src.train conf=stage2,debug seed=1 optimizer.lr=1e-4
 
@@ -6,14 +6,12 @@
                    in `.yaml` is a path, so that the `config.yaml` in a run's folder repeats that run
     base: [x, y]   inside a yaml: layers that apply before it, each once
     key=value      changes a key that exists (dotted, list places are numbers); the value is read as yaml
+    key=NAME       where the key of the top level holds a mapping: the layer ROOT/key/NAME.yaml, as in model=llada_v
 
 Mappings merge, lists replace, and a mapping whose `target:` changes is replaced whole. The lowest layer fixes
 the keys of the top level. `???` marks what has to be given.
 
-    load_config(argv) -> DictConfig -> check(config, offers=...) -> build(config.node, **offers) -> component
-
-A node is a mapping with `target: package.module.Class`; its other keys are keyword arguments. Nested nodes
-are built first, and `partial: true` makes a `functools.partial` of a node.
+    load_config(argv) -> DictConfig -> `src.components`: check(config, offers=...), build(config.node, **offers)
 
 WARN: `${oc.env:NAME}` is resolved like any other interpolation, so its value is written to the saved config.
 For a secret give a component the *name* of the variable and let it read the environment.
@@ -21,30 +19,19 @@ For a secret give a component the *name* of the variable and let it read the env
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
-import inspect
 import logging
 import os
-import pkgutil
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-PACKAGES = ("src", "callbacks", "datamodules", "torch", "lightning", "torchmetrics", "transformers")
-SCALARS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), type(None): (type(None),)}
-
-
-class ConfigError(ValueError):
-    """A mistake in the config or on the command line; the message is meant for the user."""
+from src.components import SCALARS, ConfigError, dotted, fits, hint, is_node, one_line, plain, walk
 
 
 def load_config(argv: Iterable[str], *, root: str | Path = "conf") -> DictConfig:
@@ -55,17 +42,20 @@ def load_config(argv: Iterable[str], *, root: str | Path = "conf") -> DictConfig
     folder = _folder(root)
     names, settings = _parse(argv, folder)
     tree = _compose(_layers(names, folder))
-    for name, value in settings:
+    chosen = [(key, value) for key, value in settings if isinstance(value, str) and isinstance(tree.get(key), dict)]
+    if chosen:
+        tree = _compose(_layers([*names, *(f"{key}/{value}" for key, value in chosen)], folder))
+    for name, value in [setting for setting in settings if setting not in chosen]:
         _set(tree, name, value)
-    if missing := [name for name, value in _walk(tree) if value == "???"]:
+    if missing := [name for name, value in walk(tree) if value == "???"]:
         raise ConfigError(f"these keys must be given: {', '.join(missing)}")
     try:
-        plain = _plain(OmegaConf.create(tree))
+        resolved = plain(OmegaConf.create(tree))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_line(error)}") from error
-    if escaped := [name for name, value in _walk(plain) if isinstance(value, str) and "${" in value]:
+        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
+    if escaped := [name for name, value in walk(resolved) if isinstance(value, str) and "${" in value]:
         raise ConfigError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
-    return OmegaConf.create(plain, flags={"readonly": True})
+    return OmegaConf.create(resolved, flags={"readonly": True})
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
@@ -78,31 +68,6 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = ()) -> None:
-    """Import every `target:` and bind its arguments without calling it; offers: the names `build` will get.
-
-    Raises ConfigError with all problems, each with its dotted place in the config.
-    """
-    nodes = [(name, value) for name, value in _walk(_plain(cfg)) if _is_node(value)]
-    names = set(offers)
-    found = [(_dotted(name, key), text) for name, node in nodes for key, text in _problems(node, names)]
-    if found:
-        raise ConfigError("\n  ".join(f"{place}: {text}" if place else text for place, text in found))
-
-
-def build(node: Any, /, **offers: Any) -> Any:
-    """Construct the component that a node describes, its nested nodes first.
-
-    An offer reaches a target only where the signature names it (not through `**kwargs`) and the yaml does not
-    give it. Components get plain lists and dicts.
-    """
-    tree = _plain(node)
-    if not _is_node(tree):
-        raise ConfigError(f"nothing to build: expected a mapping with `target:`, got {tree!r}")
-    check(tree, offers=offers)
-    return _build(tree, offers)
 
 
 def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
@@ -160,7 +125,7 @@ def _value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}: cannot read {text!r} as yaml: {_line(error)}") from error
+        raise ConfigError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
 
 def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
@@ -191,7 +156,7 @@ def _find(name: str, root: Path) -> Path:
     if path.is_file():
         return path.resolve()
     known = _available(root)
-    raise ConfigError(f"no configuration {name!r}{_hint(name, known)}; available: {', '.join(known)}")
+    raise ConfigError(f"no configuration {name!r}{hint(name, known)}; available: {', '.join(known)}")
 
 
 def _read(path: Path) -> tuple[dict, list[str]]:
@@ -199,12 +164,12 @@ def _read(path: Path) -> tuple[dict, list[str]]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {_line(error)}") from error
+        raise ConfigError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got a {type(tree).__name__}")
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not _fits(bases, list[str]):
+    if not fits(bases, list[str]):
         raise ConfigError(f"{path}: base: expected a list of names, got {bases!r}")
     return tree, bases
 
@@ -214,8 +179,10 @@ def _compose(layers: list[tuple[str, dict]]) -> dict:
     tree = schema
     for name, layer in upper:
         if unknown := [str(key) for key in layer if key not in schema]:
-            near = _hint(unknown[0], map(str, schema))
+            near = hint(unknown[0], map(str, schema))
             raise ConfigError(f"{name}: {lowest} has no top-level key {unknown[0]!r}{near}")
+        if wrong := next(_mistyped(tree, layer), None):
+            raise ConfigError(f"{name}: {wrong}")
         tree = _merge(tree, layer)
     return tree
 
@@ -226,18 +193,43 @@ def _merge(lower: Any, upper: Any) -> Any:
     return lower | {key: _merge(lower[key], value) if key in lower else value for key, value in upper.items()}
 
 
+def _mistyped(lower: Any, upper: Any, name: str = "") -> Iterator[str]:
+    """Values of another type than the one they replace. Within nodes the signatures decide instead (`check`)."""
+    if is_node(lower) or is_node(upper) or _is_open(lower) or _is_open(upper):
+        return
+    if isinstance(lower, dict) and isinstance(upper, dict):
+        for key in lower.keys() & upper.keys():
+            yield from _mistyped(lower[key], upper[key], dotted(name, key))
+    elif isinstance(lower, list) and isinstance(upper, list):
+        for place, item in enumerate(upper if lower else []):
+            yield from _mistyped(lower[0], item, dotted(name, place))
+    elif type(upper) not in SCALARS.get(type(lower), (type(lower),)):
+        yield f"{name}: expected {_kind(lower)}, got {upper!r}"
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a value leaves its type open: null, `???` or an interpolation."""
+    return value is None or (isinstance(value, str) and (value == "???" or "${" in value))
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a mapping", list: "a list"}.get(type(value), type(value).__name__)
+
+
 def _retargets(old: dict, new: dict) -> bool:
     return "target" in new and new["target"] != old.get("target")
 
 
 def _set(tree: dict, name: str, value: Any) -> None:
     """Replace an existing value; a mapping replaces key by key, unless it is another target."""
-    owner, key, old = None, None, tree
+    owner, key, old, within_node = None, None, tree, False
     for part in name.split("."):
-        owner, key = old, _key(old, part)
+        owner, key, within_node = old, _key(old, part), within_node or is_node(old)
         if key is None:
-            raise ConfigError(f"unknown key {name!r}{_hint(name, [known for known, _ in _walk(tree)])}")
+            raise ConfigError(f"unknown key {name!r}{hint(name, [known for known, _ in walk(tree)])}")
         old = owner[key]
+    if not within_node and (wrong := next(_mistyped(old, value, name), None)):
+        raise ConfigError(wrong)
     if old and value and isinstance(old, dict) and isinstance(value, dict) and not _retargets(old, value):
         for child, inner in value.items():
             _set(tree, f"{name}.{child}", inner)
@@ -249,151 +241,3 @@ def _key(owner: Any, part: str) -> Any:
     """The key or list place that a part of a dotted name means; None if there is no such thing."""
     keys = owner if isinstance(owner, dict) else range(len(owner)) if isinstance(owner, list) else ()
     return next((key for key in keys if str(key) == part), None)
-
-
-def _walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of a tree and all that is in it."""
-    yield name, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        yield from _walk(child, _dotted(name, key))
-
-
-def _dotted(*parts: Any) -> str:
-    return ".".join(str(part) for part in parts if part != "")
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, or one that ends in nearly the same word: `lr` means `optimizer.lr`."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
-    if not near:
-        last = {full.rsplit(".", 1)[-1]: full for full in reversed(known)}
-        near = [last[end] for end in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
-
-
-def _plain(tree: Any) -> Any:
-    return OmegaConf.to_container(tree, resolve=True) if OmegaConf.is_config(tree) else tree
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, dict) and "target" in value
-
-
-def _build(value: Any, offers: dict, name: str = "") -> Any:
-    if isinstance(value, list):
-        return [_build(item, offers, _dotted(name, place)) for place, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    inner = {key: _build(item, offers, _dotted(name, key)) for key, item in value.items()}
-    if not _is_node(value):
-        return inner
-    target, partial = inner.pop("target"), inner.pop("partial", False)
-    component = _locate(target)
-    given = {key: offer for key, offer in offers.items() if key in _parameters(component)[0]} | inner
-    if partial:
-        return functools.partial(component, **given)
-    try:
-        return component(**given)
-    except (ValueError, OSError) as error:
-        place = f"{name} ({target})" if name else target
-        raise ConfigError(f"{place}: {_line(error)}") from error
-
-
-def _locate(target: Any) -> Callable:
-    """Import what `target:` names: a class or function, or a method such as `src.tokenizer.Codec.load`."""
-    parts = str(target).split(".")
-    if parts[0] not in PACKAGES:
-        raise ConfigError(f"{target!r} is not in the packages {', '.join(PACKAGES)}")
-    found: Any = _import(parts[0])
-    for end, part in enumerate(parts[1:], start=1):
-        owner, path = found, ".".join(parts[:end])
-        found = getattr(owner, part, None)
-        if found is None and hasattr(owner, "__path__"):
-            found = _import(f"{path}.{part}")
-        if found is None:
-            known = [*dir(owner), *(m.name for m in pkgutil.iter_modules(getattr(owner, "__path__", [])))]
-            raise ConfigError(f"{path} has no {part!r}{_hint(part, known)}")
-    if inspect.ismodule(found) or not callable(found):
-        raise ConfigError(f"{target} is not a class or function")
-    home = getattr(found, "__module__", None) or parts[0]
-    if home.split(".")[0] not in PACKAGES:
-        raise ConfigError(f"{target} is from {home}, which is not in the packages {', '.join(PACKAGES)}")
-    return found
-
-
-def _import(name: str) -> Any:
-    """The module of that name; None where a package has no such module."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name and "." in name:
-            return None
-        raise ConfigError(f"cannot import {name}: {error}") from error
-
-
-def _parameters(component: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters that can be given by name, and whether any other name is taken too."""
-    try:
-        found = inspect.signature(component).parameters.values()
-    except (ValueError, TypeError):  # written in C, without a signature
-        return {}, True
-    by_name = {p.name: p for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return by_name, any(p.kind is p.VAR_KEYWORD for p in found)
-
-
-def _problems(node: dict, offers: set[str]) -> Iterator[tuple[str, str]]:
-    """(key, problem) for one node, without a look into nested ones."""
-    target, partial = node["target"], node.get("partial", False)
-    try:
-        component = _locate(target)
-    except ConfigError as error:
-        yield "target", str(error)
-        return
-    if not isinstance(partial, bool):
-        yield "partial", f"expected bool, got {partial!r}"
-    parameters, takes_any = _parameters(component)
-    for key in [key for key in node if key not in ("target", "partial")]:
-        if key in parameters:
-            hint = _annotation(component, parameters[key])
-            if not _fits(node[key], hint) and not (node[key] is None and parameters[key].default is None):
-                yield key, f"expected {inspect.formatannotation(hint)}, got {node[key]!r}"
-        elif not takes_any:
-            yield key, f"{target} has no argument {key!r}{_hint(str(key), parameters)}"
-    required = {name for name, p in parameters.items() if p.default is p.empty}
-    if not partial and (missing := sorted(required - node.keys() - offers)):
-        yield "", f"{target} needs {', '.join(missing)}"
-
-
-def _annotation(component: Callable, parameter: inspect.Parameter) -> Any:
-    """The type of a parameter; Any where it cannot be evaluated, such as an import for type checkers only."""
-    if not isinstance(parameter.annotation, str):
-        return parameter.annotation
-    function: Any = component.__init__ if isinstance(component, type) else component
-    try:
-        return eval(parameter.annotation, getattr(inspect.unwrap(function), "__globals__", {}))
-    except (NameError, AttributeError, TypeError, SyntaxError):
-        return Any
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a yaml value fits an annotation of scalars and lists; true where that cannot be judged."""
-    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, choice) for choice in inner)
-    if origin is typing.Literal:
-        return any(value == choice and type(value) is type(choice) for choice in inner)
-    if allowed := [fitting for kind, fitting in SCALARS.items() if origin is kind]:
-        return type(value) in allowed[0]
-    if origin not in (list, tuple, Sequence):
-        return True
-    if not isinstance(value, list):
-        return False
-    if origin is tuple and inner and inner[-1] is not Ellipsis:
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    return not inner or all(_fits(item, inner[0]) for item in value)

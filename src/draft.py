@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from src.config import ConfigError, build, check, load_config, main_guard
+from src.components import ConfigError, build, check
+from src.config import load_config, main_guard
 from src.drafting import draft_batch, draw_drafts, settings_of
 from src.tokenizer import Codec
 

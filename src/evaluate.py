@@ -31,7 +31,8 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from src.batch import Backbone, Batch
-from src.config import ConfigError, build, check, load_config, main_guard
+from src.components import ConfigError, build, check
+from src.config import load_config, main_guard
 from src.diffusion.sampler import Sampler
 from src.metrics.caption import CaptionMetric, Mark, Stat, summarise
 from src.metrics.text import response_counts

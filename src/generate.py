@@ -30,7 +30,8 @@ from tqdm import tqdm
 from datamodules.captions import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from src.batch import Batch, Sampled
-from src.config import ConfigError, build, check, load_config, main_guard
+from src.components import ConfigError, build, check
+from src.config import load_config, main_guard
 from src.diffusion.sampler import Sampler
 from src.importers.images import ImageProblem, fit, load
 from src.models.checkpoint import fingerprint
@@ -78,11 +79,11 @@ def main(argv: list[str]) -> None:
 
 def choose_sampler(cfg: DictConfig) -> Sampler:
     """The sampler of the file conf/sampler/NAME.yaml, with the settings that the config gives."""
-    sampler: Sampler = build(load_config([f"conf=sampler/{cfg.sampler}"]).sampler)
+    node = load_config([f"conf=sampler/{cfg.sampler}"]).sampler
     given = {name: cfg[name] for name in ("length", "post_steps", "temperature") if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    return replace(sampler, **given)
+    return build({**node, **given})
 
 
 def caption_batch(backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig) -> Sampled:

@@ -28,7 +28,8 @@ from random import Random
 from tqdm import tqdm
 
 from src.align import locate_swap
-from src.config import ConfigError, build, load_config, main_guard
+from src.components import ConfigError, build
+from src.config import load_config, main_guard
 from src.importers.images import ENCODINGS, ImageProblem, convert
 from src.importers.photos import Album, Photo
 from src.importers.records import Caption, read_entries

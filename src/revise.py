@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from src.config import ConfigError, build, check, load_config, main_guard
+from src.components import ConfigError, build, check
+from src.config import load_config, main_guard
 from src.rounds import revise_round
 from src.shards import read_manifest
 from src.tokenizer import Codec

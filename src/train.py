@@ -31,7 +31,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from src.config import ConfigError, build, check, load_config, main_guard, save_config
+from src.components import ConfigError, build, check
+from src.config import load_config, main_guard, save_config
 from src.models.checkpoint import fingerprint, save_pretrained
 from src.shards import INDEX, sha256, write_json
 from src.tokenizer import Codec

@@ -1,10 +1,5 @@
-"""Config: layers, settings, checks before anything is built, and the errors a user meets.
+"""Config: layers, settings, and the errors a user meets. Yaml files come from a temporary root."""
 
-Components come from a module written into a temporary folder of the `src` package, yaml files from a
-temporary root.
-"""
-
-import functools
 import os
 import subprocess
 import sys
@@ -16,53 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 import src
-from src.config import ConfigError, build, check, help_text, load_config, save_config
-
-PARTS = '''
-from __future__ import annotations
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
-if TYPE_CHECKING:
-    from nowhere import Unknown
-
-class Inner:
-    """What a nested node makes."""
-    def __init__(self, size: int = 1) -> None:
-        if size < 0:
-            raise ValueError(f"size must not be negative,\\n got {size}")
-        self.size = size
-
-class Outer:
-    def __init__(
-        self, *, name: str, rate: float = 0.5, deep: bool = False, mode: Literal["full", "prefix"] = "full",
-        limit: int | None = None, sizes: Sequence[int] = (), pair: tuple[int, float] = (1, 2.0),
-        odd: Unknown = None, parts: list[Inner] | None = None, table: dict | None = None,
-        codec: object = None, maybe: Optional[float] = None, loose: int = None, level: Literal[0, 1] = 0,
-    ) -> None:
-        self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
-
-    @classmethod
-    def load(cls, path: str) -> Outer:
-        return cls(name=path)
-
-@dataclass
-class Plain:
-    steps: int
-    codec: Any
-
-def open_ended(codec: Any = None, **rest: Any) -> dict:
-    return {"codec": codec, **rest}
-
-def closed(**rest: Any) -> dict:
-    return rest
-
-def where(path: Path) -> str:
-    return open(path).read()
-
-NUMBER = 3
-'''
+from src.components import ConfigError
+from src.config import help_text, load_config, save_config
 
 BASE = """
 seed: 0
@@ -71,19 +21,6 @@ model: {target: src.parts.Outer, name: small, sizes: [1, 2, 3], table: {a: 1, b:
 optimizer: {lr: 1e-3, betas: [0.9, 0.95]}
 callbacks: []
 """
-
-
-@pytest.fixture
-def parts(tmp_path, monkeypatch):
-    folder = tmp_path / "components"
-    folder.mkdir()
-    (folder / "parts.py").write_text(PARTS)
-    (folder / "broken.py").write_text("import a_library_that_is_not_there\n")
-    monkeypatch.setattr(src, "__path__", [*src.__path__, str(folder)])
-    yield
-    for name in ("parts", "broken"):
-        sys.modules.pop(f"src.{name}", None)
-        src.__dict__.pop(name, None)
 
 
 @pytest.fixture
@@ -222,7 +159,7 @@ def test_an_unknown_configuration_suggests_the_nearest(conf):
      ("m.x=/a,b", "/a,b")],
 )  # fmt: skip
 def test_a_setting_is_read_as_yaml(conf, setting, value):
-    found = plain(load_config(["conf=base", setting], root=conf(base="m: {x: 0, y: 1}\n")))
+    found = plain(load_config(["conf=base", setting], root=conf(base="m: {x: null, y: 1}\n")))
     assert found == {"m": {"x": value, "y": 1}}
     assert type(found["m"]["x"]) is type(value)
 
@@ -242,6 +179,33 @@ def test_settings_reach_into_mappings_and_lists(conf, setting, expected):
 def test_the_last_setting_wins_over_every_layer(conf):
     root = conf(base="x: 1\n", top="base: base\nx: 2\n")
     assert load_config(["x=3", "conf=top", "x=4"], root=root).x == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("n=abc", "n: expected int, got 'abc'"), ("n=1.5", "n: expected int, got 1.5"), ("rate=x", "rate: expected float"),
+     ("flag=1", "flag: expected bool, got 1"), ("steps=[1,a]", "steps.1: expected int, got 'a'"),
+     ("steps=4", "steps: expected a list, got 4"), ("a=3", "a: expected a mapping, got 3"),
+     ("a.x=[1]", "a.x: expected int, got [1]")],
+)  # fmt: skip
+def test_a_plain_setting_keeps_its_type(conf, setting, expected):
+    root = conf(base="n: 1\nrate: 0.5\nflag: true\nsteps: [1, 2]\na: {x: 1}\nopen: null\n")
+    assert failure(load_config, ["conf=base", setting], root=root).startswith(expected)
+    fine = load_config(["conf=base", "rate=1", "n=null", "open=abc", "steps=[]", "a={x: 2}"], root=root)
+    assert (fine.rate, fine.n, fine.open, fine.steps, fine.a.x) == (1, None, "abc", [], 2)
+
+
+def test_a_layer_keeps_types_too(conf):
+    root = conf(base="n: 1\nm: {target: a.B, x: 1}\n", top="base: base\nn: many\nm: {x: a}\n", other="n: ${m.x}\n")
+    assert failure(load_config, ["conf=top"], root=root) == "top: n: expected int, got 'many'"
+    assert load_config(["conf=base,other", "m.x=later"], root=root).n == "later"  # signatures judge what is in a node
+
+
+def test_a_name_for_a_mapping_of_the_top_level_takes_a_layer(conf):
+    root = conf(base="model: {target: a.B, x: 1}\nn: 1\n", model__big="model: {x: 9, y: 2}\nn: 5\n")
+    chosen = load_config(["conf=base", "model=big", "model.y=3"], root=root)
+    assert plain(chosen) == {"model": {"target": "a.B", "x": 9, "y": 3}, "n": 5}
+    assert "did you mean 'model/big'" in failure(load_config, ["conf=base", "model=bog"], root=root)
 
 
 @pytest.mark.parametrize(
@@ -330,144 +294,6 @@ def test_saving_replaces_an_older_file(conf, tmp_path):
     assert target.read_text() == "x: 1\n"
 
 
-# check
-
-
-@pytest.mark.usefixtures("parts")
-def test_a_right_config_passes():
-    nested = {"target": "src.parts.Inner", "size": 2}
-    node = {
-        "target": "src.parts.Outer", "name": "x", "rate": 1, "deep": True, "mode": "prefix", "limit": None,
-        "sizes": [1, 2], "pair": [1, 2], "odd": "unjudged", "parts": [nested], "table": {"in": nested},
-        "maybe": 0.5, "loose": None,
-    }  # fmt: skip
-    linear = {"target": "torch.nn.Linear", "in_features": 2, "out_features": 3}
-    check(OmegaConf.create({"a": node, "b": [{"c": node}], "d": linear}))
-
-
-@pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [({"rate": "1e-3"}, "m.rate: expected float, got '1e-3'"),
-     ({"rate": True}, "m.rate: expected float, got True"),
-     ({"name": 3}, "m.name: expected str, got 3"), ({"name": None}, "m.name: expected str, got None"),
-     ({"deep": 1}, "m.deep: expected bool, got 1"), ({"limit": 1.5}, "m.limit: expected int | None, got 1.5"),
-     ({"limit": False}, "m.limit: expected int | None, got False"),
-     ({"mode": "ful"}, "m.mode: expected Literal['full', 'prefix'], got 'ful'"),
-     ({"sizes": [1, "2"]}, "m.sizes: expected collections.abc.Sequence[int], got [1, '2']"),
-     ({"sizes": "12"}, "m.sizes: expected"), ({"pair": [1]}, "m.pair: expected tuple[int, float], got [1]"),
-     ({"pair": [1.5, 2]}, "m.pair: expected"), ({"maybe": "x"}, "m.maybe: expected Optional[float], got 'x'"),
-     ({"level": True}, "m.level: expected Literal[0, 1], got True"),
-     ({"loose": 1.5}, "m.loose: expected int, got 1.5"), ({"partial": "yes"}, "m.partial: expected bool"),
-     ({"raet": 1}, "m.raet: src.parts.Outer has no argument 'raet'; did you mean 'rate'?")],
-)  # fmt: skip
-def test_a_wrong_argument_is_named_with_its_place(arguments, expected):
-    message = failure(check, {"m": {"target": "src.parts.Outer", "name": "x", **arguments}})
-    assert message.startswith(expected)
-    assert len(message.splitlines()) == 1
-
-
-@pytest.mark.usefixtures("parts")
-def test_required_arguments_come_from_the_yaml_or_the_offers():
-    cfg = {"m": {"target": "src.parts.Plain"}}
-    typed = {"m": {"target": "src.parts.Plain", "steps": "1", "codec": 1}}
-    assert failure(check, cfg) == "m: src.parts.Plain needs codec, steps"
-    assert failure(check, cfg, offers=["codec", "seed"]) == "m: src.parts.Plain needs steps"
-    check({"m": {"target": "src.parts.Plain", "steps": 1}}, offers=["codec"])
-    check({"m": {"target": "src.parts.Plain", "partial": True}})
-    check({"m": {"target": "src.parts.closed", "anything": 1}})
-    assert failure(check, typed).startswith("m.steps: ")
-
-
-@pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [("os.system", "'os.system' is not in the packages src, callbacks"),
-     ("srcs.parts.Inner", "'srcs.parts.Inner' is not in the packages"), (3, "3 is not in the packages"),
-     ("torch.os.system", "which is not in the packages"), ("src.parts.Path", "is from pathlib"),
-     ("src.parts.Iner", "src.parts has no 'Iner'; did you mean 'Inner'?"),
-     ("src.batsh.Batch", "src has no 'batsh'; did you mean 'batch'?"),
-     ("src.parts.Outer.laod", "src.parts.Outer has no 'laod'; did you mean 'load'?"),
-     ("src.parts", "src.parts is not a class or function"),
-     ("src.parts.NUMBER", "src.parts.NUMBER is not a class or function"),
-     ("src.broken.Thing", "cannot import src.broken: No module named 'a_library_that_is_not_there'")],
-)  # fmt: skip
-def test_a_bad_target_is_refused(target, expected):
-    message = failure(check, {"deep": [{"m": {"target": target}}]})
-    assert message.startswith("deep.0.m.target: ")
-    assert expected in message
-
-
-@pytest.mark.usefixtures("parts")
-def test_all_problems_are_reported_together():
-    inner = {"target": "src.parts.Inner", "sise": 1}
-    cfg = {"a": {"target": "src.parts.Outer", "rate": "x", "parts": [inner]}, "b": [{"target": "json.loads"}]}
-    lines = [line.strip() for line in failure(check, cfg).splitlines()]
-    assert [line.split(": ")[0] for line in lines] == ["a.rate", "a", "a.parts.0.sise", "b.0.target"]
-
-
-# build
-
-
-@pytest.mark.usefixtures("parts")
-def test_nested_nodes_are_built_and_containers_are_plain():
-    inner = {"target": "src.parts.Inner", "size": 2}
-    node = {
-        "target": "src.parts.Outer",
-        "name": "x",
-        "sizes": [1],
-        "parts": [inner, inner],
-        "table": {"k": [inner]},
-    }
-    outer = build(OmegaConf.create({"m": node}).m)
-    assert [part.size for part in outer.parts] == [2, 2]
-    assert outer.parts[0] is not outer.parts[1]
-    assert outer.table["k"][0].size == 2
-    assert (type(outer.sizes), type(outer.table), type(outer.table["k"])) == (list, dict, list)
-
-
-@pytest.mark.usefixtures("parts")
-def test_offers_reach_only_the_names_of_a_signature():
-    codec = object()
-    assert build({"target": "src.parts.Outer", "name": "x"}, codec=codec, seed=1).codec is codec
-    assert build({"target": "src.parts.Outer", "name": "x", "codec": None}, codec=codec).codec is None
-    assert build({"target": "src.parts.closed", "a": 1}, codec=codec, seed=1) == {"a": 1}
-    assert build({"target": "src.parts.open_ended", "a": 1}, codec=codec, seed=1) == {"codec": codec, "a": 1}
-    nested = {"target": "src.parts.closed", "plain": {"target": "src.parts.Plain", "steps": 3}}
-    assert build(nested, codec=codec)["plain"].codec is codec
-    assert build({"target": "src.parts.closed", "node": 1}, node=2) == {"node": 1}
-
-
-@pytest.mark.usefixtures("parts")
-def test_partial_methods_and_third_party_targets():
-    codec = object()
-    make = build({"target": "src.parts.Plain", "partial": True}, codec=codec)
-    assert isinstance(make, functools.partial)
-    assert make(steps=4).steps == 4
-    assert make(steps=4).codec is codec
-    assert build({"target": "src.parts.Outer.load", "path": "here"}).name == "here"
-    assert build({"target": "src.parts.closed", "partial": False}) == {}
-    optimizer = build({"target": "torch.optim.AdamW", "partial": True, "lr": 0.5, "betas": [0.8, 0.9]})
-    linear = build({"target": "torch.nn.Linear", "in_features": 2, "out_features": 3})
-    assert optimizer(linear.parameters()).param_groups[0]["lr"] == 0.5
-
-
-@pytest.mark.parametrize("node", [{"name": "x"}, None, [], "src.parts.Outer", {}])
-def test_only_a_node_with_a_target_can_be_built(node):
-    assert "target:" in failure(build, node)
-
-
-@pytest.mark.usefixtures("parts")
-def test_building_checks_first_and_names_who_refused(tmp_path):
-    assert "did you mean 'size'" in failure(build, {"target": "src.parts.Inner", "sise": 1})
-    bad = {"target": "src.parts.Inner", "size": -1}
-    assert failure(build, bad) == "src.parts.Inner: size must not be negative, got -1"
-    nested = {"target": "src.parts.Outer", "name": "x", "parts": [bad]}
-    assert failure(build, nested) == "parts.0 (src.parts.Inner): size must not be negative, got -1"
-    gone = str(tmp_path / "gone")
-    assert gone in failure(build, {"target": "src.parts.where", "path": gone})
-
-
 # verbs
 
 VERB = '''"""Add numbers.
@@ -475,7 +301,8 @@ VERB = '''"""Add numbers.
     python add.py conf=base
 """
 import sys
-from src.config import build, check, load_config, main_guard
+from src.components import build, check
+from src.config import load_config, main_guard
 
 @main_guard
 def main(argv):

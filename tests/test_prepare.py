@@ -20,7 +20,7 @@ from PIL import Image
 
 from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.config import ConfigError
+from src.components import ConfigError
 from src.importers.images import ImageProblem, convert, fit, load
 from src.importers.photos import Album, hashed_split
 from src.importers.records import Entry, read_entries
