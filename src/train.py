@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import warnings
 import zipfile
@@ -130,6 +131,8 @@ def _inputs(cfg: DictConfig) -> dict[str, str]:
     """
     found = {}
     model, data = (cfg[node].get("path") for node in ("model", "data"))
+    if model:
+        model = os.path.normpath(model)  # `run_dir/../stage1/model` has to be found before run_dir is made
     if model and (Path(model) / "model.safetensors").is_file():
         found["model.path"] = fingerprint(model)
     indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []

@@ -217,6 +217,17 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     run(argv)
 
 
+def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(scenes, finished, tmp_path):
+    """conf/stage2.yaml names its start `run_dir/../stage1/model`, at a time when there is no run_dir yet."""
+    shutil.copytree(finished / "model", tmp_path / "stage1" / "model")
+    argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/stage2", f"data.path={scenes}", "trainer.max_steps=1"]
+    argv.append(f"model={{target: src.models.checkpoint.from_pretrained, path: {tmp_path}/stage2/../stage1/model}}")
+    run(argv)
+    first = json.loads((tmp_path / "stage2" / "inputs.json").read_text())
+    assert set(first) == {"model.path", "data.path"}
+    run(argv)  # is not refused
+
+
 def test_a_truncated_checkpoint_is_passed_over(scenes, finished, tmp_path, caplog):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
