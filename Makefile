@@ -25,12 +25,13 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test base lint clean install
+.PHONY: help quickstart test golden base lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
 	@echo "                  a second call resumes; fresh=1 removes $(OUT) first; seed=1 is another run"
 	@echo "make test         all tests"
+	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
 	@echo "make lint         ruff and pyright"
 	@echo "make install      only the virtual environment $(VENV)"
@@ -47,6 +48,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) pytest
+
+golden: $(INSTALLED)
+	$(RUN) pytest -k golden
 
 # The phases are explained in conf/base.yaml and conf/base_phases; each resumes where it was stopped.
 base: $(INSTALLED)

@@ -30,6 +30,7 @@ from torch import Tensor
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Sample, Stream, read_index
 from src.batch import Batch
+from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
 
 SPLITS = ("train", "val", "test")
@@ -39,7 +40,8 @@ class CaptionData(L.LightningDataModule):
     """Caption shards under `path` (train, val, test, as `src.prepare` writes them), mixed with online rounds.
 
     canvas:        response length in tokens: filled with end of text behind eot; longer responses are cut
-    image_size:    pixels; images of another size are resized
+    image_size:    pixels on the side of what the vision tower sees; images are resized to it
+    tiling:        cuts each image into tiles of `image_size` pixels instead, so that it keeps shape and resolution
     rounds:        folders of online rounds; more come by `add_round`
     data_share:    with rounds, the share of captions in each training batch
     limit:         use only the first so many samples of a split: a number for all, or {split: number}
@@ -54,6 +56,7 @@ class CaptionData(L.LightningDataModule):
         batch_size: int,
         canvas: int,
         image_size: int,
+        tiling: AnyRes | None = None,
         seed: int = 0,
         workers: int = 0,
         rounds: Sequence[str] = (),
@@ -74,7 +77,10 @@ class CaptionData(L.LightningDataModule):
         self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if unknown := set(self.limit) - set(SPLITS):
             raise ValueError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-        self.collate = Collate(codec, canvas=canvas, image_size=image_size, seed=seed)
+        if tiling and tiling.size != image_size:
+            raise ValueError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
+        self.layout: Layout = tiling or Square(image_size)
+        self.collate = Collate(codec, canvas=canvas, layout=self.layout, seed=seed)
         self.rounds: list[Index] = []
         self.notes: Notes = Counter()  # damaged samples and cut responses, as (where, reason) -> how many
         for folder in rounds:
@@ -130,14 +136,15 @@ class CaptionData(L.LightningDataModule):
 
     def draft_settings(self) -> dict[str, Any]:
         """What drafts for these data depend on, beside the number of the round; kept with them."""
-        index = self.index("train")
+        index, layout = self.index("train"), self.layout
         return {
             "data": index.digest,
             "data_count": index.count,
             "data_seed": self.seed,
             "batch_size": self.batch_size,
             "canvas": self.collate.canvas,
-            "image_size": self.collate.image_size,
+            "image_size": layout.size,
+            "tiling": layout.to_dict() if isinstance(layout, AnyRes) else None,
         }
 
     def index(self, split: str) -> Index:
@@ -242,15 +249,16 @@ class Row:
 class Collate:
     """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
 
-    first: take the first caption of every image instead of one by hash
+    layout: how images are cut into tiles, which has to be the model's layout; None for samples without images
+    first:  take the first caption of every image instead of one by hash
     """
 
-    def __init__(self, codec: Codec, *, canvas: int, image_size: int, seed: int, first: bool = False) -> None:
-        self.codec, self.canvas, self.image_size = codec, canvas, image_size
+    def __init__(self, codec: Codec, *, canvas: int, layout: Layout | None, seed: int, first: bool = False) -> None:
+        self.codec, self.canvas, self.layout = codec, canvas, layout
         self.seed, self.first = seed, first
 
     def with_first_caption(self) -> Collate:
-        return Collate(self.codec, canvas=self.canvas, image_size=self.image_size, seed=self.seed, first=True)
+        return Collate(self.codec, canvas=self.canvas, layout=self.layout, seed=self.seed, first=True)
 
     def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
         full = [self._row(sample, epoch) for sample in samples]
@@ -279,11 +287,14 @@ class Collate:
         return caption_row(captions[number], self.codec)
 
     def _prefix(self, samples: list[Sample]) -> dict[str, Tensor]:
-        prompts = [self.codec.prompt_ids(sample.record["prompt"]) for sample in samples]
+        images = [[] if sample.image is None else [sample.image] for sample in samples]
+        asked = [sample.record["prompt"] for sample in samples]
+        prompts = [self.codec.prompt_ids(text, images=len(some)) for text, some in zip(asked, images, strict=True)]
         longest = max(map(len, prompts))
         filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
-        pixels = torch.stack([to_pixels(sample.image, self.image_size) for sample in samples])  # (B, 3, S, S)
-        prefix = {"pixel_values": pixels, "prompt_ids": torch.tensor(filled)}
+        prefix = {"prompt_ids": torch.tensor(filled)}
+        if self.layout and any(images):
+            prefix |= image_inputs(images, self.layout)
         if any(len(ids) < longest for ids in prompts):
             lengths = torch.tensor([len(ids) for ids in prompts])
             prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
@@ -309,8 +320,21 @@ def choice(name: str, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
 
 
-def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """(3, S, S) float32 in [-1, 1]."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:
+    """What a backbone takes of the images of each row (none, one or several); short rows end in empty tiles.
+
+    pixel_values (B, T, 3, S, S) uint8, num_tiles (B, M) int64, image_sizes (B, M, 2) int64 (width, height).
+    """
+    shape = len(images), max(map(len, images))
+    num_tiles, image_sizes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 2), dtype=np.int64)
+    for row, pictures in enumerate(images):
+        for place, picture in enumerate(pictures):
+            num_tiles[row, place], image_sizes[row, place] = layout.num_tiles(picture.size), picture.size
+    longest = num_tiles.sum(1).max()
+    pixels = np.zeros((len(images), longest, 3, layout.size, layout.size), dtype=np.uint8)
+    for row, pictures in enumerate(images):
+        if pictures:
+            tiles = np.concatenate([layout.tiles(picture) for picture in pictures])  # (., S, S, 3)
+            pixels[row, : len(tiles)] = tiles.transpose(0, 3, 1, 2)
+    found = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
+    return {name: torch.from_numpy(array) for name, array in found.items()}

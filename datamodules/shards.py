@@ -67,12 +67,12 @@ class Index:
 
 @dataclass
 class Sample:
-    """A sample as read: its key, the JSON, the encoded image and the same decoded to RGB."""
+    """A sample as read: its key, the JSON, the encoded image and the same decoded to RGB (None: without an image)."""
 
     key: str
     record: dict
     data: bytes
-    image: Image.Image
+    image: Image.Image | None
 
 
 def read_index(folder: str | Path) -> Index:

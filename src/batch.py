@@ -32,20 +32,25 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids that the maths needs; they come from the tokenizer. `banned` may never be written into a response."""
+    """Token ids that the maths needs; they come from the tokenizer.
+
+    banned: may never be written into a response; unwritten: other special ids, which no random replacement draws
+    """
 
     mask: int
     eos: int  # end of text: fills a response behind eot
     eot: int  # end of turn: ends a response
     banned: tuple[int, ...]
     vocab_size: int
+    unwritten: tuple[int, ...] = ()
 
 
 @dataclass
 class Batch:
     """Samples for one step. `response` always holds the *right* tokens; flawed versions live in `flawed`.
 
-    prefix:   inputs of `Backbone.encode_prefix`, tensors with B rows (`pixel_values`, `prompt_ids`, `prompt_mask`)
+    prefix:   inputs of `Backbone.encode_prefix`, tensors with B rows: `prompt_ids`, `prompt_mask`, and for images
+              `pixel_values`, `num_tiles`, `image_sizes` (see `src/models/llada_v.py`)
     response: (B, L) int64, the target text, eot, then end-of-text filler or padding
     editable: (B, L) bool, false on padding; corruptions and losses never touch those
     flawed:   (B, L) int64, equal to `response` but with wrong tokens inside the spans

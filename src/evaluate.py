@@ -37,6 +37,7 @@ from src.diffusion.sampler import Sampler
 from src.metrics.caption import CaptionMetric, Mark, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.checkpoint import fingerprint, from_pretrained
+from src.models.weights import is_model_folder
 from src.report import Example, Panel, markdown_report, picture, plot, text_report
 from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
@@ -260,7 +261,7 @@ def _check_headline(stats: dict[str, Stat], headline: Sequence[str]) -> None:
 
 
 def _check_model(method: str, folder: Path) -> None:
-    if not (folder / "model.safetensors").is_file():
+    if not is_model_folder(folder):
         raise ConfigError(
             f"no model of {method!r} in {folder}: make it with `python -m src.train conf={method}`, or name "
             f"another model folder in evaluate.models.{method} (`make quickstart` makes those of the quickstart)"

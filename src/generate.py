@@ -1,10 +1,11 @@
-"""Generate: caption images with a trained model, or correct a flawed caption.
+"""Generate: caption images with a trained model, correct a flawed caption, or answer questions without an image.
 
     python -m src.generate conf=generate model.path=runs/stage2/model images=data/scenes/test
-    python -m src.generate conf=generate model.path=... images=photos/ prompt="Describe it." sampler=plain
+    python -m src.generate conf=generate model=llada_v model.path=... images=photos/ prompt="Describe it." steps=32
     python -m src.generate conf=generate model.path=... images=a.png prompt=... caption="A red ring is"
+    python -m src.generate conf=generate model=llada model.path=... images=null prompt=questions.jsonl
 
-    file, folder or split -> batches of readable images -> sampler -> OUT, one JSON line for each image
+    file, folder, split or questions -> batches of what can be read -> sampler -> OUT, one JSON line for each
 
 The lines of a batch are written before the next one starts, so the same command continues a killed run.
 Images that cannot be read are named and counted, the rest goes on; the exit code is 1 if none could be read.
@@ -16,6 +17,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -30,17 +32,20 @@ from tqdm import tqdm
 from datamodules.captions import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from src.batch import Batch, Sampled
-from src.components import ConfigError, build, check
+from src.components import ConfigError, build, check, plain
 from src.config import load_config, main_guard
 from src.diffusion.sampler import Sampler
 from src.importers.images import ImageProblem, fit, load
 from src.models.checkpoint import fingerprint
+from src.prompts.format import IMAGE
 from src.shards import INDEX
+from src.tiling import Layout, Square
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
 SHOWN = 20  # captions printed at the end; all of them are in the file
-Entry = tuple[str, Callable[[], Sample]]  # key of an image, and what reads it or raises ImageProblem
+Entry = tuple[str, Callable[[], Sample]]  # key of an image or question, and what reads it or raises ImageProblem
+SAMPLER = ("length", "post_steps", "temperature", "cfg_scale", "early_stop")  # what of it the config may change
 
 
 @dataclass
@@ -58,18 +63,17 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv)
     try:
         sampler = choose_sampler(cfg)
-        codec = Codec.load(cfg.model.path)
+        codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
+        codec = codec.with_format(system=cfg.system, join=cfg.join)
         _check_request(cfg, codec, sampler)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backbone = build(cfg.model).eval().to(device)
-        size = _image_size(backbone)
-        count, entries = find_images(Path(cfg.images), size=size, prompt=cfg.prompt)
+        backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+        count, entries = find_entries(cfg, backbone.layout)
         out = Output(Path(cfg.out), settings=_settings(cfg, sampler), trace=cfg.trace)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    collate = Collate(codec, canvas=sampler.length, image_size=size, seed=cfg.seed, first=True)
-    tally = Tally()
-    with out, tqdm(total=count, unit="image", desc="generate") as bar:
+    collate = Collate(codec, canvas=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
+    tally, device = Tally(), next(backbone.parameters()).device
+    with out, memory_of(cfg.batch_size), tqdm(total=count, unit="text", desc="generate") as bar:
         for samples in _batches(entries, cfg, out.keys, tally, bar):
             batch = collate(samples, 0)[0].to(device)
             tally.texts += out.add(batch.keys, caption_batch(backbone, batch, sampler, codec, cfg), codec)
@@ -78,24 +82,75 @@ def main(argv: list[str]) -> None:
 
 
 def choose_sampler(cfg: DictConfig) -> Sampler:
-    """The sampler of the file conf/sampler/NAME.yaml, with the settings that the config gives."""
-    node = load_config([f"conf=sampler/{cfg.sampler}"]).sampler
-    given = {name: cfg[name] for name in ("length", "post_steps", "temperature") if cfg[name] is not None}
+    """The sampler of the file conf/sampler/NAME.yaml, or of another .yaml file, with the settings of the config."""
+    name = cfg.sampler if cfg.sampler.endswith(".yaml") else f"sampler/{cfg.sampler}"
+    node = load_config([f"conf={name}"]).sampler
+    given = {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    return build({**node, **given})
+    return build({**plain(node), **given})
 
 
 def caption_batch(backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig) -> Sampled:
     """Responses for a batch, from masks or from the caption to correct."""
     start = None if cfg.caption is None else batch.response
-    with torch.no_grad():
-        prefix = backbone.encode_prefix(batch.prefix)
+    suffix = torch.tensor(codec.encode(cfg.suffix)[0]) if cfg.suffix else None
     options = {"special": codec.special, "keys": batch.keys, "seed": cfg.seed, "trace": cfg.trace}
-    return sampler(backbone, prefix, start=start, **options)
+    with torch.inference_mode():
+        prefix = backbone.encode_prefix(batch.prefix)
+        return sampler(backbone, prefix, start=start, suffix=suffix, **options)
 
 
-def find_images(path: Path, *, size: int, prompt: str | None) -> tuple[int, Iterator[Entry]]:
+@contextmanager
+def memory_of(batch_size: int) -> Iterator[None]:
+    """Says what to do when the memory is too small for a batch."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        told = f"a batch of {batch_size} does not fit into memory; lower batch_size, or length"
+        raise ConfigError(f"{told}; the same command then goes on behind the lines that are written") from error
+
+
+def find_entries(cfg: DictConfig, layout: Layout | None) -> tuple[int, Iterator[Entry]]:
+    """How many images or questions the config names, and their entries. `layout`: the model's, None for text only."""
+    if cfg.images is None:
+        return find_questions(cfg.prompt)
+    if layout is None:
+        raise ValueError("the model has no vision path, so it cannot caption images; images=null asks without one")
+    return find_images(Path(cfg.images), layout=layout, prompt=cfg.prompt)
+
+
+def find_questions(prompt: str | None) -> tuple[int, Iterator[Entry]]:
+    """One question, or those of a .jsonl file, {"key": ..., "prompt": ...} in each line."""
+    if not prompt:
+        raise ValueError("images=null needs a prompt: a question, or a .jsonl file of them")
+    if not prompt.endswith(".jsonl"):
+        return 1, iter([("prompt", partial(_asked, "prompt", prompt))])
+    if not Path(prompt).is_file():
+        raise ValueError(f"prompt: no file {prompt}")
+    lines = Path(prompt).read_text(encoding="utf-8").splitlines()
+    asked: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            said = json.loads(line)
+            key, question = said["key"], said["prompt"].strip()
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'line {number} of {prompt} is no {{"key": "a", "prompt": "Why?"}}: {line}') from error
+        if IMAGE in question:
+            raise ValueError(f"line {number} of {prompt} has an image mark, but there are no images")
+        if key in asked:
+            raise ValueError(f"line {number} of {prompt} repeats the key {key!r}")
+        asked[key] = question
+    return len(asked), iter([(key, partial(_asked, key, question)) for key, question in asked.items()])
+
+
+def _asked(key: str, question: str) -> Sample:
+    return Sample(key, {"prompt": question}, b"", None)
+
+
+def find_images(path: Path, *, layout: Layout, prompt: str | None) -> tuple[int, Iterator[Entry]]:
     """How many images there are in a file, below a folder or in a split of a dataset, and their entries.
 
     Keys are file names relative to the folder, or those of the dataset; `prompt` replaces the dataset's own.
@@ -111,7 +166,7 @@ def find_images(path: Path, *, size: int, prompt: str | None) -> tuple[int, Iter
     if not files:
         raise ValueError(f"images: no image in {path}; of a dataset name one split, a folder with {INDEX}")
     named = [(file.relative_to(root).as_posix(), file) for file in files]
-    return len(files), iter([(key, partial(_open, key, file, size, prompt)) for key, file in named])
+    return len(files), iter([(key, partial(_open, key, file, layout, prompt)) for key, file in named])
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -121,8 +176,10 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(f for f in found if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 
-def _open(key: str, file: Path, size: int, prompt: str) -> Sample:
-    return Sample(key, {"prompt": prompt}, b"", fit(load(file, size=size), size))
+def _open(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
+    """A photograph as the layout wants it: a square layout does not keep its shape, so it is put on a grey square."""
+    image = fit(load(file, size=layout.size), layout.size) if isinstance(layout, Square) else load(file)
+    return Sample(key, {"prompt": prompt}, b"", image)
 
 
 def _in_shards(index: Index, prompt: str | None) -> Iterator[Entry]:
@@ -143,6 +200,8 @@ def _decode(raw: dict[str, Any], prompt: str | None) -> Sample:
     question = prompt or sample.record.get("prompt")
     if not question:
         raise ImageProblem("no_prompt")
+    if question.count(IMAGE) > 1:
+        raise ImageProblem("more_image_marks_than_images")
     return replace(sample, record={"prompt": question})
 
 
@@ -244,9 +303,10 @@ def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
     """What a caption depends on besides its image; part of every line."""
     schedule = asdict(sampler.schedule)
     speed = {name: schedule[name] for name in ("tokens_per_step", "steps") if schedule[name] is not None}
-    other = {name: getattr(sampler, name) for name in ("length", "post_steps", "temperature")}
-    given = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption")}
-    return {**speed, **other, **given, "model": fingerprint(cfg.model.path)}
+    other = {name: getattr(sampler, name) for name in SAMPLER}
+    given = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption", "suffix")}
+    prompt = {name: cfg[name] for name in ("prompt_format", "system", "join")}
+    return {**speed, **other, **given, **prompt, "dtype": cfg.model.get("dtype"), "model": fingerprint(cfg.model.path)}
 
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:
@@ -254,6 +314,8 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:
     check(cfg)
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    if cfg.prompt is not None:  # its image marks are looked at
+        codec.prompt_ids(cfg.prompt, images=0 if cfg.images is None else 1)
     if cfg.caption is None:
         return
     if not sampler.post_steps:
@@ -263,12 +325,6 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:
         raise ValueError(f"the caption has {len(ids)} tokens, a response has room for {sampler.length - 1}")
     if codec.decode(ids) != cfg.caption:
         logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
-
-
-def _image_size(backbone: Any) -> int:
-    if backbone.vision is None:
-        raise ValueError("the model has no vision path, so it cannot caption images")
-    return backbone.vision.config.image_size
 
 
 def _print(tally: Tally, out: Path) -> None:

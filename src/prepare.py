@@ -211,6 +211,7 @@ class Photos(Dataset):
     images:      folder that the image names in the annotations are relative to
     annotations: one file or several: JSON, JSONL, CSV or TSV
     image_size:  side of the stored square image: the whole picture, on grey; encoding: jpg or png
+    square:      false stores images in their own shape, the longer side at most `image_size`, to be cut into tiles
     tokenizer:   folder of a tokenizer to use; null trains one on the captions, which can write any text
     canvas:      captions of more than canvas - 1 tokens are left out
     prompt:      the question, for records that have none
@@ -220,6 +221,7 @@ class Photos(Dataset):
     images: str
     annotations: str | Sequence[str]
     encoding: str = "jpg"
+    square: bool = True
     max_images: int | None = None
 
     def __post_init__(self) -> None:
@@ -267,7 +269,7 @@ class Photos(Dataset):
                 counts["no_usable_caption"] += 1
                 continue
             try:
-                data = convert(photo.path, size=self.image_size, encoding=self.encoding)
+                data = convert(photo.path, size=self.image_size, encoding=self.encoding, square=self.square)
             except ImageProblem as reason:
                 counts[str(reason)] += 1
                 continue

@@ -1,59 +1,78 @@
-"""Text to tokens and back: a Hugging Face fast tokenizer with the special tokens and chat template of LLaDA.
+"""Text to tokens and back: a Hugging Face fast tokenizer with the special tokens of LLaDA, and the format of prompts.
 
 codec = Codec.load("assets/base")
 codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `image_id` where the image goes
 codec.encode("A red ring.")                 ids and character offsets of a response, without eot
 codec.decode(ids)                           text up to the first eot, special tokens removed
+
+A model folder says what its prompts look like (src/prompts): in prompt.yaml, else by the model type in config.json,
+else by the chat template of its tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from src.batch import SpecialIds
+from src.hub import local_folder
+from src.prompts.format import IMAGE, PromptFormat
 
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
-HEADER_START, HEADER_END, IMAGE = "<|start_header_id|>", "<|end_header_id|>", "<image>"
+HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
 NO_IMAGE_TOKEN = -200  # the image mark of tokenizers without an image token, as in LLaDA-V
-TINY_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>{{ m['content'] }}"
-    "<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>"
-)
+ROLES = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "mask_token": MASK}
+PROMPT = "prompt.yaml"
 
 
 class Codec:
-    """A tokenizer with the ids that a diffusion model needs.
+    """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
 
-    Raises ValueError when the tokenizer lacks the mask, end-of-text or eot token, or a chat template.
+    `banned_ids`: special ids that a response never contains. Raises ValueError when there is no chat template, or when
+    the tokenizer lacks the mask, end-of-text or eot token or one that the format suppresses.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None = None) -> None:
         self.tokenizer = tokenizer
+        self.prompt_format = prompt_format or _own_format(tokenizer)
+        tokenizer.chat_template = self.prompt_format.template  # so that others find it in a saved folder
         vocabulary = tokenizer.get_vocab()
-        missing = [t for t in (MASK, EOS, EOT) if t not in vocabulary]
+        missing = [t for t in (MASK, EOS, EOT, *(self.prompt_format.suppress or ())) if t not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)} token")
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template")
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
-        self.image_id = vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
+        self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
+        self.banned_ids = self._banned(vocabulary)
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
 
     @classmethod
-    def load(cls, path: str | Path) -> Codec:
-        """Read `tokenizer.json` and its config from a local directory."""
-        if not (Path(path) / "tokenizer.json").is_file():
-            raise ValueError(f"no tokenizer in {path}: expected {Path(path) / 'tokenizer.json'}")
-        return cls(PreTrainedTokenizerFast.from_pretrained(path))
+    def load(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
+        """Read `tokenizer.json`, and what there is beside it, from a model folder or a name on the hub.
+
+        prompt_format: a name or file for `PromptFormat.load`, in place of what the folder says
+        """
+        path = local_folder(path)
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
+        tokenizer = _read(path)
+        if prompt_format is not None:
+            return cls(tokenizer, PromptFormat.load(prompt_format))
+        return cls(tokenizer, _format_of(path, tokenizer))
+
+    def with_format(self, *, system: str | None = None, join: str | None = None) -> Codec:
+        """The same tokenizer with another system text ("": none) or another way to join; null keeps what it has."""
+        given = {name: value for name, value in {"system": system, "join": join}.items() if value is not None}
+        return Codec(self.tokenizer, replace(self.prompt_format, **given)) if given else self
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen") -> Codec:
@@ -69,32 +88,34 @@ class Codec:
         )
         bpe.train_from_iterator(texts, trainer)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS, mask_token=MASK,
+            tokenizer_object=bpe, **ROLES,
             additional_special_tokens=[EOT, HEADER_START, HEADER_END, IMAGE], clean_up_tokenization_spaces=False,
         )  # fmt: skip
-        tokenizer.chat_template = TINY_TEMPLATE
-        return cls(tokenizer)
+        return cls(tokenizer, PromptFormat.load("tiny"))
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer files into a directory."""
+        """Write the tokenizer files and the prompt format into a directory."""
         self.tokenizer.save_pretrained(path)
+        self.prompt_format.save(Path(path) / PROMPT)
 
     @property
     def fingerprint(self) -> str:
         """Hash of the vocabulary, merges and template: token ids on disk belong to one tokenizer."""
-        state = self.tokenizer.backend_tokenizer.to_str() + str(self.tokenizer.chat_template)
+        state = self.tokenizer.backend_tokenizer.to_str() + self.prompt_format.template
         return hashlib.sha256(state.encode()).hexdigest()[:16]
-
-    @property
-    def banned_ids(self) -> list[int]:
-        """Special ids that a response never contains: everything special but eot and end of text."""
-        keep = {self.eot_id, self.eos_id}
-        return sorted(i for i in self.tokenizer.all_special_ids if i not in keep)
 
     @property
     def special(self) -> SpecialIds:
         """The ids as the maths takes them."""
-        return SpecialIds(self.mask_id, self.eos_id, self.eot_id, tuple(self.banned_ids), self.vocab_size)
+        added = self.tokenizer.added_tokens_decoder
+        return SpecialIds(
+            mask=self.mask_id,
+            eos=self.eos_id,
+            eot=self.eot_id,
+            banned=tuple(self.banned_ids),
+            vocab_size=self.vocab_size,
+            unwritten=tuple(sorted(number for number, token in added.items() if token.special)),
+        )
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a response text, and the character range of each token."""
@@ -108,10 +129,72 @@ class Codec:
             ids = ids[: ids.index(self.eot_id)]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def prompt_ids(self, question: str, *, image: bool = True) -> list[int]:
-        """Ids of a one-turn prompt up to where the response starts; `image_id` stands where the image goes."""
-        content = f"{IMAGE}{question}" if image else question
-        text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-        head, mark, tail = text.partition(IMAGE)
-        encode = lambda part: self.tokenizer(part, add_special_tokens=False)["input_ids"]  # noqa: E731
-        return encode(head) + [self.image_id] * bool(mark) + (encode(tail) if mark else [])
+    def _banned(self, vocabulary: dict[str, int]) -> list[int]:
+        """Special ids that a response never contains.
+
+        A list of the format's is taken as it is, even without mask: a sampler never writes that, but as in the released
+        one it is then among the tokens that share in a probability.
+        """
+        if self.prompt_format.suppress is None:
+            return sorted(set(self.tokenizer.all_special_ids) - {self.eot_id, self.eos_id})
+        return sorted({vocabulary[token] for token in (*self.prompt_format.suppress, IMAGE) if token in vocabulary})
+
+    def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Ids of a prompt up to where the response starts; `image_id` stands where an image goes.
+
+        images: how many; a question without image marks gets them in front. turns: earlier (question, answer) pairs.
+        Raises ValueError when the texts hold image marks, but not as many as there are images.
+        """
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        messages = self.prompt_format.messages(question, images=images, turns=turns)
+        template = self.prompt_format.template
+        prompt = str(self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        ids, *pieces = map(encode, prompt.split(IMAGE))
+        if len(pieces) != images:
+            raise ValueError(f"{len(pieces)} image marks in {question!r}, but {images} images")
+        lost = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
+        for piece in pieces:
+            ids += [self.image_id, *piece[lost:]]
+        return ids
+
+
+def _read(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder. Without a config its special tokens are those that tokenizer.json says are special."""
+    if (path / "tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    named = {role: token for role, token in ROLES.items() if token in special}
+    others = [token for token in special if token not in named.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **named, additional_special_tokens=others, name_or_path=str(path),
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _format_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
+    """The prompt format that a folder names or that is known for its type of model."""
+    if (path / PROMPT).is_file():
+        return PromptFormat.load(path / PROMPT)
+    kind = _model_type(path / "config.json")
+    if kind == "llava_llada":  # its tokenizer brings the template of the text model, without the system text
+        return PromptFormat.load("llada_v")
+    if kind == "llada":
+        known = PromptFormat.load("llada")
+        return replace(known, template=tokenizer.chat_template or known.template)
+    return _own_format(tokenizer)
+
+
+def _own_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer has no chat template, and there is no {PROMPT} beside it")
+    return PromptFormat(template=tokenizer.chat_template)  # type: ignore[arg-type]
+
+
+def _model_type(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is damaged ({type(error).__name__}: {error})") from error

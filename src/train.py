@@ -3,6 +3,7 @@
     python -m src.train conf=mask
     python -m src.train conf=stage2 seed=1 trainer.max_steps=500 resume=false
     python -m src.train conf=runs/stage1/config.yaml run_dir=runs/again
+    python -m src.train conf=stage1 plan.gpus=8         prints what memory it takes, and trains nothing
 
     RUN/config.yaml      repeats the run          RUN/checkpoints/  to resume from
     RUN/inputs.json      hashes of what it reads  RUN/model/        the result, written last
@@ -19,22 +20,30 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
+from datamodules.shards import Sample
+from src.batch import Batch
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, save_config
 from src.models.checkpoint import fingerprint, save_pretrained
+from src.models.weights import is_model_folder
+from src.plan import measure
 from src.shards import INDEX, sha256, write_json
 from src.tokenizer import Codec
 
@@ -47,10 +56,13 @@ log = logging.getLogger(__name__)
 
 @main_guard
 def main(argv: list[str]) -> None:
-    """Train as the config says."""
+    """Train as the config says, or plan what memory it takes."""
     cfg = load_config(argv)
     check(cfg, offers=OFFERS)
-    train(cfg)
+    if cfg.plan.gpus:
+        sys.stdout.write(plan(cfg))
+    else:
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> None:
@@ -80,6 +92,47 @@ def train(cfg: DictConfig) -> None:
         raise ConfigError(f"stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; the same command resumes")
     save_pretrained(objective.backbone, codec, run_dir / "model")
     write_json(run_dir / "finished.json", {"steps": trainer.global_step})
+
+
+def plan(cfg: DictConfig) -> str:
+    """The memory that a step takes of each of `plan.gpus` GPUs, as a table. Reads neither weights nor data."""
+    _quiet()
+    try:
+        codec = Codec.load(cfg.tokenizer)
+        offers = {"codec": codec, "run_dir": Path(cfg.run_dir), "seed": cfg.seed, "special": codec.special}
+        data = build(cfg.data, **offers)
+        objective = build(cfg.objective, backbone=partial(_outline, cfg.model, codec), **offers)
+        micro = objective.options.micro_batch or cfg.data.batch_size
+        batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
+        found = measure(objective, batch, gpus=cfg.plan.gpus, precision=str(cfg.trainer.precision))
+    except MISTAKES as error:
+        raise ConfigError(str(error)) from error
+    except KeyError as error:
+        raise ConfigError(f"no plan: the objective needs {error} of the records, and no data are read") from error
+    return (
+        f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
+        f"{objective.options.views} x {cfg.data.canvas} tokens behind a prefix of {found.prefix}; "
+        f"{cfg.trainer.precision}\n{found.parameters:,} parameters, {found.trained:,} of them trained\n\n"
+        f"{found.table()}\nat most {found.shown(found.peak)} on each GPU; docs/memory.md says what comes on top\n"
+    )
+
+
+def _outline(node: DictConfig, codec: Codec) -> Any:
+    """The model of a config on the meta device."""
+    with torch.device("meta"):
+        if node.target == "src.models.checkpoint.from_pretrained":
+            return build({**node, "target": "src.models.outline.outline"}, codec=codec)
+        return build(node, codec=codec)
+
+
+def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
+    """A batch as the data would make it of black pictures of the size of `plan.image`."""
+    size = cfg.plan.image
+    if size is not None and len(size) != 2:
+        raise ConfigError(f"plan.image: expected [width, height] or null, got {list(size)}")
+    image: Any = size and Image.new("RGB", (size[0], size[1]))
+    record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
+    return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
 
 
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
@@ -133,7 +186,7 @@ def _inputs(cfg: DictConfig) -> dict[str, str]:
     model, data = (cfg[node].get("path") for node in ("model", "data"))
     if model:
         model = os.path.normpath(model)  # `run_dir/../stage1/model` has to be found before run_dir is made
-    if model and (Path(model) / "model.safetensors").is_file():
+    if model and is_model_folder(model):
         found["model.path"] = fingerprint(model)
     indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []
     if present := [index for index in indexes if index.is_file()]:

@@ -1,12 +1,81 @@
-"""One thread for tensors, in the tests and in all processes that they start.
+"""What tests share: one thread for tensors, and the golden set (tests/golden/README.md) as fixtures.
 
-The tensors are so small that more threads only cost time, and a process that is forked (as tests with a kill do) while
-its parent has worker threads waits for them for ever.
+One thread in the tests and in all processes that they start: the tensors are so small that more threads only cost
+time, and a process that is forked (as tests with a kill do) while its parent has worker threads waits for them for
+ever.
+
+The environment variable GOLDEN_LLADA_V names another golden set of the same layout.
 """
 
+import json
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
 torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Files of a golden set: what the reference programs computed with tiny models. All sizes and ids come from it."""
+
+    folder: Path
+
+    @property
+    def meta(self) -> dict:
+        """Special ids and constants."""
+        return self.json("meta")
+
+    def json(self, name: str) -> dict:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def npz(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / f"{name}.npz") as arrays:
+            return dict(arrays)
+
+    def link(self, name: str, folder: Path, *more: str) -> Path:
+        """`folder` as a Hugging Face directory of the model `name`, in the layout of the original."""
+        (folder / "config.json").symlink_to(self.folder / f"{name}.config.json")
+        (folder / "model.safetensors").symlink_to(self.folder / f"{name}.safetensors")
+        for file in more:
+            (folder / file).symlink_to(self.folder / file)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    given = os.environ.get("GOLDEN_LLADA_V")
+    return Golden(Path(given).resolve() if given else Path(__file__).parent / "golden")
+
+
+@pytest.fixture(scope="session")
+def golden_folder_v(golden, tmp_path_factory) -> Path:
+    """The multimodal model, in LLaDA-V's layout."""
+    return golden.link("llada_v_tiny", tmp_path_factory.mktemp("llada_v"), "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def golden_folder_text(golden, tmp_path_factory) -> Path:
+    """The text model, in LLaDA-8B's layout. The set has no tokenizer for it."""
+    return golden.link("llada_text_tiny_olmo", tmp_path_factory.mktemp("llada_text"))
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden, golden_folder_v):
+    """The multimodal model in float32. It is shared: leave its weights and its mode as they are."""
+    from src.models.checkpoint import from_pretrained
+
+    return from_pretrained(golden_folder_v, dtype="float32", vision=golden.meta["vision_config"]).eval()
+
+
+@pytest.fixture(scope="session")
+def golden_text_model(golden_folder_text):
+    """The text model in float32. It is shared: leave its weights and its mode as they are."""
+    from src.models.checkpoint import from_pretrained
+
+    return from_pretrained(golden_folder_text, dtype="float32").eval()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.captions import CaptionData
+from datamodules.captions import CaptionData, image_inputs
+from src.models.tiny import tiny
 from src.shards import write_shards
+from src.tiling import Square, anyres
 from src.tokenizer import Codec
 
 TEXTS = ("A red ring.", "A blue cross is here.")
@@ -109,11 +111,11 @@ def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
     assert first.editable.all()
     assert not first.drafted.any()
     assert (first.epoch, first.records[1]["key"], first.images[1]) == (0, "k001", picture(1))
-    red, full, none = first.prefix["pixel_values"][3].unbind()
-    assert first.prefix["pixel_values"].shape == (4, 3, 4, 4)
-    torch.testing.assert_close(red, torch.full((4, 4), 3 / 127.5 - 1))
-    assert full.eq(1).all()
-    assert none.eq(-1).all()
+    pixels = first.prefix["pixel_values"]
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (4, 1, 3, 4, 4))
+    assert [channel.unique().tolist() for channel in pixels[3, 0]] == [[3], [255], [0]]
+    assert first.prefix["num_tiles"].tolist() == [[1]] * 4
+    assert first.prefix["image_sizes"].tolist() == [[[4, 4]]] * 4
 
 
 def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: Codec) -> None:
@@ -129,8 +131,67 @@ def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: 
 
 def test_images_of_another_size_are_resized(folder: Path, codec: Codec) -> None:
     batch = next(iter(data(folder, codec, image_size=7).val_dataloader()))
-    assert batch.prefix["pixel_values"].shape == (4, 3, 7, 7)
-    assert np.allclose(batch.prefix["pixel_values"][2, 0].numpy(), 2 / 127.5 - 1)
+    assert batch.prefix["pixel_values"].shape == (4, 1, 3, 7, 7)
+    assert batch.prefix["pixel_values"][2, 0, 0].eq(2).all()
+    assert batch.prefix["image_sizes"].tolist() == [[[4, 4]]] * 4
+
+
+def test_rows_of_several_images_are_filled_with_empty_tiles() -> None:
+    values = np.random.default_rng(0).integers(1, 256, (3, 16, 16, 3), dtype=np.uint8)
+    wide, tall, small = (Image.fromarray(values[n]).resize(size) for n, size in enumerate([(16, 8), (8, 24), (8, 8)]))
+    layout = anyres(8, columns=3, rows=3)
+    found = image_inputs([[wide, small], [], [tall]], layout)
+    assert found["num_tiles"].tolist() == [[3, 2], [0, 0], [4, 0]]
+    assert found["image_sizes"].tolist() == [[[16, 8], [8, 8]], [[0, 0], [0, 0]], [[8, 24], [0, 0]]]
+    pixels = found["pixel_values"].permute(0, 1, 3, 4, 2).numpy()  # (B, T, S, S, 3)
+    np.testing.assert_array_equal(pixels[0], np.concatenate([layout.tiles(wide), layout.tiles(small)]))
+    np.testing.assert_array_equal(pixels[2, :4], layout.tiles(tall))
+    assert not pixels[1].any() and not pixels[2, 4:].any()
+
+
+def test_a_square_is_normalised_as_ever() -> None:
+    """The pixels that the embedded model was trained with: resized as a whole, then from 0..255 to -1..1."""
+    image = Image.effect_noise((60, 40), 90).convert("RGB")
+    tiles = image_inputs([[image]], Square(48))["pixel_values"][0]
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 48, "patch_size": 16}
+    backbone = tiny(Codec.train([WORDS], vocab_size=80), decoder=sizes, vision=vision)
+    seen: list[torch.Tensor] = []
+    backbone.vision.vision_tower.embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    backbone.vision.features(tiles)
+    resized = np.array(image.resize((48, 48), Image.Resampling.BICUBIC))
+    expected = torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=1e-6)
+
+
+def test_tiled_images_reach_a_model_of_the_same_layout(tmp_path: Path, codec: Codec) -> None:
+    """Images of different shapes in one batch, as shards hold them, and micro-batches of it."""
+    shapes = [(20, 12), (8, 8), (9, 40), (31, 33)]
+    records = [record(codec, n) for n in range(4)]
+    for split in ("train", "val"):
+        rows = []
+        for number, (entry, shape) in enumerate(zip(records, shapes, strict=True)):
+            stream = io.BytesIO()
+            Image.effect_noise(shape, 20 * number + 20).convert("RGB").save(stream, "PNG")
+            rows.append({"__key__": entry["key"], "json": entry, "png": stream.getvalue()})
+        write_shards(tmp_path / split, rows, prefix="s", per_shard=8, kind="captions", tokenizer=codec.fingerprint)
+    layout = anyres(8, columns=3, rows=3)
+    module = data(tmp_path, codec, image_size=8, tiling=layout)
+    (batch,) = module.val_dataloader()
+    assert batch.prefix["image_sizes"][:, 0].tolist() == [list(shape) for shape in shapes]
+    assert batch.prefix["num_tiles"][:, 0].tolist() == [layout.num_tiles(shape) for shape in shapes]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    backbone = tiny(codec, decoder=sizes, vision=vision, tiling=layout)
+    prefix = backbone.encode_prefix(batch.prefix)
+    tokens = [layout.num_tokens(shape, side=2) + len(codec.prompt_ids(r["prompt"])) - 1
+              for shape, r in zip(shapes, records, strict=True)]  # fmt: skip
+    assert prefix.mask is not None and prefix.mask.sum(1).tolist() == tokens
+    for row, part in enumerate(batch.split(1)):
+        torch.testing.assert_close(backbone.encode_prefix(part.prefix).embeds[0], prefix.embeds[row, : tokens[row]])
+    assert module.draft_settings()["tiling"] == layout.to_dict()
+    with pytest.raises(ValueError, match=r"row 0: an image of 20 x 12 pixels comes as 1 tiles, .* makes 7 of it"):
+        backbone.encode_prefix(next(iter(data(tmp_path, codec, image_size=8).val_dataloader())).prefix)
 
 
 def test_training_takes_each_image_once_and_captions_by_epoch(folder: Path, codec: Codec) -> None:
@@ -240,6 +301,8 @@ def test_limit(folder: Path, codec: Codec) -> None:
 def test_mistakes_are_named(tmp_path: Path, folder: Path, round_folder: Path, codec: Codec) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         data(folder, codec, batch_size=0)
+    with pytest.raises(ValueError, match=r"image_size 4 and tiling.size 8 must be equal"):
+        data(folder, codec, tiling=anyres(8))
     with pytest.raises(ValueError, match=r"data_share .* got 1"):
         data(folder, codec, data_share=1)
     with pytest.raises(ValueError, match=r"limit names .*dev"):

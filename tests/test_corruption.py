@@ -9,7 +9,7 @@ from src.batch import Batch, Kind, SpecialIds
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span, start
 from src.diffusion.noise import Noise
 
-SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3, 4), vocab_size=40)
+SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3), vocab_size=40, unwritten=(4,))
 ORDINARY = sorted(set(range(40)) - {0, 1, 2, 3, 4})
 
 

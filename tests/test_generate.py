@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datamodules.captions import to_pixels
+from datamodules.captions import image_inputs
+from src.components import ConfigError
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
-from src.generate import main
+from src.generate import main, memory_of
 from src.models.checkpoint import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.shards import write_shards
+from src.tiling import Square
 from src.tokenizer import Codec
 
 TEXTS = ["A small red ring is in the top left.", "There is a large blue square below it."]
@@ -54,7 +58,8 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.png", "more/c.png"]):
-        Image.effect_noise((32, 32), 40 + 60 * number).convert("RGB").save(folder / name)
+        pixels = np.random.default_rng(number).normal(128, 40 + 60 * number, (32, 32)).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).convert("RGB").save(folder / name)
     return folder
 
 
@@ -76,11 +81,9 @@ def ask(text=PROMPT):
 
 def directly(backbone, codec, photo, sampler, *, start=None, prompt=PROMPT):
     """The sampler called without the verb, on one image."""
-    pixels = to_pixels(Image.open(photo).convert("RGB"), 32)[None]
+    pixels = image_inputs([[Image.open(photo).convert("RGB")]], Square(32))
     with torch.no_grad():
-        prefix = backbone.encode_prefix(
-            {"prompt_ids": torch.tensor([codec.prompt_ids(prompt)]), "pixel_values": pixels}
-        )
+        prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([codec.prompt_ids(prompt)]), **pixels})
     return sampler(backbone, prefix, special=codec.special, keys=[photo.name], seed=0, start=start)
 
 
@@ -131,7 +134,7 @@ def test_a_split_brings_its_own_prompts_and_keys(model, backbone, codec, photos,
         (same[1], "b", PROMPT),
     ]
     for line, name, prompt in asked:  # one by one, without the padding of the shorter prompt
-        sampler = Sampler(length=LENGTH, tokens_per_step=4)
+        sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
         expected = directly(backbone, codec, photos / f"{name}.png", sampler, prompt=prompt)
         assert line["text"] == codec.decode(expected.ids[0].tolist())
     assert found[1]["text"] != same[1]["text"]
@@ -156,6 +159,19 @@ def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path, capsys):
     before = out.stat().st_mtime_ns
     run(model, photos, out, ask())
     assert out.stat().st_mtime_ns == before
+
+
+def test_a_photograph_is_put_on_a_grey_square(model, backbone, codec, tmp_path):
+    """The small model sees squares; the whole picture is kept, and its shape."""
+    wide = Image.effect_noise((64, 16), 90).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    square = Image.new("RGB", (32, 32), (128, 128, 128))
+    square.paste(wide.resize((32, 8), Image.Resampling.BICUBIC, reducing_gap=3.0), (0, 12))
+    square.save(tmp_path / "square.png")
+    (line,) = run(model, tmp_path / "wide.png", tmp_path / "out.jsonl", ask(), "sampler=plain")
+    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
+    seen, squashed = (directly(backbone, codec, tmp_path / name, sampler) for name in ("square.png", "wide.png"))
+    assert line["text"] == codec.decode(seen.ids[0].tolist()) != codec.decode(squashed.ids[0].tolist())
 
 
 def test_a_trace_ends_in_the_caption(model, codec, photos, tmp_path):
@@ -198,6 +214,14 @@ def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
         ([ask(), "images=nowhere"], "no file or folder nowhere"),
         ([ask(), "model.path=nowhere"], "no tokenizer in nowhere"),
         ([ask(), "temprature=1"], "did you mean 'temperature'"),
+        (["images=null"], "images=null needs a prompt"),
+        (["images=null", ask("nowhere.jsonl")], "prompt: no file nowhere.jsonl"),
+        ([ask("<image> or <image>?")], "2 image marks in '<image> or <image>?', but 1 images"),
+        (["images=null", ask("What is <image>?")], "1 image marks in 'What is <image>?', but 0 images"),
+        ([ask(), "prompt_format=lada"], "no prompt format 'lada'"),
+        ([ask(), "join=upstraem"], "join must be one of keep, upstream, got 'upstraem'"),
+        ([ask(), "model.dtype=int3"], "dtype must be one of"),
+        ([ask(), "length=1000000000000000000"], "a batch of 16 does not fit into memory; lower batch_size"),
     ],
 )
 def test_mistakes_are_said_in_one_line(settings, words, model, photos, tmp_path, capsys):
@@ -205,8 +229,8 @@ def test_mistakes_are_said_in_one_line(settings, words, model, photos, tmp_path,
         run(model, photos, tmp_path / "out.jsonl", *settings)
     assert stop.value.code == 2
     assert words in (said := capsys.readouterr().err)
-    assert len(said.splitlines()) == 1
-    assert not (tmp_path / "out.jsonl").exists()
+    assert len(said.splitlines()) == 1 or "memory" in words  # the progress bar has been drawn then
+    assert not (tmp_path / "out.jsonl").exists() or "memory" in words
 
 
 def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsys):
@@ -220,3 +244,108 @@ def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsy
     with pytest.raises(SystemExit):
         run(model, photos, out, ask())
     assert "line 1 of" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def text_model(codec, tmp_path_factory):
+    """A model that takes no images, and its folder."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    backbone = LLaDAV(decoder={"vocab_size": codec.vocab_size, **sizes}, vision=None, init_std=0.3).eval()
+    with torch.no_grad():
+        backbone.lm_head.weight[codec.eot_id] *= 3  # so that a text ends now and then
+    path = tmp_path_factory.mktemp("models") / "text"
+    save_pretrained(backbone, codec, path)
+    return backbone, path
+
+
+def answer(backbone, codec, question, key, sampler):
+    """The sampler called without the verb, on one question without an image."""
+    with torch.no_grad():
+        prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([codec.prompt_ids(question, images=0)])})
+    found = sampler(backbone, prefix, special=codec.special, keys=[key], seed=0)
+    return codec.decode(found.ids[0].tolist())
+
+
+def test_questions_without_images(text_model, backbone, model, codec, tmp_path):
+    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
+    (line,) = run(text_model[1], "null", tmp_path / "one.jsonl", ask(TEXTS[0]), "sampler=plain")
+    assert (line["key"], line["text"]) == ("prompt", answer(text_model[0], codec, TEXTS[0], "prompt", sampler))
+    asked = {"a": PROMPT, "b": TEXTS[0], "c": TEXTS[1]}
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"key": key, "prompt": text}) + "\n" for key, text in asked.items()))
+    for folder, network in [(text_model[1], text_model[0]), (model, backbone)]:  # one with a vision path as well
+        out = tmp_path / f"{folder.name}.jsonl"
+        found = run(folder, "null", out, f"prompt={file}", "sampler=plain", "batch_size=2")
+        expected = {key: answer(network, codec, text, key, sampler) for key, text in asked.items()}
+        assert {line["key"]: line["text"] for line in found} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("not json", "line 2 of .* is no"),
+        ('{"key": "b"}', "line 2 of .* is no"),
+        ('{"key": "b", "prompt": 3}', "line 2 of .* is no"),
+        ('{"key": "a", "prompt": "Why?"}', "line 2 of .* repeats the key 'a'"),
+        ('{"key": "b", "prompt": "Why <image>?"}', "line 2 of .* has an image mark"),
+    ],
+)
+def test_mistakes_in_a_file_of_questions(line, words, text_model, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"key": "a", "prompt": PROMPT}) + "\n" + line + "\n")
+    with pytest.raises(SystemExit):
+        run(text_model[1], "null", tmp_path / "out.jsonl", f"prompt={file}")
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_text_model_takes_no_images(text_model, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(text_model[1], photos, tmp_path / "out.jsonl", ask())
+    assert "the model has no vision path" in capsys.readouterr().err
+
+
+def test_a_sample_whose_prompt_has_too_many_marks_is_left_out(model, codec, photos, tmp_path, capsys):
+    image = (photos / "a.png").read_bytes()
+    samples = [
+        {"__key__": key, "json": {"prompt": prompt}, "png": image}
+        for key, prompt in [("a", PROMPT), ("b", "<image> or <image>?"), ("c", f"<image>{PROMPT}")]
+    ]
+    split = tmp_path / "test"
+    write_shards(split, samples, prefix="test", per_shard=9, kind="captions", tokenizer=codec.fingerprint)
+    found = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
+    assert [line["key"] for line in found] == ["a", "c"]
+    assert found[0]["text"] == found[1]["text"]  # the mark is where it would have been put
+    assert "1 images could not be read: b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cfg_scale=1.5", f"suffix={TEXTS[1]}"])
+def test_guidance_and_suffix_reach_the_sampler(name, text_model, codec, tmp_path):
+    backbone, path = text_model
+    prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([codec.prompt_ids(PROMPT, images=0)])})
+    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True, cfg_scale=1.5 if "cfg" in name else 0)
+    suffix = torch.tensor(codec.encode(TEXTS[1])[0]) if "suffix" in name else None
+    found = sampler(backbone, prefix, special=codec.special, keys=["prompt"], seed=0, suffix=suffix)
+    (plain,) = run(path, "null", tmp_path / "plain.jsonl", ask(), "sampler=plain")
+    (line,) = run(path, "null", tmp_path / "out.jsonl", ask(), "sampler=plain", name)
+    assert (line["text"], line["forwards"]) == (codec.decode(found.ids[0].tolist()), int(found.forwards))
+    assert line["text"] != plain["text"]
+
+
+def test_early_stop_can_be_chosen(text_model, tmp_path):
+    settings = (ask(), "sampler=released", "tokens_per_step=1")
+    runs = {
+        choice: run(text_model[1], "null", tmp_path / f"{choice}.jsonl", *settings, f"early_stop={choice}")[0]
+        for choice in ("true", "false", "null")
+    }
+    assert runs["true"]["forwards"] < runs["false"]["forwards"]
+    assert runs["null"]["forwards"] == runs["true"]["forwards"]  # as the sampler's file says
+
+
+def test_too_little_memory_is_told_and_other_errors_are_not_hidden():
+    with pytest.raises(ConfigError, match="a batch of 3 does not fit into memory; lower batch_size"), memory_of(3):
+        torch.empty(10**15)
+    with pytest.raises(ConfigError, match="lower batch_size"), memory_of(3):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_of(3):
+        torch.ones(2, 3) @ torch.ones(2, 3)

@@ -40,6 +40,15 @@ def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = No
     return LLaDAV(decoder=decoder, vision=vision, image_id=IMAGE, init_std=0.2).eval()
 
 
+def pictures(*rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs for rows of so many images of one tile, of noise."""
+    torch.manual_seed(seed)
+    num_tiles = torch.tensor([[i < count for i in range(max(rows))] for count in rows]).long()
+    sizes = num_tiles[..., None] * torch.tensor([60, 48])
+    pixels = torch.randint(0, 256, (len(rows), max(rows), 3, 48, 48), dtype=torch.uint8)
+    return {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": sizes}
+
+
 def oracle(model: LLaDAV) -> LlamaForCausalLM:
     """transformers' Llama with our weights and bidirectional attention."""
     c = model.config
@@ -89,17 +98,19 @@ def test_prefix_attention_equals_a_masked_llama():
 @torch.no_grad()
 def test_padded_rows_give_what_they_give_alone(attention):
     model = make(attention, vision=VISION)
-    images = torch.randn(3, 3, 48, 48)
-    prompts = [[IMAGE, 5, 6, 7], [5, IMAGE], [8, 9, IMAGE]]
+    images = pictures(1, 0, 2)
+    prompts = [[IMAGE, 5, 6, 7], [5, 3], [8, IMAGE, 9, IMAGE]]
     responses = [[11, 12, 13], [14, 15, 16, 17, 18], [19]]
-    pad = lambda rows, width: torch.tensor([r + [0] * (width - len(r)) for r in rows])  # noqa: E731
+    pad = lambda rows, width: torch.tensor([r + [IMAGE] * (width - len(r)) for r in rows])  # noqa: E731
     here = lambda rows, width: torch.tensor([[i < len(r) for i in range(width)] for r in rows])  # noqa: E731
-    prefix = model.encode_prefix(
-        {"prompt_ids": pad(prompts, 4), "prompt_mask": here(prompts, 4), "pixel_values": images}
-    )
+    prefix = model.encode_prefix({"prompt_ids": pad(prompts, 4), "prompt_mask": here(prompts, 4), **images})
+    assert prefix.mask is not None and prefix.mask.sum(1).tolist() == [3 + 9, 2, 2 + 2 * 9]
+    assert not prefix.embeds[~prefix.mask].any()
     together = model(prefix, pad(responses, 5), attend=here(responses, 5))
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        alone = model.encode_prefix({"prompt_ids": torch.tensor([prompt]), "pixel_values": images[row : row + 1]})
+        own = {name: tensor[row : row + 1] for name, tensor in images.items()} if row != 1 else {}
+        alone = model.encode_prefix({"prompt_ids": torch.tensor([prompt]), **own})
+        assert alone.mask is None
         logits = model(alone, torch.tensor([response]))
         torch.testing.assert_close(together[row, : len(response)], logits[0], rtol=1e-4, atol=1e-4)
 
@@ -107,11 +118,12 @@ def test_padded_rows_give_what_they_give_alone(attention):
 @torch.no_grad()
 def test_image_tokens_stand_where_the_mark_was():
     model = make(vision=VISION)
-    image = torch.randn(1, 3, 48, 48)
-    tokens = model.vision(image)[0]
-    embeds = model.encode_prefix({"prompt_ids": torch.tensor([[3, IMAGE, 4]]), "pixel_values": image}).embeds[0]
+    images = pictures(2)
+    first, second = model.vision(images["pixel_values"][0], [(60, 48), (60, 48)])
+    embeds = model.encode_prefix({"prompt_ids": torch.tensor([[3, IMAGE, IMAGE, 4]]), **images}).embeds[0]
     words = model.model.embed_tokens(torch.tensor([3, 4]))
-    torch.testing.assert_close(embeds, torch.cat([words[:1], tokens, words[1:]]))
+    torch.testing.assert_close(embeds, torch.cat([words[:1], first, second, words[1:]]))
+    assert (first - second).abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -119,10 +131,33 @@ def test_the_image_path_stops_before_the_final_norm():
     model = make(vision=VISION)
     tower = SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)).eval()
     tower.load_state_dict(model.vision.vision_tower.state_dict())
-    image = torch.randn(2, 3, 48, 48)
-    expected = tower(image, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(model.vision.features(image), expected)
-    assert (model.vision.features(image) - tower(image).last_hidden_state).abs().max() > 0.01
+    tiles = pictures(2)["pixel_values"][0]
+    pixels = (tiles / 255 - 0.5) / 0.5
+    expected = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model.vision.features(tiles), expected)
+    assert (model.vision.features(tiles) - tower(pixels).last_hidden_state).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+@torch.no_grad()
+def test_the_chunks_of_the_tower_change_nothing(chunk):
+    model = make(vision=VISION)
+    tiles = pictures(5)["pixel_values"][0]
+    expected = model.vision.mm_projector(model.vision.features(tiles))
+    sizes = []
+    model.vision.vision_tower.encoder.register_forward_hook(lambda *call: sizes.append(len(call[2].last_hidden_state)))
+    model.vision.chunk = chunk
+    torch.testing.assert_close(torch.stack(model.vision(tiles, [(9, 9)] * 5)), expected)
+    assert (sum(sizes), max(sizes)) == (5, chunk)
+
+
+@torch.no_grad()
+def test_padding_tiles_are_not_encoded():
+    model = make(vision=VISION)
+    sizes = []
+    model.vision.vision_tower.encoder.register_forward_hook(lambda *call: sizes.append(len(call[2].last_hidden_state)))
+    model.encode_prefix({"prompt_ids": torch.tensor([[IMAGE, 5, 6], [IMAGE, IMAGE, IMAGE]]), **pictures(1, 3)})
+    assert sizes == [4]
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])
@@ -137,7 +172,7 @@ def test_logits_only_where_asked(attention):
 @pytest.mark.parametrize("attention", ["full", "prefix"])
 def test_a_shared_prefix_gives_the_gradients_of_copies(attention):
     model = make(attention, vision=VISION)
-    inputs = {"prompt_ids": torch.tensor([[IMAGE, 5]]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    inputs = {"prompt_ids": torch.tensor([[IMAGE, 5]]), **pictures(1)}
     views = [torch.randint(0, 90, (1, 6)) for _ in range(2)]
     gradients = []
     for shared in (True, False):
@@ -168,7 +203,7 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
     save_pretrained(model, words, tmp_path / "model")
     again = from_pretrained(tmp_path / "model").eval()
     assert again.config == model.config
-    batch = {"prompt_ids": torch.tensor([words.prompt_ids("Describe")]), "pixel_values": torch.randn(1, 3, 48, 48)}
+    batch = {"prompt_ids": torch.tensor([words.prompt_ids("Describe")]), **pictures(1)}
     response = torch.randint(7, words.vocab_size, (1, 5))
     assert torch.equal(again(again.encode_prefix(batch), response), model(model.encode_prefix(batch), response))
     assert Codec.load(tmp_path / "model").fingerprint == words.fingerprint
@@ -277,10 +312,38 @@ def test_impossible_sizes_are_named(changed, message):
         LLaDAV(decoder={**sizes, **changed}, vision=None)
 
 
-def test_prompts_and_images_must_agree():
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt_ids": torch.tensor([[IMAGE, 4], [3, 4]])}, "row 1: the prompt holds 0 image marks, .* 1 images"),
+        ({"prompt_ids": torch.tensor([[IMAGE, IMAGE], [IMAGE, 4]])}, "row 0: the prompt holds 2 image marks, .* 1 im"),
+        ({"num_tiles": torch.tensor([[1], [0]])}, "row 1: the prompt holds 1 image marks, but there are 0 images"),
+        ({"num_tiles": torch.tensor([[1], [2]])}, r"row 1: an image of 60 x 48 pixels comes as 2 tiles.* makes 1 "),
+        ({"num_tiles": torch.ones(2, 2).long(), "image_sizes": torch.ones(2, 2, 2).long()},
+         "row 0: num_tiles adds up to 2, but there are 1 tiles"),
+        ({"pixel_values": torch.zeros(2, 1, 3, 48, 48)}, r"torch.float32 \(2, 1, 3, 48, 48\), but the model takes"),
+        ({"pixel_values": torch.zeros(2, 1, 3, 64, 48, dtype=torch.uint8)}, r"\(2, 1, 3, 64, 48\).*tiles, 3, 48, 48"),
+        ({"pixel_values": torch.zeros(3, 1, 3, 48, 48, dtype=torch.uint8)}, "'prompt_ids': 2, 'pixel_values': 3"),
+    ],
+)  # fmt: skip
+def test_prompts_and_images_must_agree(changed, message):
     model = make(vision=VISION)
-    images = torch.zeros(1, 3, 48, 48)
-    with pytest.raises(ValueError, match="exactly one image mark"):
-        model.encode_prefix({"prompt_ids": torch.tensor([[3, 4]]), "pixel_values": images})
+    right = {"prompt_ids": torch.tensor([[IMAGE, 4], [3, IMAGE]]), **pictures(1, 1)}
+    model.encode_prefix(right)
+    with pytest.raises(ValueError, match=message):
+        model.encode_prefix({**right, **changed})
+
+
+def test_images_need_a_model_and_inputs_that_have_them():
+    prompt = {"prompt_ids": torch.tensor([[IMAGE]])}
     with pytest.raises(ValueError, match="no vision path"):
-        make().encode_prefix({"prompt_ids": torch.tensor([[IMAGE]]), "pixel_values": images})
+        make().encode_prefix({**prompt, **pictures(1)})
+    with pytest.raises(ValueError, match="row 0: the prompt holds 1 image marks, but there are 0 images"):
+        make(vision=VISION).encode_prefix(prompt)
+    with pytest.raises(ValueError, match="'num_tiles': 0"):
+        make(vision=VISION).encode_prefix({**prompt, "pixel_values": pictures(1)["pixel_values"]})
+    assert make().layout is None
+    with pytest.raises(ValueError, match="the tower takes 48 pixels"):
+        LLaDAV(decoder=make().config.to_dict(), vision=VISION, tiling={"size": 32, "grids": [[32, 32]]})
+    with pytest.raises(ValueError, match="no vision path"):
+        LLaDAV(decoder=make().config.to_dict(), vision=None, tiling={"size": 32, "grids": [[32, 32]]})

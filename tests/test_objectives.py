@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 
 import lightning as L
 import pytest
@@ -16,6 +17,8 @@ from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
+from src.objectives.tower import TowerLabels
+from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
 from tests.test_corruption import SPECIAL, make_batch
 
 TRAINING = Training(lr=1e-3, warmup_steps=1, decay=0.0)
@@ -280,3 +283,36 @@ def test_special_ids_stay_out_of_random_replacements():
     batch = make_batch(200, 12)
     (state,) = objective.corrupt(batch)
     assert state.tokens[state.where(Kind.SYNTAX)].max() < 36
+
+
+def test_labels_of_the_tower_equal_the_written_out_loop():
+    """One square tile a scene; each of its nine places is seen by one patch."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 12, "patch_size": 4}
+    objective = TowerLabels(
+        backbone=lambda: LLaDAV(decoder={**sizes, "vocab_size": 40}, vision=vision), special=SPECIAL, training=TRAINING
+    )
+    objective.log = lambda *_, **__: None
+    batch = make_batch(3, 4)
+    scenes = [draw_scene(Random(row), objects=(2, 4)) for row in range(3)]
+    batch.records = [{"scene": scene.to_dict()} for scene in scenes]
+    tiles = torch.randint(0, 256, (3, 1, 3, 12, 12), dtype=torch.uint8)
+    batch.prefix = {"pixel_values": tiles}
+    loss = objective.losses(batch, objective.corrupt(batch))["labels"]
+    summed = {"shape": [], "colour": [], "size": [], "background": []}
+    for row, scene in enumerate(scenes):
+        logits = objective.heads(objective.backbone.vision.features(tiles[row]))[0]  # (9, classes)
+        classes = [len(SHAPES) + 1, len(COLOURS), len(SIZES), len(BACKGROUNDS)]
+        heads = dict(zip(summed, logits.split(classes, -1), strict=True))
+        at = {item.cell: item for item in scene.objects}
+        for place in range(9):
+            item = at.get((place // 3, place % 3))
+            wanted = {"shape": SHAPES.index(item.shape) if item else len(SHAPES)}
+            if item:
+                wanted |= {"colour": COLOURS.index(item.colour), "size": SIZES.index(item.size)}
+            for name, label in wanted.items():
+                summed[name].append(-heads[name][place].log_softmax(-1)[label].item())
+        mean = heads["background"].mean(0).log_softmax(-1)
+        summed["background"].append(-mean[BACKGROUNDS.index(scene.background)].item())
+    expected = sum(sum(values) / len(values) for values in summed.values())
+    assert (loss.numerator / loss.denominator).item() == pytest.approx(expected, rel=1e-4)

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_verb_runs_in_another_folder_with_empty_folders_of_our_names(python: str
     done = run([python, "-m", "src.train", "--help"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "objective/rediff_paper" in done.stdout  # the configurations are found too
+
+
+def test_a_wheel_has_the_files_that_code_reads(project: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = run([*build, "--wheel-dir", str(tmp_path), str(project)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    read = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".yaml", ".md")]
+    assert {path.relative_to(ROOT).as_posix() for path in read} <= packed
+    assert {"src/prompts/format.py", "src/prompts/llada_v.yaml"} <= packed
 
 
 @pytest.mark.parametrize("name", ["callbacks", "datamodules"])

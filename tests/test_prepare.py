@@ -434,6 +434,22 @@ def test_whole_picture_on_grey_in_any_mode(tmp_path: Path) -> None:
         assert (small.format, small.size) == ("JPEG", (16, 16))
 
 
+def test_photos_may_keep_their_shape(tmp_path: Path) -> None:
+    """Larger ones are shrunk without bars; those that are small enough keep every pixel."""
+    own = Image.effect_noise((30, 21), 80).convert("RGB")
+    own.save(tmp_path / "own.png")
+    Image.new("RGB", (1600, 500), "red").save(tmp_path / "large.png")
+    annotations = write_json(
+        tmp_path / "a.json", [{"image": f"{n}.png", "caption": "A box."} for n in ("own", "large")]
+    )
+    settings = {**PHOTOS, "image_size": 64, "images": str(tmp_path), "annotations": str(annotations)}
+    Photos(out=str(tmp_path / "out"), encoding="png", square=False, **settings).run()
+    found = {s.key.split("-")[0]: s.image for split in SPLITS for s in samples(tmp_path / "out" / split)}
+    np.testing.assert_array_equal(np.asarray(found["own"]), np.asarray(own))
+    assert found["large"].size == (64, 20)
+    assert found["large"].getcolors() == [(64 * 20, (255, 0, 0))]
+
+
 def test_broken_images_have_reasons(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "page.jpg").write_text("<html><body>Not found</body></html>")

@@ -1,4 +1,4 @@
-"""The sampler against plain per-row loops, and scripted backbones with outcomes computed by hand."""
+"""The sampler with scripted backbones, and outcomes computed by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from torch import nn
 from src.batch import Prefix, SpecialIds
 from src.diffusion.revisers import OverwriteAll, Reviser
 from src.diffusion.sampler import Sampler
-from src.diffusion.schedule import Progress, Schedule
 from src.diffusion.unmask import Threshold
-from src.models.llada_v import LLaDAV
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24
@@ -54,87 +52,6 @@ def sample(sampler, backbone, count=1, **settings):
     return sampler(backbone, rows_of(count), **settings)
 
 
-def tiny(attention="prefix", sharpness=8.0):
-    torch.manual_seed(11)
-    decoder = {
-        "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "attention": attention,
-    }  # fmt: skip
-    model = LLaDAV(decoder=decoder, vision=None).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(sharpness)
-    return model
-
-
-def encode(model, prompts):
-    """Prefix of prompts of any lengths, padded on the right."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([p + [EOS] * (longest - len(p)) for p in prompts])
-    mask = torch.tensor([[i < len(p) for i in range(longest)] for p in prompts])
-    with torch.no_grad():
-        return model.encode_prefix({"prompt_ids": ids, "prompt_mask": mask})
-
-
-PROMPTS = [[4, 9, 7], [5, 6, 21, 8, 11, 13], [12, 4], [17, 18, 19, 20]]
-
-
-def even_split(number, steps):
-    return [number // steps + (step < number % steps) for step in range(steps)]
-
-
-def decode_by_hand(model, prompt, *, length, blocks, steps=None, tokens_per_step=None, revise=False, post=0):
-    """Plain loops for one row: LLaDA low-confidence decoding, ReDiff overwriting of the current block."""
-    prefix = encode(model, [prompt])
-    x, forwards, edits, size = [MASK] * length, 0, 0, length // blocks
-
-    def predict():
-        with torch.no_grad():
-            logits = model(prefix, torch.tensor([x]))[0].double()
-        logits[:, [MASK, BOS]] = -math.inf
-        return logits.argmax(-1).tolist(), logits.softmax(-1).max(-1).values.tolist()
-
-    for block in range(blocks):
-        places = range(block * size, (block + 1) * size)
-        split = even_split(size, steps // blocks if steps else -(-size // tokens_per_step))
-        for count in split:
-            best, confidence = predict()
-            forwards += 1
-            hidden = [i for i in places if x[i] == MASK]
-            visible = [i for i in places if x[i] != MASK]
-            for i in sorted(hidden, key=lambda i: -confidence[i])[:count]:
-                x[i] = best[i]
-            for i in visible if revise else ():
-                edits += x[i] != best[i]
-                x[i] = best[i]
-    for _ in range(post):
-        best, _ = predict()
-        forwards += 1
-        edits += sum(a != b for a, b in zip(x, best, strict=True))
-        x, before = best, x
-        if x == before:
-            break
-    end = x.index(EOT) + 1 if EOT in x else length
-    return x[:end] + [EOS] * (length - end), forwards, edits
-
-
-# --- schedule --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n])
-def test_reveals_are_an_even_split_with_the_remainder_first(number, steps):
-    tokens = torch.full((1, number), MASK)
-    progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, MASK)
-    counts = []
-    while (tokens == MASK).any():
-        progress.enter(tokens)
-        counts.append(int(progress.take(tokens)))
-        done = sum(counts)
-        tokens[:, :done] = 5
-    assert counts == even_split(number, steps)
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -148,7 +65,9 @@ def test_reveals_are_an_even_split_with_the_remainder_first(number, steps):
         ({"post_steps": 1}, "without a reviser, got 1"),
         ({"post_steps": -1, "reviser": OverwriteAll()}, "got -1"),
         ({"temperature": -0.5}, "got -0.5"),
-        ({"max_forwards": 0}, "got 0"),
+        ({"max_forwards": 0}, "at least 1, got 0"),
+        ({"max_forwards": 1, "cfg_scale": 0.5}, "at least 2, got 1"),
+        ({"cfg_scale": -0.5}, "got -0.5"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):
@@ -161,6 +80,9 @@ def test_parts_refuse_wrong_settings():
         Threshold(1.5)
     with pytest.raises(ValueError, match="'rows'"):
         OverwriteAll(scope="rows")  # type: ignore[arg-type]
+    for wrong in ({"share": 0.0}, {"begin": 1.2}):
+        with pytest.raises(ValueError, match=r"got (0\.0|1\.2)$"):
+            OverwriteAll(**wrong)
 
 
 def test_with_steps_changes_the_speed_only():
@@ -169,60 +91,6 @@ def test_with_steps_changes_the_speed_only():
     assert (other.steps, other.tokens_per_step, other.blocks, other.post_steps) == (6, None, 2, 3)
     assert other.reviser is sampler.reviser
     assert sampler.tokens_per_step == 4
-
-
-# --- against plain loops ---------------------------------------------------------------------------------
-
-SETTINGS = [
-    {"length": 12, "blocks": 1, "tokens_per_step": 1},
-    {"length": 12, "blocks": 1, "tokens_per_step": 5},
-    {"length": 13, "blocks": 1, "steps": 4},
-    {"length": 12, "blocks": 3, "steps": 6},
-    {"length": 14, "blocks": 2, "tokens_per_step": 3},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("attention", ["full", "prefix"])
-def test_without_reviser_it_is_llada(settings, attention):
-    model = tiny(attention)
-    found = Sampler(**settings)(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0)
-    for row, prompt in enumerate(PROMPTS):
-        ids, forwards, _ = decode_by_hand(model, prompt, **settings)
-        assert found.ids[row].tolist() == ids
-        assert found.forwards[row] == forwards
-    assert found.edits.tolist() == [0] * 4
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("post", [0, 2])
-def test_overwrite_all_is_rediff(settings, post):
-    model = tiny()
-    sampler = Sampler(**settings, reviser=OverwriteAll(), post_steps=post)
-    found = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0)
-    by_hand = [decode_by_hand(model, p, **settings, revise=True, post=post) for p in PROMPTS]
-    assert found.ids.tolist() == [ids for ids, _, _ in by_hand]
-    assert found.forwards.tolist() == [forwards for _, forwards, _ in by_hand]
-    assert found.edits.tolist() == [edits for _, _, edits in by_hand]
-    assert sum(edits for _, _, edits in by_hand) > 0  # else the case would show nothing
-
-
-@pytest.mark.parametrize("attention", ["full", "prefix"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_batch_equals_its_rows_one_by_one(attention, temperature):
-    model = tiny(attention)
-    sampler = Sampler(length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=6, temperature=temperature)
-    keys = ["a", "b", "c", "d"]
-    start = torch.full((4, 12), MASK)
-    start[1, 2:] = 9  # so that rows end at different steps
-    start[3, :7] = 5
-    batch = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=keys, seed=3, start=start)
-    for row in range(4):
-        prefix = encode(model, [PROMPTS[row]])
-        alone = sampler(model, prefix, special=SPECIAL, keys=[keys[row]], seed=3, start=start[row : row + 1])
-        assert batch.ids[row].tolist() == alone.ids[0].tolist()
-        assert int(batch.forwards[row]) == int(alone.forwards[0])
-        assert int(batch.edits[row]) == int(alone.edits[0])
 
 
 @pytest.mark.parametrize("length", [1, 7, 11])
@@ -300,6 +168,18 @@ def test_banned_ids_are_never_written(temperature, reviser):
     assert {token for row in found.ids.tolist() for token in row} <= allowed
 
 
+def test_a_confidence_is_a_share_of_all_that_the_model_considers():
+    row = torch.full((V + 2,), -2.0)  # the head has two rows that the tokenizer lacks
+    row[7], row[MASK], row[V], row[BOS] = 1.0, 3.0, 2.0, 9.0
+    special = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(BOS,), vocab_size=V)
+    for temperature in (0.0, 0.1):
+        sampler = Sampler(length=2, tokens_per_step=2, temperature=temperature)
+        found = sample(sampler, Scripted(lambda r, c, t: row.expand(2, -1)), special=special, trace=True)
+        assert found.ids.tolist() == [[7, 7]]  # neither mask nor a row too many
+        row[BOS] = -math.inf
+        assert found.traces[0][0].confidence == pytest.approx([float(row.double().softmax(0)[7])] * 2)
+
+
 def test_what_is_behind_the_first_eot_becomes_end_of_text():
     backbone = Scripted(lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r]))
     found = sample(Sampler(length=5, tokens_per_step=5), backbone, count=3)
@@ -320,12 +200,8 @@ def test_an_oracle_corrects_a_flawed_caption_in_one_forward_call():
     assert found.edits.tolist() == [2, 3]
     assert found.forwards.tolist() == [2, 2]  # the second one shows that nothing changes any more
     assert torch.equal(flawed, kept)
-    once = sample(
-        Sampler(length=6, reviser=OverwriteAll(), post_steps=1),
-        Scripted(backbone.script),
-        count=2,
-        start=kept,
-    )
+    shorter = Sampler(length=6, reviser=OverwriteAll(), post_steps=1)
+    once = sample(shorter, Scripted(backbone.script), count=2, start=kept)
     assert (once.ids.tolist(), once.forwards.tolist()) == (true, [1, 1])
 
 
@@ -350,11 +226,36 @@ def test_a_start_may_hold_masks_in_a_later_block_only():
 def test_a_start_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(1, 5\).*\(1, 6\)"):
         sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), start=torch.full((1, 5), MASK))
+    with pytest.raises(ValueError, match=r"one row of ids.*\(1, 2\)"):
+        sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), suffix=torch.tensor([[4, 5]]))
     with pytest.raises(ValueError, match="1 keys for a prefix of 2 rows"):
         sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), count=2, keys=["a"])
 
 
 # --- when it stops ---------------------------------------------------------------------------------------
+
+
+def test_an_early_stop_takes_the_place_of_the_block():
+    start = torch.tensor([[MASK, MASK, MASK, MASK, EOT, MASK], [MASK, MASK, MASK, MASK, 5, MASK]])
+    backbone = Scripted(lambda r, call, t: peaked([6] * 6, [1, 2, 3, 9, 4, 4]))
+    found = sample(Sampler(length=6, blocks=3, early_stop=True), backbone, count=2, start=start, trace=True)
+    # the end is looked for after each step: the first one still keeps to its block
+    assert [step.unmasked for step in found.traces[0]] == [[1], [3], [2], [0]]
+    assert [step.unmasked for step in found.traces[1]] == [[1], [0], [3], [2], [5]]
+    assert found.traces[0][-1].tokens == [6, 6, 6, 6, EOT, MASK]
+    assert found.ids.tolist() == [[6, 6, 6, 6, EOT, EOS], [6, 6, 6, 6, 5, 6]]
+
+
+def test_an_end_that_was_seen_is_not_undone():
+    best = [[EOT, 6, 7, 8], [4, EOT, 7, 8], [4, 5, EOT, 8]]
+    backbone = Scripted(lambda r, call, t: peaked(best[call], [[1, 1, 9, 8], [1, 9, 1, 1], [1, 1, 1, 1]][call]))
+    sampler = Sampler(length=4, reviser=OverwriteAll(), early_stop=True)
+    found = sample(sampler, backbone, trace=True)
+    # place 1 ends the text at the second step; the third reveals place 0 and rewrites the end, in vain
+    assert [step.tokens for step in found.traces[0]] == [
+        [MASK, MASK, 7, MASK], [MASK, EOT, 7, MASK], [4, 5, EOT, MASK],
+    ]  # fmt: skip
+    assert found.ids.tolist() == [[4, EOT, EOS, EOS]]
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
@@ -443,27 +344,6 @@ class LookTwice(Reviser):
         logits[(prediction.where & rows)[prediction.where]] = again.logits
         best = torch.where(again.where, again.best, prediction.best)
         return type(prediction)(prediction.where, logits, best)
-
-
-def test_a_trace_replays_to_the_final_ids():
-    model = tiny()
-    sampler = Sampler(length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=4)
-    found = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=list("abcd"), seed=0, trace=True)
-    for row, steps in enumerate(found.traces):
-        tokens, edits = [MASK] * 12, 0
-        for step in steps:
-            for place in step.unmasked:
-                assert tokens[place] == MASK
-                tokens[place] = step.tokens[place]
-            for place, old, new in step.rewritten:
-                assert tokens[place] == old
-                tokens[place] = new
-            edits += len(step.rewritten)
-            assert tokens == step.tokens
-            assert len(step.confidence) == len(step.unmasked)
-        end = tokens.index(EOT) + 1 if EOT in tokens else 12
-        assert tokens[:end] + [EOS] * (12 - end) == found.ids[row].tolist()
-        assert (edits, steps[-1].forwards) == (int(found.edits[row]), int(found.forwards[row]))
 
 
 def test_a_remasking_reviser_is_scheduled_and_counted():

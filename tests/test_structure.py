@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "generate", "evaluate", "prepare", "draft", "revise")
+VERBS = ("train", "generate", "evaluate", "prepare", "draft", "revise", "export")
 
 # Which of our modules a layer may import, besides itself.
 LAYERS: dict[str, set[str]] = {
@@ -36,16 +36,19 @@ LAYERS: dict[str, set[str]] = {
     "src.components": set(),
     "src.config": {"src.components"},
     "src.parallel": set(),
+    "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
     "src.drawing": set(),
     "src.importers": set(),
     "src.scenes": set(),
-    "src.tokenizer": {"src.batch"},
+    "src.prompts": set(),
+    "src.hub": set(),
+    "src.tokenizer": {"src.batch", "src.hub", "src.prompts"},
     "src.journal": {"src.batch"},
     "src.diffusion": {"src.batch"},
     "src.align": {"src.batch", "src.tokenizer"},
     "src.metrics": {"src.batch", "src.scenes", "src.tokenizer"},
-    "src.models": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
+    "src.models": {"src.batch", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
     "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.drafting": {"src.batch", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
     "src.rounds": {
@@ -54,8 +57,10 @@ LAYERS: dict[str, set[str]] = {
     },
     "src.objectives": {"src.batch", "src.diffusion", "src.parallel"},
     "src.objectives.tower": {"src.batch", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
+    "src.ledger": set(),
+    "src.plan": {"src.batch", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
-    "datamodules": {"src.batch", "src.align", "src.scenes", "src.shards", "src.tokenizer"},
+    "datamodules": {"src.batch", "src.align", "src.scenes", "src.shards", "src.tiling", "src.tokenizer"},
     "callbacks": {
         *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
         *("src.parallel", "src.rounds", "src.shards", "src.tokenizer"),
@@ -73,7 +78,7 @@ ONLY_IN: dict[str, set[str]] = {
 }
 WITHOUT_TORCH = (
     *("src.align", "src.components", "src.config", "src.drawing"),
-    *("src.importers", "src.journal", "src.scenes", "src.shards"),
+    *("src.importers", "src.journal", "src.scenes", "src.shards", "src.tiling"),
 )
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
@@ -85,6 +90,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
+    "export": ("export", (), ["model=model", "out=exported"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
 ON_TOP: dict[str, list[str]] = {
@@ -92,9 +98,14 @@ ON_TOP: dict[str, list[str]] = {
     "sampler/": ["draft"],
     "expert/": ["revise"],
     "model/": ["mask", "stage1"],
+    "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
+    "model/llada": ["mask", "stage1", "stage2", "generate"],
+    "model/llada_v": ["mask", "stage1", "stage2", "generate"],
     "objective/": ["stage1", "stage2"],
     "objective/rediff_released_stage2": ["stage2", "stage2,objective/rediff_released"],
 }
+# Values for the `???` of such a layer.
+FILL: dict[str, list[str]] = {name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v")}
 
 
 def source_files() -> list[Path]:
@@ -237,6 +248,7 @@ def compose(stack: str, settings: list[str], *, fill: bool = True) -> str:
     schema = lowest(stack)
     assert schema in SCHEMAS, f"{schema}.yaml has no row in SCHEMAS: say which verb reads it"
     verb, offers, needed = SCHEMAS[schema]
+    needed = [*needed, *(setting for layer in stack.split(",") for setting in FILL.get(layer, []))]
     given = {setting.partition("=")[0] for setting in settings}
     more = [setting for setting in needed if fill and setting.partition("=")[0] not in given]
     check(load_config([f"conf={stack}", *settings, *more], root=ROOT / "conf"), offers=offers)

@@ -56,7 +56,7 @@ class Replace:
         if source not in ("uniform", "response"):
             raise ValueError(f"source must be 'uniform' or 'response', got {source!r}")
         self.rate, self.source, self.dynamic = rate, source, dynamic
-        forbidden = {*special.banned, special.mask, special.eos, special.eot}
+        forbidden = {*special.banned, *special.unwritten, special.mask, special.eos, special.eot}
         self.ordinary = torch.tensor([i for i in range(special.vocab_size) if i not in forbidden])
         self.rank = torch.full((special.vocab_size,), len(self.ordinary))  # place of an id among the ordinary ones
         self.rank[self.ordinary] = torch.arange(len(self.ordinary))

@@ -25,14 +25,14 @@ class Noise:
 
     def level(self, low: float = 0.0, *, device: torch.device | str = "cpu") -> Tensor:
         """(B,) float32, uniform on [low, 1)."""
-        values = torch.cat([torch.rand(1, generator=g) for g in self.generators])
+        values = torch.cat([_rand(1, g) for g in self.generators])
         return (low + (1 - low) * values).to(device)
 
     def uniform(self, where: Tensor) -> Tensor:
         """(B, L) float32: uniform on [0, 1) at the true places of `where` (B, L) bool, 1 elsewhere."""
         counts = where.sum(1).tolist()
-        values = torch.cat([torch.rand(n, generator=g) for n, g in zip(counts, self.generators, strict=True)])
-        out = torch.ones(where.shape, device=where.device)
+        values = torch.cat([_rand(n, g) for n, g in zip(counts, self.generators, strict=True)])
+        out = torch.ones(where.shape, device=where.device, dtype=torch.float32)
         out[where] = values.to(where.device)
         return out
 
@@ -43,6 +43,11 @@ class Noise:
         out = torch.zeros(where.shape, dtype=torch.int64, device=where.device)
         out[where] = torch.cat(values).to(where.device)
         return out
+
+
+def _rand(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) float32, also where a trainer in half precision has made that the default type."""
+    return torch.rand(count, generator=generator, dtype=torch.float32)
 
 
 def _generator(name: str) -> torch.Generator:

@@ -18,13 +18,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from src.diffusion.unmask import TopK, low_confidence
+
 
 @dataclass
 class Prediction:
     """What the backbone says at the true places of `where` (B, L).
 
-    logits: (N, V) at those places in row-major order, -inf at banned ids
-    best:   (B, L) their argmax, elsewhere the tokens that were fed in
+    logits: (N, V) at those places in row-major order, -inf at banned ids. The mask and ids that the tokenizer lacks
+            keep theirs: they are never written, but a probability is a share of all that the model considers
+    best:   (B, L) their argmax among what may be written; elsewhere the tokens that were fed in
     """
 
     where: Tensor
@@ -35,6 +38,12 @@ class Prediction:
         """(M, V) logits at the M true places of `places` (B, L), which `where` has to cover."""
         return self.logits[places[self.where]]
 
+    def confidence(self, places: Tensor, tokens: Tensor) -> Tensor:
+        """(B, L) float64 probability of `tokens` (B, L) at the true places of `places`, 0 elsewhere."""
+        out = torch.zeros(places.shape, dtype=torch.float64, device=places.device)
+        out[places] = low_confidence(self.at(places), tokens[places])
+        return out
+
 
 @dataclass
 class State:
@@ -44,12 +53,16 @@ class State:
     visible:  (B, L) bool, not masked before the step
     block:    (B, L) bool, the block that the row is working on; the whole response once no mask is left
     step:     (B,) how many steps the row has made before
+    steps:    (B,) how many steps the block was given; left: how many of them are left, with this one. No step is left
+              once no mask is
     """
 
     tokens: Tensor
     visible: Tensor
     block: Tensor
     step: Tensor
+    steps: Tensor
+    left: Tensor
 
 
 class Predict(Protocol):
@@ -82,18 +95,31 @@ class OverwriteAll(Reviser):
     """ReDiff: every token that was visible before the step becomes its argmax (arXiv 2510.19871).
 
     scope: `block` leaves the other blocks alone, `all` does not. Post steps always revise every block.
+    share: only this part of them is rewritten, rounded down: where the model is most sure of what it would write
+    begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
     """
 
-    def __init__(self, *, scope: Literal["block", "all"] = "block") -> None:
+    def __init__(self, *, scope: Literal["block", "all"] = "block", share: float = 1.0, begin: float = 1.0) -> None:
         if scope not in ("block", "all"):
             raise ValueError(f"scope must be 'block' or 'all', got {scope!r}")
-        self.scope = scope
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share}")
+        if not 0 <= begin <= 1:
+            raise ValueError(f"begin must be within 0..1, got {begin}")
+        self.scope, self.share, self.begin = scope, share, begin
 
     def editable(self, state: State) -> Tensor:
-        return state.visible if self.scope == "all" else state.visible & state.block
+        begun = state.left <= (state.steps.double() * self.begin).ceil()  # (B,)
+        visible = state.visible & begun[:, None]
+        return visible if self.scope == "all" else visible & state.block
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        return prediction.best
+        if self.share == 1:
+            return prediction.best
+        where = self.editable(state) & prediction.where
+        count = (where.sum(1).double() * self.share).long()
+        sure = TopK().select(prediction.confidence(where, prediction.best), where, count)
+        return torch.where(sure, prediction.best, state.tokens)
 
 
 class Settled:

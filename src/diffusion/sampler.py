@@ -9,7 +9,7 @@ B rows, L response positions, N asked positions, V vocabulary. Each row keeps it
 noise: what it becomes does not depend on the other rows. Rows that are done leave the batch of the backbone.
 
 The end of the text is the first eot of the finished response; what is behind it becomes end-of-text. Until
-then these positions are ordinary ones, so that a reviser may still move the end.
+then these positions are ordinary ones, so that a reviser may still move the end; `early_stop` fixes it sooner.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from src.batch import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 from src.diffusion.noise import Noise
 from src.diffusion.revisers import Prediction, Reviser, Settled, State
 from src.diffusion.schedule import Progress, Schedule
-from src.diffusion.unmask import TopK, Unmask, draw, low_confidence
+from src.diffusion.unmask import TopK, Unmask, draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,10 @@ class Sampler:
     temperature: 0 takes the argmax, otherwise revealed tokens are drawn from softmax(logits / temperature)
     eos_last: proposals of eot and end-of-text are revealed after all others. They are the surest guesses of a canvas
         that is all masks, and revealed first they make every text as short as it can be
+    early_stop: the earliest eot ever seen after a step ends the text, even if it is rewritten later. The masks before
+        it are then revealed, those of other blocks as well, and the row is over; what is behind it is left alone
+    cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u is said behind a prefix that is all
+        masks. 0 is none; otherwise each step costs two forward calls
     max_forwards: forward calls a row may use, checked once a step; the last fills every mask with its argmax
     """
 
@@ -51,6 +56,8 @@ class Sampler:
     post_steps: int = 0
     temperature: float = 0.0
     eos_last: bool = False
+    early_stop: bool = False
+    cfg_scale: float = 0.0
     max_forwards: int | None = None
 
     def __post_init__(self) -> None:
@@ -58,14 +65,21 @@ class Sampler:
             raise ValueError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.max_forwards is not None and self.max_forwards < 1:
-            raise ValueError(f"max_forwards must be at least 1, got {self.max_forwards}")
+        if self.cfg_scale < 0:
+            raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+        if self.max_forwards is not None and self.max_forwards < self.step_forwards:
+            raise ValueError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
         _ = self.schedule  # wrong numbers fail here, not at the first batch
 
     @property
     def schedule(self) -> Schedule:
         tokens = 1 if self.tokens_per_step is None and self.steps is None else self.tokens_per_step
         return Schedule(length=self.length, tokens_per_step=tokens, steps=self.steps, blocks=self.blocks)
+
+    @property
+    def step_forwards(self) -> int:
+        """Forward calls of a step: two when it is guided."""
+        return 2 if self.cfg_scale else 1
 
     def with_steps(self, *, tokens_per_step: int | None = None, steps: int | None = None) -> Sampler:
         """The same sampler at another speed."""
@@ -81,20 +95,23 @@ class Sampler:
         keys: list[str],
         seed: int,
         start: Tensor | None = None,
+        suffix: Tensor | None = None,
         trace: bool = False,
     ) -> Sampled:
         """Responses for the rows of `prefix`, one key each.
 
         start: (B, L) ids to begin with, filled with end-of-text; rows without masks only get the post steps.
+        suffix: (S,) ids behind every response, which is written in sight of them; not part of what is returned.
         """
         began = time.perf_counter()
         tokens = self._canvas(prefix, special, keys, start)
-        predict, noise = _Predictor(backbone, prefix, special), Noise(keys, seed=seed, draw="sampler")
+        predict = _Predictor(self, backbone, prefix, special, suffix)
+        noise = Noise(keys, seed=seed, draw="sampler")
         run = _Run(self, tokens, predict, noise)
         traces: list[list[TraceStep]] | None = [[] for _ in keys] if trace else None
         while run.active.any():
             run.step(traces)
-        ids = end_text(run.tokens, special)
+        ids = end_text(run.text(), special)
         return Sampled(ids, run.predict.forwards, run.edits, run.remasks, time.perf_counter() - began, traces)
 
     def _canvas(self, prefix: Prefix, special: SpecialIds, keys: list[str], start: Tensor | None) -> Tensor:
@@ -136,13 +153,13 @@ class _Run:
     def step(self, traces: list[list[TraceStep]] | None) -> None:
         """One pass of the loop, over all rows that are not done."""
         before, active, last = self.tokens, self.active, self._is_last_forward()
-        masked = before == self.mask_id
-        post = active & ~masked.any(1)  # only to be revised
+        wanted, visible = self.progress.wanted(before), before != self.mask_id
+        post = active & ~wanted.any(1)  # only to be revised
         self.progress.enter(before)
+        state = self._state(visible, post)
         count = self.progress.take(before).masked_fill(last, self.sampler.length)
-        state = State(before, ~masked, self.progress.in_block | post[:, None], self.steps)
-        eligible = masked & (self.progress.before_end | last[:, None]) & active[:, None]
-        editable = self.reviser.editable(state) & ~masked & active[:, None]
+        eligible = wanted & (self.progress.reach | last[:, None]) & active[:, None]
+        editable = self.reviser.editable(state) & visible & active[:, None]
         hideable = editable & ~(post | last | (self.progress.steps_left == 0))[:, None]
 
         prediction = self.predict(before, eligible | editable)
@@ -160,22 +177,31 @@ class _Run:
             self._record(traces, step)
         self._finish(step, post, last)
 
+    def text(self) -> Tensor:
+        """(B, L) the tokens, with eot at the place where an early stop has ended a row."""
+        ended = self.progress.place == self.progress.stop[:, None]
+        return self.tokens.masked_fill(ended, self.predict.special.eot)
+
+    def _state(self, visible: Tensor, post: Tensor) -> State:
+        """The step as its reviser sees it."""
+        progress = self.progress
+        left = progress.steps_left.masked_fill(post, 0)
+        return State(self.tokens, visible, progress.in_block | post[:, None], self.steps, progress.steps, left)
+
     def _is_last_forward(self) -> Tensor:
-        """(B,) bool: whether the next forward call of a row is the last that its budget allows."""
+        """(B,) bool: whether the budget of a row allows no step after the next one."""
         limit = self.sampler.max_forwards
         if limit is None:
             return torch.zeros_like(self.active)
-        return self.predict.forwards + 1 >= limit
+        return self.predict.forwards + 2 * self.sampler.step_forwards > limit
 
     def _propose(self, prediction: Prediction, eligible: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Token and confidence, both (B, L), of the eligible places; sampled where `drawn`, else argmax."""
         proposal, temperature = prediction.best.clone(), self.sampler.temperature
         if temperature > 0:
-            logits, counts = prediction.at(drawn), drawn.sum(1).tolist()
+            logits, counts = writable(prediction.at(drawn), self.predict.special), drawn.sum(1).tolist()
             proposal[drawn] = draw(logits, temperature=temperature, noise=self.noise, counts=counts)
-        confidence = torch.zeros(eligible.shape, dtype=torch.float64, device=eligible.device)
-        confidence[eligible] = low_confidence(prediction.at(eligible), proposal[eligible])
-        return proposal, confidence
+        return proposal, prediction.confidence(eligible, proposal)
 
     def _score(self, proposal: Tensor, confidence: Tensor) -> Tensor:
         """The confidence by which places are chosen: with `eos_last` below 0 where the text would end."""
@@ -185,15 +211,17 @@ class _Run:
         return confidence - ((proposal == special.eos) | (proposal == special.eot)).double()
 
     def _finish(self, step: _Step, post: Tensor, last: Tensor) -> None:
-        """Count. Rows are done when no mask is left and revising is over, or when their budget is spent."""
+        """Count. Rows are done when no mask is wanted and revising is over, or when their budget is spent."""
         self.tokens = step.tokens
+        if self.sampler.early_stop:
+            self.progress.stop_at(self.tokens, self.predict.special.eot)
         self.steps = self.steps + self.active
         self.edits += step.rewritten.sum(1)
         self.remasks += step.remasked.sum(1)
         self.passes += post
         seen = self.settled.update(self.tokens, self.passes) & post
         over = seen | (self.passes >= self.sampler.post_steps)
-        self.active = self.active & ~last & ((self.tokens == self.mask_id).any(1) | ~over)
+        self.active = self.active & ~last & (self.progress.wanted(self.tokens).any(1) | ~over)
 
     def _record(self, traces: list[list[TraceStep]], step: _Step) -> None:
         """Append the step to the trace of each row that took part."""
@@ -216,37 +244,65 @@ class _Run:
 
 
 class _Predictor:
-    """Forward calls for the rows that ask for something; counts them per row, never proposes a banned id."""
+    """Forward calls for the rows that ask for something; counts them per row, never proposes a banned id or the mask.
 
-    def __init__(self, backbone: Backbone, prefix: Prefix, special: SpecialIds) -> None:
-        self.backbone, self.prefix, self.special = backbone, prefix, special
+    prefixes: what the calls of a step are made behind: the prefix and, for guidance, one that is all masks.
+    """
+
+    def __init__(
+        self, sampler: Sampler, backbone: Backbone, prefix: Prefix, special: SpecialIds, suffix: Tensor | None
+    ) -> None:
+        self.backbone, self.special, self.scale = backbone, special, sampler.cfg_scale
+        self.prefixes = [prefix, hidden_prefix(backbone, prefix, special)] if self.scale else [prefix]
         device = prefix.embeds.device
         self.forwards = torch.zeros(prefix.embeds.shape[0], dtype=torch.int64, device=device)
-        self.banned = torch.tensor(sorted({special.mask, *special.banned}), device=device)
-        self.rows, self.selected = torch.arange(len(self.forwards), device=device), prefix
+        self.banned = torch.tensor(special.banned, dtype=torch.int64, device=device)
+        if suffix is not None and suffix.ndim != 1:
+            raise ValueError(f"suffix must be one row of ids, (S,), got shape {tuple(suffix.shape)}")
+        self.suffix = torch.tensor([] if suffix is None else suffix.tolist(), dtype=torch.int64, device=device)
+        self.rows, self.selected = torch.arange(len(self.forwards), device=device), self.prefixes
 
     def __call__(self, tokens: Tensor, where: Tensor) -> Prediction:
         """Logits and argmax at the true places of `where` (B, L)."""
         asked = where.any(1)
-        self.forwards = self.forwards + asked
+        self.forwards = self.forwards + asked * len(self.prefixes)
         rows = asked.nonzero()[:, 0]
-        logits = self.backbone(self._prefix_of(rows), tokens[rows], positions=where[rows])  # (N, V)
-        logits = logits.to(torch.float32, copy=True)
-        logits[:, self.special.vocab_size :] = -torch.inf  # a head can have more rows than the tokenizer ids
+        logits = self._logits(rows, tokens[rows], where[rows])  # (N, V)
         logits[:, self.banned] = -torch.inf
         best = tokens.clone()
-        best[where] = logits.argmax(-1)
+        best[where] = writable(logits, self.special).argmax(-1)
         return Prediction(where, logits, best)
 
-    def _prefix_of(self, rows: Tensor) -> Prefix:
+    def _logits(self, rows: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
+        """(N, V) float32 logits of some rows in sight of the suffix, guided if asked for."""
         if not torch.equal(rows, self.rows):
-            self.rows, self.selected = rows, self.prefix.select(rows)
-        return self.selected
+            self.rows, self.selected = rows, [prefix.select(rows) for prefix in self.prefixes]
+        suffix = self.suffix.expand(len(rows), -1)  # (n, S)
+        tokens, where = torch.cat([tokens, suffix], 1), F.pad(where, (0, len(self.suffix)))  # (n, L + S)
+        said = [self.backbone(p, tokens, positions=where).to(torch.float32, copy=True) for p in self.selected]
+        if not self.scale:
+            return said[0]
+        told, blind = said
+        return blind + (self.scale + 1) * (told - blind)
 
 
 def _true(row: list[bool]) -> list[int]:
     """The places of the true values."""
     return [place for place, value in enumerate(row) if value]
+
+
+def writable(logits: Tensor, special: SpecialIds) -> Tensor:
+    """A copy of logits (N, V) with those ids only that may be written: no mask, none that the tokenizer lacks."""
+    return logits[:, : special.vocab_size].index_fill(1, torch.tensor(special.mask, device=logits.device), -torch.inf)
+
+
+def hidden_prefix(backbone: Backbone, prefix: Prefix, special: SpecialIds) -> Prefix:
+    """A prefix of the same lengths that tells nothing: the mask at every place, also where an image was."""
+    device = prefix.embeds.device
+    inputs = {"prompt_ids": torch.full(prefix.embeds.shape[:2], special.mask, dtype=torch.int64, device=device)}
+    if prefix.mask is not None:
+        inputs["prompt_mask"] = prefix.mask
+    return backbone.encode_prefix(inputs)
 
 
 def end_text(tokens: Tensor, special: SpecialIds) -> Tensor:

@@ -4,6 +4,7 @@
     progress = Progress(schedule, tokens, mask_id)
     progress.enter(tokens)        moves rows whose block is full to their next block
     progress.take(tokens)         (B,) number to reveal in this step; one scheduled step is used up
+    progress.stop_at(tokens, eot) ends rows at their first eot, for good: masks behind it are never revealed
 
 The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, right
 also when a reviser hides tokens again or a caption starts with few masks. At the last scheduled step of a
@@ -55,13 +56,18 @@ class Schedule:
 
 
 class Progress:
-    """Where each row stands: `end` (B,), the end of its current block, and `steps_left` (B,) in it."""
+    """Where each row stands.
+
+    end:        (B,) the end of its current block
+    steps:      (B,) how many steps this block was given; steps_left: how many of them are to come
+    stop:       (B,) the place of the eot that ends its text, or the length of the response
+    """
 
     def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int) -> None:
         self.schedule, self.mask_id = schedule, mask_id
         self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
-        self.end = tokens.new_zeros(len(tokens))
-        self.steps_left = tokens.new_zeros(len(tokens))
+        self.end, self.steps, self.steps_left = (tokens.new_zeros(len(tokens)) for _ in range(3))
+        self.stop = torch.full_like(self.end, schedule.length)
 
     def enter(self, tokens: Tensor) -> None:
         """Open the next block that has masks, in rows without a mask up to the end of their current one."""
@@ -70,6 +76,7 @@ class Progress:
         first = masked.int().argmax(1) // size
         self.end = torch.where(full, (first + 1) * size, self.end)
         fresh = self.schedule.steps_for((masked & self.before_end).sum(1))
+        self.steps = torch.where(full, fresh, self.steps)
         self.steps_left = torch.where(full, fresh, self.steps_left)
 
     def take(self, tokens: Tensor) -> Tensor:
@@ -78,6 +85,19 @@ class Progress:
         count = ceil_divide(masks, self.steps_left.clamp(min=1))
         self.steps_left = (self.steps_left - 1).clamp(min=0)
         return count
+
+    def stop_at(self, tokens: Tensor, eot: int) -> None:
+        """Take the first `eot` of each row as its end, unless an earlier one was seen before."""
+        self.stop = torch.where(tokens == eot, self.place, self.stop[:, None]).amin(1)
+
+    def wanted(self, tokens: Tensor) -> Tensor:
+        """(B, L) bool: the masks that have to be revealed before the row is over."""
+        return (tokens == self.mask_id) & (self.place < self.stop[:, None])
+
+    @property
+    def reach(self) -> Tensor:
+        """(B, L) bool: where masks may be revealed. As in the released code a known end takes the block's place."""
+        return self.place < torch.where(self.stop < self.schedule.length, self.stop, self.end)[:, None]
 
     @property
     def before_end(self) -> Tensor:

@@ -1,8 +1,9 @@
-"""Any image file to a small square RGB image, or the reason why not.
+"""Any image file to a small RGB image, or the reason why not.
 
     convert(path, size=96, encoding="jpg") -> bytes
 
-    open -> limit of pixels -> decode first frame -> turn by EXIF -> RGB on white -> fit into a grey square
+    open -> limit of pixels -> decode first frame -> turn by EXIF -> RGB on white
+      -> fit into a grey square, or shrink and keep the shape
 
 The whole picture is kept, since captions speak of all of it. NOTE: the pixels are decoded before EXIF is
 looked at: asking for EXIF first makes Pillow pass some broken files as good.
@@ -37,10 +38,11 @@ class ImageProblem(Exception):
     """An image that cannot be used; the message is the reason."""
 
 
-def convert(path: Path, *, size: int, encoding: str) -> bytes:
-    """The image in a file as `size` x `size` pixels, encoded. Raises ImageProblem."""
+def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> bytes:
+    """The image in a file, encoded: `size` x `size` pixels, or its own shape within them. Raises ImageProblem."""
     stream = io.BytesIO()
-    fit(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
+    change = fit if square else shrink
+    change(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
     return stream.getvalue()
 
 
@@ -91,9 +93,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def fit(image: Image.Image, size: int) -> Image.Image:
     """The whole image, its longer side `size` pixels, centred on a grey square."""
+    small = _scaled(image, size)
+    square = Image.new("RGB", (size, size), GREY)
+    square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+    return square
+
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """The image in its own shape, its longer side at most `size` pixels. A smaller one stays as it is."""
+    return _scaled(image, size) if max(image.size) > size else image
+
+
+def _scaled(image: Image.Image, size: int) -> Image.Image:
+    """The image with a longer side of `size` pixels."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    square = Image.new("RGB", (size, size), GREY)
-    square.paste(small, ((size - width) // 2, (size - height) // 2))
-    return square
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -1,7 +1,10 @@
-"""Model folders: config.json, model.safetensors and the tokenizer files, in our own Hugging Face layout.
+"""Model folders in the Hugging Face layout: our own, or those of LLaDA-V and LLaDA-8B as they were released.
 
-save_pretrained(model, codec, "runs/mask/model")
-model = from_pretrained("runs/mask/model")
+model = from_pretrained("runs/mask/model")          or a name on the hub, such as "GSAI-ML/LLaDA-8B-Instruct"
+save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
+load_weights(model, folder)                         into a model that is there, also one that FSDP2 has sharded
+
+    config.json -> layout (src/models/formats.py) -> empty model -> tensors one at a time (src/models/weights.py)
 """
 
 from __future__ import annotations
@@ -12,29 +15,183 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
+from src.hub import local_folder
+from src.models.formats import FORMATS, Description, Format, recognise
 from src.models.llada_v import LLaDAV
-from src.tokenizer import Codec
+from src.models.weights import DAMAGE, SINGLE, Weights, explained, is_model_folder, write_weights
+from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec
 
-MODEL_TYPE = "rediff_llada_v"
+CONFIG = "config.json"
+SHOWN = 12  # names of tensors in an error
+KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
-def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path) -> None:
-    """Write a model folder; a reader never sees half of it. An existing folder is replaced."""
-    path = Path(path)
+def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_bytes: float = 5e9) -> None:
+    """Write a model folder in our own layout; a reader never sees half of it. An existing folder is replaced."""
+    state = model.state_dict()
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    with replacing(Path(path)) as folder:
+        write_weights(
+            folder, sizes, lambda names: {name: state[name] for name in names}, max_shard_bytes=max_shard_bytes
+        )
+        write_config(folder, FORMATS["own"].config(describe(model)))
+        codec.save(folder)
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    codec: Codec | None = None,
+    attention: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    vision: dict | None = None,
+) -> LLaDAV:
+    """Read a model folder, or a model of the Hugging Face hub by its name; a folder of that name here goes first.
+
+    codec: the tokenizer that the model will be used with; attention: overrides the mode that the checkpoint records;
+    dtype: of all weights, default as they are stored; device: where they go, default the CPU
+    vision: fields of the vision tower that the config.json of an original lacks, such as num_attention_heads
+
+    Raises ValueError when the tokenizer is not the model's own, when files are missing or damaged, when the config asks
+    for something that is not implemented, or when tensors are missing, unexpected or of another shape.
+    """
+    folder = ModelFolder.open(path)
+    _check_tokenizer(folder.path, codec)
+    model = folder.empty(attention=attention, vision=vision)
+    check_tensors(model, folder.shapes, folder.path)
+    _allocate(model, folder, dtype=read_dtype(dtype), device=device)
+    _fill(model, folder)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read the weights of a model folder into a model that has memory, in the dtype and place of its parameters.
+
+    Of a parameter that is sharded (DTensor) each rank reads its own part; the ranks need not meet. A model made on the
+    meta device needs `to_empty` first. Raises ValueError as `from_pretrained` does.
+    """
+    folder = ModelFolder.open(path)
+    if bare := [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]:
+        raise ValueError(f"{bare[0]} is on the meta device: call the model's to_empty(device=...) first")
+    check_tensors(model, folder.shapes, folder.path)
+    _fill(model, folder)
+
+
+def fingerprint(model: nn.Module | str | Path) -> str:
+    """Hash of a model's weights: names it in drafts, rounds and results.
+
+    The same for a module and for every folder of it, whatever the layout and the shards, as long as the dtype is.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder of any layout. Nothing but config.json and the headers of the weights is read."""
+
+    path: Path
+    form: Format
+    config: dict
+    weights: Weights
+    names: dict[str, str]  # our name of a tensor -> its name in the files
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelFolder:
+        """Raises ValueError when files are missing or damaged, or when the layout is unknown."""
+        path = local_folder(path)
+        absent = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
+        if absent:
+            raise ValueError(f"{path} is not a model folder: {', '.join(absent)} not found")
+        with _reading(path):
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            form = recognise(config)
+        weights = Weights(path)
+        with _reading(path):
+            return cls(path, form, config, weights, form.names(config, weights.shapes))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Under our names."""
+        return {ours: self.weights.specs[theirs].shape for ours, theirs in self.names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by our name; see `Weights.read`."""
+        return self.weights.read(self.names[name])
+
+    def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
+        """What config.json says, `attention` and `vision` as for `from_pretrained`."""
+        with _reading(self.path):
+            found = self.form.describe(
+                self.config, self.weights.shapes, vision=vision, image_id=_image_id(self.path / "tokenizer.json")
+            )
+            return replace(found, decoder={**found.decoder, **({"attention": attention} if attention else {})})
+
+    def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
+        """The model on the meta device."""
+        description = self.describe(attention=attention, vision=vision)
+        with explained(self.path / CONFIG):
+            return build_empty(description)
+
+
+def describe(model: LLaDAV) -> Description:
+    """What makes a model besides its weights."""
+    return Description(model.config.to_dict(), model.vision_config, model.image_id, model.tiling, model.original)
+
+
+def build_empty(description: Description) -> LLaDAV:
+    """The model of a description, on the meta device."""
+    with torch.device("meta"):
+        model = LLaDAV(
+            decoder=description.decoder,
+            vision=description.vision,
+            image_id=description.image_id,
+            tiling=description.tiling,
+        )
+    model.original = description.original
+    return model
+
+
+def check_tensors(model: nn.Module, found: dict[str, tuple[int, ...]], place: str | Path) -> None:
+    """Raise one ValueError about all tensors that are missing, unexpected or of another shape than the model's."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {found[name]} (expected {shape})"
+            for name, shape in sorted(expected.items())
+            if name in found and found[name] != shape
+        ],
+    }
+    told = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise ValueError(f"the model in {place} does not fit its config: {'; '.join(told)}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path` when the block is done: a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(_describe(model), indent=2) + "\n")
-    codec.save(partial)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     for file in partial.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -42,66 +199,75 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path) -> None:
     partial.replace(path)
 
 
-def from_pretrained(path: str | Path, *, codec: Codec | None = None, attention: str | None = None) -> LLaDAV:
-    """Read a model folder. `attention` overrides the attention mode that the checkpoint records.
-
-    codec: the tokenizer that the model will be used with. Raises ValueError when it is not the model's own, when files
-    are missing or damaged, or when tensors are missing, unexpected or of another shape.
-    """
-    path = Path(path)
-    absent = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
-    if absent:
-        raise ValueError(f"{path} is not a model folder: {', '.join(absent)} not found")
-    _check_tokenizer(path, codec)
-    with _explained(path / "config.json"):
-        model = _empty(path, attention)
-    with _explained(path / "model.safetensors"):
-        state = load_file(path / "model.safetensors")
-    _check(model, state, path)
-    model.load_state_dict(state, assign=True)
-    _restore_buffers(model)
-    if model.vision:
-        model.vision.vision_tower.post_layernorm.requires_grad_(False)
-    return model
+def write_config(folder: Path, config: dict) -> None:
+    """Write config.json."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fingerprint(model: nn.Module | str | Path) -> str:
-    """Hash of a model's weights: names it in drafts, rounds and results. The same for a module and for its folder."""
-    digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def read_dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    """`bfloat16` and the like as torch's own; None stays None."""
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    if given not in KINDS:
+        raise ValueError(f"dtype must be one of {', '.join(KINDS)}, got {given!r}")
+    return getattr(torch, given)
 
 
-def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _allocate(
+    model: nn.Module, folder: ModelFolder, *, dtype: torch.dtype | None, device: str | torch.device | None
+) -> None:
+    """Give memory to a model that is on the meta device. What is in it counts only once it is written."""
+    for name, tensor in list(model.named_parameters()):
+        stored = folder.weights.specs[folder.names[name]].dtype
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(tensor.shape, dtype=dtype or stored, device=device or "cpu")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(empty, requires_grad=tensor.requires_grad))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, folder: ModelFolder) -> None:
+    """Copy the tensors of a folder into the parameters, one at a time."""
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        stored = folder.read(name)
+        if hasattr(parameter, "placements"):  # a DTensor
+            stored, parameter = stored[_own_part(parameter)], parameter.to_local()
+        parameter.copy_(stored)
+    for module in model.modules():  # of the vision tower; they are in no file
+        places = dict(module.named_buffers(recurse=False)).get("position_ids")
+        if places is not None:
+            device = next(model.parameters()).device
+            numbers = torch.arange(places.shape[-1], device=device).expand(places.shape)
+            module.register_buffer("position_ids", numbers, persistent=False)
+
+
+def _own_part(parameter: Any) -> tuple[slice, ...]:
+    """The part of a sharded parameter, a DTensor, that this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # slow to import
+
+    sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors in order of the names; those of a folder are read one at a time."""
     if isinstance(model, nn.Module):
         yield from sorted(model.state_dict().items())
         return
-    path = Path(model) / "model.safetensors"
-    with _explained(path), safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):
-            yield name, file.get_tensor(name)
-
-
-def _empty(path: Path, attention: str | None) -> LLaDAV:
-    """The model that config.json describes, on the meta device."""
-    config = json.loads((path / "config.json").read_text())
-    if config["model_type"] != MODEL_TYPE:
-        raise ValueError(f"{path}/config.json has model_type {config['model_type']!r}, expected {MODEL_TYPE!r}")
-    decoder = {**config["decoder"], **({"attention": attention} if attention else {})}
-    with torch.device("meta"):
-        return LLaDAV(decoder=decoder, vision=config["vision"], image_id=config["image_id"])
+    folder = ModelFolder.open(model)
+    for name in sorted(folder.names):
+        yield name, folder.read(name)
 
 
 @contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """What a reader raises about a damaged file, as a ValueError that names the file."""
-    try:
-        yield
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+def _reading(path: Path) -> Iterator[None]:
+    """What is wrong with config.json, as a ValueError that names it."""
+    with explained(path / CONFIG):
+        try:
+            yield
+        except DAMAGE:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _check_tokenizer(path: Path, codec: Codec | None) -> None:
@@ -113,31 +279,14 @@ def _check_tokenizer(path: Path, codec: Codec | None) -> None:
         )
 
 
-def _describe(model: LLaDAV) -> dict:
-    return {
-        "model_type": MODEL_TYPE,
-        "decoder": model.config.to_dict(),
-        "vision": model.vision_config,
-        "image_id": model.image_id,
-    }
+def _image_id(tokenizer: Path) -> int:
+    """The image mark of an original model: the id of its tokenizer's image token, if it has one."""
+    if not tokenizer.is_file():
+        return NO_IMAGE_TOKEN
+    found = Tokenizer.from_file(str(tokenizer)).token_to_id(IMAGE)
+    return NO_IMAGE_TOKEN if found is None else found
 
 
-def _check(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
-    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
-        raise ValueError(f"{path}/model.safetensors does not fit its config: " + "; ".join(sorted(problems)))
-
-
-def _restore_buffers(model: nn.Module) -> None:
-    """Position ids of the vision tower are no part of the file; they were left on the meta device."""
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(buffer.shape), persistent=False)
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN])} and {more} more"

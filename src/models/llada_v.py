@@ -1,7 +1,12 @@
 """LLaDA-V: image path and LLaDA decoder as one backbone. The tiny model is this class with small numbers.
 
-encode_prefix({prompt_ids (B, T), pixel_values (B, 3, S, S), prompt_mask}) -> Prefix, image tokens at the image id
+encode_prefix({prompt_ids, prompt_mask?, pixel_values?, num_tiles?, image_sizes?}) -> Prefix, images at their marks
 forward(prefix, tokens (B, L), attend, positions) -> logits only where asked
+
+prompt_ids   (B, T) int64, any number of image marks in a row; prompt_mask (B, T) bool where rows are padded
+pixel_values (B, N, 3, S, S) uint8: the tiles of a row's images one after another, then padding
+num_tiles    (B, M) int64: tiles of each image, 0 where a row has fewer than M images
+image_sizes  (B, M, 2) int64: (width, height) of each image before it was cut into tiles
 """
 
 from __future__ import annotations
@@ -14,21 +19,38 @@ from torch import Tensor, nn
 from src.batch import Prefix
 from src.models.llada import Decoder, DecoderConfig
 from src.models.vision import VisionPath
+from src.tiling import AnyRes, Layout, Size
 
 
 class LLaDAV(nn.Module):
-    """Backbone (see `src.batch.Backbone`). `image_id` marks the place of the image in `prompt_ids`.
+    """Backbone (see `src.batch.Backbone`).
 
-    Raises ValueError when a row of `prompt_ids` does not hold exactly one image mark although images are given.
+    decoder: fields of `DecoderConfig`; vision: of transformers' `SiglipVisionConfig`, None for text only
+    image_id: marks the places of images in `prompt_ids`
+    tiling: arguments of `src.tiling.AnyRes`; None is one square tile an image
+
+    Raises ValueError where a row of a batch has more or fewer image marks than images, or tiles of another layout.
     """
 
-    def __init__(self, *, decoder: dict, vision: dict | None, image_id: int = -200, init_std: float = 0.02) -> None:
+    def __init__(
+        self,
+        *,
+        decoder: dict,
+        vision: dict | None,
+        image_id: int = -200,
+        tiling: dict | None = None,
+        init_std: float = 0.02,
+    ) -> None:
         super().__init__()
+        if tiling and not vision:
+            raise ValueError("tiling is given, but the model has no vision path (vision is null)")
         self.config = DecoderConfig(**decoder)
-        self.vision_config = vision
+        self.vision_config, self.tiling = vision, tiling
+        self.original: dict = {}  # what an original config.json says beyond this, for an export in its layout
         self.image_id = image_id
         self.model = Decoder(self.config)
-        self.vision = VisionPath(vision, self.config.hidden_size) if vision else None
+        layout = AnyRes(**tiling) if tiling else None
+        self.vision = VisionPath(vision, self.config.hidden_size, tiling=layout) if vision else None
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         for part in (self.model, self.lm_head, self.vision and self.vision.mm_projector):
             if part is not None:
@@ -38,11 +60,20 @@ class LLaDAV(nn.Module):
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
+    @property
+    def layout(self) -> Layout | None:
+        """How the model wants its images cut into tiles; None for a model without images."""
+        return self.vision.layout if self.vision else None
+
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
         """Embed the prompt, put the image tokens in place, and in `prefix` mode run the decoder over it once."""
         ids, mask = prefix["prompt_ids"], prefix.get("prompt_mask")
-        if "pixel_values" in prefix:
-            embeds, mask = self._splice(ids, mask, prefix["pixel_values"])
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask  # (B, T)
+        marks = keep & (ids == self.image_id)
+        sizes = self._image_sizes(prefix)
+        _check_marks(marks, sizes)
+        if any(sizes):
+            embeds, mask = self._splice(ids, keep, marks, self._image_tokens(prefix, sizes))
         else:
             embeds = self.model.embed_tokens(ids)
         cache = self.model.prefix_cache(embeds, mask) if self.config.attention == "prefix" else None
@@ -55,35 +86,67 @@ class LLaDAV(nn.Module):
         hidden = self.model(self.model.embed_tokens(tokens), prefix.embeds, prefix.mask, prefix.cache, attend)
         return self.lm_head(hidden if positions is None else hidden[positions])
 
-    def _splice(self, ids: Tensor, mask: Tensor | None, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.vision is None:
+    def _image_sizes(self, prefix: dict[str, Tensor]) -> list[list[Size]]:
+        """(width, height) of the images of each row."""
+        if "pixel_values" not in prefix:
+            return [[] for _ in prefix["prompt_ids"]]
+        if self.layout is None:
             raise ValueError("the batch has images, but the model has no vision path (model.vision is null)")
-        where = ids == self.image_id
-        if not bool((where.sum(1) == 1).all()):
-            raise ValueError("every prompt must hold exactly one image mark")
-        image = self.vision(pixel_values)  # (B, N, D)
-        text = self.model.embed_tokens(ids.masked_fill(where, 0))  # (B, T, D)
-        batch, count, width = image.shape
-        keep = torch.cat([torch.zeros(batch, count, dtype=torch.bool, device=ids.device), ~where], 1)
-        start = where.int().argmax(1, keepdim=True)  # (B, 1)
-        place = torch.arange(ids.shape[1], device=ids.device)[None]
-        target = torch.cat(
-            [
-                start + torch.arange(count, device=ids.device)[None],
-                torch.where(place > start, place + count - 1, place),
-            ],
-            1,
-        )  # where each image token, then each text token goes; the image mark itself is overwritten by the image
-        length = ids.shape[1] + count - 1
-        source = torch.cat([image, text], 1)
-        keep[:, :count] = True
-        rows = torch.arange(batch, device=ids.device)[:, None].expand_as(target)
-        embeds = source.new_zeros(batch, length, width)
-        embeds = embeds.index_put((rows[keep], target[keep]), source[keep])
-        if mask is not None:
-            wide = torch.cat([mask.new_ones(batch, count), mask], 1)
-            mask = mask.new_zeros(batch, length).index_put((rows[keep], target[keep]), wide[keep])
-        return embeds, mask
+        found = {name: len(prefix.get(name, ())) for name in ("prompt_ids", "pixel_values", "num_tiles", "image_sizes")}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"the inputs of a batch must have equally many rows, got {found}")
+        return _read_sizes(prefix["pixel_values"], prefix["num_tiles"], prefix["image_sizes"], self.layout)
+
+    def _image_tokens(self, prefix: dict[str, Tensor], sizes: list[list[Size]]) -> list[Tensor]:
+        """Tokens (., D) of all images, row by row; padding is not encoded."""
+        assert self.vision is not None  # else `_image_sizes` has refused
+        pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
+        real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
+        return self.vision(pixels[real], [size for row in sizes for size in row])
+
+    def _splice(self, ids: Tensor, keep: Tensor, marks: Tensor, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (B, P, D) of the prompt with the tokens of `images` at the `marks` (B, T), in order; mask (B, P).
+
+        keep (B, T): where the prompt is not padding. Shorter rows end in zero vectors, which the mask hides; it is None
+        when all rows are equally long.
+        """
+        width = keep.long()  # (B, T): how many places each token of the prompt takes
+        width[marks] = torch.tensor([len(tokens) for tokens in images], device=ids.device)
+        length = width.sum(1, keepdim=True)  # (B, 1)
+        here = torch.arange(int(length.max()), device=ids.device) < length  # (B, P)
+        of_image = torch.zeros_like(here)
+        of_image[here] = marks.flatten().repeat_interleave(width.flatten())
+        text = self.model.embed_tokens(ids[keep & ~marks])
+        embeds = text.new_zeros(*here.shape, text.shape[-1])
+        embeds[of_image] = torch.cat(images).to(text.dtype)
+        embeds[here & ~of_image] = text
+        return embeds, None if bool(here.all()) else here
+
+
+def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: Layout) -> list[list[Size]]:
+    """Sizes of the images of each row. Raises ValueError where the tiles are not those that the layout cuts."""
+    side = layout.size
+    if pixels.dtype != torch.uint8 or pixels.shape[2:] != (3, side, side):
+        given = f"{pixels.dtype} {tuple(pixels.shape)}"
+        raise ValueError(f"pixel_values are {given}, but the model takes torch.uint8 (rows, tiles, 3, {side}, {side})")
+    found = []
+    for row, (counts, sizes) in enumerate(zip(num_tiles.tolist(), image_sizes.tolist(), strict=True)):
+        images = [((width, height), count) for (width, height), count in zip(sizes, counts, strict=True) if count]
+        for size, count in images:
+            if count != layout.num_tiles(size):
+                given = f"row {row}: an image of {size[0]} x {size[1]} pixels comes as {count} tiles"
+                raise ValueError(f"{given}, but the model makes {layout.num_tiles(size)} of it (see data.tiling)")
+        if sum(counts) > pixels.shape[1]:
+            raise ValueError(f"row {row}: num_tiles adds up to {sum(counts)}, but there are {pixels.shape[1]} tiles")
+        found.append([size for size, _ in images])
+    return found
+
+
+def _check_marks(marks: Tensor, sizes: list[list[Size]]) -> None:
+    """Raises ValueError where a row has more or fewer image marks (B, T) than images."""
+    for row, (places, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
+        if places != len(images):
+            raise ValueError(f"row {row}: the prompt holds {places} image marks, but there are {len(images)} images")
 
 
 def _init(module: nn.Module, *, std: float) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from src.models.llada_v import LLaDAV
+from src.tiling import AnyRes
 from src.tokenizer import Codec
 
 
-def tiny(codec: Codec, *, decoder: dict, vision: dict | None, seed: int = 0) -> LLaDAV:
+def tiny(codec: Codec, *, decoder: dict, vision: dict | None, tiling: AnyRes | None = None, seed: int = 0) -> LLaDAV:
     """Fresh weights for the codec's vocabulary; `decoder` lacks `vocab_size`. Leaves the global RNG as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -16,5 +17,6 @@ def tiny(codec: Codec, *, decoder: dict, vision: dict | None, seed: int = 0) -> 
             decoder={**decoder, "vocab_size": codec.vocab_size},
             vision=vision,
             image_id=codec.image_id,
+            tiling=tiling.to_dict() if tiling else None,
             init_std=decoder["hidden_size"] ** -0.5,
         )

@@ -1,28 +1,83 @@
-"""The image path: SigLIP tower (transformers) and two-layer projector, as in LLaDA-V.
+"""The image path: SigLIP tower (transformers), two-layer projector and the packing of tiles, as in LLaDA-V.
 
-pixel_values (B, 3, S, S) in [-1, 1] -> tower -> last hidden states, no final norm (B, N, W) -> projector (B, N, D)
+tiles (N, 3, S, S) uint8 of some images -> [-1, 1] -> tower -> last hidden states, no final norm (N, n, W)
+  -> projector (N, n, D) -> tokens of each image
+
+`src.tiling` says how images are cut into tiles and which features are kept. A Square image is its one tile's features.
+Of an AnyRes image the features of the grid are put together, freed of the black bars and shrunk to the budget; a
+newline vector ends each row; the features of the whole image come first.
+
+N tiles, n = side x side features of a tile, W width of the tower, D width of the decoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from src.tiling import AnyRes, Layout, Size, Square
+
 
 class VisionPath(nn.Module):
-    """Image tokens for the decoder. `tower`: fields of `SiglipVisionConfig`; `hidden_size`: width of the decoder."""
+    """Image tokens for the decoder.
 
-    def __init__(self, tower: dict, hidden_size: int) -> None:
+    tower: fields of `SiglipVisionConfig`; hidden_size: width of the decoder
+    tiling: None is Square, one tile of the tower's `image_size`
+    chunk: tiles that go through the tower at once; changes memory, not the result
+
+    NOTE: under FSDP2 this is one unit: the number of chunks differs between ranks, that of calls to `forward` does not.
+    Raises ValueError when the tiles are not of the tower's size.
+    """
+
+    def __init__(self, tower: dict, hidden_size: int, *, tiling: AnyRes | None = None, chunk: int = 32) -> None:
         super().__init__()
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
+        size, patch = self.config.image_size, self.config.patch_size
+        if not (isinstance(size, int) and isinstance(patch, int)):
+            raise ValueError(f"tiles are square: image_size and patch_size must be numbers, got {size} and {patch}")
+        self.layout: Layout = tiling or Square(size)
+        if self.layout.size != size:
+            raise ValueError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 tile, got {chunk}")
+        self.chunk, self.side = chunk, size // patch
         self.vision_tower = SiglipVisionModel(self.config)
         self.vision_tower.post_layernorm.requires_grad_(False)  # stored by the original, never applied
         width = self.config.hidden_size
         self.mm_projector = nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        if tiling:
+            self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Output of the last encoder layer (B, N, W); `last_hidden_state` would be behind the unused final norm."""
-        return self.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
+    def features(self, tiles: Tensor) -> Tensor:
+        """Output of the last encoder layer (N, n, W). The tower as a whole would also apply the final norm."""
+        pixels = tiles.float().div(127.5).sub(1)  # (u8 / 255 - 0.5) / 0.5
+        return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.mm_projector(self.features(pixel_values))
+    def forward(self, tiles: Tensor, image_sizes: Sequence[Size]) -> list[Tensor]:
+        """Tokens (., D) of each image. `tiles` (N, 3, S, S): all tiles of the first image, then of the second, ..."""
+        projected = torch.cat([self.mm_projector(self.features(part)) for part in tiles.split(self.chunk)])  # (N, n, D)
+        parts = projected.split([self.layout.num_tiles(size) for size in image_sizes])
+        return [self.pack(part, size) for part, size in zip(parts, image_sizes, strict=True)]
+
+    def pack(self, features: Tensor, image_size: Size) -> Tensor:
+        """Tokens (., D) of one image from the projected features of its tiles (T, n, D)."""
+        if isinstance(self.layout, Square):
+            return features[0]
+        kept = self._grid(features[1:], self.layout, image_size)  # (H, W, D)
+        newline = self.image_newline.expand(len(kept), 1, -1)
+        return torch.cat([features[0], torch.cat([kept, newline], 1).flatten(0, 1)])
+
+    def _grid(self, features: Tensor, layout: AnyRes, image_size: Size) -> Tensor:
+        """Features (T - 1, n, D) of the grid's tiles, put together, without the bars and shrunk: (H, W, D)."""
+        columns, rows = layout.grid(image_size)
+        tiled = features.unflatten(0, (rows, columns)).unflatten(2, (self.side, self.side))
+        whole = tiled.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)
+        kept = whole[layout.unpadded(image_size, side=self.side)]
+        final = layout.final(image_size, side=self.side)
+        if final == kept.shape[:2]:
+            return kept
+        return F.interpolate(kept.permute(2, 0, 1)[None], final, mode="bilinear")[0].permute(1, 2, 0)

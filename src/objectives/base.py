@@ -109,7 +109,7 @@ class Objective(L.LightningModule):
         for state in corrupted:
             where = positions_of(self.terms, state)  # (B, L)
             logits = self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()  # (N, V)
-            token_loss = torch.zeros(where.shape, device=where.device)
+            token_loss = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
             token_loss[where] = F.cross_entropy(logits, state.target[where], reduction="none")
             for term in self.terms:
                 parts[term.name].append(term_loss(term, token_loss, state))
@@ -143,12 +143,14 @@ class Objective(L.LightningModule):
         self.log("val/loss", self._weighted(values), batch_size=len(batch), prog_bar=True)
         self._log_counts("val", len(batch))
 
-    def configure_optimizers(self) -> Any:
-        options = self.options
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over what is trained; freezes the rest."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
-        optimizer = torch.optim.AdamW(
-            groups, betas=(options.betas[0], options.betas[1]), weight_decay=options.weight_decay
-        )
+        betas = (self.options.betas[0], self.options.betas[1])
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.options.weight_decay)
+
+    def configure_optimizers(self) -> Any:
+        options, optimizer = self.options, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
             raise ValueError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")

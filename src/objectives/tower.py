@@ -27,7 +27,7 @@ UNKNOWN = -100
 
 
 class TowerLabels(Objective):
-    """Needs records with a `scene`, and a patch grid that is a multiple of 3."""
+    """Needs records with a `scene`, images of one tile, and a patch grid that is a multiple of 3."""
 
     def __init__(
         self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, seed: int = 0
@@ -40,7 +40,8 @@ class TowerLabels(Objective):
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
         """Sum over the rows of the mean loss of each head."""
-        hidden = self.backbone.vision.features(batch.prefix["pixel_values"])  # (B, N, W)
+        tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): the picture of a scene is one tile
+        hidden = self.backbone.vision.features(tiles)  # (B, N, W)
         scores = self.heads(_places(hidden)).split(list(CLASSES.values()), -1)
         places, background = scene_labels([Scene.from_dict(r["scene"]) for r in batch.records])
         total = F.cross_entropy(scores[3].mean(1), background.to(hidden.device))

@@ -1,0 +1,339 @@
+"""Three layouts of a model folder: our own, and those of LLaDA-V and of LLaDA-8B as they were released.
+
+    form = recognise(config)                     by its fields; both originals call themselves "llada"
+    names = form.names(config, shapes)           {our name: name in the files}, a pure rename
+    form.describe(config, shapes, ...)           what builds the model
+    form.config(description)                     and back: the fields of config.json
+
+`own` is the description itself. `llada_v` has the names of Llama, `llada` those of OLMo. What an original config says
+and we have no use for stays in `Description.original`, so that an export to the same layout gives it back. A field
+that asks for something that is not implemented is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from src.models.towers import Shapes, StoredTower
+
+MODEL_TYPE = "rediff_llada_v"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What makes a model besides its weights: the arguments of `LLaDAV`, and what else an original config says."""
+
+    decoder: dict[str, Any]
+    vision: dict[str, Any] | None
+    image_id: int
+    tiling: dict[str, Any] | None = None
+    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": those that we do not use}
+
+
+class Format(Protocol):
+    """A layout of config.json and of the names of tensors."""
+
+    name: str
+
+    def recognises(self, config: dict) -> bool: ...
+
+    def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
+        """The model of a config.json. Raises ValueError for what is missing or not implemented.
+
+        shapes: of the tensors in the files, under the names there; vision: fields of the tower that the config lacks;
+        image_id: mark of an image in the prompt, where the config has none
+        """
+        ...
+
+    def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
+        """Our name -> name in the files, of all tensors that are used or unknown."""
+        ...
+
+    def theirs(self, name: str) -> str:
+        """The name in the files of one of our tensors."""
+        ...
+
+    def config(self, description: Description) -> dict:
+        """Fields of config.json. Raises ValueError where the layout cannot express the model."""
+        ...
+
+
+class Own:
+    """Our own layout."""
+
+    name = "own"
+
+    def recognises(self, config: dict) -> bool:
+        return config.get("model_type") == MODEL_TYPE
+
+    def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
+        if vision:
+            raise ValueError(f"vision={vision} is for original folders; this one describes its vision tower itself")
+        more = {key: config[key] for key in ("tiling", "original") if key in config}
+        return Description(config["decoder"], config["vision"], config["image_id"], **more)
+
+    def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
+        return {name: name for name in shapes}
+
+    def theirs(self, name: str) -> str:
+        return name
+
+    def config(self, description: Description) -> dict:
+        optional = {"tiling": description.tiling, "original": description.original}
+        return {
+            "model_type": MODEL_TYPE,
+            "decoder": description.decoder,
+            "vision": description.vision,
+            "image_id": description.image_id,
+            **{key: value for key, value in optional.items() if value},
+        }
+
+
+class LlamaStyle:
+    """LLaDA-V and ReDiff; also the text model that LLaDA-V was trained from."""
+
+    name = "llada_v"
+    tower = "model.vision_tower.vision_tower.vision_model."
+    prefixes = (
+        (tower, "vision.vision_tower."),
+        ("model.mm_projector.", "vision.mm_projector."),
+        ("model.image_newline", "vision.image_newline"),
+    )
+    decoder = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "rms_norm_eps"),
+    )
+    # What we implement. The first value is the original's; None stands for a field that is absent.
+    only: Mapping[str, tuple] = {
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "attention_dropout": (0.0, None),
+        "tie_word_embeddings": (False, None),
+    }
+    only_vision: Mapping[str, tuple] = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_patch_merge_type": ("spatial_unpad",),
+        "mm_vision_select_layer": (-2,),
+        "mm_vision_select_feature": ("patch", None),
+        "mm_resampler_type": (None,),
+        "mm_use_im_start_end": (False, None),
+    }
+    used = frozenset({*decoder, "rope_theta", "rope_parameters", "rope_scaling", "image_grid_pinpoints"})
+    computed = frozenset({"model_type", "mm_hidden_size", "image_aspect_ratio", "torch_dtype", "dtype", "head_dim"})
+
+    def recognises(self, config: dict) -> bool:
+        return config.get("model_type") in ("llada", "llava_llada") and "hidden_size" in config
+
+    def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
+        sizes = {name: _need(config, name) for name in self.decoder if name != "num_key_value_heads"}
+        sizes |= {"num_key_value_heads": config.get("num_key_value_heads"), "rope_theta": _rope_theta(config)}
+        _refuse(config, {**self.only, "head_dim": (sizes["hidden_size"] // sizes["num_attention_heads"], None)})
+        original = {"format": self.name, "fields": _without(config, self.used | self.computed)}
+        if not config.get("mm_vision_tower"):
+            if vision:
+                raise ValueError(f"vision={vision} is given, but config.json has no mm_vision_tower")
+            return Description(_decoder(sizes), None, image_id, original=original)
+        _refuse(config, self.only_vision)
+        grids = _need(config, "image_grid_pinpoints")
+        tower = StoredTower(config, shapes, self.tower).describe(vision or {}, grids)
+        tiling = {"size": tower["image_size"], "grids": grids, "max_tiles": _max_tiles(config)}
+        return Description(_decoder(sizes), tower, image_id, tiling, original)
+
+    def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
+        unused = StoredTower(config, shapes, self.tower).unused()
+        return _unique((_swap(name, self.prefixes), name) for name in shapes if name not in unused)
+
+    def theirs(self, name: str) -> str:
+        return _swap(name, [(ours, theirs) for theirs, ours in self.prefixes])
+
+    def config(self, description: Description) -> dict:
+        _check_attention(description)
+        constants = {"architectures": ["LLaDAModelLM"], **_originals(self.only), "use_cache": False}
+        fields = {**(_fields(description, self.name) or constants)}
+        fields |= {name: description.decoder[name] for name in self.decoder}
+        fields |= {"rope_theta": description.decoder["rope_theta"], "rope_scaling": None}
+        return fields | (self._vision(description, fields) if description.vision else {"model_type": "llada"})
+
+    def _vision(self, description: Description, fields: dict) -> dict:
+        tower, tiling = description.vision or {}, description.tiling
+        if not tiling:
+            raise ValueError("the model sees each image as one tile, but format=llada_v means any-resolution tiling")
+        constants = {"architectures": ["LlavaLLaDAModelLM"], "mm_vision_tower": "siglip", "use_mm_proj": True}
+        constants |= {**_originals(self.only_vision), "mm_newline_position": "grid"}
+        found = fields if "mm_vision_tower" in fields else {**fields, **constants}
+        if unknown := StoredTower(found, {}, self.tower).lacks(tower):
+            found["vision_config"] = {**(found.get("vision_config") or {}), **unknown}
+        return found | {
+            "model_type": "llava_llada",
+            "mm_hidden_size": tower["hidden_size"],
+            "image_aspect_ratio": f"anyres_max_{tiling.get('max_tiles', 4)}",
+            "image_grid_pinpoints": [list(grid) for grid in tiling["grids"]],
+        }
+
+
+class OlmoStyle:
+    """LLaDA-8B: the text model."""
+
+    name = "llada"
+    sizes = (
+        *(("hidden_size", "d_model"), ("intermediate_size", "mlp_hidden_size"), ("num_hidden_layers", "n_layers")),
+        *(("num_attention_heads", "n_heads"), ("rms_norm_eps", "rms_norm_eps"), ("rope_theta", "rope_theta")),
+    )
+    whole = (
+        ("model.transformer.wte.weight", "model.embed_tokens.weight"),
+        ("model.transformer.ln_f.weight", "model.norm.weight"),
+        ("model.transformer.ff_out.weight", "lm_head.weight"),
+    )
+    blocks = (
+        *(("attn_norm", "input_layernorm"), ("ff_norm", "post_attention_layernorm")),
+        *(("q_proj", "self_attn.q_proj"), ("k_proj", "self_attn.k_proj"), ("v_proj", "self_attn.v_proj")),
+        *(("attn_out", "self_attn.o_proj"), ("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj")),
+        ("ff_out", "mlp.down_proj"),
+    )
+    # As above; where None is no choice, the class's own default is another than the original's value.
+    only: Mapping[str, tuple] = {
+        **{"block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,)},
+        **{"weight_tying": (False,), "include_bias": (False,), "include_qkv_bias": (False, None)},
+        **{"bias_for_layer_norm": (False, None), "attention_layer_norm": (False, None), "alibi": (False, None)},
+        **{"input_emb_norm": (False, None), "scale_logits": (False, None), "block_group_size": (1, None)},
+        **{"multi_query_attention": (None, False), "clip_qkv": (None,), "layer_norm_with_affine": (True, None)},
+        **{"attention_dropout": (0.0,), "residual_dropout": (0.0,), "embedding_dropout": (0.0,)},
+    }
+    used = frozenset({*(theirs for _, theirs in sizes), "n_kv_heads", "embedding_size"})
+    computed = frozenset({"model_type", "torch_dtype", "dtype"})
+
+    def recognises(self, config: dict) -> bool:
+        return config.get("model_type") == "llada" and "d_model" in config
+
+    def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
+        if vision:
+            raise ValueError(f"vision={vision} is given, but LLaDA-8B's layout holds text models only")
+        _refuse(config, self.only)
+        decoder = {ours: _need(config, theirs) for ours, theirs in self.sizes}
+        decoder["vocab_size"] = config.get("embedding_size") or _need(config, "vocab_size")
+        decoder["num_key_value_heads"] = config.get("n_kv_heads")
+        original = {"format": self.name, "fields": _without(config, self.used | self.computed)}
+        return Description(_decoder(decoder), None, image_id, original=original)
+
+    def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
+        whole, blocks = dict(self.whole), dict(self.blocks)
+        return _unique(
+            (_block_name(name, "model.transformer.blocks", "model.layers", whole, blocks), name) for name in shapes
+        )
+
+    def theirs(self, name: str) -> str:
+        whole, blocks = ({ours: theirs for theirs, ours in table} for table in (self.whole, self.blocks))
+        return _block_name(name, "model.layers", "model.transformer.blocks", whole, blocks)
+
+    def config(self, description: Description) -> dict:
+        _check_attention(description)
+        if description.vision:
+            raise ValueError("format=llada holds text models only, and this model has a vision path: take llada_v")
+        decoder = description.decoder
+        constants = {"architectures": ["LLaDAModelLM"], **_originals(self.only), "rope_full_precision": True}
+        constants |= {"max_sequence_length": 4096, "vocab_size": decoder["vocab_size"], "use_cache": False}
+        fields = {**(_fields(description, self.name) or constants)}
+        fields |= {theirs: decoder[ours] for ours, theirs in self.sizes}
+        fields |= {"n_kv_heads": decoder["num_key_value_heads"], "embedding_size": decoder["vocab_size"]}
+        return fields | {"model_type": "llada"}
+
+
+FORMATS: dict[str, Format] = {form.name: form for form in (Own(), LlamaStyle(), OlmoStyle())}
+
+
+def recognise(config: dict) -> Format:
+    """The layout of a config.json. Raises ValueError if it is none of ours."""
+    for form in FORMATS.values():
+        if form.recognises(config):
+            return form
+    raise ValueError(
+        f"a model of type {config.get('model_type')!r} with these fields is none of those known here: {MODEL_TYPE!r}, "
+        "LLaDA-V ('llava_llada' with hidden_size) and LLaDA-8B ('llada' with d_model)"
+    )
+
+
+def _decoder(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `DecoderConfig`. Both originals attend to everything; key heads that are not given are the heads."""
+    heads = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    return {**sizes, "num_key_value_heads": heads, "attention": "full"}
+
+
+def _need(config: dict, name: str) -> Any:
+    if config.get(name) is None:
+        raise ValueError(f"config.json lacks {name}")
+    return config[name]
+
+
+def _refuse(config: dict, only: Mapping[str, tuple]) -> None:
+    """Raise ValueError for all fields whose value is not implemented."""
+    found = [
+        f"{name} is {config.get(name)!r}, only {allowed[0]!r} is implemented"
+        for name, allowed in only.items()
+        if config.get(name) not in allowed
+    ]
+    if found:
+        raise ValueError(f"config.json: {'; '.join(found)}")
+
+
+def _rope_theta(config: dict) -> float:
+    """transformers 5 writes it into `rope_parameters`. Raises ValueError for scaled positions."""
+    parameters = config.get("rope_parameters") or {}
+    for name in ("rope_parameters", "rope_scaling"):
+        found = config.get(name) or {}
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default" or found.keys() - {"rope_type", "type", "rope_theta"}:
+            raise ValueError(f"config.json: {name} is {found!r}, only positions without scaling are implemented")
+    return parameters["rope_theta"] if "rope_theta" in parameters else _need(config, "rope_theta")
+
+
+def _max_tiles(config: dict) -> int:
+    """The N of `anyres_max_N`."""
+    found = re.fullmatch(r"anyres_max_(\d+)", str(config.get("image_aspect_ratio")))
+    if not found:
+        value = config.get("image_aspect_ratio")
+        raise ValueError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
+    return int(found[1])
+
+
+def _check_attention(description: Description) -> None:
+    attention = description.decoder["attention"]
+    if attention != "full":
+        raise ValueError(f"the model has attention={attention!r}, but the original programs know 'full' only")
+
+
+def _without(config: dict, names: Collection[str]) -> dict:
+    return {key: value for key, value in config.items() if key not in names}
+
+
+def _originals(only: Mapping[str, tuple]) -> dict[str, Any]:
+    return {name: allowed[0] for name, allowed in only.items() if allowed[0] is not None}
+
+
+def _fields(description: Description, name: str) -> dict:
+    """What the original config said beyond our description, if it had that layout."""
+    return description.original["fields"] if description.original.get("format") == name else {}
+
+
+def _swap(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
+
+
+def _block_name(name: str, old: str, new: str, whole: Mapping[str, str], blocks: Mapping[str, str]) -> str:
+    """A tensor's other name; `ff_out` means one thing within a block and another outside."""
+    found = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)\.weight", name)
+    if found and found[2] in blocks:
+        return f"{new}.{found[1]}.{blocks[found[2]]}.weight"
+    return whole.get(name, name)
+
+
+def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for ours, theirs in pairs:
+        if ours in names:
+            raise ValueError(f"the weights hold {theirs} and {names[ours]}, which are the same tensor")
+        names[ours] = theirs
+    return names

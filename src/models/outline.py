@@ -1,0 +1,45 @@
+"""The model of a folder without its weights, on the meta device: what `src.plan` plans the memory of.
+
+outline("runs/mask/model")          of the weights only names, shapes and types are read
+outline("docs/llada_v")             a folder may hold nothing but config.json, before a model is downloaded
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from src.models.checkpoint import CONFIG, build_empty, from_pretrained, read_dtype
+from src.models.formats import recognise
+from src.models.llada_v import LLaDAV
+from src.models.weights import explained, is_model_folder
+from src.tokenizer import Codec
+
+
+def outline(
+    path: str | Path,
+    *,
+    codec: Codec,
+    attention: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    vision: dict | None = None,
+) -> LLaDAV:
+    """What `from_pretrained` makes of the same arguments, without data, wherever `device` would put it.
+
+    Where there are no weights the types are `dtype` or float32, and the image mark is the codec's. Raises ValueError as
+    `from_pretrained` does, and where config.json is not here or does not describe the model without the weights.
+    """
+    if is_model_folder(path):
+        return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"a plan needs the model's {CONFIG}, and there is no {file}")
+    with explained(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        found = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
+        decoder = {**found.decoder, **({"attention": attention} if attention else {})}
+        return build_empty(replace(found, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))

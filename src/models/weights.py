@@ -1,0 +1,156 @@
+"""Tensors of a model folder: model.safetensors, or shards named by model.safetensors.index.json.
+
+weights = Weights(folder)                 names, shapes and dtypes; only headers are read
+weights.read("lm_head.weight")            one tensor
+write_weights(folder, {name: bytes}, read, max_shard_bytes=5e9)
+
+Whatever the size of a model, reading holds one tensor in memory and writing one shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+DAMAGE = (
+    *(json.JSONDecodeError, UnicodeDecodeError, SafetensorError),
+    *(KeyError, TypeError, AttributeError, OSError),
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A stored tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights:
+    """The tensors of a model folder. Raises ValueError, naming the file, where one is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.specs: dict[str, Spec] = {}
+        for file in weight_files(folder):
+            with explained(file):
+                found = _header(file)
+            if twice := sorted(found.keys() & self.specs.keys()):
+                raise ValueError(f"{file} holds {twice[0]}, and so does {self.specs[twice[0]].file.name}")
+            self.specs |= found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. It is a view of the file: copy what you keep, and only that is read from disk.
+
+        The file is opened anew for every tensor, so that pages that were read do not stay in memory.
+        """
+        file = self.specs[name].file
+        with explained(file), safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether there is a folder here with the weights of a model."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the tensors of a model folder."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return [folder / SINGLE]
+    with explained(index):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} is damaged: {outside[0]!r} is no name of a file in its folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{index} names {', '.join(absent)}, not found in {folder}: the download or copy is incomplete"
+        )
+    return [folder / name for name in names]
+
+
+def write_weights(
+    folder: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[list[str]], Mapping[str, Tensor]],
+    *,
+    max_shard_bytes: float,
+) -> None:
+    """Write the tensors that `read` returns for some names; `sizes`: bytes of each, in the order of the shards.
+
+    A shard is filled up to `max_shard_bytes`, a larger tensor has one of its own. One shard has no index.
+    """
+    shards = _plan(sizes, max_shard_bytes)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in read(names).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+    if len(shards) > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextmanager
+def explained(file: Path) -> Iterator[None]:
+    """What a reader raises about a damaged file, as a ValueError that names the file."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _header(file: Path) -> dict[str, Spec]:
+    specs = {}
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - it is no dict
+            stored = opened.get_slice(name)
+            specs[name] = Spec(file, tuple(stored.get_shape()), _dtype(file, name, stored.get_dtype()))
+    return specs
+
+
+def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"{file}: {name} has dtype {dtype}, which is not supported; there are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _plan(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """Names of the tensors of each shard."""
+    if limit < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {limit}")
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

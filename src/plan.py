@@ -1,0 +1,244 @@
+"""What a training step takes of a GPU's memory, found without weights, without data and without a GPU.
+
+    python -m src.train conf=stage1 plan.gpus=8
+    measure(objective, batch, gpus=8, precision="bf16-mixed")
+
+    objective and batch -> its own losses, backward pass and optimizer step on tensors without data (`src.ledger`)
+      -> every storage that is made and freed on the way -> the fullest moment of each phase
+
+There is no formula of any layer in here: what is counted is what the real step keeps alive.
+
+Counted: parameters, gradients, states of the optimizer, copies of weights that autocast keeps, and every result of an
+operation until it is freed: what is saved for the backward pass as well as what lives for a moment. Attention is one
+fused kernel; it saves queries, keys, values, output and a number for each query. All tokens of the response bear a
+loss, the worst case of the noise. It is a step of a run under way, which finds the states of the optimizer.
+
+On several GPUs as under FSDP2: parameters, gradients and states are sharded by rows, and a `mixed` precision runs both
+passes in the lower type. Whole blocks come on top, the largest that there are: the gathered weights of one in use and
+of the next one, and in the backward pass the gradients of one on their way to the shards.
+
+Not counted: CUDA and its libraries, buffers of NCCL, workspace within kernels, fragmentation, pixels and ids of the
+batch, gradient clipping, validation, drafting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from src.batch import Batch, Corrupted
+from src.diffusion import corruption
+from src.diffusion.noise import Noise
+from src.ledger import LOOKED, Live, Shapes
+from src.objectives.base import Objective
+
+# Precision of the trainer -> type that parameters are turned into, and lower type of a mixed one.
+TYPES = {
+    "32-true": (None, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (None, torch.bfloat16),
+    "16-mixed": (None, torch.float16),
+}
+PARAMETERS, GRADIENTS, STATES, CAST = "parameters", "gradients", "optimizer states", "weights cast by autocast"
+WHOLE, BATCH = "whole parameters", "batch"  # not counted: stands for what is gathered by blocks; small
+GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
+TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY = "vision tower", "projector", "decoder", "head and loss", "temporary"
+ROWS = (PARAMETERS, GRADIENTS, STATES, CAST, GATHERED, REDUCED, TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY)
+PARTS = {"vision.vision_tower": TOWER, "vision": PROJECTOR, "lm_head": HEAD}  # of a backbone; all else is its decoder
+GIB, MIB = 1 << 30, 1 << 20
+PHASES = ("forward", "saved", "backward", "optimizer")  # saved: the moment between the two passes
+UNIT = re.compile(r"(.*?\.\d+)\.")  # what is gathered as a whole: an element of a list of layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each of `gpus` GPUs.
+
+    phases: {phase: {row: bytes}} at the fullest moment of each phase
+    parameters, trained: how many the whole model has, and how many of them are trained
+    prefix: tokens in front of the response
+    """
+
+    gpus: int
+    parameters: int
+    trained: int
+    prefix: int
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def peak(self) -> int:
+        return max(map(self.total, PHASES))
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    def table(self) -> str:
+        """A line for each row that is not empty, a column for each phase, and the sums."""
+        rows = {row: [self.phases[phase].get(row, 0) for phase in PHASES] for row in ROWS}
+        rows = {row: values for row, values in rows.items() if any(values)}
+        rows["sum"] = [self.total(phase) for phase in PHASES]
+        lines = [[f"{row:26}", *(f"{self.shown(value):>14}" for value in values)] for row, values in rows.items()]
+        return "".join("".join(line) + "\n" for line in [[" " * 26, *(f"{phase:>14}" for phase in PHASES)], *lines])
+
+    def shown(self, size: int) -> str:
+        """Bytes for the eye, in the same unit for the whole plan."""
+        return f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, foreach: bool = True) -> Plan:
+    """One step of `objective` on `batch`, the rows of one GPU.
+
+    objective: its tensors lose their data; precision: of Lightning's trainer
+    foreach: whether the optimizer works on all parameters at once, as it does on a GPU; false: one after the other
+
+    Raises ValueError for less than one GPU, for an unknown precision, and where what an objective does depends on
+    numbers that it computes.
+    """
+    if gpus < 1:
+        raise ValueError(f"a plan is for at least 1 GPU, got {gpus}")
+    if precision not in TYPES:
+        raise ValueError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
+    turned, lower = TYPES[precision]
+    step = Step(objective.to(device="meta", dtype=turned), gpus=gpus, lower=lower, foreach=foreach)
+    micro = batch.split(objective.options.micro_batch or len(batch))
+    try:
+        step.run(micro[0], _all_masked(objective, micro[0]), last=len(micro) > 1)
+    except LOOKED as error:
+        raise ValueError(f"no plan: what this objective does depends on numbers that it computes ({error})") from error
+    phases = {phase: Counter({row: step.live.peaks[phase].get(row, 0) for row in ROWS}) for phase in PHASES}
+    if gpus > 1:
+        _add_whole_blocks(phases, objective)
+    sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
+    return Plan(gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), step.prefix, phases)
+
+
+class Step:
+    """A training step under the books `live`. `prefix`: tokens in front of the response, known once it has run.
+
+    lower: the type of a mixed precision, which several GPUs gather parameters in and one casts them to.
+    """
+
+    def __init__(self, objective: Objective, *, gpus: int, lower: torch.dtype | None, foreach: bool) -> None:
+        self.objective, self.shapes, self.live, self.prefix = objective, Shapes(), Live(copies={PARAMETERS: CAST}), 0
+        self.autocast = torch.autocast("cpu", lower) if gpus == 1 and lower else nullcontext()
+        kept = [parameter.dtype for parameter in objective.parameters()]
+        objective.to(dtype=lower if gpus > 1 else None)
+        with self.shapes.fake:
+            objective.to_empty(device="cpu")
+            self.optimizer = objective.make_optimizer()  # freezes what is not trained
+            whole = zip(objective.parameters(), kept, strict=True)
+            self.shards = {p: p if gpus == 1 else _shard(p, gpus, dtype) for p, dtype in whole}
+        for group in self.optimizer.param_groups:
+            group["params"] = [self.shards[p] for p in group["params"]]
+            group["foreach"] = foreach
+        self._label_parts(objective.backbone)
+
+    def run(self, batch: Batch, corrupted: list[Corrupted], *, last: bool) -> None:
+        """A micro-batch, and the optimizer's step behind it. The last of several finds the gradients of the others."""
+        with self.autocast:
+            with self.live:
+                for tensor in _tensors(batch, *corrupted):
+                    self.live.hold(tensor, BATCH)
+                self._make_states()
+            if not last:
+                self.optimizer.zero_grad()
+            with self.shapes, self.live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                self._pass(batch, corrupted)
+            with self.live:
+                self.live.enter("optimizer", TEMPORARY)
+                self.optimizer.step()
+
+    def _make_states(self) -> None:
+        """What the optimizer keeps from one step to the next, and a gradient for each trained parameter."""
+        for parameter, shard in self.shards.items():
+            self.live.hold(parameter, WHOLE)
+            self.live.hold(shard, PARAMETERS)
+            if parameter.requires_grad:
+                shard.grad = torch.zeros_like(shard)
+                self.live.hold(shard.grad, GRADIENTS)
+                parameter.register_post_accumulate_grad_hook(self._keep)
+        self.live.enter("first step", STATES)
+        self.optimizer.step()
+
+    def _pass(self, batch: Batch, corrupted: list[Corrupted]) -> None:
+        """Forward and backward."""
+        self.live.enter("forward", HEAD)
+        losses = self.objective.losses(batch, corrupted)
+        total = torch.stack([loss.numerator for loss in losses.values()]).sum()
+        del losses
+        self.live.enter("saved", HEAD)
+        self.live.enter("backward", TEMPORARY)
+        total.backward()
+
+    def _keep(self, parameter: nn.Parameter) -> None:
+        """A gradient is complete: count it as one, or leave only its shard."""
+        shard = self.shards[parameter]
+        if shard.grad is None:
+            shard.grad = torch.zeros_like(shard)
+        self.live.hold(shard.grad, GRADIENTS)
+        if shard is not parameter:
+            parameter.grad = None
+
+    def _label_parts(self, backbone: Any) -> None:
+        """From now on what a module makes is counted under its part."""
+        above: list[str] = []
+
+        def begin(part: str) -> None:
+            above.append(self.live.label)
+            self.live.label = part
+
+        def end(*_: Any) -> None:
+            self.live.label = above.pop()
+
+        def encode_prefix(inputs: dict[str, Tensor], encode: Any = backbone.encode_prefix) -> Any:
+            begin(DECODER)
+            prefix = encode(inputs)
+            self.prefix = prefix.embeds.shape[1]
+            end()
+            return prefix
+
+        for name, module in backbone.named_modules():
+            part = next((PARTS[start] for start in PARTS if f"{name}.".startswith(f"{start}.")), DECODER)
+            module.register_forward_pre_hook(lambda *_, part=part: begin(part))
+            module.register_forward_hook(end)
+        backbone.encode_prefix = encode_prefix
+
+
+def _all_masked(objective: Objective, batch: Batch) -> list[Corrupted]:
+    """A damaged response for each view, at noise level 1."""
+    noise = Noise(batch.keys, seed=0)
+    state = corruption.start(batch, torch.ones(len(batch)))
+    return [objective.corruption(batch, state, noise) for _ in range(objective.options.views)]
+
+
+def _tensors(batch: Batch, *corrupted: Corrupted) -> list[Tensor]:
+    values = [*batch.prefix.values(), *(value for noun in (batch, *corrupted) for value in vars(noun).values())]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _shard(parameter: nn.Parameter, gpus: int, dtype: torch.dtype) -> nn.Parameter:
+    """The first GPU's rows of a parameter; no other has more."""
+    rows = -(-parameter.shape[0] // gpus)
+    return nn.Parameter(parameter.new_empty(rows, *parameter.shape[1:], dtype=dtype), parameter.requires_grad)
+
+
+def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> None:
+    """Count the blocks that a GPU holds as a whole for a moment."""
+    weights, gradients = Counter(), Counter()
+    for name, parameter in objective.named_parameters():
+        unit = UNIT.match(name)
+        block = unit[1] if unit else name.rpartition(".")[0]
+        weights[block] += parameter.nbytes
+        gradients[block] += parameter.nbytes * parameter.requires_grad
+    for phase in ("forward", "backward"):
+        phases[phase][GATHERED] = sum(sorted(weights.values())[-2:])
+    phases["backward"][REDUCED] = max(gradients.values())

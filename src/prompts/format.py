@@ -1,0 +1,91 @@
+"""The format of prompts: chat template, system text, and how images and text are joined. One yaml file each.
+
+PromptFormat.load("llada_v")                 a file of this folder
+PromptFormat.load("formats/mine.yaml")       one of your own; its keys are the fields of `PromptFormat`
+format.messages("What is this?", images=1)   [{"role": ..., "content": ...}, ...], what the template takes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import yaml
+
+IMAGE = "<image>"  # the mark in a text that says where an image goes
+JOINS = ("keep", "upstream")
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How a question, its images and earlier turns become a prompt.
+
+    template: jinja text over `messages`, each with `role` and `content`; it ends where the response starts
+    system:   what is said first, in the role `system`; null: nothing
+    image:    put in front of a question that has no image marks, once for each image
+    join:     keep, or upstream: what LLaDA-V's released inference does to a prompt. It trims the messages, and it drops
+        the first token behind each image, in the belief that the tokenizer starts every text with one of its own
+    suppress: tokens that a sampler never writes, besides mask and image marks; null: all special ones but end of turn
+        and end of text
+    """
+
+    template: str
+    system: str | None = None
+    image: str = IMAGE
+    join: str = "keep"
+    suppress: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in {"template": str, "system": str | None, "image": str}.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if self.image.count(IMAGE) != 1:
+            raise ValueError(f"image must hold {IMAGE} once, got {self.image!r}")
+        if self.join not in JOINS:
+            raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
+        if self.suppress is not None:
+            if not isinstance(self.suppress, list | tuple) or {*map(type, self.suppress)} - {str}:
+                raise ValueError(f"suppress must be a list of tokens, got {self.suppress!r}")
+            object.__setattr__(self, "suppress", tuple(self.suppress))
+
+    @classmethod
+    def load(cls, name: str | Path) -> PromptFormat:
+        """The format of this name, or the one in a file whose path ends in .yaml. Raises ValueError for a bad one."""
+        path = Path(name) if str(name).endswith(".yaml") else FOLDER / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+            raise ValueError(f"no prompt format {str(name)!r}: take {', '.join(known)}, or the path of a .yaml file")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls._of(content)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def _of(cls, content: object) -> PromptFormat:
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, dict) or "template" not in content:
+            raise ValueError(f"a prompt format needs a template; its keys are {', '.join(names)}")
+        if unknown := [str(key) for key in content if key not in names]:
+            raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(names)}")
+        return cls(**content)
+
+    def save(self, path: Path) -> None:
+        """Write a yaml file that `load` reads."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
+
+    def messages(self, question: str, *, images: int, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+        """Messages up to the question. `turns`: earlier (question, answer) pairs.
+
+        Marks for the images are put in front of the first question, unless one of the texts has marks of its own.
+        """
+        said = [message for asked, told in turns for message in (("user", asked), ("assistant", told))]
+        said.append(("user", question))
+        if not any(IMAGE in text for _, text in said):
+            said[0] = ("user", self.image * images + said[0][1])
+        if self.system:
+            said.insert(0, ("system", self.system))
+        trim = str.strip if self.join == "upstream" else str
+        return [{"role": role, "content": trim(text)} for role, text in said]

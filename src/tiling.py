@@ -1,0 +1,152 @@
+"""How an image is cut into the square tiles that the vision tower takes, and which of their features are kept.
+
+    layout = Square(48)                          one tile: the whole image, resized
+    layout = anyres(384)                         LLaDA-V's any-resolution tiling
+    layout.tiles(image)                          (T, S, S, 3) uint8
+    layout.num_tokens(image.size, side=27)       image tokens in the prompt; side: features along a tile's edge
+
+AnyRes: best grid of tiles -> the image resized into it, in the middle of black -> tile 0 is the whole image once more,
+squashed into a square, tiles 1.. are the grid row by row. Of the grid's features those of the black bars are dropped
+and the rest is shrunk, if it is more than `max_tiles` tiles' worth. The model packs the features; the numbers are here.
+
+T tiles, S pixels on a tile's side. Sizes of images and grids are (width, height), of features (height, width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+Size = tuple[int, int]
+SLACK = 1.1  # features are shrunk only when their number exceeds the budget by more than the square of this
+
+
+@dataclass(frozen=True)
+class Square:
+    """One tile of `size` pixels: the whole image, its shape not kept."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a tile needs at least 1 pixel on a side, got {self.size}")
+
+    def tiles(self, image: Image.Image) -> np.ndarray:
+        """(1, S, S, 3) uint8."""
+        return np.asarray(_resized(image, (self.size, self.size)))[None]
+
+    def num_tiles(self, image_size: Size) -> int:
+        return 1
+
+    def num_tokens(self, image_size: Size, *, side: int) -> int:
+        return side * side
+
+
+@dataclass(frozen=True)
+class AnyRes:
+    """LLaDA-V's tiling for images of any shape and resolution.
+
+    size: pixels on a tile's side; grids: the (width, height) in pixels that an image may be fitted into
+    max_tiles: the most tiles' worth of features to keep of a grid, roughly (`anyres_max_4` in the released config)
+    """
+
+    size: int
+    grids: Sequence[Sequence[int]]
+    max_tiles: int = 4
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.max_tiles < 1:
+            raise ValueError(f"size and max_tiles must be at least 1, got {self.size} and {self.max_tiles}")
+        if not self.grids:
+            raise ValueError("grids is empty: name at least one (width, height) that images are fitted into")
+        for grid in self.grids:
+            if len(grid) != 2 or any(side < 1 or side % self.size for side in grid):
+                raise ValueError(f"grids holds {list(grid)}, no (width, height) in tiles of {self.size} pixels")
+        object.__setattr__(self, "grids", tuple((width, height) for width, height in self.grids))
+
+    def to_dict(self) -> dict:
+        """The settings as a model folder keeps them: `AnyRes(**settings)` is the same layout."""
+        return {"size": self.size, "grids": [list(grid) for grid in self.grids], "max_tiles": self.max_tiles}
+
+    def tiles(self, image: Image.Image) -> np.ndarray:
+        """(T, S, S, 3) uint8: the whole image squashed, then its grid row by row."""
+        side, (columns, rows) = self.size, self.grid(image.size)
+        canvas = self._canvas(image).reshape(rows, side, columns, side, 3)
+        whole = np.asarray(_resized(image, (side, side)))
+        return np.concatenate([whole[None], canvas.swapaxes(1, 2).reshape(-1, side, side, 3)])
+
+    def grid(self, image_size: Size) -> Size:
+        """(columns, rows) of the tiles: the grid that keeps most of the resolution, then the one that wastes least."""
+        width, height = min(self.grids, key=lambda grid: _cost(image_size, (grid[0], grid[1])))
+        return width // self.size, height // self.size
+
+    def num_tiles(self, image_size: Size) -> int:
+        columns, rows = self.grid(image_size)
+        return 1 + columns * rows
+
+    def num_tokens(self, image_size: Size, *, side: int) -> int:
+        """Tokens of the whole image, then those of each feature row, each row with its newline."""
+        height, width = self.final(image_size, side=side)
+        return side * side + height * (width + 1)
+
+    def unpadded(self, image_size: Size, *, side: int) -> tuple[slice, slice]:
+        """The rows and columns of the grid's features that show the image and not the black bars."""
+        columns, rows = self.grid(image_size)
+        width, height = columns * side, rows * side
+        if image_size[0] / image_size[1] > width / height:
+            return _middle(height, int(image_size[1] * (width / image_size[0]))), slice(0, width)
+        return slice(0, height), _middle(width, int(image_size[0] * (height / image_size[1])))
+
+    def final(self, image_size: Size, *, side: int) -> Size:
+        """(height, width) of the features that are kept: without the bars, shrunk where they are too many."""
+        rows, columns = self.unpadded(image_size, side=side)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        ratio = math.sqrt(height * width / (self.max_tiles * side**2))
+        return (int(height // ratio), int(width // ratio)) if ratio > SLACK else (height, width)
+
+    def _canvas(self, image: Image.Image) -> np.ndarray:
+        """(H, W, 3) uint8: the image in its grid, its shape kept, in the middle of black."""
+        columns, rows = self.grid(image.size)
+        width, height = columns * self.size, rows * self.size
+        across, down = width / image.width, height / image.height
+        if across < down:
+            inner = width, min(math.ceil(image.height * across), height)
+        else:
+            inner = min(math.ceil(image.width * down), width), height
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(_resized(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        return np.asarray(canvas)
+
+
+Layout = Square | AnyRes
+
+
+def anyres(size: int, *, columns: int = 6, rows: int = 6, max_tiles: int = 4) -> AnyRes:
+    """All grids of up to `columns` x `rows` tiles of `size` pixels; `anyres(384)` is the released LLaDA-V's layout."""
+    grids = [(size * column, size * row) for column in range(1, columns + 1) for row in range(1, rows + 1)]
+    return AnyRes(size, grids, max_tiles)
+
+
+def _cost(image_size: Size, grid: Size) -> tuple[int, int]:
+    """What to minimise: lost pixels of the image (negative number of those kept), then unused pixels of the grid."""
+    scale = min(grid[0] / image_size[0], grid[1] / image_size[1])
+    fitted = int(image_size[0] * scale) * int(image_size[1] * scale)
+    kept = min(fitted, image_size[0] * image_size[1])
+    return -kept, grid[0] * grid[1] - kept
+
+
+def _middle(length: int, kept: int) -> slice:
+    """`kept` of `length` places, or one more: as much is cut on the one side as on the other."""
+    cut = (length - kept) // 2
+    return slice(cut, length - cut)
+
+
+def _resized(image: Image.Image, size: Size) -> Image.Image:
+    """Raises ValueError for an image that is not RGB: how transparency and the like become RGB is decided elsewhere."""
+    if image.mode != "RGB":
+        raise ValueError(f"tiles are cut from RGB images, got mode {image.mode!r}")
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,331 @@
+"""Reading and writing model folders: shards, damage, memory, the hub, and parameters that FSDP2 has sharded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src.hub import local_folder
+from src.models.checkpoint import fingerprint, from_pretrained, load_weights, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.tiny import tiny
+from src.models.weights import INDEX, Weights, is_model_folder, weight_files
+from src.tokenizer import Codec
+
+ROOT = Path(__file__).resolve().parents[1]
+DECODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {
+    "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 6,
+    "patch_size": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.train(["a red ring", "a blue ring user Describe assistant"], vocab_size=80)
+
+
+@pytest.fixture(scope="module")
+def model(codec) -> LLaDAV:
+    return tiny(codec, decoder=DECODER, vision=VISION, seed=1)
+
+
+@pytest.fixture
+def sharded(model, codec, tmp_path) -> Path:
+    save_pretrained(model, codec, tmp_path / "model", max_shard_bytes=4000)
+    return tmp_path / "model"
+
+
+def same(found: LLaDAV, expected: LLaDAV) -> bool:
+    other = expected.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in found.state_dict().items())
+
+
+# Shards
+
+
+def test_a_sharded_folder_is_the_same_model(model, codec, sharded, tmp_path):
+    save_pretrained(model, codec, tmp_path / "single")
+    files = weight_files(sharded)
+    assert len(files) > 2 and [file.name for file in weight_files(tmp_path / "single")] == ["model.safetensors"]
+    again = from_pretrained(sharded)
+    assert same(again, model) and again.config == model.config
+    assert fingerprint(sharded) == fingerprint(tmp_path / "single") == fingerprint(model)
+
+
+def test_shards_hold_every_tensor_once_and_no_more_than_they_may(model, sharded):
+    shards = [load_file(file) for file in weight_files(sharded)]
+    assert sorted(name for shard in shards for name in shard) == sorted(model.state_dict())
+    for shard in shards:
+        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= 4000
+    index = json.loads((sharded / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert all(name in load_file(sharded / file) for name, file in index["weight_map"].items())
+    assert [path.name for path in weight_files(sharded)] == sorted(set(index["weight_map"].values()))
+
+
+def test_others_may_read_what_they_may_read_of_the_folder(sharded):
+    """On a cluster one person trains and another samples."""
+    modes = {file.stat().st_mode & 0o666 for file in sharded.iterdir()}
+    assert modes == {sharded.stat().st_mode & 0o666}
+
+
+def test_the_fingerprint_is_a_hash_of_the_sorted_tensors(model, codec, tmp_path):
+    """Of the embedded base model too: drafts and results name models by it, so it must not change."""
+    save_pretrained(model, codec, tmp_path / "model")
+    for folder in (tmp_path / "model", ROOT / "assets" / "base"):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+        assert fingerprint(folder) == digest.hexdigest()[:16]
+
+
+def test_a_shard_needs_room(model, codec, tmp_path):
+    with pytest.raises(ValueError, match="max_shard_bytes must be at least 1, got 0"):
+        save_pretrained(model, codec, tmp_path / "model", max_shard_bytes=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_recognised_by_its_weights(sharded, model, codec, tmp_path):
+    save_pretrained(model, codec, tmp_path / "single")
+    assert is_model_folder(sharded) and is_model_folder(tmp_path / "single")
+    assert not is_model_folder(tmp_path) and not is_model_folder(tmp_path / "none")
+
+
+# Dtypes
+
+
+def test_weights_are_cast_when_they_are_read(model, sharded):
+    again = from_pretrained(sharded, dtype="bfloat16")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert from_pretrained(sharded, dtype=torch.float64).lm_head.weight.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
+        from_pretrained(sharded, dtype="int8")
+
+
+def test_loaded_weights_are_no_view_of_the_file(model, codec, tmp_path):
+    """Who overwrites the file does not change a model that is in use."""
+    save_pretrained(model, codec, tmp_path / "model")
+    again = from_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(b"\xff" * file.stat().st_size)
+    assert same(again, model)
+
+
+def test_a_model_that_has_memory_is_filled_in_its_own_dtype(model, codec, sharded):
+    other = tiny(codec, decoder=DECODER, vision=VISION, seed=2).bfloat16()
+    kept = other.lm_head.weight
+    load_weights(other, sharded)
+    assert other.lm_head.weight is kept and torch.equal(kept, model.lm_head.weight.bfloat16())
+    with torch.device("meta"):
+        bare = tiny(codec, decoder=DECODER, vision=VISION)
+    with pytest.raises(ValueError, match=r"is on the meta device: call the model's to_empty"):
+        load_weights(bare, sharded)
+    load_weights(bare.to_empty(device="cpu"), sharded)
+    assert same(bare, model)
+    assert torch.equal(bare.vision.vision_tower.embeddings.position_ids, torch.arange(4)[None])
+
+
+def test_the_attention_mode_may_be_another(model, sharded):
+    assert model.config.attention == "full"
+    assert from_pretrained(sharded, attention="prefix").config == replace(model.config, attention="prefix")
+    with pytest.raises(ValueError, match="attention must be 'full' or 'prefix', got 'causal'"):
+        from_pretrained(sharded, attention="causal")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_little_more_memory_than_the_model(codec, tmp_path):
+    """Peak of a real process: the model and less than a shard. All shards at once would be twice the model."""
+    decoder = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
+    large = tiny(codec, decoder=decoder, vision=None)
+    size = sum(parameter.nbytes for parameter in large.parameters())
+    save_pretrained(large, codec, tmp_path / "model", max_shard_bytes=size / 4)
+    command = [sys.executable, "-m", "benchmarks.loading", "--side", "ours", "--folder", str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["fingerprint"] == fingerprint(large)
+    assert size <= found["memory"] < 1.25 * size
+
+
+# Damage
+
+
+def test_all_that_does_not_fit_is_listed_at_once(sharded):
+    files = weight_files(sharded)
+    for file in files:
+        state = load_file(file)
+        if state.pop("model.norm.weight", None) is not None:
+            state["model.norm.bias"] = torch.zeros(3)
+        if "lm_head.weight" in state:
+            state["lm_head.weight"] = state["lm_head.weight"][:-1]
+        save_file(state, file)
+    with pytest.raises(ValueError, match=r"missing model.norm.weight; unexpected model.norm.b.*; of another shape lm"):
+        from_pretrained(sharded)
+
+
+def test_long_lists_are_cut_and_counted(sharded):
+    config = json.loads((sharded / "config.json").read_text())
+    config["decoder"]["num_hidden_layers"] = 100
+    (sharded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing model.layers.10.* and (\d+) more$") as error:
+        from_pretrained(sharded)
+    assert len(str(error.value)) < 1500
+    told, more = str(error.value).partition("missing ")[2].rsplit(" and ", 1)
+    assert told.count(",") + 1 + int(more.split()[0]) == 98 * 9  # layers that are not there, tensors of a layer
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: weight_files(folder)[1].unlink(),
+            r"index.json names model-00002-of-\d+.safetensors, not found",
+        ),
+        (lambda folder: cut(weight_files(folder)[1]), r"model-00002-of-\d+.safetensors is damaged"),
+        (lambda folder: weight_files(folder)[1].write_bytes(b""), r"model-00002-of-\d+.safetensors is damaged"),
+        (lambda folder: cut(folder / INDEX), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text("[]"), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text("{}"), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1, "b": "x"}}'), "index.json is damaged"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../a"}}'), r"'../a' is no name of a file"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json not found"),
+        (lambda folder: (folder / INDEX).unlink(), "model.safetensors not found"),
+    ],
+)
+def test_damage_is_explained(sharded, damage, message):
+    damage(sharded)
+    for read in (from_pretrained, fingerprint):
+        with pytest.raises(ValueError, match=message):
+            read(sharded)
+
+
+def test_a_tensor_in_two_shards_is_an_error(sharded):
+    first, second, *_ = weight_files(sharded)
+    save_file({**load_file(second), **load_file(first)}, second)
+    with pytest.raises(ValueError, match=rf"{second.name} holds .*, and so does {first.name}"):
+        from_pretrained(sharded)
+
+
+def test_formats_of_numbers_that_are_unknown_are_named(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a has dtype F8_E4M3, which is not supported"):
+        Weights(tmp_path)
+
+
+# Names on the hub
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A cache of downloads in which nothing is yet, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_name_on_the_hub_is_downloaded_or_explained(offline, model, codec):
+    with pytest.raises(ValueError, match=r"no folder somebody/model-1.5 here, and the Hugging Face hub did"):
+        from_pretrained("somebody/model-1.5")
+    cached = offline / "hub" / "models--somebody--model-1.5"
+    save_pretrained(model, codec, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert same(from_pretrained("somebody/model-1.5", codec=codec), model)
+    assert fingerprint("somebody/model-1.5") == fingerprint(model)
+
+
+def test_a_folder_here_goes_before_the_hub(offline, model, codec):
+    save_pretrained(model, codec, offline / "runs" / "mask")
+    assert same(from_pretrained("runs/mask"), model)
+
+
+@pytest.mark.parametrize("path", ["model", "runs/stage1/model", "/runs/model", "./model", "../model", "a/b/"])
+def test_paths_are_no_names(path):
+    """They are not asked for on the hub, also when they do not exist."""
+    assert local_folder(path) == Path(path)
+
+
+def test_the_hub_is_not_imported_for_local_folders(sharded):
+    code = f"import sys, src.hub; src.hub.local_folder({str(sharded)!r}); sys.exit('huggingface_hub' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# FSDP2
+
+SHARDED = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from src.models.checkpoint import ModelFolder, from_pretrained, load_weights
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}.store", world_size=2, rank=rank)
+whole = from_pretrained(folder)
+model = ModelFolder.open(folder).empty()
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+model.to_empty(device="cpu")
+for turn in range(2):  # one rank after the other: a rank that had to meet the others would wait for ever
+    if rank == turn:
+        load_weights(model, folder)
+        for name, parameter in model.state_dict().items():
+            assert isinstance(parameter, DTensor), name
+            expected = whole.state_dict()[name].chunk(2)
+            mine = expected[rank] if rank < len(expected) else whole.state_dict()[name][:0]
+            assert torch.equal(parameter.to_local(), mine), name
+    dist.barrier()
+assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
+ids = torch.arange(7)[None]
+image = {"pixel_values": torch.zeros(1, 1, 3, 6, 6, dtype=torch.uint8), "num_tiles": torch.ones(1, 1, dtype=torch.long),
+         "image_sizes": torch.full((1, 1, 2), 6), "prompt_ids": torch.tensor([[model.image_id, 3]])}
+for name, parameter in model.named_parameters():
+    assert torch.equal(parameter.full_tensor(), whole.get_parameter(name)), name
+for module in (model, *model.model.layers):
+    module.unshard()
+with torch.no_grad():
+    found, expected = (m.forward(m.encode_prefix(image), ids) for m in (model, whole))
+assert torch.equal(found, expected)
+dist.destroy_process_group()
+os._exit(0)  # threads of gloo may abort a process that ends by itself
+"""
+
+
+@pytest.mark.dist
+def test_each_rank_reads_its_part_of_a_sharded_model(model, codec, tmp_path):
+    save_pretrained(model, codec, tmp_path / "model", max_shard_bytes=4000)
+    code = tmp_path / "load.py"
+    code.write_text(SHARDED)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([sys.executable, str(code), str(tmp_path / "model"), str(rank)], env=env, cwd=ROOT,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        ends = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(ends)

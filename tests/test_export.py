@@ -1,0 +1,294 @@
+"""The export verb: what is written is the same model, under the names and with the fields of its layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from src.export import main
+from src.models.checkpoint import describe, fingerprint, from_pretrained, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.tiny import tiny
+from src.models.weights import weight_files
+from src.tokenizer import Codec
+
+ROOT = Path(__file__).resolve().parents[1]
+DECODER = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "rope_theta": 77.0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 6,
+    "patch_size": 3, "num_channels": 3,
+}  # fmt: skip
+TILING = {"size": 6, "grids": [[6, 12], [12, 6]], "max_tiles": 4}
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.train(["a red ring", "a blue ring user Describe assistant"], vocab_size=80)
+
+
+@pytest.fixture
+def model(codec) -> LLaDAV:
+    decoder = {**DECODER, "vocab_size": codec.vocab_size}
+    return LLaDAV(decoder=decoder, vision=VISION, tiling=TILING, image_id=codec.image_id)
+
+
+def export(**settings) -> None:
+    main(["conf=export", *(f"{key}={value}" for key, value in settings.items())])
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+# Model folders
+
+
+def test_an_original_comes_back_as_it_was(golden, golden_folder_v, golden_folder_text, tmp_path):
+    """Tensors under the same names, and every field of config.json; also by way of our own layout, in small shards."""
+    heads = golden.meta["vision_config"]["num_attention_heads"]
+    vision = f"{{num_attention_heads: {heads}}}"
+    for form, folder, more in (("llada_v", golden_folder_v, {"vision": vision}), ("llada", golden_folder_text, {})):
+        own, direct, round_trip = (tmp_path / form / name for name in ("own", "direct", "round-trip"))
+        export(model=folder, out=direct, format=form, **more)
+        export(model=folder, out=own, format="own", max_shard_bytes=20000, **more)
+        export(model=own, out=round_trip, format=form)
+        for out in (direct, round_trip):
+            assert same(state(out), state(folder))
+            added = {"vision_config": {"num_attention_heads": heads}} if more else {}
+            assert config(out) == {**config(folder), "torch_dtype": "bfloat16", **added}
+            assert fingerprint(out) == fingerprint(folder)
+        assert len(weight_files(own)) > 2 and config(own)["model_type"] == "rediff_llada_v"
+        assert fingerprint(own) == fingerprint(folder)
+        ours, theirs = (replace(describe(from_pretrained(out)), original={}) for out in (own, round_trip))
+        assert ours == theirs
+
+
+def test_files_of_the_tokenizer_go_with_it(golden, golden_folder_v, tmp_path):
+    vision = f"vision={{num_attention_heads: {golden.meta['vision_config']['num_attention_heads']}}}"
+    for form in ("llada_v", "own"):
+        main(["conf=export", f"model={golden_folder_v}", f"out={tmp_path / form}", f"format={form}", vision])
+        ours, theirs = Codec.load(tmp_path / form), Codec.load(golden_folder_v)
+        assert ours.fingerprint == theirs.fingerprint
+        assert ours.prompt_ids("What is this?") == theirs.prompt_ids("What is this?")
+        assert from_pretrained(tmp_path / form, codec=theirs).image_id == theirs.image_id
+    copied = (tmp_path / "llada_v" / "tokenizer.json").read_bytes()
+    assert copied == (golden_folder_v / "tokenizer.json").read_bytes()
+
+
+@torch.no_grad()
+def test_a_trained_model_computes_the_same_in_the_layout_of_llada_v(model, codec, tmp_path):
+    """Without any original: the file says all that is needed, and where the special ids are."""
+    save_pretrained(model, codec, tmp_path / "model")
+    export(model=tmp_path / "model", out=tmp_path / "out")
+    again = from_pretrained(tmp_path / "out", codec=codec)
+    batch = {
+        "prompt_ids": torch.tensor([codec.prompt_ids("Describe")]),
+        "pixel_values": torch.randint(0, 256, (1, 3, 3, 6, 6), dtype=torch.uint8),
+        "num_tiles": torch.tensor([[3]]),
+        "image_sizes": torch.tensor([[[6, 12]]]),
+    }
+    response = torch.randint(7, codec.vocab_size, (1, 5))
+    assert torch.equal(again(again.encode_prefix(batch), response), model(model.encode_prefix(batch), response))
+    found = config(tmp_path / "out")
+    assert (found["eos_token_id"], found["mask_token_id"]) == (codec.eos_id, codec.mask_id)
+    assert (found["model_type"], found["architectures"]) == ("llava_llada", ["LlavaLLaDAModelLM"])
+    assert {"model.image_newline", "model.mm_projector.2.bias"} < state(tmp_path / "out").keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["llada", "llada_v", "own"])
+def test_a_text_model_fits_every_layout(codec, tmp_path, form):
+    model = tiny(codec, decoder=DECODER, vision=None, seed=3)
+    save_pretrained(model, codec, tmp_path / "model")
+    export(model=tmp_path / "model", out=tmp_path / form, format=form)
+    again = from_pretrained(tmp_path / form, codec=codec)
+    assert again.config == model.config and again.image_id == model.image_id
+    assert same(again.state_dict(), model.state_dict())
+    names = {"llada": "model.transformer.ff_out.weight", "llada_v": "model.layers.1.mlp.down_proj.weight"}
+    assert names.get(form, "lm_head.weight") in state(tmp_path / form)
+
+
+def test_weights_are_written_in_the_dtype_that_is_asked_for(model, codec, tmp_path):
+    save_pretrained(model, codec, tmp_path / "model")
+    export(model=tmp_path / "model", out=tmp_path / "out", dtype="bfloat16")
+    assert same(from_pretrained(tmp_path / "out").state_dict(), model.bfloat16().state_dict())
+    assert config(tmp_path / "out")["torch_dtype"] == "bfloat16"
+
+
+# Checkpoints of a run
+
+RUN = """
+import sys
+import lightning as L
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from src.models.llada_v import LLaDAV
+from src.models.tiny import tiny
+
+class Step(L.LightningModule):
+    def __init__(self, backbone, sharded=False):
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone, self.sharded, self.other = backbone, sharded, torch.nn.Linear(2, 2)
+
+    def configure_model(self):
+        if self.sharded:
+            fully_shard(self.backbone, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.other, mesh=self.device_mesh["data_parallel"])
+            self.sharded = False
+
+    def training_step(self, batch, index):
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+def fit(backbone, folder, **settings):
+    step = Step(backbone, sharded="strategy" in settings)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False, **settings)
+    trainer.fit(step, DataLoader(torch.ones(1, 1)))
+    trainer.save_checkpoint(f"{folder}/checkpoints/last.ckpt")
+    return step.backbone
+"""
+
+
+@pytest.fixture
+def run(codec, tmp_path):
+    """Makes the folder of a run with its config, and gives its checkpoint's place."""
+
+    def make(**node) -> Path:
+        codec.save(tmp_path / "tokenizer")
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        config = {"model": node, "tokenizer": str(tmp_path / "tokenizer")}
+        OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
+        return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    return make
+
+
+def trained(backbone: LLaDAV, checkpoint: Path) -> LLaDAV:
+    scope: dict = {}
+    exec(RUN, scope)
+    return scope["fit"](backbone, checkpoint.parents[1])
+
+
+def test_a_checkpoint_is_exported_with_what_its_run_started_from(golden, golden_folder_v, run, tmp_path):
+    heads = golden.meta["vision_config"]["num_attention_heads"]
+    node = {"path": str(golden_folder_v), "vision": {"num_attention_heads": heads}, "dtype": "float32"}
+    checkpoint = run(target="src.models.checkpoint.from_pretrained", **node)
+    model = trained(from_pretrained(golden_folder_v, dtype="float32", vision=node["vision"]), checkpoint)
+    export(model=checkpoint, out=tmp_path / "out")
+    again = from_pretrained(tmp_path / "out")
+    assert same(again.state_dict(), model.state_dict())
+    assert fingerprint(again) != fingerprint(from_pretrained(golden_folder_v, dtype="float32", vision=node["vision"]))
+    fields = {"torch_dtype": "float32", "vision_config": {"num_attention_heads": heads}}
+    assert config(tmp_path / "out") == {**config(golden_folder_v), **fields}
+
+
+def test_a_checkpoint_of_a_model_with_fresh_weights(codec, run, tmp_path):
+    checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
+    model = trained(tiny(codec, decoder=DECODER, vision=None, seed=4), checkpoint)
+    export(model=checkpoint, out=tmp_path / "out", format="llada")
+    assert same(from_pretrained(tmp_path / "out", codec=codec).state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_elsewhere_is_told_what_it_is_like(codec, run, tmp_path, capsys):
+    checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
+    model = trained(tiny(codec, decoder=DECODER, vision=None, seed=4), checkpoint)
+    moved = checkpoint.rename(tmp_path / "last.ckpt")
+    assert "set like=DIR" in error(capsys, model=moved, out=tmp_path / "out")
+    save_pretrained(tiny(codec, decoder=DECODER, vision=None), codec, tmp_path / "start")
+    export(model=moved, like=tmp_path / "start", out=tmp_path / "out", format="own")
+    assert same(from_pretrained(tmp_path / "out", codec=codec).state_dict(), model.state_dict())
+
+
+@pytest.mark.dist
+def test_a_sharded_checkpoint_of_several_processes(codec, run, tmp_path):
+    """Two real processes with Lightning's strategy for FSDP2; the export needs neither."""
+    checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None, seed=5)
+    code = (
+        RUN
+        + f"""
+from lightning.pytorch.strategies import ModelParallelStrategy
+from src.tokenizer import Codec
+model = tiny(Codec.load({str(tmp_path / "tokenizer")!r}), decoder={DECODER}, vision=None, seed=5)
+strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+model = fit(model, {str(tmp_path / "run")!r}, devices=2, strategy=strategy)
+state = {{name: tensor.full_tensor() for name, tensor in model.state_dict().items()}}
+torch.save(state, {str(tmp_path / "whole.pt")!r} + (".1" if torch.distributed.get_rank() else ""))
+"""
+    )
+    (tmp_path / "fit.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "fit.py")]
+    done = subprocess.run(command, cwd=ROOT, env=None, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.is_dir()
+    export(model=checkpoint, out=tmp_path / "out", format="llada", max_shard_bytes=3000)
+    found, expected = from_pretrained(tmp_path / "out", codec=codec), torch.load(tmp_path / "whole.pt")
+    assert same(found.state_dict(), expected)
+    assert not same(tiny(codec, decoder=DECODER, vision=None, seed=5).state_dict(), expected)
+    (checkpoint / "__0_0.distcp").unlink()
+    with pytest.raises(SystemExit):
+        export(model=checkpoint, out=tmp_path / "broken", format="llada")
+    assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
+
+
+# Mistakes
+
+
+def error(capsys, **settings) -> str:
+    with pytest.raises(SystemExit) as ended:
+        export(**settings)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    save_pretrained(model, codec, folder)
+    assert "out=" in error(capsys, model=folder, out=folder)
+    assert "one of own, llada_v, llada, got 'hf'" in error(capsys, model=folder, out=out, format="hf")
+    assert "text models only" in error(capsys, model=folder, out=out, format="llada")
+    assert "dtype must be one of" in error(capsys, model=folder, out=out, dtype="int8")
+    assert "max_shard_bytes" in error(capsys, model=folder, out=out, max_shard_bytes=0)
+    assert "is not a model folder" in error(capsys, model=tmp_path / "none", out=out)
+    assert "like=" in error(capsys, model=folder, out=out, like=folder)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"junk", "is no whole checkpoint"),
+        ({"epoch": 1}, "is no whole checkpoint"),
+        ({"state_dict": {"head.weight": torch.zeros(1)}}, "holds no model: no tensor in it is called backbone"),
+        ({"state_dict": {"backbone.lm_head.weight": torch.zeros(1)}}, r"missing model\.embed_tokens"),
+    ],
+)
+def test_damaged_checkpoints_are_explained(run, tmp_path, capsys, content, message):
+    checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
+    checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
+    said = error(capsys, model=checkpoint, out=tmp_path / "out")
+    assert message.replace("\\", "") in said and "\n" not in said

@@ -1,0 +1,281 @@
+"""Layouts of model folders: what is recognised, what is refused, and that names and fields survive a round trip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src.models.checkpoint import build_empty, describe, from_pretrained
+from src.models.formats import FORMATS, MODEL_TYPE, Description, recognise
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.fixture
+def edited(golden, golden_folder_v, golden_folder_text, tmp_path):
+    """Makes a copy of a golden folder with other fields in its config.json; None removes one."""
+
+    def edit(which: str, **fields) -> Path:
+        source = golden_folder_v if which == "llada_v" else golden_folder_text
+        shutil.copytree(source, tmp_path / "model", symlinks=True)
+        config = json.loads((source / "config.json").read_text()) | fields
+        (tmp_path / "model" / "config.json").unlink()
+        kept = {name: value for name, value in config.items() if name not in fields or value is not None}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(kept))
+        return tmp_path / "model"
+
+    return edit
+
+
+def load(folder: Path, golden, **vision):
+    """The model of a folder; the tower's fields as the golden set has them, `vision` in their place."""
+    config = json.loads((folder / "config.json").read_text())
+    given = (vision or golden.meta["vision_config"]) if config.get("mm_vision_tower") else None
+    return from_pretrained(folder, dtype="float32", vision=given)
+
+
+# Recognition
+
+
+def test_the_layout_follows_from_the_fields_not_from_the_type(golden):
+    llama, olmo = golden.json("llada_v_tiny.config"), golden.json("llada_text_tiny_olmo.config")
+    assert recognise(llama).name == recognise({**llama, "model_type": "llada"}).name == "llada_v"
+    assert recognise(olmo).name == "llada"
+    assert recognise({"model_type": MODEL_TYPE}).name == "own"
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "llama", "hidden_size": 8}, {"model_type": "llada"}])
+def test_other_models_are_no_llada(config):
+    with pytest.raises(ValueError, match=f"type {config.get('model_type')!r} .* is none of those known"):
+        recognise(config)
+
+
+# What is not implemented
+
+
+@pytest.mark.parametrize(
+    ("which", "field", "value"),
+    [
+        *(("llada", name, value) for name, value in {
+            "block_type": "sequential", "activation_type": "swiglu", "layer_norm_type": "default", "rope": False,
+            "weight_tying": True, "include_bias": True, "include_qkv_bias": True, "attention_layer_norm": True,
+            "alibi": True, "input_emb_norm": True, "scale_logits": True, "block_group_size": 2,
+            "multi_query_attention": True, "clip_qkv": 8.0, "residual_dropout": 0.1, "embedding_dropout": 0.1,
+        }.items()),
+        *(("llada_v", name, value) for name, value in {
+            "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+            "head_dim": 7, "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}, "mm_projector_type": "linear",
+            "mm_patch_merge_type": "flat", "mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch",
+            "mm_resampler_type": "qformer", "mm_use_im_start_end": True, "image_aspect_ratio": "pad",
+        }.items()),
+    ],
+)  # fmt: skip
+def test_what_is_not_implemented_is_refused(golden, edited, which, field, value):
+    with pytest.raises(ValueError, match=rf"config.json: .*{field} is ") as error:
+        load(edited(which, **{field: value}), golden)
+    assert repr(value) in str(error.value)
+
+
+def test_all_such_fields_are_named_at_once(golden, edited):
+    with pytest.raises(ValueError, match=r"block_type is 'a'.*; rope is False"):
+        load(edited("llada", block_type="a", rope=False), golden)
+
+
+@pytest.mark.parametrize(("which", "name"), [("llada", "d_model"), ("llada_v", "hidden_size")])
+def test_a_config_without_its_mark_is_unknown(golden, edited, which, name):
+    with pytest.raises(ValueError, match="none of those known"):
+        load(edited(which, **{name: None}), golden)
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        *(("llada", name) for name in ("mlp_hidden_size", "n_layers", "rms_norm_eps", "rope_theta")),
+        *(("llada_v", name) for name in ("rms_norm_eps", "rope_theta", "vocab_size", "image_grid_pinpoints")),
+    ],
+)
+def test_what_has_no_safe_default_must_be_there(golden, edited, which, name):
+    with pytest.raises(ValueError, match=f"config.json lacks {name}"):
+        load(edited(which, **{name: None}), golden)
+
+
+def test_an_original_that_says_less_is_read_the_same(golden, edited, golden_text_model):
+    """Key heads default to the heads, and the embedding to the vocabulary."""
+    config = golden.json("llada_text_tiny_olmo.config")
+    less = {"embedding_size": None} | ({"n_kv_heads": None} if config["n_kv_heads"] == config["n_heads"] else {})
+    assert load(edited("llada", **less), golden).config == golden_text_model.config
+
+
+def test_the_rope_base_may_stand_where_transformers_5_writes_it(golden, edited, golden_model):
+    base = golden.json("llada_v_tiny.config")["rope_theta"]
+    parameters = {"rope_type": "default", "rope_theta": base}
+    for more in ({"rope_scaling": None}, {"rope_scaling": parameters}):
+        folder = edited("llada_v", rope_theta=None, rope_parameters=parameters, **more)
+        assert load(folder, golden).config == golden_model.config
+        shutil.rmtree(folder)
+    assert load(edited("llada_v", rope_theta=base * 2), golden).config.rope_theta == base * 2
+
+
+# The vision tower
+
+
+def test_the_tower_is_described_by_its_tensors(golden, golden_model):
+    expected = golden.meta["vision_config"] | {"num_hidden_layers": golden.meta["vision_layers_stored"]}
+    assert golden_model.vision_config == expected
+    assert golden_model.tiling["grids"] == golden.json("llada_v_tiny.config")["image_grid_pinpoints"]
+    assert golden_model.tiling["size"] == expected["image_size"]
+
+
+def test_heads_come_from_what_is_given_or_nested_or_the_name_or_nowhere(golden, edited, golden_folder_v):
+    heads = golden.meta["vision_config"]["num_attention_heads"]
+    with pytest.raises(ValueError, match=r"how many attention heads .*model.vision='\{num_attention_heads"):
+        from_pretrained(golden_folder_v)
+    assert load(golden_folder_v, golden, num_attention_heads=1).vision_config["num_attention_heads"] == 1
+    folder = edited("llada_v", vision_config={"num_attention_heads": heads, "model_type": "siglip"})
+    assert from_pretrained(folder).vision_config["num_attention_heads"] == heads
+    assert load(folder, golden, num_attention_heads=1).vision_config["num_attention_heads"] == 1
+
+
+def test_the_name_of_a_known_tower_says_its_heads_and_layers(golden, edited):
+    """Not its sizes: those of the golden tensors are others, and so is their number of layers."""
+    folder = edited("llada_v", mm_vision_tower="here/siglip2-so400m-patch14-384")
+    stored = golden.meta["vision_layers_stored"]
+    with pytest.raises(ValueError, match=r"missing vision.vision_tower.encoder.layers.\d+.* and \d+ more") as error:
+        from_pretrained(folder)
+    assert f"layers.{stored - 1}." not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"hidden_size": 1}, r"hidden_size is 1, but the weights have \d+"),
+        ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, but the weights have \d+"),
+        ({"patch_size": 1}, "patch_size is 1"),
+        ({"image_size": 1}, "cannot be made of tiles of 1 pixels"),
+        ({"heads": 4}, "vision has no field 'heads'"),
+    ],
+)
+def test_what_is_given_must_agree_with_the_weights(golden, golden_folder_v, vision, message):
+    with pytest.raises(ValueError, match=message):
+        load(golden_folder_v, golden, **{"num_attention_heads": 1, **vision})
+
+
+def test_grids_must_be_made_of_tiles(golden, edited):
+    side = golden.meta["vision_config"]["image_size"]
+    folder = edited("llada_v", image_grid_pinpoints=[[side, side], [side, side + 1]])
+    with pytest.raises(ValueError, match="image_grid_pinpoints cannot be made of tiles with"):
+        from_pretrained(folder, vision={"num_attention_heads": 1})
+
+
+def test_large_grids_alone_still_tell_the_size_of_a_tile(golden, edited):
+    side = golden.meta["vision_config"]["image_size"]
+    folder = edited("llada_v", image_grid_pinpoints=[[2 * side, 4 * side]])
+    assert from_pretrained(folder, vision={"num_attention_heads": 1}).layout.size == side
+
+
+def test_a_tower_that_is_named_must_be_stored(golden, edited):
+    folder = edited("llada_v")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({k: v for k, v in state.items() if not k.startswith(TOWER)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"names the vision tower .*, but the weights hold none"):
+        load(folder, golden)
+
+
+def test_fields_of_a_tower_need_a_tower(golden, golden_folder_text, edited):
+    with pytest.raises(ValueError, match="holds text models only"):
+        from_pretrained(golden_folder_text, vision={"num_attention_heads": 4})
+    with pytest.raises(ValueError, match="no mm_vision_tower"):
+        from_pretrained(edited("llada_v", mm_vision_tower=None), vision={"num_attention_heads": 4})
+
+
+# Names
+
+
+@pytest.mark.parametrize("which", ["llada_v", "llada"])
+def test_names_are_a_rename_and_back(golden, golden_folder_v, golden_folder_text, which):
+    folder = golden_folder_v if which == "llada_v" else golden_folder_text
+    config = json.loads((folder / "config.json").read_text())
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    names = FORMATS[which].names(config, shapes)
+    assert set(names.values()) == set(shapes)
+    assert {ours: FORMATS[which].theirs(ours) for ours in names} == names
+
+
+def test_one_tensor_under_two_names_is_an_error(golden):
+    shapes = {"model.mm_projector.0.weight": (2, 2), "vision.mm_projector.0.weight": (2, 2)}
+    with pytest.raises(ValueError, match="which are the same tensor"):
+        FORMATS["llada_v"].names({}, shapes)
+
+
+# Fields, back
+
+
+def description(**changes) -> Description:
+    decoder = {
+        "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rope_theta": 123.0, "rms_norm_eps": 1e-4, "attention": "full",
+    }  # fmt: skip
+    return Description(**{"decoder": decoder, "vision": None, "image_id": -200, **changes})
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_model_of_our_own_is_described_in_every_layout(name):
+    """What is written is read as the same model, without any original to copy from."""
+    form = FORMATS[name]
+    config = json.loads(json.dumps(form.config(description())))
+    assert recognise(config) is form
+    found = form.describe(config, {}, vision=None, image_id=-200)
+    assert found.decoder == description().decoder
+
+
+def test_a_tower_of_our_own_is_described_for_llada_v():
+    vision = {
+        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 6,
+        "patch_size": 3, "num_channels": 3, "layer_norm_eps": 1e-3,
+    }  # fmt: skip
+    ours = description(vision=vision, tiling={"size": 6, "grids": [[6, 12], [12, 6]], "max_tiles": 3})
+    form = FORMATS["llada_v"]
+    config = json.loads(json.dumps(form.config(ours)))
+    shapes = {form.theirs(name): tuple(t.shape) for name, t in build_empty(ours).state_dict().items()}
+    found = form.describe(config, shapes, vision=None, image_id=-200)
+    assert (found.vision, found.tiling) == (vision, ours.tiling)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llada", {"vision": {"hidden_size": 8}, "tiling": {"size": 6, "grids": [[6, 6]]}}, "text models only"),
+        ("llada_v", {"vision": {"hidden_size": 8}}, "sees each image as one tile"),
+        ("llada_v", {"decoder": {**description().decoder, "attention": "prefix"}}, "attention='prefix'"),
+        ("llada", {"decoder": {**description().decoder, "attention": "prefix"}}, "attention='prefix'"),
+    ],
+)
+def test_what_a_layout_cannot_express_is_refused(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        FORMATS[name].config(description(**changes))
+
+
+@pytest.mark.parametrize("which", ["llada_v", "llada"])
+def test_the_fields_of_an_original_survive(golden, golden_model, golden_text_model, which):
+    """All of them, also the ones that mean nothing here, even when the model has been in our own layout in between."""
+    model, name = (golden_model, "llada_v_tiny") if which == "llada_v" else (golden_text_model, "llada_text_tiny_olmo")
+    original = golden.json(f"{name}.config")
+    kept = FORMATS["own"].config(describe(model))
+    again = FORMATS["own"].describe(json.loads(json.dumps(kept)), {}, vision=None, image_id=0)
+    found = FORMATS[which].config(again)
+    missing = original.keys() - found.keys() - {"torch_dtype"}
+    assert missing == set()
+    assert {key: value for key, value in original.items() if key in found and found[key] != value} == {}
+
+
+def test_position_ids_of_the_tower_are_whole(golden_model):
+    """They are in no file."""
+    embeddings = golden_model.vision.vision_tower.embeddings
+    assert torch.equal(embeddings.position_ids[0], torch.arange(embeddings.num_positions))

@@ -1,0 +1,128 @@
+"""Every step of the released samplers, replayed by ours (tests/golden/README.md, `sampler_traces` and `text_samplers`).
+
+`generate_with_embeds` of LLaDA-V and ReDiff: the golden prompt embeddings are the prefix, so that nothing here depends
+on the image path. Ids that the released code suppresses are `banned`, and its stop string is our eot.
+
+Where it stops early its last step may have fewer masks left than it is scheduled to reveal. It then also "reveals"
+places without any confidence, and these fall on the prefix, whose embeddings it so overwrites; as the text is finished
+with that step, nothing comes of it. Our sampler reveals the masks that are left: the traces are equal all the same.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.batch import Prefix, Sampled, SpecialIds
+from src.diffusion.revisers import OverwriteAll
+from src.diffusion.sampler import Sampler
+
+FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+TRACES = json.loads((FOLDER / "sampler_traces.json").read_text())
+TEXTS = json.loads((FOLDER / "text_samplers.json").read_text())
+LLADA = [name for name in TEXTS if name.startswith("llada/")]
+
+
+def sampler_of(case: dict) -> Sampler:
+    revise = OverwriteAll(share=case.get("revise_topk") or 1.0, begin=case.get("revise_start", 1.0))
+    return Sampler(
+        length=case["gen_length"],
+        steps=case["steps"],
+        blocks=case["gen_length"] // case["block_length"],
+        reviser=revise if case.get("revise") else None,
+        early_stop="stop_ids" in case,
+        cfg_scale=case.get("cfg_scale", 0.0),
+    )
+
+
+def ids_of(meta: dict, case: dict) -> SpecialIds:
+    (stop,) = case.get("stop_ids", [meta["eot_id"]])
+    banned = tuple(meta["suppressed_ids"])
+    return SpecialIds(meta["mask_id"], meta["eos_id"], stop, banned, vocab_size=meta["tokenizer_len"])
+
+
+def generate(golden, model, case: dict) -> Sampled:
+    meta, length = golden.meta, case["gen_length"]
+    prefix = Prefix(torch.from_numpy(golden.npz(f"vision_{case['image']}")["inputs_embeds"])[None])
+    given = case.get("fake_ans", [])
+    start = torch.tensor([given + [meta["mask_id"]] * (length - len(given))])
+    suffix = torch.tensor(case["suffix_ids"]) if "suffix_ids" in case else None
+    special, sampler = ids_of(meta, case), sampler_of(case)
+    return sampler(model, prefix, special=special, keys=["a"], seed=0, start=start, suffix=suffix, trace=True)
+
+
+def calls_of(case: dict) -> int:
+    """Forward calls of one step and row. The released code counts a guided step, a batch twice as large, as one."""
+    return 2 if case.get("cfg_scale") else 1
+
+
+@pytest.fixture(scope="module")
+def traces(golden):
+    return golden.npz("sampler_traces")
+
+
+@pytest.fixture(scope="module")
+def found(golden, golden_model):
+    """What our sampler makes of each case."""
+    return {name: generate(golden, golden_model, case) for name, case in TRACES.items()}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_each_step_is_that_of_the_released_code(found, traces, name):
+    case, length = TRACES[name], TRACES[name]["gen_length"]
+    (steps,) = found[name].traces
+    tokens, revealed, confidence = (traces[f"{name}/{part}"][:, :length] for part in ("x", "transfer", "conf"))
+    assert [step.tokens for step in steps] == tokens.tolist()
+    assert [step.unmasked for step in steps] == [row.nonzero()[0].tolist() for row in revealed]
+    for step, row in zip(steps, confidence, strict=True):
+        assert step.confidence == pytest.approx(row[step.unmasked].tolist(), rel=1e-3)
+    assert len(steps) == case["steps_run"]
+    assert [step.forwards for step in steps] == [calls_of(case) * (i + 1) for i in range(len(steps))]
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_each_written_token_is_the_best_of_its_step(found, traces, name):
+    (steps,) = found[name].traces
+    for step, row in zip(steps, traces[f"{name}/x0"], strict=True):
+        assert [step.tokens[place] for place in step.unmasked] == row[step.unmasked].tolist()
+        assert [new for _, _, new in step.rewritten] == [int(row[place]) for place, _, _ in step.rewritten]
+    assert any(step.rewritten for step in steps) == TRACES[name]["revise"]
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_the_text_is_the_released_one_up_to_its_end(golden, found, traces, name):
+    case = TRACES[name]
+    special, suffix = ids_of(golden.meta, case), case.get("suffix_ids", [])
+    assert case["final"] == traces[f"{name}/final"].tolist()
+    text = case["final"][: len(case["final"]) - len(suffix)]
+    if not case.get("stop_ids") and special.eot in text:  # nothing stops the released code there
+        text = text[: text.index(special.eot)]
+    expected = [*text, special.eot, *[special.eos] * case["gen_length"]][: case["gen_length"]]
+    assert found[name].ids.tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", LLADA)
+def test_each_step_is_that_of_the_text_sampler(golden, golden_text_model, name):
+    arrays, case = golden.npz("text_samplers"), TEXTS[name]
+    states = arrays[f"{name}/states"]  # (steps, B, P + L)
+    prompts, masks = (arrays[part][: states.shape[1]] for part in ("prompt", "attention_mask"))
+    special = SpecialIds(
+        mask=int(arrays["mask_id"]), eos=int(arrays["eos_id"]), eot=int(arrays["eos_id"]), banned=(),
+        vocab_size=golden_text_model.vocab_size,
+    )  # fmt: skip
+    prefix = golden_text_model.encode_prefix(padded_right(prompts, masks, special.mask))
+    keys = [str(row) for row in range(len(prompts))]
+    found = sampler_of(case)(golden_text_model, prefix, special=special, keys=keys, seed=0, trace=True)
+    for row, steps in enumerate(found.traces):
+        assert [step.tokens for step in steps] == states[:, row, prompts.shape[1] :].tolist()
+    assert found.forwards.tolist() == [calls_of(case) * case["calls"]] * len(prompts)
+
+
+def padded_right(prompts, masks, mask_id: int) -> dict[str, torch.Tensor]:
+    """Inputs of our backbones from prompts (B, P) that are padded on the left: what is real goes first."""
+    rows = [prompt[mask > 0].tolist() for prompt, mask in zip(prompts, masks, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [mask_id] * (width - len(row)) for row in rows])
+    return {"prompt_ids": ids, "prompt_mask": torch.tensor([[i < len(row) for i in range(width)] for row in rows])}

@@ -1,0 +1,149 @@
+"""The image path against the reference programs (tests/golden/README.md): tiles, features, packing, splice, logits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.captions import image_inputs
+from src.models.llada_v import LLaDAV
+
+FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+NAMES = sorted(path.stem.removeprefix("vision_") for path in FOLDER.glob("vision_*.npz"))
+FEATURES = {"rtol": 0.0, "atol": 5e-5}
+LOGITS = {"rtol": 0.0, "atol": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def cases(golden) -> dict[str, dict[str, np.ndarray]]:
+    return {name: golden.npz(f"vision_{name}") for name in NAMES}
+
+
+def image(case: dict[str, np.ndarray]) -> Image.Image:
+    return Image.fromarray(case["image"])
+
+
+def prompt(model: LLaDAV, case: dict[str, np.ndarray], mark: int) -> list[int]:
+    """The ids of a case, with the model's own mark where its images go."""
+    return [model.image_id if token == mark else token for token in case["prompt_ids"].tolist()]
+
+
+def padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    mask = torch.tensor([[place < len(row) for place in range(longest)] for row in rows])
+    return {"prompt_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]), "prompt_mask": mask}
+
+
+def with_prefix_attention(model: LLaDAV) -> LLaDAV:
+    """The same weights, but the prompt does not see the response."""
+    decoder = {**model.config.to_dict(), "attention": "prefix"}
+    other = LLaDAV(decoder=decoder, vision=model.vision_config, image_id=model.image_id, tiling=model.tiling)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def all_logits(model: LLaDAV, embeds: Tensor) -> Tensor:
+    """(L, V): one plain pass over spliced embeddings (1, L, D), as a response without a prefix."""
+    return model.lm_head(model.model(embeds, embeds[:, :0], None, None, None))[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles(golden_model, cases, name):
+    case, layout = cases[name], golden_model.layout
+    assert list(image(case).size) == case["image_wh"].tolist()
+    assert list(layout.grid(image(case).size)) == case["grid_wh"].tolist()
+    np.testing.assert_array_equal(layout.tiles(image(case)), case["tiles_u8"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_features_of_the_tower_and_the_projector(golden_model, cases, name):
+    case = cases[name]
+    tiles = image_inputs([[image(case)]], golden_model.layout)["pixel_values"][0]
+    features = golden_model.vision.features(tiles)
+    for key, found in (("vision_features", features), ("projected", golden_model.vision.mm_projector(features))):
+        expected = torch.from_numpy(case[key])
+        torch.testing.assert_close(found[: len(expected)], expected, **FEATURES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_packing(golden_model, cases, name):
+    case, layout, side = cases[name], golden_model.layout, golden_model.vision.side
+    size = image(case).size
+    rows, columns = layout.unpadded(size, side=side)
+    unpadded = [rows.stop - rows.start, columns.stop - columns.start]
+    assert unpadded == case["unpadded_hw"].tolist()
+    assert list(layout.final(size, side=side)) == case["final_hw"].tolist()
+    inputs = image_inputs([[image(case)]], layout)
+    (tokens,) = golden_model.vision(inputs["pixel_values"][0], [size])
+    torch.testing.assert_close(tokens, torch.from_numpy(case["packed"]), **FEATURES)
+    assert layout.num_tokens(size, side=side) == len(tokens)
+
+
+def test_images_with_and_without_shrinking_are_there(cases):
+    assert {bool((case["final_hw"] != case["unpadded_hw"]).any()) for case in cases.values()} == {True, False}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_embeddings_and_logits_of_a_prompt(golden, golden_model, cases, name):
+    case, model = cases[name], golden_model
+    ids = prompt(model, case, golden.meta["image_placeholder"])
+    images = image_inputs([[image(case)]], model.layout)
+    whole = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **images})
+    torch.testing.assert_close(whole.embeds[0], torch.from_numpy(case["inputs_embeds"]), **FEATURES)
+    rows, expected = torch.from_numpy(case["logits_rows"]), torch.from_numpy(case["logits"])
+    torch.testing.assert_close(all_logits(model, whole.embeds)[rows], expected, **LOGITS)
+
+    behind = ids.index(model.image_id) + 1  # what follows the image, as a response to it
+    prefix = model.encode_prefix({"prompt_ids": torch.tensor([ids[:behind]]), **images})
+    logits = model(prefix, torch.tensor([ids[behind:]]))[0]
+    start = prefix.embeds.shape[1]
+    text = rows >= start
+    assert text.any()
+    torch.testing.assert_close(logits[rows[text] - start], expected[text], **LOGITS)
+
+
+@torch.no_grad()
+def test_two_images_in_one_prompt(golden, golden_model, cases):
+    case, model = golden.npz("splice_two_images"), golden_model
+    ids = prompt(model, case, golden.meta["image_placeholder"])
+    images = image_inputs([[image(cases[str(name)]) for name in case["image_names"]]], model.layout)
+    prefix = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **images})
+    torch.testing.assert_close(prefix.embeds[0], torch.from_numpy(case["inputs_embeds"]), **FEATURES)
+    expected = torch.from_numpy(case["logits_last"])
+    torch.testing.assert_close(all_logits(model, prefix.embeds)[-len(expected) :], expected, **LOGITS)
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+@torch.no_grad()
+def test_a_batch_gives_what_each_row_gives_alone(golden, golden_model, cases, attention):
+    """Every image, then a row of two images and one of text only; the tiles go through the tower three at a time."""
+    model = golden_model if attention == "full" else with_prefix_attention(golden_model)
+    two, mark = golden.npz("splice_two_images"), golden.meta["image_placeholder"]
+    prompts = [prompt(model, case, mark) for case in [*cases.values(), two]]
+    images = [[image(case)] for case in cases.values()] + [[image(cases[str(name)]) for name in two["image_names"]]]
+    prompts.append([token for token in prompts[0] if token != model.image_id][:20])
+    responses = torch.arange(len(prompts) * 7).reshape(-1, 7) + 1
+    chunk, model.vision.chunk = model.vision.chunk, 3
+    try:
+        together = model.encode_prefix({**padded(prompts), **image_inputs([*images, []], model.layout)})
+    finally:
+        model.vision.chunk = chunk
+    logits = model(together, responses)
+    assert together.mask is not None
+    for row, (ids, own) in enumerate(zip(prompts, [*images, []], strict=True)):
+        inputs = image_inputs([own], model.layout) if own else {}
+        alone = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **inputs})
+        length = alone.embeds.shape[1]
+        assert together.mask[row].tolist() == [place < length for place in range(together.embeds.shape[1])]
+        torch.testing.assert_close(together.embeds[row, :length], alone.embeds[0], **FEATURES)
+        assert not together.embeds[row, length:].any()
+        torch.testing.assert_close(logits[row], model(alone, responses[row : row + 1])[0], rtol=0, atol=1e-4)

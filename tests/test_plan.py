@@ -1,0 +1,395 @@
+"""The plan of memory against closed forms, against what a real step saves, and through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import DataLoader
+
+from src.batch import Batch, SpecialIds
+from src.components import ConfigError
+from src.diffusion import corruption
+from src.diffusion.noise import Noise
+from src.models.checkpoint import save_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.outline import outline
+from src.objectives.base import Training
+from src.objectives.mask import MaskPrediction
+from src.objectives.revision import Revision
+from src.plan import (
+    CAST,
+    DECODER,
+    GATHERED,
+    GRADIENTS,
+    HEAD,
+    PARAMETERS,
+    PHASES,
+    REDUCED,
+    STATES,
+    TEMPORARY,
+    TOWER,
+    TYPES,
+    Plan,
+    measure,
+)
+from src.tiling import anyres
+from src.tokenizer import Codec
+from src.train import main
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY, WIDTH, MLP, LAYERS, HEADS, KEY_HEADS = 50, 24, 40, 3, 4, 2
+DECODER_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 7}
+IMAGE, PROMPT, LENGTH = -200, 9, 12
+SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1), vocab_size=VOCABULARY)
+MODULE = {  # the shapes of the weights, from the architecture
+    "embed": (VOCABULARY, WIDTH),
+    "q": (WIDTH, WIDTH),
+    "k": (WIDTH * KEY_HEADS // HEADS, WIDTH),
+    "v": (WIDTH * KEY_HEADS // HEADS, WIDTH),
+    "o": (WIDTH, WIDTH),
+    "gate": (MLP, WIDTH),
+    "up": (MLP, WIDTH),
+    "down": (WIDTH, MLP),
+    "head": (VOCABULARY, WIDTH),
+}
+LAYER = [MODULE[name] for name in ("q", "k", "v", "o", "gate", "up", "down")] + [(WIDTH,)] * 2
+SHAPES = [MODULE["embed"], *LAYER * LAYERS, (WIDTH,), MODULE["head"]]
+
+
+def size(shapes: list[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def make_model(*, vision: bool = False, attention: str = "full") -> LLaDAV:
+    sees = {"vision": VISION, "tiling": anyres(28).to_dict()} if vision else {"vision": None}
+    return LLaDAV(decoder={**DECODER_SIZES, "attention": attention}, image_id=IMAGE, **sees)
+
+
+def make_objective(model: LLaDAV, **training) -> Revision:
+    options = Training(lr=1e-3, **training)
+    return Revision(backbone=lambda: model, special=SPECIAL, training=options, hallucination="off")
+
+
+def make_batch(rows: int = 1, *, vision: bool = False, prompt: int = PROMPT) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (rows, prompt), generator=generator)
+    prefix = {"prompt_ids": ids}
+    if vision:
+        ids[:, 4] = IMAGE
+        tiles = anyres(28).num_tiles((40, 30))
+        prefix["pixel_values"] = torch.zeros(rows, tiles, 3, 28, 28, dtype=torch.uint8)
+        prefix |= {"num_tiles": torch.full((rows, 1), tiles), "image_sizes": torch.tensor([[[40, 30]]] * rows)}
+    response = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=generator)
+    there, none = torch.ones_like(response, dtype=torch.bool), torch.zeros(rows, dtype=torch.bool)
+    return Batch(prefix, response, there, response, torch.zeros_like(response), none, [str(row) for row in range(rows)])
+
+
+def plan_of(model: LLaDAV, batch: Batch, *, gpus: int = 1, precision: str = "32-true", **training) -> Plan:
+    return measure(make_objective(model, **training), batch, gpus=gpus, precision=precision)
+
+
+# what lasts
+
+
+def test_what_lasts_is_that_of_the_closed_form():
+    plan = plan_of(make_model(), make_batch())
+    num = size(SHAPES)
+    assert plan.parameters == plan.trained == num
+    assert all(plan.phases[phase][PARAMETERS] == 4 * num for phase in PHASES)
+    assert all(plan.phases[phase][STATES] == 8 * num + 4 * len(SHAPES) for phase in PHASES)  # 4: a count of steps
+    assert plan.phases["forward"].get(GRADIENTS, 0) == 0
+    assert plan.phases["optimizer"][GRADIENTS] == 4 * num
+    assert plan.phases["optimizer"][TEMPORARY] == pytest.approx(4 * num, rel=0.01)  # the root of the second moments
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 16])
+def test_gpus_share_what_lasts_by_rows_and_hold_whole_blocks_for_a_moment(gpus):
+    plan = plan_of(make_model(), make_batch(), gpus=gpus)
+    shard = sum(math.ceil(shape[0] / gpus) * math.prod(shape[1:]) for shape in SHAPES)
+    assert plan.parameters == size(SHAPES)
+    assert plan.phases["saved"][PARAMETERS] == 4 * shard
+    assert plan.phases["saved"][STATES] == 8 * shard + 4 * len(SHAPES)
+    assert plan.phases["optimizer"][GRADIENTS] == 4 * shard
+    assert plan.total("optimizer") == pytest.approx(5 * 4 * shard, rel=0.05)
+    block, ends = size(LAYER), size([MODULE["head"]])
+    two = sum(sorted([*[block] * LAYERS, ends, ends])[-2:])
+    assert plan.phases["forward"][GATHERED] == plan.phases["backward"][GATHERED] == 4 * two
+    assert plan.phases["backward"][REDUCED] == 4 * max(block, ends)
+
+
+def test_activations_do_not_depend_on_the_number_of_gpus():
+    one, many = (plan_of(make_model(), make_batch(), gpus=gpus).phases["saved"] for gpus in (1, 8))
+    assert one[DECODER] == many[DECODER] > 0
+    assert one[HEAD] == many[HEAD] > 0
+
+
+# what a pass saves
+
+
+def really_saved(objective: Revision, batch: Batch) -> dict[int, int]:
+    """Bytes of each storage that a real forward pass saves for the backward pass, but for weights and the batch."""
+    noise = Noise(batch.keys, seed=0)
+    state = corruption.start(batch, torch.ones(len(batch)))
+    states = [objective.corruption(batch, state, noise) for _ in range(objective.options.views)]
+    given = [*objective.parameters(), *batch.prefix.values(), batch.response, batch.editable]
+    given += [tensor for state in states for tensor in (state.tokens, state.target, state.kind, state.rate)]
+    known = {tensor.untyped_storage()._cdata for tensor in given}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = objective.losses(batch, states)
+    assert losses
+    return {key: storage.nbytes() for key, storage in saved.items() if key not in known}
+
+
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize(("views", "vision_lr"), [(1, None), (2, None), (2, 0.0)])
+def test_activations_are_those_that_a_real_pass_saves(attention, vision, views, vision_lr):
+    batch = make_batch(2, vision=vision, prompt=60)
+    settings = {"views": views, "vision_lr": vision_lr}
+    real = make_objective(make_model(vision=vision, attention=attention), **settings)
+    real.make_optimizer()  # freezes the tower, if it is frozen
+    plan = plan_of(make_model(vision=vision, attention=attention), batch, **settings)
+    found = plan.total("saved") - plan.phases["saved"][PARAMETERS] - plan.phases["saved"][STATES]
+    assert found == pytest.approx(sum(really_saved(real, batch).values()), abs=200)  # integers
+
+
+def test_a_frozen_tower_saves_nothing_and_has_neither_gradients_nor_states():
+    batch = make_batch(vision=True)
+    model = make_model(vision=True)
+    tower = sum(p.numel() for p in model.vision.vision_tower.parameters())
+    tensors = sum(1 for _ in model.parameters()) - sum(1 for _ in model.vision.vision_tower.parameters())
+    plan, trained = plan_of(model, batch, vision_lr=0.0), plan_of(make_model(vision=True), batch)
+    assert plan.trained == plan.parameters - tower
+    assert plan.phases["optimizer"][GRADIENTS] == 4 * plan.trained
+    assert plan.phases["saved"][STATES] == 8 * plan.trained + 4 * tensors
+    assert plan.phases["saved"][TOWER] == 0 < trained.phases["saved"][TOWER]
+    assert plan.prefix == trained.prefix == PROMPT - 1 + anyres(28).num_tokens((40, 30), side=4)
+
+
+def test_views_share_the_prefix_where_the_prefix_sees_only_itself():
+    batch = make_batch(prompt=200)
+    grown = {}
+    for attention in ("full", "prefix"):
+        one, two = (plan_of(make_model(attention=attention), batch, views=n).phases["saved"] for n in (1, 2))
+        assert two[HEAD] == pytest.approx(2 * one[HEAD], rel=0.1)
+        grown[attention] = two[DECODER] / one[DECODER]
+    assert grown["full"] == pytest.approx(2, rel=0.05)
+    assert 1 < grown["prefix"] < 1.6
+
+
+def test_all_tokens_bear_a_loss_even_if_only_masked_ones_do():
+    objective = MaskPrediction(backbone=make_model, special=SPECIAL, training=Training(lr=1e-3))
+    plan = measure(objective, make_batch(2), gpus=1, precision="32-true")
+    assert plan.phases["saved"][HEAD] >= 4 * 2 * LENGTH * VOCABULARY  # logarithms of the probabilities
+
+
+def test_micro_batches_bound_activations_and_find_gradients():
+    whole, cut = plan_of(make_model(), make_batch(4)), plan_of(make_model(), make_batch(4), micro_batch=1)
+    assert whole.phases["saved"][DECODER] == pytest.approx(4 * cut.phases["saved"][DECODER], rel=0.02)
+    assert cut.phases["forward"][GRADIENTS] == 4 * size(SHAPES)
+
+
+# precision
+
+
+def test_autocast_keeps_a_copy_of_what_is_multiplied():
+    plan = plan_of(make_model(), make_batch(), precision="bf16-mixed")
+    matrices = [shape for shape in SHAPES if len(shape) == 2][1:]  # the embedding is looked up
+    assert plan.phases["saved"][CAST] == 2 * size(matrices)
+    assert plan.phases["saved"][PARAMETERS] == 4 * size(SHAPES)
+
+
+def test_several_gpus_compute_in_the_lower_type_and_keep_the_higher():
+    plan = plan_of(make_model(), make_batch(), gpus=2, precision="bf16-mixed")
+    full = plan_of(make_model(), make_batch(), gpus=2)
+    assert plan.phases["saved"][PARAMETERS] == full.phases["saved"][PARAMETERS]
+    assert plan.phases["forward"][GATHERED] * 2 == full.phases["forward"][GATHERED]
+    assert plan.phases["saved"].get(CAST, 0) == 0
+    assert plan.phases["saved"][DECODER] < full.phases["saved"][DECODER]
+
+
+def test_half_precision_halves_what_lasts():
+    plan = plan_of(make_model(), make_batch(), precision="bf16-true")
+    assert plan.phases["saved"][PARAMETERS] == 2 * size(SHAPES)
+    assert plan.phases["saved"][STATES] == 4 * size(SHAPES) + 4 * len(SHAPES)
+
+
+@pytest.mark.parametrize("precision", [name for name in TYPES if not name.startswith("16")])  # no float16 on a CPU
+def test_a_precision_that_is_planned_can_be_trained(precision):
+    objective = make_objective(make_model(vision=True))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=2, precision=precision, enable_model_summary=False, barebones=False, **quiet
+    )
+    trainer.fit(objective, DataLoader([make_batch(2, vision=True)] * 2, batch_size=None))
+    assert trainer.global_step == 2
+
+
+def test_noise_is_the_same_when_half_precision_is_the_default_type():
+    there = torch.ones(2, 5, dtype=torch.bool)
+    draw = lambda: (Noise(["a", "b"], seed=0).level(), Noise(["a", "b"], seed=0).uniform(there))  # noqa: E731
+    expected = draw()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, found, strict=True))
+
+
+# mistakes
+
+
+def test_mistakes_are_told():
+    with pytest.raises(ValueError, match="at least 1 GPU, got -1"):
+        plan_of(make_model(), make_batch(), gpus=-1)
+    with pytest.raises(ValueError, match="no plan for precision '64-true'; known are 32-true"):
+        plan_of(make_model(), make_batch(), precision="64-true")
+
+
+def test_an_objective_that_looks_at_its_numbers_cannot_be_planned():
+    class Looks(MaskPrediction):
+        def losses(self, batch, corrupted):
+            found = super().losses(batch, corrupted)
+            return found if found["mask"].numerator.item() else {}
+
+    objective = Looks(backbone=make_model, special=SPECIAL, training=Training(lr=1e-3))
+    with pytest.raises(ValueError, match="depends on numbers that it computes"):
+        measure(objective, make_batch(), gpus=1, precision="32-true")
+
+
+# models and the command line
+
+
+def test_the_sizes_of_llada_v_are_those_of_the_released_model():
+    manifest = json.loads((ROOT / "tests" / "golden" / "real_checkpoint_manifest.json").read_text())
+    model = outline(ROOT / "docs" / "llada_v", codec=Codec.load(ROOT / "assets" / "base"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    expected = sorted(tuple(t["shape"]) for t in manifest["tensors"].values() for _ in range(t["count"]))
+    assert sorted(tuple(parameter.shape) for parameter in model.parameters()) == expected
+    assert sum(parameter.numel() for parameter in model.parameters()) == manifest["total_parameters"]
+
+
+def test_the_outline_of_a_model_folder_is_the_model_without_its_data(tmp_path):
+    codec = Codec.load(ROOT / "assets" / "base")
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    model = make_model(vision=True).to(torch.bfloat16)
+    model.image_id = codec.image_id
+    save_pretrained(model, codec, whole)
+    bare.mkdir()
+    (bare / "config.json").write_text((whole / "config.json").read_text())
+    for folder in (whole, bare):
+        found = outline(folder, codec=codec, attention="prefix", dtype=None if folder is whole else "bfloat16")
+        shapes = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in found.named_parameters()} == shapes
+        assert all(parameter.is_meta for parameter in found.parameters())
+        assert found.config.attention == "prefix" and found.layout == model.layout and found.image_id == codec.image_id
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    """A run of a small model with data that do not exist."""
+    sizes = ["model.decoder.hidden_size=32", "model.decoder.num_hidden_layers=1", "model.vision.num_hidden_layers=1"]
+    places = [f"run_dir={folder}/run", f"data.path={folder}/nowhere", f"tokenizer={ROOT}/assets/base"]
+    return ["conf=mask,model/tiny", *sizes, *places, "data.batch_size=3", "data.canvas=20", *more]
+
+
+def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
+    main(arguments(tmp_path, "plan.gpus=2", "objective.training.micro_batch=1", "objective.training.views=2"))
+    text = capsys.readouterr().out
+    assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens behind a prefix of" in text
+    numbers = {line[:26].strip(): re.findall(r"[\d.]+(?= MiB)", line) for line in text.splitlines()}
+    assert {PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, TOWER, DECODER, HEAD, "sum"} <= numbers.keys()
+    rows = [
+        [float(value) for value in values] for name, values in numbers.items() if len(values) == 4 and name != "sum"
+    ]
+    for column, total in zip(zip(*rows, strict=True), numbers["sum"], strict=True):
+        assert sum(column) == pytest.approx(float(total), abs=0.05 * len(rows))
+    assert f"at most {max(map(float, numbers['sum'])):.1f} MiB on each GPU" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
+    def prefix(*more: str) -> int:
+        main(arguments(tmp_path, "plan.gpus=1", *more))
+        found = re.search(r"prefix of (\d+)", capsys.readouterr().out)
+        assert found
+        return int(found[1])
+
+    tiles = "{target: src.tiling.anyres, size: 48}"
+    small, large = (
+        prefix(f"data.tiling={tiles}", f"model.tiling={tiles}", f"plan.image={image}")
+        for image in ("[48, 48]", "[190, 60]")
+    )
+    assert large > small
+    assert prefix("model.vision=null", "plan.image=null") < small
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("plan.gpus=-2", "a plan is for at least 1 GPU, got -2"),
+        ("plan.image=[640]", r"plan.image: expected \[width, height\] or null, got \[640\]"),
+        ("trainer.precision=64-true", "no plan for precision '64-true'"),
+    ],
+)
+def test_the_command_tells_mistakes(tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        main.__wrapped__(arguments(tmp_path, "plan.gpus=1", setting))
+
+
+def test_what_needs_records_cannot_be_planned(tmp_path):
+    argv = ["conf=base_phases/tower", f"tokenizer={ROOT}/assets/base", f"data.path={tmp_path}", "plan.gpus=1"]
+    with pytest.raises(ConfigError, match="the objective needs 'scene' of the records"):
+        main.__wrapped__(argv)
+
+
+@pytest.mark.slow
+def test_llada_v_is_planned_in_little_memory_and_as_the_page_says():
+    command = [sys.executable, "-m", "src.train", "conf=stage1,docs/llada_v/run.yaml", "plan.gpus=8"]
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "8,434,837,024 parameters" in done.stdout
+    table = done.stdout.split("\n\n")[1]
+    assert "vision tower" in table
+    assert table in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert int(done.stdout.splitlines()[-1]) < 2e6  # KiB: the model alone takes 33e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_plan_is_what_a_real_step_takes():
+    """The benchmark's smallest case, in processes of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "tiny"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout.split()[-1]) == pytest.approx(1, abs=0.15)

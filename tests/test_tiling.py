@@ -1,0 +1,190 @@
+"""Tiles and token counts of images of any shape: known numbers, painted images, and transformers' LLaVA-OneVision."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from src.components import ConfigError, build, check
+from src.config import load_config
+from src.models.vision import VisionPath
+from src.tiling import AnyRes, Square, anyres
+from src.train import OFFERS
+
+RELEASED = anyres(384)  # LLaDA-V: 36 grids, a tower of 27 x 27 features
+SIDE = 27
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def random_sizes(count: int, least: int, most: int) -> list[tuple[int, int]]:
+    rng = random.Random(count)
+    return [(rng.randint(least, most), rng.randint(least, most)) for _ in range(count)]
+
+
+def transposed(layout: AnyRes) -> list[tuple[int, int]]:
+    """transformers gives grids as (height, width)."""
+    return [(height, width) for width, height in layout.grids]
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles", "tokens"),
+    [
+        ((384, 384), 2, 1485),
+        ((640, 480), 5, 2929),
+        ((768, 768), 5, 3699),
+        ((1024, 768), 7, 3627),
+        ((1920, 1080), 16, 3649),
+    ],
+)
+def test_counts_of_the_released_layout(size: tuple[int, int], tiles: int, tokens: int) -> None:
+    assert RELEASED.num_tiles(size) == tiles
+    assert RELEASED.num_tokens(size, side=SIDE) == tokens
+
+
+def test_counts_over_many_sizes() -> None:
+    counts = [RELEASED.num_tokens(size, side=SIDE) for size in random_sizes(20_000, 64, 2600)]
+    assert (min(counts), max(counts)) == (869, 4341)
+    assert abs(np.median(counts) - 3640) <= 5
+    assert abs(np.percentile(counts, 90) - 3699) <= 5
+
+
+@pytest.mark.parametrize("layout", [anyres(32), anyres(24, columns=3, rows=2)], ids=["6x6", "3x2"])
+def test_tiles_equal_those_of_another_implementation(layout: AnyRes) -> None:
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    side = {"height": layout.size, "width": layout.size}
+    other = LlavaOnevisionImageProcessorPil(size=side, image_grid_pinpoints=transposed(layout), **half)
+    sizes = [*random_sizes(25, 5, 260), (31, 200), (7, 7), (192, 32), (33, 96), (300, 3)]
+    for number, size in enumerate(sizes):
+        image = noise(*size, seed=number)
+        expected = np.asarray(other(image, return_tensors="np")["pixel_values"][0])
+        ours = layout.tiles(image)
+        assert ours.dtype == np.uint8
+        assert len(ours) == layout.num_tiles(size)
+        np.testing.assert_allclose((ours.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.5, expected, atol=1e-6)
+
+
+def test_packed_tokens_equal_those_of_another_implementation() -> None:
+    """Features that tell tile, row and column, so that a wrong order shows, with and without shrinking."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path = VisionPath({**vision, "image_size": 384, "patch_size": 14}, 6, tiling=RELEASED)
+    settings = SimpleNamespace(vision_config=path.config, image_grid_pinpoints=transposed(RELEASED))
+    pack = partial(LlavaOnevisionModel.pack_image_features, SimpleNamespace(config=settings))
+    shrunk = []
+    for size in [(384, 384), (1920, 1080), (90, 2000), *random_sizes(12, 64, 2600)]:
+        features = torch.randn(RELEASED.num_tiles(size), SIDE * SIDE, 6)
+        with torch.no_grad():
+            (expected,), _ = pack([features], torch.tensor([size[::-1]]), path.image_newline, "anyres_max_4")
+            packed = path.pack(features, size)
+        assert len(packed) == RELEASED.num_tokens(size, side=SIDE)
+        torch.testing.assert_close(packed, expected)
+        rows, columns = RELEASED.unpadded(size, side=SIDE)
+        shrunk.append(RELEASED.final(size, side=SIDE) != (rows.stop - rows.start, columns.stop - columns.start))
+    assert set(shrunk) == {True, False}
+
+
+@pytest.mark.parametrize("size", [(100, 34), (34, 100), (60, 60), (61, 200), (7, 5), (300, 9), (129, 128)])
+def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
+    """The image lies in the middle of the black canvas, untouched on one side, and its features are those kept."""
+    layout, side = anyres(16), 4
+    tiles = layout.tiles(Image.new("RGB", size, "white"))
+    columns, rows = layout.grid(size)
+    assert (tiles[0] == 255).all()
+    canvas = np.zeros((16 * rows, 16 * columns), dtype=bool)
+    for number, tile in enumerate(tiles[1:]):
+        top, left = 16 * (number // columns), 16 * (number % columns)
+        canvas[top : top + 16, left : left + 16] = (tile == 255).all(-1)
+        assert np.isin(tile, (0, 255)).all()
+    found = [np.flatnonzero(canvas.any(1)), np.flatnonzero(canvas.any(0))]  # rows, columns
+    (top, bottom), (left, right) = ((int(places[0]), int(places[-1]) + 1) for places in found)
+    assert canvas[top:bottom, left:right].all()
+    assert (top, left) == ((canvas.shape[0] - bottom + top) // 2, (canvas.shape[1] - right + left) // 2)
+    assert bottom - top == canvas.shape[0] or right - left == canvas.shape[1]
+    assert abs((right - left) / (bottom - top) / (size[0] / size[1]) - 1) < 1 / min(bottom - top, right - left) + 0.02
+    for kept, first, last in zip(layout.unpadded(size, side=side), (top, left), (bottom, right), strict=True):
+        assert abs(kept.start - first / 16 * side) < 1
+        assert abs(kept.stop - last / 16 * side) < 1
+
+
+def test_the_grid_keeps_most_pixels_then_wastes_least() -> None:
+    """Against a search in whole numbers."""
+    for size in random_sizes(200, 3, 300):
+        columns, rows = anyres(32, columns=4, rows=5).grid(size)
+        best: list[tuple[int, int, int, int]] = []
+        for wide in range(1, 5):
+            for high in range(1, 6):
+                if 32 * wide * size[1] < 32 * high * size[0]:  # the width is what limits
+                    fitted = 32 * wide * (32 * wide * size[1] // size[0])
+                else:
+                    fitted = 32 * high * (32 * high * size[0] // size[1])
+                kept = min(fitted, size[0] * size[1])
+                best.append((-kept, 1024 * wide * high - kept, wide, high))
+        assert min(best)[2:] == (columns, rows)
+
+
+def test_a_square_is_the_whole_image() -> None:
+    image = noise(12, 12)
+    np.testing.assert_array_equal(Square(12).tiles(image), np.asarray(image)[None])
+    resized = image.resize((7, 7), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(Square(7).tiles(image), np.asarray(resized)[None])
+    assert Square(7).tiles(noise(30, 5)).shape == (1, 7, 7, 3)
+    assert Square(7).num_tiles((30, 5)) == 1
+    assert Square(7).num_tokens((30, 5), side=3) == 9
+
+
+def test_layouts_come_from_the_config_and_go_into_one() -> None:
+    made = build({"target": "src.tiling.anyres", "size": 384})
+    assert made == RELEASED
+    assert made.grids[:7] == (*((384, 384 * n) for n in range(1, 7)), (768, 384))
+    spelt = build({"target": "src.tiling.AnyRes", "size": 8, "grids": [[8, 16], [16, 8]]})
+    assert spelt == AnyRes(8, [(8, 16), (16, 8)])
+    assert AnyRes(**spelt.to_dict()) == spelt
+    assert anyres(8, max_tiles=9).num_tokens((48, 48), side=2) > anyres(8).num_tokens((48, 48), side=2)
+    with pytest.raises(ConfigError, match="grids"):
+        build({"target": "src.tiling.AnyRes", "size": 8, "grids": 16})
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        "{target: src.tiling.AnyRes, size: 384, grids: [[384, 768], [768, 384]]}",
+        "{target: src.tiling.anyres, size: 384, columns: 2, rows: 3}",
+    ],
+)
+def test_a_training_config_takes_a_tiling(tiling: str) -> None:
+    root = Path(__file__).parents[1] / "conf"
+    settings = ["conf=mask,model/tiny", "data.image_size=384", f"data.tiling={tiling}"]
+    config = load_config(settings, root=root)
+    check(config, offers=OFFERS)
+    assert build(config.data.tiling) == build(config.model.tiling)
+    assert build(config.data.tiling).size == 384
+    with pytest.raises(ConfigError, match=r"data\.tiling\.sizes: .* has no argument 'sizes'"):
+        check(load_config([*settings[:2], settings[2].replace("size", "sizes")], root=root), offers=OFFERS)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"grids holds \[16, 20\], .* tiles of 8 pixels"):
+        AnyRes(8, [(8, 8), (16, 20)])
+    with pytest.raises(ValueError, match=r"grids holds \[16\]"):
+        AnyRes(8, [[16]])
+    with pytest.raises(ValueError, match="grids is empty"):
+        AnyRes(8, [])
+    with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
+        AnyRes(0, [(8, 8)])
+    with pytest.raises(ValueError, match="at least 1 pixel on a side, got 0"):
+        Square(0)
+    for layout in (Square(8), anyres(8)):
+        with pytest.raises(ValueError, match="got mode 'RGBA'"):
+            layout.tiles(Image.new("RGBA", (9, 9)))
