@@ -370,7 +370,8 @@ def test_what_needs_records_cannot_be_planned(tmp_path):
 
 @pytest.mark.slow
 def test_llada_v_is_planned_in_little_memory_and_as_the_page_says():
-    command = [sys.executable, "-m", "src.train", "conf=stage1,docs/llada_v/run.yaml", "plan.gpus=8"]
+    where = ["model.path=docs/llada_v", "tokenizer=assets/base"]
+    command = [sys.executable, "-m", "src.train", "conf=stage1,llada_v", *where, "plan.gpus=8"]
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "sys.stdout.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))"
