@@ -54,7 +54,7 @@ golden: $(INSTALLED)
 
 # The phases are explained in conf/base.yaml and conf/base_phases; each resumes where it was stopped.
 base: $(INSTALLED)
-	$(RUN) src.prepare conf=scenes
+	$(RUN) src.prepare conf=scenes prepare.tokenizer=null
 	$(RUN) src.prepare conf=scenes prepare.out=data/scenes-brief prepare.brief=true \
 		prepare.captions_per_image=1 prepare.canvas=24 prepare.tokenizer=data/scenes/tokenizer
 	$(RUN) src.train conf=base_phases/tower

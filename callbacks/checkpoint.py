@@ -37,6 +37,13 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.checkpoint_io = WholeFiles()
 
 
+def save_whole(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint under a name that never holds half of one, whatever writes the trainer's checkpoints."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    trainer.save_checkpoint(temporary)
+    publish(temporary, path)
+
+
 class WholeFiles(TorchCheckpointIO):
     """Writes beside the target, syncs and renames.
 

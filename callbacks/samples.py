@@ -41,6 +41,7 @@ class Samples(L.Callback):
     """Logs drafts and refined captions of `num` fixed images every `every_n_steps` optimizer steps.
 
     sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with one seed.
+    Without validation samples there is nothing to write about.
     Raises ValueError when the trainer has no TensorBoard logger or no datamodule.
     """
 
@@ -75,10 +76,9 @@ class Samples(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or step == self.last_step:
+        if self.batch is None or step % self.every_n_steps or step == self.last_step:
             return
         self.last_step = step
-        assert self.batch is not None
         found = self.write(pl_module, self.batch.to(pl_module.device))
         if trainer.is_global_zero:  # every rank samples, since sharded parameters need them all
             self.publish(_writer(trainer), self.batch, found, step)
@@ -128,12 +128,13 @@ class Samples(L.Callback):
         return [token for token in ids if token != self.codec.eos_id]
 
 
-def first_samples(trainer: L.Trainer, num: int) -> Batch:
-    """The first `num` validation samples of the trainer's datamodule, at most one batch of them."""
+def first_samples(trainer: L.Trainer, num: int) -> Batch | None:
+    """The first `num` validation samples of the trainer's datamodule, at most one batch of them; None without any."""
     data = getattr(trainer, "datamodule", None)
     if data is None:
         raise ValueError("samples are written about validation images: the trainer needs a datamodule")
-    return next(iter(data.val_dataloader())).rows(slice(0, num))
+    batch = next(iter(data.val_dataloader()), None)
+    return batch and batch.rows(slice(0, num))
 
 
 def table(keys: Sequence[str], drafts: Sequence[str], refined: Sequence[str], references: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ The random state of training is left as it was. Needs `Trainer(reload_dataloader
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -24,11 +23,12 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from callbacks.checkpoint import save_whole
 from src.batch import Batch, Expert, Round
-from src.drafting import Drawing, draft_batch, evaluating, settings_of
+from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.parallel import world
-from src.rounds import read_round, run_round
-from src.shards import publish
+from src.rounds import EmptyRound, read_round, run_round, summary
+from src.stop import Stop
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,24 @@ class GivesDrafts(Protocol):
         ...
 
     def draft_settings(self) -> Mapping[str, Any]:
-        """What the drafts depend on there: the data, their order, how they are shown to the model."""
+        """What the drafts depend on there: the data, their order, how they are shown to the model.
+
+        `data_count` in it is how many samples there are to draft for.
+        """
         ...
 
     def add_round(self, path: str | Path) -> None: ...
 
 
 class SelfCorrection(L.Callback):
-    """Makes `rounds` rounds of `drafts_per_round` drafts each.
+    """Makes `rounds` rounds of `drafts_per_round` drafts each, or of as many as there are images.
 
     at_start: the first round comes before the first epoch; the others follow every `every_n_epochs` epochs
     tokens_per_step: speeds at which drafts are drawn; the samples of a round are shared among them
     per_shard: samples in each shard of a round
+    allow_empty: go on where no draft of a round got a correction; else `EmptyRound` is raised, as training would
+                 learn nothing new
+    stop: signals; they need not wait for the end of a round, which goes on where it was
     """
 
     def __init__(
@@ -69,7 +75,9 @@ class SelfCorrection(L.Callback):
         every_n_epochs: int = 1,
         at_start: bool = True,
         per_shard: int = 512,
+        allow_empty: bool = False,
         seed: int = 0,
+        stop: Stop | None = None,
     ) -> None:
         super().__init__()
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
@@ -83,7 +91,8 @@ class SelfCorrection(L.Callback):
         self.expert, self.sampler, self.codec, self.run_dir = expert, sampler, codec, Path(run_dir)
         self.tokens_per_step, self.drafts_per_round = list(tokens_per_step), drafts_per_round
         self.rounds, self.every_n_epochs, self.at_start = rounds, every_n_epochs, at_start
-        self.per_shard, self.seed = per_shard, seed
+        self.per_shard, self.allow_empty, self.seed = per_shard, allow_empty, seed
+        self.stop = stop or Stop()
         self.num_done = 0
         self.saved_for = 0  # the round before which the newest checkpoint was saved
 
@@ -107,6 +116,8 @@ class SelfCorrection(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if world() > 1:
             raise ValueError(f"online rounds run on one process so far, got {world()}")
+        count = _datamodule(trainer).draft_settings()["data_count"]
+        self.drafts_per_round = capped(self.drafts_per_round, count, name="callbacks.self_correction.drafts_per_round")
         for number in range(1, self.num_done + 1):  # before Lightning asks for the first loader
             self._add(trainer, read_round(self._folder(number)))
 
@@ -161,22 +172,21 @@ class SelfCorrection(L.Callback):
         if self.saved_for > self.num_done:
             return
         self.saved_for = self.num_done + 1
-        folder = self.run_dir / "checkpoints"
-        path = folder / f"pre-round-{self.saved_for:04d}.ckpt"
-        temporary = folder / f".{path.name}.tmp"
-        trainer.save_checkpoint(temporary)
-        publish(temporary, path)
-        for older in set(folder.glob("pre-round-*.ckpt")) - {path}:
-            os.unlink(older)
+        path = self.run_dir / "checkpoints" / f"pre-round-{self.saved_for:04d}.ckpt"
+        save_whole(trainer, path)
+        for older in set(path.parent.glob("pre-round-*.ckpt")) - {path}:
+            older.unlink()
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
         began = time.perf_counter()
         number = self.num_done + 1
-        with isolate_rng(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+        context = trainer.precision_plugin.forward_context()
+        with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
             made = self._round(number, _datamodule(trainer), pl_module)
-        self.num_done = number
+        logger.info("%s: %s", made.path, summary(made.manifest))
         self._add(trainer, made)
+        self.num_done = number
         metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
@@ -218,8 +228,13 @@ class SelfCorrection(L.Callback):
     def _add(self, trainer: L.Trainer, made: Round) -> None:
         if made.manifest["counts"]["written"]:
             _datamodule(trainer).add_round(made.path)
-        else:
-            logger.warning("%s holds no correction to train on: %s", made.path, made.manifest["counts"])
+            return
+        told = f"{made.path} holds no correction to train on ({summary(made.manifest)})"
+        if not self.allow_empty:
+            raise EmptyRound(
+                f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
+            )
+        logger.warning("%s; training goes on without", told)
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:

@@ -14,6 +14,7 @@ epoch, key), evaluation the first.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
 
 SPLITS = ("train", "val", "test")
+log = logging.getLogger(__name__)
 
 
 class CaptionData(L.LightningDataModule):
@@ -82,13 +84,14 @@ class CaptionData(L.LightningDataModule):
         self.layout: Layout = tiling or Square(image_size)
         self.collate = Collate(codec, canvas=canvas, layout=self.layout, seed=seed)
         self.rounds: list[Index] = []
+        self._told = False  # that there is nothing to validate on
         self.notes: Notes = Counter()  # damaged samples and cut responses, as (where, reason) -> how many
         for folder in rounds:
             self.add_round(folder)
 
     def add_round(self, path: str | Path) -> None:
         """Train on a finished round from the next train_dataloader() on; adding it again changes nothing."""
-        index = self._checked(read_index(path), kind="round")
+        index = _filled(self._checked(read_index(path), kind="round"))
         if index.digest not in {known.digest for known in self.rounds}:
             self.rounds.append(index)
 
@@ -117,11 +120,18 @@ class CaptionData(L.LightningDataModule):
             parts.append(Part(stream, rows[name], stream.count if passes else used, batches * rows[name]))
         return self._loader(parts, batches, self.collate, self._epoch)
 
-    def val_dataloader(self) -> Loader:
-        return self._eval_loader("val")
+    def val_dataloader(self) -> Loader | list:
+        """No loader where the split is empty, as that of a small data set may be: Lightning then does not validate."""
+        index = self._read("val")
+        if index.count:
+            return self._eval_loader(index)
+        if not self._told:
+            self._told = True
+            log.warning("%s holds no samples: training goes on without validation", index.path)
+        return []
 
     def test_dataloader(self) -> Loader:
-        return self._eval_loader("test")
+        return self._eval_loader(self.index("test"))
 
     def draft_dataloader(self, round_number: int, num: int) -> Loader:
         """The `num` training samples that a round (1, 2, ...) drafts for, none twice.
@@ -148,12 +158,13 @@ class CaptionData(L.LightningDataModule):
         }
 
     def index(self, split: str) -> Index:
-        """The data folder of a split, cut to `limit`."""
-        index = self._checked(read_index(self.path / split), kind="captions")
-        return index.first(self.limit.get(split))
+        """The data folder of a split, cut to `limit`. Raises ValueError where it is empty."""
+        return _filled(self._read(split))
 
-    def _eval_loader(self, split: str) -> Loader:
-        index = self.index(split)
+    def _read(self, split: str) -> Index:
+        return self._checked(read_index(self.path / split), kind="captions").first(self.limit.get(split))
+
+    def _eval_loader(self, index: Index) -> Loader:
         stream = Stream([index], seed=self.seed, shuffle=False)
         return self._in_order(stream, index.count, advance=0, epoch=lambda: 0)
 
@@ -210,9 +221,13 @@ class CaptionData(L.LightningDataModule):
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the model has "
                 f"{self.codec.fingerprint}; make it again by {again} with this tokenizer"
             )
-        if not index.count:
-            raise ValueError(f"{index.path} holds no samples")
         return index
+
+
+def _filled(index: Index) -> Index:
+    if not index.count:
+        raise ValueError(f"{index.path} holds no samples")
+    return index
 
 
 @dataclass

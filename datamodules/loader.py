@@ -15,10 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from threading import Thread
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -29,6 +34,7 @@ from src.batch import Batch
 log = logging.getLogger(__name__)
 
 Notes = Counter[tuple[str, str]]  # how often (where, reason) happened
+PATIENCE = 1.0  # seconds until a worker notices that its parent is gone
 ADVICE = {
     "missing": "{where} ends too early: some samples are lost; copy or make it again",
     "damaged": "{where} holds damaged samples, which are not used; copy or make it again",
@@ -134,9 +140,8 @@ class Loader:
         source = _Source(self, epoch, done)
         own = torch.Generator()  # the DataLoader would otherwise draw its seed from the global generator
         pin = torch.cuda.is_available()
-        return DataLoader(
-            source, batch_size=None, num_workers=self.workers, collate_fn=_same, generator=own, pin_memory=pin
-        )
+        settings = {"generator": own, "pin_memory": pin, "worker_init_fn": begin_worker}
+        return DataLoader(source, batch_size=None, num_workers=self.workers, collate_fn=_same, **settings)
 
     def _note(self, notes: list[tuple[str, str, int]]) -> None:
         for where, reason, count in notes:
@@ -167,6 +172,27 @@ class _Source(IterableDataset):
                 notes.update(reader.damage)
                 reader.damage.clear()
             yield batch, [(where, reason, count) for (where, reason), count in notes.items()]
+
+
+def begin_worker(_: int) -> None:
+    """A worker ends when its parent has or wants it to, and not by a signal to all processes of a run.
+
+    The DataLoader's own workers notice that the parent is gone, but may then wait for ever to hand over a batch.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # else nothing tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process at the parent's end, or at its SIGTERM."""
+    while os.getppid() == parent:
+        if sys.platform != "linux":
+            time.sleep(PATIENCE)
+        elif (told := signal.sigtimedwait([signal.SIGTERM], PATIENCE)) and told.si_pid == parent:
+            break
+    os._exit(0)
 
 
 def share(batches: int, workers: int, worker: int, done: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
     check(config, offers=...)               imports every target and binds its arguments, calls nothing
     build(config.node, **offers)            the component
+    nodes(config.section, "section")        {key: node} of a section in which null switches one off
 
 A node is a mapping with `target: package.module.Class`; its other keys are keyword arguments. Nested nodes are built
 first. Targets come from an allow-list of packages.
@@ -28,14 +29,18 @@ class ConfigError(ValueError):
     """A mistake in the config or on the command line; the message is meant for the user."""
 
 
-def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = ()) -> None:
-    """Import every `target:` and bind its arguments without calling it; offers: the names `build` will get.
+def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = (), sections: Iterable[str] = ()) -> None:
+    """Import every `target:` and bind its arguments without calling it.
+
+    offers: the names `build` will get; sections: keys of mappings in which every value is a node or null
 
     Raises ConfigError with all problems, each with its dotted place in the config.
     """
-    nodes = [(name, value) for name, value in walk(plain(cfg)) if is_node(value)]
-    names = set(offers)
-    found = [(dotted(name, key), text) for name, node in nodes for key, text in _problems(node, names)]
+    tree: Any = plain(cfg)
+    for section in sections:
+        nodes(tree[section], section)
+    names, there = set(offers), [(name, value) for name, value in walk(tree) if is_node(value)]
+    found = [(dotted(name, key), text) for name, node in there for key, text in _problems(node, names)]
     if found:
         raise ConfigError("\n  ".join(f"{place}: {text}" if place else text for place, text in found))
 
@@ -51,6 +56,25 @@ def build(node: Any, /, **offers: Any) -> Any:
         raise ConfigError(f"nothing to build: expected a mapping with `target:`, got {tree!r}")
     check(tree, offers=offers)
     return _build(tree, offers)
+
+
+def nodes(section: Any, name: str) -> dict[str, dict]:
+    """The nodes of a mapping by key, without those that are null. ConfigError, with its place, for anything else.
+
+    name: the place of the mapping in the config
+    """
+    tree = plain(section)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: expected a mapping, got {tree!r}")
+    found = {str(key): node for key, node in tree.items() if node is not None}
+    if wrong := next((key for key, node in found.items() if not is_node(node)), None):
+        raise ConfigError(f"{dotted(name, wrong)}: expected a mapping with `target:` or null, got {found[wrong]!r}")
+    return found
+
+
+def arguments(node: dict) -> list[str]:
+    """The arguments that the target of a node takes by name. ConfigError if the target cannot be imported."""
+    return list(_parameters(_locate(node["target"]))[0])
 
 
 def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,13 +5,18 @@
     conf=a,b       reads ROOT/a.yaml, then ROOT/b.yaml on top; a name may be `cluster/NAME`; a value that ends
                    in `.yaml` is a path, so that the `config.yaml` in a run's folder repeats that run
     base: [x, y]   inside a yaml: layers that apply before it, each once
-    key=value      changes a key that exists (dotted, list places are numbers); the value is read as yaml
-    key=NAME       where the key of the top level holds a mapping: the layer ROOT/key/NAME.yaml, as in model=llada_v
+    key=value      changes a key that exists (dotted, list places are numbers), or gives a node an argument that its
+                   target takes; the value is read as yaml
+    +key=value     adds a key to a mapping, as in +evaluate.models.mine=runs/mine/model
+    key=NAME       where the key of the top level holds a mapping: the layer ROOT/key/NAME.yaml, as in model=llada_v;
+                   a NAME that ends in `.yaml` is a path
+    --print        prints the config and stops
 
 Mappings merge, lists replace, and a mapping whose `target:` changes is replaced whole. The lowest layer fixes
 the keys of the top level. `???` marks what has to be given.
 
-    load_config(argv) -> DictConfig -> `src.components`: check(config, offers=...), build(config.node, **offers)
+    load_config(argv, verb="src.train", needs=["trainer"]) -> DictConfig
+    -> `src.components`: check(config, offers=...), build(config.node, **offers)
 
 WARN: `${oc.env:NAME}` is resolved like any other interpolation, so its value is written to the saved config.
 For a secret give a component the *name* of the variable and let it read the environment.
@@ -31,31 +36,45 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.components import SCALARS, ConfigError, dotted, fits, hint, is_node, one_line, plain, walk
+from src.components import SCALARS, ConfigError, arguments, dotted, fits, hint, is_node, one_line, plain, walk
+
+PRINT = "--print"
+USAGE = """\
+arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
+    NAME may be the path of a .yaml file; +key=value adds a key to a mapping; --print prints the config and stops
+"""
 
 
-def load_config(argv: Iterable[str], *, root: str | Path = "conf") -> DictConfig:
+def load_config(
+    argv: Iterable[str], *, verb: str = "this", needs: Iterable[str] = (), root: str | Path = "conf"
+) -> DictConfig:
     """The config that `conf=NAME[,NAME] key=value ...` describes, resolved and read-only.
 
+    verb: who reads it; needs: keys of the top level that it has to have, or else it is one for another verb
     root: the folder of the yaml files; if a relative one is not here, the one beside this package is taken.
+
+    With --print among the arguments it is printed, and the process ends.
     """
-    folder = _folder(root)
-    names, settings = _parse(argv, folder)
+    argv, folder = list(argv), _folder(root)
+    names, settings = _parse([argument for argument in argv if argument != PRINT], folder)
     tree = _compose(_layers(names, folder))
-    chosen = [(key, value) for key, value in settings if isinstance(value, str) and isinstance(tree.get(key), dict)]
+    if lacking := [key for key in needs if key not in tree]:
+        raise ConfigError(f"conf={','.join(names)} is not for {verb}: it has no key {lacking[0]!r}; see --help")
+    chosen = [(key, value) for key, value in settings if _chooses(tree, key, value, folder)]
     if chosen:
-        tree = _compose(_layers([*names, *(f"{key}/{value}" for key, value in chosen)], folder))
+        tree = _compose(_layers([*names, *(_layer(key, value) for key, value in chosen)], folder))
     for name, value in [setting for setting in settings if setting not in chosen]:
         _set(tree, name, value)
-    if missing := [name for name, value in walk(tree) if value == "???"]:
-        raise ConfigError(f"these keys must be given: {', '.join(missing)}")
-    try:
-        resolved = plain(OmegaConf.create(tree))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
-    if escaped := [name for name, value in walk(resolved) if isinstance(value, str) and "${" in value]:
-        raise ConfigError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
+    resolved = _resolve(tree)
+    if PRINT in argv:
+        sys.stdout.write(OmegaConf.to_yaml(resolved))
+        sys.exit()
     return OmegaConf.create(resolved, flags={"readonly": True})
+
+
+def load_part(key: str, name: str, *, root: str | Path = "conf") -> dict:
+    """What the layer ROOT/KEY/NAME.yaml, or the .yaml file of that name, holds under KEY, resolved."""
+    return plain(load_config([f"conf={_layer(key, name)}"], verb=key, needs=[key], root=root))[key]
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
@@ -72,8 +91,7 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
 
 def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
     """What a verb prints for --help: its own docstring, the arguments and the configurations there are."""
-    usage = "arguments: conf=NAME[,NAME...] [key=value ...]     (a NAME may be the path of a .yaml file)"
-    return f"{(verb_doc or '').strip()}\n\n{usage}\nconfigurations: {', '.join(_available(_folder(root)))}\n"
+    return f"{(verb_doc or '').strip()}\n\n{USAGE}configurations: {', '.join(_available(_folder(root)))}\n"
 
 
 def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
@@ -93,6 +111,29 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             sys.exit(2)
 
     return guarded
+
+
+def _chooses(tree: dict, key: str, value: Any, root: Path) -> bool:
+    """Whether a setting names a layer: its key holds a mapping, or is null and has a folder of layers."""
+    old = tree.get(key, value)
+    return isinstance(value, str) and (isinstance(old, dict) or (old is None and (root / key).is_dir()))
+
+
+def _layer(key: str, name: str) -> str:
+    return name if name.endswith(".yaml") else f"{key}/{name}"
+
+
+def _resolve(tree: dict) -> dict:
+    """The tree with its interpolations resolved, once nothing is missing."""
+    if missing := [name for name, value in walk(tree) if value == "???"]:
+        raise ConfigError(f"these keys must be given: {', '.join(missing)}")
+    try:
+        resolved = plain(OmegaConf.create(tree))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
+    if escaped := [name for name, value in walk(resolved) if isinstance(value, str) and "${" in value]:
+        raise ConfigError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
+    return resolved
 
 
 def _folder(root: str | Path) -> Path:
@@ -195,16 +236,20 @@ def _merge(lower: Any, upper: Any) -> Any:
 
 def _mistyped(lower: Any, upper: Any, name: str = "") -> Iterator[str]:
     """Values of another type than the one they replace. Within nodes the signatures decide instead (`check`)."""
-    if is_node(lower) or is_node(upper) or _is_open(lower) or _is_open(upper):
+    if is_node(upper) or _is_open(lower) or _is_open(upper):
         return
-    if isinstance(lower, dict) and isinstance(upper, dict):
+    if is_node(lower):  # a text may be the name of one
+        if not isinstance(upper, dict | str):
+            yield f"{name}: expected a mapping with `target:` or null, got {upper!r}"
+    elif isinstance(lower, dict) and isinstance(upper, dict):
         for key in lower.keys() & upper.keys():
             yield from _mistyped(lower[key], upper[key], dotted(name, key))
     elif isinstance(lower, list) and isinstance(upper, list):
         for place, item in enumerate(upper if lower else []):
             yield from _mistyped(lower[0], item, dotted(name, place))
     elif type(upper) not in SCALARS.get(type(lower), (type(lower),)):
-        yield f"{name}: expected {_kind(lower)}, got {upper!r}"
+        near = f"; write [{upper}]" if isinstance(lower, list) and not isinstance(upper, dict) else ""
+        yield f"{name}: expected {_kind(lower)}, got {upper!r}{near}"
 
 
 def _is_open(value: Any) -> bool:
@@ -221,20 +266,64 @@ def _retargets(old: dict, new: dict) -> bool:
 
 
 def _set(tree: dict, name: str, value: Any) -> None:
-    """Replace an existing value; a mapping replaces key by key, unless it is another target."""
-    owner, key, old, within_node = None, None, tree, False
-    for part in name.split("."):
-        owner, key, within_node = old, _key(old, part), within_node or is_node(old)
-        if key is None:
-            raise ConfigError(f"unknown key {name!r}{hint(name, [known for known, _ in walk(tree)])}")
-        old = owner[key]
-    if not within_node and (wrong := next(_mistyped(old, value, name), None)):
+    """Replace a value, or give a node one more argument of its target; with a + add a key to a mapping.
+
+    A mapping replaces key by key, unless it is another target.
+    """
+    parts = name.removeprefix("+").split(".")
+    chain = _chain(tree, parts)
+    if len(chain) <= len(parts):
+        _add(tree, chain, name, value)
+        return
+    if name.startswith("+"):
+        raise ConfigError(f"{name[1:]!r} exists already: set it without the +")
+    owner, old = chain[-2:]
+    if not any(map(is_node, chain[:-1])) and (wrong := next(_mistyped(old, value, name), None)):
         raise ConfigError(wrong)
     if old and value and isinstance(old, dict) and isinstance(value, dict) and not _retargets(old, value):
         for child, inner in value.items():
             _set(tree, f"{name}.{child}", inner)
     else:
-        owner[key] = value  # type: ignore[index]
+        owner[_key(owner, parts[-1])] = value
+
+
+def _add(tree: dict, chain: list[Any], name: str, value: Any) -> None:
+    """Give the last of a chain, where it is the owner, a key that it lacks; else say what was meant.
+
+    The top level is fixed.
+    """
+    parts, owner = name.removeprefix("+").split("."), chain[-1]
+    place = dotted(*parts[: len(chain) - 1])
+    known = [known for known, _ in walk(tree)]
+    taken = _arguments(owner, place)
+    is_owner = isinstance(owner, dict) and owner is not tree and len(chain) == len(parts)
+    if is_owner and (name.startswith("+") or parts[-1] in taken):
+        owner[parts[-1]] = value
+        return
+    adds = f" (+{name}=... adds it)" if is_owner and not is_node(owner) else ""
+    near = hint(dotted(*parts), [*known, *(dotted(place, argument) for argument in taken)])
+    raise ConfigError(f"unknown key {dotted(*parts)!r}{near}{adds}")
+
+
+def _arguments(owner: Any, place: str) -> list[str]:
+    """What the target of an owner takes; nothing where it is no node, or does not say its target yet."""
+    if not is_node(owner) or _is_open(owner["target"]):
+        return []
+    try:
+        return arguments(owner)
+    except ConfigError as error:
+        raise ConfigError(f"{dotted(place, 'target')}: {error}") from error
+
+
+def _chain(tree: dict, parts: list[str]) -> list[Any]:
+    """The tree and what the parts lead to, one in the other; it ends before a part that is not there."""
+    found: list[Any] = [tree]
+    for part in parts:
+        key = _key(found[-1], part)
+        if key is None:
+            break
+        found.append(found[-1][key])
+    return found
 
 
 def _key(owner: Any, part: str) -> Any:

@@ -6,11 +6,14 @@
     model, images -> draw_drafts (src/drafting.py) -> out/drafts-rank-0000-000000.tar, ..., out/index.json
 
 A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that
-the online callback draws for the round of the same number and seed. Next: `python -m src.revise`.
+the online callback draws for the round of the same number and seed. No image is drafted twice in a round, so a `num`
+above the number of training images means all of them. At the end it prints the `src.revise` command for the drafts.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +22,38 @@ from omegaconf import DictConfig
 
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard
-from src.drafting import draft_batch, draw_drafts, settings_of
+from src.drafting import capped, draft_batch, draw_drafts, settings_of
+from src.tiling import check_layout
 from src.tokenizer import Codec
 
 
 @main_guard
 def main(argv: list[str]) -> None:
     """Draw the drafts that the config asks for."""
-    cfg = load_config(argv)
+    cfg = load_config(argv, verb="src.draft", needs=["data", "num", "round", "sampler"])
     check(cfg, offers=("codec", "seed"))
     try:
-        _draw(cfg)
+        num, scenes = _draw(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    sys.stdout.write(f"{cfg.out}: {num} drafts\nnext: {_next(cfg, scenes=scenes)}\n")
 
 
-def _draw(cfg: DictConfig) -> None:
+def _draw(cfg: DictConfig) -> tuple[int, bool]:
+    """How many drafts there are, and whether they are of scenes."""
     codec = Codec.load(cfg.model.path)
     data = build(cfg.data, codec=codec, seed=cfg.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = build(cfg.model).eval().to(device)
+    check_layout(data.layout, backbone.layout)
+    num = capped(cfg.num, data.draft_settings()["data_count"], name="num")
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
     settings = settings_of(
         backbone,
         sampler,
         codec=codec,
         tokens_per_step=speeds,
-        num=cfg.num,
+        num=num,
         round_number=cfg.round,
         seed=seed,
         data=data.draft_settings(),
@@ -61,15 +69,24 @@ def _draw(cfg: DictConfig) -> None:
     )
     chunks = draw_drafts(
         Path(cfg.out),
-        data.draft_dataloader(cfg.round, cfg.num),
+        data.draft_dataloader(cfg.round, num),
         draft,
         tokens_per_step=speeds,
         tokenizer=codec.fingerprint,
         settings=settings,
-        total=cfg.num,
+        total=num,
     )
-    for _ in chunks:
-        pass  # each is on disk by now
+    drawn, scenes = 0, False
+    for chunk in chunks:  # each is on disk by now
+        drawn, scenes = drawn + len(chunk), "scene" in chunk[0].record
+    return drawn, scenes
+
+
+def _next(cfg: DictConfig, *, scenes: bool) -> str:
+    """The command that revises the drafts; only scenes have an exact expert."""
+    conf = "revise" if scenes else "revise,expert/reference"
+    named = {"drafts": cfg.out, "out": f"rounds/round-{cfg.round:04d}", "tokenizer": cfg.model.path}
+    return shlex.join(["python", "-m", "src.revise", f"conf={conf}", *(f"{k}={v}" for k, v in named.items())])
 
 
 if __name__ == "__main__":

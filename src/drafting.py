@@ -79,6 +79,13 @@ def draft_batch(
     return [_draft(codec, *row, common) for row in rows]
 
 
+def capped(num: int, count: int, *, name: str) -> int:
+    """`num` drafts, or `count` where there are only so many images. name: of the setting, for the warning."""
+    if num > count:
+        logger.warning("%s=%d is more than the %d training images: each of them is drafted once", name, num, count)
+    return min(num, count)
+
+
 def settings_of(
     backbone: nn.Module,
     sampler: Drawing,

@@ -2,6 +2,7 @@
 
     python -m src.evaluate conf=evaluate
     python -m src.evaluate conf=evaluate evaluate.num=64 evaluate.tokens_per_step=[1,8]
+    python -m src.evaluate conf=evaluate evaluate.models.stage1=null +evaluate.models.mine=runs/mine/model
 
     models x samplers x tokens/step -> captions -> metrics -> results.json, captions/METHOD-SAMPLER-N.jsonl
                                                            -> table.md (also printed), *.png
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,8 +33,8 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from src.batch import Backbone, Batch
-from src.components import ConfigError, build, check
-from src.config import load_config, main_guard
+from src.components import ConfigError, build, check, fits, nodes
+from src.config import load_config, load_part, main_guard
 from src.diffusion.sampler import Sampler
 from src.metrics.caption import CaptionMetric, Mark, Stat, summarise
 from src.metrics.text import response_counts
@@ -43,11 +45,12 @@ from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
 
 CODE = (  # what makes kept results stale when it changes
-    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tokenizer.py"),
-    *("src/diffusion", "src/metrics", "src/models", "src/scenes", "datamodules"),
+    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
+    *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
 )
 PACKAGES = ("torch", "transformers", "torchmetrics")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}  # as Lightning names them
+logger = logging.getLogger(__name__)
 EXAMPLES = 6  # images of captions.png: the first ones of the split, not a selection
 
 
@@ -129,21 +132,15 @@ class Ledger:
 @main_guard
 def main(argv: list[str]) -> None:
     """Run the evaluation that the config describes."""
-    settings = load_config(argv).get("evaluate")
-    if settings is None:
-        raise ConfigError("this configuration has no `evaluate:` section")
+    cfg = load_config(argv, verb="src.evaluate", needs=["evaluate"])
     try:
-        evaluate(settings)
+        evaluate(complete(cfg.evaluate))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def evaluate(settings: DictConfig) -> None:
     """Fill the cells that are missing, then report on all."""
-    if settings.num < 1:
-        raise ConfigError(f"evaluate.num must be at least 1, got {settings.num}")
-    if settings.split not in STAGES:
-        raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
     folders = {str(name): Path(path) for name, path in settings.models.items()}
     for name, folder in folders.items():
         _check_model(name, folder)
@@ -151,10 +148,11 @@ def evaluate(settings: DictConfig) -> None:
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     loader = _loader(settings, offers)
-    meta = _meta(settings, folders, left_out=_left_out(loader, settings.num))
+    images = _count(loader, settings)
+    meta = _meta(settings, folders, images)
     sampling = Sampling(
         loader=loader,
-        num=settings.num,
+        num=images["taken"],
         codec=codec,
         metrics=_plain(settings.metrics),
         seed=settings.seed,
@@ -163,6 +161,28 @@ def evaluate(settings: DictConfig) -> None:
     ledger = Ledger(Path(settings.out), meta, _signatures(settings, meta))
     _fill(ledger, sampling, settings, folders)
     _report(ledger, sampling, list(settings.headline))
+
+
+def complete(settings: DictConfig) -> DictConfig:
+    """The settings with named samplers read, and without the models and samplers that are null.
+
+    A named sampler writes `data.canvas` tokens, as the models learned to, whatever length its file has.
+    """
+    if settings.num < 1:
+        raise ConfigError(f"evaluate.num must be at least 1, got {settings.num}")
+    if settings.split not in STAGES:
+        raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
+    tree = _plain(settings)
+    speeds = tree["tokens_per_step"]
+    if not (speeds and fits(speeds, list[int]) and min(speeds) > 0):
+        raise ConfigError(f"evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got {speeds!r}")
+    named = {name: sampler for name, sampler in (tree["samplers"] or {}).items() if isinstance(sampler, str)}
+    read = {name: {**load_part("sampler", file), "length": tree["data"]["canvas"]} for name, file in named.items()}
+    tree["samplers"] = nodes({**(tree["samplers"] or {}), **read}, "evaluate.samplers")
+    tree["models"] = {str(name): folder for name, folder in (tree["models"] or {}).items() if folder is not None}
+    if empty := [part for part in ("models", "samplers") if not tree[part]]:
+        raise ConfigError(f"evaluate.{empty[0]}: there are none left to evaluate")
+    return OmegaConf.create(tree)
 
 
 def _fill(ledger: Ledger, sampling: Sampling, settings: DictConfig, folders: dict[str, Path]) -> None:
@@ -217,8 +237,6 @@ def _scores(metrics: list[Metric], text: str, record: dict) -> dict[str, float]:
 
 def _statistics(metrics: list[Metric], captions: list[dict], seconds: list[float]) -> dict[str, Stat]:
     """What the metrics compute, means of the counts, and seconds a caption (there n counts batches)."""
-    if not captions:
-        raise ConfigError("the split to evaluate has no images")
     stats = {name: stat for metric in metrics for name, stat in metric.compute().items()}
     for name in captions[0]["scores"]:
         stats.setdefault(name, summarise([line["scores"][name] for line in captions]))
@@ -241,11 +259,19 @@ def _loader(settings: DictConfig, offers: dict) -> Any:
     return getattr(data, f"{settings.split}_dataloader")()
 
 
-def _left_out(loader: Any, num: int) -> int:
-    """How many samples among the first ones are damaged; others follow in their place while there are any."""
-    for _ in _batches(loader, num):
-        pass
-    return sum(loader.notes[note] for note in loader.notes if note[1] in ("damaged", "missing"))
+def _count(loader: Any, settings: DictConfig) -> dict[str, int]:
+    """How many images are taken, and how many were left out as damaged; others follow in their place."""
+    taken = sum(map(len, _batches(loader, settings.num)))
+    if not taken:
+        raise ConfigError(f"the split {settings.split} has no images to evaluate")
+    if taken < settings.num:
+        logger.warning(
+            "evaluate.num=%d, but the split %s has %d images: took those", settings.num, settings.split, taken
+        )
+    return {
+        "taken": taken,
+        "left_out": sum(loader.notes[note] for note in loader.notes if note[1] in ("damaged", "missing")),
+    }
 
 
 def _shared_codec(folders: dict[str, Path]) -> Codec:
@@ -268,13 +294,13 @@ def _check_model(method: str, folder: Path) -> None:
         )
 
 
-def _meta(settings: DictConfig, folders: dict[str, Path], *, left_out: int) -> dict:
+def _meta(settings: DictConfig, folders: dict[str, Path], images: dict[str, int]) -> dict:
     """What the results say about how they were made."""
     index = Path(settings.data.path) / settings.split / "index.json"
     return {
         "models": {name: fingerprint(folder) for name, folder in folders.items()},
         "model_configs": {name: sha256(folder / "config.json")[:16] for name, folder in folders.items()},
-        "data": {"split": settings.split, "index_sha256": sha256(index), "left_out": left_out},
+        "data": {"split": settings.split, "index_sha256": sha256(index), **images},
         "seed": settings.seed,
         "settings": _plain(settings),
         "code": _code_hash(Path(__file__).parents[1]),

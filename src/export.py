@@ -11,12 +11,14 @@
     tensors, config.json, tokenizer -> OUT, with the names and fields of the layout
 
 `llada_v` and `llada` are for programs that read the released models: what the config.json of an original says beyond
-what this project uses is kept; program files of an original are not copied. `own` is for this project.
+what this project uses is kept. So are the program files that its `auto_map` names, where they lie in the model folder;
+of a model of the hub the field names them there. `own` is for this project.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -32,16 +34,15 @@ from src.models.checkpoint import ModelFolder, build_empty, check_tensors, descr
 from src.models.formats import FORMATS, Description, Format
 from src.models.stored import Stored, in_checkpoint, in_folder, is_checkpoint
 from src.models.weights import write_weights
-from src.tokenizer import Codec
+from src.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 logger = logging.getLogger(__name__)
-TOKENIZER = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "prompt.yaml", "generation_config.json")
 
 
 @main_guard
 def main(argv: list[str]) -> None:
     """Export as the config says."""
-    cfg = load_config(argv)
+    cfg = load_config(argv, verb="src.export", needs=["format", "like"])
     check(cfg)
     try:
         export(cfg)
@@ -54,14 +55,14 @@ def export(cfg: DictConfig) -> None:
     out, form = Path(cfg.out), _format(cfg.format)
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder or remove it")
-    stored, description, tokenizer = _source(cfg)
+    stored, description, tokenizer, origin = _source(cfg)
     model = build_empty(description)
     check_tensors(model, {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}, cfg.model)
     # 1. names and dtypes of the layout, in the order of the model
     dtype = read_dtype(cfg.dtype)
     tensors = {form.theirs(name): _cast(stored.tensors[name], dtype) for name in model.state_dict()}
     ours = {form.theirs(name): name for name in stored.tensors}
-    config = form.config(description)
+    config, programs = _with_programs(form.config(description), origin)
     if form.name != "own":
         config = {**_ids(tokenizer, description, form), **config, "torch_dtype": _name(next(iter(tensors.values())))}
 
@@ -75,27 +76,34 @@ def export(cfg: DictConfig) -> None:
         write_weights(folder, sizes, read, max_shard_bytes=cfg.max_shard_bytes)
         write_config(folder, config)
         _write_tokenizer(tokenizer, folder, form)
+        for file in programs:
+            shutil.copyfile(file, folder / file.name)
     sys.stdout.write(f"{out}: {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.2f} GB, layout {form.name}\n")
 
 
-def _source(cfg: DictConfig) -> tuple[Stored, Description, Path]:
-    """The tensors to export, what else makes their model, and the folder with its tokenizer."""
+def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
+    """The tensors to export, what else makes their model, and the folders of its tokenizer and of its config.json."""
     path = local_folder(cfg.model)
     vision, like = plain(cfg.vision), ModelFolder.open(cfg.like) if cfg.like else None
     if is_checkpoint(path):
-        of_like = like and (like.describe(vision=vision), like.path)
-        description, tokenizer = of_like or _of_run(path, vision)
-        return in_checkpoint(path), description, tokenizer
+        of_like = like and (like.describe(vision=vision), like.path, like.path)
+        description, tokenizer, origin = of_like or _of_run(path, vision)
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise ValueError(
+                f"there is no tokenizer in {tokenizer}, and {path} is of no use without: set like=DIR to a model "
+                "folder that has it"
+            )
+        return in_checkpoint(path), description, tokenizer, origin
     if like:
         raise ValueError(
             f"like={cfg.like} is for checkpoints of a run, but {path} is none: a model folder describes itself"
         )
-    folder = ModelFolder.open(path)
-    return in_folder(folder), folder.describe(vision=vision), folder.path
+    folder = ModelFolder.open(cfg.model)
+    return in_folder(folder), folder.describe(vision=vision), folder.path, folder.path
 
 
-def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path]:
-    """What the run of a checkpoint, RUN/checkpoints/NAME, started from: the model, and the folder of the tokenizer."""
+def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
+    """What the run of a checkpoint, RUN/checkpoints/NAME, started from: the model, and the folders as in `_source`."""
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
         raise ValueError(
@@ -103,11 +111,22 @@ def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path]:
         )
     run = OmegaConf.load(config)
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
-    tokenizer = Path(run.tokenizer)
+    tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
     if "path" not in node:
-        return describe(build(node, codec=Codec.load(tokenizer))), tokenizer
+        return describe(build(node, codec=Codec.load(tokenizer))), tokenizer, tokenizer
     folder = ModelFolder.open(node["path"])
-    return folder.describe(attention=node.get("attention"), vision=node.get("vision")), tokenizer
+    return folder.describe(attention=node.get("attention"), vision=node.get("vision")), tokenizer, folder.path
+
+
+def _with_programs(config: dict, origin: Path) -> tuple[dict, list[Path]]:
+    """The config, and the files that its `auto_map` names; without that field where they are not all in `origin`."""
+    named = [value if isinstance(value, list) else [value] for value in config.get("auto_map", {}).values()]
+    here = [name for names in named for name in names if name and "--" not in name]
+    files = {origin / f"{name.split('.')[0]}.py" for name in here if re.fullmatch(r"\w+\.\w+", name)}
+    if all(file.is_file() for file in files) and len({name.split(".")[0] for name in here}) == len(files):
+        return config, sorted(files)
+    logger.warning("the program files of auto_map are not in %s, so the export is without that field", origin)
+    return {key: value for key, value in config.items() if key != "auto_map"}, []
 
 
 def _format(name: str) -> Format:
@@ -139,7 +158,7 @@ def _write_tokenizer(tokenizer: Path, folder: Path, form: Format) -> None:
     elif form.name == "own":
         Codec.load(tokenizer).save(folder)
     else:
-        for file in {found for pattern in TOKENIZER for found in tokenizer.glob(pattern)}:
+        for file in {found for pattern in (*FILES, PROMPT) for found in tokenizer.glob(pattern)}:
             shutil.copyfile(file, folder / file.name)
 
 

@@ -13,6 +13,7 @@ Images that cannot be read are named and counted, the rest goes on; the exit cod
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -33,10 +34,11 @@ from datamodules.captions import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from src.batch import Batch, Sampled
 from src.components import ConfigError, build, check, plain
-from src.config import load_config, main_guard
+from src.config import load_config, load_part, main_guard
 from src.diffusion.sampler import Sampler
+from src.drafting import describe
 from src.importers.images import ImageProblem, fit, load
-from src.models.checkpoint import fingerprint
+from src.models.checkpoint import ModelFolder, sketch
 from src.prompts.format import IMAGE
 from src.shards import INDEX
 from src.tiling import Layout, Square
@@ -60,7 +62,7 @@ class Tally:
 @main_guard
 def main(argv: list[str]) -> None:
     """Caption the images that the config names."""
-    cfg = load_config(argv)
+    cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"])
     try:
         sampler = choose_sampler(cfg)
         codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
@@ -82,13 +84,17 @@ def main(argv: list[str]) -> None:
 
 
 def choose_sampler(cfg: DictConfig) -> Sampler:
-    """The sampler of the file conf/sampler/NAME.yaml, or of another .yaml file, with the settings of the config."""
-    name = cfg.sampler if cfg.sampler.endswith(".yaml") else f"sampler/{cfg.sampler}"
-    node = load_config([f"conf={name}"]).sampler
-    given = {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
+    """The sampler of the file conf/sampler/NAME.yaml, or of another .yaml file, with the settings of the config.
+
+    Responses are as long as those that the model was trained on, where its folder tells.
+    """
+    node = load_part("sampler", cfg.sampler)
+    canvas = ModelFolder.open(cfg.model.path).config.get("canvas")
+    given = {"length": canvas} if canvas else {}
+    given |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    return build({**plain(node), **given})
+    return build({**node, **given})
 
 
 def caption_batch(backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig) -> Sampled:
@@ -234,6 +240,8 @@ def _batches(
 class Output:
     """The lines of captions, and those of traces beside them; a context manager. `keys`: images with a line.
 
+    A trace has `steps`: the text after each, with _ for a mask, and the fields of `TraceStep`.
+
     A kill may leave half a line at the end, which is cut off. Raises ValueError when another line is broken,
     or when the captions in the file were made with other settings.
     """
@@ -244,7 +252,8 @@ class Output:
         lines = _restore(path)
         for line in lines:
             if changed := [name for name, value in settings.items() if line.get(name) != value]:
-                raise ValueError(f"{path} was made with another {', '.join(changed)}; choose another out")
+                named = [name for name in changed if name != "options"] or ["sampler or model option"]
+                raise ValueError(f"{path} was made with another {', '.join(named)}; choose another out")
         self.keys = {line["key"] for line in lines}
         if self.trace_path:  # a trace is written before its caption, so a kill can leave one too many
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
@@ -265,13 +274,25 @@ class Output:
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
         if self._traces:
             for key, steps in zip(keys, sampled.traces or [], strict=True):
-                _append(self._traces, {"key": key, "steps": [asdict(step) for step in steps]})
+                shown = [{"text": _shown(codec, step.tokens), **asdict(step)} for step in steps]
+                _append(self._traces, {"key": key, "steps": shown})
             self._traces.flush()
         for row, (key, text) in enumerate(zip(keys, texts, strict=True)):
             counts = {"forwards": int(sampled.forwards[row]), "edits": int(sampled.edits[row])}
             _append(self._lines, {"key": key, "text": text, **counts, **self.settings})
         self._lines.flush()
         return list(zip(keys, texts, strict=True))
+
+
+def _shown(codec: Codec, ids: list[int]) -> str:
+    """The text of an unfinished response, up to its first eot, with _ for each mask."""
+    text, written = "", list[int]()
+    for token in ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids:
+        if token == codec.mask_id:
+            text, written = f"{text}{codec.decode(written)}_", []
+        else:
+            written.append(token)
+    return text + codec.decode(written)
 
 
 def _append(stream: Any, line: dict) -> None:
@@ -306,7 +327,10 @@ def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
     other = {name: getattr(sampler, name) for name in SAMPLER}
     given = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption", "suffix")}
     prompt = {name: cfg[name] for name in ("prompt_format", "system", "join")}
-    return {**speed, **other, **given, **prompt, "dtype": cfg.model.get("dtype"), "model": fingerprint(cfg.model.path)}
+    model = {name: value for name, value in plain(cfg.model).items() if name != "path"}
+    rest = json.dumps([describe(sampler), model], sort_keys=True)  # too long for every line
+    digest = hashlib.sha256(rest.encode()).hexdigest()[:16]
+    return {**speed, **other, **given, **prompt, "options": digest, "model": sketch(cfg.model.path)}
 
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:

@@ -5,6 +5,17 @@
 
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
 
+Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. A record is one of these; its keys tell which:
+    {"image": "a.jpg", "caption": "A cat."}          or image_id, file_name, ...; captions: a list, text, output, ...
+    {"a.jpg": "A cat.", "b.jpg": ["A dog."]}         file names with captions
+    {"images": [...], "annotations": [...]}          COCO
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    {"images": ["a.jpg"], "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    conversations and "revise": [{"org": "a dog", "target": "a cat"}]              ReDiff: the answer is flawed
+    "original_caption", "changed_caption", "solution_original", "solution_target"  ViCrit: "image" as above
+"split" (train, val or test) and "prompt" in a record are kept. Images without a split are split by a hash of their
+names; from three images up, each split gets one.
+
 Everything is written into OUT.partial, which takes its name at the end: a killed run leaves nothing that
 looks finished, and a second run of the same command finds OUT complete and does nothing. Equal settings make
 equal bytes.
@@ -21,22 +32,22 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from random import Random
 
 from tqdm import tqdm
 
-from src.align import locate_swap
 from src.components import ConfigError, build
 from src.config import load_config, main_guard
-from src.importers.images import ENCODINGS, ImageProblem, convert
-from src.importers.photos import Album, Photo
+from src.importers.counts import Counts, table
+from src.importers.images import ENCODINGS, ImageProblem, convert, load
+from src.importers.photos import Album, Photo, fill_splits
 from src.importers.records import Caption, read_entries
-from src.scenes.grammar import LEXICON, Swap, split_sentences, swaps, write_brief, write_caption
+from src.scenes.grammar import LEXICON, Swap, swaps, write_brief, write_caption
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
-from src.shards import FORMAT, INDEX, publish, write_json, write_shards
+from src.shards import DATASET, FORMAT, INDEX, publish, write_json, write_shards
+from src.swaps import SwapLocator
 from src.tokenizer import Codec
 
 log = logging.getLogger(__name__)
@@ -45,7 +56,6 @@ CHAT_WORDS = "system user assistant"  # roles that the chat template writes
 EVALUATION_SEED = 0  # of val and test scenes: they stay the same, whatever the seed of a dataset
 RESERVED = 512  # scenes of val, and of test, that no training set holds, however few of them a dataset has
 MAX_DRAWS = 1000  # attempts at a new scene or a fitting caption before the settings count as impossible
-CACHE_SIZE = 200_000  # texts, of some hundred bytes each
 
 
 @dataclass(kw_only=True)
@@ -79,7 +89,7 @@ class Dataset(ABC):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            index = {"format": FORMAT, "kind": "dataset", "settings": self.settings, **self.write(partial)}
+            index = {"format": FORMAT, "kind": DATASET, "settings": self.settings, **self.write(partial)}
             write_json(partial / INDEX, index)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -213,7 +223,7 @@ class Photos(Dataset):
     image_size:  side of the stored square image: the whole picture, on grey; encoding: jpg or png
     square:      false stores images in their own shape, the longer side at most `image_size`, to be cut into tiles
     tokenizer:   folder of a tokenizer to use; null trains one on the captions, which can write any text
-    canvas:      captions of more than canvas - 1 tokens are left out
+    canvas:      captions of more than canvas - 1 tokens are left out; the `data.canvas` of training should be as large
     prompt:      the question, for records that have none
     max_images:  use only the first so many photos; null means all
     """
@@ -229,22 +239,23 @@ class Photos(Dataset):
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
 
     def write(self, folder: Path) -> dict:
-        skipped: Counter[str] = Counter()
+        skipped = Counts()
         photos = self._collect(skipped)
         codec = _codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
-        counts = {}
+        fill_splits(photos, lambda photo: self._is_usable(photo, codec))
+        read = {reason: number for reason, number in skipped.items() if number}
+        counts, examples = {"records": read}, {"records": skipped.examples}
         with tqdm(total=len(photos), desc="photos", unit="image", disable=None) as bar:
             for split in ("train", "val", "test"):
                 mine = [photo for photo in photos if photo.split == split]
-                found: Counter[str] = Counter()
+                found = Counts()
                 samples = self._samples(mine, codec, found, bar)
                 counts[split] = _write_split(folder, split, samples, codec, self.per_shard, found)
-        counts["records"] = {reason: number for reason, number in skipped.items() if number}
-        if not any(counts[split]["written"] for split in ("train", "val", "test")):
-            raise ValueError(f"nothing could be used; why, by reason:\n{report(counts)}")
-        return {"tokenizer": codec.fingerprint, "counts": counts}
+                examples[split] = found.examples
+        _check_splits(counts, examples)
+        return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples}
 
-    def _collect(self, skipped: Counter[str]) -> list[Photo]:
+    def _collect(self, skipped: Counts) -> list[Photo]:
         files = [self.annotations] if isinstance(self.annotations, str) else self.annotations
         album = Album(Path(self.images), prompt=self.prompt, seed=self.seed, counts=skipped)
         for file in files:
@@ -260,83 +271,42 @@ class Photos(Dataset):
                 yield caption.text
                 yield from (swap.wrong for swap in caption.swaps)
 
-    def _samples(self, photos: list[Photo], codec: Codec, counts: Counter[str], bar: tqdm) -> Iterator[dict]:
+    def _is_usable(self, photo: Photo, codec: Codec) -> bool:
+        """Whether the photo would become a sample."""
+        if all(self._is_long(text, codec) for text in photo.captions):
+            return False
+        try:
+            load(photo.path, size=self.image_size)
+        except ImageProblem:
+            return False
+        return True
+
+    def _is_long(self, text: str, codec: Codec) -> bool:
+        return len(codec.encode(text)[0]) >= self.canvas
+
+    def _samples(self, photos: list[Photo], codec: Codec, counts: Counts, bar: tqdm) -> Iterator[dict]:
         locate = SwapLocator(codec)
         for photo in photos:
             bar.update()
-            captions = [c for c in (self._caption(c, locate, counts) for c in photo.captions.values()) if c]
+            file = photo.path.relative_to(self.images).as_posix()
+            captions = [c for c in (self._caption(c, file, locate, counts) for c in photo.captions.values()) if c]
             if not captions:
-                counts["no_usable_caption"] += 1
+                counts.note("no_usable_caption", file)
                 continue
             try:
                 data = convert(photo.path, size=self.image_size, encoding=self.encoding, square=self.square)
             except ImageProblem as reason:
-                counts[str(reason)] += 1
+                counts.note(str(reason), file)
                 continue
             record = {"key": photo.key, "prompt": photo.prompt, "captions": captions}
             yield {"__key__": photo.key, "json": record, self.encoding: data}
 
-    def _caption(self, caption: Caption, locate: SwapLocator, counts: Counter[str]) -> dict | None:
-        if len(locate.codec.encode(caption.text)[0]) >= self.canvas:
-            counts["captions too long"] += 1
+    def _caption(self, caption: Caption, file: str, locate: SwapLocator, counts: Counts) -> dict | None:
+        if self._is_long(caption.text, locate.codec):
+            counts.note("captions too long", file)
             return None
         found = [Swap(s.start, s.start + len(s.right), s.right, s.wrong, "phrase") for s in caption.swaps]
         return {"text": caption.text, "swaps": locate(caption.text, found, counts)}
-
-
-class CachedCodec(Codec):
-    """The same codec, which remembers what it encoded."""
-
-    def __init__(self, codec: Codec) -> None:
-        super().__init__(codec.tokenizer)
-        self.encode = lru_cache(CACHE_SIZE)(super().encode)
-
-
-class SwapLocator:
-    """Swaps of a caption as shards hold them, with the tokens that change; unequal lengths are dropped.
-
-    Most sentences of scenes come up again and again, so each is worked out once. That a sentence has the same
-    tokens by itself as in its caption is checked by encoding the caption with all swaps made; where it fails,
-    nothing is reused.
-    """
-
-    def __init__(self, codec: Codec) -> None:
-        self.codec = CachedCodec(codec)
-        self._locate = lru_cache(CACHE_SIZE)(lambda *place: locate_swap(self.codec, *place))
-
-    def __call__(self, text: str, found: Sequence[Swap], counts: Counter[str]) -> list[dict]:
-        places = self._by_sentence(text, found) if found else []
-        if places is None:
-            places = [locate_swap(self.codec, text, s.start, s.end, s.wrong) for s in found]
-        counts["swaps of unequal length"] += places.count(None)
-        kept = [(swap, place) for swap, place in zip(found, places, strict=True) if place]
-        counts["swaps"] += len(kept)
-        return [
-            {
-                "start": s.start,
-                "end": s.end,
-                "right": s.right,
-                "wrong": s.wrong,
-                "fact": s.fact,
-                "tokens": list(place),
-            }
-            for s, place in kept
-        ]
-
-    def _by_sentence(self, text: str, found: Sequence[Swap]) -> list[tuple[int, int, list[int]] | None] | None:
-        ids, offsets = self.codec.encode(text)
-        sentences = [(start - (start > 0), end) for start, end in split_sentences(text)]  # with the blank before
-        flawed, falsified, places = list(ids), text, []
-        for swap in reversed(found):  # from the back, so that the places before stay valid
-            a, b = next((s for s in sentences if s[0] <= swap.start and swap.end <= s[1]), (0, len(text)))
-            place = self._locate(text[a:b], swap.start - a, swap.end - a, swap.wrong)
-            if place:
-                shift = sum(end <= a for _, end in offsets)
-                place = (place[0] + shift, place[1] + shift, place[2])
-                flawed[place[0] : place[1]] = place[2]
-                falsified = falsified[: swap.start] + swap.wrong + falsified[swap.end :]
-            places.append(place)
-        return places[::-1] if self.codec.encode(falsified)[0] == flawed else None
 
 
 def facts(scene: Scene) -> tuple:
@@ -344,11 +314,16 @@ def facts(scene: Scene) -> tuple:
     return scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)
 
 
-def report(counts: dict[str, dict[str, int]]) -> str:
-    """Counts per split and reason as a table."""
-    rows = [(part, reason, number) for part, some in counts.items() for reason, number in some.items()]
-    width = max((len(reason) for _, reason, _ in rows), default=0)
-    return "\n".join(f"{part:8} {reason:{width}} {number:>8}" for part, reason, number in rows)
+def _check_splits(counts: dict[str, dict[str, int]], examples: dict[str, dict[str, str]]) -> None:
+    """Raise ValueError where there is nothing to train on; warn where there is nothing to validate or to test on."""
+    empty = [split for split in ("train", "val", "test") if not counts[split]["written"]]
+    if len(empty) == 3:
+        raise ValueError(f"nothing could be used; why, by reason:\n{table(counts, examples)}")
+    if "train" in empty:
+        told = table(counts, examples)
+        raise ValueError(f"no image is left for train; add some, or take `split` out of the records\n{told}")
+    if empty:
+        log.warning("no image is in %s; give more than two, or a `split` to the records", " and in ".join(empty))
 
 
 def _codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
@@ -375,13 +350,13 @@ def _write_split(
 
 @main_guard
 def main(argv: list[str]) -> None:
-    config = load_config(argv)
+    config = load_config(argv, verb="src.prepare", needs=["prepare"])
     dataset = build(config.prepare)
     try:
         index = dataset.run()
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
-    sys.stdout.write(report(index["counts"]) + "\n")
+    sys.stdout.write(table(index["counts"], index.get("examples", {})) + "\n")
 
 
 if __name__ == "__main__":

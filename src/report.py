@@ -64,21 +64,22 @@ def text_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> st
     """How to read the tables, the tables of the headline metrics, then the claim, as aligned plain text."""
     blocks = ["\n".join(_aligned(_grid(results, metric))) for metric in headline]
     lines = "\n".join(claims(results, scores, headline=headline))
-    return "\n\n".join(["\n".join(notes(results)), *blocks, lines]) + "\n"
+    return "\n\n".join(["\n".join(notes(results, scores)), *blocks, lines]) + "\n"
 
 
 def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
     """The same as Markdown."""
     blocks = ["\n".join(_piped(_grid(results, metric))) for metric in headline]
-    head = "\n".join(f"- {line}" for line in notes(results))
+    head = "\n".join(f"- {line}" for line in notes(results, scores))
     lines = "\n".join(f"- {line}" for line in claims(results, scores, headline=headline))
     return "\n\n".join([head, *blocks, lines]) + "\n"
 
 
-def notes(results: dict) -> list[str]:
+def notes(results: dict, scores: Scores) -> list[str]:
     """What a reader of the tables has to know: the cost of each row, and what its last steps are used for."""
     speeds = ", ".join(str(n) for n in speeds_of(results))
-    lines = [f"columns: {speeds} tokens per step; mean ± standard error over captions"]
+    number = max(len(values) for columns in scores.values() for values in columns.values())
+    lines = [f"columns: {speeds} tokens per step; mean ± standard error over {number} captions"]
     for method, sampler in rows_of(results):
         cells = results["methods"][method][sampler].values()
         calls = ", ".join(f"{cell['forwards']['mean']:.1f}" for cell in cells if "forwards" in cell)
@@ -93,7 +94,10 @@ def notes(results: dict) -> list[str]:
 
 
 def claims(results: dict, scores: Scores, *, headline: Sequence[str]) -> list[str]:
-    """Per metric: the change of each row from slowest to fastest, and contender minus baseline."""
+    """Per metric: the change of each row from slowest to fastest, and contender minus baseline.
+
+    A loss is also told as a share of the baseline's, a gain is not.
+    """
     rows, speeds = rows_of(results), speeds_of(results)
     lines = []
     for metric in headline:
@@ -113,7 +117,7 @@ def _drops(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> l
     for row, drop in zip(rows, drops, strict=True):
         base = drops[0]["mean"]
         said = f"{metric} from {first} to {last} tokens/step: {_name(row)} {_signed(drop)}"
-        if row != rows[0] and base < 0:
+        if row != rows[0] and base < 0 and drop["mean"] <= 0:
             said += f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
         lines.append(said)
     return lines

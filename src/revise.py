@@ -4,15 +4,22 @@
 
     drafts -> expert -> edits aligned to tokens (src/align.py) -> out/rank-0000-000000.tar, ... out/index.json
 
-A killed run is continued by the same command; nothing that was answered is asked again. To train on the
-round, list it in `data.rounds`.
+A killed run is continued by the same command; nothing that was answered is asked again. At the end it prints what
+became of the drafts and edits, by reason, and how to train on the round without drawing further ones:
+
+    python -m src.train conf=stage2 'data.rounds=[rounds/round-0001]' callbacks.self_correction=null
+
+with the model.path, data.path and tokenizer of the drafts, where these are not those of conf/stage2.yaml.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+from src.batch import Round
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard
 from src.rounds import revise_round
@@ -23,7 +30,7 @@ from src.tokenizer import Codec
 @main_guard
 def main(argv: list[str]) -> None:
     """Write the round that the config asks for and say what became of the drafts."""
-    cfg = load_config(argv)
+    cfg = load_config(argv, verb="src.revise", needs=["drafts", "expert"])
     check(cfg, offers=("codec",))
     try:
         codec = Codec.load(cfg.tokenizer)
@@ -38,8 +45,29 @@ def main(argv: list[str]) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    counts = ", ".join(f"{count} {name}" for name, count in made.manifest["counts"].items())
-    sys.stdout.write(f"{made.path}: {counts}\n")
+    sys.stdout.write(f"{made.path}: {report(made)}\n")
+
+
+def report(made: Round) -> str:
+    """What became of the drafts and of the edits, and what to do next."""
+    counts, rejected = made.manifest["counts"], made.manifest["rejected"]
+    lines = [
+        f"{counts['drafted']} drafted: {counts['written']} corrected, {counts['right']} right, {counts['unusable']} "
+        f"with no edit that could be placed, {counts['failed']} failed, {counts['unanswered']} unanswered",
+        f"edits: {counts['edits']} placed, {sum(rejected.values())} could not be{_reasons(rejected)}",
+    ]
+    if counts["failed"]:
+        lines.insert(1, f"failed: {counts['failed']}{_reasons(made.manifest['failures'])}")
+    if not counts["written"]:
+        return "\n".join([*lines, "no draft was corrected: there is nothing to train on"])
+    settings = [f"data.rounds=[{made.path}]", "callbacks.self_correction=null"]
+    return "\n".join([*lines, f"next: {shlex.join(['python', '-m', 'src.train', 'conf=stage2', *settings])}"])
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """The most frequent first."""
+    found = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f" ({', '.join(f'{reason} {count}' for reason, count in found)})" if found else ""
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ def read_round(folder: str | Path) -> Round:
     return Round(Path(folder), manifest)
 
 
+def summary(manifest: Mapping[str, Any]) -> str:
+    """What became of the drafts of a round, in one line: the counts, then why edits and drafts were of no use."""
+    told = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items())]
+    for kind, what in (("rejected", "edits rejected"), ("failures", "drafts failed")):
+        if reasons := manifest[kind]:
+            told.append(f"{what}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
+    return "; ".join(told)
+
+
+class EmptyRound(ValueError):
+    """A round that holds nothing to train on."""
+
+
 class ExpertThread:
     """Asks an expert in a thread of its own; a context manager that ends when every answer is in the journal.
 

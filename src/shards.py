@@ -26,6 +26,7 @@ from webdataset.writer import TarWriter
 
 FORMAT = 1
 INDEX = "index.json"
+DATASET = "dataset"  # kind of a folder that holds splits instead of shards
 MAX_KEY = 90  # bytes: a tar header holds names of up to 100
 
 
@@ -158,10 +159,13 @@ def read_manifest(folder: str | Path) -> dict:
         raise ValueError(f"{folder} is not a finished data folder: it has no {INDEX}")
     try:
         content = json.loads(path.read_bytes())
-        form = content["format"]
-        complete = isinstance(content["kind"], str) and "tokenizer" in content and isinstance(content["shards"], list)
+        form, kind = content["format"], content["kind"]
+        shards = [] if kind == DATASET else content["shards"]
+        complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make the folder again") from error
+    if kind == DATASET:
+        raise ValueError(f"{folder} is a whole dataset; name a split: {Path(folder) / 'test'}")
     if form != FORMAT or not complete:
         raise ValueError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
     return content

@@ -125,6 +125,29 @@ class AnyRes:
 Layout = Square | AnyRes
 
 
+def check_layout(data: Layout, model: Layout | None) -> None:
+    """Raises ValueError where the data cut images into other tiles than the model takes."""
+    if model is None:
+        raise ValueError("the data have images (data.image_size), but the model has no vision path (model.vision)")
+    if _shape(data) != _shape(model):
+        raise ValueError(
+            f"the data and the model cut images in different ways: data.image_size and data.tiling mean {_told(data)}, "
+            f"model means {_told(model)}"
+        )
+
+
+def _shape(layout: Layout) -> tuple:
+    """What decides about tiles; how many of their features are kept is the model's own matter."""
+    return (layout.size, layout.grids) if isinstance(layout, AnyRes) else (layout.size,)
+
+
+def _told(layout: Layout) -> str:
+    if isinstance(layout, AnyRes):
+        largest = max(layout.grids, key=lambda grid: grid[0] * grid[1])
+        return f"tiles of {layout.size} pixels in {len(layout.grids)} grids up to {largest[0]} x {largest[1]}"
+    return f"one tile of {layout.size} pixels"
+
+
 def anyres(size: int, *, columns: int = 6, rows: int = 6, max_tiles: int = 4) -> AnyRes:
     """All grids of up to `columns` x `rows` tiles of `size` pixels; `anyres(384)` is the released LLaDA-V's layout."""
     grids = [(size * column, size * row) for column in range(1, columns + 1) for row in range(1, rows + 1)]

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,17 +31,27 @@ SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
 NO_IMAGE_TOKEN = -200  # the image mark of tokenizers without an image token, as in LLaDA-V
 ROLES = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "mask_token": MASK}
 PROMPT = "prompt.yaml"
+FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")  # of a tokenizer
+NEEDED = (*FILES, PROMPT, "config.json")  # all that `Codec.load` reads, as patterns for a download
 
 
 class Codec:
     """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
 
-    `banned_ids`: special ids that a response never contains. Raises ValueError when there is no chat template, or when
-    the tokenizer lacks the mask, end-of-text or eot token or one that the format suppresses.
+    `banned_ids`: special ids that a response never contains; `special` holds them with the other ids that the maths
+    needs. Raises ValueError when there is no chat template, or when the tokenizer lacks the mask, end-of-text or eot
+    token or one that the format suppresses. `files`: those that the tokenizer was read from, name -> content; `save`
+    writes them as they are, since other versions of transformers may not read what this one writes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt_format: PromptFormat | None = None,
+        *,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.tokenizer, self.files = tokenizer, dict(files or {})
         self.prompt_format = prompt_format or _own_format(tokenizer)
         tokenizer.chat_template = self.prompt_format.template  # so that others find it in a saved folder
         vocabulary = tokenizer.get_vocab()
@@ -60,19 +71,25 @@ class Codec:
         """Read `tokenizer.json`, and what there is beside it, from a model folder or a name on the hub.
 
         prompt_format: a name or file for `PromptFormat.load`, in place of what the folder says
+        Raises ValueError, naming the file, when the chat template cannot make a prompt.
         """
-        path = local_folder(path)
+        path = local_folder(path, patterns=NEEDED)
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
         tokenizer = _read(path)
-        if prompt_format is not None:
-            return cls(tokenizer, PromptFormat.load(prompt_format))
-        return cls(tokenizer, _format_of(path, tokenizer))
+        given = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
+        files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
+        codec = cls(tokenizer, given, files=files)
+        try:
+            codec.prompt_ids("Why?", images=0)
+        except ValueError as error:
+            raise ValueError(f"{_template_file(path, prompt_format)}: {error}") from error
+        return codec
 
     def with_format(self, *, system: str | None = None, join: str | None = None) -> Codec:
         """The same tokenizer with another system text ("": none) or another way to join; null keeps what it has."""
         given = {name: value for name, value in {"system": system, "join": join}.items() if value is not None}
-        return Codec(self.tokenizer, replace(self.prompt_format, **given)) if given else self
+        return Codec(self.tokenizer, replace(self.prompt_format, **given), files=self.files) if given else self
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen") -> Codec:
@@ -94,8 +111,12 @@ class Codec:
         return cls(tokenizer, PromptFormat.load("tiny"))
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer files and the prompt format into a directory."""
-        self.tokenizer.save_pretrained(path)
+        """Write the tokenizer files, those it was loaded from byte for byte, and the prompt format into a directory."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (Path(path) / name).write_bytes(content)
+        if not self.files:
+            self.tokenizer.save_pretrained(path)
         self.prompt_format.save(Path(path) / PROMPT)
 
     @property
@@ -106,7 +127,7 @@ class Codec:
 
     @property
     def special(self) -> SpecialIds:
-        """The ids as the maths takes them."""
+        """The ids as the maths takes them. `unwritten`: all special tokens, as no random replacement should be one."""
         added = self.tokenizer.added_tokens_decoder
         return SpecialIds(
             mask=self.mask_id,
@@ -143,13 +164,21 @@ class Codec:
         """Ids of a prompt up to where the response starts; `image_id` stands where an image goes.
 
         images: how many; a question without image marks gets them in front. turns: earlier (question, answer) pairs.
-        Raises ValueError when the texts hold image marks, but not as many as there are images.
+        Raises ValueError when the texts hold image marks, but not as many as there are images, or when the chat
+        template fails.
         """
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         messages = self.prompt_format.messages(question, images=images, turns=turns)
         template = self.prompt_format.template
-        prompt = str(self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-        ids, *pieces = map(encode, prompt.split(IMAGE))
+        try:
+            # the released templates open the answer anyway; those of other models only when told to
+            prompt = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise ValueError(f"the chat template fails{line}: {' '.join(str(error).split())}") from error
+        ids, *pieces = map(encode, str(prompt).split(IMAGE))
         if len(pieces) != images:
             raise ValueError(f"{len(pieces)} image marks in {question!r}, but {images} images")
         lost = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
@@ -183,6 +212,14 @@ def _format_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
         known = PromptFormat.load("llada")
         return replace(known, template=tokenizer.chat_template or known.template)
     return _own_format(tokenizer)
+
+
+def _template_file(path: Path, prompt_format: str | Path | None) -> Path | str:
+    """Where the chat template of a model folder is."""
+    if prompt_format is not None:
+        return prompt_format
+    places = (path / name for name in (PROMPT, "chat_template.jinja", "tokenizer_config.json"))
+    return next((place for place in places if place.is_file()), path)
 
 
 def _own_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:

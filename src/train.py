@@ -11,7 +11,8 @@
 
 A rerun of the same command resumes where the run stopped, and does nothing when it is finished; `resume=false` removes
 what is there and starts afresh. A rerun with other settings, or after a change of the model it starts from or of its
-data, is refused.
+data, is refused. SIGTERM and Ctrl-C save a checkpoint at the end of the step first (exit code 143 and 130), a second
+one does not wait.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -41,15 +43,26 @@ from datamodules.shards import Sample
 from src.batch import Batch
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, save_config
+from src.hub import local_folder
 from src.models.checkpoint import fingerprint, save_pretrained
 from src.models.weights import is_model_folder
 from src.plan import measure
+from src.rounds import EmptyRound
 from src.shards import INDEX, sha256, write_json
+from src.stop import Stop, Stopped
+from src.tiling import check_layout
 from src.tokenizer import Codec
 
-OFFERS = ("backbone", "codec", "run_dir", "seed", "special")
+OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
 # What a run may not change when it resumes; the learning rate's schedule spans `max_steps`.
-FIXED = ("data", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision")
+FIXED = (
+    *("data", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
+    *(
+        f"callbacks.self_correction.{name}"
+        for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler", "tokens_per_step")
+    ),
+)
+SIGNALLED = 128  # exit code of a program that a signal ended, without the number of the signal
 MISTAKES = (ValueError, MisconfigurationException)
 log = logging.getLogger(__name__)
 
@@ -57,8 +70,8 @@ log = logging.getLogger(__name__)
 @main_guard
 def main(argv: list[str]) -> None:
     """Train as the config says, or plan what memory it takes."""
-    cfg = load_config(argv)
-    check(cfg, offers=OFFERS)
+    cfg = load_config(argv, verb="src.train", needs=["objective", "trainer", "callbacks", "plan"])
+    check(cfg, offers=OFFERS, sections=["callbacks"])
     if cfg.plan.gpus:
         sys.stdout.write(plan(cfg))
     else:
@@ -75,23 +88,35 @@ def train(cfg: DictConfig) -> None:
             return
         L.seed_everything(cfg.seed, verbose=False)
         codec = Codec.load(cfg.tokenizer)
-        offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special}
+        stop, began = Stop(), Event()
+        offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special, "stop": stop}
         data = build(cfg.data, **offers)
         objective = build(cfg.objective, backbone=partial(build, cfg.model, codec=codec), **offers)
-        began = Event()
+        if hasattr(data, "layout"):  # a datamodule without images has none
+            check_layout(data.layout, objective.backbone.layout)
         trainer = _trainer(cfg, LambdaCallback(on_train_batch_start=lambda *_: began.set()), **offers)
     except MISTAKES as error:
         raise ConfigError(str(error)) from error
     try:
-        trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
+        with stop:
+            trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
+    except Stopped as stopped:
+        sys.stderr.write(f"\n{_where(trainer)} by {stopped}; the same command continues\n")
+        sys.exit(SIGNALLED + stopped.signal)
     except MISTAKES as error:
-        if began.is_set():  # what is wrong by now is no mistake of the user's
+        if began.is_set() and not isinstance(error, EmptyRound):  # what is wrong by now is no mistake of the user's
             raise
         raise ConfigError(str(error)) from error
-    if trainer.interrupted or trainer.global_step < cfg.trainer.max_steps:
-        raise ConfigError(f"stopped at step {trainer.global_step} of {cfg.trainer.max_steps}; the same command resumes")
+    if trainer.global_step < cfg.trainer.max_steps:
+        raise ConfigError(f"{_where(trainer)}; the same command continues")
+    objective.backbone.canvas = cfg.data.canvas
     save_pretrained(objective.backbone, codec, run_dir / "model")
     write_json(run_dir / "finished.json", {"steps": trainer.global_step})
+    sys.stdout.write(f"{trainer.global_step} steps done; the model is in {run_dir / 'model'}\n")
+
+
+def _where(trainer: L.Trainer) -> str:
+    return f"stopped at step {trainer.global_step} of {trainer.max_steps}"
 
 
 def plan(cfg: DictConfig) -> str:
@@ -139,10 +164,17 @@ def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: A
     """The trainer with the callbacks of the config, and then those given."""
     built = [build(node, run_dir=run_dir, **offers) for node in cfg.callbacks.values() if node]
     logger = TensorBoardLogger(run_dir, name="tensorboard", version="")
-    trainer = build(cfg.trainer, logger=logger, callbacks=[*built, *callbacks], default_root_dir=run_dir)
+    node = {**cfg.trainer, "log_every_n_steps": _log_interval(cfg)}
+    trainer = build(node, logger=logger, callbacks=[*built, *callbacks], default_root_dir=run_dir)
     if trainer.world_size > 1:
         raise ConfigError(f"trainer: {trainer.world_size} devices; training runs on one so far, several come later")
     return trainer
+
+
+def _log_interval(cfg: DictConfig) -> int:
+    """Steps between two points of the log: a run that is shorter has one at its end."""
+    interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
+    return min(interval, steps) if steps > 0 else interval
 
 
 def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
@@ -186,6 +218,8 @@ def _inputs(cfg: DictConfig) -> dict[str, str]:
     model, data = (cfg[node].get("path") for node in ("model", "data"))
     if model:
         model = os.path.normpath(model)  # `run_dir/../stage1/model` has to be found before run_dir is made
+        with suppress(ValueError):  # of a name on the hub that is not to be had: who builds the model says so
+            model = local_folder(model)
     if model and is_model_folder(model):
         found["model.path"] = fingerprint(model)
     indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from src.hub import local_folder
 from src.models.checkpoint import fingerprint, from_pretrained, load_weights, save_pretrained
 from src.models.llada_v import LLaDAV
+from src.models.outline import outline
 from src.models.tiny import tiny
 from src.models.weights import INDEX, Weights, is_model_folder, weight_files
 from src.tokenizer import Codec
+from src.train import _inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -250,6 +255,73 @@ def test_a_name_on_the_hub_is_downloaded_or_explained(offline, model, codec):
     (cached / "refs" / "main").write_text("abc")
     assert same(from_pretrained("somebody/model-1.5", codec=codec), model)
     assert fingerprint("somebody/model-1.5") == fingerprint(model)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with folders `remote/OWNER/NAME`; `cache` gets what is asked of it, `asked` the revisions."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: list[str | None] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        cache = tmp_path / "cache" / name / ("a" * 40)
+        cache.mkdir(parents=True, exist_ok=True)
+        files = [file.name for file in (tmp_path / "remote" / name).iterdir()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            shutil.copy(tmp_path / "remote" / name / file, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return SimpleNamespace(remote=tmp_path / "remote", cache=tmp_path / "cache", asked=asked)
+
+
+def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, model, codec):
+    """Each reader downloads what it reads, all of one revision; program text never."""
+    text = tiny(codec, decoder=DECODER, vision=None)
+    name = "somebody/in-parts"
+    save_pretrained(text, codec, hub.remote / name, max_shard_bytes=4000)
+    (hub.remote / name / "modeling_llada.py").write_text("")
+    files = {file.name for file in (hub.remote / name).iterdir()}
+    some = {"config.json", "prompt.yaml", *(f for f in files if f.startswith(("token", "special", "chat")))}
+    here = lambda: {file.name for file in (hub.cache / name / ("a" * 40)).iterdir()}  # noqa: E731
+    assert Codec.load(name).fingerprint == codec.fingerprint
+    assert here() == some and len(some) > 3
+    assert outline(name, codec=codec).config == text.config
+    assert here() == some
+    assert same(from_pretrained(name, codec=codec), text)
+    assert here() == files - {"modeling_llada.py"}
+    assert hub.asked == [None, "a" * 40]
+    assert outline(name, codec=codec).config == text.config
+
+
+def test_a_run_records_the_model_of_the_hub_that_it_starts_from(offline, model, codec):
+    cfg = OmegaConf.create({"model": {"path": "somebody/start"}, "data": {}})
+    assert _inputs(cfg) == {}  # building the model says that it is not there
+    cached = offline / "hub" / "models--somebody--start"
+    save_pretrained(model, codec, cached / "snapshots" / ("c" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c" * 40)
+    assert _inputs(cfg) == {"model.path": fingerprint(model)}
+
+
+def test_the_outline_of_a_tower_of_the_hub_says_what_to_do(hub, golden, codec):
+    shutil.copytree(golden.folder, hub.remote / "somebody" / "tower")
+    config = hub.remote / "somebody" / "tower" / "config.json"
+    config.write_text(json.dumps(golden.json("llada_v_tiny.config")))
+    with pytest.raises(ValueError, match=r"config\.json names a vision tower, .* download the whole model first"):
+        outline("somebody/tower", codec=codec)
+
+
+def test_the_device_is_where_all_of_the_model_goes(sharded):
+    found = from_pretrained(sharded, device="meta")
+    places = {name: tensor.device.type for name, tensor in [*found.named_parameters(), *found.named_buffers()]}
+    assert any("position_ids" in name for name in places) and set(places.values()) == {"meta"}
+    found = from_pretrained(sharded, device=torch.device("cpu"))
+    assert {tensor.device.type for tensor in [*found.parameters(), *found.buffers()]} == {"cpu"}
 
 
 def test_a_folder_here_goes_before_the_hub(offline, model, codec):

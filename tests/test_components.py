@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import src
-from src.components import ConfigError, build, check
+from src.components import ConfigError, arguments, build, check, nodes
 
 PARTS = '''
 from __future__ import annotations
@@ -150,6 +150,30 @@ def test_all_problems_are_reported_together():
     cfg = {"a": {"target": "src.parts.Outer", "rate": "x", "parts": [inner]}, "b": [{"target": "json.loads"}]}
     lines = [line.strip() for line in failure(check, cfg).splitlines()]
     assert [line.split(": ")[0] for line in lines] == ["a.rate", "a", "a.parts.0.sise", "b.0.target"]
+
+
+@pytest.mark.usefixtures("parts")
+def test_the_arguments_of_a_target():
+    assert arguments({"target": "src.parts.Plain", "steps": 1}) == ["steps", "codec"]
+    assert arguments({"target": "src.parts.open_ended"}) == ["codec"]
+    assert arguments({"target": "src.parts.Outer.load"}) == ["path"]
+    assert "did you mean 'Plain'" in failure(arguments, {"target": "src.parts.Plian"})
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [({"a": True}, "callbacks.a: expected a mapping with `target:` or null, got True"),
+     ({"a": {"x": 1}}, "callbacks.a: expected a mapping with `target:` or null, got {'x': 1}"),
+     ({"b": {"target": "x"}, 3: "name"}, "callbacks.3: expected a mapping"),
+     ([], "callbacks: expected a mapping, got []"), (None, "callbacks: expected a mapping, got None")],
+)  # fmt: skip
+def test_what_is_no_node_is_named_with_its_place(section, expected):
+    assert failure(nodes, section, "callbacks").startswith(expected)
+
+
+def test_nodes_of_a_section_leave_out_null():
+    node = {"target": "src.parts.Plain"}
+    assert nodes(OmegaConf.create({"b": node, "a": None, 1: node}), "callbacks") == {"b": node, "1": node}
 
 
 # build

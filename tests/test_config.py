@@ -12,7 +12,7 @@ from omegaconf.errors import ReadonlyConfigError
 
 import src
 from src.components import ConfigError
-from src.config import help_text, load_config, save_config
+from src.config import help_text, load_config, load_part, save_config
 
 BASE = """
 seed: 0
@@ -185,13 +185,16 @@ def test_the_last_setting_wins_over_every_layer(conf):
     ("setting", "expected"),
     [("n=abc", "n: expected int, got 'abc'"), ("n=1.5", "n: expected int, got 1.5"), ("rate=x", "rate: expected float"),
      ("flag=1", "flag: expected bool, got 1"), ("steps=[1,a]", "steps.1: expected int, got 'a'"),
-     ("steps=4", "steps: expected a list, got 4"), ("a=3", "a: expected a mapping, got 3"),
-     ("a.x=[1]", "a.x: expected int, got [1]")],
+     ("steps=4", "steps: expected a list, got 4; write [4]"),
+     ("node=yes", "node: expected a mapping with `target:` or null, got True"),
+     ("a.node=[1]", "a.node: expected a mapping with `target:` or null, got [1]"),
+     ("a=3", "a: expected a mapping, got 3"), ("a.x=[1]", "a.x: expected int, got [1]")],
 )  # fmt: skip
 def test_a_plain_setting_keeps_its_type(conf, setting, expected):
-    root = conf(base="n: 1\nrate: 0.5\nflag: true\nsteps: [1, 2]\na: {x: 1}\nopen: null\n")
+    text = "n: 1\nrate: 0.5\nflag: true\nsteps: [1, 2]\na: {x: 1, node: {target: a.B}}\nopen: null\n"
+    root = conf(base=f"{text}node: {{target: a.B}}\n")
     assert failure(load_config, ["conf=base", setting], root=root).startswith(expected)
-    fine = load_config(["conf=base", "rate=1", "n=null", "open=abc", "steps=[]", "a={x: 2}"], root=root)
+    fine = load_config(["conf=base", "rate=1", "n=null", "open=abc", "steps=[]", "a={x: 2}", "node=null"], root=root)
     assert (fine.rate, fine.n, fine.open, fine.steps, fine.a.x) == (1, None, "abc", [], 2)
 
 
@@ -206,18 +209,124 @@ def test_a_name_for_a_mapping_of_the_top_level_takes_a_layer(conf):
     chosen = load_config(["conf=base", "model=big", "model.y=3"], root=root)
     assert plain(chosen) == {"model": {"target": "a.B", "x": 9, "y": 3}, "n": 5}
     assert "did you mean 'model/big'" in failure(load_config, ["conf=base", "model=bog"], root=root)
+    assert load_config(["conf=base", f"model={root}/model/big.yaml", "model.y=3"], root=root) == chosen
+
+
+def test_a_null_of_the_top_level_takes_a_layer_where_there_are_some(conf):
+    root = conf(
+        base="expert: null\nnote: null\nloop: {target: a.Loop, expert: '${expert}'}\n",
+        top="base: base\nexpert: {target: a.Own}\n",
+        expert__other="expert: {target: a.Other, x: 1}\n",
+    )
+    other = {"target": "a.Other", "x": 1}
+    for name in ("base", "top"):
+        cfg = plain(load_config([f"conf={name}", "expert=other"], root=root))
+        assert cfg == {"expert": other, "note": None, "loop": {"target": "a.Loop", "expert": other}}
+    assert load_config(["conf=top"], root=root).loop.expert == {"target": "a.Own"}
+    assert load_config(["conf=base", "note=other"], root=root).note == "other"
+    assert "did you mean 'expert/other'" in failure(load_config, ["conf=base", "expert=othr"], root=root)
+
+
+def test_a_part_is_what_a_layer_holds_under_its_key(conf):
+    root = conf(sampler__plain="sampler: {x: 1}\n", sampler__fast="base: sampler/plain\nsampler: {y: '${.x}'}\n")
+    assert load_part("sampler", "fast", root=root) == {"x": 1, "y": 1}
+    assert load_part("sampler", f"{root}/sampler/plain.yaml", root=root) == {"x": 1}
+    conf(sampler__odd="other: 1\n")
+    assert "conf=sampler/odd is not for sampler: it has no key 'sampler'" in failure(
+        load_part, "sampler", "odd", root=root
+    )
+
+
+def test_a_config_for_another_verb_is_refused_before_its_settings(conf):
+    root = conf(base="x: 1\n", top="x: 2\n")
+    message = failure(load_config, ["conf=base,top", "images=a"], verb="src.add", needs=["x", "images"], root=root)
+    assert message == "conf=base,top is not for src.add: it has no key 'images'; see --help"
+    assert load_config(["conf=base", "x=3"], verb="src.add", needs=["x"], root=root).x == 3
+
+
+def test_print_shows_the_composed_config_and_stops(conf, tmp_path, capsys):
+    root = conf(base="x: 1\nm: {target: a.B, twin: '${x}'}\n")
+    with pytest.raises(SystemExit) as stop:
+        load_config(["conf=base", "--print", "x=5"], root=root)
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown) == {"x": 5, "m": {"target": "a.B", "twin": 5}}
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_config([f"conf={tmp_path / 'shown.yaml'}"], root=root).m.twin == 5
 
 
 @pytest.mark.parametrize(
     ("setting", "nearest"),
     [("optimizer.lrr=1", "optimizer.lr"), ("optimiser.lr=1", "optimizer.lr"), ("lr=1", "optimizer.lr"),
      ("--optimizer.lr=1", "optimizer.lr"), ("sede=1", "seed"), ("optimizer.betas.2=1", "optimizer.betas.1"),
-     ("optimizer={lrate: 1}", "optimizer.lr"), ("seed.x=1", "seed")],
+     ("optimizer={lrate: 1}", "optimizer.lr"), ("seed.x=1", "seed"), ("+optimiser.lr=1", "optimizer.lr")],
 )  # fmt: skip
 def test_a_typo_suggests_the_nearest_full_name(conf, setting, nearest):
     message = failure(load_config, ["conf=base", "path=x", setting], root=conf(base=BASE))
     assert message.startswith("unknown key")
-    assert message.endswith(f"did you mean '{nearest}'?")
+    assert message.partition(" (+")[0].endswith(f"did you mean '{nearest}'?")
+
+
+NODES = """
+outer:
+  samplers:
+  - target: src.diffusion.sampler.Sampler
+    length: 8
+    reviser: {target: src.diffusion.revisers.OverwriteAll}
+broken: {target: src.diffusion.sampler.Smapler}
+later: {target: '???'}
+names: {a: one, b: two}
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "place", "value"),
+    [("outer.samplers.0.temperature=0.5", "temperature", 0.5), ("outer.samplers.0={cfg_scale: 2}", "cfg_scale", 2),
+     ("outer.samplers.0.reviser.scope=all", "reviser.scope", "all"),
+     ("outer.samplers.0.unmask={target: a.B, tau: 1}", "unmask", {"target": "a.B", "tau": 1})],
+)  # fmt: skip
+def test_an_argument_of_a_target_need_not_stand_in_the_yaml(conf, setting, place, value):
+    sampler = load_config(["conf=base", setting, "later.target=a.B"], root=conf(base=NODES)).outer.samplers[0]
+    assert OmegaConf.select(sampler, place) == value
+    assert (sampler.length, sampler.reviser.target) == (8, "src.diffusion.revisers.OverwriteAll")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("outer.samplers.0.tempratur=1", "unknown key 'outer.samplers.0.tempratur'; did you mean "
+      "'outer.samplers.0.temperature'?"),
+     ("outer.samplers.0.reviser.scpoe=all", "unknown key 'outer.samplers.0.reviser.scpoe'; did you mean "
+      "'outer.samplers.0.reviser.scope'?"),
+     ("outer.samplers.0.max_forward.x=1", "unknown key 'outer.samplers.0.max_forward.x'; did you mean "
+      "'outer.samplers.0.max_forwards'?"),
+     ("broken.length=1", "broken.target: src.diffusion.sampler has no 'Smapler'; did you mean 'Sampler'?"),
+     ("later.length=1", "unknown key 'later.length'; did you mean 'outer.samplers.0.length'?")],
+)  # fmt: skip
+def test_an_argument_that_a_target_lacks_is_an_error(conf, setting, expected):
+    assert failure(load_config, ["conf=base", setting], root=conf(base=NODES)) == expected
+
+
+def test_a_plus_adds_a_key_to_a_mapping(conf):
+    root = conf(base="names: {a: one}\nouter: {inner: {}}\nseed: 0\n")
+    argv = ["conf=base", "+names.b=two", "+outer.inner.mine={target: a.B, x: 1}", "outer.inner.mine.x=2"]
+    outer = {"inner": {"mine": {"target": "a.B", "x": 2}}}
+    assert plain(load_config(argv, root=root)) == {"names": {"a": "one", "b": "two"}, "outer": outer, "seed": 0}
+    assert failure(load_config, [*argv, "names.b=3"], root=root) == "names.b: expected str, got 3"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("+names.a=1", "'names.a' exists already: set it without the +"), ("+seed=1", "'seed' exists already: set it"),
+     ("+sede=1", "unknown key 'sede'; did you mean 'seed'?"), ("+nams.c=1", "unknown key 'nams.c'; did you mean"),
+     ("+names.a.c=1", "unknown key 'names.a.c'; did you mean 'names.a'?"),
+     ("+list.1=1", "unknown key 'list.1'; did you mean 'list.0'?"),
+     ("names.qqqq=1", "unknown key 'names.qqqq'; did you mean 'names.a'? (+names.qqqq=... adds it)")],
+)  # fmt: skip
+def test_what_a_plus_does_not_do(conf, setting, expected):
+    root = conf(base="names: {a: one}\nseed: 0\nlist: [1]\n")
+    message = failure(load_config, ["conf=base", setting], root=root)
+    assert message.startswith(expected)
+    assert message.endswith("adds it)") == ("adds it" in expected)
 
 
 @pytest.mark.parametrize(
@@ -340,3 +449,5 @@ def test_help_lists_what_there_is(conf):
     assert text.startswith("Do it.\n")
     assert "base, cluster/slurm" in text
     assert "conf=NAME" in text
+    assert "+key=value" in text
+    assert "--print" in text

@@ -17,8 +17,12 @@ from PIL import Image, ImageDraw
 
 import src.evaluate
 from src.batch import Batch
+from src.components import build
+from src.config import load_config, load_part
+from src.diffusion.sampler import Sampler
 from src.drawing import Piece, layout, paint
-from src.evaluate import _code_hash, main
+from src.evaluate import _code_hash, complete, main
+from src.generate import choose_sampler
 from src.metrics.caption import Mark
 from src.metrics.text import ReferenceOverlap
 from src.models.checkpoint import from_pretrained, save_pretrained
@@ -216,15 +220,66 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
         ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
         ({"samplers": {"plain": {"target": "src.diffusion.sampler.Sampler"}}}, "length"),
         ({"num": 0}, "evaluate.num must be at least 1, got 0"),
+        ({"tokens_per_step": 16}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got 16"),
+        ({"tokens_per_step": []}, "such as [1, 8], got []"),
+        ({"tokens_per_step": [0, 8]}, "such as [1, 8], got [0, 8]"),
+        ({"models": {"mask": None, "stage1": None}}, "evaluate.models: there are none left to evaluate"),
+        ({"samplers": {"plain": None}}, "evaluate.samplers: there are none left to evaluate"),
+        ({"samplers": {"plain": 3}}, "evaluate.samplers.plain: expected a mapping with `target:` or null, got 3"),
+        ({"samplers": {"plain": "plane"}}, "no configuration 'sampler/plane'; did you mean 'sampler/plain'?"),
     ],
 )
 def test_mistakes_are_said_in_one_line(changed, words, conf, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([conf(tokens_per_step=[32], **changed)])
+        main([conf(**{"tokens_per_step": [32], **changed})])
     assert stop.value.code == 2
     assert words in (said := capsys.readouterr().err)
     assert said.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in said
+
+
+def test_a_null_leaves_out_and_a_plus_adds(conf, models, tmp_path):
+    named = conf(tokens_per_step=[32])
+    changes = ["evaluate.models.stage2=null", f"+evaluate.models.mine={models / 'stage2'}"]
+    main([named, *changes, "evaluate.samplers.refine=null"])
+    found = results(tmp_path)
+    assert {method: list(row) for method, row in found["methods"].items()} == {"mask": ["plain"], "mine": ["plain"]}
+    assert list(found["meta"]["settings"]["samplers"]) == ["plain"]
+
+
+def settings_of(sampler: Sampler) -> dict:
+    """What a sampler does besides its speed, as values that can be compared."""
+    reviser = sampler.reviser and (type(sampler.reviser), vars(sampler.reviser))
+    return {**vars(sampler), "reviser": reviser, "tokens_per_step": None, "steps": None}
+
+
+def test_a_sampler_by_name_is_that_of_generate_with_the_canvas_of_the_data(conf, models):
+    cfg = load_config([conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released"])
+    samplers = complete(cfg.evaluate).samplers
+    for name, file in (("refine", "refine"), ("mine", "released")):
+        argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={CANVAS}"]
+        generates = choose_sampler(load_config(["conf=generate", *argv]))
+        assert settings_of(build(samplers[name])) == settings_of(generates)
+        assert load_part("sampler", file)["length"] != CANVAS
+    assert samplers.plain == cfg.evaluate.samplers.plain
+
+
+@pytest.mark.parametrize("name", ["plain", "refine"])
+def test_the_samplers_of_the_shipped_evaluation_are_those_of_generate(name):
+    shipped = build(complete(load_config(["conf=evaluate"]).evaluate).samplers[name])
+    assert settings_of(shipped) == settings_of(build(load_part("sampler", name)))
+    other = load_config(["conf=evaluate", "evaluate.data.canvas=32"]).evaluate.samplers[name]
+    assert build(other).length == 32
+
+
+def test_a_split_with_fewer_images_says_so(conf, tmp_path, capsys, caplog):
+    main([conf(tokens_per_step=[32], num=9)])
+    assert "evaluate.num=9, but the split test has 8 images: took those" in caplog.text
+    assert "standard error over 8 captions" in capsys.readouterr().out
+    assert results(tmp_path)["meta"]["data"]["taken"] == 8
+    caplog.clear()
+    main([conf(tokens_per_step=[32], num=8)])
+    assert "took those" not in caplog.text
 
 
 def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
@@ -249,6 +304,8 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
         "src/evaluate.py",
         "src/tokenizer.py",
         "src/shards.py",
+        "src/tiling.py",
+        "src/prompts/format.py",
         "src/metrics/text.py",
         "src/diffusion/sampler.py",
         "src/models/llada.py",
@@ -304,7 +361,6 @@ def test_models_with_other_tokenizers_are_refused(conf, models, tmp_path, capsys
 
 def test_the_captions_are_what_the_sampler_writes(conf, data, models, tmp_path):
     from datamodules.captions import CaptionData
-    from src.diffusion.sampler import Sampler
 
     main([conf(tokens_per_step=[16])])
     codec = Codec.load(data / "tokenizer")
@@ -355,6 +411,12 @@ def test_claims_by_hand(hand):
     ]
 
 
+def test_a_gain_is_no_share_of_a_loss(hand):
+    hand[1]["stage2", "refine", 8]["quality"] = [1.0, 1.0]
+    gain = "quality from 1 to 8 tokens/step: stage2 refine +0.100 ± 0.000"
+    assert claims(*hand, headline=["quality"])[1] == gain
+
+
 def test_tables_are_aligned_and_leave_gaps(hand):
     del hand[0]["methods"]["mask"]["plain"]["1"]["quality"]
     lines = text_report(*hand, headline=["quality"]).split("\n\n")[1].splitlines()
@@ -373,7 +435,7 @@ def test_the_head_says_what_a_row_costs_and_what_the_last_steps_do(hand):
             cell["forwards"] = {"mean": mean, "se": 0.0, "n": 2}
     head = text_report(*hand, headline=["quality"]).split("\n\n")[0].splitlines()
     assert head == [
-        "columns: 1, 8 tokens per step; mean ± standard error over captions",
+        "columns: 1, 8 tokens per step; mean ± standard error over 2 captions",
         "forward calls a caption, mask plain: 8.0, 1.0",
         "forward calls a caption, stage2 refine: 9.0, 2.5",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,95 @@ def test_files_of_the_tokenizer_go_with_it(golden, golden_folder_v, tmp_path):
         assert from_pretrained(tmp_path / form, codec=theirs).image_id == theirs.image_id
     copied = (tmp_path / "llada_v" / "tokenizer.json").read_bytes()
     assert copied == (golden_folder_v / "tokenizer.json").read_bytes()
+
+
+def test_files_of_the_tokenizer_survive_training(golden_folder_text, golden, tmp_path):
+    """As an earlier version of transformers wrote them, byte for byte: from_pretrained, save_pretrained, export."""
+    shutil.copytree(golden_folder_text, tmp_path / "start")
+    shutil.copy(golden.folder / "tokenizer.json", tmp_path / "start")
+    special = {"additional_special_tokens": ["<|eot_id|>"], "eos_token": "<|endoftext|>"}
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True, **special}
+    (tmp_path / "start" / "tokenizer_config.json").write_text(json.dumps(fields, indent=7))
+    (tmp_path / "start" / "special_tokens_map.json").write_text(json.dumps(special))
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    original = {name: (tmp_path / "start" / name).read_bytes() for name in names}
+    codec = Codec.load(tmp_path / "start")
+    save_pretrained(from_pretrained(tmp_path / "start", codec=codec), codec, tmp_path / "model")
+    for form in ("llada", "own"):
+        export(model=tmp_path / "model", out=tmp_path / form, format=form)
+        assert {name: (tmp_path / form / name).read_bytes() for name in names} == original
+        assert Codec.load(tmp_path / form).fingerprint == codec.fingerprint
+
+
+PROGRAMS = {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModel": ["modeling_llada.LLaDAModelLM", None],
+    "AutoTokenizer": "somebody/else--tokens.Tokenizer",
+}
+
+
+@pytest.fixture
+def programmed(golden_folder_text, tmp_path):
+    """Makes a folder whose config.json names program files, as LLaDA-8B's does."""
+
+    def make(folder: Path) -> Path:
+        shutil.copytree(golden_folder_text, folder, symlinks=True)
+        fields = config(folder) | {"auto_map": PROGRAMS}
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(fields))
+        return folder
+
+    return make
+
+
+def test_program_files_that_a_config_names_go_with_it_or_it_names_none(programmed, tmp_path, caplog):
+    start = programmed(tmp_path / "start")
+    for name in ("configuration_llada.py", "modeling_llada.py", "unnamed.py"):
+        (start / name).write_text(f"# {name}")
+    export(model=start, out=tmp_path / "whole", format="llada")
+    assert config(tmp_path / "whole")["auto_map"] == PROGRAMS
+    assert {file.name: file.read_text() for file in (tmp_path / "whole").glob("*.py")} == {
+        name: f"# {name}" for name in ("configuration_llada.py", "modeling_llada.py")
+    }
+    assert "auto_map" not in caplog.text
+    (start / "modeling_llada.py").unlink()
+    export(model=start, out=tmp_path / "half", format="llada")
+    assert "auto_map" not in config(tmp_path / "half") and not list((tmp_path / "half").glob("*.py"))
+    assert "auto_map are not in" in caplog.text
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """Where a download `somebody/NAME` lies in a cache, without a network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+    def make(name: str) -> Path:
+        folder = tmp_path / "hub" / f"models--somebody--{name}"
+        for name in ("refs", "snapshots"):
+            (folder / name).mkdir(parents=True)
+        (folder / "refs" / "main").write_text("b" * 40)
+        return folder / "snapshots" / ("b" * 40)
+
+    return make
+
+
+def test_program_files_of_a_model_of_the_hub_are_named_there(programmed, cached, codec, tmp_path):
+    """Also after training, when nothing but our own folder is left."""
+    programmed(cached("programs"))
+    hub = "somebody/programs--"
+    expected = {
+        "AutoConfig": f"{hub}configuration_llada.LLaDAConfig",
+        "AutoModel": [f"{hub}modeling_llada.LLaDAModelLM", None],
+        "AutoTokenizer": "somebody/else--tokens.Tokenizer",
+    }
+    export(model="somebody/programs", out=tmp_path / "direct", format="llada")
+    save_pretrained(from_pretrained("somebody/programs"), codec, tmp_path / "model")
+    export(model=tmp_path / "model", out=tmp_path / "trained", format="llada")
+    assert [config(tmp_path / name)["auto_map"] for name in ("direct", "trained")] == [expected, expected]
 
 
 @torch.no_grad()
@@ -212,6 +302,25 @@ def test_a_checkpoint_of_a_model_with_fresh_weights(codec, run, tmp_path):
     model = trained(tiny(codec, decoder=DECODER, vision=None, seed=4), checkpoint)
     export(model=checkpoint, out=tmp_path / "out", format="llada")
     assert same(from_pretrained(tmp_path / "out", codec=codec).state_dict(), model.state_dict())
+
+
+def test_the_tokenizer_of_a_run_may_be_of_the_hub_and_must_be_there(codec, run, cached, tmp_path, capsys):
+    checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
+    trained(tiny(codec, decoder=DECODER, vision=None, seed=4), checkpoint)
+    capsys.readouterr()
+    settings = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    (tmp_path / "tokenizer").rename(cached("tokens"))
+    with_path = {**settings, "model": {"path": str(tmp_path / "start")}}
+    save_pretrained(tiny(codec, decoder=DECODER, vision=None), codec, tmp_path / "start")
+    for node in (settings, with_path):
+        OmegaConf.save(OmegaConf.create({**node}), tmp_path / "run" / "config.yaml")
+        said = error(capsys, model=checkpoint, out=tmp_path / "out")
+        assert f"no tokenizer in {tmp_path / 'tokenizer'}" in said and "\n" not in said
+        assert not (tmp_path / "out").exists()
+    for number, node in enumerate((settings, with_path)):
+        OmegaConf.save(OmegaConf.create({**node, "tokenizer": "somebody/tokens"}), tmp_path / "run" / "config.yaml")
+        export(model=checkpoint, out=tmp_path / str(number), format="llada")
+        assert Codec.load(tmp_path / str(number)).fingerprint == codec.fingerprint
 
 
 def test_a_checkpoint_elsewhere_is_told_what_it_is_like(codec, run, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from src.models.checkpoint import build_empty, describe, from_pretrained
-from src.models.formats import FORMATS, MODEL_TYPE, Description, recognise
+from src.models.formats import FORMATS, MODEL_TYPE, Description, LlamaStyle, OlmoStyle, recognise
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
@@ -58,24 +58,41 @@ def test_other_models_are_no_llada(config):
 # What is not implemented
 
 
+ONLY = {"llada": OlmoStyle.only, "llada_v": {**LlamaStyle.only, **LlamaStyle.only_vision}}
+REFUSED = {
+    "llada": {
+        "block_type": "sequential", "activation_type": "swiglu", "layer_norm_type": "default", "rope": False,
+        "weight_tying": True, "include_bias": True, "include_qkv_bias": True, "attention_layer_norm": True,
+        "bias_for_layer_norm": True, "layer_norm_with_affine": False, "alibi": True, "input_emb_norm": True,
+        "scale_logits": True, "block_group_size": 2, "multi_query_attention": True, "clip_qkv": 8.0,
+        "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1,
+    },
+    "llada_v": {
+        "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+        "attention_dropout": 0.1, "mm_projector_type": "linear", "mm_patch_merge_type": "flat",
+        "mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch", "mm_resampler_type": "qformer",
+        "mm_use_im_start_end": True,
+    },
+}  # fmt: skip
+COMPUTED = {  # what is allowed follows from other fields
+    "head_dim": 7, "rope_scaling": {"type": "linear", "factor": 2.0}, "image_aspect_ratio": "pad",
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", list(ONLY))
+def test_every_field_that_is_checked_has_a_case(which):
+    assert ONLY[which].keys() == REFUSED[which].keys()
+
+
 @pytest.mark.parametrize(
     ("which", "field", "value"),
     [
-        *(("llada", name, value) for name, value in {
-            "block_type": "sequential", "activation_type": "swiglu", "layer_norm_type": "default", "rope": False,
-            "weight_tying": True, "include_bias": True, "include_qkv_bias": True, "attention_layer_norm": True,
-            "alibi": True, "input_emb_norm": True, "scale_logits": True, "block_group_size": 2,
-            "multi_query_attention": True, "clip_qkv": 8.0, "residual_dropout": 0.1, "embedding_dropout": 0.1,
-        }.items()),
-        *(("llada_v", name, value) for name, value in {
-            "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
-            "head_dim": 7, "rope_scaling": {"type": "linear", "factor": 2.0},
-            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}, "mm_projector_type": "linear",
-            "mm_patch_merge_type": "flat", "mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch",
-            "mm_resampler_type": "qformer", "mm_use_im_start_end": True, "image_aspect_ratio": "pad",
-        }.items()),
+        *((which, name, value) for which, cases in REFUSED.items() for name, value in cases.items()),
+        *(("llada_v", name, value) for name, value in COMPUTED.items()),
+        *((which, name, None) for which, only in ONLY.items() for name, allowed in only.items() if None not in allowed),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_implemented_is_refused(golden, edited, which, field, value):
     with pytest.raises(ValueError, match=rf"config.json: .*{field} is ") as error:
         load(edited(which, **{field: value}), golden)
@@ -177,6 +194,25 @@ def test_large_grids_alone_still_tell_the_size_of_a_tile(golden, edited):
     side = golden.meta["vision_config"]["image_size"]
     folder = edited("llada_v", image_grid_pinpoints=[[2 * side, 4 * side]])
     assert from_pretrained(folder, vision={"num_attention_heads": 1}).layout.size == side
+
+
+def test_grids_may_be_written_in_tiles(golden, edited):
+    """From the first to the last, the width as the outer loop; the pixels of a tile are given or in the name."""
+    side = golden.meta["vision_config"]["image_size"]
+    expected = [[side, side], [side, 2 * side], [side, 3 * side],
+                [2 * side, side], [2 * side, 2 * side], [2 * side, 3 * side]]  # fmt: skip
+    for text, grids in (("(1x1),...,(2x3)", expected), ("(1x1), (1x2), (2x3)", expected), ("(1x1)", [[side, side]])):
+        folder = edited("llada_v", image_grid_pinpoints=text)
+        given = {"num_attention_heads": 1, "image_size": side}
+        assert from_pretrained(folder, vision=given).tiling["grids"] == grids
+        with pytest.raises(ValueError, match=r"image_grid_pinpoints is '\(1x1\).*how many pixels a tile has: give it"):
+            from_pretrained(folder, vision={"num_attention_heads": 1})
+        shutil.rmtree(folder)
+    folder = edited("llada_v", image_grid_pinpoints="(1x1),...,(2x3)", mm_vision_tower=f"here/tower-patch4-{side}")
+    assert from_pretrained(folder, vision={"num_attention_heads": 1}).tiling["grids"] == expected
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="image_grid_pinpoints is 'all', neither a list"):
+        from_pretrained(edited("llada_v", image_grid_pinpoints="all"), vision={"num_attention_heads": 1})
 
 
 def test_a_tower_that_is_named_must_be_stored(golden, edited):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from src.components import ConfigError
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.generate import main, memory_of
-from src.models.checkpoint import save_pretrained
+from src.models.checkpoint import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
 from src.shards import write_shards
 from src.tiling import Square
@@ -183,6 +185,20 @@ def test_a_trace_ends_in_the_caption(model, codec, photos, tmp_path):
         assert sum(len(step["unmasked"]) for step in trace["steps"]) == LENGTH
 
 
+def test_a_trace_can_be_read(model, codec, photos, tmp_path):
+    """The text after each step, with _ for a mask: what is in sight of the ids, put together by hand."""
+    (line,) = run(model, photos / "a.png", tmp_path / "out.jsonl", ask(), "trace=true")
+    (trace,) = lines(tmp_path / "out.trace.jsonl")
+    texts = [step["text"] for step in trace["steps"]]
+    for step, text in zip(trace["steps"], texts, strict=True):
+        ids = step["tokens"]
+        ids = ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids
+        pieces = ["_" if token == codec.mask_id else codec.decode([token]) for token in ids]
+        assert text == "".join(pieces)
+    assert "_" in texts[0]
+    assert texts[-1] == line["text"]
+
+
 def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_path, capsys):
     (photos / "bad.png").write_bytes(b"this is no image")
     (photos / "cut.png").write_bytes((photos / "a.png").read_bytes()[:100])
@@ -212,7 +228,8 @@ def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
         ([ask(), f"caption={TEXTS[0] * 9}"], "a response has room for 23"),
         ([ask(), "batch_size=0"], "batch_size must be at least 1, got 0"),
         ([ask(), "images=nowhere"], "no file or folder nowhere"),
-        ([ask(), "model.path=nowhere"], "no tokenizer in nowhere"),
+        ([ask(), "prompt_format=BROKEN"], "the chat template fails, line 1"),
+        ([ask(), "model.path=nowhere"], "nowhere is not a model folder"),
         ([ask(), "temprature=1"], "did you mean 'temperature'"),
         (["images=null"], "images=null needs a prompt"),
         (["images=null", ask("nowhere.jsonl")], "prompt: no file nowhere.jsonl"),
@@ -225,12 +242,31 @@ def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
     ],
 )
 def test_mistakes_are_said_in_one_line(settings, words, model, photos, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("template: '{% if %}'")
+    settings = [setting.replace("BROKEN", str(tmp_path / "broken.yaml")) for setting in settings]
     with pytest.raises(SystemExit) as stop:
         run(model, photos, tmp_path / "out.jsonl", *settings)
     assert stop.value.code == 2
     assert words in (said := capsys.readouterr().err)
     assert len(said.splitlines()) == 1 or "memory" in words  # the progress bar has been drawn then
     assert not (tmp_path / "out.jsonl").exists() or "memory" in words
+
+
+def test_a_template_is_asked_to_open_the_answer(tmp_path, codec):
+    """Templates of other models do so only when told to."""
+    codec.save(tmp_path)
+    (tmp_path / "prompt.yaml").write_text(
+        "template: \"{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        '{% if add_generation_prompt %}a{% endif %}"\n'
+    )
+    assert Codec.load(tmp_path).prompt_ids("qu", images=0) == codec.encode("qua")[0]
+
+
+def test_a_dataset_is_not_a_split(model, tmp_path, capsys):
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "kind": "dataset", "tokenizer": "x", "counts": {}}))
+    with pytest.raises(SystemExit):
+        run(model, tmp_path, tmp_path / "out.jsonl")
+    assert capsys.readouterr().err == f"error: {tmp_path} is a whole dataset; name a split: {tmp_path / 'test'}\n"
 
 
 def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsys):
@@ -240,10 +276,62 @@ def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsy
     with pytest.raises(SystemExit):
         run(model, photos, out, ask(), "seed=1", "temperature=0.5")
     assert "made with another temperature, seed" in capsys.readouterr().err
+    mine = tmp_path / "refine.yaml"  # what the lines do not name one by one
+    reviser = "{target: src.diffusion.revisers.OverwriteAll, scope: all}"
+    mine.write_text(f"base: sampler/refine\nsampler: {{reviser: {reviser}}}\n")
+    first = tmp_path / "first.jsonl"
+    run(model, photos, first, ask(), f"sampler={mine}")
+    mine.write_text("base: sampler/refine\nsampler: {eos_last: false}\n")
+    for change in ([f"sampler={mine}"], [f"sampler={mine}", "model.attention=full"]):
+        with pytest.raises(SystemExit):
+            run(model, photos, first, ask(), *change)
+        assert "made with another sampler or model option" in capsys.readouterr().err
     out.write_text("not json\n" + text)
     with pytest.raises(SystemExit):
         run(model, photos, out, ask())
     assert "line 1 of" in capsys.readouterr().err
+
+
+def test_captions_of_another_model_are_not_mixed(model, backbone, codec, photos, tmp_path, capsys):
+    """Other weights or another config, wherever the folder is; the same model may lie somewhere else."""
+    out, other = tmp_path / "out.jsonl", tmp_path / "other"
+    run(model, photos, out, ask())
+    text = out.read_text()
+    shutil.copytree(model, other)
+    run(other, photos, out, ask())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    trained = copy.deepcopy(backbone)
+    with torch.no_grad():
+        trained.get_submodule("model.layers")[1].mlp.down_proj.weight.add_(1e-4)
+    save_pretrained(trained, codec, tmp_path / "trained")
+    for folder in (other, tmp_path / "trained"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            run(folder, photos, out, ask())
+        assert "was made with another model; choose another out" in capsys.readouterr().err
+    assert out.read_text() == text
+
+
+def test_a_sketch_sees_both_ends_of_every_tensor(tmp_path):
+    """Blocks from the first to the last value of each tensor, also of one that is larger than all of its blocks."""
+    torch.manual_seed(0)
+    size = 3 * BLOCKS * BLOCK
+    wide = {"hidden_size": 32, "intermediate_size": size // 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    model = LLaDAV(decoder={"vocab_size": 40, **wide}, vision=None)
+    codec = Codec.train(["x"], vocab_size=20)
+    save_pretrained(model, codec, tmp_path / "m")
+    first, found = sketch(tmp_path / "m"), set[str]()
+    for name, parameter in model.state_dict().items():
+        for place in (0, -1):
+            values = parameter.reshape(-1)
+            kept = float(values[place])
+            values[place] += 1
+            save_pretrained(model, codec, tmp_path / "m")
+            found.add(sketch(tmp_path / "m"))
+            values[place] = kept
+        assert first not in found, name
+    assert len(found) == 2 * len(model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -349,3 +437,15 @@ def test_too_little_memory_is_told_and_other_errors_are_not_hidden():
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_of(3):
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_a_model_that_knows_its_canvas_decides_the_length(backbone, codec, photos, tmp_path):
+    """The sampler's file says 64; a length that is asked for goes first."""
+    trained = copy.deepcopy(backbone)
+    trained.canvas = 20
+    save_pretrained(trained, codec, tmp_path / "m")
+    assert from_pretrained(tmp_path / "m").canvas == 20
+    argv = ["conf=generate", f"model.path={tmp_path / 'm'}", f"images={photos}", ask(), "tokens_per_step=4"]
+    for name, more, length in (("own", [], 20), ("asked", ["length=12"], 12)):
+        main([*argv, f"out={tmp_path / name}", *more])
+        assert {line["length"] for line in lines(tmp_path / name)} == {length}

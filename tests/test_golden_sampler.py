@@ -1,7 +1,8 @@
 """Every step of the released samplers, replayed by ours (tests/golden/README.md, `sampler_traces` and `text_samplers`).
 
 `generate_with_embeds` of LLaDA-V and ReDiff: the golden prompt embeddings are the prefix, so that nothing here depends
-on the image path. Ids that the released code suppresses are `banned`, and its stop string is our eot.
+on the image path. Ids that the released code suppresses are `banned`, and its stop string is our eot. The set was made
+with whole heads, so that `vocab_size` is here the head's: ids behind the tokenizer's last have a share of a confidence.
 
 Where it stops early its last step may have fewer masks left than it is scheduled to reveal. It then also "reveals"
 places without any confidence, and these fall on the prefix, whose embeddings it so overwrites; as the text is finished
@@ -40,7 +41,7 @@ def sampler_of(case: dict) -> Sampler:
 def ids_of(meta: dict, case: dict) -> SpecialIds:
     (stop,) = case.get("stop_ids", [meta["eot_id"]])
     banned = tuple(meta["suppressed_ids"])
-    return SpecialIds(meta["mask_id"], meta["eos_id"], stop, banned, vocab_size=meta["tokenizer_len"])
+    return SpecialIds(meta["mask_id"], meta["eos_id"], stop, banned, vocab_size=meta["vocab_size"])
 
 
 def generate(golden, model, case: dict) -> Sampled:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
+from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.tokenizer import Codec
@@ -92,6 +93,29 @@ def test_prefix_attention_equals_a_masked_llama():
     bias = torch.zeros(12, 12).masked_fill(~allowed, float("-inf"))[None, None].expand(2, 1, 12, 12)
     theirs = oracle(model)(torch.cat([prompt, response], 1), attention_mask=bias).logits[:, 5:]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_norm_of_low_precision_is_computed_in_float32():
+    """One rounding before the weight and one behind it, of the numbers that float64 gives."""
+    torch.manual_seed(0)
+    x, norm = (torch.randn(64, 256) * 7).bfloat16(), RMSNorm(256, 1e-5).bfloat16()
+    norm.weight.normal_()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    found, expected = norm(x), norm.weight * exact.bfloat16()
+    assert found.dtype == torch.bfloat16
+    assert float((found != expected).double().mean()) < 0.001  # a float32 next to a tie may fall on its other side
+
+
+@torch.no_grad()
+def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
+    vision = make(vision=VISION).bfloat16().vision
+    assert vision is not None
+    levels = torch.arange(3 * 48 * 48).reshape(1, 3, 48, 48) % 256
+    seen = []
+    vision.vision_tower.embeddings.patch_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert vision.features(levels.to(torch.uint8)).dtype == torch.bfloat16
+    assert torch.equal(seen[0], ((levels.double() / 255 - 0.5) / 0.5).bfloat16())
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])

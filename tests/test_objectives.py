@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.batch import Batch, Corrupted, Kind, Prefix, SpecialIds
+from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.losses import Term, denominator, term_loss
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Training
@@ -188,6 +188,35 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
     )
     before = objective.backbone.model.norm.weight.clone()
     with pytest.raises(RuntimeError, match="non-finite"):
+        trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
+    assert torch.equal(before, objective.backbone.model.norm.weight)
+
+
+class Late(MaskPrediction):
+    """Finds the positions of its term after the corruption, as an objective of two passes does."""
+
+    def losses(self, batch, corrupted):
+        found = super().losses(batch, corrupted)["mask"]
+        return {"mask": Loss(found.numerator, found.denominator + 3)}
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_denominators_that_were_not_known_before_are_refused(micro):
+    batch = batch_with_prompt(4, padding=0)
+    objective = make(Late, weight="one", reduce="tokens")
+    objective.options = Training(lr=1e-2, micro_batch=micro)
+    known = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = objective.backbone.model.norm.weight.clone()
+    told = f"term 'mask': losses.. returns the denominator {known + 3 * (2 if micro else 1)}, .* gives {known};"
+    with pytest.raises(ValueError, match=told):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
 

@@ -21,8 +21,9 @@ from PIL import Image
 from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
 from src.components import ConfigError
+from src.importers.counts import Counts
 from src.importers.images import ImageProblem, convert, fit, load
-from src.importers.photos import Album, hashed_split
+from src.importers.photos import Album, hashed_share, split_of
 from src.importers.records import Entry, read_entries
 from src.prepare import Photos, Scenes, main
 from src.scenes.graph import Scene, draw_scene
@@ -271,6 +272,8 @@ def test_tables(tmp_path: Path) -> None:
 def test_unknown_formats_name_the_keys_they_have(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keys picture, words"):
         entries(write_json(tmp_path / "a.json", [{"picture": "a.jpg", "words": "x"}]))
+    with pytest.raises(ValueError, match=r"needs an image .*file_name.* and a caption .*conversations or messages"):
+        entries(tmp_path / "a.json")
     with pytest.raises(ValueError, match="holds no records"):
         entries(write_json(tmp_path / "a.json", []))
     (tmp_path / "b.json").write_text('[{"image": "a.jpg", "caption": "x"},')
@@ -377,7 +380,7 @@ def test_rediff_pairs_turn_the_flawed_text_true(tmp_path: Path) -> None:
 
 def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "000000000042.jpg")
-    counts: Counter[str] = Counter()
+    counts = Counts()
     album = Album(tmp_path / "images", prompt="P", seed=0, counts=counts)
     swapped = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A blue cat.", "red", "blue")]))[0][0]
     again = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A red dog.", "cat", "dog")]))[0][0]
@@ -400,10 +403,11 @@ def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -
     assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue"), ("cat", "dog")]
     assert counts["merged"] == 3
     assert counts["missing_image"] == 1
+    assert counts.examples == {"missing_image": "../../etc/passwd"}
 
 
 def test_hashed_splits_have_their_shares() -> None:
-    counts = Counter(hashed_split(f"image-{n}", 0) for n in range(4000))
+    counts = Counter(split_of(hashed_share(f"image-{n}", 0)) for n in range(4000))
     assert abs(counts["train"] - 3600) < 80  # 4 standard deviations
     assert abs(counts["val"] - 200) < 60
     assert abs(counts["test"] - 200) < 60
@@ -479,12 +483,20 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "conf=photos", f"prepare.out={out}", f"prepare.images={images}", f"prepare.annotations={annotations}",
         *_settings(PHOTOS),
     ])  # fmt: skip
-    table = {tuple(line.split()[:-1]): int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()}
-    assert table["train", "written"] == 5
-    assert table["train", "undecodable_image"] == 1
-    assert table["train", "captions", "too", "long"] == 1
-    assert table["val", "written"] == 1
-    assert table["records", "missing_image"] == table["records", "empty_caption"] == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "records  11  records read",
+        "records   1  image files that are missing (left out), such as none.jpg",
+        "records   2  merged into one image",
+        "records   1  empty captions (left out)",
+        "train     5  images written",
+        "train     1  false spans of other token length (not used)",
+        "train     1  captions too long (left out), such as p0.jpg; to keep them raise prepare.canvas, "
+        "and data.canvas with it",
+        "train     1  image files that cannot be decoded (left out), such as bad.jpg",
+        "val       1  images written",
+        "test      0  images written",
+    ]
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
     records = {s.record["key"][:2]: s for s in samples(out / "train")}
     assert [c["text"] for c in records["p3"].record["captions"]] == ["A red box.", "Box 3."]
@@ -501,7 +513,7 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
     settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
-    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*missing_image +1"):
+    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*1  image files that are missing"):
         Photos(out=str(tmp_path / "out"), **settings).run()
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no image folder"):

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.batch import Prefix, SpecialIds
 from src.diffusion.revisers import OverwriteAll, Reviser
 from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import Threshold
+from src.diffusion.unmask import PART, Threshold, low_confidence
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24
@@ -168,7 +169,7 @@ def test_banned_ids_are_never_written(temperature, reviser):
     assert {token for row in found.ids.tolist() for token in row} <= allowed
 
 
-def test_a_confidence_is_a_share_of_all_that_the_model_considers():
+def test_a_confidence_is_a_share_of_the_ids_that_the_tokenizer_has():
     row = torch.full((V + 2,), -2.0)  # the head has two rows that the tokenizer lacks
     row[7], row[MASK], row[V], row[BOS] = 1.0, 3.0, 2.0, 9.0
     special = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(BOS,), vocab_size=V)
@@ -176,8 +177,9 @@ def test_a_confidence_is_a_share_of_all_that_the_model_considers():
         sampler = Sampler(length=2, tokens_per_step=2, temperature=temperature)
         found = sample(sampler, Scripted(lambda r, c, t: row.expand(2, -1)), special=special, trace=True)
         assert found.ids.tolist() == [[7, 7]]  # neither mask nor a row too many
-        row[BOS] = -math.inf
-        assert found.traces[0][0].confidence == pytest.approx([float(row.double().softmax(0)[7])] * 2)
+        considered = row[:V].double()  # the mask as well
+        considered[BOS] = -math.inf
+        assert found.traces[0][0].confidence == pytest.approx([float(considered.softmax(0)[7])] * 2)
 
 
 def test_what_is_behind_the_first_eot_becomes_end_of_text():
@@ -280,6 +282,45 @@ def test_max_forwards_fills_the_rest_with_the_last_logits():
     assert sample(post, Scripted(backbone.script)).forwards.tolist() == [3]
 
 
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+def test_confidences_in_parts_are_those_of_all_logits_at_once():
+    torch.manual_seed(0)
+    logits, proposal = torch.randn(3 * PART, V) * 4, torch.randint(0, V, (3 * PART,))
+    rows = torch.randperm(3 * PART)[: 2 * PART + 7]
+    expected = logits.double().softmax(-1)[rows, proposal[rows]]
+    torch.testing.assert_close(low_confidence(logits, rows, proposal[rows]), expected, rtol=1e-12, atol=0)
+
+
+class Large(TorchDispatchMode):
+    """Notes the operations that make a new tensor of at least `size` bytes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.found += [str(func)] * (out.untyped_storage().nbytes() >= self.size)
+        return out
+
+
+@pytest.mark.parametrize("reviser", [None, OverwriteAll(), OverwriteAll(share=0.5)])
+def test_a_greedy_step_makes_no_copy_of_the_logits(reviser):
+    rows, length = 4, PART
+    logits = torch.randn(rows * length, 300)  # every place of every row is asked
+    special = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(BOS,), vocab_size=290)
+    start = torch.full((rows, length), MASK)
+    start[:, 1::2] = 7 if reviser else MASK
+    sampler = Sampler(length=length, tokens_per_step=length, reviser=reviser)
+    with Large(logits.nbytes) as large:
+        sample(sampler, lambda prefix, tokens, positions: logits, count=rows, special=special, start=start)
+    assert large.found == []
+
+
 # --- temperature and seeds -------------------------------------------------------------------------------
 
 
@@ -344,6 +385,42 @@ class LookTwice(Reviser):
         logits[(prediction.where & rows)[prediction.where]] = again.logits
         best = torch.where(again.where, again.best, prediction.best)
         return type(prediction)(prediction.where, logits, best)
+
+
+class HideFirst(Reviser):
+    """Says only what to hide."""
+
+    def remask(self, state, prediction):
+        return (state.visible.cumsum(1) == 1) & (state.step == 1)[:, None]
+
+
+class Rewrite(Reviser):
+    """Says only what to write."""
+
+    def overwrite(self, state, prediction):
+        return prediction.best
+
+
+class OnlyRefine(Reviser):
+    """Neither hides nor writes."""
+
+    def refine(self, state, prediction, predict):
+        assert not (prediction.where & state.visible).any()
+        return prediction
+
+
+def test_a_hook_alone_acts_on_the_visible_places_of_the_block():
+    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4, [4, 3, 2, 1]))
+    hidden = sample(Sampler(length=4, steps=4, reviser=HideFirst()), backbone, trace=True)
+    assert [step.remasked for step in hidden.traces[0]] == [[], [0], [], []]
+    written = sample(Sampler(length=4, blocks=2, reviser=Rewrite()), Scripted(backbone.script), trace=True)
+    # each block is written in two steps; the second one rewrites what the first revealed, in its own block only
+    assert [step.rewritten for step in written.traces[0]] == [[], [(0, 4, 5)], [], [(2, 6, 7)]]
+    post = sample(Sampler(length=4, blocks=2, reviser=Rewrite(), post_steps=1), Scripted(backbone.script))
+    assert post.ids.tolist() == [[8, 8, 8, 8]]
+    for idle in (OnlyRefine(), Reviser()):
+        found = sample(Sampler(length=4, reviser=idle), Scripted(backbone.script))
+        assert (found.ids.tolist(), found.forwards.tolist()) == ([[4, 5, 6, 7]], [4])
 
 
 def test_a_remasking_reviser_is_scheduled_and_counted():

@@ -259,6 +259,35 @@ def test_a_batch_equals_its_rows_one_by_one(attention, temperature, options, suf
         assert int(batch.edits[row]) == int(alone.edits[0])
 
 
+def with_a_longer_head(model, extra=9):
+    """The same model with `extra` more rows of the head and the embedding, which no tokenizer knows: likely ones."""
+    other = LLaDAV(decoder={**model.config.to_dict(), "vocab_size": V + extra}, vision=None).eval()
+    state = model.state_dict()
+    torch.manual_seed(5)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        state[name] = torch.cat([state[name], 1.2 * state[name][torch.randint(4, V, (extra,))]])
+    other.load_state_dict(state)
+    return other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_a_head_longer_than_the_tokenizer_samples_as_one_cut_to_its_length(temperature, cfg_scale):
+    cut = tiny()
+    whole = with_a_longer_head(cut)
+    assert (whole(encode(whole, PROMPTS), torch.full((4, 12), MASK)).argmax(-1) >= V).any()
+    reviser = OverwriteAll(share=0.7)
+    settings = {"temperature": temperature, "cfg_scale": cfg_scale, "reviser": reviser, "post_steps": 2}
+    sampler = Sampler(length=12, tokens_per_step=3, **settings)
+    options = {"special": SPECIAL, "keys": KEYS, "seed": 3, "trace": True}
+    ours, expected = (sampler(model, encode(model, PROMPTS), **options).traces for model in (whole, cut))
+    for row, other in zip(ours, expected, strict=True):
+        assert [step.tokens for step in row] == [step.tokens for step in other]
+        assert [step.unmasked for step in row] == [step.unmasked for step in other]
+        for step, same_step in zip(row, other, strict=True):
+            assert step.confidence == pytest.approx(same_step.confidence, rel=1e-4)
+
+
 def test_a_trace_replays_to_the_final_ids():
     model = tiny()
     sampler = Sampler(length=12, tokens_per_step=3, reviser=OverwriteAll(), post_steps=4)

@@ -6,6 +6,7 @@ The layers are those of `LAYERS`; a module belongs to the row with the longest n
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from src.components import ConfigError, check
 from src.config import load_config
@@ -36,6 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "src.components": set(),
     "src.config": {"src.components"},
     "src.parallel": set(),
+    "src.stop": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
     "src.drawing": set(),
@@ -47,6 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "src.journal": {"src.batch"},
     "src.diffusion": {"src.batch"},
     "src.align": {"src.batch", "src.tokenizer"},
+    "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
     "src.metrics": {"src.batch", "src.scenes", "src.tokenizer"},
     "src.models": {"src.batch", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
     "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
@@ -63,7 +67,7 @@ LAYERS: dict[str, set[str]] = {
     "datamodules": {"src.batch", "src.align", "src.scenes", "src.shards", "src.tiling", "src.tokenizer"},
     "callbacks": {
         *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
-        *("src.parallel", "src.rounds", "src.shards", "src.tokenizer"),
+        *("src.parallel", "src.rounds", "src.shards", "src.stop", "src.tokenizer"),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
 }
@@ -96,7 +100,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
 ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "sampler/": ["draft"],
-    "expert/": ["revise"],
+    "expert/": ["revise", "stage2", "quickstart/stage2"],
     "model/": ["mask", "stage1"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
     "model/llada": ["mask", "stage1", "stage2", "generate"],
@@ -262,6 +266,45 @@ def test_every_config_composes_and_binds(name: str) -> None:
         compose(stack, [])
 
 
+@pytest.mark.parametrize(
+    ("settings", "place", "value"),
+    [
+        ("conf=mask objective.training.micro_batch=8", "objective.training.micro_batch", 8),
+        ("conf=base_phases/tower objective.training.micro_batch=8", "objective.training.micro_batch", 8),
+        ("conf=mask trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches", 2),
+        ("conf=stage1 data.rounds=[rounds/round-0001]", "data.rounds", ["rounds/round-0001"]),
+        ("conf=stage2 callbacks.self_correction.per_shard=64", "callbacks.self_correction.per_shard", 64),
+        ("conf=mask +callbacks.mine={target: callbacks.stop.SaveAndStop}", "callbacks.mine.target", None),
+        ("conf=stage2 expert=reference expert.max_words=2", "callbacks.self_correction.expert.max_words", 2),
+        ("conf=revise expert=reference expert.max_words=2", "expert.max_words", 2),
+        ("conf=scenes", "prepare.tokenizer", "assets/base"),
+    ],
+)
+def test_settings_of_shipped_configs(settings: str, place: str, value: object) -> None:
+    """What a user may say of a shipped config although its yaml does not, and what follows from it."""
+    conf, *more = re.split(r" (?=\+?[\w.]+=)", settings)
+    name = conf.removeprefix("conf=")
+    _, offers, needed = SCHEMAS[lowest(name)]
+    cfg = load_config([conf, *more, *needed], root=ROOT / "conf")
+    check(cfg, offers=offers)
+    found = OmegaConf.select(cfg, place)
+    assert found == value if value is not None else found
+
+
+def test_the_quickstart_draws_its_scenes_in_the_tokens_of_its_model() -> None:
+    scenes = load_config(["conf=quickstart/scenes"], root=ROOT / "conf").prepare
+    assert scenes.tokenizer == load_config(["conf=mask,quickstart"], root=ROOT / "conf").model.path == "assets/base"
+
+
+def test_the_base_model_gets_a_tokenizer_of_its_own() -> None:
+    """`make base` writes assets/base, so it must not start from what is there."""
+    command = re.search(r"src\.prepare (conf=scenes.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert command
+    prepare = load_config(shlex.split(command[1]), root=ROOT / "conf").prepare
+    assert prepare.tokenizer is None
+    assert f"{prepare.out}/tokenizer" == load_config(["conf=base"], root=ROOT / "conf").tokenizer
+
+
 # verbs
 
 HELP = """
@@ -297,6 +340,27 @@ def test_verb_has_main_and_help(verb: str, help_texts: dict[str, str]) -> None:
     assert (ast.get_docstring(tree) or "?").splitlines()[0] in help_texts[verb]
     assert f"python -m src.{verb} conf=" in help_texts[verb]
     assert "conf=NAME" in help_texts[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_refuses_the_configs_of_others(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"src.{verb}").main
+    for name in sorted(schema for schema, row in SCHEMAS.items() if row[0] != verb):
+        with pytest.raises(SystemExit) as stop:
+            main([f"conf={name}"])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(rf"error: conf={name} is not for src\.{verb}: it has no key '\w+'; see --help\n", said)
+
+
+def test_a_callback_that_is_none_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train = importlib.import_module("src.train").main
+    for conf in ("base", "mask"):  # samples are null in one, and a mapping in the other
+        with pytest.raises(SystemExit):
+            train([f"conf={conf}", "callbacks.samples=yes", f"run_dir={tmp_path}"])
+        expected = "error: callbacks.samples: expected a mapping with `target:` or null, got True\n"
+        assert capsys.readouterr().err == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 # commands in README and Makefile

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src import batch as nouns
 from src.objectives.revision import Revision
 from src.prepare import Scenes
-from src.shards import INDEX
+from src.shards import INDEX, read_manifest, read_tar, write_shard
 from src.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> 
         "data.canvas=40",
         "data.workers=0",
     ]
-    quick = ["callbacks.samples=null"]
+    quick = ["callbacks.samples=null", "objective.training.warmup_steps=1"]
     steps = ["trainer.max_steps=10", "callbacks.checkpoint.every_n_train_steps=4", "trainer.limit_val_batches=1"]
     return [f"conf={conf},model/tiny", f"run_dir={run_dir}", *sizes, *data, *quick, *steps, *more]
 
@@ -65,6 +67,7 @@ def finished(scenes, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
     assert json.loads((finished / "finished.json").read_text()) == {"steps": 10}
     assert {p.name for p in (finished / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert json.loads((finished / "model" / "config.json").read_text())["canvas"] == 40
     assert list((finished / "tensorboard").glob("events*"))
     assert "target: src.objectives.revision.Revision" in (finished / "config.yaml").read_text()
 
@@ -126,6 +129,13 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
         ("objective.rate=0.2", r"holds a run with other settings \(objective\)"),
         ("trainer.max_steps=20", r"holds a run with other settings \(trainer.max_steps\)"),
         ("trainer.precision=bf16-mixed", r"holds a run with other settings \(trainer.precision\)"),
+        ("objective.training.warmup_steps=11", "objective.training.warmup_steps=11 is more than trainer.max_steps=10"),
+        (
+            "model.vision.image_size=96",
+            "data.image_size and data.tiling mean one tile of 48 .* model means .* 96 pixels",
+        ),
+        ("model.vision=null", r"have images \(data.image_size\), but the model has no vision path"),
+        ("model.vision.patch_size=64", "image_size 48 is less than patch_size 64"),
         ("trainer.max_steps=abc", "trainer.max_steps: expected int, got 'abc'"),
         ("trainer={max_stesp: 3}", "did you mean 'trainer.max_steps'"),
         ("trainer.accelerator=quantum", "quantum"),
@@ -147,6 +157,107 @@ def test_mistakes_end_in_one_clear_line(scenes, finished, tmp_path, capsys, chan
     assert stop.value.code == 2
     assert error.startswith("error: ")
     assert re.search(message, error), error
+
+
+def test_the_end_says_where_the_model_is_and_short_runs_are_logged(scenes, tmp_path, capsys):
+    """Ten steps, of which the log takes every fiftieth."""
+    run(arguments(scenes, tmp_path / "run"))
+    assert capsys.readouterr().out.endswith(f"10 steps done; the model is in {tmp_path / 'run' / 'model'}\n")
+    assert [step for step, _ in logged(tmp_path / "run", "train/loss")] == [9]
+
+
+def logged(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a scalar; empty if there is none."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(e.step, e.value) for e in events.Scalars(name)] if name in events.Tags()["scalars"] else []
+
+
+def test_terms_without_positions_are_not_logged(tmp_path):
+    """Scenes always have false spans; these captions have lost theirs."""
+    data = tmp_path / "data"
+    write_scenes(data, vocab_size=300, canvas=40, num_train=16)
+    for split in ("train", "val"):
+        for shard in (data / split).glob("*.tar"):
+            samples = [json.loads(s["json"]) | {"image": s["png"]} for s in read_tar(shard, strict=True)]
+            for sample in samples:
+                sample["captions"][0]["swaps"] = []
+            write_shard(shard, [{"__key__": s["key"], "png": s.pop("image"), "json": s} for s in samples])
+    run(arguments(data, tmp_path / "run", "trainer.max_steps=2"))
+    names = ("mask", "clean", "hallucination")
+    for stage in ("train", "val"):
+        found = {name: logged(tmp_path / "run", f"{stage}/{name}") for name in names}
+        assert [name for name in names if found[name]] == ["mask", "clean"]
+        total = sum(logged(tmp_path / "run", f"{stage}/{name}")[-1][1] for name in ("mask", "clean", "syntax"))
+        assert logged(tmp_path / "run", f"{stage}/loss")[-1][1] == pytest.approx(total, rel=1e-5)
+
+
+def test_without_validation_samples_training_goes_on(scenes, tmp_path, caplog):
+    """Two epochs; the pictures that TensorBoard would get are of validation samples too."""
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    index = json.loads((data / "val" / INDEX).read_text())
+    (data / "val" / INDEX).write_text(json.dumps({**index, "shards": []}))
+    argv = [a for a in arguments(data, tmp_path / "run", "callbacks.samples.every_n_steps=2") if "samples=" not in a]
+    run(argv)
+    assert caplog.text.count("val holds no samples: training goes on without validation") == 1
+    assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
+    assert not logged(tmp_path / "run", "val/loss")
+    assert logged(tmp_path / "run", "train/loss")
+
+
+STAGE_TWO = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_round=8", "tokens_per_step=[20,40]")]
+
+
+@pytest.fixture(scope="module")
+def refined(scenes, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "refined"
+    run(arguments(scenes, run_dir, *STAGE_TWO, "callbacks.self_correction.allow_empty=true", conf="stage2"))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["drafts_per_round=9", "rounds=2", "tokens_per_step=[20]", "sampler.temperature=0.5", "at_start=false",
+     "expert={target: src.experts.reference.ReferenceExpert}"],
+)  # fmt: skip
+def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change):
+    argv = arguments(scenes, refined, *STAGE_TWO, f"callbacks.self_correction.{change}", conf="stage2")
+    name = re.split(r"[.=]", change)[0]
+    assert f"holds a run with other settings (callbacks.self_correction.{name});" in refusal(argv, capsys)
+
+
+def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
+    more = ["callbacks.self_correction.drafts_per_round=3000", "callbacks.self_correction.tokens_per_step=[20,40]"]
+    more += ["callbacks.self_correction.rounds=2", "data.epoch_batches=5", "callbacks.self_correction.allow_empty=true"]
+    run(arguments(scenes, tmp_path / "run", *more, conf="stage2"))
+    told = "callbacks.self_correction.drafts_per_round=3000 is more than the 48 training images"
+    assert caplog.text.count(told) == 1
+    for number in (1, 2):
+        counts = read_manifest(tmp_path / "run" / "rounds" / f"round-000{number}")["counts"]
+        assert counts["drafted"] == 48
+        assert f"48 drafted, {counts['revised']} revised, {counts['right']} right" in caplog.text
+
+
+async def agrees(self, drafts):
+    for draft in drafts:
+        yield draft.key, nouns.Revision(())
+
+
+@pytest.mark.parametrize("start", ["true", "false"])
+def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeypatch, capsys, caplog, start):
+    """Before the first step and after five; nothing is drawn again by the command that goes on."""
+    monkeypatch.setattr("src.experts.scenes.ScenesExpert.revise", agrees)
+    argv = arguments(scenes, tmp_path / "run", *STAGE_TWO, "data.epoch_batches=5", conf="stage2")
+    argv.append(f"callbacks.self_correction.at_start={start}")
+    for _ in range(2):
+        error = refusal(argv, capsys).splitlines()[-1]
+        assert re.match(r"error: .*round-0001 holds no correction .* 8 revised, 8 right, .*allow_empty=true", error)
+    shards = sorted((tmp_path / "run" / "rounds" / "round-0001" / "drafts").glob("*.tar"))
+    stamps = [path.stat().st_mtime_ns for path in shards]
+    run([*argv, "callbacks.self_correction.allow_empty=true"])
+    assert "training goes on without" in caplog.text
+    assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
+    assert [path.stat().st_mtime_ns for path in shards] == stamps
 
 
 def test_a_folder_that_is_no_run_is_never_removed(scenes, tmp_path, capsys):

@@ -6,8 +6,9 @@ A step of the sampler calls three hooks of its reviser, in this order:
     overwrite  after the reveal: new ids for visible positions
     remask     last: visible positions to hide again
 
-Only positions that `editable` names, and that were visible before the step, can change. A hook does nothing
-unless a class defines it. So a new method is one class here, and the loop in `sampler.py` stays as it is.
+Only positions that `editable` names, and that were visible before the step, can change: the block's, if a class
+defines `overwrite` or `remask`. A hook does nothing unless a class defines it. So a new method is one class here,
+and the loop in `sampler.py` stays as it is.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from src.diffusion.unmask import TopK, low_confidence
 class Prediction:
     """What the backbone says at the true places of `where` (B, L).
 
-    logits: (N, V) at those places in row-major order, -inf at banned ids. The mask and ids that the tokenizer lacks
-            keep theirs: they are never written, but a probability is a share of all that the model considers
+    logits: (N, V) float32 at those places in row-major order, -inf at banned ids and at those that the tokenizer lacks,
+            which so have no share of a probability: LLaDA-V is run with a head cut to the tokenizer's length, and a
+            whole head gives the same. Only the mask keeps its logit where it is not banned; it is never written
     best:   (B, L) their argmax among what may be written; elsewhere the tokens that were fed in
     """
 
@@ -35,13 +37,13 @@ class Prediction:
     best: Tensor
 
     def at(self, places: Tensor) -> Tensor:
-        """(M, V) logits at the M true places of `places` (B, L), which `where` has to cover."""
+        """(M, V), a copy: logits at the M true places of `places` (B, L), which `where` has to cover."""
         return self.logits[places[self.where]]
 
     def confidence(self, places: Tensor, tokens: Tensor) -> Tensor:
         """(B, L) float64 probability of `tokens` (B, L) at the true places of `places`, 0 elsewhere."""
         out = torch.zeros(places.shape, dtype=torch.float64, device=places.device)
-        out[places] = low_confidence(self.at(places), tokens[places])
+        out[places] = low_confidence(self.logits, places[self.where].nonzero()[:, 0], tokens[places])
         return out
 
 
@@ -75,8 +77,13 @@ class Reviser:
     """Leaves visible tokens alone; the base of the others."""
 
     def editable(self, state: State) -> Tensor:
-        """(B, L) bool: the visible positions that this step may change, and so needs logits of."""
-        return torch.zeros_like(state.visible)
+        """(B, L) bool: the visible positions that this step may change, and so needs logits of.
+
+        Those of the block where a class defines `overwrite` or `remask`, else none.
+        """
+        kind = type(self)
+        acts = kind.overwrite is not Reviser.overwrite or kind.remask is not Reviser.remask
+        return state.visible & state.block if acts else torch.zeros_like(state.visible)
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
         """What the rest of the step works with; it has to cover the places of `prediction.where`."""

@@ -199,7 +199,8 @@ class _Run:
         """Token and confidence, both (B, L), of the eligible places; sampled where `drawn`, else argmax."""
         proposal, temperature = prediction.best.clone(), self.sampler.temperature
         if temperature > 0:
-            logits, counts = writable(prediction.at(drawn), self.predict.special), drawn.sum(1).tolist()
+            logits, counts = prediction.at(drawn)[:, : self.predict.special.vocab_size], drawn.sum(1).tolist()
+            logits[:, self.mask_id] = -torch.inf
             proposal[drawn] = draw(logits, temperature=temperature, noise=self.noise, counts=counts)
         return proposal, prediction.confidence(eligible, proposal)
 
@@ -246,6 +247,7 @@ class _Run:
 class _Predictor:
     """Forward calls for the rows that ask for something; counts them per row, never proposes a banned id or the mask.
 
+    The logits that a backbone returns are changed in place where they are float32 already: a copy may take gigabytes.
     prefixes: what the calls of a step are made behind: the prefix and, for guidance, one that is all masks.
     """
 
@@ -269,8 +271,9 @@ class _Predictor:
         rows = asked.nonzero()[:, 0]
         logits = self._logits(rows, tokens[rows], where[rows])  # (N, V)
         logits[:, self.banned] = -torch.inf
+        logits[:, self.special.vocab_size :] = -torch.inf
         best = tokens.clone()
-        best[where] = writable(logits, self.special).argmax(-1)
+        best[where] = argmax_without(logits, self.special.mask)
         return Prediction(where, logits, best)
 
     def _logits(self, rows: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
@@ -279,11 +282,11 @@ class _Predictor:
             self.rows, self.selected = rows, [prefix.select(rows) for prefix in self.prefixes]
         suffix = self.suffix.expand(len(rows), -1)  # (n, S)
         tokens, where = torch.cat([tokens, suffix], 1), F.pad(where, (0, len(self.suffix)))  # (n, L + S)
-        said = [self.backbone(p, tokens, positions=where).to(torch.float32, copy=True) for p in self.selected]
+        said = [self.backbone(p, tokens, positions=where).float() for p in self.selected]
         if not self.scale:
             return said[0]
         told, blind = said
-        return blind + (self.scale + 1) * (told - blind)
+        return told.sub_(blind).mul_(self.scale + 1).add_(blind)
 
 
 def _true(row: list[bool]) -> list[int]:
@@ -291,9 +294,13 @@ def _true(row: list[bool]) -> list[int]:
     return [place for place, value in enumerate(row) if value]
 
 
-def writable(logits: Tensor, special: SpecialIds) -> Tensor:
-    """A copy of logits (N, V) with those ids only that may be written: no mask, none that the tokenizer lacks."""
-    return logits[:, : special.vocab_size].index_fill(1, torch.tensor(special.mask, device=logits.device), -torch.inf)
+def argmax_without(logits: Tensor, mask: int) -> Tensor:
+    """(N,) argmax of logits (N, V) among the ids that are not `mask`."""
+    kept = logits[:, mask].clone()
+    logits[:, mask] = -torch.inf  # and back again: cheaper than a copy of all
+    best = logits.argmax(-1)
+    logits[:, mask] = kept
+    return best
 
 
 def hidden_prefix(backbone: Backbone, prefix: Prefix, special: SpecialIds) -> Prefix:

@@ -1,11 +1,11 @@
 """Which masked tokens to reveal: scores, policies, and the draw of the tokens themselves.
 
     proposal = draw(logits, temperature=0.7, noise=noise, counts=[3, 5])    (N,) token ids
-    score = low_confidence(logits, proposal)                                (N,) probability of each proposal
+    score = low_confidence(logits, rows, proposal)                          (M,) probability of each proposal
     TopK().select(confidence, eligible, count)                              (B, L) bool, what to reveal
 
 N counts the eligible positions of all rows in row-major order. A score never sees the temperature,
-which would saturate it.
+which would saturate it. Both work in float64, a part at a time: a copy of all logits would take gigabytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+
+PART = 64  # rows of logits that are held in float64 at once
 
 
 class Unmask(Protocol):
@@ -51,10 +53,12 @@ class Threshold:
         return TopK().select(confidence, eligible, count) | (eligible & (confidence >= self.tau))
 
 
-def low_confidence(logits: Tensor, proposal: Tensor) -> Tensor:
-    """(N,) float64 probability of `proposal` (N,) under `logits` (N, V): the least sure stay hidden."""
+def low_confidence(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
+    """(M,) float64 probability of `proposal` (M,) under `rows` (M,) of `logits` (N, V): the least sure stay hidden."""
     # NOTE: in lower precision many probabilities near 1 are equal, and position would decide instead.
-    return logits.double().log_softmax(-1).gather(-1, proposal[:, None])[:, 0].exp()
+    parts = zip(rows.split(PART), proposal.split(PART), strict=True)
+    shares = [logits[some].double().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for some, ids in parts]
+    return torch.cat(shares).exp()
 
 
 def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int]) -> Tensor:
@@ -62,8 +66,9 @@ def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int])
 
     Each row draws from its own generator, so that its tokens do not depend on its neighbours in the batch.
     """
-    size, pairs = logits.shape[-1], zip(counts, noise.generators, strict=True)
-    uniform = [torch.rand(n, size, generator=g, dtype=torch.float64) for n, g in pairs]
-    # NOTE: float64, because Gumbel noise from float32 numbers is cut off and so lowers the temperature.
-    gumbel = -(-torch.cat(uniform).log()).log()
-    return (logits.double() + temperature * gumbel.to(logits.device)).argmax(-1)
+    found = []
+    for part, generator in zip(logits.split(counts), noise.generators, strict=True):
+        # NOTE: float64, because Gumbel noise from float32 numbers is cut off and so lowers the temperature.
+        gumbel = -(-torch.rand(part.shape, generator=generator, dtype=torch.float64).log()).log()
+        found.append((part.double() + temperature * gumbel.to(part.device)).argmax(-1))
+    return torch.cat(found)

@@ -86,7 +86,9 @@ def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
     if not fitting:
         keys = f"the first record has the keys {', '.join(map(str, odd))}" if odd else "it holds no records"
         raise ValueError(
-            f"{path} has no known annotation format: {keys}; see src/importers/records.py for what is read"
+            f"{path} has no known annotation format: {keys}. A record needs an image (one of {', '.join(IMAGE_KEYS)}) "
+            f"and a caption ({', '.join(CAPTION_KEYS)}), {' or '.join(TURN_KEYS)}, or original_caption and "
+            "changed_caption; `python -m src.prepare --help` shows each"
         )
 
 

@@ -23,14 +23,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from src.hub import local_folder
-from src.models.formats import FORMATS, Description, Format, recognise
+from src.hub import hub_name, local_folder
+from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
 from src.models.weights import DAMAGE, SINGLE, Weights, explained, is_model_folder, write_weights
 from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec
 
 CONFIG = "config.json"
 SHOWN = 12  # names of tensors in an error
+BLOCKS, BLOCK = 8, 1024  # blocks of a tensor in a sketch, and values of each
 KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -98,6 +99,23 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def sketch(path: str | Path) -> str:
+    """Hash of a model folder's config and of blocks of every tensor: tells models apart without reading all of them.
+
+    Unlike `fingerprint` it may miss a change of a few values only; training changes values in every block.
+    """
+    folder = ModelFolder.open(path)
+    digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
+    for name in sorted(folder.names):
+        tensor = folder.read(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.reshape(-1)
+        last = max(0, len(values) - BLOCK)
+        for start in sorted({last * number // (BLOCKS - 1) for number in range(BLOCKS)}):
+            digest.update(values[start : start + BLOCK].view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A model folder of any layout. Nothing but config.json and the headers of the weights is read."""
@@ -107,11 +125,12 @@ class ModelFolder:
     config: dict
     weights: Weights
     names: dict[str, str]  # our name of a tensor -> its name in the files
+    hub: str | None = None  # its name, if it is a download
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
         """Raises ValueError when files are missing or damaged, or when the layout is unknown."""
-        path = local_folder(path)
+        hub, path = hub_name(path), local_folder(path)
         absent = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
         if absent:
             raise ValueError(f"{path} is not a model folder: {', '.join(absent)} not found")
@@ -120,7 +139,7 @@ class ModelFolder:
             form = recognise(config)
         weights = Weights(path)
         with _reading(path):
-            return cls(path, form, config, weights, form.names(config, weights.shapes))
+            return cls(path, form, config, weights, form.names(config, weights.shapes), hub)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,7 +156,8 @@ class ModelFolder:
             found = self.form.describe(
                 self.config, self.weights.shapes, vision=vision, image_id=_image_id(self.path / "tokenizer.json")
             )
-            return replace(found, decoder={**found.decoder, **({"attention": attention} if attention else {})})
+            decoder = {**found.decoder, **({"attention": attention} if attention else {})}
+            return replace(found, decoder=decoder, original=self._from_hub(found.original))
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
         """The model on the meta device."""
@@ -145,10 +165,24 @@ class ModelFolder:
         with explained(self.path / CONFIG):
             return build_empty(description)
 
+    def _from_hub(self, original: dict) -> dict:
+        """The same with `auto_map` naming the program files on the hub: a download is without them."""
+        fields = original.get("fields", {})
+        if not self.hub or original.get("format") != self.form.name or "auto_map" not in fields:
+            return original
+        return {**original, "fields": {**fields, "auto_map": qualify(fields["auto_map"], self.hub)}}
+
 
 def describe(model: LLaDAV) -> Description:
     """What makes a model besides its weights."""
-    return Description(model.config.to_dict(), model.vision_config, model.image_id, model.tiling, model.original)
+    return Description(
+        decoder=model.config.to_dict(),
+        vision=model.vision_config,
+        image_id=model.image_id,
+        tiling=model.tiling,
+        original=model.original,
+        canvas=model.canvas,
+    )
 
 
 def build_empty(description: Description) -> LLaDAV:
@@ -160,7 +194,7 @@ def build_empty(description: Description) -> LLaDAV:
             image_id=description.image_id,
             tiling=description.tiling,
         )
-    model.original = description.original
+    model.original, model.canvas = description.original, description.canvas
     return model
 
 

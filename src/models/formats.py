@@ -31,6 +31,7 @@ class Description:
     image_id: int
     tiling: dict[str, Any] | None = None
     original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": those that we do not use}
+    canvas: int | None = None  # length of the responses that it was trained on
 
 
 class Format(Protocol):
@@ -72,7 +73,7 @@ class Own:
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
             raise ValueError(f"vision={vision} is for original folders; this one describes its vision tower itself")
-        more = {key: config[key] for key in ("tiling", "original") if key in config}
+        more = {key: config[key] for key in ("tiling", "canvas", "original") if key in config}
         return Description(config["decoder"], config["vision"], config["image_id"], **more)
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
@@ -82,7 +83,7 @@ class Own:
         return name
 
     def config(self, description: Description) -> dict:
-        optional = {"tiling": description.tiling, "original": description.original}
+        optional = {"tiling": description.tiling, "canvas": description.canvas, "original": description.original}
         return {
             "model_type": MODEL_TYPE,
             "decoder": description.decoder,
@@ -138,7 +139,7 @@ class LlamaStyle:
                 raise ValueError(f"vision={vision} is given, but config.json has no mm_vision_tower")
             return Description(_decoder(sizes), None, image_id, original=original)
         _refuse(config, self.only_vision)
-        grids = _need(config, "image_grid_pinpoints")
+        grids = _grids(config, vision or {})
         tower = StoredTower(config, shapes, self.tower).describe(vision or {}, grids)
         tiling = {"size": tower["image_size"], "grids": grids, "max_tiles": _max_tiles(config)}
         return Description(_decoder(sizes), tower, image_id, tiling, original)
@@ -245,6 +246,17 @@ class OlmoStyle:
 FORMATS: dict[str, Format] = {form.name: form for form in (Own(), LlamaStyle(), OlmoStyle())}
 
 
+def qualify(auto_map: Mapping[str, Any], hub: str) -> dict[str, Any]:
+    """`auto_map` with the name on the hub in front of each class, as a reader elsewhere needs it."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, list):
+            return [full(item) for item in value]
+        return value if value is None or "--" in value else f"{hub}--{value}"
+
+    return {name: full(value) for name, value in auto_map.items()}
+
+
 def recognise(config: dict) -> Format:
     """The layout of a config.json. Raises ValueError if it is none of ours."""
     for form in FORMATS.values():
@@ -288,6 +300,31 @@ def _rope_theta(config: dict) -> float:
         if kind != "default" or found.keys() - {"rope_type", "type", "rope_theta"}:
             raise ValueError(f"config.json: {name} is {found!r}, only positions without scaling are implemented")
     return parameters["rope_theta"] if "rope_theta" in parameters else _need(config, "rope_theta")
+
+
+def _grids(config: dict, vision: dict) -> list:
+    """The tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles.
+
+    The pixels of a tile are then what is given or nested, else the number at the end of the tower's name.
+    """
+    given = _need(config, "image_grid_pinpoints")
+    if not isinstance(given, str):
+        return given
+    ends = re.fullmatch(r"\((\d+)x(\d+)\)(?:.*\((\d+)x(\d+)\))?", given.replace(" ", ""))
+    if not ends:
+        raise ValueError(
+            f"config.json: image_grid_pinpoints is {given!r}, neither a list of [width, height] nor '(1x1),...,(6x6)'"
+        )
+    wide, high, *last = (int(number or 0) for number in ends.groups())
+    name = re.search(r"-(\d+)$", str(config["mm_vision_tower"]))
+    size = vision.get("image_size") or (config.get("vision_config") or {}).get("image_size") or (name and int(name[1]))
+    if not size:
+        raise ValueError(
+            f"config.json: image_grid_pinpoints is {given!r}, in tiles, and nothing says how many pixels a tile has: "
+            "give it, for example with model.vision='{image_size: 384}' (src.export: vision=...)"
+        )
+    columns, rows = (range(start, max(start, end) + 1) for start, end in zip((wide, high), last, strict=True))
+    return [[column * size, row * size] for column in columns for row in rows]
 
 
 def _max_tiles(config: dict) -> int:

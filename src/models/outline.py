@@ -1,6 +1,7 @@
 """The model of a folder without its weights, on the meta device: what `src.plan` plans the memory of.
 
 outline("runs/mask/model")          of the weights only names, shapes and types are read
+outline("GSAI-ML/LLaDA-8B-Base")    of a name on the hub no weights are downloaded
 outline("docs/llada_v")             a folder may hold nothing but config.json, before a model is downloaded
 """
 
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from src.hub import local_folder
 from src.models.checkpoint import CONFIG, build_empty, from_pretrained, read_dtype
 from src.models.formats import recognise
 from src.models.llada_v import LLaDAV
 from src.models.weights import explained, is_model_folder
-from src.tokenizer import Codec
+from src.tokenizer import NEEDED, Codec
 
 
 def outline(
@@ -33,13 +35,19 @@ def outline(
     Where there are no weights the types are `dtype` or float32, and the image mark is the codec's. Raises ValueError as
     `from_pretrained` does, and where config.json is not here or does not describe the model without the weights.
     """
+    path = local_folder(path, patterns=NEEDED)
     if is_model_folder(path):
         return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
-    file = Path(path) / CONFIG
+    file = path / CONFIG
     if not file.is_file():
         raise ValueError(f"a plan needs the model's {CONFIG}, and there is no {file}")
     with explained(file):
         config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("mm_vision_tower"):
+            raise ValueError(
+                f"{file} names a vision tower, and only the weights tell its sizes: download the whole model first "
+                "(hf download OWNER/NAME), or plan with a folder of our own layout, such as docs/llada_v"
+            )
         found = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
         decoder = {**found.decoder, **({"attention": attention} if attention else {})}
         return build_empty(replace(found, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))

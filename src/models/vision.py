@@ -39,6 +39,8 @@ class VisionPath(nn.Module):
         size, patch = self.config.image_size, self.config.patch_size
         if not (isinstance(size, int) and isinstance(patch, int)):
             raise ValueError(f"tiles are square: image_size and patch_size must be numbers, got {size} and {patch}")
+        if size < patch:
+            raise ValueError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)
         if self.layout.size != size:
             raise ValueError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}")

@@ -121,27 +121,24 @@ class Objective(L.LightningModule):
         totals = self._totals(micro)
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
-        sums = {name: torch.zeros((), device=self.device) for name in totals}
+        found: list[dict[str, Loss]] = []
         for part, corrupted in micro:
-            shares = {name: loss.numerator / totals[name] for name, loss in self.losses(part, corrupted).items()}
-            self.manual_backward(self._weighted(shares))
-            sums = {name: sums[name] + share.detach() for name, share in shares.items()}
+            losses = self.losses(part, corrupted)
+            self.manual_backward(self._weighted(_shares(losses, totals)))
+            found.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
+        self._check_totals(totals, found)
         norm = self._clip()
         optimizer.step()
         schedule.step()
-        self.log_dict({f"train/{name}": value for name, value in sums.items()})
-        self.log("train/loss", self._weighted(sums), prog_bar=True)
-        self._log_counts("train", len(batch))
+        self._log_losses("train", _summed(found), totals, micro)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        corrupted = self.corrupt(batch)
-        totals = self._totals([(batch, corrupted)])
-        losses = self.losses(batch, corrupted)
-        values = {name: loss.numerator / totals[name] for name, loss in losses.items()}
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(batch))
-        self.log("val/loss", self._weighted(values), batch_size=len(batch), prog_bar=True)
-        self._log_counts("val", len(batch))
+        micro = [(batch, self.corrupt(batch))]
+        totals = self._totals(micro)
+        losses = self.losses(*micro[0])
+        self._check_totals(totals, [losses])
+        self._log_losses("val", losses, totals, micro)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over what is trained; freezes the rest."""
@@ -154,6 +151,10 @@ class Objective(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise ValueError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
+        if options.warmup_steps > total:
+            raise ValueError(
+                f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -170,9 +171,21 @@ class Objective(L.LightningModule):
                 parameter.requires_grad_(False)
 
     def _totals(self, micro: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
-        """Each term's denominator over the whole batch, at least 1."""
+        """Each term's denominator over the whole batch."""
         states = [state for _, corrupted in micro for state in corrupted]
-        return {t.name: torch.stack([denominator(t, s) for s in states]).sum().clamp(min=1) for t in self.terms}
+        return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
+
+    def _check_totals(self, totals: dict[str, Tensor], found: list[dict[str, Loss]]) -> None:
+        """Raise ValueError where `losses` divides by something else than was known before it ran."""
+        sums = _summed(found)
+        given_sums = torch.stack([sums[name].denominator.to(total.device) for name, total in totals.items()])
+        known = torch.stack(list(totals.values()))
+        for name, total, given in zip(totals, known.tolist(), given_sums.tolist(), strict=True):
+            if given != total:
+                raise ValueError(
+                    f"term {name!r}: losses() returns the denominator {given}, but what the corruption has made of the "
+                    f"batch gives {total}; for positions that come later take another reduce than 'tokens'"
+                )
 
     def _weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms with their coefficients."""
@@ -195,6 +208,21 @@ class Objective(L.LightningModule):
             here = state.where(term.kind)
             self._counts[term.kind] = self._counts.get(term.kind, 0) + torch.stack([(right & here).sum(), here.sum()])
 
+    def _log_losses(
+        self, stage: str, losses: dict[str, Loss], totals: dict[str, Tensor], micro: list[tuple[Batch, list[Corrupted]]]
+    ) -> None:
+        """Log the terms that the batch has positions for, and the sum of all; then what `_log_counts` does."""
+        rows = sum(len(part) for part, _ in micro)
+        values = {name: value.detach() for name, value in _shares(losses, totals).items()}
+        states = [state for _, corrupted in micro for state in corrupted]
+        there = [sum(state.where(term.kind).sum() for state in states) for term in self.terms]
+        nonzero = [values[term.name] != 0 for term in self.terms]  # also of positions that came later
+        real = torch.stack([a + b for a, b in zip(there, nonzero, strict=True)]).tolist()
+        shown = [term.name for term, some in zip(self.terms, real, strict=True) if some]
+        self.log_dict({f"{stage}/{name}": values[name] for name in shown}, batch_size=rows)
+        self.log(f"{stage}/loss", self._weighted(values), batch_size=rows, prog_bar=True)
+        self._log_counts(stage, rows)
+
     def _log_counts(self, stage: str, rows: int) -> None:
         """Accuracy of each kind, P(keep | clean) and P(fix | wrong) over all micro-batches and views of a step."""
         found = {kind: count.tolist() for kind, count in self._counts.items()}
@@ -211,6 +239,16 @@ class Objective(L.LightningModule):
 def attended(batch: Batch) -> Tensor | None:
     """(B, L) attention mask of the response, or None when no row is padded."""
     return None if bool(batch.editable.all()) else batch.editable
+
+
+def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each term adds to the mean of the whole batch."""
+    return {name: loss.numerator / totals[name].clamp(min=1) for name, loss in losses.items()}
+
+
+def _summed(found: list[dict[str, Loss]]) -> dict[str, Loss]:
+    """The losses of all micro-batches."""
+    return {name: _add([losses[name] for losses in found]) for name in found[0]}
 
 
 def _add(losses: list[Loss]) -> Loss:

@@ -1,0 +1,188 @@
+"""Small sets of photographs: every split gets an image, and what is said about the others helps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from src.config import help_text
+from src.importers import counts as reasons
+from src.importers.counts import Counts, table
+from src.importers.photos import Photo, fill_splits, hashed_share, split_of
+from src.importers.records import read_entries
+from src.prepare import Photos, main
+from src.prepare import __doc__ as prepare_help
+from src.shards import read_shard
+
+SPLITS = ("train", "val", "test")
+FILE = "image-{}.png"
+
+
+def dataset(folder: Path, records: list[dict], **settings: Any) -> Photos:
+    """Photos of one colour each, by the names in the records; those with `bad` in their names are no images."""
+    folder.mkdir(exist_ok=True)
+    for record in records:
+        file = folder / record["image"]
+        if "bad" in file.name:
+            file.write_text("no image")
+        else:
+            Image.new("RGB", (4, 4), "red").save(file)
+    (folder / "a.json").write_text(json.dumps(records))
+    plain = {"image_size": 4, "vocab_size": 300, "canvas": 16, "prompt": "What?", "encoding": "png", **settings}
+    return Photos(out=str(folder / "out"), images=str(folder), annotations=str(folder / "a.json"), **plain)
+
+
+def split_keys(folder: Path) -> dict[str, set[str]]:
+    """Names of the images in each split."""
+    return {
+        split: {
+            s["__key__"].rpartition("-")[0] for tar in (folder / "out" / split).glob("*.tar") for s in read_shard(tar)
+        }
+        for split in SPLITS
+    }
+
+
+def names_with(wanted: str, count: int, form: str = FILE) -> list[str]:
+    """File names whose hash means the split `wanted`."""
+    names = (form.format(number) for number in range(10**6))
+    fitting = (name for name in names if split_of(hashed_share(Path(name).stem, 0)) == wanted)
+    return [next(fitting) for _ in range(count)]
+
+
+def record(name: str, **more: Any) -> dict:
+    return {"image": name, "caption": "A cat.", **more}
+
+
+def by_share(names: list[str]) -> list[str]:
+    """Stems, the least hash first."""
+    return sorted((Path(name).stem for name in names), key=lambda stem: hashed_share(stem, 0))
+
+
+@pytest.mark.parametrize("count", [3, 4, 40])
+def test_from_three_images_up_no_split_is_empty(count: int, tmp_path: Path) -> None:
+    names = names_with("train", count)
+    dataset(tmp_path, [record(name) for name in names]).run()
+    *train, second, first = by_share(names)  # the nearest to the border go, val first
+    assert split_keys(tmp_path) == {"train": set(train), "val": {first}, "test": {second}}
+
+
+def test_the_largest_split_gives(tmp_path: Path) -> None:
+    """Not the one whose hashes are nearer to the empty one's."""
+    train, test = names_with("train", 4), names_with("test", 2)
+    dataset(tmp_path, [record(name) for name in train + test]).run()
+    *rest, last = by_share(train)
+    assert split_keys(tmp_path) == {"train": set(rest), "val": {last}, "test": set(by_share(test))}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_whatever_the_hashes_say(split: str, count: int, tmp_path: Path) -> None:
+    names = names_with(split, count)
+    dataset(tmp_path, [record(name) for name in names]).run()
+    found = split_keys(tmp_path)
+    assert set.union(*found.values()) == {Path(name).stem for name in names}
+    assert sum(map(len, found.values())) == count
+    assert found["train"]
+    assert count < 3 or all(found.values())
+
+
+def test_large_sets_keep_their_splits(tmp_path: Path) -> None:
+    """An image stays where it was when others are added."""
+    names = [name for split in SPLITS for name in names_with(split, 2)]
+    dataset(tmp_path, [record(name) for name in names]).run()
+    assert split_keys(tmp_path) == {split: {Path(name).stem for name in names_with(split, 2)} for split in SPLITS}
+
+
+def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
+    names, bad, long = names_with("train", 4), names_with("val", 2, "bad-{}.png"), names_with("test", 1, "long-{}.png")
+    records = [*map(record, names), *map(record, bad), {"image": long[0], "caption": "cat, " * 90}]
+    index = dataset(tmp_path, records).run()
+    assert {split: len(found) for split, found in split_keys(tmp_path).items()} == {"train": 2, "val": 1, "test": 1}
+    assert index["examples"]["val"] == {"undecodable_image": bad[0]}
+    assert index["examples"]["test"]["captions too long"] == long[0]
+
+
+def test_all_photos_of_an_image_move_together(tmp_path: Path) -> None:
+    names = names_with("train", 3)
+    dataset(tmp_path, [record(name, prompt=prompt) for name in names for prompt in ("Q", "R")]).run()
+    found = split_keys(tmp_path)
+    assert [len(found[split]) for split in SPLITS] == [1, 1, 1]
+    assert sum(len(list(read_shard(tar))) for tar in (tmp_path / "out" / "val").glob("*.tar")) == 2
+
+
+def test_splits_in_the_records_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = names_with("train", 5)
+    with caplog.at_level(logging.WARNING):
+        dataset(tmp_path, [record(name, split="train" if name != names[0] else "val") for name in names]).run()
+    found = split_keys(tmp_path)
+    assert [len(found[split]) for split in SPLITS] == [4, 1, 0]
+    assert "no image is in test; give" in caplog.text
+
+
+def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = dataset(tmp_path, [record(name, split="test") for name in names_with("train", 3)])
+    with pytest.raises(ValueError, match="no image is left for train; add some, or take `split` out of the records"):
+        made.run()
+    assert not Path(made.out).exists()
+    with pytest.raises(SystemExit) as stop:
+        main(["conf=photos", f"prepare.out={made.out}", f"prepare.images={tmp_path}",
+              f"prepare.annotations={tmp_path / 'a.json'}"])  # fmt: skip
+    assert stop.value.code == 2
+    assert "error: no image is left for train" in capsys.readouterr().err
+
+
+def test_few_usable_images_are_looked_at_once() -> None:
+    """Each look may decode an image."""
+    photos = [Photo(f"k{n}", Path(f"{n}"), "Q", "val", f"{n}", 0.9 + n / 100) for n in range(4)]
+    seen: list[str] = []
+    fill_splits(photos, lambda photo: seen.append(photo.key) or photo.key in ("k1", "k3"))  # type: ignore[func-returns-value]
+    assert sorted(seen) == sorted(set(seen))
+    assert {photo.key: photo.split for photo in photos} == {"k0": "val", "k1": "train", "k2": "val", "k3": "val"}
+
+
+def test_the_table_is_aligned_and_says_what_reasons_mean() -> None:
+    counts = Counts()
+    for file in ("a/b.jpg", "c.jpg"):
+        counts.note("missing_image", file)
+    counts["merged"] += 1000
+    counts["duplicate_id"] += 0
+    found = table({"records": counts, "val": {"written": 0}}, {"records": counts.examples})
+    assert found.splitlines() == [
+        "records     2  image files that are missing (left out), such as a/b.jpg",
+        "records  1000  merged into one image",
+        "val         0  images written",
+    ]
+
+
+def test_every_reason_has_a_meaning() -> None:
+    """Reasons are the texts that the importers count or skip by."""
+    folder = Path(reasons.__file__).parent
+    used = (folder / "records.py").read_text() + (folder / "photos.py").read_text() + (folder / "images.py").read_text()
+    used += (folder.parent / "prepare.py").read_text() + (folder.parent / "swaps.py").read_text()
+    found = set(re.findall(r'counts(?:\.note\(|\[)"([^"]+)"', used))
+    raised = re.findall(r'(?:Skip|ImageProblem)\(([^)]*"[^)]*)\)', used)
+    found |= {name for names in raised for name in re.findall(r'"([^"]+)"', names)}
+    assert len(found) > 20
+    assert found - {"train", "val", "test"} <= reasons.MEANING.keys()
+
+
+HELP_RECORDS = [line.strip() for line in (prepare_help or "").splitlines() if line.startswith("    {")]
+
+
+@pytest.mark.parametrize("line", HELP_RECORDS)
+def test_the_formats_in_the_help_are_read(line: str, tmp_path: Path) -> None:
+    assert line in help_text(prepare_help)
+    shape, _ = json.JSONDecoder().raw_decode(line.replace("[...]", "[]"))
+    (tmp_path / "a.json").write_text(json.dumps(shape))
+    if "annotations" in shape:
+        shape = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+        (tmp_path / "a.json").write_text(json.dumps(shape))
+    first = next(iter(read_entries(tmp_path / "a.json", Counts())))
+    assert first.image == "a.jpg"
+    assert first.captions[0].text in ("A cat.", "A")

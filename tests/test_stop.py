@@ -1,0 +1,186 @@
+"""Signals in real processes: what a stopped training leaves, how it goes on, and who is left when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.prepare import Scenes
+from src.stop import Stop, Stopped
+from src.train import main
+
+ROOT = Path(__file__).parents[1]
+# Has signals sent to itself and all its workers within a call of a method: where it is called for the nth time.
+TRAINING = """
+import importlib, os, subprocess, sys
+from src.train import main
+
+place, method, nth, *numbers = sys.argv[1].split("/")
+module, _, owner = place.partition(":")
+holder = importlib.import_module(module)
+holder = getattr(holder, owner) if owner else holder
+plain, calls = getattr(holder, method), []
+
+def signalled(*args, **kwargs):
+    calls.append(method)
+    if len(calls) == int(nth):
+        for number in numbers:
+            subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"])  # what it sends itself is another thing
+    return plain(*args, **kwargs)
+
+setattr(holder, method, signalled)
+main(sys.argv[2:])
+"""
+STEP = "src.objectives.revision:Revision/training_step"
+# Reads one batch, says which worker made it, and waits to be killed.
+READING = """
+import multiprocessing, sys
+from datamodules.captions import CaptionData
+from src.tokenizer import Codec
+
+codec = Codec.load(f"{sys.argv[1]}/tokenizer")
+data = CaptionData(path=sys.argv[1], codec=codec, batch_size=16, canvas=40, image_size=48, workers=1)
+batches = iter(data.train_dataloader())
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    Scenes(out=str(out), image_size=48, vocab_size=300, canvas=40, prompt="Describe.", num_train=48,
+           num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=9.0, per_shard=16).run()  # fmt: skip
+    return out
+
+
+def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
+    sizes = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=1"]
+    model = [f"model.{part}.{size}" for part in ("decoder", "vision") for size in sizes]
+    data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=4", "data.canvas=40"]
+    steps = ["trainer.max_steps=16", "objective.training.warmup_steps=1", "callbacks.checkpoint.every_n_train_steps=6"]
+    rest = ["callbacks.samples=null", "trainer.limit_val_batches=2", "data.workers=1", f"run_dir={run_dir}"]
+    return [f"conf={conf},model/tiny", *model, *data, *steps, *rest, *more]
+
+
+def stage_two(scenes: Path, run_dir: Path) -> list[str]:
+    sizes = ["drafts_per_round=12", "tokens_per_step=[8,40]", "allow_empty=true"]
+    more = [f"callbacks.self_correction.{size}" for size in sizes]
+    return arguments(
+        scenes, run_dir, *more, "callbacks.self_correction.rounds=2", "data.epoch_batches=10", conf="stage2"
+    )
+
+
+def signalled(where: str, argv: list[str]) -> tuple[int, str]:
+    """Exit code and the last line of a training that sends itself signals."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TRAINING, where, *argv]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, start_new_session=True, capture_output=True, text=True, timeout=120
+    )  # fmt: skip
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def step_of(run_dir: Path) -> int:
+    return torch.load(run_dir / "checkpoints" / "stopped.ckpt", weights_only=True)["global_step"]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(run_dir / "model" / "model.safetensors") for run_dir in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+@pytest.fixture(scope="module")
+def whole(scenes, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole")
+    main(arguments(scenes, run_dir))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "step"),
+    [
+        (f"{STEP}/3", signal.SIGINT, 3),
+        (f"{STEP}/12", signal.SIGTERM, 12),  # the last step of an epoch
+        (f"{STEP}/16", signal.SIGTERM, 16),  # the last of all
+        ("src.objectives.revision:Revision/validation_step/1", signal.SIGTERM, 12),  # the first of two batches
+        ("callbacks.checkpoint:Checkpoint/on_train_epoch_end/1", signal.SIGTERM, 13),  # too late for the step before
+    ],
+)
+def test_a_signal_saves_the_step_and_the_same_command_continues(scenes, whole, tmp_path, where, number, step):
+    argv = arguments(scenes, tmp_path / "run")
+    code, said = signalled(f"{where}/{int(number)}", argv)
+    assert said == f"stopped at step {step} of 16 by {number.name}; the same command continues"
+    assert code == 128 + number
+    assert step_of(tmp_path / "run") == step
+    assert not (tmp_path / "run" / "model").exists()
+    main(argv)
+    assert same_weights(whole, tmp_path / "run")
+
+
+def test_a_second_signal_does_not_wait(scenes, tmp_path):
+    code, _ = signalled(f"{STEP}/3/{int(signal.SIGTERM)}/{int(signal.SIGTERM)}", arguments(scenes, tmp_path / "run"))
+    assert code == -signal.SIGTERM
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(("nth", "step"), [(3, 0), (9, 10)])
+def test_drafting_stops_at_once_and_keeps_what_is_drawn(scenes, tmp_path, nth, step):
+    """Six shards a round; in the first round and in the second."""
+    argv = stage_two(scenes, tmp_path / "run")
+    code, said = signalled(f"callbacks.self_correction/draft_batch/{nth}/{int(signal.SIGTERM)}", argv)
+    assert (code, said) == (143, f"stopped at step {step} of 16 by SIGTERM; the same command continues")
+    drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "rounds").glob(".round*/drafts/*.tar")}
+    assert len(drawn) == 2
+    main(argv)
+    number = 1 + (step > 0)
+    kept = tmp_path / "run" / "rounds" / f"round-000{number}" / "drafts"
+    assert all((kept / path.name).stat().st_mtime_ns == stamp for path, stamp in drawn.items())
+    main(stage_two(scenes, tmp_path / "whole"))
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_workers_end_with_a_parent_that_was_killed(scenes):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", READING, str(scenes)]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        worker = parent.stdout.readline().decode().strip()
+        assert runs(worker)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while runs(worker):
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+
+
+def runs(process: str) -> bool:
+    """Whether a process is there and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", process], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def test_where_a_signal_raises():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM"), Stop():
+        signal.raise_signal(signal.SIGTERM)
+    with Stop() as stop:
+        stop.held = True
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked is signal.SIGINT
+        with pytest.raises(Stopped, match="SIGINT"), stop.at_once():
+            raise AssertionError("not reached")
+        assert stop.held
+    with Stop() as stop:
+        stop.held = True
+        with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
