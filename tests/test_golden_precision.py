@@ -59,7 +59,7 @@ def test_the_multimodal_model_in_bfloat16(golden_model, batch, exact):
 
 
 def test_the_multimodal_model_under_autocast(golden_model, batch, exact):
-    """Weights stay in float32, as in training; image tokens come out of their layers in another type than text."""
+    """Weights stay in float32, as in training."""
     with torch.autocast("cpu", torch.bfloat16):
         found = logits_of(golden_model, *batch)
     assert found.dtype == torch.bfloat16

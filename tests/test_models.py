@@ -108,6 +108,18 @@ def test_a_norm_of_low_precision_is_computed_in_float32():
 
 
 @torch.no_grad()
+def test_square_images_are_put_among_float32_words_under_autocast():
+    """Their tokens are bfloat16 there: no newline vector in float32 is joined to them, as with a grid of tiles."""
+    model, response = make(vision=VISION), torch.arange(20)[None]
+    inputs = {"prompt_ids": torch.tensor([[5, IMAGE, 6]]), **pictures(1)}
+    expected = model(model.encode_prefix(inputs), response)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(model.encode_prefix(inputs), response)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).abs().mean() / expected.std()) < 0.04
+
+
+@torch.no_grad()
 def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
     vision = make(vision=VISION).bfloat16().vision
     assert vision is not None

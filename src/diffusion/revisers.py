@@ -85,6 +85,10 @@ class Reviser:
         acts = kind.overwrite is not Reviser.overwrite or kind.remask is not Reviser.remask
         return state.visible & state.block if acts else torch.zeros_like(state.visible)
 
+    def reads(self, state: State) -> Tensor:
+        """(B, L) bool: further positions that `refine` needs logits of; they are not changed."""
+        return torch.zeros_like(state.visible)
+
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
         """What the rest of the step works with; it has to cover the places of `prediction.where`."""
         return prediction

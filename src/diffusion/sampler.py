@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class Sampler:
     eos_last: proposals of eot and end-of-text are revealed after all others. They are the surest guesses of a canvas
         that is all masks, and revealed first they make every text as short as it can be
     early_stop: the earliest eot ever seen after a step ends the text, even if it is rewritten later. The masks before
-        it are then revealed, those of other blocks as well, and the row is over; what is behind it is left alone
+        it are then revealed, those of other blocks as well, and the row is over; what is behind it is left alone.
+        `block`: a row is over when a block is full and ends in end-of-text (LLaDA's evaluation, ProSeCo)
     cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u is said behind a prefix that is all
         masks. 0 is none; otherwise each step costs two forward calls
     max_forwards: forward calls a row may use, checked once a step; the last fills every mask with its argmax
@@ -56,7 +58,7 @@ class Sampler:
     post_steps: int = 0
     temperature: float = 0.0
     eos_last: bool = False
-    early_stop: bool = False
+    early_stop: bool | Literal["block"] = False
     cfg_scale: float = 0.0
     max_forwards: int | None = None
 
@@ -162,7 +164,7 @@ class _Run:
         editable = self.reviser.editable(state) & visible & active[:, None]
         hideable = editable & ~(post | last | (self.progress.steps_left == 0))[:, None]
 
-        prediction = self.predict(before, eligible | editable)
+        prediction = self.predict(before, eligible | editable | self.reviser.reads(state) & active[:, None])
         prediction = self.reviser.refine(state, prediction, self.predict)
         proposal, confidence = self._propose(prediction, eligible, drawn=eligible & ~last[:, None])
         unmasked = self.unmask.select(self._score(proposal, confidence), eligible, count)
@@ -178,9 +180,11 @@ class _Run:
         self._finish(step, post, last)
 
     def text(self) -> Tensor:
-        """(B, L) the tokens, with eot at the place where an early stop has ended a row."""
-        ended = self.progress.place == self.progress.stop[:, None]
-        return self.tokens.masked_fill(ended, self.predict.special.eot)
+        """(B, L) the tokens; where an early stop has ended a row an eot, or end-of-text from there on."""
+        special, place, stop = self.predict.special, self.progress.place, self.progress.stop[:, None]
+        if self.sampler.early_stop == "block":
+            return self.tokens.masked_fill(place >= stop, special.eos)
+        return self.tokens.masked_fill(place == stop, special.eot)
 
     def _state(self, visible: Tensor, post: Tensor) -> State:
         """The step as its reviser sees it."""
@@ -214,7 +218,9 @@ class _Run:
     def _finish(self, step: _Step, post: Tensor, last: Tensor) -> None:
         """Count. Rows are done when no mask is wanted and revising is over, or when their budget is spent."""
         self.tokens = step.tokens
-        if self.sampler.early_stop:
+        if self.sampler.early_stop == "block":
+            self.progress.stop_behind(self.tokens, self.predict.special.eos)
+        elif self.sampler.early_stop:
             self.progress.stop_at(self.tokens, self.predict.special.eot)
         self.steps = self.steps + self.active
         self.edits += step.rewritten.sum(1)

@@ -90,6 +90,12 @@ class Progress:
         """Take the first `eot` of each row as its end, unless an earlier one was seen before."""
         self.stop = torch.where(tokens == eot, self.place, self.stop[:, None]).amin(1)
 
+    def stop_behind(self, tokens: Tensor, eos: int) -> None:
+        """End the rows whose current block is full and has end-of-text in its last place."""
+        last = tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
+        full = ~((tokens == self.mask_id) & self.before_end).any(1)
+        self.stop = torch.where(full & (last == eos), self.end.minimum(self.stop), self.stop)
+
     def wanted(self, tokens: Tensor) -> Tensor:
         """(B, L) bool: the masks that have to be revealed before the row is over."""
         return (tokens == self.mask_id) & (self.place < self.stop[:, None])

@@ -40,9 +40,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every position whose confidence reaches `tau`, and at least the scheduled number."""
+    """Every position whose confidence reaches `tau` (Fast-dLLM), and at least the scheduled number.
+
+    scheduled: false asks for one position instead of the scheduled number, so that the schedule is a bound no more
+    """
 
     tau: float
+    scheduled: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
@@ -50,6 +54,9 @@ class Threshold:
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
         """(B, L) bool from confidence (B, L), eligible (B, L) bool and count (B,)."""
+        if not self.scheduled:
+            all_that_is_left = count >= eligible.shape[1]  # the last forward call of a budget
+            count = count.where(all_that_is_left, count.clamp(max=1))
         return TopK().select(confidence, eligible, count) | (eligible & (confidence >= self.tau))
 
 
