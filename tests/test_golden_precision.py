@@ -1,7 +1,7 @@
 """The golden models in bfloat16, as released models run, against their own float32 logits.
 
 A bound is a part of the logits' own spread, so that it holds for any golden set. The reference programs lose 2 % of it
-on average; a cosine of a late position, or a pixel, in bfloat16 costs several times as much.
+on average.
 """
 
 from __future__ import annotations
