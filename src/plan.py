@@ -141,6 +141,7 @@ class Step:
             group["params"] = [self.shards[p] for p in group["params"]]
             group["foreach"] = foreach
         self._label_parts(objective.backbone)
+        self._label_passes(objective)
 
     def run(self, batch: Batch, corrupted: list[Corrupted], *, last: bool) -> None:
         """A micro-batch, and the optimizer's step behind it. The last of several finds the gradients of the others."""
@@ -170,14 +171,15 @@ class Step:
         self.optimizer.step()
 
     def _pass(self, batch: Batch, corrupted: list[Corrupted]) -> None:
-        """Forward and backward."""
+        """Every pass forward and back, and then back through the prefix."""
         self.live.enter("forward", HEAD)
-        losses = self.objective.losses(batch, corrupted)
-        total = torch.stack([loss.numerator for loss in losses.values()]).sum()
-        del losses
-        self.live.enter("saved", HEAD)
-        self.live.enter("backward", TEMPORARY)
-        total.backward()
+        for losses in self.objective.losses(batch, corrupted):
+            total = torch.stack([loss.numerator for loss in losses.values()]).sum()
+            losses.clear()
+            self.live.enter("saved", HEAD)
+            self.live.enter("backward", TEMPORARY)
+            total.backward()
+            del total
 
     def _keep(self, parameter: nn.Parameter) -> None:
         """A gradient is complete: count it as one, or leave only its shard."""
@@ -211,6 +213,15 @@ class Step:
             module.register_forward_pre_hook(lambda *_, part=part: begin(part))
             module.register_forward_hook(end)
         backbone.encode_prefix = encode_prefix
+
+    def _label_passes(self, objective: Any) -> None:
+        """Every pass after the first begins a forward phase anew."""
+
+        def logits(*args: Any, run: Any = objective.logits) -> Tensor:
+            self.live.enter("forward", HEAD)
+            return run(*args)
+
+        objective.logits = logits
 
 
 def _all_masked(objective: Objective, batch: Batch) -> list[Corrupted]:

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from src.batch import Batch, Kind, SpecialIds
-from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span, start
+from src.diffusion.corruption import (
+    OPERATIONS,
+    Absorb,
+    Chain,
+    Choose,
+    Edit,
+    Hybrid,
+    Only,
+    Replace,
+    Span,
+    _edit,
+    start,
+)
 from src.diffusion.noise import Noise
 
 SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3), vocab_size=40, unwritten=(4,))
@@ -195,3 +207,85 @@ def test_noise_levels_are_uniform_on_their_range():
 def test_bad_settings_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# hybrid noise and edits
+
+
+@pytest.mark.parametrize(("t", "share"), [(0.5, 0.2), (0.2, 0.1), (0.9, 0.5), (0.5, 0.0)])
+def test_hybrid_noise_has_the_marginals_of_its_process(t, share):
+    """GIDD's q(z | x) with g = 1; at t = 1/2 the random tokens have their `share`."""
+    batch = make_batch(500, 32)
+    out = run(Hybrid(special=SPECIAL, share=share), batch, t)
+    c = 2 * share / (1 - share) * (t * (1 - t)) ** 0.5
+    number = int(batch.editable.sum())
+    for kind, expected in ((Kind.CLEAN, 1 - t), (Kind.MASK, t), (Kind.SYNTAX, c)):
+        p = expected / (1 + c)
+        found = (out.where(kind) & batch.editable).sum().item() / number
+        assert abs(found - p) <= 4 * (p * (1 - p) / number) ** 0.5
+    if t == 0.5:
+        assert c / (1 + c) == pytest.approx(share)
+    assert torch.equal(out.where(Kind.MASK), out.tokens == SPECIAL.mask)
+    wrong = out.where(Kind.SYNTAX)
+    assert (out.tokens[wrong] != batch.response[wrong]).all()
+    assert torch.equal(out.tokens[~batch.editable], batch.response[~batch.editable])
+
+
+def levenshtein(a: list[int], b: list[int]) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+    return row[-1]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_edit_is_bounded_and_labelled(operation):
+    batch = make_batch(300, 20)
+    out = run(Edit(special=SPECIAL, rate=0.3, operations=[operation], window=3), batch)
+    changed = out.tokens != batch.response
+    assert torch.equal(changed, out.where(Kind.SYNTAX)) and not changed[~batch.editable].any()
+    counts = []
+    for row in range(300):
+        n = int(batch.editable[row].sum())
+        distance = levenshtein(batch.response[row, :n].tolist(), out.tokens[row, :n].tolist())
+        assert distance <= 2 * int(0.3 * n)  # each costs at most a deletion and an insertion
+        counts.append(int(changed[row].sum()) / n)
+        if operation == "swap":
+            assert sorted(out.tokens[row, :n].tolist()) == sorted(batch.response[row, :n].tolist())
+        if operation == "duplicate":
+            assert set(out.tokens[row, :n].tolist()) <= set(batch.response[row, :n].tolist())
+        if operation == "substitute":
+            assert distance <= int(0.3 * n)
+    assert 0.02 < sum(counts) / 300 < 0.6
+    assert min(counts) == 0 < max(counts)  # the number of edits is uniform from none
+
+
+def test_a_shift_moves_up_to_its_window_and_nothing_further_on():
+    text = list(range(10, 20))
+    _edit(text, "shift", 3, 2, 99)
+    assert text == [10, 11, 12, 14, 15, 99, 16, 17, 18, 19]
+    _edit(text, "shift", 9, 4, 98)
+    assert text[9] == 98 and len(text) == 10
+    _edit(text, "swap", 9, 1, 97)
+    assert text[9] == 98
+    _edit(text, "swap", 0, 1, 97)
+    assert text[:2] == [11, 10]
+    _edit(text, "duplicate", 4, 1, 97)
+    assert text[4:6] == [15, 15]
+
+
+@pytest.mark.parametrize("corruption", [Hybrid(special=SPECIAL, share=0.3), Edit(special=SPECIAL, rate=0.5)])
+def test_a_row_is_damaged_in_the_same_way_alone(corruption):
+    batch = make_batch(6)
+    whole = run(corruption, batch).tokens
+    assert torch.equal(whole, torch.cat([run(corruption, part).tokens for part in batch.split(1)]))
+
+
+def test_wrong_numbers_of_hybrid_noise_and_edits_are_refused():
+    with pytest.raises(ValueError, match="less than 1, got 1"):
+        Hybrid(special=SPECIAL, share=1)
+    for options in ({"rate": 2}, {"rate": 0.1, "operations": ["drop"]}, {"rate": 0.1, "window": 0}):
+        with pytest.raises(ValueError, match=str(next(reversed(options.values())))[1:-1] or "got"):
+            Edit(special=SPECIAL, **options)

@@ -196,10 +196,12 @@ def test_loss_and_gradients(golden, golden_model, name):
         kind = kind.masked_fill(kind == int(Kind.HALLUCINATION), int(Kind.MISTAKE))
     state = Corrupted(state.tokens, state.target, kind, state.rate)
     golden_model.zero_grad()
-    loss = total(objective, objective.losses(found.batch, [state]))
+    passes = objective.losses(found.batch, [state])
+    loss = total(objective, next(passes))
     assert loss.item() == pytest.approx(EXPECTED[name]["code_loss_fp64"], rel=1e-5)
     assert loss.item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
     loss.backward()
+    assert list(passes) == []  # which goes on through the prefix
     check_gradients(golden_model, RESULTS[name]["grad_norms"])
     golden_model.zero_grad()
 

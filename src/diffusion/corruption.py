@@ -64,11 +64,12 @@ class Replace:
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         rate = state.rate.clamp(max=self.rate) if self.dynamic else torch.full_like(state.rate, self.rate)
         hit = noise.uniform(batch.editable) < rate[:, None]
-        tokens = self._draw(batch, noise)
+        tokens = self.draw(batch, noise)
         hit &= state.where(Kind.CLEAN) & (tokens != state.target)
         return _write(state, hit, tokens, Kind.SYNTAX)
 
-    def _draw(self, batch: Batch, noise: Noise) -> Tensor:
+    def draw(self, batch: Batch, noise: Noise) -> Tensor:
+        """(B, L) a replacement for each position."""
         original = batch.response
         if self.source == "uniform":
             index = noise.integers(batch.editable, len(self.ordinary) - 1)
@@ -104,6 +105,84 @@ class Span:
         order = noise.uniform(present).argsort(1).argsort(1)  # rank of each span; absent ones come last
         chosen = present & (order < self.num)  # (B, S)
         return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
+
+
+class Hybrid:
+    """Masks and random tokens from one process (GIDD, arXiv 2503.04482, with g = 1).
+
+    At noise level t a token stays with share 1 - t, is hidden with share t, and is replaced with share
+    c = 2 p_u / (1 - p_u) sqrt(t (1 - t)); all divided by their sum. share: p_u, of random tokens at t = 1/2.
+    Here a replacement never equals the original, so 1/V of that share is missing.
+    """
+
+    def __init__(self, *, special: SpecialIds, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"the share of random tokens must be at least 0 and less than 1, got {share}")
+        self.share, self.mask_id = share, special.mask
+        self.replace = Replace(special=special, rate=1.0)
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        t = state.rate
+        replaced = 2 * self.share / (1 - self.share) * (t * (1 - t)).clamp(min=0).sqrt()  # c
+        where, clean = noise.uniform(batch.editable) * (1 + replaced)[:, None], state.where(Kind.CLEAN)
+        hidden = clean & (where < t[:, None])
+        other = clean & ~hidden & (where < (t + replaced)[:, None])
+        state = _write(state, hidden, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+        return _write(state, other, self.replace.draw(batch, noise), Kind.SYNTAX)
+
+
+OPERATIONS = ("substitute", "swap", "duplicate", "shift")
+
+
+class Edit:
+    """Random edits of the text, one after the other (SEED Diffusion, arXiv 2508.02193). No masks.
+
+    Of a text of n tokens floor(a n) edits are made, a uniform on [0, rate]: `substitute` a random token, `swap` two
+    neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens by one place: one is
+    deleted, and a random token inserted further on. Insertions and deletions come in such pairs, as one alone would
+    move all that follows, and the model has no way to move text.
+    """
+
+    def __init__(
+        self, *, special: SpecialIds, rate: float, operations: Sequence[str] = OPERATIONS, window: int = 4
+    ) -> None:
+        if not 0 <= rate <= 1:
+            raise ValueError(f"the rate of edits must be within 0..1, got {rate}")
+        if not operations or set(operations) - set(OPERATIONS):
+            raise ValueError(f"operations must be some of {OPERATIONS}, got {list(operations)}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.rate, self.operations, self.window = rate, tuple(operations), window
+        self.replace = Replace(special=special, rate=1.0)
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        share = noise.level().tolist()
+        kinds, places, lengths = (noise.uniform(batch.editable).tolist() for _ in range(3))
+        tokens = self.replace.draw(batch, noise).tolist()
+        edited = state.tokens.tolist()
+        for row, allowed in enumerate(state.where(Kind.CLEAN).tolist()):
+            where = [place for place, ok in enumerate(allowed) if ok]
+            text = [edited[row][place] for place in where]
+            for edit in range(int(share[row] * self.rate * len(text))):
+                name = self.operations[int(kinds[row][edit] * len(self.operations))]
+                span = 1 + int(lengths[row][edit] * self.window)
+                _edit(text, name, int(places[row][edit] * len(text)), span, tokens[row][edit])
+            for place, token in zip(where, text, strict=True):
+                edited[row][place] = token
+        after = torch.tensor(edited, device=state.tokens.device).reshape(state.tokens.shape)
+        return _write(state, after != state.tokens, after, Kind.SYNTAX)
+
+
+def _edit(text: list[int], name: str, place: int, span: int, token: int) -> None:
+    """One edit of `text` at `place`, in place. Neighbours that the text does not have leave it as it is."""
+    last = min(place + span, len(text) - 1)
+    if name == "substitute":
+        text[place] = token
+    elif name == "shift":
+        text[place : last + 1] = [*text[place + 1 : last + 1], token]
+    elif place + 1 < len(text):
+        right, left = text[place], text[place + 1] if name == "swap" else text[place]
+        text[place : place + 2] = [left, right]
 
 
 class Only:

@@ -13,54 +13,80 @@ from torch import Tensor
 from src.batch import Corrupted, Kind, Loss
 
 WEIGHTS = ("one", "inverse_rate")
-REDUCTIONS = ("kind_mean", "answer_len", "tokens")
+REDUCTIONS = ("kind_mean", "answer_len", "tokens", "batch_tokens")
+FORMS = ("cross_entropy", "errors")
 
 
 @dataclass(frozen=True)
 class Term:
     """One row of an objective's table.
 
+    kind:   of the positions it looks at; None: all but frozen ones.
     weight: `one`, or `inverse_rate` = 1/t with t at least `floor` (bounds the variance of small t).
     reduce: `kind_mean` = per sample the mean over the positions of this kind (0 if none), then over samples (ReDiff);
             `answer_len` = per sample the sum over the number of editable positions, then over samples (LLaDA SFT);
-            `tokens` = the sum over the number of positions of this kind in the whole batch.
+            `tokens` = the sum over the number of positions of this kind in the whole batch;
+            `batch_tokens` = the sum over the number of editable positions in the whole batch (MDLM, ProSeCo).
+    form:   `cross_entropy`, or `errors`: at tokens that are right already -p(token) takes its place, which bears the
+            cross-entropy's gradient times p and so makes wrong tokens weigh more (ProSeCo). No bound on a likelihood.
     """
 
     name: str
-    kind: Kind
+    kind: Kind | None
     weight: str = "one"
     reduce: str = "kind_mean"
     coef: float = 1.0
     floor: float = 0.0
+    form: str = "cross_entropy"
 
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
         if self.weight not in WEIGHTS:
             raise ValueError(f"weight must be one of {WEIGHTS}, got {self.weight!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in Kind if kind) if self.kind is None else (self.kind,)
+
+    def where(self, corrupted: Corrupted) -> Tensor:
+        """(B, L) bool: the positions it looks at."""
+        return editable(corrupted) if self.kind is None else corrupted.where(self.kind)
+
+
+def editable(corrupted: Corrupted) -> Tensor:
+    """(B, L) bool: all but the frozen positions."""
+    return ~corrupted.where(Kind.FROZEN)
+
 
 def denominator(term: Term, corrupted: Corrupted) -> Tensor:
-    """What the sum of a term is divided by: rows, or positions of its kind. Known before any forward pass."""
+    """What the sum of a term is divided by: rows, or a number of positions. Known before any forward pass."""
     if term.reduce == "tokens":
-        return corrupted.where(term.kind).sum()
+        return term.where(corrupted).sum()
+    if term.reduce == "batch_tokens":
+        return editable(corrupted).sum()
     return torch.tensor(len(corrupted.rate), device=corrupted.kind.device)
 
 
 def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
-    """Reduce per-token losses (B, L), defined where a term looks and 0 elsewhere, to one `Loss`."""
-    where = corrupted.where(term.kind)
+    """Reduce per-token cross-entropies (B, L), defined where a term looks and 0 elsewhere, to one `Loss`."""
+    where = term.where(corrupted)
     weight = (
         1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
     )
-    sums = (cross_entropy * where).sum(1)  # (B,)
+    values = cross_entropy
+    if term.form == "errors":
+        values = torch.where(corrupted.tokens == corrupted.target, -(-cross_entropy).exp(), cross_entropy)
+    sums = (values * where).sum(1)  # (B,)
     if term.reduce == "kind_mean":
         sums = sums / where.sum(1).clamp(min=1)
     elif term.reduce == "answer_len":
-        sums = sums / (corrupted.kind != int(Kind.FROZEN)).sum(1).clamp(min=1)
+        sums = sums / editable(corrupted).sum(1).clamp(min=1)
     return Loss((weight * sums).sum(), denominator(term, corrupted))
 
 
 def positions_of(terms: tuple[Term, ...], corrupted: Corrupted) -> Tensor:
     """(B, L) bool: where logits are needed."""
-    return torch.stack([corrupted.where(term.kind) for term in terms]).any(0)
+    return torch.stack([term.where(corrupted) for term in terms]).any(0)

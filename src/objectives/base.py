@@ -1,9 +1,12 @@
 """What every objective shares: the training step, the reduction of losses, the optimizer, the logged numbers.
 
-    batch -> micro-batches -> corrupt (no network) -> totals of the denominators -> losses -> backward -> one step
+    batch -> micro-batches -> corrupt (no network) -> totals of the denominators -> losses, backward -> ... -> one step
 
 The denominators are added over micro-batches before anything is divided, so the micro-batch size changes memory and
-nothing else. A subclass fills the table (a corruption and its terms); one that needs more passes overrides `losses`.
+nothing else. A subclass fills the table (a corruption and its terms); one that needs more passes overrides `passes`.
+
+Each pass is propagated back before the next one runs, so views and passes cost time and no memory: a pass ends at the
+prefix, which adds up what all of them say of it and is propagated back last.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.batch import Batch, Corrupted, Corruption, Kind, Loss, SpecialIds
+from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
@@ -33,6 +36,8 @@ class Training:
     lr: peak learning rate; vision_lr: that of the vision tower (None: the same; 0: frozen)
     decay: `cosine` (from the end of the warm-up) or the share in 0..1 of the steps that decay linearly at the end
     views: noise draws per sample and step, which share one encoded prefix
+    antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
+        drawing each. Rows of a batch stay independent: noise belongs to a sample, whatever batch it is in
     micro_batch: rows in a forward pass (None: all); changes memory, not the result
     """
 
@@ -44,6 +49,7 @@ class Training:
     decay: float | str = "cosine"
     clip_norm: float | None = 1.0
     views: int = 1
+    antithetic: bool = False
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,34 +93,55 @@ class Objective(L.LightningModule):
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
-        self._counts: dict[Kind, Tensor] = {}  # right and all tokens of each kind since the last log
+        self._counts: dict[str, Tensor] = {}  # hits and tries of what is logged as a share, since the last log
 
-    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
-        """The terms for one micro-batch; `corrupted` has one damaged response per view. One pass unless overridden."""
-        return self.one_pass(batch, corrupted)
+    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
+        """The terms of one micro-batch, one dict for each pass; `corrupted` has one damaged response per view.
+
+        WARN: propagate back what is yielded before asking for more. Once all are, this goes on through the prefix.
+        """
+        prefix = self.backbone.encode_prefix(batch.prefix)
+        leaves = detached(prefix)
+        for view, state in enumerate(corrupted):
+            yield from self.passes(batch, leaves, state, self._noise(batch, f"{view}/passes"))
+        propagate(prefix, leaves)
+
+    def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
+        """The terms of each forward pass over one view. `noise`: for what the corruption could not know."""
+        yield self.one_pass(batch, prefix, state, self.terms)
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
         """One damaged response per view; a pure function of seed, epoch, key and view."""
-        found = []
-        for view in range(self.options.views):
-            noise = Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=view)
-            state = corruption.start(batch, noise.level(self.t_min, device=batch.response.device))
-            found.append(self.corruption(batch, state, noise))
-        return found
+        return [self.damage(batch, view) for view in range(self.options.views)]
 
-    def one_pass(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
-        """Encode the prefix once, run every view behind it, and reduce each term. Logits only where a term looks."""
-        prefix = self.backbone.encode_prefix(batch.prefix)
-        parts: dict[str, list[Loss]] = {term.name: [] for term in self.terms}
-        for state in corrupted:
-            where = positions_of(self.terms, state)  # (B, L)
-            logits = self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()  # (N, V)
-            token_loss = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
-            token_loss[where] = F.cross_entropy(logits, state.target[where], reduction="none")
-            for term in self.terms:
-                parts[term.name].append(term_loss(term, token_loss, state))
-            self._count(logits, state, where)
-        return {name: _add(losses) for name, losses in parts.items()}
+    def damage(self, batch: Batch, view: int) -> Corrupted:
+        """The damaged response of one view."""
+        noise = self._noise(batch, view)
+        level = noise.level(self.t_min, device=batch.response.device)
+        if self.options.antithetic:
+            first = self._noise(batch, "levels").level(device=level.device)
+            level = self.t_min + (1 - self.t_min) * ((first + view / self.options.views) % 1)
+        return self.corruption(batch, corruption.start(batch, level), noise)
+
+    def one_pass(self, batch: Batch, prefix: Prefix, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
+        """Run the network once and reduce each term. Logits only where a term looks."""
+        where = positions_of(terms, state)  # (B, L)
+        return self.reduce(self.logits(batch, prefix, state, where), where, state, terms)
+
+    def logits(self, batch: Batch, prefix: Prefix, state: Corrupted, where: Tensor) -> Tensor:
+        """(N, V) float32 at the true places of `where` (B, L)."""
+        return self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()
+
+    def reduce(self, logits: Tensor, where: Tensor, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
+        """The terms of logits (N, V) at the true places of `where` (B, L), which covers what the terms look at."""
+        cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
+        cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
+        self._count(logits, state, where, terms)
+        return {term.name: term_loss(term, cross_entropy, state) for term in terms}
+
+    def tally(self, name: str, hits: Tensor, tries: Tensor) -> None:
+        """Add to a share that the next log shows as `<stage>/<name>`."""
+        self._counts[name] = self._counts.get(name, 0) + torch.stack([hits.sum(), tries.sum()])
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(part, self.corrupt(part)) for part in batch.split(self.options.micro_batch or len(batch))]
@@ -123,22 +150,24 @@ class Objective(L.LightningModule):
         optimizer.zero_grad()
         found: list[dict[str, Loss]] = []
         for part, corrupted in micro:
-            losses = self.losses(part, corrupted)
-            self.manual_backward(self._weighted(_shares(losses, totals)))
-            found.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
-        self._check_totals(totals, found)
+            for losses in self.losses(part, corrupted):
+                self.manual_backward(self._weighted(_shares(losses, totals)))
+                found.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
+                losses.clear()  # frees the pass before the next one runs
+        sums = _summed(found)
+        self._check_totals(totals, sums)
         norm = self._clip()
         optimizer.step()
         schedule.step()
-        self._log_losses("train", _summed(found), totals, micro)
+        self._log_losses("train", sums, totals, micro)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(batch, self.corrupt(batch))]
         totals = self._totals(micro)
-        losses = self.losses(*micro[0])
-        self._check_totals(totals, [losses])
-        self._log_losses("val", losses, totals, micro)
+        sums = _summed(list(self.losses(*micro[0])))
+        self._check_totals(totals, sums)
+        self._log_losses("val", sums, totals, micro)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over what is trained; freezes the rest."""
@@ -175,12 +204,11 @@ class Objective(L.LightningModule):
         states = [state for _, corrupted in micro for state in corrupted]
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
 
-    def _check_totals(self, totals: dict[str, Tensor], found: list[dict[str, Loss]]) -> None:
-        """Raise ValueError where `losses` divides by something else than was known before it ran."""
-        sums = _summed(found)
-        given_sums = torch.stack([sums[name].denominator.to(total.device) for name, total in totals.items()])
-        known = torch.stack(list(totals.values()))
-        for name, total, given in zip(totals, known.tolist(), given_sums.tolist(), strict=True):
+    def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
+        """Raise ValueError where a term divides by something else than was known before it ran."""
+        given_sums = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
+        known = torch.stack([totals[name] for name in sums])
+        for name, total, given in zip(sums, known.tolist(), given_sums.tolist(), strict=True):
             if given != total:
                 raise ValueError(
                     f"term {name!r}: losses() returns the denominator {given}, but what the corruption has made of the "
@@ -188,8 +216,8 @@ class Objective(L.LightningModule):
                 )
 
     def _weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms with their coefficients."""
-        return torch.stack([term.coef * values[term.name] for term in self.terms]).sum()
+        """The sum of the terms that are there with their coefficients."""
+        return torch.stack([term.coef * values[term.name] for term in self.terms if term.name in values]).sum()
 
     def _optimization(self) -> tuple[Any, Any]:
         """The optimizer and its schedule; Lightning's accessors return lists where there are several."""
@@ -200,13 +228,16 @@ class Objective(L.LightningModule):
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         return torch.nn.utils.clip_grad_norm_(self.parameters(), limit, error_if_nonfinite=True)
 
-    def _count(self, logits: Tensor, state: Corrupted, where: Tensor) -> None:
+    def _noise(self, batch: Batch, draw: str | int) -> Noise:
+        return Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=draw)
+
+    def _count(self, logits: Tensor, state: Corrupted, where: Tensor, terms: tuple[Term, ...]) -> None:
         """Add up how many tokens of each kind were right, where the terms look."""
         right = torch.zeros_like(where)
         right[where] = logits.detach().argmax(-1) == state.target[where]
-        for term in self.terms:
-            here = state.where(term.kind)
-            self._counts[term.kind] = self._counts.get(term.kind, 0) + torch.stack([(right & here).sum(), here.sum()])
+        for kind in dict.fromkeys(kind for term in terms for kind in term.kinds):
+            here = state.where(kind)
+            self.tally(f"accuracy/{kind.name.lower()}", right & here, here)
 
     def _log_losses(
         self, stage: str, losses: dict[str, Loss], totals: dict[str, Tensor], micro: list[tuple[Batch, list[Corrupted]]]
@@ -215,25 +246,45 @@ class Objective(L.LightningModule):
         rows = sum(len(part) for part, _ in micro)
         values = {name: value.detach() for name, value in _shares(losses, totals).items()}
         states = [state for _, corrupted in micro for state in corrupted]
-        there = [sum(state.where(term.kind).sum() for state in states) for term in self.terms]
-        nonzero = [values[term.name] != 0 for term in self.terms]  # also of positions that came later
+        ran = [term for term in self.terms if term.name in values]
+        there = [sum(term.where(state).sum() for state in states) for term in ran]
+        nonzero = [values[term.name] != 0 for term in ran]  # also of positions that came later
         real = torch.stack([a + b for a, b in zip(there, nonzero, strict=True)]).tolist()
-        shown = [term.name for term, some in zip(self.terms, real, strict=True) if some]
+        shown = [term.name for term, some in zip(ran, real, strict=True) if some]
         self.log_dict({f"{stage}/{name}": values[name] for name in shown}, batch_size=rows)
         self.log(f"{stage}/loss", self._weighted(values), batch_size=rows, prog_bar=True)
         self._log_counts(stage, rows)
 
     def _log_counts(self, stage: str, rows: int) -> None:
-        """Accuracy of each kind, P(keep | clean) and P(fix | wrong) over all micro-batches and views of a step."""
-        found = {kind: count.tolist() for kind, count in self._counts.items()}
+        """Accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares, over all passes of a step."""
+        shares = {name: count.tolist() for name, count in self._counts.items()}
         self._counts.clear()
-        shares = {f"accuracy/{kind.name.lower()}": pair for kind, pair in found.items()}
-        if Kind.CLEAN in found:
-            shares["p_keep_clean"] = found[Kind.CLEAN]
-        if wrong := [found[kind] for kind in WRONG if kind in found]:
+        accuracy = {kind: shares.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
+        if kept := accuracy[Kind.CLEAN]:
+            shares["p_keep_clean"] = kept
+        if wrong := [accuracy[kind] for kind in WRONG if accuracy[kind]]:
             shares["p_fix_wrong"] = [sum(column) for column in zip(*wrong, strict=True)]
         values = {f"{stage}/{name}": right / total for name, (right, total) in shares.items() if total}
         self.log_dict(values, batch_size=rows)
+
+
+def detached(prefix: Prefix) -> Prefix:
+    """The same prefix as the start of a graph of its own: backward passes end there and add up."""
+    leaf = lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad)  # noqa: E731
+    cache = prefix.cache and [(leaf(keys), leaf(values)) for keys, values in prefix.cache]
+    return Prefix(leaf(prefix.embeds), prefix.mask, cache)
+
+
+def propagate(prefix: Prefix, leaves: Prefix) -> None:
+    """Go on backward, through what encoded `prefix`, with the gradients that have gathered at its `leaves`."""
+    pairs = [(a, b.grad) for a, b in zip(_tensors(prefix), _tensors(leaves), strict=True) if b.grad is not None]
+    if pairs:
+        tensors, gradients = zip(*pairs, strict=True)
+        torch.autograd.backward(tensors, gradients)
+
+
+def _tensors(prefix: Prefix) -> list[Tensor]:
+    return [prefix.embeds, *(tensor for pair in prefix.cache or () for tensor in pair)]
 
 
 def attended(batch: Batch) -> Tensor | None:
@@ -247,8 +298,9 @@ def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _summed(found: list[dict[str, Loss]]) -> dict[str, Loss]:
-    """The losses of all micro-batches."""
-    return {name: _add([losses[name] for losses in found]) for name in found[0]}
+    """The losses of all passes and micro-batches."""
+    names = dict.fromkeys(name for losses in found for name in losses)
+    return {name: _add([losses[name] for losses in found if name in losses]) for name in names}
 
 
 def _add(losses: list[Loss]) -> Loss:

@@ -9,7 +9,7 @@ Without it a tower with random weights learns to see only through the captions, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class TowerLabels(Objective):
         )
         self.heads = nn.Linear(self.backbone.vision.config.hidden_size, sum(CLASSES.values()))
 
-    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> dict[str, Loss]:
+    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
         """Sum over the rows of the mean loss of each head."""
         tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): the picture of a scene is one tile
         hidden = self.backbone.vision.features(tiles)  # (B, N, W)
@@ -48,7 +48,7 @@ class TowerLabels(Objective):
         for score, label in zip(scores[:3], places.to(hidden.device).unbind(-1), strict=True):
             total = total + F.cross_entropy(score.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
         self._log_labels(scores[0], places[..., 0].to(hidden.device))
-        return {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
+        yield {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
 
     def _log_labels(self, score: Tensor, label: Tensor) -> None:
         there = label < len(SHAPES)

@@ -1,0 +1,126 @@
+"""What a second pass costs: ProSeCo's step as we do it, and as one graph, beside mask prediction.
+
+    python -m benchmarks.passes                    on the CPU
+    python -m benchmarks.passes --device cuda --steps 20
+
+Ours propagates each pass back before the next one runs; the baseline adds up both losses first. Both have the same
+gradients (compared here). Memory is what a step makes on top of weights and gradients, at its fullest moment: counted
+storage by storage on the CPU, by the allocator on a GPU. Times are medians, the three in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory import MID, SPECIAL
+from src.batch import Batch, Loss, SpecialIds
+from src.ledger import Live
+from src.models.llada_v import LLaDAV
+from src.objectives.base import Objective, Training
+from src.objectives.mask import MaskPrediction
+from src.objectives.proseco import ProSeCo
+
+MIB = 1 << 20
+VOCABULARY = MID["vocab_size"]
+
+
+def main() -> None:
+    """Print a line for each way, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    special = SpecialIds(mask=SPECIAL.mask, eos=1, eot=2, banned=(0, 1), vocab_size=VOCABULARY)
+    make = {"mask prediction": MaskPrediction, "ours": ProSeCo, "one graph": ProSeCo}
+    batch = _batch(options.rows, options.length).to(options.device)
+    torch.manual_seed(0)
+    model = LLaDAV(decoder={**MID, "num_attention_heads": 8}, vision=None).to(options.device)
+    ways = {
+        name: cls(backbone=lambda: model, special=special, training=Training(lr=0.0), t_min=0.999999)
+        for name, cls in make.items()
+    }
+    run: dict[str, Callable[[Objective, Batch], None]] = {"one graph": _one_graph}
+    steps = {name: run.get(name, _pass_by_pass) for name in ways}
+    gradients, seconds, peaks = {}, {name: [] for name in ways}, {}
+    for name, objective in ways.items():
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step = lambda name=name, objective=objective: steps[name](objective, batch)  # noqa: E731
+        peaks[name] = _peak(options.device, step, known=[p.grad for p in model.parameters() if p.grad is not None])
+        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    for _ in range(options.steps):
+        for name, objective in ways.items():
+            began = time.perf_counter()
+            steps[name](objective, batch)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    for name in ways:
+        sys.stdout.write(f"{name:16} {peaks[name] / MIB:9.1f} MiB {median(seconds[name]):8.3f} s\n")
+    worst = (gradients["ours"] - gradients["one graph"]).norm() / gradients["one graph"].norm()
+    ratio = {name: peaks[name] / peaks["mask prediction"] for name in ("ours", "one graph")}
+    slower = {name: median(seconds[name]) / median(seconds["mask prediction"]) for name in ratio}
+    sys.stdout.write(
+        f"memory of mask prediction: ours x {ratio['ours']:.2f}, one graph x {ratio['one graph']:.2f}; "
+        f"time: x {slower['ours']:.2f}, x {slower['one graph']:.2f}; gradients differ by {worst:.1e}\n"
+    )
+
+
+def _batch(rows: int, length: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    response = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
+    prompt = torch.randint(5, VOCABULARY, (rows, 8), generator=generator)
+    there, none = torch.ones_like(response, dtype=torch.bool), torch.zeros_like(response)
+    keys = [str(row) for row in range(rows)]
+    return Batch({"prompt_ids": prompt}, response, there, response, none, torch.zeros(rows, dtype=torch.bool), keys)
+
+
+def _sum(losses: dict[str, Loss]) -> Tensor:
+    return torch.stack([loss.numerator / loss.denominator for loss in losses.values()]).sum()
+
+
+def _pass_by_pass(objective: Objective, batch: Batch) -> None:
+    for losses in objective.losses(batch, objective.corrupt(batch)):
+        total = _sum(losses)
+        losses.clear()
+        total.backward()
+        del total
+
+
+def _one_graph(objective: Objective, batch: Batch) -> None:
+    (state,) = objective.corrupt(batch)
+    prefix = objective.backbone.encode_prefix(batch.prefix)
+    noise = objective._noise(batch, "0/passes")
+    torch.stack([_sum(losses) for losses in objective.passes(batch, prefix, state, noise)]).sum().backward()
+
+
+def _peak(device: str, step: Callable[[], None], *, known: list[Tensor]) -> int:
+    """Bytes made by a step at its fullest moment, besides the tensors that are `known`."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    live = Live()
+    for tensor in known:
+        live.hold(tensor, "known")
+    with live:
+        live.enter("step", "made")
+        step()
+    return live.peaks["step"]["made"]
+
+
+if __name__ == "__main__":
+    main()

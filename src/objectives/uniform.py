@@ -1,0 +1,44 @@
+"""Uniform noise: no masks at all, any token may be wrong (D3PM/UDLM; discrete flow matching, the mixture path).
+
+replace each token with probability t by a random one -> cross-entropy on all tokens
+
+It is the objective of the mixture path from uniform noise (arXiv 2407.15595), and the simple loss of D3PM and FUDOKI.
+The network is not told t: it sees how damaged a text is. Sample with sampler=uniform or sampler=flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from src.batch import SpecialIds
+from src.diffusion.corruption import Replace
+from src.diffusion.losses import Term
+from src.objectives.base import Objective, Training
+
+
+class UniformNoise(Objective):
+    """One term on all tokens. weight, reduce and floor: see `Term`; the rest: see `Objective`."""
+
+    def __init__(
+        self,
+        *,
+        backbone: Callable[[], nn.Module],
+        special: SpecialIds,
+        training: Training,
+        t_min: float = 0.001,
+        weight: str = "one",
+        reduce: str = "answer_len",
+        floor: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            special=special,
+            training=training,
+            corruption=Replace(special=special, rate=1.0, dynamic=True),  # with probability t
+            terms=(Term("token", None, weight, reduce, floor=floor),),
+            t_min=t_min,
+            seed=seed,
+        )

@@ -1,0 +1,320 @@
+"""Objectives of several passes: against written-out loops, and the memory that a pass leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src.batch import Batch, Corrupted, Kind
+from src.diffusion.corruption import Replace
+from src.ledger import Live
+from src.objectives.base import Objective, Training
+from src.objectives.complementary import ComplementaryMasks
+from src.objectives.edits import EditNoise
+from src.objectives.hybrid import HybridNoise
+from src.objectives.mask import MaskPrediction
+from src.objectives.proseco import ProSeCo
+from src.objectives.uniform import UniformNoise
+from tests.test_corruption import SPECIAL
+from tests.test_objectives import TRAINING, Oracle, batch_with_prompt, make, tiny_backbone, token_losses, total
+
+BANNED = {SPECIAL.mask, *SPECIAL.banned}
+
+
+def best_tokens(objective: Objective, batch: Batch, tokens: torch.Tensor) -> list[list[int]]:
+    """The most probable token that may be written at each place, one row at a time."""
+    found = []
+    for row in range(len(batch)):
+        length = int(batch.editable[row].sum())
+        prefix = objective.backbone.encode_prefix({"prompt_ids": batch.prefix["prompt_ids"][row : row + 1]})
+        logits = objective.backbone(prefix, tokens[row : row + 1, :length])[0].tolist()
+        ids = [i for i in range(SPECIAL.vocab_size) if i not in BANNED]
+        found.append([max(ids, key=lambda i, place=place: place[i]) for place in logits])
+    return found
+
+
+def written_out(objective: ProSeCo, batch: Batch, *, fill: str, errors: bool, weighted: bool, reduce: str) -> float:
+    """ProSeCo's loss from its formulas, a loop over rows and positions (no replacements)."""
+    (state,) = objective.corrupt(batch)
+    first = token_losses(objective.backbone, batch, state)
+    draft = batch.response.clone()
+    for row, tokens in enumerate(best_tokens(objective, batch, state.tokens)):
+        for place, token in enumerate(tokens):
+            if fill == "all" or state.tokens[row, place] == SPECIAL.mask:
+                draft[row, place] = token
+    second = token_losses(objective.backbone, batch, Corrupted(draft, state.target, state.kind, state.rate))
+    summed = 0.0
+    for row in range(len(batch)):
+        weight = 1 / state.rate[row].item()
+        masked = sum(v for i, v in enumerate(first[row]) if state.tokens[row, i] == SPECIAL.mask)
+        corrected = 0.0
+        for place, value in enumerate(second[row]):
+            right = draft[row, place] == batch.response[row, place]
+            corrected += -math.exp(-value) if errors and right else value
+        part = weight * masked + (weight if weighted else 1.0) * corrected
+        summed += part / len(first[row]) if reduce == "answer_len" else part
+    return summed / (len(batch) if reduce == "answer_len" else int(batch.editable.sum()))
+
+
+@pytest.mark.parametrize("fill", ["all", "masked"])
+@pytest.mark.parametrize(("errors", "weighted", "reduce"), [(False, True, "batch_tokens"), (True, False, "answer_len")])
+def test_proseco_equals_the_written_out_loop(fill, errors, weighted, reduce):
+    batch = batch_with_prompt()
+    objective = make(
+        ProSeCo, fill=fill, errors=errors, correct_weight="inverse_rate" if weighted else "one", reduce=reduce
+    )
+    expected = written_out(objective, batch, fill=fill, errors=errors, weighted=weighted, reduce=reduce)
+    assert total(objective, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+def gradients(objective: Objective) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+
+def one_graph(objective: Objective, batch: Batch) -> torch.Tensor:
+    """Gradients where all passes share one graph with their prefix, and are propagated back once."""
+    totals = objective._totals([(batch, corrupted := objective.corrupt(batch))])
+    prefix = objective.backbone.encode_prefix(batch.prefix)
+    terms = {term.name: term for term in objective.terms}
+    parts = [
+        terms[name].coef * loss.numerator / totals[name]
+        for view, state in enumerate(corrupted)
+        for losses in objective.passes(batch, prefix, state, objective._noise(batch, f"{view}/passes"))
+        for name, loss in losses.items()
+    ]
+    torch.stack(parts).sum().backward()
+    return gradients(objective)
+
+
+TWO_VIEWS = Training(lr=1e-3, views=2, antithetic=True)
+OBJECTIVES = {
+    "proseco": lambda: make(ProSeCo, rate=0.1),
+    "proseco-errors": lambda: make(ProSeCo, errors=True, pick="sample", fill="masked"),
+    "edits": lambda: make(EditNoise, rate=0.5),
+    "complementary": lambda: make(ComplementaryMasks),
+    "hybrid": lambda: make(HybridNoise, share=0.3),
+    "uniform": lambda: make(UniformNoise),
+    "two views": lambda: make(ProSeCo, training=TWO_VIEWS),
+}
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_backward_pass_after_each_pass_changes_no_gradient(name, micro):
+    """Nor do micro-batches: the denominators are those of the whole batch."""
+    batch = batch_with_prompt(6, padding=0)
+    expected = one_graph(OBJECTIVES[name](), batch)
+    objective = OBJECTIVES[name]()
+    parts = [(part, objective.corrupt(part)) for part in batch.split(micro or len(batch))]
+    totals = objective._totals(parts)
+    terms = {term.name: term for term in objective.terms}
+    for part, corrupted in parts:
+        for losses in objective.losses(part, corrupted):
+            sum(terms[name].coef * loss.numerator / totals[name] for name, loss in losses.items()).backward()
+    assert expected.norm() > 0
+    torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=1e-6)
+
+
+def fullest(objective: Objective, batch: Batch) -> int:
+    """Bytes at the fullest moment of a real step, gradients there already, one backward pass after each pass."""
+    for parameter in objective.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    corrupted = objective.corrupt(batch)
+    gc.collect()
+    live = Live()
+    for parameter in objective.parameters():
+        live.hold(parameter.grad, "gradients")
+    with live:
+        live.enter("step", "made")
+        for losses in objective.losses(batch, corrupted):
+            total = torch.stack([loss.numerator for loss in losses.values()]).sum()
+            losses.clear()
+            total.backward()
+            del total
+    return live.peaks["step"]["made"]
+
+
+def test_two_passes_take_the_memory_of_one():
+    """Mask prediction that hides everything has the logits that ProSeCo needs; twice its graph would be twice that."""
+    batch = batch_with_prompt(40, padding=0)
+    one = fullest(make(MaskPrediction, t_min=0.999999), batch)
+    assert fullest(make(ProSeCo, t_min=0.999999), batch) < 1.15 * one
+    assert fullest(make(ProSeCo, t_min=0.999999, training=TWO_VIEWS), batch) < 1.25 * one
+
+
+def drafts(objective: ProSeCo, batch: Batch) -> torch.Tensor:
+    """The input of each second pass, (views, B, L)."""
+    seen = []
+    read = objective.logits
+    objective.logits = lambda batch, prefix, state, where: (
+        seen.append(state.tokens) or read(batch, prefix, state, where)
+    )
+    list(objective.losses(batch, objective.corrupt(batch)))
+    return torch.stack(seen[1::2])
+
+
+def test_a_draft_holds_neither_masks_nor_ids_that_no_response_has():
+    batch = batch_with_prompt(30)
+    for pick in ("argmax", "sample"):
+        objective = make(ProSeCo, pick=pick)
+        with torch.no_grad():
+            objective.backbone.lm_head.weight[list(BANNED)] = objective.backbone.lm_head.weight[7] * 3
+        found = drafts(objective, batch)[0][batch.editable]
+        assert not BANNED & set(found.tolist())
+        assert len(set(found.tolist())) > 3
+
+
+def test_a_draft_belongs_to_its_sample_whatever_the_batch():
+    batch = batch_with_prompt(6, padding=0)
+    for options in ({"pick": "sample"}, {"rate": 0.3}):
+        whole = drafts(make(ProSeCo, **options), batch)[0]
+        alone = [drafts(make(ProSeCo, **options), part)[0] for part in batch.split(1)]
+        assert torch.equal(whole, torch.cat(alone))
+        assert torch.equal(whole, drafts(make(ProSeCo, **options), batch)[0])
+
+
+def test_samples_of_a_draft_follow_the_network():
+    """One position, many rows: the shares of the tokens are the probabilities among those that may be written."""
+    batch = batch_with_prompt(1, padding=0)
+    rows = 3000
+    batch = Batch(
+        {"prompt_ids": batch.prefix["prompt_ids"].expand(rows, -1)},
+        *(tensor[:, :1].expand(rows, -1).clone() for tensor in (batch.response, batch.editable, batch.flawed)),
+        batch.span[:, :1].expand(rows, -1).clone(), torch.zeros(rows, dtype=torch.bool), [f"k{i}" for i in range(rows)],
+    )  # fmt: skip
+    objective = make(ProSeCo, pick="sample", t_min=0.999999)
+    found = drafts(objective, batch)[0][:, 0].bincount(minlength=40) / rows
+    prefix = objective.backbone.encode_prefix({"prompt_ids": batch.prefix["prompt_ids"][:1]})
+    logits = objective.backbone(prefix, torch.tensor([[SPECIAL.mask]]))[0, 0].double()
+    logits[list(BANNED)] = -torch.inf
+    p = logits.softmax(-1)
+    assert ((found - p).abs() < 4 * (p * (1 - p) / rows).sqrt() + 1e-9).all()
+
+
+def test_a_model_that_knows_the_answer_corrects_a_clean_text():
+    """Its draft is the answer, so the corrector's loss is that of clean input: 0 here, -1 with errors weighing more."""
+    batch = batch_with_prompt()
+    batch.response = batch.response.clamp(min=5)
+    for fill in ("all", "masked"):
+        for errors, expected in ((False, 0.0), (True, -1.0)):
+            objective = ProSeCo(
+                backbone=lambda: Oracle(batch.response), special=SPECIAL, training=TRAINING, fill=fill, errors=errors,
+                correct_weight="one",
+            )  # fmt: skip
+            _, second = objective.losses(batch, objective.corrupt(batch))
+            loss = second["correct"]
+            assert (loss.numerator / loss.denominator).item() == pytest.approx(expected, abs=1e-6)
+            hits, tries = objective._counts["draft_error_rate"].tolist()
+            assert (hits, tries) == (0, int(batch.editable.sum()))
+
+
+def test_the_draft_error_rate_is_the_share_of_wrong_tokens():
+    batch = batch_with_prompt()
+    objective = make(ProSeCo)
+    wrong = drafts(objective, batch)[0] != batch.response
+    hits, tries = objective._counts["draft_error_rate"].tolist()
+    assert hits == int((wrong & batch.editable).sum()) > 0
+    assert tries == int(batch.editable.sum())
+    assert objective._counts["accuracy/mistake"][1] == hits
+
+
+@pytest.mark.parametrize(("name", "options"), [("proseco", {"begin": 3}), ("edits", {"begin": 0.75})])
+def test_the_second_pass_begins_when_told(name, options):
+    batch = batch_with_prompt()
+    objective = make({"proseco": ProSeCo, "edits": EditNoise}[name], **options)
+    passes = []
+    for step in range(5):
+        trainer = SimpleNamespace(global_step=step, max_steps=4)
+        objective._trainer = trainer  # Lightning's own attribute; a trainer cannot be stopped between two steps
+        passes.append(len(list(objective.losses(batch, objective.corrupt(batch)))))
+    assert passes == [1, 1, 1, 2, 2]
+
+
+def test_edit_noise_equals_the_written_out_loop():
+    batch = batch_with_prompt()
+    objective = make(EditNoise, rate=0.5)
+    (state,) = objective.corrupt(batch)
+    edited = drafts(objective, batch)[0]
+    assert not (edited == SPECIAL.mask).any()
+    first = token_losses(objective.backbone, batch, state)
+    second = token_losses(objective.backbone, batch, Corrupted(edited, state.target, state.kind, state.rate))
+    expected = 0.0
+    for row in range(len(batch)):
+        masked = sum(v for i, v in enumerate(first[row]) if state.tokens[row, i] == SPECIAL.mask)
+        expected += (masked / state.rate[row].item() + sum(second[row])) / len(first[row]) / len(batch)
+    assert total(objective, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_complementary_masks_hide_every_token_once():
+    batch = batch_with_prompt(12)
+    objective = make(ComplementaryMasks, t_min=0.001)
+    one, other = objective.corrupt(batch)
+    assert torch.equal(one.where(Kind.MASK) ^ other.where(Kind.MASK), batch.editable)
+    assert torch.equal(one.where(Kind.MASK), make(MaskPrediction, t_min=0.001).corrupt(batch)[0].where(Kind.MASK))
+    torch.testing.assert_close(one.rate + other.rate, torch.ones(12))
+    visible = other.where(Kind.CLEAN)
+    assert torch.equal(other.tokens[visible], batch.response[visible])
+
+
+def test_antithetic_levels_are_spread_evenly_over_the_views_and_uniform_in_each():
+    batch = batch_with_prompt(500, padding=0)
+    objective = make(MaskPrediction, t_min=0.2, training=Training(lr=1e-3, views=4, antithetic=True))
+    levels = torch.stack([state.rate for state in objective.corrupt(batch)])  # (4, B)
+    assert levels.min() >= 0.2 and levels.max() < 1
+    gaps = levels.sort(0).values.diff(dim=0)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 0.8 / 4), atol=1e-6, rtol=0)
+    for level in (levels - 0.2) / 0.8:
+        assert level.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 500) ** 0.5)
+
+
+def test_uniform_noise_trains_every_token():
+    batch = batch_with_prompt()
+    objective = make(UniformNoise)
+    (state,) = objective.corrupt(batch)
+    assert not state.where(Kind.MASK).any() and state.where(Kind.SYNTAX).any()
+    losses = token_losses(objective.backbone, batch, state)
+    expected = sum(sum(row) / len(row) for row in losses) / len(losses)
+    assert total(objective, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"fill": "some"}, "fill must be one of"),
+        ({"pick": "best"}, "pick must be one of"),
+        ({"reduce": "tokens"}, "reduce must be 'batch_tokens' or 'answer_len', got 'tokens'"),
+        ({"begin": -1}, "begin must be at least 0, got -1"),
+        ({"rate": 2}, "rate must be within 0..1"),
+    ],
+)
+def test_mistakes_are_told(options, told):
+    with pytest.raises(ValueError, match=told):
+        make(ProSeCo, **options)
+
+
+def test_replacements_hit_the_right_tokens_of_a_draft_only():
+    batch = batch_with_prompt(40)
+    plain, noisy = (
+        drafts(make(ProSeCo, fill="masked"), batch)[0],
+        drafts(make(ProSeCo, fill="masked", rate=0.5), batch)[0],
+    )
+    wrong = (plain != batch.response) & batch.editable
+    assert torch.equal(noisy[wrong], plain[wrong])
+    right = ~wrong & batch.editable
+    share = (noisy[right] != plain[right]).float().mean().item()
+    assert share == pytest.approx(0.5, abs=4 * (0.25 / int(right.sum())) ** 0.5)
+    ordinary = set(Replace(special=SPECIAL, rate=0.5).ordinary.tolist())
+    assert set(noisy[right & (noisy != plain)].tolist()) <= ordinary
+
+
+def test_the_backbone_of_these_tests_is_not_an_oracle():
+    """A guard: its guesses are right now and then, and wrong mostly."""
+    batch = batch_with_prompt(50)
+    objective = make(ProSeCo)
+    assert isinstance(objective.backbone, type(tiny_backbone()))
+    wrong = (drafts(objective, batch)[0] != batch.response)[batch.editable].float().mean()
+    assert 0.5 < wrong < 1
