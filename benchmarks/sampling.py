@@ -75,7 +75,7 @@ def baseline(model: LLaDAV, prompt: torch.Tensor, special: SpecialIds, options: 
     per_step = options.length // options.steps
     for _ in range(options.steps):
         prefix = model.encode_prefix({"prompt_ids": prompt})
-        hidden = model.model(model.model.embed_tokens(tokens), prefix.embeds, prefix.mask, prefix.cache, None)
+        hidden = model.model(model.model.embed_tokens(tokens), prefix, None)
         everywhere = torch.cat([prefix.embeds, hidden], 1)  # stands for the hidden states of all positions
         logits = model.lm_head(everywhere)[:, prompt.shape[1] :].clone()
         logits[..., list(special.banned)] = -torch.inf

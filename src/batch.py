@@ -106,17 +106,20 @@ class Prefix:
     """What a backbone makes of everything before the response.
 
     embeds: (B, P, D); mask: (B, P) bool or None when no row is padded; cache: per decoder layer (keys, values), each
-    (B, H, P, d), where the attention mode makes it exact, else None.
+    (B, H, P, d), where the attention mode makes it exact, else None; last: (B, 1, D) or None, with a cache the final
+    state of the last token, where the backbone reads what to say of a token off the one before it.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     cache: list[tuple[Tensor, Tensor]] | None = None
+    last: Tensor | None = None
 
     def select(self, rows: Tensor) -> Prefix:
         """The prefix of some rows: `rows` (N,) int64, repeats allowed."""
         cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
-        return Prefix(self.embeds[rows], None if self.mask is None else self.mask[rows], cache)
+        mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
+        return Prefix(self.embeds[rows], mask, cache, last)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from src.batch import Prefix
 from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
@@ -27,7 +28,7 @@ VISION = {
 IMAGE = 90
 
 
-def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = None) -> LLaDAV:
+def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = None, shift: bool = False) -> LLaDAV:
     torch.manual_seed(0)
     decoder = {
         "vocab_size": 97,
@@ -37,6 +38,7 @@ def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = No
         "num_attention_heads": 4,
         "num_key_value_heads": kv_heads,
         "attention": attention,
+        "shift": shift,
     }
     return LLaDAV(decoder=decoder, vision=vision, image_id=IMAGE, init_std=0.2).eval()
 
@@ -72,26 +74,29 @@ def oracle(model: LLaDAV) -> LlamaForCausalLM:
     return llama
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
-def test_full_attention_equals_a_bidirectional_llama(kv_heads):
-    model = make(kv_heads=kv_heads)
+def test_full_attention_equals_a_bidirectional_llama(kv_heads, shift):
+    """With Dream's shift, the logits of a token are those of the place before it."""
+    model = make(kv_heads=kv_heads, shift=shift)
     prompt, response = torch.randint(0, 90, (3, 5)), torch.randint(0, 90, (3, 7))
     ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
-    theirs = oracle(model)(torch.cat([prompt, response], 1)).logits[:, 5:]
+    theirs = oracle(model)(torch.cat([prompt, response], 1)).logits[:, 5 - shift : 12 - shift]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @torch.no_grad()
-def test_prefix_attention_equals_a_masked_llama():
+def test_prefix_attention_equals_a_masked_llama(shift):
     """In `prefix` mode the cached prefix is exact: the same as one pass in which the prefix sees only itself."""
-    model = make("prefix")
+    model = make("prefix", shift=shift)
     prompt, response = torch.randint(0, 90, (2, 5)), torch.randint(0, 90, (2, 7))
     ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
     allowed = torch.ones(12, 12, dtype=torch.bool)
     allowed[:5, 5:] = False
     bias = torch.zeros(12, 12).masked_fill(~allowed, float("-inf"))[None, None].expand(2, 1, 12, 12)
-    theirs = oracle(model)(torch.cat([prompt, response], 1), attention_mask=bias).logits[:, 5:]
+    theirs = oracle(model)(torch.cat([prompt, response], 1), attention_mask=bias).logits[:, 5 - shift : 12 - shift]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -130,10 +135,21 @@ def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
     assert torch.equal(seen[0], ((levels.double() / 255 - 0.5) / 0.5).bfloat16())
 
 
+@torch.no_grad()
+def test_with_shift_the_first_token_of_all_keeps_its_own_logits():
+    """As in Dream: l'[0] = l[0], l'[i] = l[i - 1]."""
+    response = torch.randint(0, 90, (2, 7))
+    plain, shifted = (make(shift=shift).model for shift in (False, True))
+    embeds = plain.embed_tokens(response)
+    own = plain(embeds, Prefix(embeds[:, :0]), None)
+    torch.testing.assert_close(shifted(embeds, Prefix(embeds[:, :0]), None), torch.cat([own[:, :1], own[:, :-1]], 1))
+
+
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("attention", ["full", "prefix"])
 @torch.no_grad()
-def test_padded_rows_give_what_they_give_alone(attention):
-    model = make(attention, vision=VISION)
+def test_padded_rows_give_what_they_give_alone(attention, shift):
+    model = make(attention, vision=VISION, shift=shift)
     images = pictures(1, 0, 2)
     prompts = [[IMAGE, 5, 6, 7], [5, 3], [8, IMAGE, 9, IMAGE]]
     responses = [[11, 12, 13], [14, 15, 16, 17, 18], [19]]

@@ -24,10 +24,10 @@ from tests.test_corruption import SPECIAL, make_batch
 TRAINING = Training(lr=1e-3, warmup_steps=1, decay=0.0)
 
 
-def tiny_backbone() -> nn.Module:
+def tiny_backbone(**options) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LLaDAV(decoder={"vocab_size": 40, "attention": "prefix", **sizes}, vision=None, init_std=0.2)
+    return LLaDAV(decoder={"vocab_size": 40, "attention": "prefix", **sizes, **options}, vision=None, init_std=0.2)
 
 
 def batch_with_prompt(rows: int = 6, *, padding: int = 3) -> Batch:

@@ -99,6 +99,8 @@ OBJECTIVES = {
     "hybrid": lambda: make(HybridNoise, share=0.3),
     "uniform": lambda: make(UniformNoise),
     "two views": lambda: make(ProSeCo, training=TWO_VIEWS),
+    "shift": lambda: make(ProSeCo, backbone=lambda: tiny_backbone(shift=True)),
+    "full attention": lambda: make(ProSeCo, backbone=lambda: tiny_backbone(attention="full")),
 }
 
 

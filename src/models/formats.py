@@ -340,6 +340,8 @@ def _check_attention(description: Description) -> None:
     attention = description.decoder["attention"]
     if attention != "full":
         raise ValueError(f"the model has attention={attention!r}, but the original programs know 'full' only")
+    if description.decoder.get("shift"):
+        raise ValueError("the model has shift=true, which the original programs do not know")
 
 
 def _without(config: dict, names: Collection[str]) -> dict:

@@ -5,6 +5,8 @@
 
 Attention modes. `full`: prefix and response see each other, as LLaDA-V was released. `prefix`: the prefix sees only
 itself, so its keys and values are computed once and reused exactly, at every denoising step and for every noise draw.
+
+Shift, as in Dream (adapted from autoregressive models): the state that speaks of a token is that of the one before it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.batch import Prefix
+
 KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of the decoder, under the names of the released config.json."""
+    """Sizes of the decoder, under the names of the released config.json.
+
+    attention: `full` or `prefix`; shift: the logits of a token are those that the place before it gives
+    """
 
     vocab_size: int
     hidden_size: int
@@ -32,6 +39,7 @@ class DecoderConfig:
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
     attention: str = "full"
+    shift: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
@@ -135,8 +143,11 @@ class Decoder(nn.Module):
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> list[KeyValue]:
-        """Keys and values of a prefix that attends to itself only: per layer (B, H, P, d). `prefix` mode."""
+    def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> tuple[list[KeyValue], Tensor | None]:
+        """What is left to know of a prefix that attends to itself only (`prefix` mode).
+
+        Keys and values per layer, each (B, H, P, d); with `shift` the state (B, 1, D) of its last token, else None.
+        """
         rope = self._rope(self._positions(embeds, None))
         bias = None if mask is None else mask[:, None, None, :]
         cache: list[KeyValue] = []
@@ -144,33 +155,36 @@ class Decoder(nn.Module):
         for block in self.layers[:-1]:
             x, own = block(x, rope, bias, None)
             cache.append(own)
-        last = self.layers[-1]  # its output for the prefix is never read
-        cache.append(last.self_attn.keys_values(last.input_layernorm(x), rope))
-        return cache
+        last = self.layers[-1]
+        if self.config.shift:
+            x, own = last(x, rope, bias, None)
+            return [*cache, own], self.norm(_last(x, mask))
+        cache.append(last.self_attn.keys_values(last.input_layernorm(x), rope))  # its output is never read
+        return cache, None
 
-    def forward(
-        self,
-        embeds: Tensor,
-        prefix: Tensor,
-        prefix_mask: Tensor | None,
-        cache: list[KeyValue] | None,
-        attend: Tensor | None,
-    ) -> Tensor:
-        """Hidden states (B, L, D) of a response with embeddings `embeds` (B, L, D) behind `prefix` (B, P, D)."""
-        length = prefix.shape[1]
-        rope = self._rope(self._positions(embeds, prefix_mask, offset=length))
-        mask = _join_masks(embeds, length, prefix_mask, attend)
-        if cache is not None:
-            x = embeds
-            for block, past in zip(self.layers, cache, strict=True):
+    def forward(self, embeds: Tensor, prefix: Prefix, attend: Tensor | None) -> Tensor:
+        """States (B, L, D) that speak of the tokens of a response with embeddings `embeds` (B, L, D)."""
+        length = prefix.embeds.shape[1]
+        rope = self._rope(self._positions(embeds, prefix.mask, offset=length))
+        mask = _join_masks(embeds, length, prefix.mask, attend)
+        if prefix.cache is not None:
+            x, last = embeds, prefix.last
+            for block, past in zip(self.layers, prefix.cache, strict=True):
                 x, _ = block(x, rope, mask, past)
-            return self.norm(x)
-        prefix_rope = self._rope(self._positions(prefix, None))
-        cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(prefix_rope, rope, strict=True))
-        x = torch.cat([prefix, embeds], 1)
-        for block in self.layers:
-            x, _ = block(x, (cos, sin), mask, None)
-        return self.norm(x[:, length:])
+            x = self.norm(x)
+        else:
+            first = self._rope(self._positions(prefix.embeds, None))
+            cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(first, rope, strict=True))
+            x = torch.cat([prefix.embeds, embeds], 1)
+            for block in self.layers:
+                x, _ = block(x, (cos, sin), mask, None)
+            shifted = self.config.shift and length
+            last = self.norm(_last(x[:, :length], prefix.mask)) if shifted else None
+            x = self.norm(x[:, length:])
+        if not self.config.shift:
+            return x
+        # the first token of all has none before it, and keeps its own
+        return torch.cat([x[:, :1] if last is None else last, x[:, :-1]], 1)
 
     def _positions(self, x: Tensor, prefix_mask: Tensor | None, offset: int = 0) -> Tensor:
         """(B or 1, T) position ids; a response starts right behind its own, unpadded prefix."""
@@ -183,6 +197,13 @@ class Decoder(nn.Module):
         inverse = self.config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
         angle = positions[:, None, :, None].float() * torch.cat([inverse, inverse])
         return angle.cos(), angle.sin()
+
+
+def _last(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, 1, D) of `x` (B, P, D) at the last token of each row that `mask` (B, P) does not hide."""
+    if mask is None:
+        return x[:, -1:]
+    return x[torch.arange(len(x), device=x.device), mask.sum(1) - 1][:, None]
 
 
 def rotate(x: Tensor, rope: KeyValue) -> Tensor:

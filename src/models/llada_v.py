@@ -77,14 +77,15 @@ class LLaDAV(nn.Module):
             embeds, mask = self._splice(ids, keep, marks, self._image_tokens(prefix, sizes))
         else:
             embeds = self.model.embed_tokens(ids)
-        cache = self.model.prefix_cache(embeds, mask) if self.config.attention == "prefix" else None
-        return Prefix(embeds, mask, cache)
+        if self.config.attention == "full":
+            return Prefix(embeds, mask)
+        return Prefix(embeds, mask, *self.model.prefix_cache(embeds, mask))
 
     def forward(
         self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Logits (B, L, V), or (N, V) at the true places of `positions` (B, L) bool, in row-major order."""
-        hidden = self.model(self.model.embed_tokens(tokens), prefix.embeds, prefix.mask, prefix.cache, attend)
+        hidden = self.model(self.model.embed_tokens(tokens), prefix, attend)
         return self.lm_head(hidden if positions is None else hidden[positions])
 
     def _image_sizes(self, prefix: dict[str, Tensor]) -> list[list[Size]]:

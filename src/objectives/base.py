@@ -272,7 +272,7 @@ def detached(prefix: Prefix) -> Prefix:
     """The same prefix as the start of a graph of its own: backward passes end there and add up."""
     leaf = lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad)  # noqa: E731
     cache = prefix.cache and [(leaf(keys), leaf(values)) for keys, values in prefix.cache]
-    return Prefix(leaf(prefix.embeds), prefix.mask, cache)
+    return Prefix(leaf(prefix.embeds), prefix.mask, cache, None if prefix.last is None else leaf(prefix.last))
 
 
 def propagate(prefix: Prefix, leaves: Prefix) -> None:
@@ -284,7 +284,8 @@ def propagate(prefix: Prefix, leaves: Prefix) -> None:
 
 
 def _tensors(prefix: Prefix) -> list[Tensor]:
-    return [prefix.embeds, *(tensor for pair in prefix.cache or () for tensor in pair)]
+    found = [prefix.embeds, prefix.last, *(tensor for pair in prefix.cache or () for tensor in pair)]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def attended(batch: Batch) -> Tensor | None:
