@@ -22,7 +22,7 @@ from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.diffusion.unmask import Threshold
 
-FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 TRACES = json.loads((FOLDER / "sampler_traces.json").read_text())
 TEXTS = json.loads((FOLDER / "text_samplers.json").read_text())
 LLADA = [name for name in TEXTS if name.startswith("llada/")]

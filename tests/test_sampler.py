@@ -269,6 +269,22 @@ def test_a_cycle_ends_the_post_steps(period):
     assert found.forwards.tolist() == [period, period + 1]
 
 
+class Restless(OverwriteAll):
+    """Does not promise to do the same again."""
+
+    random = True
+
+
+def test_a_reviser_that_draws_is_not_stopped_by_a_text_that_came_back():
+    start = torch.tensor([[4, 9, 9]])
+    sampler = Sampler(length=3, reviser=Restless(), post_steps=5)
+    found = sample(sampler, Scripted(lambda r, call, t: peaked([4, 9, 9])), start=start, trace=True)
+    assert len(found.traces[0]) == 5
+    assert found.forwards.tolist() == [1]  # what is known is not asked again
+    swing = Scripted(lambda r, call, t: peaked([9 - int(t[0]) + 4, 9, 9]))
+    assert sample(sampler, swing, start=start).forwards.tolist() == [5]
+
+
 def test_max_forwards_fills_the_rest_with_the_last_logits():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 6, [6, 5, 4, 3, 2, 1]))
     found = sample(Sampler(length=6, blocks=2, max_forwards=2), backbone, trace=True)

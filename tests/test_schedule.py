@@ -40,3 +40,38 @@ def test_the_earliest_end_ever_seen_counts():
     assert progress.stop.tolist() == [4, 1, 0]
     assert progress.reach.sum(1).tolist() == [4, 1, 0]
     assert [row.nonzero()[:, 0].tolist() for row in progress.wanted(tokens)] == [[1, 3], [], []]
+
+
+@pytest.mark.parametrize("shift", [1 / 3, 0.9, 3.0, 20.0])
+@pytest.mark.parametrize(("number", "steps"), [(64, 8), (64, 64), (13, 5), (128, 16)])
+def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
+    """LaViDa's: of n tokens, n s x / (1 + (s - 1) x) after the share x of the steps; at least one a step."""
+    tokens = torch.full((1, number), MASK)
+    schedule = Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1, shift=shift)
+    progress = Progress(schedule, tokens, MASK)
+    revealed = 0
+    for step in range(1, steps + 1):
+        progress.enter(tokens)
+        count = int(progress.take(tokens))
+        assert count >= min(1, number - revealed)
+        expected = number * shift * (step / steps) / (1 + (shift - 1) * step / steps)
+        ahead = revealed - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)
+        revealed += count
+        assert expected - 1e-6 <= revealed < expected + max(ahead, 0) + 1 or count == 1
+        tokens[:, :revealed] = 5
+    assert revealed == number
+
+
+def test_an_even_split_is_the_shift_of_one():
+    for number in range(1, 40):
+        for left in range(1, 40):
+            masks, steps = torch.tensor([number]), torch.tensor([left + 3])
+            even = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1)
+            near = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1, shift=1 + 1e-12)
+            assert even.share(masks, steps, torch.tensor([left])) == near.share(masks, steps, torch.tensor([left]))
+
+
+@pytest.mark.parametrize("shift", [0, -1, float("inf"), float("nan")])
+def test_a_shift_that_is_no_curve_is_refused(shift):
+    with pytest.raises(ValueError, match="shift must be above 0"):
+        Schedule(length=8, tokens_per_step=1, steps=None, blocks=1, shift=shift)

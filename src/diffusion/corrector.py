@@ -1,38 +1,94 @@
 """ProSeCo's corrector: between two reveals the model reads its own full draft until it agrees (arXiv 2602.11590).
 
-    Corrector(every=2, passes=4)
+    Corrector(every=2, passes=4)                     in blocks, as for LLaDA
+    Corrector(every=2, passes=4, counts="text")      whole texts, with `unmask: Bernoulli`, as for MDLM
 
 The same network is a denoiser where it sees masks and a corrector where it sees none. A corrector step fills every
-mask with the best guess, runs the network on that draft up to `passes` times, each time replacing it by the argmax, and
-stops where nothing changes. Visible tokens take the last draft, and masks are revealed by the last logits.
+mask with the best guess and runs the network on that draft up to `passes` times, each time changing the draft by what
+it says. Visible tokens take the last draft, and masks are revealed by the last logits.
+
+Forward calls: at most T + floor(T / every) * passes for T steps. No call is made for tokens whose logits are known: a
+network that is told no time says the same again. So a text without masks (post steps) needs none for its first pass,
+and a draft that stays as it is needs no other. Guidance holds for corrections as well, at two calls a pass; the
+released code drops it there, so that its scale has no effect where every step corrects.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from src.diffusion.revisers import Predict, Prediction, Reviser, State
+from src.diffusion.schedule import Schedule
+from src.diffusion.unmask import draw, top
 
 SCOPES = ("written", "block")
+PICKS = ("argmax", "sample", "edit")
+COUNTS = ("block", "text")
+
+
+@dataclass
+class Corrected(Prediction):
+    """A prediction that further calls have brought up to date, and the draft (B, L) that they led to."""
+
+    draft: Tensor
+
+    @classmethod
+    def of(cls, prediction: Prediction, draft: Tensor) -> Corrected:
+        """A prediction that may be changed without harm to the one it comes from."""
+        return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
+
+    def ask(self, predict: Predict, where: Tensor) -> None:
+        """One call with the draft, for the true places of `where` (B, L)."""
+        found = predict(self.draft, where)
+        self.logits[where[self.where]] = found.logits
+        self.best = torch.where(where, found.best, self.best)
 
 
 class Corrector(Reviser):
-    """Every `every`-th step of a block corrects; post steps do as well.
+    """Every `every`-th step corrects; post steps do as well.
 
-    every:  counts from 1 in each block, as in the released code. WARN: it never fires where a block has fewer steps
     passes: the most forward calls of one correction; 0 never corrects
     scope:  `written` corrects the current block and all before it, `block` the current one alone
+    pick:   how a pass changes the draft. `argmax`: takes the best tokens. `sample`: draws from the probabilities, at
+            temperature 1. `edit`: takes the best tokens at the `num_edits` places where they differ and are most sure
+    counts: steps are counted from 1 in each `block`, as released for LLaDA, or over the whole `text`
+    begin:  the first step, of those so counted, that may correct
     """
 
-    def __init__(self, *, every: int = 1, passes: int = 1, scope: Literal["written", "block"] = "written") -> None:
-        if every < 1 or passes < 0:
-            raise ValueError(f"every must be at least 1 and passes at least 0, got {every} and {passes}")
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        passes: int = 1,
+        scope: Literal["written", "block"] = "written",
+        pick: Literal["argmax", "sample", "edit"] = "argmax",
+        num_edits: int | None = None,
+        counts: Literal["block", "text"] = "block",
+        begin: int = 1,
+    ) -> None:
+        if every < 1 or passes < 0 or begin < 1:
+            raise ValueError(f"every and begin are at least 1 and passes at least 0, got {every}, {begin}, {passes}")
+        for value, known in ((scope, SCOPES), (pick, PICKS), (counts, COUNTS)):
+            if value not in known:
+                raise ValueError(f"expected one of {known}, got {value!r}")
+        if (num_edits is not None) != (pick == "edit") or (num_edits is not None and num_edits < 1):
+            raise ValueError(f"num_edits is a number of at least 1 for pick=edit and null else, got {num_edits}")
         self.every, self.passes, self.scope = every, passes, scope
+        self.pick, self.num_edits, self.counts, self.begin = pick, num_edits, counts, begin
+        self.random = pick == "sample"
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises ValueError where no step is one that corrects."""
+        steps = schedule.block_steps * (1 if self.counts == "block" else schedule.blocks)
+        if self.passes and steps // self.every * self.every < self.begin:
+            what = f"a block has {steps} steps" if self.counts == "block" else f"the text has {steps} steps"
+            told = f"every={self.every} begin={self.begin} never corrects where {what}"
+            advice = ", counts=text" if self.counts == "block" and schedule.blocks > 1 else ""
+            raise ValueError(f"{told}: lower these, or take more steps{advice}, or passes=0 for no corrections")
 
     def editable(self, state: State) -> Tensor:
         return self._region(state) & state.visible
@@ -42,28 +98,48 @@ class Corrector(Reviser):
         return ~state.visible & self._fires(state)[:, None]
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
-        """The logits of the last draft where it is corrected, those of the first pass elsewhere."""
-        region, draft = self._region(state) & prediction.where, prediction.best
-        draft = torch.where(state.visible, state.tokens, draft)
-        logits, best = prediction.logits.clone(), prediction.best.clone()
-        for _ in range(self.passes):
-            if not region.any():
+        """The logits of the last pass where the draft is corrected, those of the first call elsewhere."""
+        region = self._region(state) & prediction.where
+        draft = torch.where(state.visible, state.tokens, prediction.best)
+        said = Corrected.of(prediction, draft)
+        new = (draft != state.tokens).any(1)  # (B,) whether the logits are not those of the draft
+        for number in range(self.passes):
+            region = region & ~(new & (state.spare <= number))[:, None]
+            asked = region & new[:, None]
+            if asked.any():
+                said.ask(predict, asked)
+            elif not region.any():
                 break
-            found = predict(draft, region)
-            logits[region[prediction.where]] = found.logits
-            best = torch.where(region, found.best, best)
-            changed = (region & (found.best != draft)).any(1)
-            draft = torch.where(region, found.best, draft)
-            region = region & changed[:, None]  # a row that agrees with itself is done
-        return Prediction(prediction.where, logits, best)
+            draft = self._change(state, said, region, predict)
+            new = (draft != said.draft).any(1)
+            said.draft = draft
+            if not self.random:
+                region = region & new[:, None]  # a draft that stays as it is will never change
+        return said
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        return prediction.best
+        assert isinstance(prediction, Corrected)
+        return prediction.draft
+
+    def _change(self, state: State, said: Corrected, region: Tensor, predict: Predict) -> Tensor:
+        """(B, L) the next draft, changed where `region` is true."""
+        draft, special = said.draft.clone(), predict.special
+        if self.pick == "sample":
+            logits = said.at(region)[:, : special.vocab_size]
+            logits[:, special.mask] = -torch.inf
+            draft[region] = draw(logits, temperature=1.0, noise=state.noise, counts=region.sum(1).tolist())
+            return draft
+        if self.pick == "edit":
+            region = region & (said.best != draft)
+            count = torch.full_like(state.step, self.num_edits or 0)
+            region = top(said.confidence(region, said.best), region, count)
+        return torch.where(region, said.best, draft)
 
     def _fires(self, state: State) -> Tensor:
-        """(B,) bool: whether this step corrects. `left` is 0 in post steps."""
-        done = state.steps - state.left + 1
-        return ((done % self.every == 0) | (state.left == 0)) & (self.passes > 0)
+        """(B,) bool: whether this step corrects."""
+        number = 1 + (state.made if self.counts == "block" else state.step)
+        due = (number % self.every == 0) & (number >= self.begin)
+        return (due | (state.made < 0)) & (self.passes > 0)
 
     def _region(self, state: State) -> Tensor:
         """(B, L) bool: what a correction may change."""

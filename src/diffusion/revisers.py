@@ -1,25 +1,29 @@
 """Revisers: what a sampler does, besides revealing masks, to tokens that are already visible.
 
-A step of the sampler calls three hooks of its reviser, in this order:
+A step of the sampler calls these hooks of its reviser, in this order:
 
+    count      how many masks a step reveals; chance: with which probability each, for policies that draw
     refine     once the logits are there: may run further passes and return a better `Prediction`
     overwrite  after the reveal: new ids for visible positions
     remask     last: visible positions to hide again
 
 Only positions that `editable` names, and that were visible before the step, can change: the block's, if a class
-defines `overwrite` or `remask`. A hook does nothing unless a class defines it. So a new method is one class here,
+defines `overwrite` or `remask`. A hook does nothing unless a class defines it. So a new method is one class,
 and the loop in `sampler.py` stays as it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from src.diffusion.unmask import TopK, low_confidence
+from src.batch import SpecialIds
+from src.diffusion.noise import Noise
+from src.diffusion.schedule import Schedule
+from src.diffusion.unmask import SCORES, top
 
 
 @dataclass
@@ -40,10 +44,11 @@ class Prediction:
         """(M, V), a copy: logits at the M true places of `places` (B, L), which `where` has to cover."""
         return self.logits[places[self.where]]
 
-    def confidence(self, places: Tensor, tokens: Tensor) -> Tensor:
-        """(B, L) float64 probability of `tokens` (B, L) at the true places of `places`, 0 elsewhere."""
+    def confidence(self, places: Tensor, tokens: Tensor, score: str = "probability") -> Tensor:
+        """(B, L) float64 probability, or another score, of `tokens` (B, L) where `places` is true; 0 elsewhere."""
         out = torch.zeros(places.shape, dtype=torch.float64, device=places.device)
-        out[places] = low_confidence(self.logits, places[self.where].nonzero()[:, 0], tokens[places])
+        if places.any():
+            out[places] = SCORES[score](self.logits, places[self.where].nonzero()[:, 0], tokens[places])
         return out
 
 
@@ -57,6 +62,13 @@ class State:
     step:     (B,) how many steps the row has made before
     steps:    (B,) how many steps the block was given; left: how many of them are left, with this one. No step is left
               once no mask is
+    made:     (B,) how many steps the block has had before, which without a schedule may be more than it was given; -1
+              once no mask is left
+    spare:    (B,) how many passes of its own the reviser may make in this step, by the sampler's `max_forwards`
+    sure:     (B, L) float64, the probability of a token when it was revealed; inf where none was: what was given, and
+              what is hidden. `remask` sees it with the tokens that this step reveals
+    hidden:   (B, L) how often a position has been hidden again
+    noise:    numbers for the reviser alone
     """
 
     tokens: Tensor
@@ -65,19 +77,53 @@ class State:
     step: Tensor
     steps: Tensor
     left: Tensor
+    made: Tensor
+    spare: Tensor
+    sure: Tensor
+    hidden: Tensor
+    noise: Noise
 
 
 class Predict(Protocol):
-    """One forward call of the rows in which `where` (B, L) is true anywhere; at least one row has to ask."""
+    """One forward call of the rows in which `where` (B, L) is true anywhere."""
+
+    special: SpecialIds
 
     def __call__(self, tokens: Tensor, where: Tensor) -> Prediction: ...
 
 
 class Reviser:
-    """Leaves visible tokens alone; the base of the others."""
+    """Leaves visible tokens alone; the base of the others.
+
+    random:  does not do the same again in the same state, so that a text that comes back is no reason to stop
+    looks:   needs logits of the positions that it may change
+    patient: rows use all steps of a block, also those that are left when no mask is: it may hide tokens again
+    vetoes:  `remask` may also name positions that the step is about to reveal; they then stay hidden
+    chooses: so every mask is proposed to it, and what is revealed is its choice alone
+    """
+
+    random: bool = False
+    looks: ClassVar[bool] = True
+    patient: ClassVar[bool] = False
+    vetoes: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise ValueError where the reviser can never act with such a schedule."""
+
+    def count(self, state: State, count: Tensor) -> Tensor:
+        """(B,) how many masks this step reveals; `count` (B,) is an even split over the steps that are left."""
+        return count
+
+    def chance(self, state: State) -> Tensor:
+        """(B,) float64 probability with which each mask is revealed, where masks are revealed by chance.
+
+        By default (a_s - a_t) / (1 - a_t) of the linear schedule a_t = 1 - t. It is 1 in the last step of a block.
+        """
+        return 1 / state.left.clamp(min=1).double()
 
     def editable(self, state: State) -> Tensor:
-        """(B, L) bool: the visible positions that this step may change, and so needs logits of.
+        """(B, L) bool: the visible positions that this step may change.
 
         Those of the block where a class defines `overwrite` or `remask`, else none.
         """
@@ -90,7 +136,7 @@ class Reviser:
         return torch.zeros_like(state.visible)
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
-        """What the rest of the step works with; it has to cover the places of `prediction.where`."""
+        """What the rest of the step works with: a new object that covers the places of `prediction.where`."""
         return prediction
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
@@ -129,7 +175,7 @@ class OverwriteAll(Reviser):
             return prediction.best
         where = self.editable(state) & prediction.where
         count = (where.sum(1).double() * self.share).long()
-        sure = TopK().select(prediction.confidence(where, prediction.best), where, count)
+        sure = top(prediction.confidence(where, prediction.best), where, count)
         return torch.where(sure, prediction.best, state.tokens)
 
 

@@ -10,23 +10,29 @@ noise: what it becomes does not depend on the other rows. Rows that are done lea
 
 The end of the text is the first eot of the finished response; what is behind it becomes end-of-text. Until
 then these positions are ordinary ones, so that a reviser may still move the end; `early_stop` fixes it sooner.
+
+A row that a step leaves as it is costs no call in the next: backbones are told no time and would say the same again.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from src.batch import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 from src.diffusion.noise import Noise
+from src.diffusion.predictor import Predictor
 from src.diffusion.revisers import Prediction, Reviser, Settled, State
 from src.diffusion.schedule import Progress, Schedule
-from src.diffusion.unmask import TopK, Unmask, draw
+from src.diffusion.unmask import TopK, Unmask, draw, keep_nucleus
+
+DRAWS = ("sampler", "unmask", "score", "reviser")  # noise of tokens, of policies, of the random score, of revisers
+Score = Literal["probability", "margin", "entropy", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +41,14 @@ class Sampler:
 
     tokens_per_step or steps: how fast masks are revealed, one of the two; neither means one token a step
     blocks: the response is written in this many equal parts, left to right; `steps` are shared among them
+    shift: how unevenly a block's steps share its masks, see `Schedule`
     unmask: which masks to reveal (default `TopK()`)
+    score: what masks are chosen by: `probability` of the proposal, `margin` between the two best, (negative) `entropy`,
+        or `random`, of the logits before temperature
     reviser: what happens to visible tokens (default nothing)
     post_steps: passes that only revise, once no mask is left; a row stops earlier when its text comes back
     temperature: 0 takes the argmax, otherwise revealed tokens are drawn from softmax(logits / temperature)
+    top_p: they are drawn from the smallest set of tokens that has this share, 1 is all
     eos_last: proposals of eot and end-of-text are revealed after all others. They are the surest guesses of a canvas
         that is all masks, and revealed first they make every text as short as it can be
     early_stop: the earliest eot ever seen after a step ends the text, even if it is rewritten later. The masks before
@@ -53,30 +63,64 @@ class Sampler:
     tokens_per_step: int | None = None
     steps: int | None = None
     blocks: int = 1
+    shift: float = 1.0
     unmask: Unmask | None = None
+    score: Score = "probability"
     reviser: Reviser | None = None
     post_steps: int = 0
     temperature: float = 0.0
+    top_p: float = 1.0
     eos_last: bool = False
     early_stop: bool | Literal["block"] = False
     cfg_scale: float = 0.0
     max_forwards: int | None = None
 
     def __post_init__(self) -> None:
+        reviser = self.reviser or Reviser()
         if self.post_steps < 0 or (self.post_steps and self.reviser is None):
             raise ValueError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
+        if self.post_steps and type(reviser).overwrite is Reviser.overwrite:
+            raise ValueError(f"post_steps only rewrite, which {type(reviser).__name__} never does: leave them 0")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
+            raise ValueError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
         if self.cfg_scale < 0:
             raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
         if self.max_forwards is not None and self.max_forwards < self.step_forwards:
             raise ValueError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
-        _ = self.schedule  # wrong numbers fail here, not at the first batch
+        self._check_score()
+        schedule = self.schedule  # wrong numbers fail here, not at the first batch
+        idle = self.steps is not None and self.steps > self.length  # a step reveals a token, unless by chance
+        if idle and (self.unmask or TopK()).scores and not reviser.patient:
+            raise ValueError(f"{self.steps} steps are more than the {self.length} tokens of the response")
+        if self.shift != 1 and (not (self.unmask or TopK()).scores or type(reviser).count is not Reviser.count):
+            raise ValueError(f"shift={self.shift} is for samplers that reveal a scheduled number of the surest masks")
+        reviser.check(schedule)
+
+    def _check_score(self) -> None:
+        """Refuse a score that is unknown, or that the policy cannot work with, or would ignore."""
+        policy, known = self.unmask or TopK(), TopK.scores
+        if self.score not in known:
+            raise ValueError(f"score must be one of {known}, got {self.score!r}")
+        if policy.scores and self.score not in policy.scores:
+            raise ValueError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
+        if not policy.scores and (self.eos_last or self.score != "probability"):
+            given = f"eos_last={self.eos_last} score={self.score!r}"
+            raise ValueError(f"{type(policy).__name__} reveals by chance, so leave eos_last and score, got {given}")
+        chooses = self.reviser is not None and self.reviser.chooses
+        if chooses and (policy, self.score, self.eos_last) != (TopK(), "probability", False):
+            what = f"{type(self.reviser).__name__} chooses what is revealed"
+            raise ValueError(
+                f"{what}, so leave unmask, score and eos_last, got {policy} {self.score!r} {self.eos_last}"
+            )
 
     @property
     def schedule(self) -> Schedule:
         tokens = 1 if self.tokens_per_step is None and self.steps is None else self.tokens_per_step
-        return Schedule(length=self.length, tokens_per_step=tokens, steps=self.steps, blocks=self.blocks)
+        return Schedule(
+            length=self.length, tokens_per_step=tokens, steps=self.steps, blocks=self.blocks, shift=self.shift
+        )
 
     @property
     def step_forwards(self) -> int:
@@ -107,8 +151,8 @@ class Sampler:
         """
         began = time.perf_counter()
         tokens = self._canvas(prefix, special, keys, start)
-        predict = _Predictor(self, backbone, prefix, special, suffix)
-        noise = Noise(keys, seed=seed, draw="sampler")
+        predict = Predictor(backbone, prefix, special, cfg_scale=self.cfg_scale, suffix=suffix)
+        noise = {draw: Noise(keys, seed=seed, draw=draw) for draw in DRAWS}
         run = _Run(self, tokens, predict, noise)
         traces: list[list[TraceStep]] | None = [[] for _ in keys] if trace else None
         while run.active.any():
@@ -142,35 +186,46 @@ class _Step:
 class _Run:
     """One call of a sampler: the state of its rows."""
 
-    def __init__(self, sampler: Sampler, tokens: Tensor, predict: _Predictor, noise: Noise) -> None:
+    def __init__(self, sampler: Sampler, tokens: Tensor, predict: Predictor, noise: dict[str, Noise]) -> None:
         self.sampler, self.predict, self.noise = sampler, predict, noise
         self.mask_id = predict.special.mask
         self.unmask, self.reviser = sampler.unmask or TopK(), sampler.reviser or Reviser()
         self.tokens = tokens
-        self.progress = Progress(sampler.schedule, tokens, self.mask_id)
+        self.progress = Progress(sampler.schedule, tokens, self.mask_id, patient=self.reviser.patient)
         self.settled = Settled(tokens, passes=sampler.post_steps)
         self.steps, self.passes, self.edits, self.remasks = (tokens.new_zeros(len(tokens)) for _ in range(4))
+        self.sure = torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device)
+        self.hidden = torch.zeros_like(tokens)
         self.active = (tokens == self.mask_id).any(1) | (sampler.post_steps > 0)
 
     def step(self, traces: list[list[TraceStep]] | None) -> None:
         """One pass of the loop, over all rows that are not done."""
-        before, active, last = self.tokens, self.active, self._is_last_forward()
+        before, active, last, reviser = self.tokens, self.active, self._is_last_forward(), self.reviser
         wanted, visible = self.progress.wanted(before), before != self.mask_id
-        post = active & ~wanted.any(1)  # only to be revised
+        post = active & ~self.progress.busy(before)  # only to be revised
         self.progress.enter(before)
         state = self._state(visible, post)
-        count = self.progress.take(before).masked_fill(last, self.sampler.length)
+        count = reviser.count(state, self.progress.take(before)).masked_fill(last, self.sampler.length + 1)
+        chance = reviser.chance(state).masked_fill(last | (state.left <= 1), 1.0)
         eligible = wanted & (self.progress.reach | last[:, None]) & active[:, None]
-        editable = self.reviser.editable(state) & visible & active[:, None]
-        hideable = editable & ~(post | last | (self.progress.steps_left == 0))[:, None]
+        editable = reviser.editable(state) & visible & active[:, None]
+        hides = ~(post | last | (self.progress.steps_left == 0))[:, None]
 
-        prediction = self.predict(before, eligible | editable | self.reviser.reads(state) & active[:, None])
-        prediction = self.reviser.refine(state, prediction, self.predict)
+        read = reviser.reads(state) & active[:, None]
+        asked = self.predict.next(before, eligible | read | editable if reviser.looks else eligible | read)
+        prediction = reviser.refine(state, asked, self.predict)
         proposal, confidence = self._propose(prediction, eligible, drawn=eligible & ~last[:, None])
-        unmasked = self.unmask.select(self._score(proposal, confidence), eligible, count)
-        written = self.reviser.overwrite(state, prediction)
+        score = self._score(prediction, eligible, proposal, confidence)
+        unmasked = self.unmask.select(score, eligible, count, chance, self.noise["unmask"])
+        if reviser.chooses:
+            unmasked = eligible
+        written = reviser.overwrite(state, prediction)
         rewritten = editable & (written != before)
-        remasked = hideable & self.reviser.remask(state, prediction)
+        state = replace(state, sure=torch.where(unmasked, confidence, self.sure))
+        hidden = hides & reviser.remask(state, prediction)
+        remasked = hidden & editable
+        if reviser.vetoes:
+            unmasked = unmasked & ~hidden
 
         tokens = torch.where(unmasked, proposal, torch.where(rewritten, written, before))
         tokens = tokens.masked_fill(remasked, self.mask_id)
@@ -178,6 +233,7 @@ class _Run:
         if traces is not None:
             self._record(traces, step)
         self._finish(step, post, last)
+        self.predict.keep(asked, self.active & (self.tokens == before).all(1))
 
     def text(self) -> Tensor:
         """(B, L) the tokens; where an early stop has ended a row an eot, or end-of-text from there on."""
@@ -189,8 +245,19 @@ class _Run:
     def _state(self, visible: Tensor, post: Tensor) -> State:
         """The step as its reviser sees it."""
         progress = self.progress
-        left = progress.steps_left.masked_fill(post, 0)
-        return State(self.tokens, visible, progress.in_block | post[:, None], self.steps, progress.steps, left)
+        left, made = progress.steps_left.masked_fill(post, 0), progress.made.masked_fill(post, -1)
+        return State(
+            tokens=self.tokens, visible=visible, block=progress.in_block | post[:, None], step=self.steps,
+            steps=progress.steps, left=left, made=made, spare=self._spare(), sure=self.sure, hidden=self.hidden,
+            noise=self.noise["reviser"],
+        )  # fmt: skip
+
+    def _spare(self) -> Tensor:
+        """(B,) further passes that the budget of a row allows, besides that of the step and the last one."""
+        limit, cost = self.sampler.max_forwards, self.sampler.step_forwards
+        if limit is None:
+            return torch.full_like(self.steps, torch.iinfo(torch.int64).max)
+        return (limit - self.predict.forwards) // cost - 2
 
     def _is_last_forward(self) -> Tensor:
         """(B,) bool: whether the budget of a row allows no step after the next one."""
@@ -205,15 +272,22 @@ class _Run:
         if temperature > 0:
             logits, counts = prediction.at(drawn)[:, : self.predict.special.vocab_size], drawn.sum(1).tolist()
             logits[:, self.mask_id] = -torch.inf
-            proposal[drawn] = draw(logits, temperature=temperature, noise=self.noise, counts=counts)
+            if self.sampler.top_p < 1:
+                keep_nucleus(logits, temperature=temperature, top_p=self.sampler.top_p)
+            proposal[drawn] = draw(logits, temperature=temperature, noise=self.noise["sampler"], counts=counts)
         return proposal, prediction.confidence(eligible, proposal)
 
-    def _score(self, proposal: Tensor, confidence: Tensor) -> Tensor:
-        """The confidence by which places are chosen: with `eos_last` below 0 where the text would end."""
+    def _score(self, prediction: Prediction, eligible: Tensor, proposal: Tensor, confidence: Tensor) -> Tensor:
+        """(B, L) float64 by which places are chosen: with `eos_last` below all others where the text would end."""
+        name, special = self.sampler.score, self.predict.special
+        if name == "random":
+            score = self.noise["score"].uniform(eligible).double()
+        else:
+            score = confidence if name == "probability" else prediction.confidence(eligible, proposal, name)
         if not self.sampler.eos_last:
-            return confidence
-        special = self.predict.special
-        return confidence - ((proposal == special.eos) | (proposal == special.eot)).double()
+            return score
+        span = 1 + math.log(special.vocab_size) if name == "entropy" else 1.0  # more than scores may differ by
+        return score - span * ((proposal == special.eos) | (proposal == special.eot)).double()
 
     def _finish(self, step: _Step, post: Tensor, last: Tensor) -> None:
         """Count. Rows are done when no mask is wanted and revising is over, or when their budget is spent."""
@@ -225,10 +299,12 @@ class _Run:
         self.steps = self.steps + self.active
         self.edits += step.rewritten.sum(1)
         self.remasks += step.remasked.sum(1)
+        self.sure = torch.where(step.unmasked, step.confidence, self.sure).masked_fill(step.remasked, torch.inf)
+        self.hidden = self.hidden + step.remasked
         self.passes += post
-        seen = self.settled.update(self.tokens, self.passes) & post
+        seen = self.settled.update(self.tokens, self.passes) & post & (not self.reviser.random)
         over = seen | (self.passes >= self.sampler.post_steps)
-        self.active = self.active & ~last & (self.progress.wanted(self.tokens).any(1) | ~over)
+        self.active = self.active & ~last & (self.progress.busy(self.tokens) | ~over)
 
     def _record(self, traces: list[list[TraceStep]], step: _Step) -> None:
         """Append the step to the trace of each row that took part."""
@@ -250,72 +326,9 @@ class _Run:
             )
 
 
-class _Predictor:
-    """Forward calls for the rows that ask for something; counts them per row, never proposes a banned id or the mask.
-
-    The logits that a backbone returns are changed in place where they are float32 already: a copy may take gigabytes.
-    prefixes: what the calls of a step are made behind: the prefix and, for guidance, one that is all masks.
-    """
-
-    def __init__(
-        self, sampler: Sampler, backbone: Backbone, prefix: Prefix, special: SpecialIds, suffix: Tensor | None
-    ) -> None:
-        self.backbone, self.special, self.scale = backbone, special, sampler.cfg_scale
-        self.prefixes = [prefix, hidden_prefix(backbone, prefix, special)] if self.scale else [prefix]
-        device = prefix.embeds.device
-        self.forwards = torch.zeros(prefix.embeds.shape[0], dtype=torch.int64, device=device)
-        self.banned = torch.tensor(special.banned, dtype=torch.int64, device=device)
-        if suffix is not None and suffix.ndim != 1:
-            raise ValueError(f"suffix must be one row of ids, (S,), got shape {tuple(suffix.shape)}")
-        self.suffix = torch.tensor([] if suffix is None else suffix.tolist(), dtype=torch.int64, device=device)
-        self.rows, self.selected = torch.arange(len(self.forwards), device=device), self.prefixes
-
-    def __call__(self, tokens: Tensor, where: Tensor) -> Prediction:
-        """Logits and argmax at the true places of `where` (B, L)."""
-        asked = where.any(1)
-        self.forwards = self.forwards + asked * len(self.prefixes)
-        rows = asked.nonzero()[:, 0]
-        logits = self._logits(rows, tokens[rows], where[rows])  # (N, V)
-        logits[:, self.banned] = -torch.inf
-        logits[:, self.special.vocab_size :] = -torch.inf
-        best = tokens.clone()
-        best[where] = argmax_without(logits, self.special.mask)
-        return Prediction(where, logits, best)
-
-    def _logits(self, rows: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-        """(N, V) float32 logits of some rows in sight of the suffix, guided if asked for."""
-        if not torch.equal(rows, self.rows):
-            self.rows, self.selected = rows, [prefix.select(rows) for prefix in self.prefixes]
-        suffix = self.suffix.expand(len(rows), -1)  # (n, S)
-        tokens, where = torch.cat([tokens, suffix], 1), F.pad(where, (0, len(self.suffix)))  # (n, L + S)
-        said = [self.backbone(p, tokens, positions=where).float() for p in self.selected]
-        if not self.scale:
-            return said[0]
-        told, blind = said
-        return told.sub_(blind).mul_(self.scale + 1).add_(blind)
-
-
 def _true(row: list[bool]) -> list[int]:
     """The places of the true values."""
     return [place for place, value in enumerate(row) if value]
-
-
-def argmax_without(logits: Tensor, mask: int) -> Tensor:
-    """(N,) argmax of logits (N, V) among the ids that are not `mask`."""
-    kept = logits[:, mask].clone()
-    logits[:, mask] = -torch.inf  # and back again: cheaper than a copy of all
-    best = logits.argmax(-1)
-    logits[:, mask] = kept
-    return best
-
-
-def hidden_prefix(backbone: Backbone, prefix: Prefix, special: SpecialIds) -> Prefix:
-    """A prefix of the same lengths that tells nothing: the mask at every place, also where an image was."""
-    device = prefix.embeds.device
-    inputs = {"prompt_ids": torch.full(prefix.embeds.shape[:2], special.mask, dtype=torch.int64, device=device)}
-    if prefix.mask is not None:
-        inputs["prompt_mask"] = prefix.mask
-    return backbone.encode_prefix(inputs)
 
 
 def end_text(tokens: Tensor, special: SpecialIds) -> Tensor:

@@ -13,6 +13,7 @@ block all its masks go, so every row ends. Rows move through the blocks on their
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 class Schedule:
     """Blocks of a response of `length` tokens, and the steps of each: `steps` in all, or `tokens_per_step`.
 
+    shift: after the share x of a block's steps shift * x / (1 + (shift - 1) * x) of it is revealed (LaViDa, arXiv
+        2505.16839): 1 is an even split, above 1 reveals most in the first steps, below 1 in the last ones
+
     Raises ValueError when the numbers do not fit together.
     """
 
@@ -30,6 +34,7 @@ class Schedule:
     tokens_per_step: int | None
     steps: int | None
     blocks: int
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         tokens, steps, length, blocks = self.tokens_per_step, self.steps, self.length, self.blocks
@@ -39,14 +44,19 @@ class Schedule:
             raise ValueError(f"a length of {length} tokens cannot be split into {blocks} equal blocks")
         if steps is not None and (steps < 1 or steps % blocks):
             raise ValueError(f"{steps} steps cannot be shared equally by {blocks} blocks")
-        if steps is not None and steps > length:
-            raise ValueError(f"{steps} steps are more than the {length} tokens of the response")
         if tokens is not None and not 1 <= tokens <= self.block_length:
             raise ValueError(f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be above 0, got {self.shift}")
 
     @property
     def block_length(self) -> int:
         return self.length // self.blocks
+
+    @property
+    def block_steps(self) -> int:
+        """Steps that a block of masks gets."""
+        return int(self.steps_for(torch.tensor([self.block_length]))[0])
 
     def steps_for(self, masks: Tensor) -> Tensor:
         """(B,) steps that a block with `masks` (B,) hidden tokens gets."""
@@ -54,36 +64,49 @@ class Schedule:
             return torch.full_like(masks, self.steps // self.blocks)
         return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
 
+    def share(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
+        """(B,) how many of `masks` (B,) to reveal now, with `left` (B,) of a block's `steps` to come; rounded up."""
+        left = left.clamp(min=1)
+        if self.shift == 1:
+            return ceil_divide(masks, left)
+        done = 1 - torch.stack([left, left - 1]).double() / steps.clamp(min=1).maximum(left)
+        hidden = 1 - self.shift * done / (1 + (self.shift - 1) * done)  # before the step and after it
+        return (masks * (1 - hidden[1] / hidden[0]) - 1e-9).ceil().long()
+
 
 class Progress:
     """Where each row stands.
 
     end:        (B,) the end of its current block
     steps:      (B,) how many steps this block was given; steps_left: how many of them are to come
+    made:       (B,) how many it has had, which may be more where a policy does not keep to the schedule
     stop:       (B,) the place of the eot that ends its text, or the length of the response
+    patient:    a row stays in its block for all its steps, also where no mask is left in it before
     """
 
-    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int) -> None:
-        self.schedule, self.mask_id = schedule, mask_id
+    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int, *, patient: bool = False) -> None:
+        self.schedule, self.mask_id, self.patient = schedule, mask_id, patient
         self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
-        self.end, self.steps, self.steps_left = (tokens.new_zeros(len(tokens)) for _ in range(3))
+        self.end, self.steps, self.steps_left, self.made = (tokens.new_zeros(len(tokens)) for _ in range(4))
         self.stop = torch.full_like(self.end, schedule.length)
 
     def enter(self, tokens: Tensor) -> None:
         """Open the next block that has masks, in rows without a mask up to the end of their current one."""
         size, masked = self.schedule.block_length, tokens == self.mask_id
-        full = ~(masked & self.before_end).any(1) & masked.any(1)
+        full = ~(masked & self.before_end).any(1) & masked.any(1) & ~self._stays
         first = masked.int().argmax(1) // size
         self.end = torch.where(full, (first + 1) * size, self.end)
         fresh = self.schedule.steps_for((masked & self.before_end).sum(1))
         self.steps = torch.where(full, fresh, self.steps)
         self.steps_left = torch.where(full, fresh, self.steps_left)
+        self.made = self.made.masked_fill(full, 0)
 
     def take(self, tokens: Tensor) -> Tensor:
         """(B,) how many masks before the end of the block to reveal now."""
         masks = ((tokens == self.mask_id) & self.before_end).sum(1)
-        count = ceil_divide(masks, self.steps_left.clamp(min=1))
+        count = self.schedule.share(masks, self.steps, self.steps_left)
         self.steps_left = (self.steps_left - 1).clamp(min=0)
+        self.made = self.made + 1
         return count
 
     def stop_at(self, tokens: Tensor, eot: int) -> None:
@@ -99,6 +122,15 @@ class Progress:
     def wanted(self, tokens: Tensor) -> Tensor:
         """(B, L) bool: the masks that have to be revealed before the row is over."""
         return (tokens == self.mask_id) & (self.place < self.stop[:, None])
+
+    def busy(self, tokens: Tensor) -> Tensor:
+        """(B,) bool: rows with a mask that is wanted, or with steps of a block that they wait for."""
+        return self.wanted(tokens).any(1) | self._stays
+
+    @property
+    def _stays(self) -> Tensor:
+        """(B,) bool: rows that do not leave their block yet."""
+        return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.patient
 
     @property
     def reach(self) -> Tensor:

@@ -1,0 +1,260 @@
+"""Threshold editing and token to mask: against loops written out, and against the samplers that they contain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from src.batch import Prefix, SpecialIds
+from src.diffusion.editing import ThresholdEdit, TokenToMask
+from src.diffusion.revisers import OverwriteAll
+from src.diffusion.sampler import Sampler
+from src.diffusion.unmask import Threshold
+
+MASK, EOS, BAD, V, LENGTH = 0, 1, 3, 16, 12
+SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=V, banned=(BAD,), vocab_size=V)
+ROWS = 4
+
+
+class Table:
+    """A backbone by arithmetic: the surer and the less attentive to its text, the higher the row."""
+
+    def __init__(self) -> None:
+        made = torch.Generator().manual_seed(8)
+        self.left, self.right = (torch.randn(V, V, generator=made) for _ in range(2))
+        self.own = torch.randn(ROWS, LENGTH, V, generator=made)
+        self.own[:, :, [MASK, BAD]] += 1.0
+        self.rows = 0
+
+    def say(self, row, tokens):
+        """(L, V) logits of one row."""
+        self.rows += 1
+        text = torch.tensor(tokens)
+        heard = self.left[text.roll(1)] + self.right[text.roll(-1)] + 0.5 * self.left[text]
+        return (1.0 + row) * self.own[row] + (1.2, 1.0, 0.8, 0.5)[row] * heard
+
+    def __call__(self, prefix, tokens, *, attend=None, positions=None):
+        rows = prefix.embeds[:, 0, 0].int().tolist()
+        return torch.stack([self.say(row, told) for row, told in zip(rows, tokens.tolist(), strict=True)])[positions]
+
+
+def sample(sampler, backbone=None, rows=range(ROWS), **settings):
+    prefix = Prefix(torch.tensor(list(rows), dtype=torch.float32)[:, None, None])
+    settings = {"special": SPECIAL, "keys": [str(row) for row in rows], "seed": 0, "trace": True} | settings
+    return sampler(backbone or Table(), prefix, **settings)
+
+
+def probabilities(logits):
+    """For each place a dict id -> probability; the mask has a share, a banned id has none."""
+    rows = [[float(value) for value in row] for row in logits]
+    shares = [{v: math.exp(value - max(row)) for v, value in enumerate(row) if v != BAD} for row in rows]
+    return [{v: part / sum(share.values()) for v, part in share.items()} for share in shares]
+
+
+def best(share):
+    return max((v for v in share if v != MASK), key=lambda v: share[v])
+
+
+def reveal(x, shares, hidden, tau):
+    """The masks that are surer than tau, or the surest one."""
+    sure = {i: shares[i][best(shares[i])] for i in hidden}
+    for i in [i for i in hidden if sure[i] >= tau] or [max(hidden, key=lambda i: sure[i])]:
+        x[i] = best(shares[i])
+
+
+def edit_by_hand(say, *, blocks, tau_mask, tau_edit, most):
+    """LLaDA2.1: reveal and edit from the same logits; a full block is edited until nothing changes.
+
+    Returns the text and the forward calls, where the one that finds nothing to change serves the next block as well.
+    """
+    x, calls = [MASK] * LENGTH, 0
+
+    def shares():
+        nonlocal calls
+        calls += 1
+        return probabilities(say(x))
+
+    def edited(said, places):
+        new = {i: best(said[i]) for i in places}
+        return [i for i in places if new[i] != x[i] and said[i][new[i]] > tau_edit]
+
+    for block in range(blocks):
+        places = range(block * LENGTH // blocks, (block + 1) * LENGTH // blocks)
+        while hidden := [i for i in places if x[i] == MASK]:
+            said = shares()
+            wrong = edited(said, [i for i in places if x[i] != MASK])
+            reveal(x, said, hidden, tau_mask)
+            for i in wrong:
+                x[i] = best(said[i])
+        last = block + 1 == blocks
+        for _ in range(most):
+            said = shares()
+            wrong = edited(said, range(LENGTH) if last else places)
+            if not wrong:
+                calls -= not last
+                break
+            for i in wrong:
+                x[i] = best(said[i])
+    return x, calls
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize(("tau_mask", "tau_edit"), [(0.7, 0.5), (0.5, 0.0), (0.3, 0.2)])
+@pytest.mark.parametrize("most", [2, 16])
+def test_it_is_the_loop_written_out(blocks, tau_mask, tau_edit, most):
+    backbone = Table()
+    reviser = ThresholdEdit(tau=tau_edit, block_passes=most)
+    unmask = Threshold(tau_mask, scheduled=False)
+    sampler = Sampler(length=LENGTH, blocks=blocks, unmask=unmask, reviser=reviser, post_steps=most)
+    found = sample(sampler, backbone)
+    assert backbone.rows == int(found.forwards.sum())
+    loops = 0
+    for row in range(ROWS):
+        text, calls = edit_by_hand(
+            lambda x, row=row: backbone.say(row, x), blocks=blocks, tau_mask=tau_mask, tau_edit=tau_edit, most=most
+        )
+        steps = [step.tokens for step in found.traces[row]]
+        if steps[-1] in steps[:-2]:  # the sampler also stops where a text comes back, which the loop does not
+            loops += 1
+            continue
+        assert steps[-1] == text
+        assert int(found.forwards[row]) == calls
+    assert loops < ROWS
+    assert found.edits.sum() > 0
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("unmask", [None, Threshold(0.4, scheduled=False)])
+def test_it_never_edits_at_one_and_rewrites_all_at_zero(blocks, unmask):
+    settings = {"length": LENGTH, "steps": 6, "blocks": blocks, "unmask": unmask}
+    for tau, scope, same in (
+        (1.0, "block", {}),
+        (1.0, "all", {}),
+        (0.0, "block", {"reviser": OverwriteAll(), "post_steps": 3}),
+        (0.0, "all", {"reviser": OverwriteAll(scope="all"), "post_steps": 3}),
+    ):
+        post = {"post_steps": same["post_steps"]} if same else {}
+        found = sample(Sampler(**settings, reviser=ThresholdEdit(tau=tau, scope=scope), **post))
+        expected = sample(Sampler(**settings, **same))
+        assert found.traces == expected.traces
+        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.forwards, expected.forwards)
+    assert expected.edits.sum() > 0
+
+
+def test_fewer_tokens_are_edited_the_higher_the_threshold():
+    settings = {"length": LENGTH, "steps": 4}
+    edits = [int(sample(Sampler(**settings, reviser=ThresholdEdit(tau=t))).edits.sum()) for t in (0, 0.4, 0.8, 1)]
+    assert edits[0] > edits[1] > edits[2] > edits[3] == 0
+
+
+def mask_by_hand(say, *, steps, below, differs, gap, limit):
+    """Token to mask with an even schedule of one block: (tokens after each step, how often each was hidden again)."""
+    x, sure, hidden = [MASK] * LENGTH, [None] * LENGTH, [0] * LENGTH
+    states = []
+    for step in range(steps):
+        masks = [i for i in range(LENGTH) if x[i] == MASK]
+        if not masks:
+            break
+        said, doubted = probabilities(say(x)), []
+        for i in range(LENGTH):
+            if x[i] == MASK or hidden[i] == limit or step + 1 == steps:
+                continue
+            own, new = said[i][x[i]], best(said[i])
+            low = below is not None and own < below
+            other = differs is not None and new != x[i] and said[i][new] > differs
+            fallen = gap is not None and sure[i] - own > gap
+            if low or other or fallen:
+                doubted.append(i)
+        order = sorted(masks, key=lambda i: -said[i][best(said[i])])
+        for i in order[: -(-len(masks) // (steps - step))]:
+            x[i] = best(said[i])
+            sure[i] = said[i][x[i]]
+        for i in doubted:
+            x[i], sure[i] = MASK, None
+            hidden[i] += 1
+        states.append(list(x))
+    return states, hidden
+
+
+@pytest.mark.parametrize(
+    ("below", "differs", "gap"),
+    [(0.1, 0.9, 0.3), (0.3, None, None), (None, 0.4, None), (None, None, 0.1), (0.5, 0.2, 0.05)],
+)
+@pytest.mark.parametrize("limit", [1, 3])
+def test_suspicious_tokens_are_hidden_again_as_written_out(below, differs, gap, limit):
+    backbone = Table()
+    settings = {"below": below, "differs": differs, "gap": gap, "limit": limit}
+    found = sample(Sampler(length=LENGTH, steps=8, reviser=TokenToMask(**settings)), backbone)
+    assert not (found.ids == MASK).any()
+    total = 0
+    for row in range(ROWS):
+        states, hidden = mask_by_hand(lambda x, row=row: backbone.say(row, x), steps=8, **settings)
+        assert [step.tokens for step in found.traces[row]] == states
+        assert int(found.remasks[row]) == sum(hidden)
+        total += sum(hidden)
+    assert total > 0
+
+
+def test_a_position_is_hidden_no_more_often_than_the_limit():
+    """A model that doubts all it has said: without the limit each token would go in every step."""
+    for limit in (1, 2, 5):
+        sampler = Sampler(
+            length=LENGTH, steps=LENGTH, unmask=Threshold(0.2, scheduled=False),
+            reviser=TokenToMask(below=1.0, differs=None, gap=None, limit=limit),
+        )  # fmt: skip
+        found = sample(sampler)
+        for steps in found.traces:
+            times = [sum(place in step.remasked for step in steps) for place in range(LENGTH)]
+            assert max(times) <= limit
+        assert int(found.remasks.max()) > 0
+        assert not (found.ids == MASK).any()
+
+
+def test_given_tokens_have_no_confidence_to_fall_from():
+    start = torch.full((ROWS, LENGTH), MASK)
+    start[:, ::2] = 5
+    sampler = Sampler(length=LENGTH, steps=6, reviser=TokenToMask(below=None, differs=None, gap=0.0))
+    found = sample(sampler, start=start)
+    assert found.remasks.sum() > 0
+    assert (found.ids[:, ::2] == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows"),
+    [
+        (Sampler(length=LENGTH, blocks=2, unmask=Threshold(0.5, scheduled=False), post_steps=4,
+                 reviser=ThresholdEdit(tau=0.1, block_passes=4)), [2, 0]),
+        (Sampler(length=LENGTH, steps=6, reviser=TokenToMask(below=0.4)), [3, 1]),
+    ],
+)  # fmt: skip
+def test_a_row_does_not_depend_on_the_others(sampler, rows):
+    together = sample(sampler)
+    apart = sample(sampler, rows=rows)
+    for place, row in enumerate(rows):
+        assert torch.equal(apart.ids[place], together.ids[row])
+        assert apart.forwards[place] == together.forwards[row]
+
+
+@pytest.mark.parametrize("budget", [3, 6, 9])
+def test_closing_a_block_keeps_to_the_budget(budget):
+    sampler = Sampler(
+        length=LENGTH, blocks=2, unmask=Threshold(0.5, scheduled=False), max_forwards=budget, post_steps=2,
+        reviser=ThresholdEdit(tau=0.0, block_passes=8),
+    )  # fmt: skip
+    found = sample(sampler)
+    assert int(found.forwards.max()) == budget
+    assert not (found.ids == MASK).any()
+
+
+def test_wrong_settings():
+    for wrong in ({"tau": 1.5}, {"tau": 0.5, "scope": "rows"}, {"tau": 0.5, "block_passes": -1}):
+        with pytest.raises(ValueError, match=str(list(wrong.values())[-1])):
+            ThresholdEdit(**wrong)
+    for wrong in ({"below": 1.5}, {"differs": -0.5}, {"gap": 2.0}, {"limit": 0}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            TokenToMask(**wrong)
+    with pytest.raises(ValueError, match="nothing is ever hidden"):
+        TokenToMask(below=None, differs=None, gap=None)

@@ -1,0 +1,197 @@
+"""The samplers that start from noise: transitions against enumeration, marginals against the schedule, and the rest."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from src.batch import Prefix, SpecialIds
+from src.diffusion.flow import Jumps, Posterior, pick
+
+MASK, EOS, EOT, BOS, ROLE = 0, 1, 2, 3, 8
+V = 9
+SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(BOS,), vocab_size=V, unwritten=(ROLE,))
+STATES = [1, 2, 4, 5, 6, 7]
+K = len(STATES)
+NOISE = [0.0, 0.0, 0.25, 0.25, 0.25, 0.25]  # the end of a text is never noise
+P = [0.05, 0.1, 0.4, 0.25, 0.0, 0.2]  # of the states
+BOTH = (Posterior, Jumps)
+
+
+class Fixed:
+    """A backbone that says `table[row]` (L, V) whatever it reads; counts the rows it was asked for."""
+
+    def __init__(self, table):
+        self.table, self.rows, self.seen = table, 0, []
+
+    def encode_prefix(self, inputs):  # the unguided prefix: all rows say nothing
+        return Prefix(torch.full((*inputs["prompt_ids"].shape, 1), -1.0))
+
+    def __call__(self, prefix, tokens, *, attend=None, positions=None):
+        self.rows += len(tokens)
+        self.seen.append(tokens.clone())
+        rows = prefix.embeds[:, 0, 0].int().tolist()
+        logits = torch.stack([self.table[r] if r >= 0 else torch.zeros(tokens.shape[1], V) for r in rows])
+        return logits[positions[:, : logits.shape[1]]] if positions is not None else logits
+
+
+def rows_of(*rows):
+    return Prefix(torch.tensor(rows, dtype=torch.float32)[:, None, None])
+
+
+def sample(sampler, backbone, rows=(0,), **settings):
+    settings = {"special": SPECIAL, "keys": [f"k{i}" for i in rows], "seed": 0} | settings
+    return sampler(backbone, rows_of(*rows), **settings)
+
+
+def said(share, length):
+    """(1, L, V) logits that make `share` of the states at each place, and the ids that are no states likely."""
+    logits = torch.full((V,), 20.0)
+    logits[STATES] = torch.tensor(share).log()
+    return logits.expand(1, length, V)
+
+
+def posterior(share, z, t, s):
+    """P(state at s | state z at t) where x0 has the probabilities `share`: Bayes over all (x0, state at s).
+
+    Only that a state z which is the end of a text might be noise as well.
+    """
+    noise = NOISE if NOISE[z] else [0.25] * K
+    kept, later = 1 - s, (1 - t) / (1 - s)
+    joint = [
+        sum(share[x] * (kept * (x == k) + (1 - kept) * NOISE[k]) for x in range(K))
+        * (later * (k == z) + (1 - later) * noise[z])
+        for k in range(K)
+    ]
+    return [value / sum(joint) for value in joint]
+
+
+def euler(share, z, t, s):
+    """The same for a jump to x1 ~ share with probability 1 - exp(-h / (1 - kappa)), and always in the last step."""
+    jump = 1.0 if s == 0 else 1 - math.exp(-(t - s) / t)
+    return [jump * share[k] + (1 - jump) * (k == z) for k in range(K)]
+
+
+RULES = {Posterior: posterior, Jumps: euler}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("share", [P, [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
+def test_transitions_are_those_of_all_paths(kind, share):
+    steps = 5
+    sampler = kind(length=8, steps=steps)
+    for left, z in product(range(1, steps + 1), range(K)):
+        given = torch.tensor([share], dtype=torch.float64), torch.tensor([z]), torch.tensor(NOISE) > 0
+        weight = sampler.transition(*given, left=left, steps=steps)[0]
+        expected = RULES[kind](share, z, left / steps, (left - 1) / steps)
+        assert (weight / weight.sum()).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_texts_are_as_frequent_as_the_chain_says(kind):
+    """With a prediction that never changes the places are chains of their own, from uniform noise."""
+    length, steps = 20000, 4
+    expected = NOISE
+    for left in range(steps, 0, -1):
+        rows = [RULES[kind](P, z, left / steps, (left - 1) / steps) for z in range(K)]
+        expected = [sum(expected[z] * rows[z][k] for z in range(K)) for k in range(K)]
+    found = sample(kind(length=length, steps=steps), Fixed(said(P, length)), trace=True)
+    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)  # before the text is cut at an eot
+    assert counts[[MASK, BOS, ROLE]].sum() == 0
+    for state, share in zip(STATES, expected, strict=True):
+        assert float(counts[state]) == pytest.approx(length * share, abs=4 * math.sqrt(length * share * (1 - share)))
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_sure_model_gets_its_text_and_the_way_there_follows_the_schedule(kind, temperature):
+    length, steps = 8000, 6
+    target = torch.tensor([4, 5, 6, 7] * (length // 4))
+    logits = torch.full((1, length, V), -1e4)
+    logits[0, torch.arange(length), target] = 1e4
+    found = sample(kind(length=length, steps=steps, temperature=temperature), Fixed(logits), trace=True)
+    assert found.ids.tolist() == [target.tolist()]
+    untouched = 1.0
+    for done, step in enumerate(found.traces[0], start=1):
+        left = steps - done
+        # a_s = 1 - s. Euler steps lag behind: a place is untouched where it has never jumped
+        untouched = left / steps if kind is Posterior else untouched * math.exp(-1 / (left + 1)) * (left > 0)
+        share = 1 - untouched + untouched / 4
+        right = (torch.tensor(step.tokens) == target).double().mean().item()
+        assert right == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / length) + 1e-12)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_row_does_not_depend_on_the_others(kind):
+    torch.manual_seed(0)
+    table = 2 * torch.randn(3, 12, V)
+    sampler = kind(length=12, tokens_per_step=3)
+    together = sample(sampler, Fixed(table), rows=(0, 1, 2))
+    again = sample(sampler, Fixed(table), rows=(2, 0))
+    for row, place in ((2, 0), (0, 1)):
+        assert together.ids[row].tolist() == again.ids[place].tolist()
+    assert sample(sampler, Fixed(table), rows=(0, 1, 2), seed=1).ids.tolist() != together.ids.tolist()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(("scale", "calls"), [(0.0, 1), (1.5, 2)])
+def test_each_forward_call_is_counted(kind, scale, calls):
+    backbone = Fixed(torch.zeros(2, 10, V))
+    found = sample(kind(length=10, tokens_per_step=3, cfg_scale=scale), backbone, rows=(0, 1), trace=True)
+    assert found.forwards.tolist() == [4 * calls] * 2
+    assert backbone.rows == 2 * 4 * calls
+    assert [step.forwards for step in found.traces[0]] == [calls * n for n in range(1, 5)]
+    assert [len(steps) for steps in found.traces] == [4, 4]
+    assert found.edits.tolist() == [sum(len(step.rewritten) for step in steps) for steps in found.traces]
+    assert not found.remasks.any()
+
+
+def test_guidance_sharpens_what_the_prefix_says():
+    """Twice the log ratio to an unguided prefix that says nothing is the square of the probabilities."""
+    length = 20000
+    squares = [p * p / sum(q * q for q in P) for p in P]
+    found = sample(Posterior(length=length, steps=1, cfg_scale=1.0), Fixed(said(P, length)), trace=True)
+    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)
+    for state, share in zip(STATES, squares, strict=True):
+        assert float(counts[state]) == pytest.approx(length * share, abs=4 * math.sqrt(length * share * (1 - share)))
+
+
+def test_what_has_no_share_is_never_drawn():
+    weight = torch.tensor([[0.0, 2.0, 0.0, 2.0, 0.0]], dtype=torch.float64).repeat(4, 1)
+    chance = torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert pick(weight, chance).tolist() == [1, 1, 3, 3]
+
+
+def test_the_text_ends_at_its_first_eot():
+    logits = torch.full((1, 6, V), -1e4)
+    logits[0, torch.arange(6), torch.tensor([4, 5, EOT, 6, EOT, 7])] = 1e4
+    assert sample(Posterior(length=6, steps=3), Fixed(logits)).ids.tolist() == [[4, 5, EOT, EOS, EOS, EOS]]
+
+
+def test_a_suffix_is_read_and_never_changed():
+    backbone = Fixed(torch.zeros(1, 6, V))
+    found = sample(Jumps(length=6, steps=3), backbone, suffix=torch.tensor([7, 7]))
+    assert found.ids.shape == (1, 6)
+    assert all(tokens[0, 6:].tolist() == [7, 7] for tokens in backbone.seen)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_settings_that_do_not_fit_are_refused(kind):
+    for settings, words in (
+        ({"temperature": -1.0}, "got -1"),
+        ({"cfg_scale": -0.5}, "got -0.5"),
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 2, "tokens_per_step": 3}, "steps=2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kind(length=8, **settings)
+    sampler = kind(length=8, steps=4).with_steps(tokens_per_step=2)
+    assert (type(sampler), sampler.schedule.tokens_per_step, sampler.schedule.steps) == (kind, 2, None)
+    backbone = Fixed(torch.zeros(1, 8, V))
+    with pytest.raises(ValueError, match="cannot begin with a given text"):
+        sample(sampler, backbone, start=torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="2 keys for a prefix of 1 rows"):
+        sample(sampler, backbone, keys=["a", "b"])
