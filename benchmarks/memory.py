@@ -147,7 +147,7 @@ def train(case: dict, model: LLaDAV, device: str) -> None:
 
 def build(case: dict, model: LLaDAV) -> Revision:
     training = Training(lr=1e-4, **case.get("training", {}))
-    return Revision(backbone=lambda: model, special=SPECIAL, training=training, hallucination="off")
+    return Revision(backbone=lambda: model, special=SPECIAL, training=training, hallucination="none")
 
 
 def make_batch(case: dict) -> Batch:

@@ -46,7 +46,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LLaDAV(decoder={**MID, "num_attention_heads": 8}, vision=None).to(options.device)
     ways = {
-        name: cls(backbone=lambda: model, special=special, training=Training(lr=0.0), t_min=0.999999)
+        name: cls(backbone=lambda: model, special=special, training=Training(lr=1.0), t_min=0.999999)
         for name, cls in make.items()
     }
     run: dict[str, Callable[[Objective, Batch], None]] = {"one graph": _one_graph}

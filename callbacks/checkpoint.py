@@ -7,6 +7,8 @@ RUN/checkpoints/epoch=E-step=S.ckpt, last.ckpt    twice the newest state, so tha
 
 from __future__ import annotations
 
+import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from src.shards import publish
+from src.shards import naming, publish
+
+_REFUSED = re.compile("inline_container|PytorchStreamWriter|unexpected pos")
 
 
 class Checkpoint(ModelCheckpoint):
@@ -57,5 +61,11 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(checkpoint, temporary)
+        with naming(path):
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # PyTorch's writer drops the words of the system
+                if not _REFUSED.search(str(error)):
+                    raise
+                raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error
         publish(temporary, path)

@@ -84,6 +84,8 @@ class SelfCorrection(L.Callback):
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if expert is None:
+            raise ValueError("no expert is given: set expert=scenes or expert=reference")
         if not tokens_per_step:
             raise ValueError("tokens_per_step must name at least one speed, got an empty list")
         for speed in tokens_per_step:
@@ -153,8 +155,7 @@ class SelfCorrection(L.Callback):
         if trainer.max_steps != -1 and epochs * steps >= trainer.max_steps:
             raise ValueError(
                 f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
-                f"max_steps={trainer.max_steps}; set data.epoch_batches={trainer.max_steps // (epochs + 1)}, "
-                "or lower rounds"
+                f"max_steps={trainer.max_steps}; {_shorter(trainer.max_steps // (epochs + 1))}lower rounds"
             )
 
     def _num_due(self, epochs: int) -> int:
@@ -235,6 +236,11 @@ class SelfCorrection(L.Callback):
                 f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
             )
         logger.warning("%s; training goes on without", told)
+
+
+def _shorter(steps: int) -> str:
+    """Advice to have epochs of so many steps, if that can be had."""
+    return f"set data.epoch_batches={steps}, or " if steps else ""
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Images with captions, and online rounds, as `Batch`es.
+"""Images with captions, and online rounds, as `Batch`es. Texts without images are in `datamodules/text.py`.
 
     data = CaptionData(path="data/scenes", codec=codec, batch_size=64, canvas=64, image_size=48)
     data.add_round("runs/x/rounds/round-0001")      the next train_dataloader() trains on its drafts as well
@@ -13,24 +13,18 @@ epoch, key), evaluation the first.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
+from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
-from datamodules.shards import Index, Sample, Stream, read_index
-from src.batch import Batch
+from datamodules.shards import Index, Stream, read_index
 from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
 
@@ -38,17 +32,18 @@ SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
 
 
-class CaptionData(L.LightningDataModule):
-    """Caption shards under `path` (train, val, test, as `src.prepare` writes them), mixed with online rounds.
+class ShardData(L.LightningDataModule):
+    """Shards under `path` (train, val, test), mixed with online rounds; a subclass says what they hold.
 
-    canvas:        response length in tokens: filled with end of text behind eot; longer responses are cut
-    image_size:    pixels on the side of what the vision tower sees; images are resized to it
-    tiling:        cuts each image into tiles of `image_size` pixels instead, so that it keeps shape and resolution
+    collate:       makes a batch of samples
     rounds:        folders of online rounds; more come by `add_round`
-    data_share:    with rounds, the share of captions in each training batch
+    data_share:    with rounds, the share of the data in each training batch
     limit:         use only the first so many samples of a split: a number for all, or {split: number}
     epoch_batches: batches per training epoch and rank; null: one pass over the data (with rounds, over these)
     """
+
+    kind: str  # of the folders of the splits
+    image: bool  # whether samples have one
 
     def __init__(
         self,
@@ -56,33 +51,33 @@ class CaptionData(L.LightningDataModule):
         path: str,
         codec: Codec,
         batch_size: int,
-        canvas: int,
-        image_size: int,
-        tiling: AnyRes | None = None,
-        seed: int = 0,
-        workers: int = 0,
-        rounds: Sequence[str] = (),
-        data_share: float = 0.25,
-        limit: int | Mapping[str, int] | None = None,
-        epoch_batches: int | None = None,
+        collate: Collate,
+        seed: int,
+        workers: int,
+        rounds: Sequence[str],
+        data_share: float,
+        limit: int | Mapping[str, int] | None,
+        epoch_batches: int | None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "canvas": canvas, "image_size": image_size}
+        sizes = {"batch_size": batch_size, "canvas": collate.canvas}
         sizes["epoch_batches"] = 1 if epoch_batches is None else epoch_batches
         for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            least = 2 if name == "canvas" else 1  # a token and the end of the text
+            if value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        if workers < 0:
+            raise ValueError(f"data.workers must be at least 0, got {workers}")
         if not 0 <= data_share < 1:
             raise ValueError(f"data_share must be at least 0 and less than 1, got {data_share}")
         self.path, self.codec, self.batch_size, self.seed = Path(path), codec, batch_size, seed
         self.workers, self.data_share, self.epoch_batches = workers, data_share, epoch_batches
         self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
+        if any(number < 0 for number in self.limit.values()):
+            raise ValueError(f"data.limit must be at least 0, got {limit}")
         if unknown := set(self.limit) - set(SPLITS):
             raise ValueError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-        if tiling and tiling.size != image_size:
-            raise ValueError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
-        self.layout: Layout = tiling or Square(image_size)
-        self.collate = Collate(codec, canvas=canvas, layout=self.layout, seed=seed)
+        self.collate = collate
         self.rounds: list[Index] = []
         self._told = False  # that there is nothing to validate on
         self.notes: Notes = Counter()  # damaged samples and cut responses, as (where, reason) -> how many
@@ -91,7 +86,9 @@ class CaptionData(L.LightningDataModule):
 
     def add_round(self, path: str | Path) -> None:
         """Train on a finished round from the next train_dataloader() on; adding it again changes nothing."""
-        index = _filled(self._checked(read_index(path), kind="round"))
+        if not Path(path).is_dir():
+            raise ValueError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
+        index = _filled(self._checked(read_index(path, image=self.image), kind="round"))
         if index.digest not in {known.digest for known in self.rounds}:
             self.rounds.append(index)
 
@@ -146,15 +143,13 @@ class CaptionData(L.LightningDataModule):
 
     def draft_settings(self) -> dict[str, Any]:
         """What drafts for these data depend on, beside the number of the round; kept with them."""
-        index, layout = self.index("train"), self.layout
+        index = self.index("train")
         return {
             "data": index.digest,
             "data_count": index.count,
             "data_seed": self.seed,
             "batch_size": self.batch_size,
             "canvas": self.collate.canvas,
-            "image_size": layout.size,
-            "tiling": layout.to_dict() if isinstance(layout, AnyRes) else None,
         }
 
     def index(self, split: str) -> Index:
@@ -162,7 +157,8 @@ class CaptionData(L.LightningDataModule):
         return _filled(self._read(split))
 
     def _read(self, split: str) -> Index:
-        return self._checked(read_index(self.path / split), kind="captions").first(self.limit.get(split))
+        index = read_index(self.path / split, image=self.image)
+        return self._checked(index, kind=self.kind).first(self.limit.get(split))
 
     def _eval_loader(self, index: Index) -> Loader:
         stream = Stream([index], seed=self.seed, shuffle=False)
@@ -216,7 +212,7 @@ class CaptionData(L.LightningDataModule):
         if index.kind != kind:
             raise ValueError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
-            again = "src.prepare" if kind == "captions" else "src.draft and src.revise"
+            again = "src.draft and src.revise" if kind == "round" else "src.prepare"
             raise ValueError(
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the model has "
                 f"{self.codec.fingerprint}; make it again by {again} with this tokenizer"
@@ -224,132 +220,57 @@ class CaptionData(L.LightningDataModule):
         return index
 
 
+class CaptionData(ShardData):
+    """Images with captions, as `src.prepare` writes them.
+
+    canvas:     response length in tokens: filled with end of text behind eot; longer responses are cut
+    image_size: pixels on the side of what the vision tower sees; images are resized to it
+    tiling:     cuts each image into tiles of `image_size` pixels instead, so that it keeps shape and resolution
+    The rest: see `ShardData`.
+    """
+
+    kind, image = "captions", True
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        codec: Codec,
+        batch_size: int,
+        canvas: int,
+        image_size: int,
+        tiling: AnyRes | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        rounds: Sequence[str] = (),
+        data_share: float = 0.25,
+        limit: int | Mapping[str, int] | None = None,
+        epoch_batches: int | None = None,
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        if tiling and tiling.size != image_size:
+            raise ValueError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
+        self.layout: Layout = tiling or Square(image_size)
+        super().__init__(
+            path=path,
+            codec=codec,
+            batch_size=batch_size,
+            collate=Collate(codec, canvas=canvas, layout=self.layout, seed=seed),
+            seed=seed,
+            workers=workers,
+            rounds=rounds,
+            data_share=data_share,
+            limit=limit,
+            epoch_batches=epoch_batches,
+        )
+
+    def draft_settings(self) -> dict[str, Any]:
+        tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None
+        return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling}
+
+
 def _filled(index: Index) -> Index:
     if not index.count:
         raise ValueError(f"{index.path} holds no samples")
     return index
-
-
-@dataclass
-class Row:
-    """The token side of a sample, as equally long lists: right ids, flawed ids, span number (0: none)."""
-
-    response: list[int]
-    flawed: list[int]
-    span: list[int]
-
-    @classmethod
-    def of(cls, right: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
-        """Spans are (start, end, right ids, wrong ids); one that overlaps an earlier one is left out."""
-        row = cls(list(right), list(right), [0] * len(right))
-        number = 0
-        for start, end, good, bad in spans:
-            if any(row.span[start:end]):
-                continue
-            number += 1
-            row.response[start:end], row.flawed[start:end] = good, bad
-            row.span[start:end] = [number] * (end - start)
-        return row
-
-    def fit(self, canvas: int, fill: int) -> Row:
-        """Cut or filled to `canvas` tokens; spans that the cut goes through count no more."""
-        cut = set(self.span[canvas - 1 : canvas]) & set(self.span[canvas : canvas + 1]) - {0}
-        span = [0 if number in cut else number for number in self.span]
-        flawed = [w if number else r for r, w, number in zip(self.response, self.flawed, span, strict=True)]
-        more = canvas - len(span)
-        filled = lambda ids: ids[:canvas] + [fill] * more  # noqa: E731
-        return Row(filled(self.response), filled(flawed), span[:canvas] + [0] * more)
-
-
-class Collate:
-    """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
-
-    layout: how images are cut into tiles, which has to be the model's layout; None for samples without images
-    first:  take the first caption of every image instead of one by hash
-    """
-
-    def __init__(self, codec: Codec, *, canvas: int, layout: Layout | None, seed: int, first: bool = False) -> None:
-        self.codec, self.canvas, self.layout = codec, canvas, layout
-        self.seed, self.first = seed, first
-
-    def with_first_caption(self) -> Collate:
-        return Collate(self.codec, canvas=self.canvas, layout=self.layout, seed=self.seed, first=True)
-
-    def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
-        full = [self._row(sample, epoch) for sample in samples]
-        rows = [row.fit(self.canvas, self.codec.eos_id) for row in full]
-        cut = sum(len(row.span) > self.canvas for row in full)
-        response = torch.tensor([row.response for row in rows])  # (B, L)
-        batch = Batch(
-            prefix=self._prefix(samples),
-            response=response,
-            editable=torch.ones_like(response, dtype=torch.bool),
-            flawed=torch.tensor([row.flawed for row in rows]),
-            span=torch.tensor([row.span for row in rows]),
-            drafted=torch.tensor(["draft_ids" in sample.record for sample in samples]),
-            keys=[sample.key for sample in samples],
-            epoch=epoch,
-            records=[sample.record for sample in samples],
-            images=[sample.data for sample in samples],
-        )
-        return batch, Counter({(str(self.canvas), "cut"): cut} if cut else {})
-
-    def _row(self, sample: Sample, epoch: int) -> Row:
-        if "draft_ids" in sample.record:
-            return draft_row(sample.record)
-        captions = sample.record["captions"]
-        number = 0 if self.first else choice(f"{self.seed}/{epoch}/{sample.key}/caption", len(captions))
-        return caption_row(captions[number], self.codec)
-
-    def _prefix(self, samples: list[Sample]) -> dict[str, Tensor]:
-        images = [[] if sample.image is None else [sample.image] for sample in samples]
-        asked = [sample.record["prompt"] for sample in samples]
-        prompts = [self.codec.prompt_ids(text, images=len(some)) for text, some in zip(asked, images, strict=True)]
-        longest = max(map(len, prompts))
-        filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
-        prefix = {"prompt_ids": torch.tensor(filled)}
-        if self.layout and any(images):
-            prefix |= image_inputs(images, self.layout)
-        if any(len(ids) < longest for ids in prompts):
-            lengths = torch.tensor([len(ids) for ids in prompts])
-            prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
-        return prefix
-
-
-def caption_row(caption: dict, codec: Codec) -> Row:
-    """A true caption, with all its swaps that do not overlap as false spans."""
-    ids = [*codec.encode(caption["text"])[0], codec.eot_id]
-    places = [swap["tokens"] for swap in caption.get("swaps", ())]
-    return Row.of(ids, [(start, end, ids[start:end], wrong) for start, end, wrong in places])
-
-
-def draft_row(record: dict) -> Row:
-    """A model's draft, right where the expert corrected it."""
-    ids = record["draft_ids"]
-    spans = [(s["start"], s["end"], s["target_ids"], ids[s["start"] : s["end"]]) for s in record["spans"]]
-    return Row.of(ids, spans)
-
-
-def choice(name: str, count: int) -> int:
-    """A number below `count` that depends on the name only."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
-
-
-def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:
-    """What a backbone takes of the images of each row (none, one or several); short rows end in empty tiles.
-
-    pixel_values (B, T, 3, S, S) uint8, num_tiles (B, M) int64, image_sizes (B, M, 2) int64 (width, height).
-    """
-    shape = len(images), max(map(len, images))
-    num_tiles, image_sizes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 2), dtype=np.int64)
-    for row, pictures in enumerate(images):
-        for place, picture in enumerate(pictures):
-            num_tiles[row, place], image_sizes[row, place] = layout.num_tiles(picture.size), picture.size
-    longest = num_tiles.sum(1).max()
-    pixels = np.zeros((len(images), longest, 3, layout.size, layout.size), dtype=np.uint8)
-    for row, pictures in enumerate(images):
-        if pictures:
-            tiles = np.concatenate([layout.tiles(picture) for picture in pictures])  # (., S, S, 3)
-            pixels[row, : len(tiles)] = tiles.transpose(0, 3, 1, 2)
-    found = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
-    return {name: torch.from_numpy(array) for name, array in found.items()}

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from threading import Thread
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -38,6 +39,7 @@ PATIENCE = 1.0  # seconds until a worker notices that its parent is gone
 ADVICE = {
     "missing": "{where} ends too early: some samples are lost; copy or make it again",
     "damaged": "{where} holds damaged samples, which are not used; copy or make it again",
+    "misfit": "{where}. Such samples are not used; make the data again",
     "cut": "some responses are longer than the canvas of {where} tokens and were cut; set a larger canvas",
 }
 
@@ -63,7 +65,12 @@ class Part:
         return reader.samples(origin + first * self.rows, origin + min(last * self.rows, self.per_rank))
 
 
-Collate = Callable[[list[Sample], int], tuple[Batch, Notes]]
+class Collate(Protocol):
+    """Makes a batch of samples, and says why a sample cannot be in one."""
+
+    def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]: ...
+
+    def misfit(self, sample: Sample) -> str | None: ...
 
 
 class Loader:
@@ -161,7 +168,8 @@ class _Source(IterableDataset):
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         first, last = share(self.batches, workers, (number + self.done) % workers, self.done)
-        readers = [Reader(part.stream, stand_in=part.stand_in) for part in self.parts]
+        misfit = self.collate.misfit
+        readers = [Reader(part.stream, stand_in=part.stand_in, misfit=misfit) for part in self.parts]
         origins = [self.epoch * part.advance + self.rank * part.per_rank for part in self.parts]
         streams = [p.samples(r, o, first, last) for p, r, o in zip(self.parts, readers, origins, strict=True)]
         for _ in range(first, last):

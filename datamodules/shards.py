@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -29,14 +30,16 @@ from PIL import Image
 from src.shards import INDEX, read_manifest, read_tar, sha256
 
 IMAGES = ("png", "jpg")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and how many of its samples are in use."""
+    """One tar and how many of its samples are in use. `image`: they have one; one that lacks it is damaged."""
 
     path: Path
     count: int
+    image: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,14 @@ class Index:
             return self
         left, kept = limit, []
         for shard in self.shards:
-            kept.append(Shard(shard.path, min(shard.count, left)))
+            kept.append(replace(shard, count=min(shard.count, left)))
             left -= kept[-1].count
         return Index(self.path, self.kind, self.tokenizer, tuple(s for s in kept if s.count), self.digest, self.content)
 
 
 @dataclass
 class Sample:
-    """A sample as read: its key, the JSON, the encoded image and the same decoded to RGB (None: without an image)."""
+    """A sample as read: its key, the JSON, the encoded image and the same decoded to RGB; b"" and None without one."""
 
     key: str
     record: dict
@@ -75,17 +78,27 @@ class Sample:
     image: Image.Image | None
 
 
-def read_index(folder: str | Path) -> Index:
-    """What a data folder holds. Every shard must exist."""
+def read_index(folder: str | Path, *, image: bool = True) -> Index:
+    """What a data folder holds. Every shard must exist. `image`: a sample without one counts as damaged.
+
+    Shards of another size than the index says are told; one of the same size that was replaced is not noticed.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no data folder {folder}; make it with `python -m src.prepare`")
     content = read_manifest(folder)
-    shards = tuple(Shard(folder / entry["name"], entry["count"]) for entry in content["shards"])
+    shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again"
         )
+    sizes = [entry.get("bytes") for entry in content["shards"]]  # their hashes would take too long to compare
+    changed = [s.path.name for s, size in zip(shards, sizes, strict=True) if size not in (None, s.path.stat().st_size)]
+    if changed:
+        log.warning(
+            "%s: %d of %d shards, such as %s, are not of the size that %s says: they were cut or replaced since",
+            folder, len(changed), len(shards), changed[0], INDEX,
+        )  # fmt: skip
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 
@@ -138,10 +151,14 @@ class Reader:
     """Reads a stream and remembers what was damaged: `damage` counts samples by (shard, reason).
 
     stand_in: a readable sample takes the place of a damaged one, which is left out otherwise
+    misfit: why a sample that can be read cannot be used; it counts as damaged then
     """
 
-    def __init__(self, stream: Stream, *, stand_in: bool = True) -> None:
-        self.stream, self.stand_in = stream, stand_in
+    def __init__(
+        self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
+    ) -> None:
+        self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
+        self._shown: dict[Shard, str] = {}  # of each shard with misfits, the first
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
@@ -155,9 +172,12 @@ class Reader:
                     yield sample or self._stand_in(shard, place)
 
     def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
-        sample = None if raw is None else decode(raw)
+        sample = None if raw is None else decode(raw, image=shard.image)
         if sample is None:
             self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
+        elif why := self.misfit(sample):
+            self.damage[self._shown.setdefault(shard, f"{sample.key} of {shard.path}: {why}"), "misfit"] += 1
+            return None
         return sample
 
     def _stand_in(self, shard: Shard, place: int) -> Sample:
@@ -168,21 +188,26 @@ class Reader:
         for other in (shard, *(s for s in self.stream.shards if s != shard)):
             raws = list(islice(read_tar(other.path, strict=False), other.count))
             for step in range(len(raws)):
-                if sample := decode(raws[(place + step) % len(raws)]):
+                sample = decode(raws[(place + step) % len(raws)], image=other.image)
+                if sample and not self.misfit(sample):
                     return sample
         raise ValueError(
             f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again"
         )
 
 
-def decode(raw: dict[str, Any]) -> Sample | None:
-    """JSON and image of a raw sample, or None where one of them is missing or damaged."""
+def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
+    """JSON and image of a raw sample, or None where one of them is missing or damaged. `image`: there has to be one."""
     data = next((raw[name] for name in IMAGES if name in raw), None)
-    if data is None or "json" not in raw:
+    if "json" not in raw or (image and data is None):
         return None
     try:
         record = json.loads(raw["json"])
-        with Image.open(io.BytesIO(data)) as image:
-            return Sample(raw["__key__"], record, data, image.convert("RGB"))
+        if not isinstance(record, dict):
+            return None
+        if data is None:
+            return Sample(raw["__key__"], record, b"", None)
+        with Image.open(io.BytesIO(data)) as picture:
+            return Sample(raw["__key__"], record, data, picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError):  # what Pillow and json raise on damaged bytes
         return None

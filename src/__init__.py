@@ -1,5 +1,8 @@
 """ReDiff-Lightning: train and sample masked diffusion models that revise what they have already written."""
 
+import os
+import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,4 +22,19 @@ def _check_neighbours() -> None:
         )
 
 
+def _end(number: int, _: object) -> None:
+    name = signal.Signals(number).name
+    sys.stderr.write(f"\nstopped by {name} before it began; the same command begins\n")
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def _watch_imports() -> None:
+    """End in one line at a signal while a verb's imports run, which take seconds; `main_guard` takes over then."""
+    if sys.argv[:1] == ["-m"] and any(word.startswith("src.") for word in sys.orig_argv):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
+
+
+_watch_imports()
 _check_neighbours()

@@ -6,7 +6,7 @@
                    in `.yaml` is a path, so that the `config.yaml` in a run's folder repeats that run
     base: [x, y]   inside a yaml: layers that apply before it, each once
     key=value      changes a key that exists (dotted, list places are numbers), or gives a node an argument that its
-                   target takes; the value is read as yaml
+                   target takes; the value is read as yaml, and none at all (key= or key="") is the empty text
     +key=value     adds a key to a mapping, as in +evaluate.models.mine=runs/mine/model
     key=NAME       where the key of the top level holds a mapping: the layer ROOT/key/NAME.yaml, as in model=llada_v;
                    a NAME that ends in `.yaml` is a path
@@ -37,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.components import SCALARS, ConfigError, arguments, dotted, fits, hint, is_node, one_line, plain, walk
+from src.stop import SIGNALLED, Stop, Stopped
 
 PRINT = "--print"
 USAGE = """\
@@ -95,7 +96,10 @@ def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
 
 
 def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
-    """Decorator of a verb's `main(argv)`: --help, and one line and exit code 2 instead of a ConfigError."""
+    """Decorator of a verb's `main(argv)`: --help, and one line instead of a traceback where nothing is wrong with it.
+
+    Exit code 2 for a ConfigError, 1 where the system cannot read or write, and 128 + number for a signal.
+    """
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> None:
@@ -105,12 +109,39 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
-            main(argv)
+            with Stop():
+                main(argv)
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
+        except Stopped as stopped:
+            sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
+            sys.exit(SIGNALLED + stopped.signal)
+        except Exception as error:
+            told = _told_by_system(error)
+            if told is None:
+                raise
+            sys.stderr.write(f"\nerror: {told}; once that is mended, the same command continues\n")
+            sys.exit(1)
 
     return guarded
+
+
+def path_of(cfg: DictConfig, key: str) -> Path:
+    """The path under a key. Raises ConfigError where there is none."""
+    value = OmegaConf.select(cfg, key)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key}: expected a path, got {value!r}")
+    return Path(value)
+
+
+def _told_by_system(error: Exception) -> str | None:
+    """What the system refused, and where. None for any other error."""
+    text = (str(error).strip().splitlines() or [""])[-1]  # of an error in a worker, behind its traceback
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or text or type(error).__name__}"
+    return text if "(os error " in text else None  # of a library in Rust, which keeps the system's words
 
 
 def _chooses(tree: dict, key: str, value: Any, root: Path) -> bool:
@@ -163,6 +194,9 @@ def _parse(argv: Iterable[str], root: Path) -> tuple[list[str], list[tuple[str, 
 
 
 def _value(key: str, text: str) -> Any:
+    """The value of a setting. Nothing behind the = is the empty text: a shell takes the quotes of key="" away."""
+    if not text:
+        return ""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -249,6 +283,8 @@ def _mistyped(lower: Any, upper: Any, name: str = "") -> Iterator[str]:
             yield from _mistyped(lower[0], item, dotted(name, place))
     elif type(upper) not in SCALARS.get(type(lower), (type(lower),)):
         near = f"; write [{upper}]" if isinstance(lower, list) and not isinstance(upper, dict) else ""
+        if isinstance(lower, dict) and lower:
+            near = f"; set what is in it, such as {dotted(name, next(iter(lower)))}=..."
         yield f"{name}: expected {_kind(lower)}, got {upper!r}{near}"
 
 

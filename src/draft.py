@@ -21,8 +21,9 @@ import torch
 from omegaconf import DictConfig
 
 from src.components import ConfigError, build, check
-from src.config import load_config, main_guard
-from src.drafting import capped, draft_batch, draw_drafts, settings_of
+from src.config import load_config, main_guard, path_of
+from src.drafting import capped, draft_batch, draw_drafts, settings_of, warn_of_canvas
+from src.lock import locked
 from src.tiling import check_layout
 from src.tokenizer import Codec
 
@@ -33,19 +34,24 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv, verb="src.draft", needs=["data", "num", "round", "sampler"])
     check(cfg, offers=("codec", "seed"))
     try:
-        num, scenes = _draw(cfg)
+        if cfg.round < 1:
+            raise ValueError(f"round must be at least 1, got {cfg.round}")
+        with locked(path_of(cfg, "out")):
+            num, scenes, damaged = _draw(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    sys.stdout.write(f"{cfg.out}: {num} drafts\nnext: {_next(cfg, scenes=scenes)}\n")
+    lost = f" ({damaged} images could not be read and have none)" if damaged else ""
+    sys.stdout.write(f"{cfg.out}: {num} drafts{lost}\nnext: {_next(cfg, scenes=scenes)}\n")
 
 
-def _draw(cfg: DictConfig) -> tuple[int, bool]:
-    """How many drafts there are, and whether they are of scenes."""
+def _draw(cfg: DictConfig) -> tuple[int, bool, int]:
+    """How many drafts there are, whether they are of scenes, and for how many images there is none."""
     codec = Codec.load(cfg.model.path)
     data = build(cfg.data, codec=codec, seed=cfg.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = build(cfg.model).eval().to(device)
     check_layout(data.layout, backbone.layout)
+    warn_of_canvas(backbone, cfg.data.canvas, name="data.canvas")
     num = capped(cfg.num, data.draft_settings()["data_count"], name="num")
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
     settings = settings_of(
@@ -79,7 +85,7 @@ def _draw(cfg: DictConfig) -> tuple[int, bool]:
     drawn, scenes = 0, False
     for chunk in chunks:  # each is on disk by now
         drawn, scenes = drawn + len(chunk), "scene" in chunk[0].record
-    return drawn, scenes
+    return drawn, scenes, num - drawn
 
 
 def _next(cfg: DictConfig, *, scenes: bool) -> str:

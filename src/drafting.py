@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,23 @@ from tqdm import tqdm
 from src.batch import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 from src.models.checkpoint import fingerprint
 from src.parallel import rank
-from src.shards import INDEX, image_name, read_manifest, read_shard, sha256, write_index, write_json, write_shard
+from src.shards import (
+    INDEX,
+    image_name,
+    read_json,
+    read_manifest,
+    read_shard,
+    sha256,
+    shard_entry,
+    write_index,
+    write_json,
+    write_shard,
+)
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
+NOT_AS_WRITTEN = "it is not as it was written"
 
 
 class Drawing(Protocol):
@@ -86,6 +99,13 @@ def capped(num: int, count: int, *, name: str) -> int:
     return min(num, count)
 
 
+def warn_of_canvas(backbone: nn.Module, canvas: int, *, name: str) -> None:
+    """Warn where responses are to be of another length than those that the model was trained with."""
+    trained = getattr(backbone, "canvas", None)
+    if trained and trained != canvas:
+        logger.warning("%s=%d, but the model was trained with canvas %d: it writes best at that", name, canvas, trained)
+
+
 def settings_of(
     backbone: nn.Module,
     sampler: Drawing,
@@ -124,17 +144,21 @@ def draw_drafts(
 
     settings: what the drafts depend on; a folder with other settings is refused. total: for the progress bar.
     """
+    if not tokens_per_step:
+        raise ValueError("tokens_per_step must name at least one speed, got an empty list")
     _claim(folder, settings)
-    if (folder / INDEX).exists():
+    known = _known(folder)
+    if known and all(_is_intact(folder / name, entry) for name, entry in known.items()):
         yield from read_drafts(folder)
         return
+    (folder / INDEX).unlink(missing_ok=True)
     shards, num_drawn, seconds = [], 0, 0.0
     with tqdm(total=total, desc="draft", unit="draft") as bar:
         for number, (part, speed) in enumerate(_parts(batches, tokens_per_step)):
             path = folder / f"drafts-rank-{rank():04d}-{number:06d}.tar"
-            if path.exists():
-                drafts = _read_chunk(path, part.keys)
-                shards.append({"name": path.name, "count": len(drafts), "sha256": sha256(path)})
+            drafts = _drawn_before(path, part.keys, known.get(path.name))
+            if drafts is not None:
+                shards.append(shard_entry(path, len(drafts)))
             else:
                 began = time.perf_counter()
                 drafts = draft(part, tokens_per_step=speed)
@@ -142,18 +166,38 @@ def draw_drafts(
                 shards.append(write_shard(path, map(_to_sample, drafts)))
             bar.update(len(drafts))
             yield drafts
+    if not shards:
+        raise ValueError(f"{folder}: nothing was drafted, as no training sample could be read; make the data again")
     speed = {"drawn": num_drawn, "seconds": round(seconds, 3)}  # by the process that finished
     extra = {"settings": dict(settings), "drawing": speed}
     write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
 
 
 def read_drafts(folder: Path) -> Iterator[list[Draft]]:
-    """The chunks of a finished folder of drafts, in order."""
+    """The chunks of a finished folder of drafts, in order. Raises DamagedDrafts where a shard is not whole."""
+    for shard in read_drafts_index(folder)["shards"]:
+        path = folder / shard["name"]
+        drafts = _read_chunk(path)
+        if not _is_intact(path, shard):
+            raise DamagedDrafts(path, NOT_AS_WRITTEN)
+        yield drafts
+
+
+def read_drafts_index(folder: Path) -> dict:
+    """The index.json of a finished folder of drafts. Raises ValueError where it holds something else."""
     index = read_manifest(folder)
     if index["kind"] != "drafts":
-        raise ValueError(f"{folder} holds {index['kind']!r}, not drafts")
-    for shard in index["shards"]:
-        yield _read_chunk(folder / shard["name"])
+        raise ValueError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
+    if not all(isinstance(index.get(name), dict) for name in ("settings", "drawing", "counts")):
+        raise ValueError(f"{folder / INDEX} is damaged (it lacks settings, drawing or counts); make the drafts again")
+    return index
+
+
+class DamagedDrafts(ValueError):
+    """A shard of drafts that is not whole."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is damaged ({why}); repeat the `src.draft` command, which draws it again")
 
 
 def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -246,19 +290,49 @@ def _to_sample(draft: Draft) -> dict[str, Any]:
     return {"__key__": draft.key, "json": plain, **image}
 
 
-def _read_chunk(path: Path, keys: Sequence[str] | None = None) -> list[Draft]:
-    """The drafts of a shard; `keys`: of which samples they must be."""
-    samples = read_shard(path)
-    drafts = [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in samples]
-    if keys is not None and [draft.key.rpartition("@")[0] for draft in drafts] != list(keys):
+def _known(folder: Path) -> dict[str, dict]:
+    """The entries of the shards of a finished folder, by name; none of one that is not finished."""
+    if not (folder / INDEX).exists():
+        return {}
+    return {entry["name"]: entry for entry in read_drafts_index(folder)["shards"]}
+
+
+def _is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
+    return path.is_file() and sha256(path) == entry["sha256"]
+
+
+def _drawn_before(path: Path, keys: Sequence[str], entry: Mapping[str, Any] | None) -> list[Draft] | None:
+    """The drafts of a shard, which must be of these samples; None where it is not there, or not whole.
+
+    entry: what an index says of it, if there is one
+    """
+    if not path.exists():
+        return None
+    try:
+        drafts = _read_chunk(path)
+        found = [draft.key.rpartition("@")[0] for draft in drafts]
+        if (entry and not _is_intact(path, entry)) or (found != keys and found == keys[: len(found)]):
+            raise DamagedDrafts(path, NOT_AS_WRITTEN)
+    except DamagedDrafts as error:
+        logger.warning("%s: drawing it again", error)
+        return None
+    if found != keys:
         raise ValueError(f"{path} holds drafts of other samples; remove {path.parent} to draw again")
     return drafts
 
 
+def _read_chunk(path: Path) -> list[Draft]:
+    """The drafts of a shard. Raises DamagedDrafts where it cannot be read, or holds something else."""
+    try:
+        return [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in read_shard(path)]
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise DamagedDrafts(path, f"{type(error).__name__}: {error}") from error
+
+
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note in a new folder what its drafts depend on; refuse one that was begun otherwise."""
+    """Note in a folder without drafts what they will depend on; refuse one with drafts that were drawn otherwise."""
     found = _settings_in(folder)
-    if found is None:
+    if found is None or not any(folder.glob("*.tar")):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, dict(settings))
     elif changed := differences(found, settings):
@@ -268,7 +342,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _settings_in(folder: Path) -> dict | None:
     path = folder / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _plain(settings: Mapping[str, Any]) -> dict:

@@ -1,11 +1,14 @@
-"""Evaluate: caption the images of a split with every model, sampler and number of tokens a step, and compare.
+"""Evaluate: answer the prompts of a split with every model, sampler and number of tokens a step, and compare.
 
     python -m src.evaluate conf=evaluate
     python -m src.evaluate conf=evaluate evaluate.num=64 evaluate.tokens_per_step=[1,8]
     python -m src.evaluate conf=evaluate evaluate.models.stage1=null +evaluate.models.mine=runs/mine/model
+    python -m src.evaluate conf=sweep evaluate.models.model=runs/stage2/model
 
     models x samplers x tokens/step -> captions -> metrics -> results.json, captions/METHOD-SAMPLER-N.jsonl
                                                            -> table.md (also printed), *.png
+    models -> likelihood bound (evaluate.bound)            -> results.json, table.md
+    evaluate.grid, evaluate.curve: many settings of the samplers, and a metric against forward calls (curve.json)
 
 Each finished cell is written at once; a rerun redoes only cells whose model, data, settings or code changed.
 results.json holds just the cells of the config: methods -> sampler -> tokens/step -> metric -> {mean, se, n}.
@@ -13,16 +16,13 @@ results.json holds just the cells of the config: methods -> sampler -> tokens/st
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,98 +35,42 @@ from tqdm import tqdm
 from src.batch import Backbone, Batch
 from src.components import ConfigError, build, check, fits, nodes
 from src.config import load_config, load_part, main_guard
+from src.curve import budget_table, plot_curve, points_of, to_dict
 from src.diffusion.sampler import Sampler
+from src.drafting import warn_of_canvas
+from src.grid import check_speeds, expand
+from src.lock import locked
+from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Mark, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.checkpoint import fingerprint, from_pretrained
 from src.models.weights import is_model_folder
-from src.report import Example, Panel, markdown_report, picture, plot, text_report
+from src.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
+from src.results import Cell, Ledger, code_hash, signature
 from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
 
-CODE = (  # what makes kept results stale when it changes
-    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
-    *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
-)
 PACKAGES = ("torch", "transformers", "torchmetrics")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}  # as Lightning names them
 logger = logging.getLogger(__name__)
+BEST = ("highest", "lowest")  # values of a metric that are good
 EXAMPLES = 6  # images of captions.png: the first ones of the split, not a selection
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One entry of the table."""
-
-    method: str
-    sampler: str
-    tokens_per_step: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.sampler}-{self.tokens_per_step}"
-
-
-@dataclass(frozen=True)
 class Sampling:
-    """What is the same in all cells: the images, how to read ids, the metrics' nodes and the seed."""
+    """What is the same in all cells: the samples, how to read ids, the metrics' nodes and what they are offered."""
 
     loader: Any
     num: int
     codec: Codec
     metrics: list[dict]
+    offers: dict
     seed: int
     device: torch.device
 
-
-class Ledger:
-    """The results of an evaluation on disk: cells are added one by one and taken over from an earlier run."""
-
-    def __init__(self, out: Path, meta: dict, signatures: dict[Cell, str]) -> None:
-        self.out, self.signatures = out, signatures
-        old = _read_json(out / "results.json")
-        self.stats: dict[Cell, dict[str, Stat]] = {}
-        self.hashes: dict[str, str] = {}
-        for cell, signature in signatures.items():
-            entry = old.get("meta", {}).get("cells", {}).get(cell.name)
-            if entry and entry["signature"] == signature and self._intact(cell, entry["captions"]):
-                self.stats[cell] = old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)]
-                self.hashes[cell.name] = entry["captions"]
-        self.meta = meta
-        self.write()
-
-    def add(self, cell: Cell, stats: dict[str, Stat], captions: list[dict]) -> None:
-        """Write a finished cell: its captions first, then the results that name them."""
-        path = self._path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in captions).encode())
-        self.stats[cell], self.hashes[cell.name] = stats, sha256(path)
-        self.write()
-
-    def captions(self, cell: Cell) -> list[dict]:
-        """The captions of a finished cell, one dict for each image."""
-        return [json.loads(line) for line in self._path(cell).read_text().splitlines()]
-
-    @property
-    def results(self) -> dict:
-        """What results.json holds, methods and samplers in the order of the config."""
-        known = [cell for cell in self.signatures if cell in self.stats]
-        methods: dict[str, dict[str, dict[str, dict[str, Stat]]]] = {}
-        for cell in known:
-            row = methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})
-            row[str(cell.tokens_per_step)] = self.stats[cell]
-        cells = {c.name: {"signature": self.signatures[c], "captions": self.hashes[c.name]} for c in known}
-        return {"methods": methods, "meta": {**self.meta, "cells": cells}}
-
-    def write(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "results.json", self.results)
-
-    def _path(self, cell: Cell) -> Path:
-        return self.out / "captions" / f"{cell.name}.jsonl"
-
-    def _intact(self, cell: Cell, digest: str) -> bool:
-        return self._path(cell).is_file() and sha256(self._path(cell)) == digest
+    def build_metrics(self) -> list[Metric]:
+        return [build(node, **self.offers).to(self.device) for node in self.metrics]
 
 
 @main_guard
@@ -147,6 +91,7 @@ def evaluate(settings: DictConfig) -> None:
     codec = _shared_codec(folders)
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
+    samplers = _samplers(settings)
     loader = _loader(settings, offers)
     images = _count(loader, settings)
     meta = _meta(settings, folders, images)
@@ -155,57 +100,114 @@ def evaluate(settings: DictConfig) -> None:
         num=images["taken"],
         codec=codec,
         metrics=_plain(settings.metrics),
+        offers=offers,
         seed=settings.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    ledger = Ledger(Path(settings.out), meta, _signatures(settings, meta))
-    _fill(ledger, sampling, settings, folders)
-    _report(ledger, sampling, list(settings.headline))
+    sampling.build_metrics()  # what cannot be built fails here, not behind the first captions
+    bound = Bound(special=codec.special, seed=settings.seed, **settings.bound) if settings.bound else None
+    with locked(settings.out):
+        ledger = Ledger(Path(settings.out), meta, *_signatures(settings, meta, list(samplers)))
+        _fill(ledger, sampling, settings, samplers, bound)
+        _report(ledger, sampling, settings)
 
 
 def complete(settings: DictConfig) -> DictConfig:
-    """The settings with named samplers read, and without the models and samplers that are null.
+    """The settings with named samplers read, without the models and samplers that are null, and with `speeds`.
 
-    A named sampler writes `data.canvas` tokens, as the models learned to, whatever length its file has.
+    A named sampler writes `data.canvas` tokens, as the models learned to, whatever length its file has. The grid is
+    spread over the samplers; `speeds` are the numbers of tokens a step of each.
     """
     if settings.num < 1:
         raise ConfigError(f"evaluate.num must be at least 1, got {settings.num}")
+    if not settings.headline:
+        raise ConfigError("evaluate.headline: name at least one metric, for example [quality]")
     if settings.split not in STAGES:
         raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
     tree = _plain(settings)
-    speeds = tree["tokens_per_step"]
-    if not (speeds and fits(speeds, list[int]) and min(speeds) > 0):
-        raise ConfigError(f"evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got {speeds!r}")
-    named = {name: sampler for name, sampler in (tree["samplers"] or {}).items() if isinstance(sampler, str)}
+    tree = {**tree, "curve": _curve(tree.get("curve")), "bound": _bound(tree.get("bound"))}
+    speeds = check_speeds(tree["tokens_per_step"], "evaluate.tokens_per_step")
+    given = tree["samplers"] or {}
+    named = {name: sampler for name, sampler in given.items() if isinstance(sampler, str)}
     read = {name: {**load_part("sampler", file), "length": tree["data"]["canvas"]} for name, file in named.items()}
-    tree["samplers"] = nodes({**(tree["samplers"] or {}), **read}, "evaluate.samplers")
+    samplers = nodes({**given, **read}, "evaluate.samplers")
+    tree["samplers"], tree["speeds"] = expand(samplers, tree.get("grid"), speeds, known=set(given))
     tree["models"] = {str(name): folder for name, folder in (tree["models"] or {}).items() if folder is not None}
     if empty := [part for part in ("models", "samplers") if not tree[part]]:
         raise ConfigError(f"evaluate.{empty[0]}: there are none left to evaluate")
     return OmegaConf.create(tree)
 
 
-def _fill(ledger: Ledger, sampling: Sampling, settings: DictConfig, folders: dict[str, Path]) -> None:
-    """Do every cell that the ledger lacks; a model is loaded only where one of its cells is missing."""
-    missing = [cell for cell in ledger.signatures if cell not in ledger.stats]
-    with tqdm(total=len(missing) * sampling.num, unit="caption", desc="evaluate", disable=not missing) as bar:
-        for method, folder in folders.items():
-            cells = [cell for cell in missing if cell.method == method]
-            backbone = from_pretrained(folder).to(sampling.device).eval() if cells else None
+def _curve(given: Any) -> dict | None:
+    """`curve`, checked: a metric, and whether its best values are the highest or the lowest."""
+    if given is None:
+        return None
+    curve = {"best": "highest", **given} if isinstance(given, dict) else {}
+    if set(curve) != {"metric", "best"} or not isinstance(curve["metric"], str) or curve["best"] not in BEST:
+        raise ConfigError(f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {given!r}")
+    return curve
+
+
+def _bound(given: Any) -> dict | None:
+    """`bound`, checked: the number of draws and the estimator; None where there is nothing to draw."""
+    bound = {"draws": None, "estimator": "count", **(given or {})} if given is None or isinstance(given, dict) else {}
+    if set(bound) != {"draws", "estimator"} or not fits(bound["draws"], int | None):
+        raise ConfigError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {given!r}")
+    return None if bound["draws"] is None else bound
+
+
+def _samplers(settings: DictConfig) -> dict[Cell, Sampler]:
+    """The sampler of every cell, in the order of the table; numbers that do not fit together are an error here."""
+    found = {}
+    for method in settings.models:
+        for name, node in settings.samplers.items():
+            for count in settings.speeds[name]:
+                try:
+                    found[Cell(str(method), str(name), count)] = build(node).with_steps(tokens_per_step=count)
+                except ValueError as error:
+                    raise ConfigError(f"evaluate.samplers.{name} at {count} tokens/step: {error}") from error
+    return found
+
+
+def _fill(
+    ledger: Ledger, sampling: Sampling, settings: DictConfig, samplers: dict[Cell, Sampler], bound: Bound | None
+) -> None:
+    """Do every cell and bound that the ledger lacks; a model is loaded only where one of its own is missing."""
+    missing = {method: ledger.missing(method) for method in settings.models}
+    total = sum(len(cells) + unbounded for cells, unbounded in missing.values()) * sampling.num
+    with tqdm(total=total, unit="caption", desc="evaluate", disable=not total) as bar:
+        for method, (cells, unbounded) in missing.items():
+            if not (cells or unbounded):
+                continue
+            backbone = from_pretrained(settings.models[method]).to(sampling.device).eval()
+            warn_of_canvas(backbone, settings.data.canvas, name=f"{method}: evaluate.data.canvas")
+            if bound is not None and unbounded:
+                bar.set_description(f"bound of {method}")
+                ledger.add_bound(method, evaluate_bound(backbone, bound, sampling, bar=bar))
             for cell in cells:
-                assert backbone is not None
                 bar.set_description(cell.name)
-                sampler: Sampler = build(settings.samplers[cell.sampler])
-                sampler = sampler.with_steps(tokens_per_step=cell.tokens_per_step)
-                ledger.add(cell, *evaluate_cell(backbone, sampler, sampling, bar=bar))
-                _check_headline(ledger.stats[cell], settings.headline)
+                ledger.add(cell, *evaluate_cell(backbone, samplers[cell], sampling, bar=bar))
+                _check_headline(ledger.stats[cell], settings)
+
+
+def evaluate_bound(
+    backbone: Backbone, metric: Bound, sampling: Sampling, *, bar: tqdm | None = None
+) -> dict[str, Stat]:
+    """The likelihood bound of a model on the responses of the data, by name."""
+    metric.reset()
+    for batch in _batches(sampling.loader, sampling.num):
+        with torch.inference_mode():
+            metric.update(backbone, batch.to(sampling.device))
+        if bar is not None:
+            bar.update(len(batch))
+    return metric.compute()
 
 
 def evaluate_cell(
     backbone: Backbone, sampler: Sampler, sampling: Sampling, *, bar: tqdm | None = None
 ) -> tuple[dict[str, Stat], list[dict]]:
     """Caption all images with one sampler: statistics by name, and each caption with its scores."""
-    metrics: list[Metric] = [build(node) for node in sampling.metrics]
+    metrics = sampling.build_metrics()
     special = sampling.codec.special
     captions: list[dict] = []
     seconds: list[float] = []
@@ -281,9 +283,11 @@ def _shared_codec(folders: dict[str, Path]) -> Codec:
     return next(iter(codecs.values()))
 
 
-def _check_headline(stats: dict[str, Stat], headline: Sequence[str]) -> None:
-    if unknown := [name for name in headline if name not in stats]:
-        raise ConfigError(f"evaluate.headline: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
+def _check_headline(stats: dict[str, Stat], settings: DictConfig) -> None:
+    curve = [settings.curve.metric] if settings.curve else []
+    for place, names in (("headline", settings.headline), ("curve", curve)):
+        if unknown := [name for name in names if name not in stats]:
+            raise ConfigError(f"evaluate.{place}: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
 
 
 def _check_model(method: str, folder: Path) -> None:
@@ -303,64 +307,68 @@ def _meta(settings: DictConfig, folders: dict[str, Path], images: dict[str, int]
         "data": {"split": settings.split, "index_sha256": sha256(index), **images},
         "seed": settings.seed,
         "settings": _plain(settings),
-        "code": _code_hash(Path(__file__).parents[1]),
+        "code": code_hash(Path(__file__).parents[1]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def _code_hash(root: Path) -> str:
-    places = [root / name for name in CODE]
-    files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
-    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]
+def _signatures(settings: DictConfig, meta: dict, cells: list[Cell]) -> tuple[dict[Cell, str], dict[str, str]]:
+    """For every cell, and for the bound of every model, a hash of all that its numbers depend on."""
+    data = [meta["code"], meta["data"], settings.seed, settings.num, _plain(settings.data)]
+    model = {name: [meta["models"][name], meta["model_configs"][name]] for name in meta["models"]}
+    sampled = [*data, _plain(settings.metrics)]
+    cell_signatures = {
+        cell: signature(*sampled, model[cell.method], _plain(settings.samplers[cell.sampler]), cell.tokens_per_step)
+        for cell in cells
+    }
+    bound = _plain(settings.bound) if settings.bound else None
+    return cell_signatures, {name: signature(*data, model[name], bound) for name in model} if bound else {}
 
 
-def _signatures(settings: DictConfig, meta: dict) -> dict[Cell, str]:
-    """For every cell of the config a hash of all that its numbers depend on."""
-    shared = [
-        meta["code"],
-        meta["data"],
-        settings.seed,
-        settings.num,
-        _plain(settings.data),
-        _plain(settings.metrics),
-    ]
-    found = {}
-    for method, sampler, count in product(settings.models, settings.samplers, sorted(set(settings.tokens_per_step))):
-        model = [meta["models"][method], meta["model_configs"][method]]
-        parts = [*shared, model, _plain(settings.samplers[sampler]), count]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        found[Cell(str(method), str(sampler), count)] = digest[:16]
-    return found
-
-
-def _report(ledger: Ledger, sampling: Sampling, headline: list[str]) -> None:
-    """Print the table and write table.md, quality.png and captions.png."""
+def _report(ledger: Ledger, sampling: Sampling, settings: DictConfig) -> None:
+    """Print the table and write table.md, captions.png, and curve.json with curve.png or quality.png."""
     captions = {cell: ledger.captions(cell) for cell in ledger.signatures}
     scores = {}
     for cell, lines in captions.items():
         columns = {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
         scores[cell.method, cell.sampler, cell.tokens_per_step] = columns
-    results = ledger.results
-    _check_headline(ledger.stats[next(iter(captions))], headline)
-    sys.stdout.write(text_report(results, scores, headline=headline))
-    write_bytes(ledger.out / "table.md", markdown_report(results, scores, headline=headline).encode())
-    plot(results, ledger.out / "quality.png", headline=headline)
-    picture(_examples(captions, sampling), ledger.out / "captions.png")
+    results, headline, budgets = ledger.results, list(settings.headline), None
+    _check_headline(ledger.stats[next(iter(captions))], settings)
+    if settings.curve:
+        budgets = _draw_curve(ledger, scores, metric=settings.curve.metric, lowest=settings.curve.best == "lowest")
+    else:
+        plot(results, ledger.out / "quality.png", headline=headline)
+    sys.stdout.write(text_report(results, scores, headline=headline, budgets=budgets))
+    table = markdown_report(results, scores, headline=headline, budgets=budgets)
+    write_bytes(ledger.out / "table.md", table.encode())
+    if examples := _examples(captions, sampling):
+        picture(examples, ledger.out / "captions.png")
+
+
+def _draw_curve(ledger: Ledger, scores: Scores, *, metric: str, lowest: bool) -> Table | None:
+    """Write curve.json and curve.png; the table of the best within so many forward calls."""
+    points = points_of(ledger.results, metric)
+    if not points:
+        logger.warning("no cell has a value of %s: there is no curve", metric)
+        return None
+    write_json(ledger.out / "curve.json", to_dict(points, metric=metric, lowest=lowest))
+    plot_curve(points, ledger.out / "curve.png", metric=metric, lowest=lowest)
+    return budget_table(points, scores, metric=metric, lowest=lowest)
 
 
 def _examples(captions: dict[Cell, list[dict]], sampling: Sampling) -> list[Example]:
-    """The first images with captions at the largest tokens/step.
+    """The first images with captions at the largest tokens/step; none for data without images.
 
     Shown are the baseline, and the last method before and after refinement.
     """
-    metrics = [build(node) for node in sampling.metrics]
+    metrics = sampling.build_metrics()
     fastest = max(cell.tokens_per_step for cell in captions)
     cells = [cell for cell in captions if cell.tokens_per_step == fastest]
     last = [cell for cell in cells if cell.method == cells[-1].method]
     shown = list(dict.fromkeys([cells[0], last[0], last[-1]]))
     batch = next(_batches(sampling.loader, EXAMPLES))
     examples = []
-    for row in range(min(EXAMPLES, len(batch))):
+    for row in [row for row, image in enumerate(batch.images[: min(EXAMPLES, sampling.num)]) if image]:
         record = batch.records[row]
         texts = {cell: captions[cell][row]["text"] for cell in shown}
         panels = [Panel(_title(cell), text, _marks(metrics, text, record)) for cell, text in texts.items()]
@@ -374,10 +382,6 @@ def _title(cell: Cell) -> str:
 
 def _marks(metrics: list[Any], text: str, record: dict) -> list[Mark]:
     return [mark for m in metrics if isinstance(m, CaptionMetric) for mark in m.marks(text, record)]
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _plain(node: Any) -> Any:

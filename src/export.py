@@ -21,6 +21,7 @@ import logging
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,12 +29,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from src.components import ConfigError, build, check, plain
-from src.config import load_config, main_guard
+from src.config import load_config, main_guard, path_of
 from src.hub import local_folder
 from src.models.checkpoint import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
 from src.models.formats import FORMATS, Description, Format
 from src.models.stored import Stored, in_checkpoint, in_folder, is_checkpoint
-from src.models.weights import write_weights
+from src.models.weights import check_finite, write_weights
 from src.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,11 @@ def main(argv: list[str]) -> None:
 
 def export(cfg: DictConfig) -> None:
     """Write the model that the config names to the folder `out`."""
-    out, form = Path(cfg.out), _format(cfg.format)
+    out, form = path_of(cfg, "out"), _format(cfg.format)
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder or remove it")
+    if Path(cfg.model).resolve() in out.resolve().parents:
+        raise ValueError(f"out={out} is in the model folder {cfg.model}, which the export must not change")
     stored, description, tokenizer, origin = _source(cfg)
     model = build_empty(description)
     check_tensors(model, {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}, cfg.model)
@@ -68,7 +71,10 @@ def export(cfg: DictConfig) -> None:
 
     def read(names: list[str]) -> dict[str, Tensor]:
         found = stored.read([ours[name] for name in names])
-        return {name: _cast(found[ours[name]], dtype) for name in names}
+        cast = {name: _cast(found[ours[name]], dtype) for name in names}
+        for name, tensor in cast.items():
+            check_finite(name, tensor, cfg.model)
+        return cast
 
     # 2. the folder
     with replacing(out) as folder:
@@ -83,7 +89,7 @@ def export(cfg: DictConfig) -> None:
 
 def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
     """The tensors to export, what else makes their model, and the folders of its tokenizer and of its config.json."""
-    path = local_folder(cfg.model)
+    path = local_folder(path_of(cfg, "model"))
     vision, like = plain(cfg.vision), ModelFolder.open(cfg.like) if cfg.like else None
     if is_checkpoint(path):
         of_like = like and (like.describe(vision=vision), like.path, like.path)
@@ -112,10 +118,13 @@ def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
     run = OmegaConf.load(config)
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
     tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
+    canvas = OmegaConf.select(run, "data.canvas")
     if "path" not in node:
-        return describe(build(node, codec=Codec.load(tokenizer))), tokenizer, tokenizer
-    folder = ModelFolder.open(node["path"])
-    return folder.describe(attention=node.get("attention"), vision=node.get("vision")), tokenizer, folder.path
+        found, origin = describe(build(node, codec=Codec.load(tokenizer))), tokenizer
+    else:
+        folder = ModelFolder.open(node["path"])
+        found, origin = folder.describe(attention=node.get("attention"), vision=node.get("vision")), folder.path
+    return replace(found, canvas=canvas or found.canvas), tokenizer, origin
 
 
 def _with_programs(config: dict, origin: Path) -> tuple[dict, list[Path]]:

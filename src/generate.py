@@ -4,6 +4,7 @@
     python -m src.generate conf=generate model=llada_v model.path=... images=photos/ prompt="Describe it." steps=32
     python -m src.generate conf=generate model.path=... images=a.png prompt=... caption="A red ring is"
     python -m src.generate conf=generate model=llada model.path=... images=null prompt=questions.jsonl
+    python -m src.generate conf=generate model.path=... images=null prompt=data/smiles/test temperature=1 cfg_scale=1
 
     file, folder, split or questions -> batches of what can be read -> sampler -> OUT, one JSON line for each
 
@@ -18,7 +19,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -30,15 +31,18 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from datamodules.captions import Collate
+from datamodules.collate import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
-from src.batch import Batch, Sampled
+from datamodules.text import TextData
+from src.batch import Batch, Prefix, Sampled
 from src.components import ConfigError, build, check, plain
-from src.config import load_config, load_part, main_guard
+from src.config import load_config, load_part, main_guard, path_of
 from src.diffusion.sampler import Sampler
 from src.drafting import describe
 from src.importers.images import ImageProblem, fit, load
-from src.models.checkpoint import ModelFolder, sketch
+from src.lock import locked
+from src.models.checkpoint import ModelFolder, check_vocabulary, sketch
+from src.output import Output
 from src.prompts.format import IMAGE
 from src.shards import INDEX
 from src.tiling import Layout, Square
@@ -63,24 +67,41 @@ class Tally:
 def main(argv: list[str]) -> None:
     """Caption the images that the config names."""
     cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"])
-    try:
+    path = path_of(cfg, "out")
+    with _mistakes():
         sampler = choose_sampler(cfg)
         codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
         codec = codec.with_format(system=cfg.system, join=cfg.join)
         _check_request(cfg, codec, sampler)
-        backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+        out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
+    with locked(path), out:  # before the model is loaded, as it can be refused
+        _write(cfg, sampler, codec, out)
+
+
+def _write(cfg: DictConfig, sampler: Sampler, codec: Codec, out: Output) -> None:
+    """Load the model and write what is still to be written, batch by batch."""
+    backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+    with _mistakes():
         count, entries = find_entries(cfg, backbone.layout)
-        out = Output(Path(cfg.out), settings=_settings(cfg, sampler), trace=cfg.trace)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     collate = Collate(codec, canvas=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
     tally, device = Tally(), next(backbone.parameters()).device
-    with out, memory_of(cfg.batch_size), tqdm(total=count, unit="text", desc="generate") as bar:
+    positions = ModelFolder.open(cfg.model.path).positions
+    with memory_of(cfg.batch_size), tqdm(total=count, unit="text", desc="generate") as bar:
         for samples in _batches(entries, cfg, out.keys, tally, bar):
             batch = collate(samples, 0)[0].to(device)
-            tally.texts += out.add(batch.keys, caption_batch(backbone, batch, sampler, codec, cfg), codec)
+            sampled = caption_batch(backbone, batch, sampler, codec, cfg, positions=positions)
+            tally.texts += out.add(batch.keys, sampled, codec)
             bar.update(len(batch))
     _print(tally, out.path)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """What is wrong with the request, as an error for the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose_sampler(cfg: DictConfig) -> Sampler:
@@ -97,14 +118,22 @@ def choose_sampler(cfg: DictConfig) -> Sampler:
     return build({**node, **given})
 
 
-def caption_batch(backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig) -> Sampled:
-    """Responses for a batch, from masks or from the caption to correct."""
+def caption_batch(
+    backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig, *, positions: int | None
+) -> Sampled:
+    """Responses for a batch, from masks or from the caption to correct. positions: that the model is for, if known."""
     start = None if cfg.caption is None else batch.response
     suffix = torch.tensor(codec.encode(cfg.suffix)[0]) if cfg.suffix else None
     options = {"special": codec.special, "keys": batch.keys, "seed": cfg.seed, "trace": cfg.trace}
     with torch.inference_mode():
         prefix = backbone.encode_prefix(batch.prefix)
+        _warn_if_long(batch.keys, prefix, _length_behind(sampler, codec, cfg), positions)
         return sampler(backbone, prefix, start=start, suffix=suffix, **options)
+
+
+def _length_behind(sampler: Sampler, codec: Codec, cfg: DictConfig) -> int:
+    """Tokens of a response and of the suffix."""
+    return sampler.length + len(codec.encode(cfg.suffix or "")[0])
 
 
 @contextmanager
@@ -119,6 +148,14 @@ def memory_of(batch_size: int) -> Iterator[None]:
         raise ConfigError(f"{told}; the same command then goes on behind the lines that are written") from error
 
 
+def _warn_if_long(keys: list[str], prefix: Prefix, length: int, limit: int | None) -> None:
+    """Names the rows that have more tokens, `length` behind the prefix, than positions that the model was made for."""
+    taken = [prefix.embeds.shape[1]] * len(keys) if prefix.mask is None else prefix.mask.sum(1).tolist()
+    for key, tokens in zip(keys, taken, strict=True):
+        if limit is not None and tokens + length > limit:
+            logger.warning("%s: %d tokens of prompt and %d behind it, the model is for %d", key, tokens, length, limit)
+
+
 def find_entries(cfg: DictConfig, layout: Layout | None) -> tuple[int, Iterator[Entry]]:
     """How many images or questions the config names, and their entries. `layout`: the model's, None for text only."""
     if cfg.images is None:
@@ -129,27 +166,57 @@ def find_entries(cfg: DictConfig, layout: Layout | None) -> tuple[int, Iterator[
 
 
 def find_questions(prompt: str | None) -> tuple[int, Iterator[Entry]]:
-    """One question, or those of a .jsonl file, {"key": ..., "prompt": ...} in each line."""
-    if not prompt:
-        raise ValueError("images=null needs a prompt: a question, or a .jsonl file of them")
+    """One question, those of a .jsonl file, {"key": ..., "prompt": ...} in each line, or of a split of texts."""
+    if prompt is None:
+        raise ValueError("images=null needs a prompt: a question, a .jsonl file of them, or a split of a text dataset")
+    if _is_split(prompt):
+        index = read_index(prompt, image=False)
+        if index.kind != TextData.kind:
+            raise ValueError(f"{prompt} holds {index.kind!r}, not texts; name it as images=")
+        return index.count, _in_shards(index, None, image=False)
     if not prompt.endswith(".jsonl"):
         return 1, iter([("prompt", partial(_asked, "prompt", prompt))])
     if not Path(prompt).is_file():
         raise ValueError(f"prompt: no file {prompt}")
-    lines = Path(prompt).read_text(encoding="utf-8").splitlines()
+    asked = _read_questions(Path(prompt))
+    return len(asked), iter([(key, partial(_asked, key, question)) for key, question in asked.items()])
+
+
+def _is_split(prompt: str | None) -> bool:
+    """Whether a prompt is no question, but the folder of a split of a dataset."""
+    with suppress(OSError):  # a question may be too long for the name of a file
+        return bool(prompt) and (Path(prompt) / INDEX).is_file()
+    return False
+
+
+def _read_questions(file: Path) -> dict[str, str]:
+    """The questions of a .jsonl file by their keys; without a byte order mark and blank lines."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt: {file} cannot be read: {error}") from error
     asked: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             said = json.loads(line)
             key, question = said["key"], said["prompt"].strip()
         except (AttributeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'line {number} of {prompt} is no {{"key": "a", "prompt": "Why?"}}: {line}') from error
+            raise ValueError(f'line {number} of {file} is no {{"key": "a", "prompt": "Why?"}}: {line}') from error
+        if not isinstance(key, str):
+            raise ValueError(f'line {number} of {file}: the key must be a text, such as "{key}", got {key!r}')
+        if unknown := sorted(said.keys() - {"key", "prompt"}):
+            hint = "; images=FOLDER takes images, and one prompt for all" if "image" in unknown else ""
+            raise ValueError(f"line {number} of {file} has {unknown[0]!r}, but only key and prompt are read{hint}")
         if IMAGE in question:
-            raise ValueError(f"line {number} of {prompt} has an image mark, but there are no images")
+            raise ValueError(f"line {number} of {file} has an image mark, but there are no images")
         if key in asked:
-            raise ValueError(f"line {number} of {prompt} repeats the key {key!r}")
+            raise ValueError(f"line {number} of {file} repeats the key {key!r}")
         asked[key] = question
-    return len(asked), iter([(key, partial(_asked, key, question)) for key, question in asked.items()])
+    if not asked:
+        raise ValueError(f"prompt: there is no question in {file}")
+    return asked
 
 
 def _asked(key: str, question: str) -> Sample:
@@ -163,7 +230,7 @@ def find_images(path: Path, *, layout: Layout, prompt: str | None) -> tuple[int,
     """
     if (path / INDEX).is_file():
         index = read_index(path)
-        return index.count, _in_shards(index, prompt)
+        return index.count, _in_shards(index, prompt, image=True)
     if not path.exists():
         raise ValueError(f"images: no file or folder {path}")
     if prompt is None:
@@ -188,25 +255,25 @@ def _open(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
     return Sample(key, {"prompt": prompt}, b"", image)
 
 
-def _in_shards(index: Index, prompt: str | None) -> Iterator[Entry]:
+def _in_shards(index: Index, prompt: str | None, *, image: bool) -> Iterator[Entry]:
     """All samples of a data folder; those that a cut shard lacks have an entry that fails."""
     for shard in index.shards:
         found = 0
         for raw in islice(read_tar(shard.path, strict=False), shard.count):
             found += 1
-            yield raw["__key__"], partial(_decode, raw, prompt)
+            yield raw["__key__"], partial(_decode, raw, prompt, image)
         for number in range(found, shard.count):
-            yield f"{shard.path.name}#{number}", partial(_decode, {}, prompt)
+            yield f"{shard.path.name}#{number}", partial(_decode, {}, prompt, image)
 
 
-def _decode(raw: dict[str, Any], prompt: str | None) -> Sample:
-    sample = decode(raw)
+def _decode(raw: dict[str, Any], prompt: str | None, image: bool) -> Sample:
+    sample = decode(raw, image=image)
     if sample is None:
         raise ImageProblem("damaged_sample")
-    question = prompt or sample.record.get("prompt")
-    if not question:
+    question = (sample.record.get("prompt") or "") if prompt is None else prompt
+    if not question and image and prompt is None:  # a text model may write without one
         raise ImageProblem("no_prompt")
-    if question.count(IMAGE) > 1:
+    if question.count(IMAGE) > int(image):
         raise ImageProblem("more_image_marks_than_images")
     return replace(sample, record={"prompt": question})
 
@@ -237,89 +304,6 @@ def _batches(
         yield samples
 
 
-class Output:
-    """The lines of captions, and those of traces beside them; a context manager. `keys`: images with a line.
-
-    A trace has `steps`: the text after each, with _ for a mask, and the fields of `TraceStep`.
-
-    A kill may leave half a line at the end, which is cut off. Raises ValueError when another line is broken,
-    or when the captions in the file were made with other settings.
-    """
-
-    def __init__(self, path: Path, *, settings: dict[str, Any], trace: bool) -> None:
-        self.path, self.settings = path, settings
-        self.trace_path = path.with_suffix(".trace.jsonl") if trace else None
-        lines = _restore(path)
-        for line in lines:
-            if changed := [name for name, value in settings.items() if line.get(name) != value]:
-                named = [name for name in changed if name != "options"] or ["sampler or model option"]
-                raise ValueError(f"{path} was made with another {', '.join(named)}; choose another out")
-        self.keys = {line["key"] for line in lines}
-        if self.trace_path:  # a trace is written before its caption, so a kill can leave one too many
-            _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
-
-    def __enter__(self) -> Output:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = self.path.open("a", encoding="utf-8")
-        self._traces = self.trace_path.open("a", encoding="utf-8") if self.trace_path else None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        if self._traces:
-            self._traces.close()
-
-    def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
-        """Append a line for each row; returns (key, text) of each."""
-        texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
-        if self._traces:
-            for key, steps in zip(keys, sampled.traces or [], strict=True):
-                shown = [{"text": _shown(codec, step.tokens), **asdict(step)} for step in steps]
-                _append(self._traces, {"key": key, "steps": shown})
-            self._traces.flush()
-        for row, (key, text) in enumerate(zip(keys, texts, strict=True)):
-            counts = {"forwards": int(sampled.forwards[row]), "edits": int(sampled.edits[row])}
-            _append(self._lines, {"key": key, "text": text, **counts, **self.settings})
-        self._lines.flush()
-        return list(zip(keys, texts, strict=True))
-
-
-def _shown(codec: Codec, ids: list[int]) -> str:
-    """The text of an unfinished response, up to its first eot, with _ for each mask."""
-    text, written = "", list[int]()
-    for token in ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids:
-        if token == codec.mask_id:
-            text, written = f"{text}{codec.decode(written)}_", []
-        else:
-            written.append(token)
-    return text + codec.decode(written)
-
-
-def _append(stream: Any, line: dict) -> None:
-    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
-    """The lines of a file. It is cut at the first one not to keep, and at half a line at its end."""
-    raw = path.read_bytes() if path.is_file() else b""
-    lines, end = [], 0
-    for number, text in enumerate(raw.splitlines(keepends=True), start=1):
-        if not text.endswith(b"\n"):
-            break
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is broken ({error}); choose another out") from error
-        if not keep(line):
-            break
-        lines.append(line)
-        end += len(text)
-    if end < len(raw):
-        with path.open("r+b") as stream:
-            stream.truncate(end)
-    return lines
-
-
 def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
     """What a caption depends on besides its image; part of every line."""
     schedule = asdict(sampler.schedule)
@@ -336,10 +320,24 @@ def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
 def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:
     """What a user can get wrong, before anything slow starts."""
     check(cfg)
+    if cfg.images is not None:
+        path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
-    if cfg.prompt is not None:  # its image marks are looked at
-        codec.prompt_ids(cfg.prompt, images=0 if cfg.images is None else 1)
+    folder = ModelFolder.open(cfg.model.path)
+    check_vocabulary(folder, codec)
+    prompt = cfg.prompt
+    question = None if prompt is None or prompt.endswith(".jsonl") or _is_split(prompt) else str(prompt)
+    if cfg.images is not None and prompt is not None and question is None:
+        raise ValueError(f"prompt={prompt} is no question: with images it is one for all of them")
+    # its image marks are looked at
+    asked = [] if question is None else codec.prompt_ids(question, images=0 if cfg.images is None else 1)
+    length = _length_behind(sampler, codec, cfg)
+    if folder.positions is not None and len(asked) + length > folder.positions:
+        raise ValueError(
+            f"{len(asked)} tokens of prompt and {length} behind it are more than the {folder.positions} positions that "
+            f"the model is for (config.json): lower length={sampler.length}, or shorten the prompt"
+        )
     if cfg.caption is None:
         return
     if not sampler.post_steps:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from src.batch import Draft, Edit, Failure, Revision
+from src.shards import naming
 
 logger = logging.getLogger(__name__)
 Answer = Revision | Failure
@@ -28,7 +29,7 @@ Answer = Revision | Failure
 class Journal:
     """Answers of one expert by one process; a context manager.
 
-    expert: its name and settings, as text. Raises ValueError when a line other than the last one is broken.
+    expert: its name and settings, as text. A broken line is told, and counts as no answer.
     """
 
     def __init__(self, path: str | Path, *, expert: str) -> None:
@@ -42,7 +43,8 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        with naming(self.path):  # what could not be written before is tried once more
+            self._stream.close()
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -61,9 +63,10 @@ class Journal:
         request = self.request(draft)
         kind = "revision" if isinstance(answer, Revision) else "failure"
         line = {"request": request, "key": draft.key, kind: asdict(answer)}
-        self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        with naming(self.path):
+            self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
         self._answers[request] = answer
 
     def request(self, draft: Draft) -> str:
@@ -75,19 +78,49 @@ class Journal:
         """Read the journal of an earlier process and cut off a torn last line."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
+        broken = []
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                entry = json.loads(line)
-                self._answers[entry["request"]] = _answer(entry)
+                if line.strip():
+                    entry = json.loads(line)
+                    self._answers[_typed(entry["request"], str)] = _answer(entry)
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}: line {number} is broken ({error!r}); remove it") from error
+                broken.append(f"line {number} ({error!r})")
+        if broken:
+            logger.warning(
+                "%s: %d broken lines, the first of them %s: what they answered is asked again",
+                self.path, len(broken), broken[0],
+            )  # fmt: skip
         if len(whole) < len(data):
             logger.warning("%s: dropped a torn last line", self.path)
             os.truncate(self.path, len(whole))
 
 
 def _answer(entry: dict[str, Any]) -> Answer:
+    """The answer of a line. Raises TypeError or KeyError where one of its values is not what an expert gives."""
     if "failure" in entry:
-        return Failure(**entry["failure"])
-    revision = entry["revision"]
-    return Revision(**{**revision, "edits": tuple(Edit(**edit) for edit in revision["edits"])})
+        failure = Failure(**entry["failure"])
+        _typed(failure.reason, str)
+        _typed(failure.retry, bool)
+        return failure
+    revision = Revision(**{**entry["revision"], "edits": tuple(map(_edit, entry["revision"]["edits"]))})
+    for text in (revision.raw, revision.model):
+        _typed(text, str)
+    _typed(revision.usage, dict)
+    _typed(revision.attempts, int)
+    return revision
+
+
+def _edit(content: dict[str, Any]) -> Edit:
+    edit = Edit(**content)
+    for text in (edit.org, edit.target, edit.reason):
+        _typed(text, str)
+    _typed(edit.start_char, int, type(None))
+    return edit
+
+
+def _typed(value: Any, *kinds: type) -> Any:
+    """The value, if it is of one of these types."""
+    if type(value) not in kinds:
+        raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+    return value

@@ -1,7 +1,10 @@
-"""Make the shards of a dataset: of procedural scenes, or of a folder of photographs with an annotation file.
+"""Make the shards of a dataset: procedural scenes, photographs with annotation files, or texts without images.
 
     python -m src.prepare conf=scenes prepare.out=data/scenes
     python -m src.prepare conf=photos prepare.images=DIR prepare.annotations=FILE prepare.out=data/photos
+    python -m src.prepare conf=text prepare.files=book.txt             plain text, packed into rows of equal length
+    python -m src.prepare conf=sft prepare.files=gsm8k_train.jsonl     prompts with responses
+    python -m src.prepare conf=smiles prepare.files=qm9_smiles.csv     molecules with a class label
 
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
 
@@ -16,6 +19,9 @@ Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. A record is one o
 "split" (train, val or test) and "prompt" in a record are kept. Images without a split are split by a hash of their
 names; from three images up, each split gets one.
 
+Texts are read from .txt, .jsonl, .json, .csv and .tsv files and split by a hash of each text, or given as
+prepare.files={train: FILE, val: FILE, test: FILE}. What cannot be used is left out and counted, with an example.
+
 Everything is written into OUT.partial, which takes its name at the end: a killed run leaves nothing that
 looks finished, and a second run of the same command finds OUT complete and does nothing. Equal settings make
 equal bytes.
@@ -24,14 +30,10 @@ equal bytes.
 from __future__ import annotations
 
 import io
-import json
-import logging
-import shutil
 import sys
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -39,6 +41,7 @@ from tqdm import tqdm
 
 from src.components import ConfigError, build
 from src.config import load_config, main_guard
+from src.dataset import SPLITS, Dataset, check_splits, write_split
 from src.importers.counts import Counts, table
 from src.importers.images import ENCODINGS, ImageProblem, convert, load
 from src.importers.photos import Album, Photo, fill_splits
@@ -46,76 +49,14 @@ from src.importers.records import Caption, read_entries
 from src.scenes.grammar import LEXICON, Swap, swaps, write_brief, write_caption
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
-from src.shards import DATASET, FORMAT, INDEX, publish, write_json, write_shards
 from src.swaps import SwapLocator
 from src.tokenizer import Codec
 
-log = logging.getLogger(__name__)
-
 CHAT_WORDS = "system user assistant"  # roles that the chat template writes
 EVALUATION_SEED = 0  # of val and test scenes: they stay the same, whatever the seed of a dataset
+SMALLEST = 16  # pixels on the side of a scene
 RESERVED = 512  # scenes of val, and of test, that no training set holds, however few of them a dataset has
 MAX_DRAWS = 1000  # attempts at a new scene or a fitting caption before the settings count as impossible
-
-
-@dataclass(kw_only=True)
-class Dataset(ABC):
-    """A folder with splits, written whole or not at all. A subclass makes the samples.
-
-    overwrite: replace `out`; otherwise it is kept if it was made with the same settings, and refused if not
-    """
-
-    out: str
-    image_size: int
-    vocab_size: int
-    canvas: int
-    prompt: str
-    tokenizer: str | None = None
-    seed: int = 0
-    per_shard: int = 512
-    overwrite: bool = False
-
-    @property
-    def settings(self) -> dict:
-        """What the content depends on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
-
-    def run(self) -> dict:
-        """Write the dataset, unless it is there, and return its index.json."""
-        out = Path(self.out)
-        if out.exists() and not self.overwrite:
-            return self._existing(out)
-        partial = out.with_name(f"{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            index = {"format": FORMAT, "kind": DATASET, "settings": self.settings, **self.write(partial)}
-            write_json(partial / INDEX, index)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if out.exists():
-            shutil.rmtree(out)
-        publish(partial, out)
-        return index
-
-    @abstractmethod
-    def write(self, folder: Path) -> dict:
-        """Write splits and tokenizer into a folder; the result goes into index.json."""
-
-    def _existing(self, out: Path) -> dict:
-        if not (out / INDEX).is_file():
-            raise ValueError(f"{out} exists but is no finished dataset; remove it, or choose another `out`")
-        index = json.loads((out / INDEX).read_text(encoding="utf-8"))
-        old, new = index.get("settings", {}), self.settings
-        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        if changed:
-            raise ValueError(
-                f"{out} was made with other settings ({', '.join(changed)}); "
-                "set overwrite=true to make it again, or choose another `out`"
-            )
-        log.info("%s is finished already: nothing to do", out)
-        return index
 
 
 @dataclass(kw_only=True)
@@ -131,6 +72,9 @@ class Scenes(Dataset):
     brief:     short lists of the objects instead of detailed captions
     """
 
+    image_size: int
+    vocab_size: int
+    prompt: str
     num_train: int
     num_val: int
     num_test: int
@@ -143,20 +87,22 @@ class Scenes(Dataset):
         for name in ("num_train", "num_val", "num_test", "captions_per_image", "per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size < SMALLEST:
+            raise ValueError(f"image_size must be at least {SMALLEST}, to tell shapes apart, got {self.image_size}")
         if len(self.objects) != 2:
             raise ValueError(f"objects must be [least, greatest], got {list(self.objects)}")
 
     def write(self, folder: Path) -> dict:
         scenes = self._draw_scenes()
-        codec = _codec(
+        codec = make_codec(
             folder, self.tokenizer, self._texts(scenes["train"]), vocab_size=self.vocab_size, alphabet="seen"
         )
         counts = {}
         with tqdm(total=sum(map(len, scenes.values())), desc="scenes", unit="image", disable=None) as bar:
-            for split in ("train", "val", "test"):
+            for split in SPLITS:
                 found: Counter[str] = Counter()
                 samples = self._samples(split, scenes[split], codec, found, bar)
-                counts[split] = _write_split(folder, split, samples, codec, self.per_shard, found)
+                counts[split] = write_split(folder, split, samples, codec, self.per_shard, found)
         return {"tokenizer": codec.fingerprint, "counts": counts}
 
     def _draw_scenes(self) -> dict[str, list[Scene]]:
@@ -228,6 +174,9 @@ class Photos(Dataset):
     max_images:  use only the first so many photos; null means all
     """
 
+    image_size: int
+    vocab_size: int
+    prompt: str
     images: str
     annotations: str | Sequence[str]
     encoding: str = "jpg"
@@ -237,28 +186,38 @@ class Photos(Dataset):
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return [self.images, *self._files]
+
+    @property
+    def _files(self) -> Sequence[str]:
+        return [self.annotations] if isinstance(self.annotations, str) else self.annotations
 
     def write(self, folder: Path) -> dict:
         skipped = Counts()
         photos = self._collect(skipped)
-        codec = _codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
+        codec = make_codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
         fill_splits(photos, lambda photo: self._is_usable(photo, codec))
         read = {reason: number for reason, number in skipped.items() if number}
         counts, examples = {"records": read}, {"records": skipped.examples}
         with tqdm(total=len(photos), desc="photos", unit="image", disable=None) as bar:
-            for split in ("train", "val", "test"):
+            for split in SPLITS:
                 mine = [photo for photo in photos if photo.split == split]
                 found = Counts()
                 samples = self._samples(mine, codec, found, bar)
-                counts[split] = _write_split(folder, split, samples, codec, self.per_shard, found)
+                counts[split] = write_split(folder, split, samples, codec, self.per_shard, found)
                 examples[split] = found.examples
-        _check_splits(counts, examples)
+        remedy = ("take `split` out of the records", "a `split` to the records")
+        check_splits(counts, examples, noun="image", remedy=remedy)
         return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples}
 
     def _collect(self, skipped: Counts) -> list[Photo]:
-        files = [self.annotations] if isinstance(self.annotations, str) else self.annotations
         album = Album(Path(self.images), prompt=self.prompt, seed=self.seed, counts=skipped)
-        for file in files:
+        for file in self._files:
             for entry in read_entries(Path(file), skipped):
                 album.add(entry)
         return album.photos()[: self.max_images]
@@ -309,43 +268,20 @@ class Photos(Dataset):
         return {"text": caption.text, "swaps": locate(caption.text, found, counts)}
 
 
-def facts(scene: Scene) -> tuple:
-    """A scene without jitter: two scenes with equal facts have the same true captions."""
-    return scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)
-
-
-def _check_splits(counts: dict[str, dict[str, int]], examples: dict[str, dict[str, str]]) -> None:
-    """Raise ValueError where there is nothing to train on; warn where there is nothing to validate or to test on."""
-    empty = [split for split in ("train", "val", "test") if not counts[split]["written"]]
-    if len(empty) == 3:
-        raise ValueError(f"nothing could be used; why, by reason:\n{table(counts, examples)}")
-    if "train" in empty:
-        told = table(counts, examples)
-        raise ValueError(f"no image is left for train; add some, or take `split` out of the records\n{told}")
-    if empty:
-        log.warning("no image is in %s; give more than two, or a `split` to the records", " and in ".join(empty))
-
-
-def _codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
+def make_codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
     """The given tokenizer or a new one, saved with the data."""
     codec = Codec.load(tokenizer) if tokenizer else Codec.train(texts, vocab_size=vocab_size, alphabet=alphabet)
+    if not tokenizer and codec.vocab_size > vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: letters and special tokens alone take {codec.vocab_size}"
+        )
     codec.save(folder / "tokenizer")
     return codec
 
 
-def _write_split(
-    folder: Path, split: str, samples: Iterable[dict], codec: Codec, per_shard: int, counts: Counter[str]
-) -> dict:
-    index = write_shards(
-        folder / split,
-        samples,
-        prefix=split,
-        per_shard=per_shard,
-        kind="captions",
-        tokenizer=codec.fingerprint,
-        counts=counts,
-    )
-    return index["counts"]
+def facts(scene: Scene) -> tuple:
+    """A scene without jitter: two scenes with equal facts have the same true captions."""
+    return scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)
 
 
 @main_guard
@@ -354,7 +290,7 @@ def main(argv: list[str]) -> None:
     dataset = build(config.prepare)
     try:
         index = dataset.run()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     sys.stdout.write(table(index["counts"], index.get("examples", {})) + "\n")
 

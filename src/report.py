@@ -1,6 +1,7 @@
 """What an evaluation says: a table, sentences on the claim, a plot and a picture. Functions of plain data.
 
     results["methods"][method][sampler][tokens/step][metric] = {mean, se, n}       of results.json
+    results["bounds"][method][metric] = {mean, se, n}                              of each model, if asked for
     scores[method, sampler, tokens/step][metric] = [value of each caption, ...]    captions in one fixed order
 
 The first row (first method and sampler) is the baseline, the last (last method and sampler) the contender.
@@ -20,10 +21,12 @@ from src.drawing import Colour, Piece, Placed, enlarge, font, layout, paint
 from src.metrics.caption import Mark, Stat, summarise
 
 Row = tuple[str, str]
+Table = list[list[str]]
 Scores = Mapping[tuple[str, str, int], Mapping[str, Sequence[float]]]
 FILL: dict[str, Colour] = {"ungrammatical": (255, 226, 150), "false": (250, 190, 190)}
 INK: dict[str, Colour] = {"ungrammatical": (90, 60, 0), "false": (170, 0, 0)}
 MEANING = {"false": "contradicts the image", "ungrammatical": "no sentence of the grammar"}
+BUDGETS = "each best cell was chosen on these captions, so its value is a little too good; differences are paired"
 SIDE, COLUMN, PAD, TEXT, HEAD = 150, 310, 14, 14, 15  # pixels of captions.png
 
 
@@ -60,19 +63,34 @@ def speeds_of(results: dict) -> list[int]:
     return sorted({int(name) for found in cells for name in found})
 
 
-def text_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
-    """How to read the tables, the tables of the headline metrics, then the claim, as aligned plain text."""
-    blocks = ["\n".join(_aligned(_grid(results, metric))) for metric in headline]
-    lines = "\n".join(claims(results, scores, headline=headline))
-    return "\n\n".join(["\n".join(notes(results, scores)), *blocks, lines]) + "\n"
+def text_report(results: dict, scores: Scores, *, headline: Sequence[str], budgets: Table | None = None) -> str:
+    """How to read the tables, the tables of the headline metrics, then the claim, as aligned plain text.
+
+    budgets: a table of what is best within so many forward calls, which then takes the place of the claim
+    """
+    blocks = ["\n".join(_aligned(table)) for table in _tables(results, headline, budgets)]
+    lines = [BUDGETS] if budgets else claims(results, scores, headline=headline)
+    return "\n\n".join(["\n".join(notes(results, scores)), *blocks, "\n".join(lines)]) + "\n"
 
 
-def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str]) -> str:
+def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str], budgets: Table | None = None) -> str:
     """The same as Markdown."""
-    blocks = ["\n".join(_piped(_grid(results, metric))) for metric in headline]
-    head = "\n".join(f"- {line}" for line in notes(results, scores))
-    lines = "\n".join(f"- {line}" for line in claims(results, scores, headline=headline))
-    return "\n\n".join([head, *blocks, lines]) + "\n"
+    blocks = ["\n".join(_piped(table)) for table in _tables(results, headline, budgets)]
+    head, lines = notes(results, scores), [BUDGETS] if budgets else claims(results, scores, headline=headline)
+    listed = ["\n".join(f"- {line}" for line in some) for some in (head, lines)]
+    return "\n\n".join([listed[0], *blocks, listed[1]]) + "\n"
+
+
+def _tables(results: dict, headline: Sequence[str], budgets: Table | None) -> list[Table]:
+    """The bounds of the models where there are any, the headline metrics, the budgets."""
+    bounds = [_bounds(results["bounds"])] if results.get("bounds") else []
+    return [*bounds, *(_grid(results, metric) for metric in headline), *([budgets] if budgets else [])]
+
+
+def _bounds(bounds: dict[str, dict[str, Stat]]) -> Table:
+    names = list(next(iter(bounds.values())))
+    lines = [[method, *(stat_text(stats[name]) for name in names)] for method, stats in bounds.items()]
+    return [["bound per token", *names], *lines]
 
 
 def notes(results: dict, scores: Scores) -> list[str]:
@@ -81,9 +99,9 @@ def notes(results: dict, scores: Scores) -> list[str]:
     number = max(len(values) for columns in scores.values() for values in columns.values())
     lines = [f"columns: {speeds} tokens per step; mean ± standard error over {number} captions"]
     for method, sampler in rows_of(results):
-        cells = results["methods"][method][sampler].values()
-        calls = ", ".join(f"{cell['forwards']['mean']:.1f}" for cell in cells if "forwards" in cell)
-        lines.append(f"forward calls a caption, {method} {sampler}: {calls}")
+        cells = results["methods"][method][sampler]
+        costs = ", ".join(_cost(cells.get(str(n), {})) for n in speeds_of(results))
+        lines.append(f"forward calls (and seconds) a caption, {method} {sampler}: {costs}")
     samplers = results.get("meta", {}).get("settings", {}).get("samplers", {}).values()
     if any(sampler.get("eos_last") for sampler in samplers):
         lines.append(
@@ -93,15 +111,23 @@ def notes(results: dict, scores: Scores) -> list[str]:
     return lines
 
 
+def _cost(cell: dict[str, Stat]) -> str:
+    calls, seconds = cell.get("forwards"), cell.get("seconds")
+    if calls is None:
+        return "-"
+    return f"{calls['mean']:.1f}" + (f" ({seconds['mean']:.2g})" if seconds else "")
+
+
 def claims(results: dict, scores: Scores, *, headline: Sequence[str]) -> list[str]:
     """Per metric: the change of each row from slowest to fastest, and contender minus baseline.
 
-    A loss is also told as a share of the baseline's, a gain is not.
+    A loss is also told as a share of the baseline's, a gain is not. Rows that lack a speed are left out.
     """
-    rows, speeds = rows_of(results), speeds_of(results)
+    speeds = speeds_of(results)
+    rows = [row for row in rows_of(results) if all((*row, n) in scores for n in speeds)]
     lines = []
     for metric in headline:
-        if metric not in scores[*rows[0], speeds[0]]:
+        if not rows or metric not in scores[*rows[0], speeds[0]]:
             continue  # a corpus metric: nothing to pair
         if len(speeds) > 1:
             lines += _drops(rows, speeds, scores, metric)
@@ -138,29 +164,31 @@ def _signed(stat: Stat) -> str:
     return f"{stat['mean']:+.3f}" + (f" ± {stat['se']:.3f}" if stat["se"] is not None else "")
 
 
-def _grid(results: dict, metric: str) -> list[list[str]]:
+def _grid(results: dict, metric: str) -> Table:
     """Header and one line for each row; a cell that lacks the metric is a dash."""
     speeds = speeds_of(results)
     lines = [[metric, "sampler", *(str(n) for n in speeds)]]
     for method, sampler in rows_of(results):
         cells = results["methods"][method][sampler]
-        lines.append([method, sampler, *(_cell(cells.get(str(n), {}).get(metric)) for n in speeds)])
+        lines.append([method, sampler, *(stat_text(cells.get(str(n), {}).get(metric)) for n in speeds)])
     return lines
 
 
-def _cell(stat: Stat | None) -> str:
+def stat_text(stat: Stat | None, *, signed: bool = False) -> str:
+    """A mean and its standard error; a dash for none."""
     if stat is None:
         return "-"
     digits = 3 if abs(stat["mean"]) < 2 else 1  # shares, and counts such as forward calls
-    return f"{stat['mean']:.{digits}f}" + (f" ±{stat['se']:.{digits}f}" if stat["se"] is not None else "")
+    mean = f"{stat['mean']:{'+' if signed else ''}.{digits}f}"
+    return mean + (f" ±{stat['se']:.{digits}f}" if stat["se"] is not None else "")
 
 
-def _aligned(grid: list[list[str]]) -> list[str]:
+def _aligned(grid: Table) -> list[str]:
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in grid]
 
 
-def _piped(grid: list[list[str]]) -> list[str]:
+def _piped(grid: Table) -> list[str]:
     lines = ["| " + " | ".join(line) + " |" for line in grid]
     return [lines[0], "|" + "---|" * len(grid[0]), *lines[1:]]
 

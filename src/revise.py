@@ -17,13 +17,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from src.batch import Round
 from src.components import ConfigError, build, check
-from src.config import load_config, main_guard
+from src.config import load_config, main_guard, path_of
+from src.drafting import read_drafts_index
+from src.lock import locked
 from src.rounds import revise_round
-from src.shards import read_manifest
 from src.tokenizer import Codec
 
 
@@ -33,16 +33,17 @@ def main(argv: list[str]) -> None:
     cfg = load_config(argv, verb="src.revise", needs=["drafts", "expert"])
     check(cfg, offers=("codec",))
     try:
+        out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
         codec = Codec.load(cfg.tokenizer)
-        drafts = Path(cfg.drafts)
-        made = revise_round(
-            cfg.out,
-            drafts,
-            expert=build(cfg.expert, codec=codec),
-            codec=codec,
-            per_shard=cfg.per_shard,
-            total=read_manifest(drafts)["counts"]["written"],
-        )
+        with locked(out):
+            made = revise_round(
+                out,
+                drafts,
+                expert=build(cfg.expert, codec=codec),
+                codec=codec,
+                per_shard=cfg.per_shard,
+                total=read_drafts_index(drafts)["counts"]["written"],
+            )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     sys.stdout.write(f"{made.path}: {report(made)}\n")

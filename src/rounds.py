@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from src.align import Span, locate
 from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
-from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts
+from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.journal import Answer, Journal
 from src.parallel import rank
 from src.shards import INDEX, image_name, publish, read_manifest, write_shards
@@ -71,7 +71,7 @@ def revise_round(
     total: number of drafts, for the progress bar.
     """
     folder = Path(folder)
-    settings = read_manifest(drafts)["settings"]
+    settings = _checked(drafts, codec)["settings"]
     if _is_finished(folder):
         return _same_round(folder, settings, expert)
     drawn = read_drafts(drafts)
@@ -229,10 +229,7 @@ def _ask(expert: Expert, journal: Journal, chunks: Iterable[list[Draft]], total:
 
 
 def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int, *, expert: dict[str, Any]) -> None:
-    index, tally = read_manifest(drafts), Tally()
-    if index["tokenizer"] != codec.fingerprint:
-        found = index["tokenizer"]
-        raise ValueError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
+    index, tally = _checked(drafts, codec), Tally()
     write_shards(
         work,
         _samples(drafts, journal, codec, tally),
@@ -270,6 +267,15 @@ def _to_sample(draft: Draft, spans: Sequence[Span]) -> dict[str, Any]:
     content |= {name: draft.record[name] for name in ("scene",) if name in draft.record}
     image = {image_name(draft.image): draft.image} if draft.image else {}
     return {"__key__": draft.key, "json": content, **image}
+
+
+def _checked(drafts: Path, codec: Codec) -> dict:
+    """The index of drafts. Raises ValueError where they were written with another tokenizer."""
+    index = read_drafts_index(drafts)
+    if index["tokenizer"] != codec.fingerprint:
+        found = index["tokenizer"]
+        raise ValueError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
+    return index
 
 
 def _partial(folder: Path) -> Path:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -62,18 +63,23 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
-    """Write one tar atomically and return its entry of the index: name, count, sha256."""
+    """Write one tar atomically and return its entry of the index: name, count, bytes, sha256."""
     temporary = _temporary(path)
     count = 0
-    with temporary.open("wb") as stream:
+    with naming(path), temporary.open("wb") as stream:
         with TarWriter(stream, encoder=False, mtime=0) as tar:
             for sample in samples:
                 tar.write(_encode(sample))
                 count += 1
         _sync(stream)
-    digest = sha256(temporary)
+    entry = shard_entry(temporary, count)
     _rename(temporary, path)
-    return {"name": path.name, "count": count, "sha256": digest}
+    return {**entry, "name": path.name}
+
+
+def shard_entry(path: Path, count: int) -> dict:
+    """What the index says of a shard."""
+    return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_index(
@@ -101,10 +107,32 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically."""
     temporary = _temporary(path)
-    with temporary.open("wb") as stream:
+    with naming(path), temporary.open("wb") as stream:
         stream.write(data)
         _sync(stream)
     _rename(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the system in the block, as of a full disk, the file that it is about if it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds a mapping. Raises ValueError, with its name, for one that does not."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, or make it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); make it again")
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -157,18 +185,25 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / INDEX
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished data folder: it has no {INDEX}")
-    try:
-        content = json.loads(path.read_bytes())
-        form, kind = content["format"], content["kind"]
-        shards = [] if kind == DATASET else content["shards"]
-        complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); make the folder again") from error
+    content = read_json(path)
+    if lacking := {"format", "kind"} - content.keys():
+        raise ValueError(f"{path} is damaged (it has no {lacking.pop()!r}); make the folder again")
+    form, kind = content["format"], content["kind"]
+    shards = content.get("shards")
+    complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
     if kind == DATASET:
         raise ValueError(f"{folder} is a whole dataset; name a split: {Path(folder) / 'test'}")
     if form != FORMAT or not complete:
         raise ValueError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
+    if wrong := [entry for entry in content["shards"] if not _is_entry(entry)]:
+        raise ValueError(f"{path} is damaged (no name and count of a shard in {wrong[0]!r}); make the folder again")
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of an index says what it has to of a shard."""
+    fits = isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("count")) is int
+    return fits and entry["count"] >= 0
 
 
 def _groups(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Iterable[Mapping[str, Any]]]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALLED = 128  # exit code of a program that a signal ended, without the number of the signal
 
 
 class Stopped(BaseException):

@@ -132,13 +132,19 @@ def check_layout(data: Layout, model: Layout | None) -> None:
     if _shape(data) != _shape(model):
         raise ValueError(
             f"the data and the model cut images in different ways: data.image_size and data.tiling mean {_told(data)}, "
-            f"model means {_told(model)}"
+            f"model means {_told(model)}{_remedy(data, model)}"
         )
 
 
 def _shape(layout: Layout) -> tuple:
     """What decides about tiles; how many of their features are kept is the model's own matter."""
     return (layout.size, layout.grids) if isinstance(layout, AnyRes) else (layout.size,)
+
+
+def _remedy(data: Layout, model: Layout) -> str:
+    """What to set where it is only the size of a tile."""
+    same = isinstance(data, AnyRes) == isinstance(model, AnyRes)
+    return f"; set data.image_size={model.size}" if same and data.size != model.size else ""
 
 
 def _told(layout: Layout) -> str:

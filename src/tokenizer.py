@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +56,8 @@ class Codec:
         self.prompt_format = prompt_format or _own_format(tokenizer)
         tokenizer.chat_template = self.prompt_format.template  # so that others find it in a saved folder
         vocabulary = tokenizer.get_vocab()
-        missing = [t for t in (MASK, EOS, EOT, *(self.prompt_format.suppress or ())) if t not in vocabulary]
-        if missing:
+        needed = dict.fromkeys((MASK, EOS, EOT, *(self.prompt_format.suppress or ())))
+        if missing := [token for token in needed if token not in vocabulary]:
             raise ValueError(f"the tokenizer has no {', '.join(missing)} token")
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
@@ -79,7 +80,10 @@ class Codec:
         tokenizer = _read(path)
         given = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
         files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
-        codec = cls(tokenizer, given, files=files)
+        try:
+            codec = cls(tokenizer, given, files=files)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         try:
             codec.prompt_ids("Why?", images=0)
         except ValueError as error:
@@ -92,13 +96,39 @@ class Codec:
         return Codec(self.tokenizer, replace(self.prompt_format, **given), files=self.files) if given else self
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen") -> Codec:
-        """A byte-level BPE tokenizer. `alphabet`: `seen` (characters of the texts) or `bytes` (any text at all)."""
+    def adopt(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
+        """As `load`, also of the tokenizer of another model: the special tokens that it lacks go behind its own.
+
+        The folder may also hold a byte-level BPE as two files, vocab.json and merges.txt, as GPT-2's does.
+        prompt_format: needed where the folder has no chat template.
+        """
+        path = local_folder(path, patterns=NEEDED)
+        two = [path / name for name in ("vocab.json", "merges.txt")]
+        if (path / "tokenizer.json").is_file():
+            tokenizer = _read(path)
+        elif all(file.is_file() for file in two):
+            bpe = _byte_level(models.BPE.from_file(*map(str, two)))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+        else:
+            raise ValueError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
+        if {MASK, EOS, EOT} <= tokenizer.get_vocab().keys() and (path / "tokenizer.json").is_file():
+            return cls.load(path, prompt_format=prompt_format)
+        tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": [EOT, HEADER_START, HEADER_END, IMAGE]})
+        if prompt_format is None and not tokenizer.chat_template:
+            raise ValueError(f"{path} does not say what prompts look like: give a prompt_format, such as tiny or plain")
+        return cls(tokenizer, None if prompt_format is None else PromptFormat.load(prompt_format))
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen", prompt_format: str | Path = "tiny"
+    ) -> Codec:
+        """A byte-level BPE tokenizer. `alphabet`: `seen` (characters of the texts) or `bytes` (any text at all).
+
+        A `vocab_size` that leaves no room for merges gives each of their bytes a token of its own.
+        """
         if alphabet not in ("seen", "bytes"):
             raise ValueError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
+        bpe = _byte_level(models.BPE())
         initial = pre_tokenizers.ByteLevel.alphabet() if alphabet == "bytes" else []
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=initial, show_progress=False
@@ -108,7 +138,7 @@ class Codec:
             tokenizer_object=bpe, **ROLES,
             additional_special_tokens=[EOT, HEADER_START, HEADER_END, IMAGE], clean_up_tokenization_spaces=False,
         )  # fmt: skip
-        return cls(tokenizer, PromptFormat.load("tiny"))
+        return cls(tokenizer, PromptFormat.load(prompt_format))
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer files, those it was loaded from byte for byte, and the prompt format into a directory."""
@@ -187,11 +217,47 @@ class Codec:
         return ids
 
 
+def _byte_level(model: models.BPE) -> Tokenizer:
+    """GPT-2's: words with the blank before them, as bytes."""
+    bpe = Tokenizer(model)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def read_backend(file: Path) -> Tokenizer:
+    """A tokenizer.json. Raises ValueError, naming the file, where it is damaged."""
+    with _explained(file):
+        return Tokenizer.from_file(str(file))
+
+
+@contextmanager
+def _explained(*files: Path) -> Iterator[None]:
+    """What is wrong with the files of a tokenizer as a ValueError; it names the first of `files` that is no JSON."""
+    try:
+        yield
+    except Exception as error:  # the library of the tokenizers raises nothing narrower
+        guilty = next((file for file in files if file.is_file() and not _is_object(file)), files[-1])
+        raise ValueError(f"{guilty} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _is_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
 def _read(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. Without a config its special tokens are those that tokenizer.json says are special."""
+    """The tokenizer in a folder. Without a config its special tokens are those that tokenizer.json says are special.
+
+    Raises ValueError, naming the file, where it is damaged.
+    """
     if (path / "tokenizer_config.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        beside = (path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+        with _explained(*beside, path / "tokenizer.json"):
+            return PreTrainedTokenizerFast.from_pretrained(path)
+    backend = read_backend(path / "tokenizer.json")
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     named = {role: token for role, token in ROLES.items() if token in special}
     others = [token for token in special if token not in named.values()]

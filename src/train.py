@@ -17,15 +17,10 @@ one does not wait.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -36,33 +31,28 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 
+from datamodules.captions import ShardData
 from datamodules.shards import Sample
-from src.batch import Batch
-from src.components import ConfigError, build, check
-from src.config import load_config, main_guard, save_config
-from src.hub import local_folder
-from src.models.checkpoint import fingerprint, save_pretrained
-from src.models.weights import is_model_folder
+from src.batch import Batch, Kind
+from src.components import ConfigError, build, check, plain
+from src.config import load_config, main_guard, path_of
+from src.drafting import warn_of_canvas
+from src.importers.images import MAX_PIXELS
+from src.lock import locked
+from src.models.checkpoint import save_pretrained
+from src.objectives.base import Diverged
 from src.plan import measure
 from src.rounds import EmptyRound
-from src.shards import INDEX, sha256, write_json
-from src.stop import Stop, Stopped
+from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
+from src.shards import write_json
+from src.stop import SIGNALLED, Stop, Stopped
 from src.tiling import check_layout
 from src.tokenizer import Codec
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
-# What a run may not change when it resumes; the learning rate's schedule spans `max_steps`.
-FIXED = (
-    *("data", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
-    *(
-        f"callbacks.self_correction.{name}"
-        for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler", "tokens_per_step")
-    ),
-)
-SIGNALLED = 128  # exit code of a program that a signal ended, without the number of the signal
 MISTAKES = (ValueError, MisconfigurationException)
 log = logging.getLogger(__name__)
 
@@ -72,61 +62,127 @@ def main(argv: list[str]) -> None:
     """Train as the config says, or plan what memory it takes."""
     cfg = load_config(argv, verb="src.train", needs=["objective", "trainer", "callbacks", "plan"])
     check(cfg, offers=OFFERS, sections=["callbacks"])
-    if cfg.plan.gpus:
+    if cfg.plan.gpus is not None:
         sys.stdout.write(plan(cfg))
     else:
-        train(cfg)
+        with locked(path_of(cfg, "run_dir")):
+            train(cfg)
 
 
 def train(cfg: DictConfig) -> None:
     """Build everything, fit from the last checkpoint if there is one, and export the model."""
-    run_dir = Path(cfg.run_dir)
+    run_dir = path_of(cfg, "run_dir")
     _quiet()
     try:
-        if not _open_run(cfg, run_dir):
+        check_folder(cfg, run_dir)
+        if cfg.resume and is_complete(run_dir):
             log.info("%s is finished already; resume=false would start it afresh", run_dir)
             return
-        L.seed_everything(cfg.seed, verbose=False)
-        codec = Codec.load(cfg.tokenizer)
-        stop, began = Stop(), Event()
-        offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special, "stop": stop}
-        data = build(cfg.data, **offers)
-        objective = build(cfg.objective, backbone=partial(build, cfg.model, codec=codec), **offers)
-        if hasattr(data, "layout"):  # a datamodule without images has none
-            check_layout(data.layout, objective.backbone.layout)
-        trainer = _trainer(cfg, LambdaCallback(on_train_batch_start=lambda *_: began.set()), **offers)
+        _check_stops(cfg)
+        run_dir.mkdir(parents=True, exist_ok=True)  # paths such as `run_dir/../stage1/model` need it
+        codec, stop, began = Codec.load(cfg.tokenizer), Stop(), Event()
+        data, objective, trainer = _build(cfg, codec, run_dir, stop, began)
+        begin(cfg, run_dir)
+        start, before = newest(run_dir), _saved_at(run_dir)
     except MISTAKES as error:
         raise ConfigError(str(error)) from error
     try:
         with stop:
-            trainer.fit(objective, datamodule=data, ckpt_path=_newest(run_dir))
+            trainer.fit(objective, datamodule=data, ckpt_path=start)
     except Stopped as stopped:
         sys.stderr.write(f"\n{_where(trainer)} by {stopped}; the same command continues\n")
         sys.exit(SIGNALLED + stopped.signal)
+    except Diverged as error:
+        raise ConfigError(str(error)) from error
     except MISTAKES as error:
         if began.is_set() and not isinstance(error, EmptyRound):  # what is wrong by now is no mistake of the user's
             raise
+        if not isinstance(error, EmptyRound):
+            restore(run_dir)
         raise ConfigError(str(error)) from error
     if trainer.global_step < cfg.trainer.max_steps:
-        raise ConfigError(f"{_where(trainer)}; the same command continues")
+        raise ConfigError(f"{_where(trainer)}; {_way_on(saved=_saved_at(run_dir) > before)}")
     objective.backbone.canvas = cfg.data.canvas
-    save_pretrained(objective.backbone, codec, run_dir / "model")
-    write_json(run_dir / "finished.json", {"steps": trainer.global_step})
-    sys.stdout.write(f"{trainer.global_step} steps done; the model is in {run_dir / 'model'}\n")
+    save_pretrained(objective.backbone, codec, run_dir / MODEL)
+    write_json(run_dir / FINISHED, {"steps": trainer.global_step})
+    sys.stdout.write(f"{trainer.global_step} steps done; the model is in {run_dir / MODEL}\n")
+
+
+def _build(
+    cfg: DictConfig, codec: Codec, run_dir: Path, stop: Stop, began: Event
+) -> tuple[L.LightningDataModule, Any, L.Trainer]:
+    """Data, objective and trainer, as far as can be told fit for each other. Writes nothing."""
+    L.seed_everything(cfg.seed, verbose=False)
+    offers = {"codec": codec, "run_dir": run_dir, "seed": cfg.seed, "special": codec.special, "stop": stop}
+    data = build(cfg.data, **offers)
+    objective = build(cfg.objective, backbone=partial(build, cfg.model, codec=codec), **offers)
+    if hasattr(data, "layout"):  # a datamodule without images has none
+        check_layout(data.layout, objective.backbone.layout)
+    if isinstance(data, ShardData):
+        data.index("train")  # what is wrong with it has to be said before anything is replaced
+    _warn(cfg, objective)
+    trainer = _trainer(cfg, LambdaCallback(on_train_batch_start=lambda *_: _note(began, run_dir)), **offers)
+    return data, objective, trainer
+
+
+def _note(began: Event, run_dir: Path) -> None:
+    """Take note of the first step, from which on a run that it replaces is gone."""
+    if not began.is_set():
+        began.set()
+        forget(run_dir)
 
 
 def _where(trainer: L.Trainer) -> str:
     return f"stopped at step {trainer.global_step} of {trainer.max_steps}"
 
 
+def _saved_at(run_dir: Path) -> int:
+    """When the newest checkpoint was written, in nanoseconds; 0 before the first."""
+    return max((path.stat().st_mtime_ns for path in checkpoints(run_dir)), default=0)
+
+
+def _way_on(*, saved: bool) -> str:
+    """What to do about a training that its trainer has ended early."""
+    if saved:
+        return "the same command continues"
+    return (
+        "no checkpoint was saved on the way, so the same command would do the same again: raise or unset what ended it "
+        "(trainer.max_epochs, max_time, limit_train_batches), or lower callbacks.checkpoint.every_n_train_steps"
+    )
+
+
+def _warn(cfg: DictConfig, objective: Any) -> None:
+    """Say what is allowed, and rarely meant."""
+    mistakes = any(Kind.MISTAKE in term.kinds for term in objective.terms)
+    if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
+        log.warning("the objective corrects drafts, but there are none: give data.rounds=[...], or an online round")
+    warn_of_canvas(objective.backbone, cfg.data.canvas, name="data.canvas")
+
+
+def _check_stops(cfg: DictConfig) -> None:
+    """Raise ConfigError for a trainer that would end before it has trained, or could not even be seeded."""
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
+    if cfg.trainer.max_steps == 0:
+        raise ConfigError("trainer.max_steps must be at least 1, got 0")
+    if cfg.trainer.get("fast_dev_run"):
+        raise ConfigError("trainer.fast_dev_run saves nothing; for a trial set trainer.max_steps and another run_dir")
+    if cfg.trainer.get("limit_train_batches") == 0:
+        raise ConfigError("trainer.limit_train_batches=0 leaves nothing to train on; set it higher, or to null")
+
+
 def plan(cfg: DictConfig) -> str:
     """The memory that a step takes of each of `plan.gpus` GPUs, as a table. Reads neither weights nor data."""
+    if type(cfg.plan.gpus) is not int or cfg.plan.gpus < 1:
+        raise ConfigError(f"plan.gpus: a plan is for at least 1 GPU, got {cfg.plan.gpus!r}; plan.gpus=null trains")
     _quiet()
     try:
         codec = Codec.load(cfg.tokenizer)
         offers = {"codec": codec, "run_dir": Path(cfg.run_dir), "seed": cfg.seed, "special": codec.special}
         data = build(cfg.data, **offers)
         objective = build(cfg.objective, backbone=partial(_outline, cfg.model, codec), **offers)
+        if hasattr(data, "layout") and cfg.plan.image is not None:
+            check_layout(data.layout, objective.backbone.layout)
         micro = objective.options.micro_batch or cfg.data.batch_size
         batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
         found = measure(objective, batch, gpus=cfg.plan.gpus, precision=str(cfg.trainer.precision))
@@ -152,12 +208,21 @@ def _outline(node: DictConfig, codec: Codec) -> Any:
 
 def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
     """A batch as the data would make it of black pictures of the size of `plan.image`."""
-    size = cfg.plan.image
-    if size is not None and len(size) != 2:
-        raise ConfigError(f"plan.image: expected [width, height] or null, got {list(size)}")
+    size = plain(cfg.plan.image)
+    if size is not None and not _is_size(size):
+        most = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
+        raise ConfigError(f"plan.image: expected [width, height] or null, got {size} ({most})")
+    if not isinstance(cfg.plan.prompt, str):
+        raise ConfigError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
     image: Any = size and Image.new("RGB", (size[0], size[1]))
     record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
     return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
+
+
+def _is_size(size: Any) -> bool:
+    if not isinstance(size, list) or len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
+        return False
+    return size[0] * size[1] <= MAX_PIXELS
 
 
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
@@ -177,57 +242,6 @@ def _log_interval(cfg: DictConfig) -> int:
     return min(interval, steps) if steps > 0 else interval
 
 
-def _open_run(cfg: DictConfig, run_dir: Path) -> bool:
-    """Prepare the run's folder; false if the run is finished. Raises ConfigError where resuming would mix two runs."""
-    saved, finished = run_dir / "config.yaml", run_dir / "finished.json"
-    if run_dir.exists() and not cfg.resume:
-        if any(run_dir.iterdir()) and not saved.exists():
-            raise ConfigError(f"{run_dir} is not a run's folder (no config.yaml): choose another run_dir")
-        shutil.rmtree(run_dir)
-    inputs = _inputs(cfg)
-    if saved.exists() and (finished.exists() or _checkpoints(run_dir)):
-        _check_same(cfg, run_dir, inputs)
-    if finished.exists():
-        return False
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "inputs.json", inputs)
-    save_config(OmegaConf.create({**cfg, "resume": True}), saved)  # repeating a run must not remove it
-    return True
-
-
-def _check_same(cfg: DictConfig, run_dir: Path, inputs: dict[str, str]) -> None:
-    """Raise ConfigError if the run was made with other settings or from other files."""
-    remedy = "give another run_dir, or resume=false to start it afresh"
-    old = OmegaConf.load(run_dir / "config.yaml")
-    changed = [key for key in FIXED if OmegaConf.select(old, key) != OmegaConf.select(cfg, key)]
-    if changed:
-        raise ConfigError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {remedy}")
-    record = run_dir / "inputs.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in inputs if inputs[key] != known.get(key)]
-    if changed:
-        raise ConfigError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {remedy}")
-
-
-def _inputs(cfg: DictConfig) -> dict[str, str]:
-    """Hashes of what the run reads: the weights it starts from and the index of its data, where they are there.
-
-    The index of the training split is taken first, as it holds hashes of the shards.
-    """
-    found = {}
-    model, data = (cfg[node].get("path") for node in ("model", "data"))
-    if model:
-        model = os.path.normpath(model)  # `run_dir/../stage1/model` has to be found before run_dir is made
-        with suppress(ValueError):  # of a name on the hub that is not to be had: who builds the model says so
-            model = local_folder(model)
-    if model and is_model_folder(model):
-        found["model.path"] = fingerprint(model)
-    indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []
-    if present := [index for index in indexes if index.is_file()]:
-        found["data.path"] = sha256(present[0])
-    return found
-
-
 def _quiet() -> None:
     """Lightning's banners, and warnings about its own internals, tell a user nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -239,20 +253,6 @@ def _quiet() -> None:
         "Checkpoint directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _checkpoints(run_dir: Path) -> list[Path]:
-    """The newest first; before each online round one is written too."""
-    return sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def _newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole: the directory of the archive stands at the end of the file."""
-    for path in _checkpoints(run_dir):
-        if zipfile.is_zipfile(path):
-            return path
-        log.warning("%s is damaged; taking the checkpoint before it", path)
-    return None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ One thread in the tests and in all processes that they start: the tensors are so
 time, and a process that is forked (as tests with a kill do) while its parent has worker threads waits for them for
 ever.
 
-The environment variable GOLDEN_LLADA_V names another golden set of the same layout.
+The environment variable GOLDEN_LLADA_V names another golden set of the same layout; here it gets its default, as test
+modules look into the set when they are imported.
 """
 
 import json
@@ -18,6 +19,23 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
 torch.set_num_threads(1)
+GOLDEN = "GOLDEN_LLADA_V"
+REQUIRED = (
+    *("meta.json", "tokenizer.json", "prompt_case.json", "sampler_traces.json", "text_samplers.json"),
+    *("train_results.json", "train_expected_fp64.json"),
+    *(f"{name}{end}" for name in ("llada_v_tiny", "llada_text_tiny_olmo") for end in (".config.json", ".safetensors")),
+)
+os.environ[GOLDEN] = os.environ.get(GOLDEN) or str(Path(__file__).parent / "golden")
+
+
+def pytest_configure() -> None:
+    """One line instead of an error in each test where the golden set is none."""
+    folder = Path(os.environ[GOLDEN])
+    absent = [name for name in REQUIRED if not (folder / name).is_file()]
+    if absent or not any(folder.glob("vision_*.npz")):
+        what = f"it lacks {', '.join(absent or ['vision_*.npz'])}" if folder.is_dir() else "there is no such folder"
+        raise pytest.UsageError(f"{GOLDEN}={folder} is no golden set: {what} (tests/golden/README.md)")
+    os.environ[GOLDEN] = str(folder.resolve())
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,7 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden() -> Golden:
-    given = os.environ.get("GOLDEN_LLADA_V")
-    return Golden(Path(given).resolve() if given else Path(__file__).parent / "golden")
+    return Golden(Path(os.environ[GOLDEN]))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.captions import CaptionData, image_inputs
+from datamodules.captions import CaptionData
+from datamodules.collate import image_inputs
 from src.models.tiny import tiny
 from src.shards import write_shards
 from src.tiling import Square, anyres

@@ -154,7 +154,7 @@ def test_an_unknown_configuration_suggests_the_nearest(conf):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("m.x=1e-4", 1e-4), ("m.x=7", 7), ("m.x=null", None), ("m.x=", None), ("m.x=true", True),
+    [("m.x=1e-4", 1e-4), ("m.x=7", 7), ("m.x=null", None), ("m.x=", ""), ('m.x=""', ""), ("m.x=true", True),
      ("m.x='1'", "1"), ("m.x=a=b", "a=b"), ("m.x=[1,2.5]", [1, 2.5]), ("m.x={new: 1}", {"new": 1}),
      ("m.x=/a,b", "/a,b")],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from src.components import build
 from src.config import load_config, load_part
 from src.diffusion.sampler import Sampler
 from src.drawing import Piece, layout, paint
-from src.evaluate import _code_hash, complete, main
+from src.evaluate import complete, main
 from src.generate import choose_sampler
 from src.metrics.caption import Mark
 from src.metrics.text import ReferenceOverlap
@@ -39,6 +39,7 @@ from src.report import (
     plot,
     text_report,
 )
+from src.results import code_hash
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.shards import read_manifest, read_shard
@@ -148,7 +149,7 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(CANVAS / 32)
     assert found["mask"]["plain"]["16"]["edits"]["mean"] == 0
     printed = capsys.readouterr().out
-    assert "forward calls a caption, mask plain: 3.0, 2.0\n" in printed
+    assert "forward calls (and seconds) a caption, mask plain: 3.0 (0." in printed
     assert "quality  sampler  16" in printed
     assert (tmp_path / "out" / "table.md").read_text().count("| stage2 | refine |") == 2
     for name in ("quality.png", "captions.png"):
@@ -217,6 +218,7 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
             "no model of 'stage1' in nowhere/model: make it with `python -m src.train",
         ),
         ({"headline": ["qualty"]}, "no metric qualty; there are coverage"),
+        ({"headline": []}, "evaluate.headline: name at least one metric, for example [quality]"),
         ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
         ({"samplers": {"plain": {"target": "src.diffusion.sampler.Sampler"}}}, "length"),
         ({"num": 0}, "evaluate.num must be at least 1, got 0"),
@@ -318,10 +320,25 @@ def test_code_that_makes_the_numbers_makes_them_stale(path, tmp_path):
     root = Path(src.evaluate.__file__).parents[1]
     for package in ("src", "datamodules"):
         shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = _code_hash(tmp_path)
-    assert before == _code_hash(root)
+    before = code_hash(tmp_path)
+    assert before == code_hash(root)
     (tmp_path / path).write_text((tmp_path / path).read_text() + "\n# changed\n")
-    assert _code_hash(tmp_path) != before
+    assert code_hash(tmp_path) != before
+
+
+def test_fewer_captions_than_images_of_the_picture(conf, tmp_path):
+    """A batch that is larger than `num` has images without captions behind the taken ones."""
+    main([conf(batch_size=8, num=2, tokens_per_step=[48])])
+    assert len(captions(tmp_path, "mask-plain-48")) == 2
+    assert (tmp_path / "out" / "captions.png").is_file()
+
+
+def test_a_canvas_that_no_model_was_trained_with_is_said(conf, models, data, tmp_path, caplog):
+    model = from_pretrained(models / "mask")
+    model.canvas = 32
+    save_pretrained(model, Codec.load(data / "tokenizer"), tmp_path / "model")
+    main([conf(models={"odd": str(tmp_path / "model")}, num=1, tokens_per_step=[48])])
+    assert "odd: evaluate.data.canvas=48, but the model was trained with canvas 32" in caplog.text
 
 
 def test_photographs_are_compared_with_their_captions(tmp_path):
@@ -436,8 +453,8 @@ def test_the_head_says_what_a_row_costs_and_what_the_last_steps_do(hand):
     head = text_report(*hand, headline=["quality"]).split("\n\n")[0].splitlines()
     assert head == [
         "columns: 1, 8 tokens per step; mean ± standard error over 2 captions",
-        "forward calls a caption, mask plain: 8.0, 1.0",
-        "forward calls a caption, stage2 refine: 9.0, 2.5",
+        "forward calls (and seconds) a caption, mask plain: 8.0, 1.0",
+        "forward calls (and seconds) a caption, stage2 refine: 9.0, 2.5",
     ]
     hand[0]["meta"] = {"settings": {"samplers": {"plain": {"eos_last": True}}}}
     assert "only fill in end of text" in text_report(*hand, headline=["quality"])

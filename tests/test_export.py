@@ -105,7 +105,7 @@ def test_files_of_the_tokenizer_survive_training(golden_folder_text, golden, tmp
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     original = {name: (tmp_path / "start" / name).read_bytes() for name in names}
     codec = Codec.load(tmp_path / "start")
-    save_pretrained(from_pretrained(tmp_path / "start", codec=codec), codec, tmp_path / "model")
+    save_pretrained(from_pretrained(tmp_path / "start"), codec, tmp_path / "model")
     for form in ("llada", "own"):
         export(model=tmp_path / "model", out=tmp_path / form, format=form)
         assert {name: (tmp_path / form / name).read_bytes() for name in names} == original
@@ -271,7 +271,7 @@ def run(codec, tmp_path):
     def make(**node) -> Path:
         codec.save(tmp_path / "tokenizer")
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        config = {"model": node, "tokenizer": str(tmp_path / "tokenizer")}
+        config = {"model": node, "tokenizer": str(tmp_path / "tokenizer"), "data": {"canvas": 96}}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
         return tmp_path / "run" / "checkpoints" / "last.ckpt"
 
@@ -293,6 +293,8 @@ def test_a_checkpoint_is_exported_with_what_its_run_started_from(golden, golden_
     again = from_pretrained(tmp_path / "out")
     assert same(again.state_dict(), model.state_dict())
     assert fingerprint(again) != fingerprint(from_pretrained(golden_folder_v, dtype="float32", vision=node["vision"]))
+    export(model=checkpoint, out=tmp_path / "own", format="own")
+    assert config(tmp_path / "own")["canvas"] == 96  # of the data it was trained on, not of the start
     fields = {"torch_dtype": "float32", "vision_config": {"num_attention_heads": heads}}
     assert config(tmp_path / "out") == {**config(golden_folder_v), **fields}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.captions import image_inputs
+from datamodules.collate import image_inputs
 from src.components import ConfigError
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler

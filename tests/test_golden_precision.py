@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.captions import image_inputs
+from datamodules.collate import image_inputs
 from src.models.llada_v import LLaDAV
 
-FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 NAMES = sorted(path.stem.removeprefix("vision_") for path in FOLDER.glob("vision_*.npz"))
 BOUND = 0.04
 

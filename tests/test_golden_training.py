@@ -24,7 +24,7 @@ from src.models.formats import LlamaStyle
 from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
 
-FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 RESULTS = json.loads((FOLDER / "train_results.json").read_text())
 EXPECTED = json.loads((FOLDER / "train_expected_fp64.json").read_text())
 RELEASED = [name for name, result in RESULTS.items() if result["variant"] == "B" and name != "conversation_mask"]
@@ -47,7 +47,7 @@ class WholeSequence(nn.Module):
         decoder = self.model.model
         text = decoder.embed_tokens(tokens.clamp(min=0)) * (tokens >= 0)[..., None]  # below 0: an image, or padding
         embeds = text + prefix.embeds
-        hidden = decoder(embeds, embeds[:, :0], None, None, None)
+        hidden = decoder(embeds, Prefix(embeds[:, :0]), None)
         return self.model.lm_head(hidden[positions])
 
     def _packed(self, array) -> torch.Tensor:

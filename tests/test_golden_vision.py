@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.captions import image_inputs
+from datamodules.collate import image_inputs
+from src.batch import Prefix
 from src.models.llada_v import LLaDAV
 
-FOLDER = Path(os.environ.get("GOLDEN_LLADA_V") or Path(__file__).parent / "golden")
+FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 NAMES = sorted(path.stem.removeprefix("vision_") for path in FOLDER.glob("vision_*.npz"))
 FEATURES = {"rtol": 0.0, "atol": 5e-5}
 LOGITS = {"rtol": 0.0, "atol": 1e-3}
@@ -50,7 +51,7 @@ def with_prefix_attention(model: LLaDAV) -> LLaDAV:
 
 def all_logits(model: LLaDAV, embeds: Tensor) -> Tensor:
     """(L, V): one plain pass over spliced embeddings (1, L, D), as a response without a prefix."""
-    return model.lm_head(model.model(embeds, embeds[:, :0], None, None, None))[0]
+    return model.lm_head(model.model(embeds, Prefix(embeds[:, :0]), None))[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,7 +91,7 @@ CASES = {
     "mask-tokens": lambda: make(MaskPrediction, weight="one", reduce="tokens"),
     "paper": lambda: make(Revision, rate=0.3),
     "released": lambda: make(Revision, rate=0.05, hallucination="alone", floor=0.0),
-    "syntax-only": lambda: make(Revision, rate=0.3, hallucination="off"),
+    "syntax-only": lambda: make(Revision, rate=0.3, hallucination="none"),
     "hallucination-only": lambda: make(Revision, rate=0.0),
     "stage2": lambda: make(Refine, rate=0.3, keep=0.5),
     "stage2-released": lambda: make(Refine, rate=0.3, hallucination="alone", mistake_weight="inverse_rate"),
@@ -132,7 +132,7 @@ def test_stage_one_without_revision_is_llada():
     """Replacement rate 0, no spans, no clean term and the answer-length reduction: LLaDA SFT (spec equivalence d)."""
     batch = batch_with_prompt()
     llada = make(MaskPrediction)
-    plain = make(Revision, rate=0.0, hallucination="off", clean=0.0, reduce="answer_len", floor=0.0)
+    plain = make(Revision, rate=0.0, hallucination="none", clean=0.0, reduce="answer_len", floor=0.0)
     assert total(plain, batch).item() == pytest.approx(total(llada, batch).item(), rel=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         enable_model_summary=False,
     )
     before = objective.backbone.model.norm.weight.clone()
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(RuntimeError, match=r"not finite at step 0 \(samples "):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
 
@@ -312,7 +312,7 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
 def test_special_ids_stay_out_of_random_replacements():
     special = SpecialIds(mask=39, eos=38, eot=37, banned=(39, 36), vocab_size=40)
     objective = Revision(
-        backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="off", t_min=0.01
+        backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="none", t_min=0.01
     )
     batch = make_batch(200, 12)
     (state,) = objective.corrupt(batch)

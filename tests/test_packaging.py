@@ -102,14 +102,17 @@ def test_missing_package_is_an_error(tmp_path: Path) -> None:
 
 
 def test_every_import_is_a_dependency() -> None:
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    """Of the project, or of an extra that users may install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "dev"]
+    named = [*project["dependencies"], *(name for names in extras for name in names)]
     dependencies = {re.split(r"[^A-Za-z0-9_.-]", name)[0].lower() for name in named}
     distributions = packages_distributions()
     missing = {
         top
         for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
         for top in top_level_imports(path) - sys.stdlib_module_names - set(PACKAGES)
-        if not dependencies & {name.lower() for name in distributions.get(top, [])}
+        if not dependencies & {top.lower(), *(name.lower() for name in distributions.get(top, []))}
     }
     assert missing == set()
 

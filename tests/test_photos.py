@@ -156,7 +156,7 @@ def test_the_table_is_aligned_and_says_what_reasons_mean() -> None:
     assert found.splitlines() == [
         "records     2  image files that are missing (left out), such as a/b.jpg",
         "records  1000  merged into one image",
-        "val         0  images written",
+        "val         0  samples written",
     ]
 
 

@@ -489,13 +489,13 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "records   1  image files that are missing (left out), such as none.jpg",
         "records   2  merged into one image",
         "records   1  empty captions (left out)",
-        "train     5  images written",
+        "train     5  samples written",
         "train     1  false spans of other token length (not used)",
         "train     1  captions too long (left out), such as p0.jpg; to keep them raise prepare.canvas, "
         "and data.canvas with it",
         "train     1  image files that cannot be decoded (left out), such as bad.jpg",
-        "val       1  images written",
-        "test      0  images written",
+        "val       1  samples written",
+        "test      0  samples written",
     ]
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
     records = {s.record["key"][:2]: s for s in samples(out / "train")}

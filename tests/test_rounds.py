@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -544,10 +545,39 @@ def test_journal_drops_a_torn_last_line_wherever_it_is_torn(tmp_path):
         assert path.read_bytes() == data
 
 
-def test_journal_with_a_broken_line_inside_says_which(tmp_path):
-    (tmp_path / "j").write_text('{"request": "x", "failure": {"reason": "r"}}\n{"requ\n')
-    with pytest.raises(ValueError, match="line 2 is broken"):
-        Journal(tmp_path / "j", expert="e")
+EDIT = {"org": "a", "target": "b", "start_char": 0, "reason": "r"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"requ',
+        "[1, 2]",
+        *(
+            json.dumps({"request": "x", "revision": {"edits": [], **given}})
+            for given in (
+                *({"edits": [{**EDIT, name: value}]} for name, value in {"org": 3, "target": None}.items()),
+                {"edits": [{**EDIT, "start_char": "0"}]},
+                {"usage": None},
+            )
+        ),
+    ],
+)
+def test_a_broken_line_of_the_journal_is_told_and_asked_again(tmp_path, caplog, line):
+    """The line stands between two good ones and a blank one, and answers the draft that is asked about again."""
+    path, middle = tmp_path / "j", a_draft("b")
+    with Journal(path, expert="e") as journal:
+        journal.add(a_draft("a"), Failure("r"))
+        journal.add(a_draft("c"), Revision((Edit("é", "e"),)))
+        line = line.replace('"x"', json.dumps(journal.request(middle)))
+    first, last = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, "", last, ""]))
+    with caplog.at_level(logging.WARNING), Journal(path, expert="e") as journal:
+        assert [journal.is_settled(draft) for draft in (a_draft("a"), middle, a_draft("c"))] == [True, False, True]
+        journal.add(middle, Revision(()))
+    assert "j: 1 broken lines, the first of them line 2 (" in caplog.text
+    with Journal(path, expert="e") as journal:
+        assert journal.answer(middle) == Revision(())
 
 
 # --- shards -------------------------------------------------------------------------------------------------------

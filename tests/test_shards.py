@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datamodules.loader import Loader, Part, share
-from datamodules.shards import Reader, Stream, read_index
+from datamodules.shards import Reader, Sample, Stream, read_index
 from src.batch import Batch
 from src.shards import read_shard, read_tar, write_shards
 
@@ -38,11 +38,20 @@ def make(folder: Path, count: int, *, per_shard: int = 10) -> Path:
     return folder
 
 
-def collate(samples: list, epoch: int) -> tuple[Batch, Counter]:
-    rows = torch.tensor([[s.record["number"], s.image.getpixel((0, 0))[0]] for s in samples])
-    editable = torch.ones_like(rows, dtype=torch.bool)
-    drafted = torch.zeros(len(samples), dtype=torch.bool)
-    return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
+class Numbers:
+    """Batches of what the samples of this file hold."""
+
+    def __call__(self, samples: list, epoch: int) -> tuple[Batch, Counter]:
+        rows = torch.tensor([[s.record["number"], s.image.getpixel((0, 0))[0]] for s in samples])
+        editable = torch.ones_like(rows, dtype=torch.bool)
+        drafted = torch.zeros(len(samples), dtype=torch.bool)
+        return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
+
+    def misfit(self, sample: Sample) -> str | None:
+        return None
+
+
+collate = Numbers()
 
 
 def loader(stream: Stream, *, rows: int = 4, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0) -> Loader:

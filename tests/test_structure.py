@@ -36,7 +36,9 @@ LAYERS: dict[str, set[str]] = {
     "src": set(),
     "src.batch": set(),
     "src.components": set(),
-    "src.config": {"src.components"},
+    "src.config": {"src.components", "src.stop"},
+    "src.lock": {"src.components"},
+    "src.output": {"src.batch", "src.components", "src.tokenizer"},
     "src.parallel": set(),
     "src.stop": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
@@ -47,11 +49,13 @@ LAYERS: dict[str, set[str]] = {
     "src.prompts": set(),
     "src.hub": set(),
     "src.tokenizer": {"src.batch", "src.hub", "src.prompts"},
-    "src.journal": {"src.batch"},
+    "src.dataset": {"src.importers", "src.lock", "src.shards", "src.tokenizer"},
+    "src.texts": {"src.dataset", "src.importers", "src.prompts", "src.tokenizer"},
+    "src.journal": {"src.batch", "src.shards"},
     "src.diffusion": {"src.batch"},
     "src.align": {"src.batch", "src.tokenizer"},
     "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
-    "src.metrics": {"src.batch", "src.scenes", "src.tokenizer"},
+    "src.metrics": {"src.batch", "src.diffusion", "src.scenes", "src.shards", "src.tokenizer"},
     "src.models": {"src.batch", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
     "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.drafting": {"src.batch", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
@@ -64,7 +68,14 @@ LAYERS: dict[str, set[str]] = {
     "src.ledger": set(),
     "src.plan": {"src.batch", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
-    "datamodules": {"src.batch", "src.align", "src.scenes", "src.shards", "src.tiling", "src.tokenizer"},
+    "src.runs": {"src.components", "src.config", "src.hub", "src.models", "src.shards"},
+    "src.curve": {"src.metrics", "src.report"},
+    "src.grid": {"src.components"},
+    "src.results": {"src.components", "src.metrics", "src.shards"},
+    "datamodules": {
+        *("src.batch", "src.align", "src.prompts", "src.scenes"),
+        *("src.shards", "src.tiling", "src.tokenizer"),
+    },
     "callbacks": {
         *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
         *("src.parallel", "src.rounds", "src.shards", "src.stop", "src.tokenizer"),
@@ -75,10 +86,11 @@ LAYERS: dict[str, set[str]] = {
 # Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
 ONLY_IN: dict[str, set[str]] = {
     "lightning": {"src.objectives", "src.objectives.tower", "src.train", "callbacks", "datamodules"},
-    "omegaconf": {"src.components", "src.config", *(f"src.{verb}" for verb in VERBS)},
-    "transformers": {"src.models", "src.tokenizer"},
+    "omegaconf": {"src.components", "src.config", "src.runs", *(f"src.{verb}" for verb in VERBS)},
+    "transformers": {"src.metrics", "src.models", "src.tokenizer"},
+    "rdkit": {"src.metrics"},
     "openai": {"src.experts"},
-    "matplotlib": {"src.report"},
+    "matplotlib": {"src.curve", "src.report"},
 }
 WITHOUT_TORCH = (
     *("src.align", "src.components", "src.config", "src.drawing"),
@@ -90,6 +102,9 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "base": ("train", OFFERS, []),
     "scenes": ("prepare", (), []),
     "photos": ("prepare", (), ["prepare.images=photos", "prepare.annotations=captions.json"]),
+    "text": ("prepare", (), ["prepare.files=book.txt"]),
+    "sft": ("prepare", (), ["prepare.files=gsm8k_train.jsonl"]),
+    "smiles": ("prepare", (), ["prepare.files=qm9_smiles.csv"]),
     "generate": ("generate", (), ["model.path=model", "images=photos"]),
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
@@ -102,6 +117,8 @@ ON_TOP: dict[str, list[str]] = {
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "model/": ["mask", "stage1"],
+    "task/": ["mask", "stage1"],
+    "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
     "model/llada": ["mask", "stage1", "stage2", "generate"],
     "model/llada_v": ["mask", "stage1", "stage2", "generate"],
@@ -109,7 +126,10 @@ ON_TOP: dict[str, list[str]] = {
     "objective/rediff_released_stage2": ["stage2", "stage2,objective/rediff_released"],
 }
 # Values for the `???` of such a layer.
-FILL: dict[str, list[str]] = {name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v")}
+FILL: dict[str, list[str]] = {
+    **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
+    "sweep": ["evaluate.models.model=model"],
+}
 
 
 def source_files() -> list[Path]:

@@ -41,8 +41,8 @@ MAX_MISMATCH = 0.45  # share of the words of an ungrammatical sentence that may 
 class ScenesExpert:
     """Corrects every sentence that it can read.
 
-    Fails with `no_scene` where the record holds no scene graph, and with `no_local_edit` where the draft is
-    wrong but no sentence can be corrected word by word.
+    Fails with `no_scene` where the record holds no scene graph, with `damaged_scene` where that is of no use, and with
+    `no_local_edit` where the draft is wrong but no sentence can be corrected word by word.
     """
 
     name = "scenes"
@@ -55,7 +55,10 @@ class ScenesExpert:
     def _answer(self, draft: Draft) -> Revision | Failure:
         if not draft.record.get("scene"):
             return Failure("no_scene")
-        scene = Scene.from_dict(draft.record["scene"])
+        try:
+            scene = Scene.from_dict(draft.record["scene"])
+        except (KeyError, TypeError, ValueError, AttributeError):  # whatever a record of another form leads to
+            return Failure("damaged_scene")
         edits = tuple(correct(scene, draft.text))
         if edits:
             return Revision(edits, raw=json.dumps([edit.to_dict() for edit in edits]), model=self.name)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 MEANING = {
-    "written": "images written",
+    "written": "samples written",
     "swaps": "false spans kept",
     "swaps of unequal length": "false spans of other token length (not used)",
     "captions too long": "captions too long (left out)",
@@ -44,8 +44,28 @@ MEANING = {
     "empty_image_file": "image files that are empty (left out)",
     "image_too_large": "images of too many pixels (left out)",
     "undecodable_image": "image files that cannot be decoded (left out)",
+    "not_utf8": "texts or lines that are not UTF-8 (left out)",
+    "missing_field": "without one of the fields (left out)",
+    "not_a_text": "with a field that is no text (left out)",
+    "not_a_number": "with a field that is no number (left out)",
+    "empty_text": "empty texts (left out)",
+    "carriage_returns": "with CRLF or CR line ends (made LF)",
+    "duplicate_text": "that repeat an earlier one (left out)",
+    "image_mark": "with an image mark, but no image (left out)",
+    "prompts too long": "prompts too long (left out)",
+    "responses too long": "responses too long (left out)",
+    "not_in_vocabulary": "with characters that the tokenizer lacks (left out)",
+    "broken_smiles": "SMILES with a bracket, branch or ring left open (left out)",
+    "broken_row": "rows of a table that cannot be read (left out)",
+    "class_1": "of them of class 1",
+    "tokens_left": "tokens at the end that fill no row (left out)",
 }
-ADVICE = {"captions too long": "; to keep them raise prepare.canvas, and data.canvas with it"}
+LONGER = "; to keep them raise prepare.canvas, and data.canvas with it"
+ADVICE = {
+    "captions too long": LONGER,
+    "responses too long": LONGER,
+    "prompts too long": "; to keep them raise prepare.max_prompt",
+}
 
 
 class Counts(Counter[str]):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 from src.importers.counts import Counts
 from src.importers.records import Caption, Entry, Skip
@@ -40,6 +41,22 @@ class Photo:
     name: str
     share: float | None
     captions: dict[str, Caption] = field(default_factory=dict)
+
+
+class Placed(Protocol):
+    """What `fill_splits` moves: see `Photo`."""
+
+    split: str
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float | None: ...
+
+
+P = TypeVar("P", bound=Placed)
 
 
 class Album:
@@ -114,7 +131,7 @@ def split_of(share: float) -> str:
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
 
 
-def fill_splits(photos: Sequence[Photo], usable: Callable[[Photo], bool]) -> None:
+def fill_splits(photos: Sequence[P], usable: Callable[[P], bool]) -> None:
     """Move an image into each split without a usable one: train first, then val and test while another one is left.
 
     It is taken from the largest split, by the order of the hashes. An image whose record names its split stays there.
@@ -134,7 +151,7 @@ def fill_splits(photos: Sequence[Photo], usable: Callable[[Photo], bool]) -> Non
                 break
 
 
-def _move(photos: Sequence[Photo], name: str, split: str) -> None:
+def _move(photos: Sequence[Placed], name: str, split: str) -> None:
     for photo in photos:
         if photo.name == name:
             photo.split = split

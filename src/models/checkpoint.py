@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from src.hub import hub_name, local_folder
 from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
-from src.models.weights import DAMAGE, SINGLE, Weights, explained, is_model_folder, write_weights
-from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec
+from src.models.sizes import check_layers, check_vision
+from src.models.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
+from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"
 SHOWN = 12  # names of tensors in an error
 BLOCKS, BLOCK = 8, 1024  # blocks of a tensor in a sketch, and values of each
+EMBEDDING = "model.embed_tokens.weight"
 KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -63,10 +64,10 @@ def from_pretrained(
     vision: fields of the vision tower that the config.json of an original lacks, such as num_attention_heads
 
     Raises ValueError when the tokenizer is not the model's own, when files are missing or damaged, when the config asks
-    for something that is not implemented, or when tensors are missing, unexpected or of another shape.
+    for something that is not implemented, or when tensors are missing, unexpected, of another shape or not finite.
     """
     folder = ModelFolder.open(path)
-    _check_tokenizer(folder.path, codec)
+    _check_tokenizer(folder, codec)
     model = folder.empty(attention=attention, vision=vision)
     check_tensors(model, folder.shapes, folder.path)
     _allocate(model, folder, dtype=read_dtype(dtype), device=device)
@@ -129,7 +130,7 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
-        """Raises ValueError when files are missing or damaged, or when the layout is unknown."""
+        """Raises ValueError when files are missing or damaged, of an unknown layout, or hold quantized weights."""
         hub, path = hub_name(path), local_folder(path)
         absent = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
         if absent:
@@ -139,12 +140,24 @@ class ModelFolder:
             form = recognise(config)
         weights = Weights(path)
         with _reading(path):
-            return cls(path, form, config, weights, form.names(config, weights.shapes), hub)
+            names = form.names(config, weights.shapes)
+        for name in names.values():
+            if not weights.specs[name].dtype.is_floating_point:
+                told = f"{weights.specs[name].file}: {name} has dtype {weights.specs[name].dtype}"
+                raise ValueError(f"{told}; only weights in floating point are implemented, no quantized ones")
+        return cls(path, form, config, weights, names, hub)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Under our names."""
         return {ours: self.weights.specs[theirs].shape for ours, theirs in self.names.items()}
+
+    @property
+    def positions(self) -> int | None:
+        """For how many tokens, prompt and response, an original model was made; None where its config is silent."""
+        fields = self.config.get("original", {}).get("fields", {}) if self.form.name == "own" else self.config
+        found = fields.get("max_position_embeddings", fields.get("max_sequence_length"))
+        return found if type(found) is int and found > 0 else None
 
     def read(self, name: str) -> Tensor:
         """A tensor by our name; see `Weights.read`."""
@@ -152,17 +165,18 @@ class ModelFolder:
 
     def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
         """What config.json says, `attention` and `vision` as for `from_pretrained`."""
+        check_vision(vision)
+        image_id = _image_id(self.path / "tokenizer.json")
         with _reading(self.path):
-            found = self.form.describe(
-                self.config, self.weights.shapes, vision=vision, image_id=_image_id(self.path / "tokenizer.json")
-            )
+            found = self.form.describe(self.config, self.weights.shapes, vision=vision, image_id=image_id)
+            check_layers({"decoder": found.decoder, "vision": found.vision}, self.names)
             decoder = {**found.decoder, **({"attention": attention} if attention else {})}
             return replace(found, decoder=decoder, original=self._from_hub(found.original))
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
         """The model on the meta device."""
         description = self.describe(attention=attention, vision=vision)
-        with explained(self.path / CONFIG):
+        with _reading(self.path):
             return build_empty(description)
 
     def _from_hub(self, original: dict) -> dict:
@@ -266,6 +280,7 @@ def _fill(model: nn.Module, folder: ModelFolder) -> None:
         if hasattr(parameter, "placements"):  # a DTensor
             stored, parameter = stored[_own_part(parameter)], parameter.to_local()
         parameter.copy_(stored)
+        check_finite(name, parameter, folder.path)
     for module in model.modules():  # of the vision tower; they are in no file
         places = dict(module.named_buffers(recurse=False)).get("position_ids")
         if places is not None:
@@ -304,20 +319,34 @@ def _reading(path: Path) -> Iterator[None]:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _check_tokenizer(path: Path, codec: Codec | None) -> None:
-    if codec and Codec.load(path).fingerprint != codec.fingerprint:
+def check_vocabulary(folder: ModelFolder, codec: Codec) -> None:
+    """Raises ValueError where the tokenizer has ids that the model has no embedding of."""
+    num_ids = 1 + max(codec.tokenizer.get_vocab().values())
+    num_rows = folder.shapes.get(EMBEDDING, (num_ids,))[0]
+    if num_ids > num_rows:
+        raise ValueError(
+            f"the tokenizer has ids up to {num_ids - 1}, but the model in {folder.path} a vocabulary of {num_rows}: "
+            "it is the tokenizer of another model"
+        )
+
+
+def _check_tokenizer(folder: ModelFolder, codec: Codec | None) -> None:
+    if not codec:
+        return
+    if Codec.load(folder.path).fingerprint != codec.fingerprint:
         given = codec.tokenizer.name_or_path or "the given one"
         raise ValueError(
-            f"the model in {path} was trained with another tokenizer than {given}: its token ids mean other words; "
-            f"set tokenizer={path}, and prepare the data with it"
+            f"the model in {folder.path} was trained with another tokenizer than {given}: its token ids mean other "
+            f"words; set tokenizer={folder.path}, and prepare the data with it"
         )
+    check_vocabulary(folder, codec)
 
 
 def _image_id(tokenizer: Path) -> int:
     """The image mark of an original model: the id of its tokenizer's image token, if it has one."""
     if not tokenizer.is_file():
         return NO_IMAGE_TOKEN
-    found = Tokenizer.from_file(str(tokenizer)).token_to_id(IMAGE)
+    found = read_backend(tokenizer).token_to_id(IMAGE)
     return NO_IMAGE_TOKEN if found is None else found
 
 

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from src.models.sizes import check_sizes
 from src.models.towers import Shapes, StoredTower
 
 MODEL_TYPE = "rediff_llada_v"
@@ -132,6 +133,7 @@ class LlamaStyle:
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         sizes = {name: _need(config, name) for name in self.decoder if name != "num_key_value_heads"}
         sizes |= {"num_key_value_heads": config.get("num_key_value_heads"), "rope_theta": _rope_theta(config)}
+        check_sizes(sizes)
         _refuse(config, {**self.only, "head_dim": (sizes["hidden_size"] // sizes["num_attention_heads"], None)})
         original = {"format": self.name, "fields": _without(config, self.used | self.computed)}
         if not config.get("mm_vision_tower"):
@@ -217,6 +219,7 @@ class OlmoStyle:
         decoder = {ours: _need(config, theirs) for ours, theirs in self.sizes}
         decoder["vocab_size"] = config.get("embedding_size") or _need(config, "vocab_size")
         decoder["num_key_value_heads"] = config.get("n_kv_heads")
+        check_sizes(decoder, names={**dict(self.sizes), "num_key_value_heads": "n_kv_heads"})
         original = {"format": self.name, "fields": _without(config, self.used | self.computed)}
         return Description(_decoder(decoder), None, image_id, original=original)
 

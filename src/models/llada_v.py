@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from src.batch import Prefix
 from src.models.llada import Decoder, DecoderConfig
+from src.models.sizes import check_sizes, check_vision
 from src.models.vision import VisionPath
 from src.tiling import AnyRes, Layout, Size
 
@@ -44,6 +45,8 @@ class LLaDAV(nn.Module):
         super().__init__()
         if tiling and not vision:
             raise ValueError("tiling is given, but the model has no vision path (vision is null)")
+        check_sizes(decoder)
+        check_vision(vision)
         self.config = DecoderConfig(**decoder)
         self.vision_config, self.tiling = vision, tiling
         self.original: dict = {}  # what an original config.json says beyond this, for an export in its layout

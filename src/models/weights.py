@@ -10,6 +10,7 @@ Whatever the size of a model, reading holds one tensor in memory and writing one
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,12 +110,25 @@ def write_weights(
     files = files if len(shards) > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in read(names).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{folder / file} cannot be written: {error}") from error
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
     if len(shards) > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
+    """Raises ValueError, naming the tensor, where a number of it is NaN or infinite. One pass, without a copy."""
+    if tensor.is_meta or not tensor.numel():
+        return
+    if not all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist()):
+        raise ValueError(
+            f"{name} of the model in {place} has NaN or infinite numbers as {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 @contextmanager

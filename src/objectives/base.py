@@ -53,6 +53,16 @@ class Training:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
+        least = {"lr": self.lr, "vision_lr": self.vision_lr, "weight_decay": self.weight_decay}
+        least |= {"warmup_steps": self.warmup_steps, "clip_norm": self.clip_norm}
+        for name, value in least.items():
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
+        for name, value, otherwise in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
+            if value == 0:
+                raise ValueError(f"objective.training.{name} must be more than 0{otherwise}, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise ValueError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
@@ -66,6 +76,10 @@ class Training:
             return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
         length = float(self.decay) * total
         return warm * (min(1.0, (total - step) / length) if length else 1.0)
+
+
+class Diverged(RuntimeError):
+    """Training has left the numbers that it can compute with."""
 
 
 class Objective(L.LightningModule):
@@ -156,7 +170,7 @@ class Objective(L.LightningModule):
                 losses.clear()  # frees the pass before the next one runs
         sums = _summed(found)
         self._check_totals(totals, sums)
-        norm = self._clip()
+        norm = self._clip(batch)
         optimizer.step()
         schedule.step()
         self._log_losses("train", sums, totals, micro)
@@ -223,10 +237,17 @@ class Objective(L.LightningModule):
         """The optimizer and its schedule; Lightning's accessors return lists where there are several."""
         return self.optimizers(), self.lr_schedulers()
 
-    def _clip(self) -> Tensor:
-        """Clip the global norm and return it. Raises RuntimeError where it is not finite: the step would be ruin."""
+    def _clip(self, batch: Batch) -> Tensor:
+        """Clip the global norm and return it. Raises Diverged where it is not finite: the step would be ruin."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters(), limit, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        if not norm.isfinite():
+            keys = ", ".join(map(str, batch.keys[:8])) + (", ..." if len(batch) > 8 else "")
+            raise Diverged(
+                f"the gradients are not finite at step {self.trainer.global_step} (samples {keys}): "
+                "lower objective.training.lr, or go back to an older checkpoint"
+            )
+        return norm
 
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=draw)

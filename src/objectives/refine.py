@@ -51,7 +51,7 @@ class Refine(Objective):
             floor=floor,
             clean=clean,
             syntax=float(rate > 0),
-            hallucination=float(hallucination != "off"),
+            hallucination=float(hallucination != "none"),
         )
         if mistake:
             terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)

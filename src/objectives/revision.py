@@ -26,9 +26,9 @@ def stage_one(
     if hallucination == "alone":
         alone = Only(Span(), rest=Kind.FROZEN)
         return Choose(when="spans", then=alone, otherwise=Chain(*noise), share=alone_share)
-    if hallucination == "off":
+    if hallucination == "none":
         return Chain(*noise)
-    raise ValueError(f"hallucination must be 'mixed', 'alone' or 'off', got {hallucination!r}")
+    raise ValueError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
 
 
 def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):
@@ -43,7 +43,7 @@ class Revision(Objective):
     rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.
     hallucination: `mixed` = masks, noise and a false span in one sample (paper); `alone` = a share `alone_share` of
     the samples that have false spans get one of them and nothing else (released code, where it is the share of such
-    samples in the data); `off` = no false spans.
+    samples in the data); `none` = no false spans.
     weight, reduce, floor: of every term; clean: coefficient of the untouched tokens.
     """
 
@@ -71,7 +71,7 @@ class Revision(Objective):
             floor=floor,
             clean=clean,
             syntax=float(rate > 0),
-            hallucination=float(hallucination != "off"),
+            hallucination=float(hallucination != "none"),
         )
         damage = stage_one(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share

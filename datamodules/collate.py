@@ -1,0 +1,157 @@
+"""Samples of shards -> `Batch`: token ids, false spans, prompts and pixels.
+
+    collate = Collate(codec, canvas=64, layout=Square(48), seed=0)
+    batch, notes = collate(samples, epoch)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.loader import Notes
+from datamodules.records import misfit
+from datamodules.shards import Sample
+from src.batch import Batch
+from src.tiling import Layout
+from src.tokenizer import Codec
+
+
+@dataclass
+class Row:
+    """The token side of a sample, as equally long lists: right ids, flawed ids, span number (0: none)."""
+
+    response: list[int]
+    flawed: list[int]
+    span: list[int]
+
+    @classmethod
+    def of(cls, right: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
+        """Spans are (start, end, right ids, wrong ids); one that overlaps an earlier one is left out."""
+        row = cls(list(right), list(right), [0] * len(right))
+        number = 0
+        for start, end, good, bad in spans:
+            if any(row.span[start:end]):
+                continue
+            number += 1
+            row.response[start:end], row.flawed[start:end] = good, bad
+            row.span[start:end] = [number] * (end - start)
+        return row
+
+    def fit(self, canvas: int, fill: int) -> Row:
+        """Cut or filled to `canvas` tokens; spans that the cut goes through count no more."""
+        cut = set(self.span[canvas - 1 : canvas]) & set(self.span[canvas : canvas + 1]) - {0}
+        span = [0 if number in cut else number for number in self.span]
+        flawed = [w if number else r for r, w, number in zip(self.response, self.flawed, span, strict=True)]
+        more = canvas - len(span)
+        filled = lambda ids: ids[:canvas] + [fill] * more  # noqa: E731
+        return Row(filled(self.response), filled(flawed), span[:canvas] + [0] * more)
+
+
+class Collate:
+    """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
+
+    layout: how images are cut into tiles, which has to be the model's layout; None for samples without images
+    first:  take the first caption of every image instead of one by hash
+    """
+
+    def __init__(self, codec: Codec, *, canvas: int, layout: Layout | None, seed: int, first: bool = False) -> None:
+        self.codec, self.canvas, self.layout = codec, canvas, layout
+        self.seed, self.first = seed, first
+
+    def with_first_caption(self) -> Collate:
+        return Collate(self.codec, canvas=self.canvas, layout=self.layout, seed=self.seed, first=True)
+
+    def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
+        full = [self._row(sample, epoch) for sample in samples]
+        rows = [row.fit(self.canvas, self.codec.eos_id) for row in full]
+        cut = sum(len(row.span) > self.canvas for row in full)
+        response = torch.tensor([row.response for row in rows])  # (B, L)
+        batch = Batch(
+            prefix=self._prefix(samples, epoch),
+            response=response,
+            editable=torch.ones_like(response, dtype=torch.bool),
+            flawed=torch.tensor([row.flawed for row in rows]),
+            span=torch.tensor([row.span for row in rows]),
+            drafted=torch.tensor(["draft_ids" in sample.record for sample in samples]),
+            keys=[sample.key for sample in samples],
+            epoch=epoch,
+            records=[sample.record for sample in samples],
+            images=[sample.data for sample in samples],
+        )
+        return batch, Counter({(str(self.canvas), "cut"): cut} if cut else {})
+
+    def misfit(self, sample: Sample) -> str | None:
+        """Why no row can be made of a sample."""
+        images = int(sample.image is not None)
+        return misfit(sample.record, images=images, count=lambda text: len(self.codec.encode(text)[0]) + 1)
+
+    def _row(self, sample: Sample, epoch: int) -> Row:
+        if "draft_ids" in sample.record:
+            return draft_row(sample.record)
+        captions = sample.record["captions"]
+        number = 0 if self.first else choice(f"{self.seed}/{epoch}/{sample.key}/caption", len(captions))
+        return caption_row(captions[number], self.codec)
+
+    def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
+        """The prompt of a sample."""
+        return self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
+
+    def _prefix(self, samples: list[Sample], epoch: int) -> dict[str, Tensor]:
+        images = [[] if sample.image is None else [sample.image] for sample in samples]
+        prompts = [self.prompt_ids(sample, epoch) for sample in samples]
+        longest = max(map(len, prompts))
+        filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
+        prefix = {"prompt_ids": torch.tensor(filled)}
+        if self.layout and any(images):
+            prefix |= image_inputs(images, self.layout)
+        if any(len(ids) < longest for ids in prompts):
+            lengths = torch.tensor([len(ids) for ids in prompts])
+            prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
+        return prefix
+
+
+def caption_row(caption: dict, codec: Codec) -> Row:
+    """A true caption, with all its swaps that do not overlap as false spans. One that holds ids is taken as it is."""
+    ids = caption["ids"] if "ids" in caption else [*codec.encode(caption["text"])[0], codec.eot_id]
+    places = [swap["tokens"] for swap in caption.get("swaps", ())]
+    return Row.of(ids, [(start, end, ids[start:end], wrong) for start, end, wrong in places])
+
+
+def draft_row(record: dict) -> Row:
+    """A model's draft, right where the expert corrected it."""
+    ids = record["draft_ids"]
+    spans = [(s["start"], s["end"], s["target_ids"], ids[s["start"] : s["end"]]) for s in record["spans"]]
+    return Row.of(ids, spans)
+
+
+def choice(name: str, count: int) -> int:
+    """A number below `count` that depends on the name only."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
+
+
+def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:
+    """What a backbone takes of the images of each row (none, one or several); short rows end in empty tiles.
+
+    pixel_values (B, T, 3, S, S) uint8, num_tiles (B, M) int64, image_sizes (B, M, 2) int64 (width, height).
+    """
+    shape = len(images), max(map(len, images))
+    num_tiles, image_sizes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 2), dtype=np.int64)
+    for row, pictures in enumerate(images):
+        for place, picture in enumerate(pictures):
+            num_tiles[row, place], image_sizes[row, place] = layout.num_tiles(picture.size), picture.size
+    longest = num_tiles.sum(1).max()
+    pixels = np.zeros((len(images), longest, 3, layout.size, layout.size), dtype=np.uint8)
+    for row, pictures in enumerate(images):
+        if pictures:
+            tiles = np.concatenate([layout.tiles(picture) for picture in pictures])  # (., S, S, 3)
+            pixels[row, : len(tiles)] = tiles.transpose(0, 3, 1, 2)
+    found = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
+    return {name: torch.from_numpy(array) for name, array in found.items()}

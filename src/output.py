@@ -1,0 +1,155 @@
+"""The file that `src.generate` writes: a JSON line for each response, and those of traces beside it.
+
+    with Output(Path("captions.jsonl"), settings={...}, trace=False) as out:
+        out.keys                            what it has already
+        out.add(keys, sampled, codec)
+
+A killed or failed run leaves whole lines and at most half of one, which is cut off; the same command goes on behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from src.batch import Sampled
+from src.components import ConfigError
+from src.tokenizer import Codec
+
+START = b'{"key": "'  # of every line
+
+
+class Output:
+    """The lines of captions, and those of traces beside them; a context manager. `keys`: images with a line.
+
+    settings: what the captions depend on; part of every line
+    trace: also write `steps`: the text after each, with _ for a mask, and the fields of `TraceStep`
+
+    Raises ValueError where the path is of something else. Entering raises ConfigError when a line of the file is broken
+    and when its captions were made with other settings, and OSError when it cannot be written. Without any line no file
+    is left. NOTE: one process at a time (`src.lock`).
+    """
+
+    def __init__(self, path: Path, *, settings: dict[str, Any], trace: bool) -> None:
+        self.path, self.settings = path, settings
+        self.trace_path = path.with_suffix(".trace.jsonl") if trace else None
+        self.keys: set[str] = set()
+        self._open: dict[Path, FileIO] = {}
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise ValueError(f"out={path} cannot be: {above} is no folder")
+        for file in filter(None, (path, self.trace_path)):
+            if file.exists() and not file.is_file():
+                raise ValueError(
+                    f"out={file} is {'a folder' if file.is_dir() else 'no file that keeps what it is given'}"
+                )
+
+    def __enter__(self) -> Output:
+        try:
+            with writing(self.path):
+                self._start()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with suppress(*([OSError] if kind else [])), writing(self.path):  # what was raised first is what is told
+            self._close()
+
+    def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
+        """Append a line for each row; returns (key, text) of each. Raises OSError, naming the file, on a full disk."""
+        texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
+        counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
+        written = [
+            {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
+            for key, text, (forwards, edits) in zip(keys, texts, counts, strict=True)
+        ]
+        with writing(self.path):
+            if self.trace_path:
+                pairs = zip(keys, sampled.traces or [], strict=True)
+                _append(self._open[self.trace_path], [_traced(key, steps, codec) for key, steps in pairs])
+            _append(self._open[self.path], written)
+        return list(zip(keys, texts, strict=True))
+
+    def _start(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._open[self.path] = self.path.open("ab", buffering=0)
+        lines = _restore(self.path)
+        for line in lines:
+            if changed := [name for name, value in self.settings.items() if line.get(name) != value]:
+                named = [name for name in changed if name != "options"] or ["sampler or model option"]
+                raise ConfigError(f"{self.path} was made with another {', '.join(named)}; choose another out")
+        self.keys = {line["key"] for line in lines}
+        if self.trace_path:  # a trace is written before its caption, so a kill can leave one too many
+            self._open[self.trace_path] = self.trace_path.open("ab", buffering=0)
+            _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
+
+    def _close(self) -> None:
+        """Close both files, and remove one that is empty."""
+        for path, stream in self._open.items():
+            try:
+                if os.fstat(stream.fileno()).st_size == 0:
+                    path.unlink(missing_ok=True)
+            finally:
+                stream.close()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Gives an OSError the name of the file, which the system leaves out where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _append(stream: FileIO, lines: list[dict]) -> None:
+    rest = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    while rest:  # a full disk takes a part first
+        rest = rest[stream.write(rest) :]
+
+
+def _traced(key: str, steps: list, codec: Codec) -> dict[str, Any]:
+    return {"key": key, "steps": [{"text": _shown(codec, step.tokens), **asdict(step)} for step in steps]}
+
+
+def _shown(codec: Codec, ids: list[int]) -> str:
+    """The text of an unfinished response, up to its first eot, with _ for each mask."""
+    text, written = "", list[int]()
+    for token in ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids:
+        if token == codec.mask_id:
+            text, written = f"{text}{codec.decode(written)}_", []
+        else:
+            written.append(token)
+    return text + codec.decode(written)
+
+
+def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
+    """The lines of a file. It is cut at the first one not to keep, and at half a line at its end."""
+    raw = path.read_bytes()
+    lines, end = [], 0
+    for number, text in enumerate(raw.splitlines(keepends=True), start=1):
+        try:
+            if not text.endswith(b"\n"):
+                if text.startswith(START[: len(text)]):
+                    break
+                raise ValueError("it has no end")
+            line = json.loads(text)
+            if not isinstance(line, dict) or "key" not in line:
+                raise ValueError("no object with a key")
+        except ValueError as error:
+            raise ConfigError(f"line {number} of {path} is broken ({error}); choose another out") from error
+        if not keep(line):
+            break
+        lines.append(line)
+        end += len(text)
+    if end < len(raw):
+        os.truncate(path, end)
+    return lines

@@ -1,0 +1,126 @@
+"""The results of an evaluation on disk: cell after cell, so that a kill loses the cell it falls into and no more.
+
+    results.json             methods -> sampler -> tokens/step -> metric -> {mean, se, n}; bounds -> method -> metric
+    captions/CELL.jsonl      what the samplers wrote, with the scores of each caption
+
+Every entry has a signature of all that its numbers depend on; one that a rerun needs again is taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.components import ConfigError
+from src.metrics.caption import Stat
+from src.shards import read_json, sha256, write_bytes, write_json
+
+CODE = (  # what makes kept results stale when it changes
+    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
+    *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
+)
+LONGEST = 120  # characters of a cell's file name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the table."""
+
+    method: str
+    sampler: str
+    tokens_per_step: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.sampler}-{self.tokens_per_step}"
+
+    @property
+    def file(self) -> str:
+        """A name that is safe as that of a file; where it is not the cell's own a hash keeps it unique."""
+        plain = re.sub(r"[^\w.=-]+", "_", self.name, flags=re.ASCII)[:LONGEST]
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
+        return plain if plain == self.name and not plain.startswith(".") else f"{plain.lstrip('.')}-{digest}"
+
+
+class Ledger:
+    """Entries are added one by one, and taken over from an earlier run where their signature is the same.
+
+    signatures: of the cells, in the order of the table; bounds: of the models whose likelihood bound is asked for
+    """
+
+    def __init__(self, out: Path, meta: dict, signatures: dict[Cell, str], bounds: dict[str, str]) -> None:
+        self.out, self.meta, self.signatures, self.bound_signatures = out, meta, signatures, bounds
+        if len({cell.file for cell in signatures}) < len(signatures):
+            raise ConfigError("two cells of the evaluation have the same name; rename a model or a sampler")
+        old = read_json(path) if (path := out / "results.json").is_file() else {}
+        self.stats: dict[Cell, dict[str, Stat]] = {}
+        self.hashes: dict[str, str] = {}
+        for cell, signature in signatures.items():
+            entry = old.get("meta", {}).get("cells", {}).get(cell.name)
+            if entry and entry["signature"] == signature and self._intact(cell, entry["captions"]):
+                self.stats[cell] = old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)]
+                self.hashes[cell.name] = entry["captions"]
+        known = old.get("meta", {}).get("bounds", {})
+        self.bounds = {name: old["bounds"][name] for name, signature in bounds.items() if known.get(name) == signature}
+        self.write()
+
+    def add(self, cell: Cell, stats: dict[str, Stat], captions: list[dict]) -> None:
+        """Write a finished cell: its captions first, then the results that name them."""
+        path = self._path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in captions).encode())
+        self.stats[cell], self.hashes[cell.name] = stats, sha256(path)
+        self.write()
+
+    def add_bound(self, method: str, stats: dict[str, Stat]) -> None:
+        """Write the likelihood bound of a model."""
+        self.bounds[method] = stats
+        self.write()
+
+    def captions(self, cell: Cell) -> list[dict]:
+        """The captions of a finished cell, one dict for each sample."""
+        return [json.loads(line) for line in self._path(cell).read_text().splitlines()]
+
+    def missing(self, method: str) -> tuple[list[Cell], bool]:
+        """The cells of a model that are to do, and whether its bound is."""
+        cells = [cell for cell in self.signatures if cell.method == method and cell not in self.stats]
+        return cells, method in self.bound_signatures and method not in self.bounds
+
+    @property
+    def results(self) -> dict:
+        """What results.json holds, methods and samplers in the order of the config."""
+        known = [cell for cell in self.signatures if cell in self.stats]
+        methods: dict[str, dict[str, dict[str, dict[str, Stat]]]] = {}
+        for cell in known:
+            row = methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})
+            row[str(cell.tokens_per_step)] = self.stats[cell]
+        cells = {c.name: {"signature": self.signatures[c], "captions": self.hashes[c.name]} for c in known}
+        bounds = {name: self.bounds[name] for name in self.bound_signatures if name in self.bounds}
+        signatures = {name: self.bound_signatures[name] for name in bounds}
+        return {"methods": methods, "bounds": bounds, "meta": {**self.meta, "cells": cells, "bounds": signatures}}
+
+    def write(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "results.json", self.results)
+
+    def _path(self, cell: Cell) -> Path:
+        return self.out / "captions" / f"{cell.file}.jsonl"
+
+    def _intact(self, cell: Cell, digest: str) -> bool:
+        return self._path(cell).is_file() and sha256(self._path(cell)) == digest
+
+
+def signature(*parts: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_hash(root: Path) -> str:
+    """A hash of the source files that make the numbers."""
+    places = [root / name for name in CODE]
+    files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]

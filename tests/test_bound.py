@@ -1,0 +1,209 @@
+"""The validation bound against enumerations: of all masks, of all orders, and of all draws of a stratum."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from itertools import combinations, permutations
+
+import numpy as np
+import pytest
+import torch
+
+from src.batch import Batch, Prefix, SpecialIds
+from src.diffusion.noise import Noise
+from src.metrics.bound import LEAST, Bound, hide_count, response_nats
+from src.models.llada_v import LLaDAV
+
+MASK, WIDTH = 4, 7  # a head that is wider than the vocabulary of five tokens
+SPECIAL = SpecialIds(mask=MASK, eos=0, eot=1, banned=(MASK,), vocab_size=5)
+TEXT = (2, 3, 3, 1)
+
+
+class Table:
+    """A backbone that is a table: a masked response -> random logits, the same whatever else is in the batch."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def row(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """(L, WIDTH) logits."""
+        if tokens not in self.known:
+            generator = torch.Generator().manual_seed(sum(t * 11**i for i, t in enumerate(tokens)) + 1)
+            self.known[tokens] = 2 * torch.randn(len(tokens), WIDTH, generator=generator)
+        return self.known[tokens]
+
+    def encode_prefix(self, prefix) -> Prefix:
+        return Prefix(torch.zeros(len(prefix["prompt_ids"]), 1, 1))
+
+    def __call__(self, prefix, tokens, *, attend=None, positions=None):
+        shown = tokens if attend is None else tokens.masked_fill(~attend, 0)
+        logits = torch.stack([self.row(tuple(row)) for row in shown.tolist()])
+        return logits if positions is None else logits[positions]
+
+
+class Uniform(Table):
+    def row(self, tokens):
+        return torch.zeros(len(tokens), WIDTH)
+
+
+def batch_of(texts, keys, *, length=None) -> Batch:
+    """Rows of `texts`, filled with end of text that is not editable."""
+    length = length or max(map(len, texts))
+    response = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
+    editable = torch.tensor([[i < len(text) for i in range(length)] for text in texts])
+    return Batch(
+        {"prompt_ids": torch.zeros(len(texts), 1, dtype=torch.int64)}, response, editable, response,
+        torch.zeros_like(response), torch.zeros(len(texts), dtype=torch.bool), list(keys),
+    )  # fmt: skip
+
+
+def nats_at(text, hidden) -> dict[int, float]:
+    """-log p of each hidden token, over the ids that are neither the mask nor beyond the vocabulary."""
+    row = Table().row(tuple(MASK if i in hidden else t for i, t in enumerate(text))).double()
+    real = [0, 1, 2, 3]
+    return {i: float(row[i, real].logsumexp(0) - row[i, text[i]]) for i in hidden}
+
+
+def sets_of(text, size) -> list[float]:
+    """The summed cross-entropy of each set of so many hidden tokens."""
+    return [sum(nats_at(text, hidden).values()) for hidden in combinations(range(len(text)), size)]
+
+
+def exact(text) -> float:
+    """Over k uniform and all sets of k tokens, n/k times the cross-entropy."""
+    n = len(text)
+    return sum(n / k * statistics.mean(sets_of(text, k)) for k in range(1, n + 1)) / n
+
+
+def many(draws, rows, estimator="count", text=TEXT) -> torch.Tensor:
+    batch = batch_of([text] * rows, [f"key-{i}" for i in range(rows)])
+    return response_nats(Table(), batch, special=SPECIAL, draws=draws, seed=0, estimator=estimator)
+
+
+def test_the_definition_is_the_mean_over_all_orders():
+    """The bound of a masked model is that of an autoregressive one in a random order, which needs no weights at all."""
+    orders = list(permutations(range(len(TEXT))))
+    total = 0.0
+    for order in orders:
+        total += sum(nats_at(TEXT, set(order[i:]))[order[i]] for i in range(len(order)))
+    assert exact(TEXT) == pytest.approx(total / len(orders), rel=1e-6)
+
+
+@pytest.mark.parametrize("draws", [1, 3, 4])
+def test_it_is_unbiased(draws):
+    found = many(draws, 3000)
+    error = float(found.std()) / math.sqrt(len(found))
+    assert abs(float(found.mean()) - exact(TEXT)) < 4 * error
+    assert error < 0.02 * exact(TEXT)
+
+
+def test_many_draws_of_one_response_find_its_bound():
+    """Each draw hides other tokens: draws of one order alone would end at the cost of that order."""
+    found = many(1200, 6)
+    assert found.tolist() == pytest.approx([exact(TEXT)] * 6, rel=0.06)
+    assert float(found.std()) > 0
+
+
+def test_the_plain_estimator_estimates_the_same_from_its_least_t_on():
+    n, ts = len(TEXT), np.linspace(LEAST, 1, 200_001)
+    rates = [np.trapezoid(ts ** (k - 1) * (1 - ts) ** (n - k), ts) for k in range(1, n + 1)]
+    expected = sum(rate * sum(sets_of(TEXT, k)) for k, rate in zip(range(1, n + 1), rates, strict=True)) / (1 - LEAST)
+    assert expected == pytest.approx(exact(TEXT), rel=0.02)
+    found = many(4, 6000, "iid")
+    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("draws", [1, 4, 16])
+def test_its_variance_is_lower_than_that_of_the_plain_one(draws):
+    counted, plain = many(draws, 1500), many(draws, 1500, "iid")
+    assert float(counted.var()) < 0.3 * float(plain.var())
+
+
+def test_as_many_draws_as_tokens_hide_every_number_once():
+    text = (2, 3, 2, 3, 2, 3, 1)
+    batch = batch_of([text, text[:4]], ["a", "b"])
+    offset = Noise(batch.keys, seed=5, draw="bound").level().double()
+    sizes = []
+    for draw in range(7):
+        noise = Noise(batch.keys, seed=5, draw=f"bound/{draw}")
+        hidden, weight = hide_count(batch.editable, noise, (offset + draw) / 7)
+        assert not (hidden & ~batch.editable).any()
+        assert weight.tolist() == [7 / int(hidden[0].sum()), 4 / int(hidden[1].sum())]
+        sizes.append(hidden.sum(1).tolist())
+    assert [size for size, _ in sizes] == [1, 2, 3, 4, 5, 6, 7]
+    assert {size for _, size in sizes} == {1, 2, 3, 4}
+
+
+def test_every_set_of_a_size_is_as_likely():
+    batch = batch_of([TEXT] * 6000, [f"key-{i}" for i in range(6000)])
+    hidden, _ = hide_count(batch.editable, Noise(batch.keys, seed=0), torch.full((6000,), 0.3, dtype=torch.float64))
+    sets = [tuple(row.nonzero()[:, 0].tolist()) for row in hidden]
+    shares = {some: sets.count(some) / 6000 for some in set(sets)}
+    assert set(shares) == set(combinations(range(4), 2))
+    assert all(abs(share - 1 / 6) < 4 * math.sqrt(5 / 36 / 6000) for share in shares.values())
+
+
+def test_a_response_does_not_depend_on_its_batch_but_on_key_and_seed():
+    texts = [TEXT, TEXT[1:], (2, 1)]
+    settings = {"special": SPECIAL, "draws": 5}
+    together = response_nats(Table(), batch_of(texts, "abc", length=6), seed=0, **settings)
+    assert together[0] == response_nats(Table(), batch_of([*texts, TEXT], "abcd", length=6), seed=0, **settings)[0]
+    alone = [
+        float(response_nats(Table(), batch_of([t], k, length=6), seed=0, **settings))
+        for t, k in zip(texts, "abc", strict=True)
+    ]
+    assert together.tolist() == alone
+    for other in (batch_of(texts, "xbc", length=6), batch_of(texts, "abc", length=6)):
+        found = response_nats(Table(), other, seed=int(other.keys[0] == "a"), **settings)
+        assert found[0] != together[0]
+
+
+def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary():
+    metric = Bound(special=SPECIAL, draws=2, seed=3)
+    metric.update(Uniform(), batch_of([TEXT, (2, 1)], "ab"))
+    found = metric.compute()
+    assert found["nelbo"] == {"mean": pytest.approx(math.log(4)), "se": pytest.approx(0, abs=1e-6), "n": 2}
+    assert found["bits"]["mean"] == pytest.approx(2)
+    assert found["perplexity"]["mean"] == pytest.approx(4)
+
+
+def test_sums_over_tokens_and_their_errors_by_hand():
+    texts, keys = [TEXT, (2, 3, 1), (3, 1), TEXT[::-1], (2, 2, 1)], "abcde"
+    nats = response_nats(Table(), batch_of(texts, keys), special=SPECIAL, draws=4, seed=0).numpy()
+    lengths = np.array([len(text) for text in texts])
+    mean = nats.sum() / lengths.sum()
+    residuals = nats - mean * lengths
+    error = math.sqrt((residuals**2).sum() / 4 / 5) / lengths.mean()
+    parts = [Bound(special=SPECIAL, draws=4) for _ in range(2)]
+    parts[0].update(Table(), batch_of(texts[:2], keys[:2]))
+    parts[1].update(Table(), batch_of(texts[2:], keys[2:]))
+    parts[0].merge_state(parts[1])
+    found = parts[0].compute()
+    assert found["nelbo"] == {"mean": pytest.approx(mean), "se": pytest.approx(error), "n": 5}
+    assert found["bits"]["se"] == pytest.approx(error / math.log(2))
+    assert found["perplexity"]["se"] == pytest.approx(error * math.exp(mean))
+
+
+def test_a_real_model_with_and_without_padding():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    model = LLaDAV(
+        decoder={"vocab_size": WIDTH, "num_hidden_layers": 2, "attention": "full", **sizes}, vision=None
+    ).eval()
+    settings = {"special": SPECIAL, "draws": 6, "seed": 1}
+    with torch.no_grad():
+        together = response_nats(model, batch_of([TEXT, (2, 1)], "ab", length=9), **settings)
+        alone = response_nats(model, batch_of([(2, 1)], "b"), **settings)
+    assert float(together[1]) == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_nothing_to_score_and_wrong_settings():
+    empty = batch_of([()], "a", length=3)
+    assert response_nats(Table(), empty, special=SPECIAL, draws=3, seed=0).tolist() == [0.0]
+    with pytest.raises(ValueError, match="no tokens"):
+        Bound(special=SPECIAL, draws=1).compute()
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        Bound(special=SPECIAL, draws=0)
+    with pytest.raises(ValueError, match="one of count, iid, got 'both'"):
+        Bound(special=SPECIAL, draws=1, estimator="both")  # type: ignore[arg-type]

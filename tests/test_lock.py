@@ -1,0 +1,192 @@
+"""Locks between real processes, and what a verb says when it ends for a reason outside of it: signals, full disks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import src.draft
+from src.components import ConfigError
+from src.lock import locked
+from src.prepare import Scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "assets" / "base"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Holds a lock, and so does not the child that outlives it.
+HOLDING = """
+import os, sys, time
+from src.lock import locked
+
+with locked(sys.argv[1]):
+    if not os.fork():
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+# Runs a verb with a limit on the size of files, or with signals to itself within a call of a function.
+VERB = """
+import importlib, os, resource, signal, sys
+
+verb, where, *argv = sys.argv[1:]
+main = importlib.import_module(f"src.{verb}").main
+if where.startswith("bytes="):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(where[6:]), resource.RLIM_INFINITY))
+else:
+    module, name, number = where.split("/")
+    holder = importlib.import_module(module)
+    plain = getattr(holder, name)
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), int(number))
+        return plain(*args, **kwargs)
+
+    setattr(holder, name, signalled)
+main(argv)
+"""
+
+
+def holder(path: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLDING, str(path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_lock_is_held_by_one_process_and_given_up_when_that_is_killed(tmp_path):
+    path = tmp_path / "deep" / "run"
+    process = holder(path)
+    try:
+        with pytest.raises(ConfigError, match=rf"run is in use by process {process.pid},"), locked(path):
+            raise AssertionError("not reached")
+        process.kill()
+        process.wait()
+        with locked(path):  # although the child lives on
+            assert (path.parent / ".run.lock").read_text() == f"{os.getpid()}\n"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lock_is_of_the_folder_and_not_of_the_name(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    process = holder(tmp_path / "link")
+    try:
+        with pytest.raises(ConfigError, match="in use"), locked(tmp_path / "x" / ".." / "real"):
+            raise AssertionError("not reached")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(command: list[str], **more) -> tuple[int, list[str]]:
+    """Exit code and the lines of stderr."""
+    env = {**ENV, **more.pop("env", {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False, **more)
+    return done.returncode, [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    Scenes(out=str(out), **SIZES, prompt="Describe.", noise=2.0, tokenizer=str(BASE)).run()
+    return out
+
+
+SIZES = {
+    "image_size": 48, "vocab_size": 300, "canvas": 64, "num_train": 8, "num_val": 1, "num_test": 1,
+    "captions_per_image": 1, "objects": [1, 1],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drafts(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("drafts") / "drafts"
+    src.draft.main(arguments("draft", data, out, out))
+    return out
+
+
+def arguments(verb: str, data: Path, drafts: Path, out: Path) -> list[str]:
+    """A small command of each verb that writes to `out`."""
+    if verb == "prepare":
+        sizes = [f"prepare.{name}={value}" for name, value in SIZES.items()]
+        return ["conf=scenes", f"prepare.out={out}", *sizes]
+    if verb == "draft":
+        return ["conf=draft", f"model.path={BASE}", f"data.path={data}", f"out={out}", "tokens_per_step=[32]"]
+    if verb == "revise":
+        return ["conf=revise", f"drafts={drafts}", f"out={out}", f"tokenizer={BASE}"]
+    more = ["data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "callbacks.checkpoint.every_n_train_steps=1"]
+    more += ["objective.training.warmup_steps=1", "callbacks.samples=null", f"model.path={BASE}", f"tokenizer={BASE}"]
+    return ["conf=mask", f"data.path={data}", f"run_dir={out}", "trainer.accelerator=cpu", *more]
+
+
+WRITING = ("prepare", "train", "draft", "revise")
+
+
+@pytest.mark.parametrize("verb", WRITING)
+def test_a_verb_leaves_alone_what_another_process_writes(data, drafts, tmp_path, verb):
+    out = tmp_path / "out"
+    with locked(out):
+        code, said = run([sys.executable, "-m", f"src.{verb}", *arguments(verb, data, drafts, out)])
+    assert (code, len(said)) == (2, 1)
+    assert said[0].startswith(f"error: {out} is in use by process {os.getpid()},")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "size", "file"),
+    [
+        ("prepare", 4000, "scenes.partial"),
+        ("train", 40000, ".ckpt"),
+        ("draft", 4000, "drafts-rank-0000-000000.tar"),
+        ("revise", 300, "journal-rank-0000.jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_path, verb, size, file):
+    """A limit on the size of files acts as a full disk does. The same command goes on without it."""
+    argv = arguments(verb, data, drafts, tmp_path / "scenes")
+    code, said = run([sys.executable, "-c", VERB, verb, f"bytes={size}", *argv])
+    assert code == 1, said
+    assert said[-1].startswith("error: "), said
+    assert file in said[-1]
+    assert said[-1].endswith("; once that is mended, the same command continues")
+    assert not any("Traceback" in line for line in said)
+    importlib.import_module(f"src.{verb}").main(argv)
+
+
+@pytest.mark.parametrize(
+    ("verb", "where", "number"),
+    [
+        ("prepare", "src.prepare/render", signal.SIGINT),
+        ("draft", "src.draft/draft_batch", signal.SIGTERM),
+        ("revise", "src.rounds/write_shards", signal.SIGINT),
+        ("train", "src.train/check_layout", signal.SIGTERM),  # before the training begins
+    ],
+)
+def test_a_signal_ends_a_verb_in_one_line(data, drafts, tmp_path, verb, where, number):
+    argv = arguments(verb, data, drafts, tmp_path / "scenes")
+    code, said = run([sys.executable, "-c", VERB, verb, f"{where}/{int(number)}", *argv])
+    assert code == 128 + number
+    assert said[-1] == f"stopped by {number.name}; the same command continues"
+    assert not any("Traceback" in line for line in said)
+    importlib.import_module(f"src.{verb}").main(argv)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, number):
+    (tmp_path / "lightning.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    code, said = run([sys.executable, "-m", "src.train", "conf=mask"], env={"PYTHONPATH": path})
+    assert (code, said) == (128 + number, [f"stopped by {number.name} before it began; the same command begins"])

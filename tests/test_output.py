@@ -1,0 +1,140 @@
+"""The file that `src.generate` writes: one process at a time, a full disk, places where nothing can be written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.export import main as export
+from src.generate import main
+from src.models.checkpoint import fingerprint, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.tokenizer import Codec
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    codec = Codec.train(["Why is a red ring round?"], vocab_size=60)
+    path = tmp_path_factory.mktemp("models") / "model"
+    save_pretrained(LLaDAV(decoder={"vocab_size": codec.vocab_size, **SIZES}, vision=None), codec, path)
+    return path
+
+
+def questions(tmp_path: Path, count: int) -> Path:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"key": f"q{number}", "prompt": "Why?"}) + "\n" for number in range(count)))
+    return file
+
+
+def argv(model: Path, out: Path | str, prompt: Path | str = "Why?", *more: str) -> list[str]:
+    settings = [f"model.path={model}", "images=null", f"prompt={prompt}", f"out={out}", "batch_size=1"]
+    return ["conf=generate", *settings, "sampler=plain", "length=32", "tokens_per_step=1", *more]
+
+
+def command(verb: str, arguments: list[str]) -> list[str]:
+    return [sys.executable, "-m", f"src.{verb}", *arguments]
+
+
+def keys(out: Path) -> list[str]:
+    return [json.loads(line)["key"] for line in out.read_text().splitlines()]
+
+
+def test_two_processes_do_not_write_one_file(model, tmp_path):
+    out, file = tmp_path / "out.jsonl", questions(tmp_path, 150)
+    first = subprocess.Popen(command("generate", argv(model, out, file)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+            assert first.poll() is None, first.stderr and first.stderr.read()
+            time.sleep(0.05)
+        with pytest.raises(SystemExit) as refused:
+            main(argv(model, out, file))
+        assert refused.value.code == 2 and first.poll() is None
+        assert first.wait(timeout=120) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert sorted(keys(out)) == sorted(f"q{number}" for number in range(150))
+
+
+def limited(size: int, verb: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    """A process in which no file may grow beyond `size` bytes: the system refuses as where a disk is full."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # noqa: E731
+    return subprocess.run(
+        command(verb, arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit
+    )
+
+
+def test_a_full_disk_is_told_and_a_rerun_continues(model, tmp_path):
+    out, whole, file = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", questions(tmp_path, 6)
+    main(argv(model, whole, file))
+    size = whole.stat().st_size // 2
+    done = limited(size, "generate", argv(model, out, file))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"error: {out}: File too large" in done.stderr
+    assert out.read_bytes() == whole.read_bytes()[:size]
+    main(argv(model, out, file))
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_an_export_that_does_not_fit_leaves_nothing(model, tmp_path):
+    arguments = ["conf=export", f"model={model}", f"out={tmp_path / 'out'}", "format=llada"]
+    done = limited(10_000, "export", arguments)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "model.safetensors cannot be written" in done.stderr and "os error 27" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    export(arguments)
+    assert fingerprint(tmp_path / "out") == fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("{folder}", "is a folder"),
+        ("{file}/x.jsonl", "file is no folder"),
+        ("{file}/more/x.jsonl", "file is no folder"),
+        ("/dev/full", "no file that keeps what it is given"),
+        ("", "out: expected a path, got ''"),
+        ("null", "out: expected a path, got None"),
+    ],
+)
+def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit) as stop:
+        main(argv(model, out.format(folder=tmp_path, file=tmp_path / "file")))
+    assert stop.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert "generate:" not in said  # no progress bar: the model was not run
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("content", ["a letter without an end", "[1]\n", '{"text": "no key"}\n'])
+def test_a_file_of_somebody_else_is_left_alone(content, model, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    out.write_text(content)
+    with pytest.raises(SystemExit):
+        main(argv(model, out))
+    assert f"line 1 of {out} is broken" in capsys.readouterr().err
+    assert out.read_text() == content
+
+
+def test_a_run_without_a_line_leaves_no_file(model, tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"key": "a"}\n')
+    with pytest.raises(SystemExit):
+        main(argv(model, tmp_path / "out.jsonl", tmp_path / "questions.jsonl", "trace=true"))
+    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]

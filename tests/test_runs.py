@@ -1,0 +1,215 @@
+"""The folder of a run: what is refused before anything is lost, and what damage to it is survived or named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.runs import is_whole
+from src.train import main
+from tests.test_train import STAGE_TWO, arguments, refusal, write_scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(out, vocab_size=300, canvas=40, num_train=48)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    main(arguments(scenes, run_dir))
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+# --- folders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [["thesis.txt"], ["config.yaml", "model/mine.bin"]])
+def test_a_foreign_folder_stays_as_it_is_whatever_is_tried(scenes, tmp_path, capsys, files):
+    """A first command that fails must not make the folder look like a run's, for the second one to remove."""
+    home = tmp_path / "home"
+    for file in files:
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).write_text("years: of work\n")
+    before = contents(home)
+    for more in (["objective.t_min=5"], [], ["resume=false"]):
+        assert "home is not a run's folder" in refusal([*arguments(scenes, home), *more], capsys)
+        assert contents(home) == before
+
+
+def test_a_command_that_fails_leaves_no_run(scenes, tmp_path, capsys):
+    refusal([*arguments(scenes, tmp_path / "run"), "objective.t_min=5"], capsys)
+    assert contents(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.path=/nope", "data.batch_size=0", "objective.t_min=5", "trainer.devices=2", "trainer.max_steps=-1",
+     "objective.training.warmup_steps=11", "model.vision=null"],
+)  # fmt: skip
+def test_a_mistake_beside_resume_false_costs_nothing(scenes, copied, capsys, change):
+    """Also where it shows only when the trainer has begun, as with the last steps of the learning rate."""
+    before = contents(copied)
+    refusal([*arguments(scenes, copied), "resume=false", change], capsys)
+    assert contents(copied) == before
+
+
+def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, copied, capsys):
+    (copied / "notes.txt").write_text("mine")
+    before = contents(copied)
+    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {copied}/model}}"
+    error = refusal([f"conf={copied}/config.yaml", f"run_dir={copied}", "resume=false", model], capsys)
+    assert f"error: model.path={copied}/model is of {copied}, which resume=false would remove" in error
+    assert contents(copied) == before
+    main([*arguments(scenes, copied), "resume=false", "trainer.max_steps=1"])
+    assert json.loads((copied / "finished.json").read_text()) == {"steps": 1}
+    assert (copied / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [("null", "run_dir: expected a path, got None"), ("5", "run_dir: expected")]
+)
+def test_a_run_needs_a_folder(scenes, capsys, value, told):
+    assert told in refusal([*arguments(scenes, Path("x")), f"run_dir={value}"], capsys)
+
+
+def test_a_file_in_place_of_the_folder_is_named(scenes, tmp_path, capsys):
+    (tmp_path / "notes.md").write_text("mine")
+    assert "notes.md is a file" in refusal(arguments(scenes, tmp_path / "notes.md"), capsys)
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("config.yaml", "{"), ("config.yaml", "- 1"), ("inputs.json", "{"), ("inputs.json", "[1]")]
+)
+def test_a_damaged_record_is_named(scenes, copied, capsys, file, content):
+    (copied / file).write_text(content)
+    error = refusal(arguments(scenes, copied), capsys)
+    assert error.count("\n") == 1
+    assert str(copied / file) in error
+
+
+# --- checkpoints and models ---------------------------------------------------------------------------------------
+
+
+def overwrite(path: Path, at: float, data: bytes) -> None:
+    """`data` at a share of the file."""
+    content = path.read_bytes()
+    start = int(at * len(content))
+    path.write_bytes(content[:start] + data + content[start + len(data) :])
+
+
+@pytest.mark.parametrize(("at", "data"), [(0.5, bytes(range(256)) * 8), (0.0, bytes(4096)), (0.25, b"\x01" * 64)])
+def test_a_damaged_checkpoint_is_passed_over(scenes, finished, copied, caplog, at, data):
+    newest = copied / "checkpoints" / "last.ckpt"
+    assert is_whole(newest)
+    overwrite(newest, at, data)
+    assert not is_whole(newest)
+    (copied / "finished.json").unlink()
+    shutil.rmtree(copied / "model")
+    main(arguments(scenes, copied))
+    assert re.search(r"last\.ckpt is damaged; taking epoch=\d+-step=\d+\.ckpt", caplog.text)
+    assert same_weights(finished, copied)
+
+
+def test_without_a_whole_checkpoint_training_starts_anew(scenes, finished, copied, caplog):
+    for path in (copied / "checkpoints").iterdir():
+        overwrite(path, 0.5, b"\x01" * 4096)
+    (copied / "finished.json").unlink()
+    main(arguments(scenes, copied))
+    assert "is damaged; no other is left: starting at step 0" in caplog.text
+    assert same_weights(finished, copied)
+
+
+def test_a_finished_run_without_its_model_makes_it_again(scenes, finished, copied, capsys):
+    shutil.rmtree(copied / "model")
+    main(arguments(scenes, copied))
+    assert same_weights(finished, copied)
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(copied / name)
+    assert "holds neither its model nor a checkpoint" in refusal(arguments(scenes, copied), capsys)
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (f"objective.training.{name}={value}", f"objective.training.{name} must be .* got {value.lstrip('.')}")
+            for name, value in [
+                ("lr", "-1"), ("lr", "0"), ("lr", ".nan"), ("lr", ".inf"), ("vision_lr", "-1"), ("clip_norm", "-1"),
+                ("clip_norm", "0"), ("warmup_steps", "-1"),
+            ]
+        ),
+        ("objective.training.betas=[0.9,1.5]", "objective.training.betas must be at least 0 and less than 1"),
+        ("data.canvas=1", "data.canvas must be at least 2, got 1"),
+        ("data.limit=-1", "data.limit must be at least 0, got -1"),
+        ("data.workers=-1", "data.workers must be at least 0, got -1"),
+        ("data.rounds=[/nope]", "data.rounds: no folder /nope; make a round with `python -m src.revise`"),
+        ("trainer.max_steps=0", "trainer.max_steps must be at least 1, got 0"),
+        ("seed=-1", r"seed must be at least 0 and less than 2\*\*32, got -1"),
+        ("seed=4294967296", "seed must be at least 0"),
+        ("trainer.fast_dev_run=true", "trainer.fast_dev_run saves nothing"),
+        ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0 leaves nothing to train on"),
+        ("trainer.max_time=00:00:00:00", "no checkpoint was saved on the way, so the same command would do the same"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):
+    error = refusal([*arguments(scenes, tmp_path / "run"), change], capsys)
+    assert error.splitlines()[-1].startswith("error: ")
+    assert re.search(message, error), error
+
+
+def test_a_training_that_blows_up_says_where_and_what_to_do(scenes, tmp_path, capsys):
+    error = refusal([*arguments(scenes, tmp_path / "run"), "objective.training.lr=1e30"], capsys).splitlines()[-1]
+    assert re.match(r"error: the gradients are not finite at step \d \(samples train-0\d+, .*\.lr, or", error), error
+
+
+def test_more_rounds_than_steps_cannot_be_had_by_shorter_epochs(scenes, tmp_path, capsys):
+    more = [*STAGE_TWO, "callbacks.self_correction.rounds=50"]
+    error = refusal(arguments(scenes, tmp_path / "run", *more, conf="stage2"), capsys).splitlines()[-1]
+    assert error.endswith("but max_steps=10; lower rounds")
+
+
+@pytest.mark.parametrize("at_start", ["true", "false"])
+def test_the_online_loop_needs_an_expert_from_the_start(scenes, tmp_path, capsys, at_start):
+    more = [*STAGE_TWO, f"callbacks.self_correction.at_start={at_start}", "expert=null"]
+    error = refusal(arguments(scenes, tmp_path / "run", *more, conf="stage2"), capsys)
+    assert error.endswith(".SelfCorrection: no expert is given: set expert=scenes or expert=reference\n")
+    assert contents(tmp_path / "run") == {}
+
+
+def test_what_is_rarely_meant_is_told(scenes, finished, tmp_path, caplog):
+    """The second stage without a round, and responses of another length than the model has learned."""
+    more = ["callbacks.self_correction=null", "trainer.max_steps=1", "data.canvas=48"]
+    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {finished}/model}}"
+    conf, *rest = arguments(scenes, tmp_path / "run", *more, conf="stage2")
+    main([conf.split(",")[0], *(setting for setting in rest if not setting.startswith("model.")), model, *more])
+    assert "the objective corrects drafts, but there are none: give data.rounds=[...]" in caplog.text
+    assert "data.canvas=48, but the model was trained with canvas 40" in caplog.text

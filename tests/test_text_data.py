@@ -1,0 +1,250 @@
+"""Texts as batches: exact rows, hidden prompts, resuming; each kind trained, sampled and evaluated by its command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.text import TextCollate, TextData
+from src.batch import Batch
+from src.diffusion.predictor import hidden_prefix
+from src.evaluate import main as evaluate
+from src.generate import main as generate
+from src.models.checkpoint import save_pretrained
+from src.models.tiny import tiny
+from src.prepare import main as prepare
+from src.shards import write_shards
+from src.tokenizer import Codec
+from src.train import main as train
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = [f"model.decoder.{name}={value}" for name, value in SIZES.items()]
+CANVAS = {"text": 12, "sft": 24, "smiles": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data of each kind, as the verb writes them."""
+    path = tmp_path_factory.mktemp("texts")
+    lines = [f"Line {n} of a book {chr(0x4E00 + 7 * n)}, {n * n} words from its end." for n in range(120)]
+    (path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    rows = [{"question": f"What is {n} and {n}" + " again" * (n % 4), "answer": f"#### {2 * n}"} for n in range(60)]
+    (path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    molecules = [f"{'C' * (n % 9 + 1)}{'C1CC1' * (n // 60)}{'N' * (n // 9 % 7)}" for n in range(70)]
+    (path / "smiles.csv").write_text("smiles\n" + "".join(f"{text}\n" for text in molecules))
+    for kind, ending in (("text", "txt"), ("sft", "jsonl"), ("smiles", "csv")):
+        more = ["prepare.split=rows", "prepare.vocab_size=300"] if kind == "text" else []
+        sizes = [f"prepare.canvas={CANVAS[kind]}", "prepare.per_shard=16"]
+        prepare([f"conf={kind}", f"prepare.files={path / kind}.{ending}", f"prepare.out={path / kind}", *sizes, *more])
+    return path
+
+
+def data(folder: Path, kind: str, **changed: Any) -> TextData:
+    settings: dict[str, Any] = {"batch_size": 4, "canvas": CANVAS[kind], "seed": 5, **changed}
+    return TextData(path=str(folder / kind), codec=Codec.load(folder / kind / "tokenizer"), **settings)
+
+
+def stored(folder: Path) -> list[Sample]:
+    index = read_index(folder, image=False)
+    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count))
+
+
+def at_epoch(module: TextData, epoch: int) -> list[Batch]:
+    module.trainer = SimpleNamespace(current_epoch=epoch, global_rank=0, world_size=1)  # type: ignore[assignment]
+    return list(module.train_dataloader())
+
+
+def test_packed_rows_come_as_they_were_cut(folder: Path) -> None:
+    module = data(folder, "text")
+    batches = list(module.val_dataloader())
+    cut = [sample.record["captions"][0]["ids"] for sample in stored(folder / "text" / "val")]
+    assert [row for batch in batches for row in batch.response.tolist()] == cut
+    for batch in batches:
+        assert batch.editable.all() and torch.equal(batch.flawed, batch.response) and not batch.span.any()
+        assert batch.prefix["prompt_ids"].tolist() == [[module.codec.bos_id]] * len(batch)
+        assert set(batch.prefix) == {"prompt_ids"} and batch.images == [b""] * len(batch)
+        assert not (batch.response == module.codec.eot_id).any()
+    trained = [sample.record["captions"][0] for sample in stored(folder / "text" / "train")]
+    assert any(module.codec.encode(row["text"])[0] != row["ids"] for row in trained)  # why the ids are kept
+    assert not module.notes
+
+
+def test_rows_of_another_length_than_the_canvas_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows of 12 tokens, but canvas is 16; set data\.canvas=12"):
+        data(folder, "text", canvas=16).train_dataloader()
+
+
+def test_responses_end_in_eot_behind_prompts_of_different_length(folder: Path) -> None:
+    module = data(folder, "sft")
+    codec = module.codec
+    for batch in module.val_dataloader():
+        for row, record in enumerate(batch.records):
+            answer = codec.encode(record["captions"][0]["text"])[0]
+            fill = [codec.eos_id] * (CANVAS["sft"] - len(answer) - 1)
+            assert batch.response[row].tolist() == [*answer, codec.eot_id, *fill]
+            mask = batch.prefix.get("prompt_mask", torch.ones_like(batch.prefix["prompt_ids"], dtype=torch.bool))
+            asked = batch.prefix["prompt_ids"][row][mask[row]].tolist()
+            assert asked == codec.prompt_ids(record["prompt"], images=0)
+
+
+def test_a_sample_without_an_image_is_damaged_only_where_there_should_be_one(folder: Path) -> None:
+    text = read_index(folder / "sft" / "val", image=False)
+    assert all(sample.image is None and sample.data == b"" for sample in stored(folder / "sft" / "val"))
+    reader = Reader(Stream([read_index(folder / "sft" / "val")], seed=0, shuffle=False), stand_in=False)
+    assert list(reader.samples(0, text.count)) == []
+    assert sum(reader.damage.values()) == text.count
+
+
+def hidden_keys(folder: Path, epoch: int, **changed: Any) -> set[str]:
+    module = data(folder, "smiles", prompt_dropout=0.3, **changed)
+    found = set()
+    for batch in at_epoch(module, epoch):
+        rows = (batch.prefix["prompt_ids"] == module.codec.mask_id).all(1).tolist()
+        found |= {key for key, hidden in zip(batch.keys, rows, strict=True) if hidden}
+    return found
+
+
+def test_hidden_prompts_are_a_function_of_seed_epoch_and_key(folder: Path) -> None:
+    first = hidden_keys(folder, 0, batch_size=1)
+    assert first == hidden_keys(folder, 0, batch_size=1, workers=2)
+    assert first == hidden_keys(folder, 0, batch_size=len(stored(folder / "smiles" / "train")))
+    assert len({frozenset(keys) for keys in (first, hidden_keys(folder, 1), hidden_keys(folder, 0, seed=6))}) == 3
+
+
+def test_share_of_hidden_prompts(folder: Path) -> None:
+    """Of 20000 draws with p = 0.1 the share is within 5 standard deviations; 0 hides none and 1 all."""
+    codec = Codec.load(folder / "smiles" / "tokenizer")
+    (sample, *_) = stored(folder / "smiles" / "train")
+    for share in (0.0, 0.1, 1.0):
+        collate = TextCollate(codec, canvas=8, seed=3, prompt_dropout=share)
+        shown = codec.prompt_ids(sample.record["prompt"], images=0)
+        found = [collate.prompt_ids(sample, epoch) for epoch in range(20_000)]
+        assert {tuple(ids) for ids in found} <= {tuple(shown), (codec.mask_id,) * len(shown)}
+        hidden = sum(ids != shown for ids in found) / len(found)
+        assert abs(hidden - share) <= 5 * (share * (1 - share) / len(found)) ** 0.5
+    with pytest.raises(ValueError, match=r"prompt_dropout must be within 0\.\.1, got 1\.5"):
+        data(folder, "smiles", prompt_dropout=1.5)
+
+
+def test_a_hidden_prompt_is_what_guidance_shows(folder: Path) -> None:
+    """Embeddings of a batch whose prompts are all hidden are those of the sampler's hidden prefix; rows are padded."""
+    dropped, shown = (next(iter(at_epoch(data(folder, "sft", prompt_dropout=p), 0))) for p in (1.0, 0.0))
+    assert dropped.keys == shown.keys and "prompt_mask" in shown.prefix
+    codec = Codec.load(folder / "sft" / "tokenizer")
+    backbone = tiny(codec, decoder=SIZES, vision=None)
+    one, two = backbone.encode_prefix(dropped.prefix), backbone.encode_prefix(shown.prefix)
+    expected = hidden_prefix(backbone, two, codec.special)
+    assert one.mask is not None and expected.mask is not None and torch.equal(one.mask, expected.mask)
+    torch.testing.assert_close(one.embeds[one.mask], expected.embeds[one.mask], rtol=0, atol=0)
+
+
+def test_evaluation_hides_no_prompt(folder: Path) -> None:
+    module = data(folder, "smiles", prompt_dropout=1.0)
+    batches = [*module.val_dataloader(), *module.test_dataloader(), *module.draft_dataloader(1, 3)]
+    assert not any((batch.prefix["prompt_ids"] == module.codec.mask_id).any() for batch in batches)
+
+
+class Recorder(L.LightningModule):
+    """Notes what every batch holds, and saves after step `save_at`."""
+
+    def __init__(self, path: Path, save_at: int = -1) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.path, self.save_at = path, save_at
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
+        prompts = batch.prefix["prompt_ids"].tolist()
+        self.seen.append((self.current_epoch, batch.keys, prompts, batch.response.tolist()))
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.global_step == self.save_at:
+            self.trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("kind", "save_at", "workers"), [("text", 5, 0), ("smiles", 17, 0), ("smiles", 17, 2)])
+def test_a_run_resumes_within_an_epoch(folder: Path, tmp_path: Path, kind: str, save_at: int, workers: int) -> None:
+    def fit(module: Recorder, **settings: Any) -> list[Any]:
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        more = {} if kind == "text" else {"prompt_dropout": 0.5}
+        trainer.fit(module, datamodule=data(folder, kind, workers=workers, **more), **settings)
+        return module.seen
+
+    path = tmp_path / "saved.ckpt"
+    whole = fit(Recorder(path, save_at))
+    assert len({seen[0] for seen in whole}) == 2 and len(whole) > save_at
+    assert fit(Recorder(path), ckpt_path=str(path), weights_only=True) == whole[save_at:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "conf", "more"),
+    [
+        ("text", "mask", []),
+        ("text", "stage1", []),
+        ("sft", "stage1", ["objective.hallucination=none"]),
+        ("smiles", "mask", ["data.prompt_dropout=0.5"]),
+    ],
+)
+def test_each_kind_trains_and_samples(folder: Path, tmp_path: Path, kind: str, conf: str, more: list[str]) -> None:
+    model, canvas = tmp_path / "run" / "model", CANVAS[kind]
+    steps = ["trainer.max_steps=3", "objective.training.warmup_steps=1", "data.batch_size=8", "data.workers=0"]
+    where = [f"data.path={folder / kind}", f"run_dir={tmp_path / 'run'}", f"data.canvas={canvas}"]
+    train([f"conf={conf},task/{kind}", *where, *steps, *SMALL, *more])
+    assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 3}
+    assert json.loads((model / "config.json").read_text())["canvas"] == canvas
+
+    def sampled(prompt: str, *options: str) -> list[dict]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        given = [f"model.path={model}", "images=null", f"prompt={prompt}", f"out={out}", "sampler=plain", "steps=3"]
+        generate(["conf=generate", *given, *options])
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    keys = [sample.key for sample in stored(folder / kind / "test")]
+    lines = sampled(str(folder / kind / "test"), "temperature=1")
+    assert [line["key"] for line in lines] == keys and {line["forwards"] for line in lines} == {3}
+    guided = sampled(str(folder / kind / "test"), "temperature=1", "cfg_scale=1")
+    assert {line["forwards"] for line in guided} == {6}
+    assert len(sampled("''")) == 1  # without a prompt
+
+
+@pytest.mark.parametrize("kind", ["text", "smiles"])
+def test_models_of_text_are_evaluated(folder: Path, tmp_path: Path, kind: str) -> None:
+    codec = Codec.load(folder / kind / "tokenizer")
+    save_pretrained(tiny(codec, decoder=SIZES, vision=None), codec, tmp_path / "model")
+    settings = {
+        "models": {"mask": None, "stage1": None, "stage2": None, "mine": str(tmp_path / "model")},
+        "data": {"target": "datamodules.text.TextData", "path": str(folder / kind), "canvas": CANVAS[kind]},
+        "metrics": [{"target": "src.metrics.text.TextHealth"}, {"target": "src.metrics.text.ReferenceOverlap"}],
+        "headline": ["word_f1"], "tokens_per_step": [8], "num": 3, "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"base": ["evaluate"], "evaluate": settings}))
+    evaluate([f"conf={file}"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["mine"]
+    assert found["plain"]["8"]["word_f1"]["n"] == 3
+
+
+def test_only_texts_are_prompts(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codec = Codec.load(folder / "sft" / "tokenizer")
+    save_pretrained(tiny(codec, decoder=SIZES, vision=None), codec, tmp_path / "model")
+    sample = {"__key__": "a", "json": {"prompt": "What?"}, "png": b"..."}
+    write_shards(tmp_path / "photos", [sample], prefix="s", per_shard=8, kind="captions", tokenizer=codec.fingerprint)
+    for prompt, told in ((tmp_path / "photos", "holds 'captions', not texts"), ("null", "a split of a text dataset")):
+        with pytest.raises(SystemExit):
+            generate(["conf=generate", f"model.path={tmp_path / 'model'}", "images=null", f"prompt={prompt}"])
+        assert told in capsys.readouterr().err

@@ -1,0 +1,331 @@
+"""Preparing texts without images: packing, prompts with responses, molecules; what is left out, and real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from src.importers.counts import Counts
+from src.importers.lines import read_documents, read_records
+from src.importers.smiles import count_rings
+from src.prepare import main
+from src.shards import read_shard
+from src.texts import Packed, Pairs, Smiles, Texts
+from src.tokenizer import BOS, EOS, Codec
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the folder of real data is not there")
+SPLITS = ("train", "val", "test")
+DOCUMENTS = [f"Text {n} is of {'long ' * (n % 7)}words,\n\n as \u00e9 or \U0001f600 " + "x" * n for n in range(60)]
+
+
+def records(folder: Path) -> list[dict]:
+    index = json.loads((folder / "index.json").read_text())
+    return [sample["json"] for shard in index["shards"] for sample in read_shard(folder / shard["name"])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_jsonl(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def made(dataset: Texts) -> tuple[dict, dict[str, list[dict]], Codec]:
+    """What a dataset wrote: its index, the records of each split, the tokenizer."""
+    index, out = dataset.run(), Path(dataset.out)
+    return index, {split: records(out / split) for split in SPLITS}, Codec.load(out / "tokenizer")
+
+
+def ids_of(rows: list[dict]) -> list[int]:
+    return [token for row in rows for token in row["captions"][0]["ids"]]
+
+
+# --- packing -----------------------------------------------------------------------------------------
+
+
+def packed(tmp_path: Path, **changed: Any) -> Packed:
+    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "canvas": 16, "vocab_size": 320, "prompt_format": "plain"}
+    return Packed(**{**settings, **changed})
+
+
+def test_rows_are_the_documents_of_a_split_one_after_another(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in DOCUMENTS])
+    index, rows, codec = made(packed(tmp_path, files=str(file)))
+    used: list[str] = []
+    for split in SPLITS:
+        assert rows[split] and all(len(row["captions"][0]["ids"]) == 16 for row in rows[split])
+        assert {row["prompt"] for row in rows[split]} == {""}
+        text = codec.tokenizer.decode(ids_of(rows[split]))
+        pieces = text.split(EOS)
+        used += pieces[:-1]
+        whole = [t for piece in pieces[:-1] for t in (*codec.encode(piece)[0], codec.eos_id)]
+        assert ids_of(rows[split])[: len(whole)] == whole
+        last = next((d for d in DOCUMENTS if pieces[-1] and d.startswith(pieces[-1].rstrip("\ufffd"))), "")
+        left = len([*codec.encode(last)[0], codec.eos_id]) - (len(ids_of(rows[split])) - len(whole)) if last else 0
+        assert index["counts"][split]["tokens_left"] >= left
+    assert len(used) == len(set(used)) and set(used) <= set(DOCUMENTS)
+    assert len(used) > 50
+
+
+def test_a_book_is_cut_into_consecutive_parts(tmp_path: Path) -> None:
+    """The written-out oracle: all tokens of all documents, each with end-of-text, in order; only the end is missing."""
+    file = tmp_path / "book.txt"
+    file.write_text(f"{DOCUMENTS[5]}{EOS}\n{DOCUMENTS[6]}\r\nmore\r{EOS}{EOS}" + " ".join(DOCUMENTS), encoding="utf-8")
+    index, rows, codec = made(packed(tmp_path, files=[str(file)], split="rows"))
+    expected: list[int] = []
+    for text in (DOCUMENTS[5].strip(), f"{DOCUMENTS[6]}\nmore".strip(), " ".join(DOCUMENTS).strip()):
+        expected += [*codec.encode(text)[0], codec.eos_id]
+    count = len(expected) // 16
+    assert ids_of([*rows["train"], *rows["val"], *rows["test"]]) == expected[: count * 16]
+    assert [len(rows[split]) for split in SPLITS] == [
+        round(0.9 * count), round(0.95 * count) - round(0.9 * count), count - round(0.95 * count)
+    ]  # fmt: skip
+    assert index["counts"]["test"]["tokens_left"] == len(expected) % 16
+    assert index["counts"]["records"] == {"records": 3, "empty_text": 1}
+    assert index["row"] == json.loads((tmp_path / "out" / "train" / "index.json").read_text())["row"] == 16
+    assert codec.prompt_ids("", images=0) == [codec.bos_id]
+
+
+def test_equal_settings_make_equal_bytes_and_a_second_run_does_nothing(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in DOCUMENTS])
+    one, two = (packed(tmp_path, files=str(file), out=str(tmp_path / name)) for name in "ab")
+    assert one.run() == two.run()
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    file.unlink()
+    assert one.run() == two.run()
+    with pytest.raises(ValueError, match=r"other settings \(canvas\)"):
+        packed(tmp_path, files=str(file), out=str(tmp_path / "a"), canvas=8).run()
+
+
+def test_gpt2_is_read_from_two_files_and_keeps_its_ids(tmp_path: Path) -> None:
+    """A byte-level BPE written out by hand: 256 bytes and one merge, without a mask token."""
+    base = Codec.train([""], vocab_size=0, alphabet="bytes").tokenizer.get_vocab()
+    letters = sorted(token for token in base if len(token) == 1)
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    vocabulary = {token: number for number, token in enumerate([*letters, "th", EOS])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("t h\n")
+    file = tmp_path / "a.txt"
+    file.write_text("the path " * 50)
+    _, rows, codec = made(packed(tmp_path, files=str(file), tokenizer=str(folder), split="rows"))
+    assert codec.eos_id == vocabulary[EOS] and codec.mask_id >= len(vocabulary) and codec.bos_id >= len(vocabulary)
+    assert rows["train"][0]["captions"][0]["ids"][:4] == [vocabulary[t] for t in ("th", "e", "\u0120", "p")]
+    assert Codec.load(tmp_path / "out" / "tokenizer").fingerprint == codec.fingerprint
+    adopted = Codec.adopt(tmp_path / "out" / "tokenizer")
+    assert adopted.fingerprint == codec.fingerprint and adopted.prompt_format == codec.prompt_format
+    with pytest.raises(ValueError, match=r"gpt2 does not say what prompts look like: give a prompt_format"):
+        Codec.adopt(folder)
+    with pytest.raises(ValueError, match=r"expected tokenizer.json, or vocab.json and merges.txt"):
+        Codec.adopt(tmp_path)
+
+
+# --- prompts with responses --------------------------------------------------------------------------
+
+
+def pairs(tmp_path: Path, **changed: Any) -> Pairs:
+    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "canvas": 40, "vocab_size": 300, "max_prompt": 60}
+    return Pairs(**{**settings, "prompt": "question", "response": "answer", **changed})
+
+
+def test_malformed_rows_are_counted_with_an_example_and_left_out(tmp_path: Path) -> None:
+    good = [json.dumps({"question": f"What is {n}+{n}?", "answer": f"It is {2 * n}."}).encode() for n in range(9)]
+    bad = [
+        b'{"question": "cut off',
+        b'{"question": "a", "answer": "\xff\xfe"}',
+        b'["a", "b"]',
+        b'{"question": "no answer"}',
+        b'{"question": "null", "answer": null}',
+        b'{"question": "a number", "answer": 72}',
+        b'{"question": "a list", "answer": ["72"]}',
+        b'{"question": "blank", "answer": " \\r\\n "}',
+        b'{"question": "half a pair", "answer": "\\ud800"}',
+        b'{"question": "<image> what?", "answer": "b"}',
+        b'{"question": "long answer", "answer": "' + b"ab " * 200 + b'"}',
+        b'{"question": "' + b"long question" * 90 + b'", "answer": "b"}',
+        b"[" * 100_000,
+        good[3],
+        b'{"question": "a\\r\\nb", "answer": "c\\rd"}',
+        b"",
+        b"   ",
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*good, *bad]) + b"\n")
+    index, rows, _ = made(pairs(tmp_path, files=str(file)))
+    assert index["counts"]["records"] == {
+        "records": 21, "broken_json": 2, "not_utf8": 2, "not_a_record": 1, "missing_field": 2, "not_a_text": 2,
+        "empty_text": 1, "image_mark": 1, "responses too long": 1, "prompts too long": 1, "duplicate_text": 1,
+        "carriage_returns": 1,
+    }  # fmt: skip
+    assert index["examples"]["records"] == {
+        "broken_json": "rows.jsonl:10", "not_utf8": "rows.jsonl:11", "not_a_record": "rows.jsonl:12",
+        "missing_field": "rows.jsonl:13 (its fields: question)", "not_a_text": "rows.jsonl:15",
+        "empty_text": "rows.jsonl:17", "image_mark": "rows.jsonl:19", "responses too long": "rows.jsonl:20",
+        "prompts too long": "rows.jsonl:21", "duplicate_text": "rows.jsonl:23", "carriage_returns": "rows.jsonl:24",
+    }  # fmt: skip
+    found = {(row["prompt"], row["captions"][0]["text"]) for split in SPLITS for row in rows[split]}
+    assert found == {(f"What is {n}+{n}?", f"It is {2 * n}.") for n in range(9)} | {("a\nb", "c\nd")}
+    assert all(rows[split] for split in SPLITS)
+
+
+def test_files_that_name_their_split_keep_it_and_train_gets_nothing_of_test(tmp_path: Path) -> None:
+    lines = [{"question": f"q{n}", "answer": f"a{n}", "task_id": n, "more": 1} for n in range(8)]
+    train = write_jsonl(tmp_path / "train.jsonl", lines)
+    test = write_jsonl(tmp_path / "test.jsonl", [lines[2], {"question": "other", "answer": "b"}])
+    index, rows, _ = made(pairs(tmp_path, files={"train": str(train), "test": str(test)}, keep=["task_id"]))
+    assert [row["source"] for row in rows["test"]] == ["test.jsonl:1", "test.jsonl:2"]
+    assert [row.get("task_id") for row in rows["train"]] == [0, 1, 3, 4, 5, 6, 7]
+    assert rows["val"] == [] and rows["test"][0]["captions"] == [{"text": "a2"}] and "more" not in rows["train"][0]
+    assert index["counts"]["records"]["duplicate_text"] == 1
+
+
+def test_other_kinds_of_files(tmp_path: Path) -> None:
+    counts = Counts()
+    (tmp_path / "a.json").write_text('\ufeff[{"a": 1}, 2]', encoding="utf-8")
+    (tmp_path / "b.tsv").write_bytes(b'a\tb\r\n1\t"x\ty"\r\n\xff\t2\r\n3\r\n4\t' + b"z" * 140_000 + b"\r\n5\t6\r\n")
+    (tmp_path / "c.csv").write_text("")
+    assert list(read_records(tmp_path / "a.json", counts)) == [("a.json#1", {"a": 1})]
+    assert [r for _, r in read_records(tmp_path / "b.tsv", counts)] == [
+        {"a": "1", "b": "x\ty"}, {"a": "3", "b": None}, {"a": "5", "b": "6"}
+    ]  # fmt: skip
+    assert list(read_records(tmp_path / "c.csv", counts)) == []
+    assert counts == {"records": 5, "not_a_record": 1, "not_utf8": 1, "broken_row": 1}
+    for name, content, message in (
+        ("d.json", "{}", "must hold a list of objects"),
+        ("e.json", "[", "not valid JSON"),
+        ("f.pdf", "", r"read from \.txt"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            list(read_documents(tmp_path / name, "text", counts))
+    with pytest.raises(ValueError, match="no file"):
+        list(read_records(tmp_path / "none.jsonl", counts))
+
+
+def test_nothing_usable_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}])
+    with pytest.raises(SystemExit) as stop:
+        main(["conf=sft", f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "nothing could be used" in said
+    assert "1  without one of the fields (left out), such as a.jsonl:1 (its fields: question, reply)" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+    with pytest.raises(SystemExit):
+        main(["conf=text", f"prepare.files={{dev: {file}}}", f"prepare.out={tmp_path / 'out'}"])
+    assert "files names ['dev']" in capsys.readouterr().err
+
+
+# --- molecules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("smiles", "rings"),
+    [
+        ("CCO", 0), ("C1CC1", 1), ("c1ccccc1", 1), ("c1ccc2ccccc2c1", 2), ("C1CC2CCC1C2", 2), ("C12C3C4C1C5C2C3C45", 5),
+        ("CN1C=NC2=C1C(=O)N(C(=O)N2C)C", 2), ("C%10CC%10", 1), ("C%(100)CC%(100)", 1), ("C1CC1C1CC1", 2),
+        ("[13CH3][NH3+]", 0), ("C[C@@H](N)[C@H]1OC1", 1), ("C=1CCC=1", 1),
+        ("[Na+].[Cl-]", 0), ("C1.C1", 0), ("C12.C1CC2", 1), ("C1CC1.c1ccccc1", 2),
+    ],
+)  # fmt: skip
+def test_rings(smiles: str, rings: int) -> None:
+    assert count_rings(smiles) == rings
+
+
+@pytest.mark.parametrize("smiles", ["C1CC", "C(C", "C)C", "[CH3", "C]", "C%1"])
+def test_smiles_that_are_not_closed(smiles: str) -> None:
+    with pytest.raises(ValueError, match=r"left open|was not opened"):
+        count_rings(smiles)
+
+
+@needs_real_data
+def test_rings_are_those_of_rdkit() -> None:
+    """A smallest set of rings, of every 50th molecule. (`CalcNumRings` counts more in cages.)"""
+    chemistry = pytest.importorskip("rdkit.Chem")
+    with (SHARED / "text" / "qm9_smiles.csv").open() as stream:
+        found = [row["smiles"] for row in csv.DictReader(stream)][::50]
+    assert len(found) > 1000
+    for smiles in found:
+        assert count_rings(smiles) == len(chemistry.GetSSSR(chemistry.MolFromSmiles(smiles, sanitize=False))), smiles
+
+
+def test_molecules_get_the_class_of_their_rings(tmp_path: Path) -> None:
+    chains = [f"{'C' * n}O{'C' * m}" for n in range(1, 11) for m in range(9)]
+    rings = ["C1CC1" + "C" * n for n in range(8)] + ["C1CC1C1CC1" + "C" * n for n in range(8)]
+    file = tmp_path / "m.csv"
+    file.write_text("smiles,id\n" + "".join(f"{s},1\n" for s in [*chains, *rings, "C1CC", "", rings[0], "C" * 50]))
+    dataset = Smiles(out=str(tmp_path / "out"), files=str(file), canvas=20, prompt_format="plain")
+    index, rows, codec = made(dataset)
+    assert index["counts"]["records"] == {
+        "records": len(chains) + 20, "broken_smiles": 1, "empty_text": 1, "duplicate_text": 1, "responses too long": 1
+    }  # fmt: skip
+    trained = [row["rings"] for row in rows["train"]]
+    threshold = np.percentile(trained, 90)
+    assert index["label"] == {"property": "rings", "percentile": 90.0, "threshold": threshold}
+    for split in SPLITS:
+        for row in rows[split]:
+            text = row["captions"][0]["text"]
+            assert row["rings"] == sum(c.isdigit() for c in text) // 2
+            assert row["prompt"] == ("1" if row["rings"] >= threshold else "0")
+            assert codec.prompt_ids(row["prompt"], images=0) == [codec.bos_id, codec.encode(row["prompt"])[0][0]]
+            assert len(codec.encode(text)[0]) == len(text)
+        assert index["counts"][split]["class_1"] == sum(row["prompt"] == "1" for row in rows[split])
+    assert codec.vocab_size == 7 + len(set("CO1") | {"0"})
+    assert codec.tokenizer.get_vocab().keys() >= {BOS, EOS}
+
+
+def test_a_column_may_decide_the_class(tmp_path: Path) -> None:
+    file = tmp_path / "m.csv"
+    values = ["0.5", "nan", "high", ""] + [str(n) for n in range(40)]
+    file.write_text("smiles,qed\n" + "".join(f"{'C' * (n + 1)},{value}\n" for n, value in enumerate(values)))
+    index, rows, _ = made(Smiles(out=str(tmp_path / "out"), files={"train": str(file)}, canvas=60, value="qed"))
+    assert index["counts"]["records"] == {"records": 44, "not_a_number": 3}
+    assert Counter(row["prompt"] for row in rows["train"]) == {
+        "0": 36,
+        "1": 5,
+    }  # 5 of 41 are at least the 90th percentile
+    assert {row["qed"] for row in rows["train"] if row["prompt"] == "1"} == {35, 36, 37, 38, 39}
+
+
+# --- real files --------------------------------------------------------------------------------------
+
+
+@needs_real_data
+def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
+    text = SHARED / "text"
+    mbpp = pairs(tmp_path, files=str(text / "mbpp.jsonl"), prompt="text", response="code", canvas=1000, max_prompt=None)
+    index, rows, _ = made(mbpp)
+    lines = [json.loads(line) for line in (text / "mbpp.jsonl").read_text().splitlines()]
+    assert index["counts"]["records"]["carriage_returns"] == sum("\r" in line["code"] for line in lines)
+    found = {row["captions"][0]["text"] for split in SPLITS for row in rows[split]}
+    assert not any("\r" in code for code in found)
+    assert found <= {line["code"].replace("\r\n", "\n").replace("\r", "\n") for line in lines}
+    assert index["counts"]["records"]["records"] == len(lines)
+    evaluated = pairs(
+        tmp_path, files=str(text / "humaneval.jsonl"), prompt="prompt", response="canonical_solution", canvas=1000,
+        max_prompt=None, keep=["test", "entry_point"], out=str(tmp_path / "humaneval"),
+    )  # fmt: skip
+    _, rows, _ = made(evaluated)
+    lines = [json.loads(line) for line in (text / "humaneval.jsonl").read_text().splitlines()]
+    found = {(r["prompt"], r["captions"][0]["text"], r["test"]) for split in SPLITS for r in rows[split]}
+    assert found == {(line["prompt"], line["canonical_solution"], line["test"]) for line in lines}
+
+
+@needs_real_data
+def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
+    file, out = SHARED / "text" / "c4_demo.jsonl", tmp_path / "out"
+    main(["conf=text", f"prepare.files={file}", f"prepare.out={out}", f"prepare.tokenizer={SHARED / 'tokenizer_gpt2'}"])
+    codec = Codec.load(out / "tokenizer")
+    assert (codec.eos_id, codec.encode("Hello world")[0]) == (50256, [15496, 995])  # as GPT-2's own tokenizer has it
+    documents = {json.loads(line)["text"].strip() for line in file.read_text().splitlines()}
+    for split in SPLITS:
+        pieces = codec.tokenizer.decode(ids_of(records(out / split))).split(EOS)
+        assert {piece.strip() for piece in pieces[:-1]} <= documents and len(pieces) > 1
