@@ -153,9 +153,14 @@ def _way_on(*, saved: bool) -> str:
 
 def _warn(cfg: DictConfig, objective: Any) -> None:
     """Say what is allowed, and rarely meant."""
-    mistakes = any(Kind.MISTAKE in term.kinds for term in objective.terms)
+    mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
     if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
         log.warning("the objective corrects drafts, but there are none: give data.rounds=[...], or an online round")
+    begin = getattr(objective, "begin", 0)
+    if isinstance(begin, int) and begin >= cfg.trainer.max_steps:
+        log.warning(
+            "objective.begin=%d, but the run has %d steps: drafts are never corrected", begin, cfg.trainer.max_steps
+        )
     warn_of_canvas(objective.backbone, cfg.data.canvas, name="data.canvas")
 
 

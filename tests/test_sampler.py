@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.batch import Prefix, SpecialIds
+from src.diffusion.remdm import KeepSurest, RemaskLowest
 from src.diffusion.revisers import OverwriteAll, Reviser
 from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import PART, Threshold, low_confidence
+from src.diffusion.unmask import PART, Bernoulli, Factor, Threshold, low_confidence
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24
@@ -489,3 +490,26 @@ def test_the_end_of_the_text_can_be_kept_for_last(eos_last, order):
     assert [step.unmasked[0] for step in out.traces[0]] == order
     assert out.ids[0].tolist() == [7, 7, 7, 7, 2, 1, 1, 1]
     assert all(0 < c <= 1 for step in out.traces[0] for c in step.confidence)
+
+
+@pytest.mark.parametrize("name", ["temperature", "cfg_scale"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_numbers_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got"):
+        Sampler(length=8, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unmask": Bernoulli()},
+        {"unmask": Threshold(0.9, scheduled=False)},
+        {"unmask": Factor(0.9, scheduled=False)},
+        {"reviser": KeepSurest()},
+        {"reviser": RemaskLowest(number=1)},
+    ],
+)
+def test_a_shift_is_refused_where_no_schedule_is_kept_to(options):
+    with pytest.raises(ValueError, match="shift=3 is for samplers that reveal a scheduled number"):
+        Sampler(length=8, shift=3, **options)
+    Sampler(length=8, shift=3, unmask=Threshold(0.9))

@@ -47,7 +47,7 @@ class FromNoise:
     early_stop: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.cfg_scale < 0:
             raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")

@@ -5,6 +5,7 @@ B rows, L response positions, N loss positions. ReDiff Stage I is four rows of s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,10 @@ class Term:
             raise ValueError(f"weight must be one of {WEIGHTS}, got {self.weight!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor is a least noise level, at least 0 and less than 1, got {self.floor}")
+        if not 0 <= self.coef < math.inf:
+            raise ValueError(f"the coefficient of {self.name!r} must be at least 0, got {self.coef}")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -17,6 +17,7 @@ A row that a step leaves as it is costs no call in the next: backbones are told 
 from __future__ import annotations
 
 import math
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -81,12 +82,11 @@ class Sampler:
             raise ValueError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
         if self.post_steps and type(reviser).overwrite is Reviser.overwrite:
             raise ValueError(f"post_steps only rewrite, which {type(reviser).__name__} never does: leave them 0")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        for name in ("temperature", "cfg_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
             raise ValueError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
         if self.max_forwards is not None and self.max_forwards < self.step_forwards:
             raise ValueError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
         self._check_score()
@@ -94,7 +94,8 @@ class Sampler:
         idle = self.steps is not None and self.steps > self.length  # a step reveals a token, unless by chance
         if idle and (self.unmask or TopK()).scores and not reviser.patient:
             raise ValueError(f"{self.steps} steps are more than the {self.length} tokens of the response")
-        if self.shift != 1 and (not (self.unmask or TopK()).scores or type(reviser).count is not Reviser.count):
+        counted = type(reviser).count is Reviser.count and not reviser.chooses
+        if self.shift != 1 and not (counted and (self.unmask or TopK()).scheduled):
             raise ValueError(f"shift={self.shift} is for samplers that reveal a scheduled number of the surest masks")
         reviser.check(schedule)
 

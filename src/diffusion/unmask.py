@@ -30,9 +30,13 @@ class Unmask(Protocol):
     chance:     (B,) float64, the probability with which a position is to be revealed, for policies that draw
     noise:      for such policies alone
     scores:     which of `Sampler.score` make sense here; none where positions are not chosen by a score
+    scheduled:  whether `count` is kept to at all
     """
 
     scores: ClassVar[tuple[str, ...]]
+
+    @property
+    def scheduled(self) -> bool: ...
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor: ...
 
@@ -42,6 +46,7 @@ class TopK:
     """The scheduled number of most confident positions; of equal ones the leftmost."""
 
     scores: ClassVar[tuple[str, ...]] = ("probability", "margin", "entropy", "random")
+    scheduled: ClassVar[bool] = True
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         return top(confidence, eligible, count)
@@ -97,6 +102,7 @@ class Bernoulli:
     """Each position on its own with probability `chance`: the ancestral sampler of MDLM (arXiv 2406.07524)."""
 
     scores: ClassVar[tuple[str, ...]] = ()
+    scheduled: ClassVar[bool] = False
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         return eligible & (noise.uniform(eligible) < chance[:, None])

@@ -65,6 +65,8 @@ class Training:
             raise ValueError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise ValueError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
+        if self.antithetic and self.views < 2:
+            raise ValueError("antithetic noise levels are those of one sample: they need views of at least 2")
         if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
             raise ValueError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
 
@@ -103,6 +105,8 @@ class Objective(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone: Any = backbone()  # an nn.Module that obeys `src.batch.Backbone`
+        if not terms:
+            raise ValueError("the objective trains nothing: all coefficients are 0")
         if not 0 <= t_min < 1:
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
