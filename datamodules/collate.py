@@ -1,7 +1,7 @@
 """Samples of shards -> `Batch`: token ids, false spans, prompts and pixels.
 
-    collate = Collate(codec, canvas=64, layout=Square(48), seed=0)
-    batch, notes = collate(samples, epoch)
+collate = Collate(codec, canvas=64, layout=Square(48), seed=0)
+batch, notes = collate(samples, epoch)
 """
 
 from __future__ import annotations

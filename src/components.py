@@ -16,12 +16,13 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 PACKAGES = ("src", "callbacks", "datamodules", "torch", "lightning", "torchmetrics", "transformers")
+OWN = PACKAGES[:3]
 SCALARS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), type(None): (type(None),)}
 
 
@@ -208,7 +209,10 @@ def _annotation(component: Callable, parameter: inspect.Parameter) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a yaml value fits an annotation of scalars and lists; true where that cannot be judged."""
+    """Whether a yaml value fits an annotation of scalars, lists and mappings of these.
+
+    A component of ours is made from a mapping, so no scalar fits it. True where nothing can be judged.
+    """
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, choice) for choice in inner)
@@ -216,8 +220,11 @@ def fits(value: Any, hint: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in inner)
     if allowed := [fitting for kind, fitting in SCALARS.items() if origin is kind]:
         return type(value) in allowed[0]
+    if origin in (dict, Mapping) and not is_node(value):
+        return isinstance(value, dict) and (not inner or all(fits(item, inner[1]) for item in value.values()))
     if origin not in (list, tuple, Sequence):
-        return True
+        ours = isinstance(origin, type) and origin.__module__.split(".")[0] in OWN
+        return not (ours and isinstance(value, str | int | float))
     if not isinstance(value, list):
         return False
     if origin is tuple and inner and inner[-1] is not Ellipsis:

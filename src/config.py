@@ -7,6 +7,8 @@
     base: [x, y]   inside a yaml: layers that apply before it, each once
     key=value      changes a key that exists (dotted, list places are numbers), or gives a node an argument that its
                    target takes; the value is read as yaml, and none at all (key= or key="") is the empty text
+                   (of the keys that a verb takes as text, such as prompt= of src.generate, as it stands; only null is
+                   none, and a text in quotes of its own is what yaml reads in them)
     +key=value     adds a key to a mapping, as in +evaluate.models.mine=runs/mine/model
     key=NAME       where the key of the top level holds a mapping: the layer ROOT/key/NAME.yaml, as in model=llada_v;
                    a NAME that ends in `.yaml` is a path
@@ -29,6 +31,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +50,23 @@ arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
 
 
 def load_config(
-    argv: Iterable[str], *, verb: str = "this", needs: Iterable[str] = (), root: str | Path = "conf"
+    argv: Iterable[str],
+    *,
+    verb: str = "this",
+    needs: Iterable[str] = (),
+    texts: Iterable[str] = (),
+    root: str | Path = "conf",
 ) -> DictConfig:
     """The config that `conf=NAME[,NAME] key=value ...` describes, resolved and read-only.
 
     verb: who reads it; needs: keys of the top level that it has to have, or else it is one for another verb
+    texts: keys whose value on the command line is a text as it stands, not yaml: a question may hold `: ` and ` #`
     root: the folder of the yaml files; if a relative one is not here, the one beside this package is taken.
 
     With --print among the arguments it is printed, and the process ends.
     """
     argv, folder = list(argv), _folder(root)
-    names, settings = _parse([argument for argument in argv if argument != PRINT], folder)
+    names, settings = _parse([argument for argument in argv if argument != PRINT], folder, set(texts))
     tree = _compose(_layers(names, folder))
     if lacking := [key for key in needs if key not in tree]:
         raise ConfigError(f"conf={','.join(names)} is not for {verb}: it has no key {lacking[0]!r}; see --help")
@@ -74,8 +83,11 @@ def load_config(
 
 
 def load_part(key: str, name: str, *, root: str | Path = "conf") -> dict:
-    """What the layer ROOT/KEY/NAME.yaml, or the .yaml file of that name, holds under KEY, resolved."""
-    return plain(load_config([f"conf={_layer(key, name)}"], verb=key, needs=[key], root=root))[key]
+    """The node that the layer ROOT/KEY/NAME.yaml, or the .yaml file of that name, holds under KEY, resolved."""
+    part = plain(load_config([f"conf={_layer(key, name)}"], verb=key, needs=[key], root=root))[key]
+    if not is_node(part):
+        raise ConfigError(f"{_layer(key, name)}: {key}: expected a mapping with `target:`, got {part!r}")
+    return part
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
@@ -175,7 +187,7 @@ def _available(root: Path) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def _parse(argv: Iterable[str], root: Path) -> tuple[list[str], list[tuple[str, Any]]]:
+def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str], list[tuple[str, Any]]]:
     """The names after `conf=` and the (dotted name, value) of all other arguments."""
     names, settings = None, []
     for argument in argv:
@@ -183,7 +195,7 @@ def _parse(argv: Iterable[str], root: Path) -> tuple[list[str], list[tuple[str, 
         if not equals:
             raise ConfigError(f"expected key=value, got {argument!r}")
         if key != "conf":
-            settings.append((key, _value(key, text)))
+            settings.append((key, (_text if key in texts else _value)(key, text)))
         elif names is None:
             names = [name for name in text.split(",") if name]
         else:
@@ -201,6 +213,18 @@ def _value(key: str, text: str) -> Any:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
+
+
+def _text(key: str, text: str) -> str | None:
+    """The value of a key that is a text: as it stands, without the quotes where all of it is one text in quotes."""
+    if "${" in text:
+        raise ConfigError(f"{key}: '${{' stands for the value of a key, so no text can hold it, got {text!r}")
+    if text[:1] in ("'", '"'):
+        with suppress(yaml.YAMLError):
+            node = yaml.compose(text)
+            if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text):
+                return node.value
+    return None if text == "null" else text
 
 
 def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:

@@ -121,7 +121,7 @@ def check_splits(
         told = table(counts, examples)
         raise ValueError(f"no {noun} is left for train; add some, or {remedy[0]}\n{told}")
     if empty:
-        log.warning("no %s is in %s; give more than two, or %s", noun, " and in ".join(empty), remedy[1])
+        log.warning("no %s is in %s; give more, or %s", noun, " and in ".join(empty), remedy[1])
 
 
 def write_split(

@@ -33,15 +33,15 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from src.batch import Backbone, Batch
-from src.components import ConfigError, build, check, fits, nodes
+from src.components import ConfigError, build, check, fits, nodes, plain
 from src.config import load_config, load_part, main_guard
 from src.curve import budget_table, plot_curve, points_of, to_dict
-from src.diffusion.sampler import Sampler
+from src.diffusion.flow import AnySampler
 from src.drafting import warn_of_canvas
-from src.grid import check_speeds, expand
+from src.grid import SPEED, check_speeds, expand, family
 from src.lock import locked
 from src.metrics.bound import Bound
-from src.metrics.caption import CaptionMetric, Mark, Stat, summarise
+from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.checkpoint import fingerprint, from_pretrained
 from src.models.weights import is_model_folder
@@ -50,6 +50,7 @@ from src.results import Cell, Ledger, code_hash, signature
 from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
 
+TASKS = Path(__file__).resolve().parents[1] / "conf" / "task"  # layers for data without images
 PACKAGES = ("torch", "transformers", "torchmetrics")
 STAGES = {"train": "fit", "val": "validate", "test": "test"}  # as Lightning names them
 logger = logging.getLogger(__name__)
@@ -92,19 +93,20 @@ def evaluate(settings: DictConfig) -> None:
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = _samplers(settings)
-    loader = _loader(settings, offers)
-    images = _count(loader, settings)
+    data = build(settings.data, **offers)
+    data.setup(STAGES[settings.split])
+    loader = getattr(data, f"{settings.split}_dataloader")()
+    images = _count(loader, settings, [build(node, **offers) for node in plain(settings.metrics)])
     meta = _meta(settings, folders, images)
     sampling = Sampling(
         loader=loader,
         num=images["taken"],
         codec=codec,
-        metrics=_plain(settings.metrics),
+        metrics=plain(settings.metrics),
         offers=offers,
         seed=settings.seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    sampling.build_metrics()  # what cannot be built fails here, not behind the first captions
     bound = Bound(special=codec.special, seed=settings.seed, **settings.bound) if settings.bound else None
     with locked(settings.out):
         ledger = Ledger(Path(settings.out), meta, *_signatures(settings, meta, list(samplers)))
@@ -124,7 +126,7 @@ def complete(settings: DictConfig) -> DictConfig:
         raise ConfigError("evaluate.headline: name at least one metric, for example [quality]")
     if settings.split not in STAGES:
         raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
-    tree = _plain(settings)
+    tree = plain(settings)
     tree = {**tree, "curve": _curve(tree.get("curve")), "bound": _bound(tree.get("bound"))}
     speeds = check_speeds(tree["tokens_per_step"], "evaluate.tokens_per_step")
     given = tree["samplers"] or {}
@@ -156,21 +158,30 @@ def _bound(given: Any) -> dict | None:
     return None if bound["draws"] is None else bound
 
 
-def _samplers(settings: DictConfig) -> dict[Cell, Sampler]:
+def _samplers(settings: DictConfig) -> dict[Cell, AnySampler]:
     """The sampler of every cell, in the order of the table; numbers that do not fit together are an error here."""
     found = {}
-    for method in settings.models:
-        for name, node in settings.samplers.items():
-            for count in settings.speeds[name]:
-                try:
-                    found[Cell(str(method), str(name), count)] = build(node).with_steps(tokens_per_step=count)
-                except ValueError as error:
-                    raise ConfigError(f"evaluate.samplers.{name} at {count} tokens/step: {error}") from error
-    return found
+    for name, node in settings.samplers.items():
+        place, short = f"evaluate.samplers.{name}", family(str(name))
+        try:
+            sampler = build(node)
+        except ValueError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        if not isinstance(sampler, AnySampler):
+            raise ConfigError(f"{place}: {node.target} is no sampler")
+        for count in settings.speeds[name]:
+            try:
+                found[name, count] = sampler.with_steps(tokens_per_step=count)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{place} at {count} tokens/step: {error}; leave it out with evaluate.samplers.{short}=null, or "
+                    f"give it speeds of its own in evaluate.grid.{short}.{SPEED}"
+                ) from error
+    return {Cell(str(method), *key): sampler for method in settings.models for key, sampler in found.items()}
 
 
 def _fill(
-    ledger: Ledger, sampling: Sampling, settings: DictConfig, samplers: dict[Cell, Sampler], bound: Bound | None
+    ledger: Ledger, sampling: Sampling, settings: DictConfig, samplers: dict[Cell, AnySampler], bound: Bound | None
 ) -> None:
     """Do every cell and bound that the ledger lacks; a model is loaded only where one of its own is missing."""
     missing = {method: ledger.missing(method) for method in settings.models}
@@ -204,7 +215,7 @@ def evaluate_bound(
 
 
 def evaluate_cell(
-    backbone: Backbone, sampler: Sampler, sampling: Sampling, *, bar: tqdm | None = None
+    backbone: Backbone, sampler: AnySampler, sampling: Sampling, *, bar: tqdm | None = None
 ) -> tuple[dict[str, Stat], list[dict]]:
     """Caption all images with one sampler: statistics by name, and each caption with its scores."""
     metrics = sampling.build_metrics()
@@ -255,15 +266,16 @@ def _batches(loader: Any, num: int) -> Iterator[Batch]:
             return
 
 
-def _loader(settings: DictConfig, offers: dict) -> Any:
-    data = build(settings.data, **offers)
-    data.setup(STAGES[settings.split])
-    return getattr(data, f"{settings.split}_dataloader")()
+def _count(loader: Any, settings: DictConfig, metrics: list[Metric]) -> dict[str, int]:
+    """How many images are taken, and how many were left out as damaged; others follow in their place.
 
-
-def _count(loader: Any, settings: DictConfig) -> dict[str, int]:
-    """How many images are taken, and how many were left out as damaged; others follow in their place."""
-    taken = sum(map(len, _batches(loader, settings.num)))
+    Every record is scored with the empty text, so that one a metric cannot use stops before the first caption.
+    """
+    taken = 0
+    for batch in _batches(loader, settings.num):
+        taken += len(batch)
+        for record in batch.records:
+            _scores(metrics, "", record)
     if not taken:
         raise ConfigError(f"the split {settings.split} has no images to evaluate")
     if taken < settings.num:
@@ -292,8 +304,10 @@ def _check_headline(stats: dict[str, Stat], settings: DictConfig) -> None:
 
 def _check_model(method: str, folder: Path) -> None:
     if not is_model_folder(folder):
+        task = folder.parent.parent.name  # as in runs/sft/mask/model
+        layers = f"{method},task/{task}" if (TASKS / f"{task}.yaml").is_file() else method
         raise ConfigError(
-            f"no model of {method!r} in {folder}: make it with `python -m src.train conf={method}`, or name "
+            f"no model of {method!r} in {folder}: make it with `python -m src.train conf={layers}`, or name "
             f"another model folder in evaluate.models.{method} (`make quickstart` makes those of the quickstart)"
         )
 
@@ -306,7 +320,7 @@ def _meta(settings: DictConfig, folders: dict[str, Path], images: dict[str, int]
         "model_configs": {name: sha256(folder / "config.json")[:16] for name, folder in folders.items()},
         "data": {"split": settings.split, "index_sha256": sha256(index), **images},
         "seed": settings.seed,
-        "settings": _plain(settings),
+        "settings": plain(settings),
         "code": code_hash(Path(__file__).parents[1]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -314,14 +328,14 @@ def _meta(settings: DictConfig, folders: dict[str, Path], images: dict[str, int]
 
 def _signatures(settings: DictConfig, meta: dict, cells: list[Cell]) -> tuple[dict[Cell, str], dict[str, str]]:
     """For every cell, and for the bound of every model, a hash of all that its numbers depend on."""
-    data = [meta["code"], meta["data"], settings.seed, settings.num, _plain(settings.data)]
+    data = [meta["code"], meta["data"], settings.seed, settings.num, plain(settings.data)]
     model = {name: [meta["models"][name], meta["model_configs"][name]] for name in meta["models"]}
-    sampled = [*data, _plain(settings.metrics)]
+    sampled = [*data, plain(settings.metrics)]
     cell_signatures = {
-        cell: signature(*sampled, model[cell.method], _plain(settings.samplers[cell.sampler]), cell.tokens_per_step)
+        cell: signature(*sampled, model[cell.method], plain(settings.samplers[cell.sampler]), cell.tokens_per_step)
         for cell in cells
     }
-    bound = _plain(settings.bound) if settings.bound else None
+    bound = plain(settings.bound) if settings.bound else None
     return cell_signatures, {name: signature(*data, model[name], bound) for name in model} if bound else {}
 
 
@@ -361,7 +375,7 @@ def _examples(captions: dict[Cell, list[dict]], sampling: Sampling) -> list[Exam
 
     Shown are the baseline, and the last method before and after refinement.
     """
-    metrics = sampling.build_metrics()
+    metrics = [metric for metric in sampling.build_metrics() if isinstance(metric, CaptionMetric)]
     fastest = max(cell.tokens_per_step for cell in captions)
     cells = [cell for cell in captions if cell.tokens_per_step == fastest]
     last = [cell for cell in cells if cell.method == cells[-1].method]
@@ -370,22 +384,15 @@ def _examples(captions: dict[Cell, list[dict]], sampling: Sampling) -> list[Exam
     examples = []
     for row in [row for row, image in enumerate(batch.images[: min(EXAMPLES, sampling.num)]) if image]:
         record = batch.records[row]
-        texts = {cell: captions[cell][row]["text"] for cell in shown}
-        panels = [Panel(_title(cell), text, _marks(metrics, text, record)) for cell, text in texts.items()]
+        panels = []
+        for cell in shown:
+            text, title = (
+                captions[cell][row]["text"],
+                f"{cell.method}, {cell.sampler}, {cell.tokens_per_step} tokens/step",
+            )
+            panels.append(Panel(title, text, [mark for metric in metrics for mark in metric.marks(text, record)]))
         examples.append(Example(Image.open(BytesIO(batch.images[row])).convert("RGB"), panels))
     return examples
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.method}, {cell.sampler}, {cell.tokens_per_step} tokens/step"
-
-
-def _marks(metrics: list[Any], text: str, record: dict) -> list[Mark]:
-    return [mark for m in metrics if isinstance(m, CaptionMetric) for mark in m.marks(text, record)]
-
-
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True)
 
 
 if __name__ == "__main__":

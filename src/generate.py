@@ -37,7 +37,7 @@ from datamodules.text import TextData
 from src.batch import Batch, Prefix, Sampled
 from src.components import ConfigError, build, check, plain
 from src.config import load_config, load_part, main_guard, path_of
-from src.diffusion.sampler import Sampler
+from src.diffusion.flow import AnySampler
 from src.drafting import describe
 from src.importers.images import ImageProblem, fit, load
 from src.lock import locked
@@ -51,6 +51,7 @@ from src.tokenizer import Codec
 logger = logging.getLogger(__name__)
 SHOWN = 20  # captions printed at the end; all of them are in the file
 Entry = tuple[str, Callable[[], Sample]]  # key of an image or question, and what reads it or raises ImageProblem
+TEXTS = ("prompt", "caption", "suffix", "system")  # taken as they stand on the command line
 SAMPLER = ("length", "post_steps", "temperature", "cfg_scale", "early_stop")  # what of it the config may change
 
 
@@ -66,7 +67,7 @@ class Tally:
 @main_guard
 def main(argv: list[str]) -> None:
     """Caption the images that the config names."""
-    cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"])
+    cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"], texts=TEXTS)
     path = path_of(cfg, "out")
     with _mistakes():
         sampler = choose_sampler(cfg)
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
         _write(cfg, sampler, codec, out)
 
 
-def _write(cfg: DictConfig, sampler: Sampler, codec: Codec, out: Output) -> None:
+def _write(cfg: DictConfig, sampler: AnySampler, codec: Codec, out: Output) -> None:
     """Load the model and write what is still to be written, batch by batch."""
     backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
     with _mistakes():
@@ -104,7 +105,7 @@ def _mistakes() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def choose_sampler(cfg: DictConfig) -> Sampler:
+def choose_sampler(cfg: DictConfig) -> AnySampler:
     """The sampler of the file conf/sampler/NAME.yaml, or of another .yaml file, with the settings of the config.
 
     Responses are as long as those that the model was trained on, where its folder tells.
@@ -115,11 +116,14 @@ def choose_sampler(cfg: DictConfig) -> Sampler:
     given |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    return build({**node, **given})
+    sampler = build({**node, **given})
+    if not isinstance(sampler, AnySampler):
+        raise ConfigError(f"sampler={cfg.sampler}: {node['target']} is no sampler")
+    return sampler
 
 
 def caption_batch(
-    backbone: Any, batch: Batch, sampler: Sampler, codec: Codec, cfg: DictConfig, *, positions: int | None
+    backbone: Any, batch: Batch, sampler: AnySampler, codec: Codec, cfg: DictConfig, *, positions: int | None
 ) -> Sampled:
     """Responses for a batch, from masks or from the caption to correct. positions: that the model is for, if known."""
     start = None if cfg.caption is None else batch.response
@@ -131,7 +135,7 @@ def caption_batch(
         return sampler(backbone, prefix, start=start, suffix=suffix, **options)
 
 
-def _length_behind(sampler: Sampler, codec: Codec, cfg: DictConfig) -> int:
+def _length_behind(sampler: AnySampler, codec: Codec, cfg: DictConfig) -> int:
     """Tokens of a response and of the suffix."""
     return sampler.length + len(codec.encode(cfg.suffix or "")[0])
 
@@ -304,7 +308,7 @@ def _batches(
         yield samples
 
 
-def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
+def _settings(cfg: DictConfig, sampler: AnySampler) -> dict[str, Any]:
     """What a caption depends on besides its image; part of every line."""
     schedule = asdict(sampler.schedule)
     speed = {name: schedule[name] for name in ("tokens_per_step", "steps") if schedule[name] is not None}
@@ -317,7 +321,7 @@ def _settings(cfg: DictConfig, sampler: Sampler) -> dict[str, Any]:
     return {**speed, **other, **given, **prompt, "options": digest, "model": sketch(cfg.model.path)}
 
 
-def _check_request(cfg: DictConfig, codec: Codec, sampler: Sampler) -> None:
+def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
     """What a user can get wrong, before anything slow starts."""
     check(cfg)
     if cfg.images is not None:

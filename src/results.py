@@ -3,6 +3,7 @@
     results.json             methods -> sampler -> tokens/step -> metric -> {mean, se, n}; bounds -> method -> metric
     captions/CELL.jsonl      what the samplers wrote, with the scores of each caption
 
+A mean of nothing, NaN in here, is null in these files, as JSON has no NaN.
 Every entry has a signature of all that its numbers depend on; one that a rerun needs again is taken over.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +64,20 @@ class Ledger:
         for cell, signature in signatures.items():
             entry = old.get("meta", {}).get("cells", {}).get(cell.name)
             if entry and entry["signature"] == signature and self._intact(cell, entry["captions"]):
-                self.stats[cell] = old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)]
+                self.stats[cell] = _read(old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)])
                 self.hashes[cell.name] = entry["captions"]
         known = old.get("meta", {}).get("bounds", {})
-        self.bounds = {name: old["bounds"][name] for name, signature in bounds.items() if known.get(name) == signature}
+        kept = [name for name, signature in bounds.items() if known.get(name) == signature]
+        self.bounds = {name: _read(old["bounds"][name]) for name in kept}
         self.write()
 
     def add(self, cell: Cell, stats: dict[str, Stat], captions: list[dict]) -> None:
         """Write a finished cell: its captions first, then the results that name them."""
         path = self._path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in captions).encode())
+        write_bytes(
+            path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in without_nan(captions)).encode()
+        )
         self.stats[cell], self.hashes[cell.name] = stats, sha256(path)
         self.write()
 
@@ -83,7 +88,8 @@ class Ledger:
 
     def captions(self, cell: Cell) -> list[dict]:
         """The captions of a finished cell, one dict for each sample."""
-        return [json.loads(line) for line in self._path(cell).read_text().splitlines()]
+        lines = [json.loads(line) for line in self._path(cell).read_text(encoding="utf-8").split("\n") if line]
+        return [{**line, "scores": {k: _number(v) for k, v in line["scores"].items()}} for line in lines]
 
     def missing(self, method: str) -> tuple[list[Cell], bool]:
         """The cells of a model that are to do, and whether its bound is."""
@@ -105,13 +111,31 @@ class Ledger:
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "results.json", self.results)
+        write_json(self.out / "results.json", without_nan(self.results))
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "captions" / f"{cell.file}.jsonl"
 
     def _intact(self, cell: Cell, digest: str) -> bool:
         return self._path(cell).is_file() and sha256(self._path(cell)) == digest
+
+
+def without_nan(tree: Any) -> Any:
+    """Plain data with None for every NaN."""
+    if isinstance(tree, dict):
+        return {key: without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
+def _read(stats: dict[str, Stat]) -> dict[str, Stat]:
+    """Statistics with the NaN of a mean that `without_nan` took away."""
+    return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def signature(*parts: Any) -> str:

@@ -13,6 +13,8 @@ the reference of metrics, and `ids` are there where encoding the text again migh
 from __future__ import annotations
 
 import hashlib
+import logging
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ from src.prompts.format import IMAGE
 from src.tokenizer import Codec
 
 KIND = "text"
+OWN = ("key", "source", "prompt", "captions")  # of a sample
+log = logging.getLogger(__name__)
 Files = str | Sequence[str]
 
 
@@ -60,16 +64,23 @@ class Texts(Dataset):
     files:         one file, several, or {train: ..., val: ..., test: ...}; without that mapping, texts are split by a
         hash of their content, 90 % train, 5 % val, 5 % test
     tokenizer:     folder of a tokenizer, which gets the special tokens that it lacks; null trains one
-    vocab_size:    upper limit of a new tokenizer
+    vocab_size:    upper limit of a new tokenizer; 0: as many as its alphabet and the special tokens
     prompt_format: a file in src/prompts; null: what the folder of the tokenizer says, or `tiny` for a new one
     """
 
+    remedy: ClassVar[str] = "name files for them"  # where a split has no row
     alphabet: ClassVar[str] = "bytes"  # of a new tokenizer: any text can be written
     words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # what prompts hold beside those of the texts
 
-    files: Files | Mapping[str, Files]
+    files: Files | Mapping[str, Files | None]
     vocab_size: int = 0
     prompt_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.canvas < 2:
+            raise ValueError(f"prepare.canvas must be at least 2, got {self.canvas}")
+        if self.vocab_size < 0:
+            raise ValueError(f"prepare.vocab_size must be at least 0, got {self.vocab_size}")
 
     @property
     def sources(self) -> Sequence[str]:
@@ -91,7 +102,7 @@ class Texts(Dataset):
             counts[split] = write_split(
                 folder, split, shown, codec, self.per_shard, found[split], kind=KIND, extra=extra
             )
-        check_splits(counts, examples, noun="row", remedy=("name a file for it", "name files for them"))
+        check_splits(counts, examples, noun="row", remedy=("name a file for it", self.remedy))
         return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples, **extra}
 
     @abstractmethod
@@ -130,9 +141,15 @@ class Texts(Dataset):
         if self.tokenizer:
             return Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
         texts = chain(self.words, (text for item in items for text in (item.prompt, item.text)))
-        return Codec.train(
+        codec = Codec.train(
             texts, vocab_size=self.vocab_size, alphabet=self.alphabet, prompt_format=self.prompt_format or "tiny"
         )
+        if 0 < self.vocab_size < codec.vocab_size:
+            raise ValueError(
+                f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone take "
+                f"{codec.vocab_size}"
+            )
+        return codec
 
     def _fits(self, item: Item, codec: Codec, skipped: Counts) -> bool:
         try:
@@ -153,10 +170,13 @@ class Packed(Texts):
         book: its first 90 % are train, the next 5 % val, the last 5 % test. Files that name their split keep it
     """
 
+    remedy: ClassVar[str] = "name files for them; with few documents prepare.split=rows cuts their text instead"
+
     field: str = "text"
     split: str = "documents"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.split not in ("documents", "rows"):
             raise ValueError(f"split must be 'documents' or 'rows', got {self.split!r}")
         if self.split == "rows" and isinstance(self.files, Mapping):
@@ -200,6 +220,17 @@ class Pairs(Texts):
     keep: Sequence[str] = ()
     max_prompt: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.keep:
+            check_name("prepare.keep", name)
+
+    def _collect(self, skipped: Counts) -> list[Item]:
+        items = super()._collect(skipped)
+        if items and (unknown := [name for name in self.keep if not any(name in item.more for item in items)]):
+            raise ValueError(f"prepare.keep: no record has a field {unknown[0]!r}")
+        return items
+
     def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
         for place, record in read_records(path, skipped):
             try:
@@ -214,6 +245,8 @@ class Pairs(Texts):
             yield place, prompt, response, {name: record[name] for name in self.keep if name in record}
 
     def check(self, item: Item, codec: Codec) -> None:
+        if any(token in item.prompt for token in codec.controls):
+            raise Skip("special_token")
         if lacks(codec, item.prompt):
             raise Skip("not_in_vocabulary")
         super().check(item, codec)
@@ -239,6 +272,13 @@ class Smiles(Texts):
     field: str = "smiles"
     value: str | None = None
     percentile: float = 90.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
+        if self.value is not None:
+            check_name("prepare.value", self.value)
 
     def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
         for place, record in read_records(path, skipped):
@@ -279,6 +319,13 @@ class Smiles(Texts):
         for item in items:
             item.prompt = str(int(item.more[name] >= threshold))
             counts[item.split]["class_1"] += item.prompt == "1"
+        classes = {item.prompt for item in items if item.split == "train"}
+        if len(classes) == 1:
+            log.warning(
+                "all molecules of train are of class %s, as the percentile %g of %s is %g: guidance by the class has "
+                "nothing to learn; change prepare.percentile or prepare.value",
+                classes.pop(), self.percentile, name, threshold,
+            )  # fmt: skip
         found, _ = super().divide(items, codec, counts)
         return found, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}
 
@@ -301,11 +348,14 @@ def sample(key: str, prompt: str, caption: dict, **more: object) -> dict:
     return {"__key__": key, "json": {**more, "key": key, "prompt": prompt, "captions": [caption]}}
 
 
+def check_name(place: str, name: str) -> None:
+    """Refuse a field to keep whose name a sample has for something else."""
+    if name in OWN:
+        raise ValueError(f"{place}: a sample has {name!r} of its own; give the field another name in the file")
+
+
 def lacks(codec: Codec, text: str) -> bool:
-    """Whether the tokenizer drops some of a text's characters, white space aside."""
-    end = 0
-    for first, last in codec.encode(text)[1]:
-        if text[end:first].strip():
-            return True
-        end = max(end, last)
-    return bool(text[end:].strip())
+    """Whether the tokenizer loses some of a text, blanks and the Unicode form aside: it drops characters it lacks,
+    or makes them one token for all that is unknown."""
+    bare = lambda some: "".join(unicodedata.normalize("NFC", some).split())  # noqa: E731
+    return bare(codec.decode(codec.encode(text)[0])) != bare(text)

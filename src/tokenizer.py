@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,9 @@ from src.prompts.format import IMAGE, PromptFormat
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
+LONGEST = 1000  # characters of a word that a tokenizer is trained on
+_LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
+_CUT = re.compile(rf"\s{{0,{LONGEST}}}\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}")
 NO_IMAGE_TOKEN = -200  # the image mark of tokenizers without an image token, as in LLaDA-V
 ROLES = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "mask_token": MASK}
 PROMPT = "prompt.yaml"
@@ -40,7 +44,7 @@ class Codec:
     """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
 
     `banned_ids`: special ids that a response never contains; `special` holds them with the other ids that the maths
-    needs. Raises ValueError when there is no chat template, or when the tokenizer lacks the mask, end-of-text or eot
+    needs; Raises ValueError when there is no chat template, or when the tokenizer lacks the mask, end-of-text or eot
     token or one that the format suppresses. `files`: those that the tokenizer was read from, name -> content; `save`
     writes them as they are, since other versions of transformers may not read what this one writes.
     """
@@ -63,6 +67,8 @@ class Codec:
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
         self.banned_ids = self._banned(vocabulary)
+        # what a prompt turns into the ids of special tokens where it spells them out
+        self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
@@ -128,12 +134,14 @@ class Codec:
         """
         if alphabet not in ("seen", "bytes"):
             raise ValueError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
+        if vocab_size < 0:
+            raise ValueError(f"vocab_size must be at least 0, got {vocab_size}")
         bpe = _byte_level(models.BPE())
         initial = pre_tokenizers.ByteLevel.alphabet() if alphabet == "bytes" else []
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=initial, show_progress=False
         )
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bpe, **ROLES,
             additional_special_tokens=[EOT, HEADER_START, HEADER_END, IMAGE], clean_up_tokenization_spaces=False,
@@ -215,6 +223,11 @@ class Codec:
         for piece in pieces:
             ids += [self.image_id, *piece[lost:]]
         return ids
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, cut where a word or a blank is so long that training, quadratic in a word, would not end."""
+    return _CUT.findall(text) if _LONG.search(text) else [text]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

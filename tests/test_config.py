@@ -165,6 +165,23 @@ def test_a_setting_is_read_as_yaml(conf, setting, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [("Who won? #1 answer", "Who won? #1 answer"), ("1", "1"), ("yes", "yes"), ("ROMEO:", "ROMEO:"), ("[1]", "[1]"),
+     ("Top: a red ring.", "Top: a red ring."), ("", ""), ('""', ""), ("null", None), (" a ", " a "),
+     ('"a\\nb"', "a\nb"), ('"a" and "b"', '"a" and "b"'), ("'a", "'a")],
+)  # fmt: skip
+def test_a_text_is_taken_as_it_stands(conf, text, value):
+    root = conf(base="say: null\nother: null\n")
+    found = load_config(["conf=base", f"say={text}", "other=1"], root=root, texts=["say"])
+    assert (found.say, found.other) == (value, 1)
+
+
+def test_a_text_cannot_hold_an_interpolation(conf):
+    message = failure(load_config, ["conf=base", "say=${x}"], root=conf(base="say: null\n"), texts=["say"])
+    assert message.startswith("say: '${' stands for")
+
+
+@pytest.mark.parametrize(
     ("setting", "expected"),
     [("m={x: 3}", {"m": {"x": 3, "l": [1, 2]}, "n": {4: "y"}}), ("m={}", {"m": {}, "n": {4: "y"}}),
      ("m={target: a.Z, w: 1}", {"m": {"target": "a.Z", "w": 1}, "n": {4: "y"}}),
@@ -228,9 +245,11 @@ def test_a_null_of_the_top_level_takes_a_layer_where_there_are_some(conf):
 
 
 def test_a_part_is_what_a_layer_holds_under_its_key(conf):
-    root = conf(sampler__plain="sampler: {x: 1}\n", sampler__fast="base: sampler/plain\nsampler: {y: '${.x}'}\n")
-    assert load_part("sampler", "fast", root=root) == {"x": 1, "y": 1}
-    assert load_part("sampler", f"{root}/sampler/plain.yaml", root=root) == {"x": 1}
+    root = conf(
+        sampler__plain="sampler: {target: a.B, x: 1}\n", sampler__fast="base: sampler/plain\nsampler: {y: '${.x}'}\n"
+    )
+    assert load_part("sampler", "fast", root=root) == {"target": "a.B", "x": 1, "y": 1}
+    assert load_part("sampler", f"{root}/sampler/plain.yaml", root=root) == {"target": "a.B", "x": 1}
     conf(sampler__odd="other: 1\n")
     assert "conf=sampler/odd is not for sampler: it has no key 'sampler'" in failure(
         load_part, "sampler", "odd", root=root

@@ -39,7 +39,7 @@ from src.report import (
     plot,
     text_report,
 )
-from src.results import code_hash
+from src.results import Cell, Ledger, code_hash
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.shards import read_manifest, read_shard
@@ -216,6 +216,19 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
         (
             {"models": {"stage1": "nowhere/model"}},
             "no model of 'stage1' in nowhere/model: make it with `python -m src.train",
+        ),
+        (
+            {"models": {"mask": "nowhere/sft/mask/model"}},
+            "nowhere/sft/mask/model: make it with `python -m src.train conf=mask,task/sft`",
+        ),
+        ({"samplers": {"plain": {"target": "src.diffusion.unmask.TopK"}}}, "evaluate.samplers.plain: src.diffusion."),
+        (
+            {
+                "samplers": {
+                    "plain": {"target": "src.diffusion.sampler.Sampler", "length": 4, "reviser": "OverwriteAll"}
+                }
+            },
+            "samplers.plain.reviser: expected",
         ),
         ({"headline": ["qualty"]}, "no metric qualty; there are coverage"),
         ({"headline": []}, "evaluate.headline: name at least one metric, for example [quality]"),
@@ -513,3 +526,21 @@ def test_paint_puts_ink_into_the_box():
     assert image.crop(box).getpixel((0, 0)) == (0, 0, 255)
     image.paste((255, 255, 255), box)
     assert image.getcolors() == [(120 * 40, (255, 255, 255))]  # nothing was drawn outside
+
+
+def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
+    cell, nothing = Cell("m", "plain", 1), {"mean": math.nan, "se": None, "n": 0}
+    ledger = Ledger(tmp_path, {}, {cell: "s"}, {"m": "b"})
+    ledger.add(
+        cell, {"rings": nothing}, [{"key": "a", "text": "C\u2028C", "scores": {"rings": math.nan, "valid": 1.0}}]
+    )
+    ledger.add_bound("m", {"nelbo": nothing})
+    strict = lambda text: json.loads(text, parse_constant=pytest.fail)  # noqa: E731
+    written = strict((tmp_path / "results.json").read_text())
+    assert written["methods"]["m"]["plain"]["1"]["rings"] == {"mean": None, "se": None, "n": 0}
+    assert written["bounds"]["m"]["nelbo"]["mean"] is None
+    assert strict((tmp_path / "captions" / f"{cell.file}.jsonl").read_text())["scores"]["rings"] is None
+    again = Ledger(tmp_path, {}, {cell: "s"}, {"m": "b"})
+    assert math.isnan(again.stats[cell]["rings"]["mean"]) and math.isnan(again.bounds["m"]["nelbo"]["mean"])
+    (line,) = again.captions(cell)
+    assert math.isnan(line["scores"]["rings"]) and line["scores"]["valid"] == 1.0 and line["text"] == "C\u2028C"

@@ -55,18 +55,19 @@ def said(share, length):
 
 
 def posterior(share, z, t, s):
-    """P(state at s | state z at t) where x0 has the probabilities `share`: Bayes over all (x0, state at s).
+    """P(state at s | state z at t): the sum of P(s | x0, z) over all x0, which have the probabilities `share` given z.
 
     Only that a state z which is the end of a text might be noise as well.
     """
     noise = NOISE if NOISE[z] else [0.25] * K
     kept, later = 1 - s, (1 - t) / (1 - s)
-    joint = [
-        sum(share[x] * (kept * (x == k) + (1 - kept) * NOISE[k]) for x in range(K))
-        * (later * (k == z) + (1 - later) * noise[z])
-        for k in range(K)
-    ]
-    return [value / sum(joint) for value in joint]
+    found = [0.0] * K
+    for x in range(K):
+        bridge = [
+            (kept * (x == k) + (1 - kept) * NOISE[k]) * (later * (k == z) + (1 - later) * noise[z]) for k in range(K)
+        ]
+        found = [total + share[x] * part / sum(bridge) for total, part in zip(found, bridge, strict=True)]
+    return found
 
 
 def euler(share, z, t, s):
@@ -195,3 +196,34 @@ def test_settings_that_do_not_fit_are_refused(kind):
         sample(sampler, backbone, start=torch.zeros(1, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="2 keys for a prefix of 1 rows"):
         sample(sampler, backbone, keys=["a", "b"])
+
+
+class Knows(Fixed):
+    """The best network there can be for places that know nothing of each other: Bayes on the noise it has seen."""
+
+    def __init__(self, law, sampler):
+        super().__init__(torch.zeros(1, sampler.length, V))
+        self.law, self.steps, self.left = law, sampler.steps, sampler.steps
+
+    def __call__(self, prefix, tokens, **settings):
+        intact = 1 - self.left / self.steps
+        self.left -= 1
+        seen = torch.tensor([[intact * (x == z) + (1 - intact) * NOISE[z] for x in range(K)] for z in range(K)])
+        logits = torch.full((*tokens.shape, V), -1e4)
+        logits[..., STATES] = (seen[torch.searchsorted(torch.tensor(STATES), tokens)] * torch.tensor(self.law)).log()
+        self.table = logits.clamp(min=-1e4)
+        return super().__call__(prefix, tokens, **settings)
+
+
+@pytest.mark.parametrize(("kind", "steps", "slack"), [(Posterior, 4, 0.0), (Posterior, 32, 0.0), (Jumps, 64, 0.02)])
+def test_the_best_network_gives_the_law_of_the_data(kind, steps, slack):
+    """From any number of steps the posterior does; Euler steps come close."""
+    law = [0.0, 0.0, 0.6, 0.25, 0.1, 0.05]
+    length = 20000
+    sampler = kind(length=length, steps=steps)
+    found = sample(sampler, Knows(law, sampler), trace=True)
+    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)
+    for state, share in zip(STATES, law, strict=True):
+        assert float(counts[state]) / length == pytest.approx(
+            share, abs=slack + 4 * math.sqrt(share * (1 - share) / length)
+        )

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from src.batch import Prefix
+from src.ledger import Live
 from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
@@ -399,3 +400,31 @@ def test_images_need_a_model_and_inputs_that_have_them():
         LLaDAV(decoder=make().config.to_dict(), vision=VISION, tiling={"size": 32, "grids": [[32, 32]]})
     with pytest.raises(ValueError, match="no vision path"):
         LLaDAV(decoder=make().config.to_dict(), vision=None, tiling={"size": 32, "grids": [[32, 32]]})
+
+
+# activation checkpointing
+
+
+@pytest.mark.parametrize("vision", [None, VISION])
+@pytest.mark.parametrize("attention", ["full", "prefix"])
+def test_checkpointing_changes_no_gradient_and_keeps_less(attention, vision):
+    kept, gradients = {}, {}
+    inputs = {"prompt_ids": torch.tensor([[5, IMAGE if vision else 4, 6]] * 8)} | (pictures(*[1] * 8) if vision else {})
+    response = torch.randint(0, 90, (8, 40))
+    for mode in ("none", "selective", "full"):
+        model = make(attention, vision=vision).train()
+        model.checkpoint(mode)
+        live = Live()
+        with live:
+            live.enter("forward", "made")
+            loss = model(model.encode_prefix(inputs), response).logsumexp(-1).sum()
+            kept[mode] = live.now["made"]
+        loss.backward()
+        gradients[mode] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert torch.equal(gradients["none"], gradients["full"]) and torch.equal(gradients["none"], gradients["selective"])
+    assert kept["full"] < 0.4 * kept["none"] and kept["full"] < kept["selective"] < 0.8 * kept["none"]
+
+
+def test_an_unknown_way_of_checkpointing_is_refused():
+    with pytest.raises(ValueError, match=r"checkpointing must be one of .*, got 'some'"):
+        make().checkpoint("some")

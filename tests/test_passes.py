@@ -202,14 +202,14 @@ def test_a_model_that_knows_the_answer_corrects_a_clean_text():
     batch = batch_with_prompt()
     batch.response = batch.response.clamp(min=5)
     for fill in ("all", "masked"):
-        for errors, expected in ((False, 0.0), (True, -1.0)):
+        for errors, expected in ((False, {"correct": 0.0}), (True, {"wrong": 0.0, "right": -1.0})):
             objective = ProSeCo(
                 backbone=lambda: Oracle(batch.response), special=SPECIAL, training=TRAINING, fill=fill, errors=errors,
                 correct_weight="one",
             )  # fmt: skip
             _, second = objective.losses(batch, objective.corrupt(batch))
-            loss = second["correct"]
-            assert (loss.numerator / loss.denominator).item() == pytest.approx(expected, abs=1e-6)
+            found = {name: (loss.numerator / loss.denominator).item() for name, loss in second.items()}
+            assert found == pytest.approx(expected, abs=1e-6)
             hits, tries = objective._counts["draft_error_rate"].tolist()
             assert (hits, tries) == (0, int(batch.editable.sum()))
 

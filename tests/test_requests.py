@@ -165,3 +165,25 @@ def test_the_tokenizer_of_another_model(model, tmp_path, capsys):
     assert (most := max(tokens.values())) >= rows
     said = refused(capsys, tmp_path / "m", tmp_path / "out", "images=null", "prompt=Why?")
     assert f"the tokenizer has ids up to {most}, but the model in {tmp_path / 'm'} a vocabulary of {rows}" in said
+
+
+@pytest.mark.parametrize("text", ["Who won? #1 answer", "1", "yes", "ROMEO:", "[1]"])
+def test_a_question_is_a_text_whatever_yaml_reads_in_it(text, model, codec, tmp_path):
+    (found,) = run(model, tmp_path / "out", "images=null", f"prompt={text}", f"suffix={text}", f"system={text}")
+    assert (found["prompt"], found["suffix"], found["system"]) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sampler: plain", "sampler: expected a mapping with `target:`, got 'plain'"),
+        ("sampler: {target: src.diffusion.unmask.TopK}", "src.diffusion.unmask.TopK is no sampler"),
+        ("sampler: {target: src.diffusion.sampler.Sampler, length: 8, reviser: OverwriteAll}", "reviser: expected"),
+    ],
+)
+def test_mistakes_in_the_file_of_a_sampler(content, words, model, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(content)
+    settings = ["conf=generate", f"model.path={model}", "images=null", "prompt=a", f"out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as stop:
+        main([*settings, f"sampler={tmp_path / 'mine.yaml'}"])
+    assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "src.lock": {"src.components"},
     "src.output": {"src.batch", "src.components", "src.tokenizer"},
     "src.parallel": set(),
+    "src.strategy": set(),
     "src.stop": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
@@ -85,7 +86,7 @@ LAYERS: dict[str, set[str]] = {
 
 # Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
 ONLY_IN: dict[str, set[str]] = {
-    "lightning": {"src.objectives", "src.objectives.tower", "src.train", "callbacks", "datamodules"},
+    "lightning": {"src.strategy", "src.objectives", "src.objectives.tower", "src.train", "callbacks", "datamodules"},
     "omegaconf": {"src.components", "src.config", "src.runs", *(f"src.{verb}" for verb in VERBS)},
     "transformers": {"src.metrics", "src.models", "src.tokenizer"},
     "rdkit": {"src.metrics"},

@@ -29,6 +29,7 @@ from src.models.checkpoint import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.prepare import Scenes
 from src.results import Cell
+from src.texts import Pairs
 from src.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +157,11 @@ def test_options_may_be_dotted_null_or_end_alike_and_speeds_are_apart():
         ),
         ({"grid": {"plain": {"temperature": [0, -1]}}}, "temperature must be at least 0, got -1"),
         ({"grid": {"plain": {"tokens_per_step": [49]}}}, "evaluate.samplers.plain at 49 tokens/step"),
+        (
+            {"grid": {"plain": {"tokens_per_step": [49], "temperature": [0, 1]}}},
+            "leave it out with evaluate.samplers.plain=null, or give it speeds of its own in "
+            "evaluate.grid.plain.tokens_per_step",
+        ),
         ({"grid": {"plain": {"tokens_per_step": 8}}}, "evaluate.grid.plain.tokens_per_step: expected a list"),
         ({"grid": {"plain": {"steps": [8]}}}, "the steps follow from tokens_per_step"),
         ({"grid": [1]}, "evaluate.grid: expected a mapping of samplers to options, got [1]"),
@@ -397,8 +403,6 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
     """Prompts with answers: no picture, exact match against the record, the judge's perplexity, variety by tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from src.texts import Pairs
-
     lines = [{"question": f"What is {a} plus {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
              for a in range(9) for b in range(9)]  # fmt: skip
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -430,6 +434,22 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
     assert not (tmp_path / "out" / "captions.png").exists()
     assert (tmp_path / "out" / "curve.png").exists()
     assert "exact_match" in capsys.readouterr().out
+
+
+def test_a_record_that_a_metric_cannot_use_stops_before_the_first_caption(conf, tmp_path, capsys):
+    lines = [{"question": f"q{n}", "answer": f"a{n}" + (" #### 1" if n else "")} for n in range(4)]
+    for name, some in (("train", lines[2:]), ("val", lines[:2])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
+    folder = tmp_path / "data"
+    Pairs(out=str(folder), files=files, prompt="question", response="answer", canvas=CANVAS, vocab_size=300).run()
+    write_model(tmp_path / "text", Codec.load(folder / "tokenizer"), vision=False)
+    node = {"target": "datamodules.text.TextData", "path": str(folder), "canvas": CANVAS}
+    settings = {"metrics": [{"target": "src.metrics.answer.ExactMatch"}], "headline": ["answered"], "curve": None}
+    with pytest.raises(SystemExit):
+        main([conf(models={"m": str(tmp_path / "text")}, data=node, split="val", **settings)])
+    assert "the reference of record 'val-000000' has no answer behind ####" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_metric_that_cannot_be_built_stops_before_the_first_caption(conf, tmp_path, capsys):

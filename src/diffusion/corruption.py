@@ -164,9 +164,10 @@ class Edit:
             where = [place for place, ok in enumerate(allowed) if ok]
             text = [edited[row][place] for place in where]
             for edit in range(int(share[row] * self.rate * len(text))):
-                name = self.operations[int(kinds[row][edit] * len(self.operations))]
-                span = 1 + int(lengths[row][edit] * self.window)
-                _edit(text, name, int(places[row][edit] * len(text)), span, tokens[row][edit])
+                at = where[edit]  # the numbers of an edit lie where the tokens do
+                name = self.operations[int(kinds[row][at] * len(self.operations))]
+                span = 1 + int(lengths[row][at] * self.window)
+                _edit(text, name, int(places[row][at] * len(text)), span, tokens[row][at])
             for place, token in zip(where, text, strict=True):
                 edited[row][place] = token
         after = torch.tensor(edited, device=state.tokens.device).reshape(state.tokens.shape)

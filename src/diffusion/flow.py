@@ -24,7 +24,7 @@ from torch import Tensor
 from src.batch import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 from src.diffusion.noise import Noise
 from src.diffusion.predictor import Predictor
-from src.diffusion.sampler import end_text
+from src.diffusion.sampler import Sampler, end_text
 from src.diffusion.schedule import Schedule
 from src.diffusion.unmask import PART
 
@@ -125,16 +125,21 @@ class FromNoise:
 class Posterior(FromNoise):
     """Uniform-noise diffusion (D3PM, arXiv 2107.03006; UDLM, arXiv 2412.10193) that keeps a_t = 1 - t until time t.
 
-    The next state is drawn from q(s | t, z, p) ~ [a_ts z + (1 - a_ts) / n] * [a_s p + (1 - a_s) noise], where
-    a_ts = a_t / a_s, and noise is 1 / n for each of the n ordinary ids. Noise never makes an eot or end-of-text, which
-    for Bayes could so not be undone once it is written; the first factor takes them for ordinary.
+    The next state is drawn from q(s | t, z, r) ~ [a_ts z + (1 - a_ts) / n] * [a_s r + (1 - a_s) noise], where
+    a_ts = a_t / a_s, and noise is 1 / n for each of the n ordinary ids. r is what is known of a place from the others;
+    a network that was trained by cross-entropy has seen z too, p ~ r * q(z | x0), so r is p divided by that, and the
+    draw is exact: the sum over x0 of p(x0) q(s | x0, z). Noise never makes an eot or end-of-text, which for Bayes could
+    so not be undone once it is written; z is taken for ordinary.
     """
 
     def transition(self, share: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         before, after = 1 - left / steps, 1 - (left - 1) / steps  # a_t, a_s
         noise = random.double() / random.sum()  # (K,)
         kept, other = before / after, (1 - before / after) * noise.max()
-        weight = share * after + noise * (1 - after)
+        chance = (kept * (1 - after) * noise[place] + other)[:, None]  # of z, where it is not what was there
+        seen = share.gather(1, place[:, None]) * chance / (before + chance)
+        rest = share.scatter(1, place[:, None], seen)
+        weight = rest / rest.sum(1, keepdim=True) * after + noise * (1 - after)
         own = weight.gather(1, place[:, None]) * (kept + other)
         return (weight * other).scatter(1, place[:, None], own)
 
@@ -149,6 +154,9 @@ class Jumps(FromNoise):
     def transition(self, share: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         stay = math.exp(-1 / left) if left > 1 else 0.0  # h = 1 / steps, 1 - kappa = left / steps
         return (share * (1 - stay)).scatter_add(1, place[:, None], share.new_full((len(place), 1), stay))
+
+
+AnySampler = Sampler | FromNoise  # what a file of conf/sampler describes
 
 
 def states_of(special: SpecialIds) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from src.batch import Corrupted, Kind, Loss
 
 WEIGHTS = ("one", "inverse_rate")
 REDUCTIONS = ("kind_mean", "answer_len", "tokens", "batch_tokens")
-FORMS = ("cross_entropy", "errors")
+FORMS = ("cross_entropy", "probability")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Term:
             `answer_len` = per sample the sum over the number of editable positions, then over samples (LLaDA SFT);
             `tokens` = the sum over the number of positions of this kind in the whole batch;
             `batch_tokens` = the sum over the number of editable positions in the whole batch (MDLM, ProSeCo).
-    form:   `cross_entropy`, or `errors`: at tokens that are right already -p(token) takes its place, which bears the
-            cross-entropy's gradient times p and so makes wrong tokens weigh more (ProSeCo). No bound on a likelihood.
+    form:   `cross_entropy`, or `probability` = -p(token), which has the cross-entropy's gradient times p and is no
+            bound on a likelihood (ProSeCo gives it to right tokens of a draft, so that wrong ones weigh more)
+    only:   `wrong` or `right` looks at those of the kind whose input token is not, or is, the target; None at all
     """
 
     name: str
@@ -39,10 +40,13 @@ class Term:
     coef: float = 1.0
     floor: float = 0.0
     form: str = "cross_entropy"
+    only: str | None = None
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+        if self.only not in (None, "wrong", "right"):
+            raise ValueError(f"only must be 'wrong', 'right' or None, got {self.only!r}")
         if self.weight not in WEIGHTS:
             raise ValueError(f"weight must be one of {WEIGHTS}, got {self.weight!r}")
         if self.reduce not in REDUCTIONS:
@@ -58,7 +62,11 @@ class Term:
 
     def where(self, corrupted: Corrupted) -> Tensor:
         """(B, L) bool: the positions it looks at."""
-        return editable(corrupted) if self.kind is None else corrupted.where(self.kind)
+        where = editable(corrupted) if self.kind is None else corrupted.where(self.kind)
+        if self.only is None:
+            return where
+        right = corrupted.tokens == corrupted.target
+        return where & (right if self.only == "right" else ~right)
 
 
 def editable(corrupted: Corrupted) -> Tensor:
@@ -81,9 +89,7 @@ def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
     weight = (
         1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
     )
-    values = cross_entropy
-    if term.form == "errors":
-        values = torch.where(corrupted.tokens == corrupted.target, -(-cross_entropy).exp(), cross_entropy)
+    values = -(-cross_entropy).exp() if term.form == "probability" else cross_entropy
     sums = (values * where).sum(1)  # (B,)
     if term.reduce == "kind_mean":
         sums = sums / where.sum(1).clamp(min=1)

@@ -17,7 +17,6 @@ A row that a step leaves as it is costs no call in the next: backbones are told 
 from __future__ import annotations
 
 import math
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -154,10 +154,11 @@ def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int])
     Each row draws from its own generator, so that its tokens do not depend on its neighbours in the batch.
     """
     found = []
-    for part, generator in zip(logits.split(counts), noise.generators, strict=True):
-        # NOTE: float64, because Gumbel noise from float32 numbers is cut off and so lowers the temperature.
-        gumbel = -(-torch.rand(part.shape, generator=generator, dtype=torch.float64).log()).log()
-        found.append((part.double() + temperature * gumbel.to(part.device)).argmax(-1))
+    for row, generator in zip(logits.split(counts), noise.generators, strict=True):
+        for part in row.split(PART):
+            # NOTE: float64, because Gumbel noise from float32 numbers is cut off and so lowers the temperature.
+            gumbel = -(-torch.rand(part.shape, generator=generator, dtype=torch.float64).log()).log()
+            found.append((part.double() + temperature * gumbel.to(part.device)).argmax(-1))
     return torch.cat(found)
 
 

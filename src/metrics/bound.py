@@ -71,7 +71,7 @@ def hide_iid(editable: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
 
 
 def _masked_nats(backbone: Backbone, prefix: Prefix, batch: Batch, hidden: Tensor, special: SpecialIds) -> Tensor:
-    """(B,) float64: the summed cross-entropy at the hidden places, among the ids that a response may consist of."""
+    """(B,) float64: the summed cross-entropy at the hidden places, among all ids of the tokenizer but the mask."""
     attend = None if bool(batch.editable.all()) else batch.editable
     tokens = batch.response.masked_fill(hidden, special.mask)
     logits = backbone(prefix, tokens, attend=attend, positions=hidden).float()  # (N, V)

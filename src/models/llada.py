@@ -12,15 +12,24 @@ Shift, as in Dream (adapted from autoregressive models): the state that speaks o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from src.batch import Prefix
 
 KeyValue = tuple[Tensor, Tensor]
+KEPT = (  # with selective checkpointing: what is dear to compute again
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    def keys_values(self, x: Tensor, rope: KeyValue) -> KeyValue:
+        """Those of the block's attention for an input `x` (B, T, D), where its output is not asked for."""
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
+
     def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         attended, own = self.self_attn(self.input_layernorm(x), rope, mask, past)
         x = x + attended
@@ -142,6 +155,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = "none"
 
     def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> tuple[list[KeyValue], Tensor | None]:
         """What is left to know of a prefix that attends to itself only (`prefix` mode).
@@ -153,13 +167,13 @@ class Decoder(nn.Module):
         cache: list[KeyValue] = []
         x = embeds
         for block in self.layers[:-1]:
-            x, own = block(x, rope, bias, None)
+            x, own = self._run(block, x, rope, bias, None)
             cache.append(own)
         last = self.layers[-1]
         if self.config.shift:
-            x, own = last(x, rope, bias, None)
+            x, own = self._run(last, x, rope, bias, None)
             return [*cache, own], self.norm(_last(x, mask))
-        cache.append(last.self_attn.keys_values(last.input_layernorm(x), rope))  # its output is never read
+        cache.append(last.keys_values(x, rope))  # its output is never read
         return cache, None
 
     def forward(self, embeds: Tensor, prefix: Prefix, attend: Tensor | None) -> Tensor:
@@ -170,14 +184,14 @@ class Decoder(nn.Module):
         if prefix.cache is not None:
             x, last = embeds, prefix.last
             for block, past in zip(self.layers, prefix.cache, strict=True):
-                x, _ = block(x, rope, mask, past)
+                x, _ = self._run(block, x, rope, mask, past)
             x = self.norm(x)
         else:
             first = self._rope(self._positions(prefix.embeds, None))
             cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(first, rope, strict=True))
             x = torch.cat([prefix.embeds, embeds], 1)
             for block in self.layers:
-                x, _ = block(x, (cos, sin), mask, None)
+                x, _ = self._run(block, x, (cos, sin), mask, None)
             shifted = self.config.shift and length
             last = self.norm(_last(x[:, :length], prefix.mask)) if shifted else None
             x = self.norm(x[:, length:])
@@ -185,6 +199,19 @@ class Decoder(nn.Module):
             return x
         # the first token of all has none before it, and keeps its own
         return torch.cat([x[:, :1] if last is None else last, x[:, :-1]], 1)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, KeyValue]:
+        """A block, whose activations are kept for the backward pass or computed once more there (`checkpointing`).
+
+        none: kept; full: only the input is; selective: the input and the results of matrix products and attention are
+        """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return block(*inputs)
+        more = {}
+        if self.checkpointing == "selective":
+            more["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT))
+        run: Any = checkpoint
+        return run(block, *inputs, use_reentrant=False, **more)
 
     def _positions(self, x: Tensor, prefix_mask: Tensor | None, offset: int = 0) -> Tensor:
         """(B or 1, T) position ids; a response starts right behind its own, unpadded prefix."""

@@ -11,13 +11,14 @@ image_sizes  (B, M, 2) int64: (width, height) of each image before it was cut in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from src.batch import Prefix
-from src.models.llada import Decoder, DecoderConfig
+from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
 from src.models.sizes import check_sizes, check_vision
 from src.models.vision import VisionPath
 from src.tiling import AnyRes, Layout, Size
@@ -68,6 +69,26 @@ class LLaDAV(nn.Module):
     def layout(self) -> Layout | None:
         """How the model wants its images cut into tiles; None for a model without images."""
         return self.vision.layout if self.vision else None
+
+    def units(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+        """What FSDP2 gathers as a whole, inner units first, each with its entry points besides `forward`."""
+        if self.vision:
+            yield self.vision, ()
+        for block in self.model.layers:
+            yield block, ("keys_values",)
+        yield self.lm_head, ()
+        yield self, ("encode_prefix",)
+
+    def checkpoint(self, mode: str) -> None:
+        """Whether activations of blocks are kept for the backward pass: `none`, `selective` or `full`; see `Decoder`.
+
+        The vision tower knows `full` only, and takes it for `selective` too. Raises ValueError for another mode.
+        """
+        if mode not in CHECKPOINTING:
+            raise ValueError(f"checkpointing must be one of {CHECKPOINTING}, got {mode!r}")
+        self.model.checkpointing = mode
+        if self.vision:
+            self.vision.checkpoint(mode != "none")
 
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
         """Embed the prompt, put the image tokens in place, and in `prefix` mode run the decoder over it once."""

@@ -54,6 +54,15 @@ class VisionPath(nn.Module):
         if tiling:
             self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
+    def checkpoint(self, on: bool) -> None:
+        """Compute the activations of the tower's layers a second time for the backward pass, or keep them."""
+        renamed = hasattr(self.vision_tower, "activation_checkpointing_enable")  # by transformers 5.23
+        kind = "activation" if renamed else "gradient"
+        if on:
+            getattr(self.vision_tower, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        else:
+            getattr(self.vision_tower, f"{kind}_checkpointing_disable")()
+
     def features(self, tiles: Tensor) -> Tensor:
         """Output of the last encoder layer (N, n, W). The tower as a whole would also apply the final norm."""
         pixels = tiles.float().div(127.5).sub(1)  # (u8 / 255 - 0.5) / 0.5

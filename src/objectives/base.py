@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
+from src.parallel import Sharding, average_gradients, is_sharded, summed, world
 
 WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
 
@@ -39,6 +43,9 @@ class Training:
     antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
         drawing each. Rows of a batch stay independent: noise belongs to a sample, whatever batch it is in
     micro_batch: rows in a forward pass (None: all); changes memory, not the result
+    checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` computes them a
+        second time, `selective` keeps only results of matrix products and attention
+    sharding: how FSDP2 shares the model, where the trainer's strategy is `src.parallel.FSDP2`
     """
 
     lr: float
@@ -51,6 +58,8 @@ class Training:
     views: int = 1
     antithetic: bool = False
     micro_batch: int | None = None
+    checkpointing: str = "none"
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         least = {"lr": self.lr, "vision_lr": self.vision_lr, "weight_decay": self.weight_decay}
@@ -107,6 +116,8 @@ class Objective(L.LightningModule):
         self.backbone: Any = backbone()  # an nn.Module that obeys `src.batch.Backbone`
         if not terms:
             raise ValueError("the objective trains nothing: all coefficients are 0")
+        if training.checkpointing != "none":
+            self.backbone.checkpoint(training.checkpointing)
         if not 0 <= t_min < 1:
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
@@ -164,28 +175,38 @@ class Objective(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(part, self.corrupt(part)) for part in batch.split(self.options.micro_batch or len(batch))]
         totals = self._totals(micro)
+        shared = _over_ranks(totals)
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         found: list[dict[str, Loss]] = []
-        for part, corrupted in micro:
-            for losses in self.losses(part, corrupted):
-                self.manual_backward(self._weighted(_shares(losses, totals)))
-                found.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
-                losses.clear()  # frees the pass before the next one runs
+        with self._own_gradients():
+            for rows, corrupted in micro:
+                for losses in self.losses(rows, corrupted):
+                    self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # ranks are averaged
+                    found.append(
+                        {name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()}
+                    )
+                    losses.clear()  # frees the pass before the next one runs
+        average_gradients(self.parameters())
         sums = _summed(found)
         self._check_totals(totals, sums)
         norm = self._clip(batch)
         optimizer.step()
         schedule.step()
-        self._log_losses("train", sums, totals, micro)
+        self._log_losses("train", sums, shared, micro)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+
+    def configure_model(self) -> None:
+        """Share the backbone among the ranks, where the strategy has a mesh for it (Lightning calls this)."""
+        if self.device_mesh is not None and not is_sharded(self.backbone):
+            (self.options.sharding or Sharding()).apply(self.backbone, self.device_mesh["data_parallel"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(batch, self.corrupt(batch))]
         totals = self._totals(micro)
         sums = _summed(list(self.losses(*micro[0])))
         self._check_totals(totals, sums)
-        self._log_losses("val", sums, totals, micro)
+        self._log_losses("val", sums, _over_ranks(totals), micro)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over what is trained; freezes the rest."""
@@ -222,6 +243,11 @@ class Objective(L.LightningModule):
         states = [state for _, corrupted in micro for state in corrupted]
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
 
+    def _own_gradients(self) -> AbstractContextManager:
+        """Within it DDP leaves gradients alone: a step has several backward passes, and none meets all parameters."""
+        model = self.trainer.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
     def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
         """Raise ValueError where a term divides by something else than was known before it ran."""
         given_sums = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
@@ -245,6 +271,7 @@ class Objective(L.LightningModule):
         """Clip the global norm and return it. Raises Diverged where it is not finite: the step would be ruin."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not norm.isfinite():
             keys = ", ".join(map(str, batch.keys[:8])) + (", ..." if len(batch) > 8 else "")
             raise Diverged(
@@ -267,14 +294,18 @@ class Objective(L.LightningModule):
     def _log_losses(
         self, stage: str, losses: dict[str, Loss], totals: dict[str, Tensor], micro: list[tuple[Batch, list[Corrupted]]]
     ) -> None:
-        """Log the terms that the batch has positions for, and the sum of all; then what `_log_counts` does."""
+        """Log the terms that the batch has positions for, and the sum of all; then what `_log_counts` does.
+
+        All numbers are those of the whole batch, of all ranks.
+        """
         rows = sum(len(part) for part, _ in micro)
-        values = {name: value.detach() for name, value in _shares(losses, totals).items()}
         states = [state for _, corrupted in micro for state in corrupted]
-        ran = [term for term in self.terms if term.name in values]
-        there = [sum(term.where(state).sum() for state in states) for term in ran]
-        nonzero = [values[term.name] != 0 for term in ran]  # also of positions that came later
-        real = torch.stack([a + b for a, b in zip(there, nonzero, strict=True)]).tolist()
+        ran = [term for term in self.terms if term.name in losses]
+        there = torch.stack([torch.stack([term.where(state).sum() for state in states]).sum() for term in ran])
+        sums = torch.stack([losses[term.name].numerator.detach() for term in ran])
+        there, sums = summed(torch.stack([there.to(sums), sums]))
+        values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(ran, sums, strict=True)}
+        real = ((there > 0) | (sums != 0)).tolist()  # also of positions that came later
         shown = [term.name for term, some in zip(ran, real, strict=True) if some]
         self.log_dict({f"{stage}/{name}": values[name] for name in shown}, batch_size=rows)
         self.log(f"{stage}/loss", self._weighted(values), batch_size=rows, prog_bar=True)
@@ -282,7 +313,8 @@ class Objective(L.LightningModule):
 
     def _log_counts(self, stage: str, rows: int) -> None:
         """Accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares, over all passes of a step."""
-        shares = {name: count.tolist() for name, count in self._counts.items()}
+        counts = summed(torch.stack(list(self._counts.values()))) if self._counts else torch.zeros(0)
+        shares = dict(zip(self._counts, counts.tolist(), strict=True))
         self._counts.clear()
         accuracy = {kind: shares.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
         if kept := accuracy[Kind.CLEAN]:
@@ -316,6 +348,11 @@ def _tensors(prefix: Prefix) -> list[Tensor]:
 def attended(batch: Batch) -> Tensor | None:
     """(B, L) attention mask of the response, or None when no row is padded."""
     return None if bool(batch.editable.all()) else batch.editable
+
+
+def _over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The denominators over the batches of all ranks."""
+    return dict(zip(totals, summed(torch.stack(list(totals.values()))), strict=True))
 
 
 def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 at noise level t hide tokens and replace others at random -> cross-entropy on hidden, replaced and untouched tokens
 
-GIDD's own weights are close to constants for each kind ("dynamic"): 2 for hidden, 1 for replaced, next to nothing for
-untouched tokens. Cross-entropy with these takes the place of its KL divergences: not the bound, the same optimum.
+Cross-entropy takes the place of GIDD's KL divergences. Whether a visible token is right cannot be told from the input,
+so replaced and untouched tokens need one weight between them: then the optimum is the probability of the true token,
+as with GIDD's loss. A smaller weight for untouched tokens, near GIDD's "dynamic" ones, tilts it: a token that is right
+with probability q is kept with clean q / (clean q + wrong (1 - q)).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class HybridNoise(Objective):
         share: float = 0.1,
         mask: float = 2.0,
         wrong: float = 1.0,
-        clean: float = 0.05,
+        clean: float = 1.0,
         weight: str = "one",
         reduce: str = "answer_len",
         floor: float = 0.0,

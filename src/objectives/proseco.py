@@ -11,6 +11,7 @@ before the second one runs, so that both take the memory of one; the draft is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ PICKS = ("argmax", "sample")
 
 
 class ProSeCo(Objective):
-    """Two terms, `mask` and `correct`.
+    """Two terms, `mask` and `correct`; with `errors` the second is two, `wrong` and `right`.
 
     fill:   the draft has the network's guess at `all` places, as visible tokens have no privilege in the first pass
             and may come out damaged (paper), or at the `masked` ones and the true tokens elsewhere (self-generated
@@ -67,9 +68,12 @@ class ProSeCo(Objective):
             raise ValueError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
         if begin < 0:
             raise ValueError(f"begin must be at least 0, got {begin}")
-        form = "errors" if errors else "cross_entropy"
         self.denoising = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        self.correcting = (Term("correct", None, correct_weight, reduce, coef=correct, floor=floor, form=form),)
+        second = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
+        if errors:
+            self.correcting = (second("wrong", only="wrong"), second("right", only="right", form="probability"))
+        else:
+            self.correcting = (second("correct"),)
         super().__init__(
             backbone=backbone,
             special=special,
