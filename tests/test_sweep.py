@@ -190,7 +190,7 @@ def test_the_command_line_changes_the_shipped_grid():
     ]
     found = complete(load_config(argv).evaluate)
     names = list(found.samplers)
-    expected = {"remdm_conf[compensate=true]", "threshold", "proseco[every=1]", "proseco[every=2]"}
+    expected = {"remdm_conf[temperature=1.0,compensate=true]", "threshold", "proseco[every=1]", "proseco[every=2]"}
     assert expected <= set(names)
     assert found.samplers["proseco[every=2]"].reviser.passes == 3
     assert not [name for name in names if name.startswith(("refine", "threshold["))]
