@@ -65,6 +65,8 @@ CASES: dict[str, dict] = {
         "model": {**TEXT, "decoder": {**TEXT["decoder"], "attention": "prefix"}},
         "training": {"views": 2},
     },
+    "mid, checkpointing": {"model": TEXT, "training": {"checkpointing": "full"}},
+    "mid, selective": {"model": TEXT, "training": {"checkpointing": "selective"}},
     "mid, 2 micro-batches": {"model": TEXT, "rows": 2, "training": {"micro_batch": 1}},
     "mid, image": {"model": SEES, "prompt": 40},
     "mid, image, tower frozen": {"model": SEES, "prompt": 40, "training": {"vision_lr": 0.0}},
