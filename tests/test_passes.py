@@ -11,6 +11,7 @@ import torch
 
 from src.batch import Batch, Corrupted, Kind
 from src.diffusion.corruption import Replace
+from src.diffusion.losses import term_loss
 from src.ledger import Live
 from src.objectives.base import Objective, Training
 from src.objectives.complementary import ComplementaryMasks
@@ -334,3 +335,24 @@ def test_coefficients_and_levels_that_cannot_be_are_refused():
         make(HybridNoise, mask=0.0, wrong=0.0, clean=0.0)
     with pytest.raises(ValueError, match="need views of at least 2"):
         Training(lr=1e-3, antithetic=True)
+
+
+@pytest.mark.parametrize("clean", [1.0, 0.05])
+def test_equal_weights_for_visible_tokens_have_the_true_probability_as_optimum(clean):
+    """A visible token is right in q of all cases, and the input does not tell in which.
+
+    The loss is least where the token kept has clean q / (clean q + 1 - q): q itself for equal weights.
+    """
+    rows, q = 1000, 0.9
+    kind = torch.full((rows, 1), int(Kind.CLEAN), dtype=torch.uint8)
+    kind[: round(rows * (1 - q))] = int(Kind.SYNTAX)
+    state = Corrupted(torch.full((rows, 1), 7), torch.full((rows, 1), 7), kind, torch.full((rows,), 0.5))
+    terms = make(HybridNoise, clean=clean).terms
+
+    def loss(p: float) -> float:
+        values = torch.where(state.where(Kind.CLEAN), -math.log(p), -math.log(1 - p))  # the other word was right
+        return sum(t.coef * term_loss(t, values, state).numerator.item() for t in terms)
+
+    best = min((i / 1000 for i in range(1, 1000)), key=loss)
+    assert best == pytest.approx(clean * q / (clean * q + 1 - q), abs=1e-3)
+    assert clean < 1 or best == pytest.approx(q, abs=1e-3)

@@ -116,7 +116,7 @@ def test_the_share_that_is_visible_is_that_of_the_schedule(reviser, length, rows
 
 def test_released_conf_lags_behind_its_schedule():
     """Each step hides sigma_max tokens in the mean (a softmax sums to 1) and reveals one of `left` masks."""
-    length, steps, rows = 256, 64, 8
+    length, steps, rows = 1024, 256, 2
     _, texts = run(sampler(Confident(), length=length, steps=steps), range(rows))
     _, kept = run(sampler(Confident(compensate=True), length=length, steps=steps), range(rows))
     visible = 0.0
@@ -127,7 +127,7 @@ def test_released_conf_lags_behind_its_schedule():
         seen = float((texts[:, step + 1] != MASK).double().mean())
         assert abs(seen - visible / length) <= 4 * 0.5 / math.sqrt(rows * length), step
         if step + 1 == steps // 2:
-            assert seen < 0.46
+            assert seen == pytest.approx(0.41, abs=0.02)  # the schedule says one half
             assert float((kept[:, step + 1] != MASK).double().mean()) == pytest.approx(0.5, abs=0.02)
     assert (texts[:, -1] != MASK).all()
 
