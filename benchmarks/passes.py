@@ -24,7 +24,8 @@ from benchmarks.memory import MID, SPECIAL
 from src.batch import Batch, Loss, SpecialIds
 from src.ledger import Live
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
 

@@ -1,8 +1,11 @@
 """Checkpoints to resume from, in the folder of the run.
 
-callbacks: {checkpoint: {target: callbacks.checkpoint.Checkpoint, every_n_train_steps: 250}}
+    callbacks: {checkpoint: {target: callbacks.checkpoint.Checkpoint, every_n_train_steps: 250, keep: 2}}
 
-RUN/checkpoints/epoch=E-step=S.ckpt, last.ckpt    twice the newest state, so that one damaged file costs nothing
+    RUN/checkpoints/epoch=E-step=S.ckpt     the newest `keep`; one damaged costs the steps since the one before
+    RUN/checkpoints/last.ckpt               a link to the newest of them
+
+A checkpoint is a file, or, where processes share a model (FSDP2), a folder: see `src/snapshots.py`.
 """
 
 from __future__ import annotations
@@ -15,41 +18,67 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from src.shards import naming, publish
+from src.snapshots import link, read_whole, remove
 
+LAST = "last.ckpt"
+_NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
 _REFUSED = re.compile("inline_container|PytorchStreamWriter|unexpected pos")
 
 
-class Checkpoint(ModelCheckpoint):
-    """Saves every `every_n_train_steps` optimizer steps. All checkpoints of the trainer are written as whole files."""
+class Checkpoint(LightningCheckpoint):
+    """Saves every `every_n_train_steps` optimizer steps and at the end, and keeps the newest `keep`."""
 
-    def __init__(self, *, run_dir: str | Path, every_n_train_steps: int) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
-        super().__init__(
-            dirpath=Path(run_dir) / "checkpoints",
-            every_n_train_steps=every_n_train_steps,
-            save_last=True,
-            save_top_k=1,
-            save_on_train_epoch_end=False,
-        )
+    def __init__(self, *, run_dir: str | Path, every_n_train_steps: int, keep: int = 2) -> None:
+        for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.folder, self.every_n_train_steps, self.keep = Path(run_dir) / "checkpoints", every_n_train_steps, keep
+        self.last_step = 0  # the step saved last, as a skipped batch does not count as one
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step = state_dict["last_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        trainer.strategy.checkpoint_io = WholeFiles()
+        write_whole_files(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        if trainer.global_step % self.every_n_train_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        step = trainer.global_step
+        if step == self.last_step:
+            return
+        self.last_step = step
+        path = self.folder / f"epoch={trainer.current_epoch}-step={step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            link(path, self.folder / LAST)
+            for older in self._known()[self.keep :]:
+                remove(older)
+
+    def _known(self) -> list[Path]:
+        """Those of this callback, the newest first."""
+        found = [(int(match[2]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
 
 
-def save_whole(trainer: L.Trainer, path: Path) -> None:
-    """Save a checkpoint under a name that never holds half of one, whatever writes the trainer's checkpoints."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    trainer.save_checkpoint(temporary)
-    publish(temporary, path)
+def write_whole_files(trainer: L.Trainer) -> None:
+    """Have all checkpoints of a trainer written so that a name never holds half of one."""
+    trainer.strategy.checkpoint_io = WholeFiles()
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes beside the target, syncs and renames.
+    """Writes beside the target, syncs and renames. Reads folders too, which several processes have written.
 
     Lightning's own goes through the system's folder for temporary files, which may be small, or on another disk, from
     where a file is copied and not renamed.
@@ -68,4 +97,11 @@ class WholeFiles(TorchCheckpointIO):
                 if not _REFUSED.search(str(error)):
                     raise
                 raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error
+        if path.is_dir():
+            remove(path)
         publish(temporary, path)
+
+    def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read_whole(Path(path))
+        return super().load_checkpoint(path, *options, **named)

@@ -27,6 +27,7 @@ from src.batch import Backbone, Batch, Sampled
 from src.diffusion.sampler import Sampler
 from src.drafting import evaluating
 from src.drawing import Colour, Piece, enlarge, layout, paint
+from src.parallel import gathered
 from src.tokenizer import Codec
 
 OLD: Colour = (250, 190, 190)
@@ -79,9 +80,10 @@ class Samples(L.Callback):
         if self.batch is None or step % self.every_n_steps or step == self.last_step:
             return
         self.last_step = step
-        found = self.write(pl_module, self.batch.to(pl_module.device))
-        if trainer.is_global_zero:  # every rank samples, since sharded parameters need them all
-            self.publish(_writer(trainer), self.batch, found, step)
+        with gathered(pl_module.backbone):  # by all ranks, so that rank 0 can sample without them
+            if trainer.is_global_zero:
+                found = self.write(pl_module, self.batch.to(pl_module.device))
+                self.publish(_writer(trainer), self.batch, found, step)
 
     def write(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Sampled]:
         """Draft and refined responses of a batch."""

@@ -9,6 +9,9 @@ Which rounds are due follows from the epoch alone, so a run that resumes makes t
 `on_train_start`, or, if the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again.
 The random state of training is left as it was. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and
 `max_epochs=-1` where `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
+
+Of several ranks each drafts for its own images and asks about its own drafts, with the whole model in its memory for as
+long as the round takes (`src.parallel.gathered`); drafts and rounds are those of one process.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from callbacks.checkpoint import save_whole
+from callbacks.checkpoint import write_whole_files
 from src.batch import Batch, Expert, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
-from src.parallel import world
+from src.parallel import Team, gathered
 from src.rounds import EmptyRound, read_round, run_round, summary
+from src.snapshots import remove
 from src.stop import Stop
 from src.tokenizer import Codec
 
@@ -37,8 +41,11 @@ logger = logging.getLogger(__name__)
 class GivesDrafts(Protocol):
     """What the callback needs of a datamodule."""
 
-    def draft_dataloader(self, round_number: int, num: int) -> Iterable[Batch]:
-        """The `num` training samples that a round drafts for, none twice, with `records` and `images`."""
+    def draft_dataloader(self, round_number: int, num: int) -> Iterable[tuple[int, Batch]]:
+        """This rank's of the `num` training samples that a round drafts for, none twice, with `records` and `images`.
+
+        As (number, batch): the batches and their numbers are the same whatever the number of ranks.
+        """
         ...
 
     def draft_settings(self) -> Mapping[str, Any]:
@@ -59,6 +66,7 @@ class SelfCorrection(L.Callback):
     per_shard: samples in each shard of a round
     allow_empty: go on where no draft of a round got a correction; else `EmptyRound` is raised, as training would
                  learn nothing new
+    patience_minutes: how long to wait for an expert that gives no answer at all
     stop: signals; they need not wait for the end of a round, which goes on where it was
     """
 
@@ -76,10 +84,13 @@ class SelfCorrection(L.Callback):
         at_start: bool = True,
         per_shard: int = 512,
         allow_empty: bool = False,
+        patience_minutes: float = 60.0,
         seed: int = 0,
         stop: Stop | None = None,
     ) -> None:
         super().__init__()
+        if patience_minutes <= 0:
+            raise ValueError(f"patience_minutes must be more than 0, got {patience_minutes}")
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
         for name, value in numbers.items():
             if value < 1:
@@ -94,7 +105,7 @@ class SelfCorrection(L.Callback):
         self.tokens_per_step, self.drafts_per_round = list(tokens_per_step), drafts_per_round
         self.rounds, self.every_n_epochs, self.at_start = rounds, every_n_epochs, at_start
         self.per_shard, self.allow_empty, self.seed = per_shard, allow_empty, seed
-        self.stop = stop or Stop()
+        self.patience, self.stop = 60 * patience_minutes, stop or Stop()
         self.num_done = 0
         self.saved_for = 0  # the round before which the newest checkpoint was saved
 
@@ -115,9 +126,10 @@ class SelfCorrection(L.Callback):
                 found = type(_datamodule(trainer)).__name__
                 raise ValueError(f"online rounds need a datamodule with {name}, got {found}")
 
+        write_whole_files(trainer)
+        self._team = Team()
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if world() > 1:
-            raise ValueError(f"online rounds run on one process so far, got {world()}")
         count = _datamodule(trainer).draft_settings()["data_count"]
         self.drafts_per_round = capped(self.drafts_per_round, count, name="callbacks.self_correction.drafts_per_round")
         for number in range(1, self.num_done + 1):  # before Lightning asks for the first loader
@@ -141,7 +153,7 @@ class SelfCorrection(L.Callback):
             self._run(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.num_done < self.rounds:
+        if self.num_done < self.rounds and self._team.first:
             logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
 
     def _check_length(self, trainer: L.Trainer, *, steps: int) -> None:
@@ -174,9 +186,10 @@ class SelfCorrection(L.Callback):
             return
         self.saved_for = self.num_done + 1
         path = self.run_dir / "checkpoints" / f"pre-round-{self.saved_for:04d}.ckpt"
-        save_whole(trainer, path)
-        for older in set(path.parent.glob("pre-round-*.ckpt")) - {path}:
-            older.unlink()
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path}:
+                remove(older)
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
@@ -185,7 +198,8 @@ class SelfCorrection(L.Callback):
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
             made = self._round(number, _datamodule(trainer), pl_module)
-        logger.info("%s: %s", made.path, summary(made.manifest))
+        if self._team.first:
+            logger.info("%s: %s", made.path, summary(made.manifest))
         self._add(trainer, made)
         self.num_done = number
         metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
@@ -214,17 +228,20 @@ class SelfCorrection(L.Callback):
             fingerprint=settings["model"],
             device=pl_module.device,
         )
-        return run_round(
-            self._folder(number),
-            datamodule.draft_dataloader(number, self.drafts_per_round),
-            draft,
-            expert=self.expert,
-            codec=self.codec,
-            tokens_per_step=self.tokens_per_step,
-            per_shard=self.per_shard,
-            settings=settings,
-            total=self.drafts_per_round,
-        )
+        with gathered(backbone):
+            return run_round(
+                self._folder(number),
+                datamodule.draft_dataloader(number, self.drafts_per_round),
+                draft,
+                expert=self.expert,
+                codec=self.codec,
+                tokens_per_step=self.tokens_per_step,
+                per_shard=self.per_shard,
+                settings=settings,
+                total=self.drafts_per_round,
+                patience=self.patience,
+                team=self._team,
+            )
 
     def _add(self, trainer: L.Trainer, made: Round) -> None:
         if made.manifest["counts"]["written"]:
@@ -235,7 +252,8 @@ class SelfCorrection(L.Callback):
             raise EmptyRound(
                 f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
             )
-        logger.warning("%s; training goes on without", told)
+        if self._team.first:
+            logger.warning("%s; training goes on without", told)
 
 
 def _shorter(steps: int) -> str:

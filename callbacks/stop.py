@@ -1,20 +1,24 @@
-"""Stop at a signal: save a checkpoint at the end of the step and leave, so that the same command continues.
+"""Stop when asked to: save a checkpoint at the end of the step and leave, so that the same command continues.
 
     with Stop() as stop:
         trainer = Trainer(callbacks=[..., SaveAndStop(stop=stop, run_dir="runs/x")])      last, to save what all hold
         trainer.fit(...)                                                                   raises Stopped
 
 RUN/checkpoints/stopped.ckpt is that checkpoint. Before the first step there is none to save: nothing is lost.
+
+Ranks agree at the end of every step: as soon as one was asked, all of them save and stop at the same step.
 """
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from callbacks.checkpoint import save_whole
+from callbacks.checkpoint import write_whole_files
+from src.parallel import Team
 from src.stop import Stop
 
 
@@ -25,9 +29,15 @@ class SaveAndStop(L.Callback):
         super().__init__()
         self.stop, self.path = stop, Path(run_dir) / "checkpoints" / "stopped.ckpt"
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        write_whole_files(trainer)
+        self._team = Team()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.catch()  # Lightning has put a handler of its own in front, which ends a run without a checkpoint
         self.stop.held = True
+        if self._agreed():
+            self.stop.check()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         self._save_if_asked(trainer)
@@ -39,6 +49,12 @@ class SaveAndStop(L.Callback):
         self._save_if_asked(trainer)
 
     def _save_if_asked(self, trainer: L.Trainer) -> None:
-        if self.stop.asked:
-            save_whole(trainer, self.path)
+        if self._agreed():
+            trainer.save_checkpoint(self.path)
             self.stop.check()
+
+    def _agreed(self) -> bool:
+        """Whether any rank was asked to stop; if so all of them are, by the same signal."""
+        if found := self._team.most(int(self.stop.asked or 0)):
+            self.stop.asked = signal.Signals(found)
+        return bool(found)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import lightning as L
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
+from src.batch import Batch
 from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
 
@@ -60,6 +61,8 @@ class ShardData(L.LightningDataModule):
         epoch_batches: int | None,
     ) -> None:
         super().__init__()
+        if workers:  # must be set before the fork, or the tokenizer warns in every worker
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         sizes = {"batch_size": batch_size, "canvas": collate.canvas}
         sizes["epoch_batches"] = 1 if epoch_batches is None else epoch_batches
         for name, value in sizes.items():
@@ -130,16 +133,24 @@ class ShardData(L.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self._eval_loader(self.index("test"))
 
-    def draft_dataloader(self, round_number: int, num: int) -> Loader:
-        """The `num` training samples that a round (1, 2, ...) drafts for, none twice.
+    def draft_dataloader(self, round_number: int, num: int) -> Iterator[tuple[int, Batch]]:
+        """The `num` training samples that a round (1, 2, ...) drafts for, none twice, as (number, batch).
 
-        Rounds take turns through the data: no image comes again before the others have been drafted for.
+        Rounds take turns through the data: no image comes again before the others have been drafted for. Each rank
+        gets a range of the batches, whose numbers and samples are the same however many ranks there are.
         """
         index = self.index("train")
         if not 1 <= num <= index.count:
             raise ValueError(f"a round can draft for 1 to {index.count} images, got {num}")
         turn, place = divmod(round_number - 1, index.count // num)
-        return self._in_order(Stream([index], seed=self.seed + turn), num, advance=num, epoch=lambda: place)
+        rank, world = self._place()
+        batches = -(-num // self.batch_size)
+        first, last = (batches * number // world for number in (rank, rank + 1))
+        start, stop = (min(num, number * self.batch_size) for number in (first, last))
+        stream = Stream([index], seed=self.seed + turn)
+        part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
+        settings = {"batches": last - first, "epoch": lambda: place, "notes": self.notes, "workers": self.workers}
+        return Loader([part], self.collate.with_first_caption(), **settings).numbered(first)
 
     def draft_settings(self) -> dict[str, Any]:
         """What drafts for these data depend on, beside the number of the round; kept with them."""
@@ -175,8 +186,6 @@ class ShardData(L.LightningDataModule):
         return self._loader([part], batches, self.collate.with_first_caption(), epoch)
 
     def _loader(self, parts: list[Part], batches: int, collate: Collate, epoch: Callable[[], int]) -> Loader:
-        if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         rank, world = self._place()
         settings = {"notes": self.notes, "workers": self.workers, "rank": rank, "world": world}
         return Loader(parts, collate, batches=batches, epoch=epoch, **settings)

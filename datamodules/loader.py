@@ -51,6 +51,7 @@ class Part:
     rows:     samples in each batch
     advance:  positions of the stream from the start of one epoch to the start of the next
     per_rank: samples of one rank in an epoch; where the last batch would need more, it is smaller
+    start:    positions of the epoch that are left out
     stand_in: others take the place of damaged samples; without, there are fewer samples at the end
     """
 
@@ -59,6 +60,7 @@ class Part:
     advance: int
     per_rank: int
     stand_in: bool = True
+    start: int = 0
 
     def samples(self, reader: Reader, origin: int, first: int, last: int) -> Iterator[Sample]:
         """The samples of batches `first` to `last` (exclusive) of the rank whose range starts at `origin`."""
@@ -110,6 +112,12 @@ class Loader:
             self._position = (epoch, done)
             if batch is not None:  # it would be empty, as so many samples were left out
                 yield batch
+
+    def numbered(self, first: int) -> Iterator[tuple[int, Batch]]:
+        """(number, batch), counted from `first`. One of damaged samples only has a number too, but does not come."""
+        for batch in self:
+            assert self._position is not None
+            yield first + self._position[1] - 1, batch
 
     @property
     def plan(self) -> str:
@@ -170,7 +178,7 @@ class _Source(IterableDataset):
         first, last = share(self.batches, workers, (number + self.done) % workers, self.done)
         misfit = self.collate.misfit
         readers = [Reader(part.stream, stand_in=part.stand_in, misfit=misfit) for part in self.parts]
-        origins = [self.epoch * part.advance + self.rank * part.per_rank for part in self.parts]
+        origins = [self.epoch * p.advance + p.start + self.rank * p.per_rank for p in self.parts]
         streams = [p.samples(r, o, first, last) for p, r, o in zip(self.parts, readers, origins, strict=True)]
         for _ in range(first, last):
             rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
@@ -187,7 +195,8 @@ def begin_worker(_: int) -> None:
 
     The DataLoader's own workers notice that the parent is gone, but may then wait for ever to hand over a batch.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # else nothing tells who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -3,7 +3,7 @@
     python -m src.draft conf=draft model.path=runs/stage1/model data.path=data/scenes out=drafts
     python -m src.draft conf=draft model.path=... data.path=... out=drafts num=4096 tokens_per_step=[1,4]
 
-    model, images -> draw_drafts (src/drafting.py) -> out/drafts-rank-0000-000000.tar, ..., out/index.json
+    model, images -> draw_drafts (src/drafting.py) -> out/drafts-000000-00.tar, ..., out/index.json
 
 A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that
 the online callback draws for the round of the same number and seed. No image is drafted twice in a round, so a `num`
@@ -24,6 +24,7 @@ from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
 from src.drafting import capped, draft_batch, draw_drafts, settings_of, warn_of_canvas
 from src.lock import locked
+from src.parallel import Team
 from src.tiling import check_layout
 from src.tokenizer import Codec
 
@@ -81,6 +82,7 @@ def _draw(cfg: DictConfig) -> tuple[int, bool, int]:
         tokenizer=codec.fingerprint,
         settings=settings,
         total=num,
+        team=Team(),
     )
     drawn, scenes = 0, False
     for chunk in chunks:  # each is on disk by now

@@ -1,10 +1,11 @@
 """Drafts: what a model writes, on disk in shards of one chunk each, so that a killed run draws only the rest.
 
     batches -> draw_drafts(folder, batches, partial(draft_batch, backbone, ...)) -> lists of `Draft`
-            -> drafts-rank-0000-000000.tar, ... -> index.json (kind `drafts`), written last
+            -> drafts-000000-00.tar, ... -> index.json (kind `drafts`), written last
     read_drafts(folder) -> the same chunks again
 
-Samples are shared evenly among the speeds of `tokens_per_step`, so that no image is drafted twice.
+Samples are shared evenly among the speeds of `tokens_per_step`, so that no image is drafted twice. A chunk is a speed's
+share of a batch, and is named by the number of that batch: several ranks, however many, make the same chunks as one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from src.batch import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 from src.models.checkpoint import fingerprint
-from src.parallel import rank
+from src.parallel import Team
 from src.shards import (
     INDEX,
     image_name,
@@ -132,30 +133,31 @@ def settings_of(
 
 def draw_drafts(
     folder: Path,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[int, Batch]],
     draft: DraftsBatch,
     *,
     tokens_per_step: Sequence[int],
     tokenizer: str,
     settings: Mapping[str, Any],
     total: int,
+    team: Team,
 ) -> Iterator[list[Draft]]:
-    """Draw drafts chunk by chunk, or read those that lie there already; finished when used up.
+    """Draw this rank's drafts chunk by chunk, or read those that lie there already; finished when all ranks are.
 
-    settings: what the drafts depend on; a folder with other settings is refused. total: for the progress bar.
+    batches: (number, batch) of this rank; settings: what the drafts depend on; a folder with other settings is refused
+    total: of all ranks, for the progress bar
     """
     if not tokens_per_step:
         raise ValueError("tokens_per_step must name at least one speed, got an empty list")
-    _claim(folder, settings)
-    known = _known(folder)
-    if known and all(_is_intact(folder / name, entry) for name, entry in known.items()):
-        yield from read_drafts(folder)
+    known, finished = team.alone(lambda: _claim(folder, settings))
+    if finished:
+        for name in list(known)[team.rank :: team.size]:
+            yield _read_chunk(folder / name)
         return
-    (folder / INDEX).unlink(missing_ok=True)
     shards, num_drawn, seconds = [], 0, 0.0
-    with tqdm(total=total, desc="draft", unit="draft") as bar:
-        for number, (part, speed) in enumerate(_parts(batches, tokens_per_step)):
-            path = folder / f"drafts-rank-{rank():04d}-{number:06d}.tar"
+    with tqdm(total=-(-total // team.size), desc="draft", unit="draft", disable=not team.first) as bar:
+        for name, part, speed in _parts(batches, tokens_per_step):
+            path = folder / f"drafts-{name}.tar"
             drafts = _drawn_before(path, part.keys, known.get(path.name))
             if drafts is not None:
                 shards.append(shard_entry(path, len(drafts)))
@@ -166,10 +168,18 @@ def draw_drafts(
                 shards.append(write_shard(path, map(_to_sample, drafts)))
             bar.update(len(drafts))
             yield drafts
+    parts = team.gather((shards, num_drawn, seconds))
+    team.alone(lambda: _finish(folder, parts, tokenizer=tokenizer, settings=settings))
+
+
+def _finish(folder: Path, parts: list[tuple[list[dict], int, float]], *, tokenizer: str, settings: Any) -> None:
+    """Write the index of the drafts of all ranks."""
+    shards = sorted((shard for some, _, _ in parts for shard in some), key=lambda shard: shard["name"])
     if not shards:
         raise ValueError(f"{folder}: nothing was drafted, as no training sample could be read; make the data again")
-    speed = {"drawn": num_drawn, "seconds": round(seconds, 3)}  # by the process that finished
-    extra = {"settings": dict(settings), "drawing": speed}
+    seconds = round(max(seconds for _, _, seconds in parts), 3)
+    drawing = {"drawn": sum(drawn for _, drawn, _ in parts), "seconds": seconds}  # by the processes that finished
+    extra = {"settings": dict(settings), "drawing": drawing}
     write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
 
 
@@ -256,12 +266,12 @@ def _public_settings(component: Any) -> Mapping[str, Any]:
     return {name: getattr(component, name) for name in names if not name.startswith("_")}
 
 
-def _parts(batches: Iterable[Batch], tokens_per_step: Sequence[int]) -> Iterator[tuple[Batch, int]]:
-    """Each batch dealt out among the speeds; the first speed moves on, so that remainders even out."""
-    for number, batch in enumerate(batches):
+def _parts(batches: Iterable[tuple[int, Batch]], tokens_per_step: Sequence[int]) -> Iterator[tuple[str, Batch, int]]:
+    """(name, part, speed): each batch dealt out among the speeds. The first moves on, so that remainders even out."""
+    for number, batch in batches:
         for place in range(min(len(tokens_per_step), len(batch))):
             part = batch.rows(slice(place, None, len(tokens_per_step)))
-            yield part, tokens_per_step[(number + place) % len(tokens_per_step)]
+            yield f"{number:06d}-{place:02d}", part, tokens_per_step[(number + place) % len(tokens_per_step)]
 
 
 def _draft(codec: Codec, ids: list[int], key: str, record: dict, image: bytes, common: dict) -> Draft:
@@ -329,8 +339,11 @@ def _read_chunk(path: Path) -> list[Draft]:
         raise DamagedDrafts(path, f"{type(error).__name__}: {error}") from error
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note in a folder without drafts what they will depend on; refuse one with drafts that were drawn otherwise."""
+def _claim(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict], bool]:
+    """What an index says of the shards, and whether all are there as they were; else the folder counts as unfinished.
+
+    A folder without drafts gets a note of what they will depend on; one that was drawn otherwise is refused.
+    """
     found = _settings_in(folder)
     if found is None or not any(folder.glob("*.tar")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -338,6 +351,11 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     elif changed := differences(found, settings):
         names = ", ".join(changed)
         raise ValueError(f"{folder} holds drafts made with another {names}; choose another folder")
+    known = _known(folder)
+    finished = bool(known) and all(_is_intact(folder / name, entry) for name, entry in known.items())
+    if not finished:
+        (folder / INDEX).unlink(missing_ok=True)
+    return known, finished
 
 
 def _settings_in(folder: Path) -> dict | None:

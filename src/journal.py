@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ class Journal:
     """Answers of one expert by one process; a context manager.
 
     expert: its name and settings, as text. A broken line is told, and counts as no answer.
+    also: journals of other processes, whose answers count as well; they are only read
     """
 
-    def __init__(self, path: str | Path, *, expert: str) -> None:
+    def __init__(self, path: str | Path, *, expert: str, also: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self.expert = expert
         self._answers: dict[str, Answer] = {}
+        for other in also:
+            if other != self.path:
+                self._read(other)
         self._restore()
         self._stream = self.path.open("ab")
 
@@ -55,8 +60,7 @@ class Journal:
 
     def is_settled(self, draft: Draft) -> bool:
         """Whether there is an answer, and not a failure that asking again may cure."""
-        answer = self.answer(draft)
-        return answer is not None and not (isinstance(answer, Failure) and answer.retry)
+        return _is_settled(self.answer(draft))
 
     def add(self, draft: Draft, answer: Answer) -> None:
         """Append an answer; when this returns it is on disk."""
@@ -76,24 +80,37 @@ class Journal:
 
     def _restore(self) -> None:
         """Read the journal of an earlier process and cut off a torn last line."""
-        data = self.path.read_bytes() if self.path.exists() else b""
+        if not self.path.exists():
+            return
+        whole = self._read(self.path)
+        if whole < self.path.stat().st_size:
+            logger.warning("%s: dropped a torn last line", self.path)
+            os.truncate(self.path, whole)
+
+    def _read(self, path: Path) -> int:
+        """Read the whole lines of a journal; returns how many bytes these take."""
+        data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         broken = []
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 if line.strip():
                     entry = json.loads(line)
-                    self._answers[_typed(entry["request"], str)] = _answer(entry)
+                    request, answer = _typed(entry["request"], str), _answer(entry)
+                    if not _is_settled(self._answers.get(request)):  # of another process, maybe
+                        self._answers[request] = answer
             except (ValueError, KeyError, TypeError) as error:
                 broken.append(f"line {number} ({error!r})")
         if broken:
             logger.warning(
                 "%s: %d broken lines, the first of them %s: what they answered is asked again",
-                self.path, len(broken), broken[0],
+                path, len(broken), broken[0],
             )  # fmt: skip
-        if len(whole) < len(data):
-            logger.warning("%s: dropped a torn last line", self.path)
-            os.truncate(self.path, len(whole))
+        return len(whole)
+
+
+def _is_settled(answer: Answer | None) -> bool:
+    return answer is not None and not (isinstance(answer, Failure) and answer.retry)
 
 
 def _answer(entry: dict[str, Any]) -> Answer:

@@ -1,8 +1,10 @@
-"""The processes of a run: who is who, sums over all of them, and how a backbone is shared among them (FSDP2).
+"""The processes of a run: who is who, what they tell each other, and how they share a backbone (FSDP2).
 
     world(), rank()                  one process alone is rank 0 of 1, without any set-up
     summed(tensor)                   the sum over all ranks, on all of them
+    Team().gather(value)             where ranks may wait for each other for hours
     Sharding().apply(backbone, mesh) each rank keeps a part of every parameter, and gathers a unit while it is used
+    with gathered(backbone): ...     the whole of it on every rank, for generation: no rank waits for another in there
 
 A backbone says what its units are: `units()` yields (module, names of its other entry points), inner ones first and
 itself last.
@@ -10,9 +12,11 @@ itself last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -41,19 +47,97 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; anything that can be pickled. For waits of hours there is `Team`."""
+    found: list[Any] = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Make each gradient its mean over all ranks, but for sharded parameters, whose gradients are means already.
 
-    A parameter without a gradient on some rank counts as zero there.
+    A parameter without a gradient on some rank counts as zero there; without one on any, it keeps none.
     """
-    if world() == 1:
-        return
     whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-    for parameter in whole:
+    if world() == 1 or not whole:
+        return
+    there = summed(torch.tensor([p.grad is not None for p in whole], device=whole[0].device).long())
+    for parameter, count in zip(whole, there.tolist(), strict=True):
+        if not count:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad /= world()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one process would have it; of a sharded one every rank has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Team:
+    """All ranks where they may wait for each other for hours, as for an expert: apart from the group that trains.
+
+    Every rank has to make one at the same place, and to call the same methods in the same order.
+
+    hours: how long a rank waits for the others before it fails
+    """
+
+    def __init__(self, *, hours: float = 24.0) -> None:
+        self.rank, self.size = rank(), world()
+        self._group: Any = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        told = [value if self.first else None]
+        dist.broadcast_object_list(told, src=0, group=self._group)
+        return told[0]
+
+    def most(self, value: int) -> int:
+        """The greatest value of any rank. Cheap enough for every step."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return int(found)
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, which alone does it; what it raises there stops all ranks."""
+        wrong, found = None, None
+        if self.first:
+            try:
+                found = work()
+            except (ValueError, OSError) as error:
+                wrong = error
+        told, found = self.share((wrong and f"rank 0: {wrong}", found))
+        if wrong is not None:
+            raise wrong
+        if told is not None:
+            raise ValueError(told)
+        return found
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.gather(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +168,34 @@ class Sharding:
         loose = [name for name, p in backbone.named_parameters() if not isinstance(p, DTensor)]
         if loose:
             raise ValueError(f"{', '.join(loose)}: in no unit of the backbone, so it would not be sharded")
+        backbone.sharding = self
 
 
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+@contextmanager
+def gathered(backbone: Any) -> Iterator[None]:
+    """The whole backbone on every rank: in the block ranks may run it differently often. A rank alone changes nothing.
+
+    All ranks have to enter and to leave. It takes the memory of all parameters, in the type that they are computed in.
+    """
+    units = [part for part in backbone.modules() if isinstance(part, FSDPModule)]
+    if not units:
+        yield
+        return
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    for pending in [unit.unshard(async_op=True) for unit in units]:
+        if pending is not None:
+            pending.wait()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(backbone.sharding.reshard, recurse=False)
 
 
 def _distributed() -> bool:

@@ -2,7 +2,7 @@
 
     python -m src.revise conf=revise drafts=drafts out=rounds/round-0001 tokenizer=runs/stage1/model
 
-    drafts -> expert -> edits aligned to tokens (src/align.py) -> out/rank-0000-000000.tar, ... out/index.json
+    drafts -> expert -> edits aligned to tokens (src/align.py) -> out/round-000000.tar, ... out/index.json
 
 A killed run is continued by the same command; nothing that was answered is asked again. At the end it prints what
 became of the drafts and edits, by reason, and how to train on the round without drawing further ones:
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
                 expert=build(cfg.expert, codec=codec),
                 codec=codec,
                 per_shard=cfg.per_shard,
+                patience=60 * cfg.patience_minutes,
                 total=read_drafts_index(drafts)["counts"]["written"],
             )
     except ValueError as error:

@@ -2,13 +2,16 @@
 
     batches -> draw_drafts -> drafts/                        one shard for each chunk (src/drafting.py)
             -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/journal.py)
-            -> src.align.locate -> rank-0000-000000.tar, ... -> index.json, the manifest
+            -> src.align.locate -> round-000000.tar, ... -> index.json, the manifest
 
     run_round("rounds/round-0001", batches, partial(draft_batch, ...), expert=expert, ...)    draft and revise
     revise_round("rounds/round-0001", drafts, expert=expert, ...)                             drafts on disk
 
 A round grows in `.round-0001.partial` and gets its name last. The call that was killed is simply repeated: it
 draws no finished chunk again, asks nothing that was answered, and returns a finished round as it is.
+
+Of several ranks each draws and asks about its own drafts; when all answers are there, rank 0 writes the round. Its
+shards are those of one process, byte by byte.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -30,11 +34,12 @@ from src.align import Span, locate
 from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
 from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.journal import Answer, Journal
-from src.parallel import rank
+from src.parallel import Team
 from src.shards import INDEX, image_name, publish, read_manifest, write_shards
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
+LEAVE = 5.0  # seconds for an expert to let go of what it waits for
 
 
 def run_round(
@@ -48,35 +53,44 @@ def run_round(
     per_shard: int,
     settings: Mapping[str, Any],
     total: int,
+    patience: float,
+    team: Team,
 ) -> Round:
-    """Draft and revise into `folder`. settings: what the drafts depend on (model, sampler, seed, ...)."""
-    folder = Path(folder)
-    if _is_finished(folder):
-        return _same_round(folder, settings, expert)
-    drafts = _partial(folder) / "drafts"
-    drop_stale(drafts, settings)
+    """Draft and revise into `folder`.
+
+    batches: (number, batch) of this rank; settings: what the drafts depend on (model, sampler, seed, ...)
+    total: drafts of all ranks; patience: seconds without any answer after which an expert is given up
+    """
+    folder, drafts = Path(folder), _partial(Path(folder)) / "drafts"
+
+    def prepare() -> Round | None:
+        if _is_finished(folder):
+            return _same_round(folder, settings, expert)
+        return drop_stale(drafts, settings)
+
+    if made := team.alone(prepare):
+        return made
     drawn = draw_drafts(
         drafts, batches, draft,
-        tokens_per_step=tokens_per_step, tokenizer=codec.fingerprint, settings=settings, total=total,
+        tokens_per_step=tokens_per_step, tokenizer=codec.fingerprint, settings=settings, total=total, team=team,
     )  # fmt: skip
-    _make(folder, drafts, drawn, settings, expert=expert, codec=codec, per_shard=per_shard, total=total)
-    return read_round(folder)
+    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": team}
+    return _make(folder, drafts, drawn, settings, expert=expert, **options)
 
 
 def revise_round(
-    folder: str | Path, drafts: Path, *, expert: Expert, codec: Codec, per_shard: int, total: int
+    folder: str | Path, drafts: Path, *, expert: Expert, codec: Codec, per_shard: int, total: int, patience: float
 ) -> Round:
     """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
-    total: number of drafts, for the progress bar.
+    total: number of drafts, for the progress bar; patience: as for `run_round`
     """
     folder = Path(folder)
     settings = _checked(drafts, codec)["settings"]
     if _is_finished(folder):
         return _same_round(folder, settings, expert)
-    drawn = read_drafts(drafts)
-    _make(folder, drafts, drawn, settings, expert=expert, codec=codec, per_shard=per_shard, total=total)
-    return read_round(folder)
+    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": Team()}
+    return _make(folder, drafts, read_drafts(drafts), settings, expert=expert, **options)
 
 
 def read_round(folder: str | Path) -> Round:
@@ -96,18 +110,28 @@ def summary(manifest: Mapping[str, Any]) -> str:
     return "; ".join(told)
 
 
-class EmptyRound(ValueError):
+class FailedRound(ValueError):
+    """A round that cannot be made, or is of no use, for a reason that the user can mend."""
+
+
+class EmptyRound(FailedRound):
     """A round that holds nothing to train on."""
+
+
+class SilentExpert(FailedRound):
+    """An expert that does not answer any more."""
 
 
 class ExpertThread:
     """Asks an expert in a thread of its own; a context manager that ends when every answer is in the journal.
 
-    The expert lives in one event loop for the whole round, so it may keep connections and limits of its own.
+    The expert lives in one event loop for the whole round, so it may keep connections and limits of its own. Raises
+    SilentExpert where it has been asked, and `patience` seconds have gone by without an answer.
     """
 
-    def __init__(self, expert: Expert, journal: Journal, bar: tqdm) -> None:
-        self.expert, self.journal, self.bar = expert, journal, bar
+    def __init__(self, expert: Expert, journal: Journal, bar: tqdm, *, patience: float) -> None:
+        self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
+        self._heard = time.monotonic()
         self._asked: list[Future] = []
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
@@ -120,19 +144,45 @@ class ExpertThread:
         try:
             if error is None:
                 for future in self._asked:
-                    future.result()
+                    self._wait(future)
         finally:
-            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._end()
 
     def ask(self, drafts: Sequence[Draft]) -> None:
         """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
         for future in self._asked:
             if future.done():
                 future.result()
+        if all(future.done() for future in self._asked):
+            self._heard = time.monotonic()  # nothing was asked of it until now
+        elif time.monotonic() - self._heard > self.patience:
+            raise self._silent()
         self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
+
+    def _wait(self, future: Future) -> None:
+        while not future.done():
+            left = self._heard + self.patience - time.monotonic()
+            if left <= 0:
+                raise self._silent()
+            wait([future], timeout=min(left, 1.0) + 0.01)
+        future.result()
+
+    def _silent(self) -> SilentExpert:
+        return SilentExpert(
+            f"expert {self.expert.name} has not answered for {self.patience:.0f} s; its {len(self.journal)} answers "
+            "are kept, and the same command continues"
+        )
+
+    def _end(self) -> None:
+        """End the thread. One that its expert blocks is left behind, and ends with the process."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=LEAVE)
+        except TimeoutError:
+            logger.warning("expert %s does not let go of its thread", self.expert.name)
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _cancel(self) -> None:
         """End what still runs; after an error, that is all chunks without answers."""
@@ -151,6 +201,7 @@ class ExpertThread:
             if key not in unsettled:
                 raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")
             self.journal.add(unsettled.pop(key), answer)
+            self._heard = time.monotonic()
             self.bar.update()
 
 
@@ -203,18 +254,44 @@ def _make(
     codec: Codec,
     per_shard: int,
     total: int,
-) -> None:
-    """Write a round; `drawn` yields the chunks of `drafts`, and may write them as it goes."""
+    patience: float,
+    team: Team,
+) -> Round:
+    """Write a round; `drawn` yields the chunks of `drafts` that are this rank's, and may write them as it goes."""
     work, asked = _partial(folder), identity(expert)
-    work.mkdir(parents=True, exist_ok=True)
-    if (work / INDEX).exists() and _changed(read_manifest(work), settings, expert):
-        (work / INDEX).unlink()
-    if not (work / INDEX).exists():
-        name = json.dumps(asked, sort_keys=True)
-        with Journal(work / f"journal-rank-{rank():04d}.jsonl", expert=name) as journal:
-            _ask(expert, journal, drawn, total)
-            _write(work, drafts, journal, codec, per_shard, expert=asked)
-    publish(work, folder)
+    name = json.dumps(asked, sort_keys=True)
+
+    def prepare() -> bool:
+        work.mkdir(parents=True, exist_ok=True)
+        if (work / INDEX).exists() and _changed(read_manifest(work), settings, expert):
+            (work / INDEX).unlink()
+        return (work / INDEX).exists()
+
+    def journal() -> Journal:
+        others = sorted(work.glob("journal-rank-*.jsonl"))
+        return Journal(work / f"journal-rank-{team.rank:04d}.jsonl", expert=name, also=others)
+
+    def write() -> None:
+        with journal() as answers:
+            _write(work, drafts, answers, codec, per_shard, expert=asked)
+
+    if not team.alone(prepare):
+        with (
+            journal() as answers,
+            _bar(total, team) as bar,
+            ExpertThread(expert, answers, bar, patience=patience) as thread,
+        ):
+            for chunk in drawn:
+                thread.ask(chunk)
+        team.wait()  # rank 0 writes the answers of all
+        team.alone(write)
+    team.alone(lambda: publish(work, folder))
+    return read_round(folder)
+
+
+def _bar(total: int, team: Team) -> tqdm:
+    """Of the answers that rank 0 waits for."""
+    return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.first)
 
 
 def identity(expert: Expert) -> dict[str, Any]:
@@ -222,18 +299,12 @@ def identity(expert: Expert) -> dict[str, Any]:
     return {"name": expert.name, **describe(expert)}
 
 
-def _ask(expert: Expert, journal: Journal, chunks: Iterable[list[Draft]], total: int) -> None:
-    with tqdm(total=total, desc="revise", unit="draft") as bar, ExpertThread(expert, journal, bar) as thread:
-        for chunk in chunks:
-            thread.ask(chunk)
-
-
 def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int, *, expert: dict[str, Any]) -> None:
     index, tally = _checked(drafts, codec), Tally()
     write_shards(
         work,
         _samples(drafts, journal, codec, tally),
-        prefix=f"rank-{rank():04d}",
+        prefix="round",
         per_shard=per_shard,
         kind="round",
         tokenizer=codec.fingerprint,

@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +28,7 @@ from src.hub import local_folder
 from src.models.checkpoint import fingerprint
 from src.models.weights import is_model_folder
 from src.shards import INDEX, read_json, sha256, write_json
+from src.snapshots import is_whole
 
 ASIDE = ".replaced"  # in the folder of the run, what was there before
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"
@@ -105,8 +104,9 @@ def is_complete(run_dir: Path) -> bool:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The newest first; before each online round one is written too."""
-    return sorted((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    """The newest first, each once; before each online round one is written too."""
+    found = [path for path in (run_dir / "checkpoints").glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -119,15 +119,6 @@ def newest(run_dir: Path) -> Path | None:
         next_best = f"taking {older[0].name}, the one before it" if older else "no other is left: starting at step 0"
         log.warning("%s is damaged; %s", path, next_best)
     return None
-
-
-def is_whole(archive: Path) -> bool:
-    """Whether every file in a zip archive, as PyTorch writes them, has the checksum that it was stored with."""
-    try:
-        with zipfile.ZipFile(archive) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError):
-        return False
 
 
 def inputs(cfg: DictConfig) -> dict[str, str]:

@@ -1,21 +1,30 @@
-"""SIGTERM and Ctrl-C: when a program ends at a signal.
+"""SIGTERM, Ctrl-C and a file: when a program ends because somebody else wants it to.
 
     with Stop() as stop:            the first signal raises `Stopped` where the program is
         stop.held = True            from now on it only sets `stop.asked`
         with stop.at_once(): ...    and in here it raises again
 
-A second signal ends the process at once, wherever it is.
+A second SIGTERM or Ctrl-C ends the process at once, wherever it is.
+
+    with Stop(RUN / "STOP"): ...    a file of that name asks as well, as if SIGUSR1 had come
+
+The file is how a batch job tells all processes of all its nodes: signals reach them one by one, and reach workers too.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BY_FILE = signal.SIGUSR1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, BY_FILE)
 SIGNALLED = 128  # exit code of a program that a signal ended, without the number of the signal
+PERIOD = 1.0  # seconds between two looks for the file
 
 
 class Stopped(BaseException):
@@ -32,17 +41,23 @@ class Stop:
     asked: the signal that came, None before; held: whether it waits for `check` instead of raising
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         self.asked: signal.Signals | None = None
         self.held = False
+        self.file = file
+        self._left = Event()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._left.clear()
         self.catch()
+        if self.file:
+            Thread(target=self._watch, args=(self.file,), name="stop", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -66,7 +81,16 @@ class Stop:
         if self.asked:
             raise Stopped(self.asked)
 
+    def _watch(self, file: Path) -> None:
+        while not self.asked and not self._left.is_set():
+            if file.exists():
+                os.kill(os.getpid(), BY_FILE)  # the handler runs in the main thread, wherever that is
+                return
+            self._left.wait(PERIOD)
+
     def _handle(self, number: int, _: object) -> None:
+        if self.asked and BY_FILE in (self.asked, number):  # Slurm's SIGTERM at the limit must not cut a save short
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

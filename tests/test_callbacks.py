@@ -22,8 +22,8 @@ from src.batch import Sampled, TraceStep
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
+from src.objectives.training import Training
 from src.prepare import Scenes
 from src.tokenizer import Codec
 

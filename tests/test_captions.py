@@ -284,10 +284,10 @@ def test_ranks_get_equal_and_different_parts(folder: Path, round_folder: Path, c
 
 def test_drafting_takes_turns_through_the_data(folder: Path, codec: Codec) -> None:
     module = data(folder, codec)
-    rounds = [[k for b in module.draft_dataloader(number, 7) for k in b.keys] for number in (1, 2, 3)]
+    rounds = [[k for _, b in module.draft_dataloader(number, 7) for k in b.keys] for number in (1, 2, 3)]
     assert [len(set(keys)) for keys in rounds] == [7, 7, 7]
     assert not set(rounds[0]) & set(rounds[1])
-    assert [k for b in module.draft_dataloader(2, 7) for k in b.keys] == rounds[1]
+    assert [k for _, b in module.draft_dataloader(2, 7) for k in b.keys] == rounds[1]
     with pytest.raises(ValueError, match="1 to 20 images, got 21"):
         module.draft_dataloader(1, 21)
 

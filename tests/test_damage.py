@@ -145,7 +145,7 @@ def test_samples_of_a_wrong_form_are_left_out_counted_and_named(scenes, tmp_path
     train = [key for batch in made.train_dataloader() for key in batch.keys]
     assert len(train) == NUM  # others stand in
     assert not set(train) & set(lost)
-    drafted = [key for batch in made.draft_dataloader(1, NUM) for key in batch.keys]
+    drafted = [key for _, batch in made.draft_dataloader(1, NUM) for key in batch.keys]
     assert len(drafted) == NUM - 2
     assert sum(count for (_, reason), count in made.notes.items() if reason == "misfit") == 4
     (shard,) = (data / "train").glob("*.tar")
@@ -221,20 +221,20 @@ DAMAGES = [cut, empty, Path.unlink, other]
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_damaged_shard_of_drafts_is_drawn_again(scenes, drawn, drafts, damage, finished):
     """Without its index, a shard that is whole cannot be known to be another one."""
-    damage(drafts / "drafts-rank-0000-000001.tar")
+    damage(drafts / "drafts-000000-01.tar")
     if not finished:
         (drafts / INDEX).unlink()
     src.draft.main(draft_arguments(scenes, drafts))
     same = contents(drafts).items() - contents(drawn).items()
     changed = {name for name, _ in same} - {INDEX}  # it holds how long drawing took
-    assert changed == ({"drafts-rank-0000-000001.tar"} if damage is other and not finished else set())
+    assert changed == ({"drafts-000000-01.tar"} if damage is other and not finished else set())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_revising_damaged_drafts_names_the_shard(drafts, tmp_path, capsys, damage):
-    damage(drafts / "drafts-rank-0000-000001.tar")
+    damage(drafts / "drafts-000000-01.tar")
     error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
-    assert error.startswith(f"error: {drafts}/drafts-rank-0000-000001.tar is damaged (")
+    assert error.startswith(f"error: {drafts}/drafts-000000-01.tar is damaged (")
     assert error.endswith("); repeat the `src.draft` command, which draws it again")
 
 

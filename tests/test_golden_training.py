@@ -21,8 +21,8 @@ from src.diffusion.corruption import Absorb, Chain, Replace, start
 from src.diffusion.losses import Term, term_loss
 from src.diffusion.noise import Noise
 from src.models.formats import LlamaStyle
-from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
+from src.objectives.training import Training
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 RESULTS = json.loads((FOLDER / "train_results.json").read_text())
@@ -136,7 +136,7 @@ def objective_of(name: str, found: SimpleNamespace, model: nn.Module):
     preset = "stage1,objective/rediff_released"
     if found.batch.drafted.all():
         preset = "stage2,objective/rediff_released,objective/rediff_released_stage2"
-    settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.base.Training, lr: 1.0}"]
+    settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.training.Training, lr: 1.0}"]
     more = ["model.path=none", "run_dir=none"] if preset.startswith("stage2") else []
     node = load_config([f"conf={preset}", *settings, *more]).objective
     return build(node, backbone=backbone, special=found.special, seed=0)

@@ -150,7 +150,7 @@ def test_a_verb_leaves_alone_what_another_process_writes(data, drafts, tmp_path,
     [
         ("prepare", 4000, "scenes.partial"),
         ("train", 40000, ".ckpt"),
-        ("draft", 4000, "drafts-rank-0000-000000.tar"),
+        ("draft", 4000, "drafts-000000-00.tar"),
         ("revise", 300, "journal-rank-0000.jsonl"),
     ],
 )

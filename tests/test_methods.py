@@ -16,9 +16,10 @@ from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.generate import main as generate
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
+from src.objectives.training import Training
 from tests.test_train import arguments, run, write_scenes
 
 SAMPLERS = {

@@ -13,14 +13,15 @@ from torch import nn
 from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.losses import Term, denominator, term_loss
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
 from src.objectives.tower import TowerLabels
+from src.objectives.training import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
 from tests.test_corruption import SPECIAL, make_batch
 
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 TRAINING = Training(lr=1e-3, warmup_steps=1, decay=0.0)
 
 
@@ -179,22 +180,46 @@ def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro
     assert rates == [0.0, 0.0]  # four steps done: warm-up 2, decay over the last two
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step():
+def test_losses_that_are_not_finite_are_skipped_and_then_stop_the_training():
     batch = batch_with_prompt(4, padding=0)
     objective = make(MaskPrediction)
     objective.backbone.lm_head.weight.data[0, 0] = math.nan
-    trainer = L.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
     before = objective.backbone.model.norm.weight.clone()
-    with pytest.raises(RuntimeError, match=r"not finite at step 0 \(samples "):
+    with pytest.raises(RuntimeError, match=r"not finite after step 0 \(samples .*\), 4 times in a row"):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
+    assert objective.num_skipped == 4
+
+
+class Flawed(MaskPrediction):
+    """Gets a gradient that is not finite from some batches."""
+
+    wrong = (1, 2, 4)
+
+    def training_step(self, batch, batch_idx):
+        self.broken = batch_idx in self.wrong
+        super().training_step(batch, batch_idx)
+
+    def reduce(self, logits, where, state, terms):
+        return super().reduce(logits * math.inf if self.broken else logits, where, state, terms)
+
+
+def test_a_skipped_step_changes_nothing_and_is_counted():
+    batches = [batch_with_prompt(4, padding=0) for _ in range(6)]
+    for number, batch in enumerate(batches):
+        batch.epoch = number  # other noise
+
+    def trained(objective, given):
+        trainer = L.Trainer(max_steps=3, accelerator="cpu", **QUIET)
+        trainer.fit(objective, torch.utils.data.DataLoader(given, batch_size=None))
+        return objective, trainer
+
+    skipping, trainer = trained(make(Flawed), batches)
+    without, _ = trained(make(MaskPrediction), [batch for n, batch in enumerate(batches) if n not in Flawed.wrong])
+    assert trainer.callback_metrics["train/skipped"] == skipping.num_skipped == 3
+    for one, other in zip(skipping.parameters(), without.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 class Late(MaskPrediction):
@@ -211,14 +236,7 @@ def test_denominators_that_were_not_known_before_are_refused(micro):
     objective = make(Late, weight="one", reduce="tokens")
     objective.options = Training(lr=1e-2, micro_batch=micro)
     known = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
-    trainer = L.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
     before = objective.backbone.model.norm.weight.clone()
     told = f"term 'mask': losses.. returns the denominator {known + 3 * (2 if micro else 1)}, .* gives {known};"
     with pytest.raises(ValueError, match=told):

@@ -13,12 +13,13 @@ from src.batch import Batch, Corrupted, Kind
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import term_loss
 from src.ledger import Live
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edits import EditNoise
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
+from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import TRAINING, Oracle, batch_with_prompt, make, tiny_backbone, token_losses, total

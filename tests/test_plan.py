@@ -23,9 +23,9 @@ from src.diffusion.noise import Noise
 from src.models.checkpoint import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.models.outline import outline
-from src.objectives.base import Training
 from src.objectives.mask import MaskPrediction
 from src.objectives.revision import Revision
+from src.objectives.training import Training
 from src.plan import (
     CAST,
     DECODER,

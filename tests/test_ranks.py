@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edits import EditNoise
 from src.objectives.hybrid import HybridNoise
@@ -20,6 +20,7 @@ from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
+from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
 from src.parallel import Sharding
 from tests.test_objectives import batch_with_prompt, make, tiny_backbone

@@ -30,6 +30,7 @@ from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
 from src.journal import Journal
 from src.models.checkpoint import fingerprint
+from src.parallel import Team
 from src.rounds import read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
@@ -130,10 +131,10 @@ class Case:
     def run(self, folder: Path, expert, **changed):
         common = {
             "expert": expert, "codec": self.codec, "tokens_per_step": [4, 16], "per_shard": 4,
-            "settings": self.settings, "total": NUM,
+            "settings": self.settings, "total": NUM, "patience": 60.0, "team": Team(),
         }  # fmt: skip
         draft = changed.pop("draft", self.draft)
-        return run_round(folder, self.batches(), draft, **{**common, **changed})
+        return run_round(folder, enumerate(self.batches()), draft, **{**common, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +372,7 @@ def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name
 
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
-    asked = {"codec": case.codec, "per_shard": 4, "total": NUM}
+    asked = {"codec": case.codec, "per_shard": 4, "total": NUM, "patience": 60.0}
     for expert in (ScenesExpert(), ReferenceExpert()):
         with pytest.raises(ValueError, match="round made with another expert;"):
             case.run(whole, expert)
@@ -390,7 +391,8 @@ def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tm
     """Killed with all answers in the journal and the round written, right before it gets its name."""
     folder = tmp_path / "round-0001"
     again = lambda expert: revise_round(  # noqa: E731
-        folder, whole / "drafts", expert=expert, codec=case.codec, per_shard=4, total=NUM
+        folder, whole / "drafts", expert=expert, codec=case.codec, per_shard=4, total=NUM,
+            patience=60.0,
     )  # fmt: skip
 
     def killed() -> None:
@@ -469,23 +471,32 @@ def test_expert_that_answers_twice_is_an_error(case, tmp_path):
 
 def test_online_and_offline_write_the_same(case, whole, tmp_path):
     common = {"tokens_per_step": [4, 16], "tokenizer": case.codec.fingerprint, "settings": case.settings, "total": NUM}
-    chunks = list(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
+    common["team"] = Team()
+    chunks = list(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     assert sum(map(len, chunks)) == NUM
-    asked = {"expert": Diligent(tmp_path / "asked"), "codec": case.codec, "per_shard": 4, "total": NUM}
+    asked = {
+        "expert": Diligent(tmp_path / "asked"),
+        "codec": case.codec,
+        "per_shard": 4,
+        "total": NUM,
+        "patience": 60.0,
+    }
     revise_round(tmp_path / "r", tmp_path / "drafts", **asked)
     assert digests(tmp_path / "r") == digests(whole)
     for name in ("tokens_per_step", "data", "canvas", "round"):
         common["settings"] = {**case.settings, name: "another"}
         with pytest.raises(ValueError, match=f"drafts made with another {name};"):
-            next(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
+            next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
 
 
 def test_unfinished_drafts_are_refused(case, tmp_path):
     common = {"tokens_per_step": [16], "tokenizer": case.codec.fingerprint, "settings": case.settings, "total": NUM}
-    next(draw_drafts(tmp_path / "drafts", case.batches(), case.draft, **common))
+    common["team"] = Team()
+    next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
         revise_round(
-            tmp_path / "r", tmp_path / "drafts", expert=ScenesExpert(), codec=case.codec, per_shard=4, total=NUM
+            tmp_path / "r", tmp_path / "drafts", expert=ScenesExpert(), codec=case.codec, per_shard=4, total=NUM,
+            patience=60.0,
         )  # fmt: skip
 
 
@@ -493,7 +504,8 @@ def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
     other = Codec.train(["one two three"], vocab_size=300)
     with pytest.raises(ValueError, match=other.fingerprint):
         revise_round(
-            tmp_path / "r", whole / "drafts", expert=ScenesExpert(), codec=other, per_shard=4, total=NUM
+            tmp_path / "r", whole / "drafts", expert=ScenesExpert(), codec=other, per_shard=4, total=NUM,
+            patience=60.0,
         )  # fmt: skip
 
 

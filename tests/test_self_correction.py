@@ -35,8 +35,8 @@ from src.batch import Edit, Revision
 from src.diffusion.sampler import Sampler
 from src.models.checkpoint import save_pretrained
 from src.models.tiny import tiny
-from src.objectives.base import Training
 from src.objectives.refine import Refine
+from src.objectives.training import Training
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render

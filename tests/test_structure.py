@@ -40,7 +40,9 @@ LAYERS: dict[str, set[str]] = {
     "src.lock": {"src.components"},
     "src.output": {"src.batch", "src.components", "src.tokenizer"},
     "src.parallel": set(),
-    "src.strategy": set(),
+    "src.snapshots": {"src.shards"},  # checkpoints as files and folders
+    "src.strategy": {"src.parallel", "src.snapshots"},
+    "src.processes": {"src.components", "src.parallel", "src.strategy"},
     "src.stop": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
@@ -69,7 +71,11 @@ LAYERS: dict[str, set[str]] = {
     "src.ledger": set(),
     "src.plan": {"src.batch", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
-    "src.runs": {"src.components", "src.config", "src.hub", "src.models", "src.shards"},
+    "src.runs": {"src.components", "src.config", "src.hub", "src.models", "src.shards", "src.snapshots"},
+    "src.assembly": {
+        *("src.batch", "src.components", "src.drafting", "src.models", "src.stop", "src.strategy"),
+        *("src.tiling", "src.tokenizer", "datamodules"),
+    },
     "src.curve": {"src.metrics", "src.report"},
     "src.grid": {"src.components"},
     "src.results": {"src.components", "src.metrics", "src.shards"},
@@ -79,15 +85,18 @@ LAYERS: dict[str, set[str]] = {
     },
     "callbacks": {
         *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
-        *("src.parallel", "src.rounds", "src.shards", "src.stop", "src.tokenizer"),
+        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.stop", "src.tokenizer"),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
 }
 
 # Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
 ONLY_IN: dict[str, set[str]] = {
-    "lightning": {"src.strategy", "src.objectives", "src.objectives.tower", "src.train", "callbacks", "datamodules"},
-    "omegaconf": {"src.components", "src.config", "src.runs", *(f"src.{verb}" for verb in VERBS)},
+    "lightning": {
+        *("src.assembly", "src.processes", "src.strategy", "src.train"),
+        *("src.objectives", "src.objectives.tower", "callbacks", "datamodules"),
+    },
+    "omegaconf": {"src.assembly", "src.components", "src.config", "src.runs", *(f"src.{verb}" for verb in VERBS)},
     "transformers": {"src.metrics", "src.models", "src.tokenizer"},
     "rdkit": {"src.metrics"},
     "openai": {"src.experts"},
@@ -118,6 +127,7 @@ ON_TOP: dict[str, list[str]] = {
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "model/": ["mask", "stage1"],
+    "parallel/": ["mask", "stage1", "stage2", "proseco"],
     "task/": ["mask", "stage1"],
     "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],

@@ -148,7 +148,11 @@ def test_a_hidden_prompt_is_what_guidance_shows(folder: Path) -> None:
 
 def test_evaluation_hides_no_prompt(folder: Path) -> None:
     module = data(folder, "smiles", prompt_dropout=1.0)
-    batches = [*module.val_dataloader(), *module.test_dataloader(), *module.draft_dataloader(1, 3)]
+    batches = [
+        *module.val_dataloader(),
+        *module.test_dataloader(),
+        *(batch for _, batch in module.draft_dataloader(1, 3)),
+    ]
     assert not any((batch.prefix["prompt_ids"] == module.codec.mask_id).any() for batch in batches)
 
 

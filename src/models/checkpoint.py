@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from src.hub import hub_name, local_folder
 from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
 from src.models.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
+from src.parallel import rank, whole
 from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"
@@ -37,12 +39,19 @@ KINDS = ("bfloat16", "float16", "float32", "float64")
 
 
 def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_bytes: float = 5e9) -> None:
-    """Write a model folder in our own layout; a reader never sees half of it. An existing folder is replaced."""
+    """Write a model folder in our own layout; a reader never sees half of it. An existing folder is replaced.
+
+    Of a model that ranks share, all of them have to call it; rank 0 gathers a file at a time, and writes.
+    """
     state = model.state_dict()
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    if rank():
+        for tensor in state.values():
+            whole(tensor)
+        return
     with replacing(Path(path)) as folder:
         write_weights(
-            folder, sizes, lambda names: {name: state[name] for name in names}, max_shard_bytes=max_shard_bytes
+            folder, sizes, lambda names: {name: whole(state[name]) for name in names}, max_shard_bytes=max_shard_bytes
         )
         write_config(folder, FORMATS["own"].config(describe(model)))
         codec.save(folder)
@@ -91,12 +100,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def fingerprint(model: nn.Module | str | Path) -> str:
     """Hash of a model's weights: names it in drafts, rounds and results.
 
-    The same for a module and for every folder of it, whatever the layout and the shards, as long as the dtype is.
+    The same for a module and for every folder of it, whatever the layout and the shards, as long as the dtype is. Of a
+    module that ranks share, all of them have to ask.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -277,7 +287,7 @@ def _fill(model: nn.Module, folder: ModelFolder) -> None:
     """Copy the tensors of a folder into the parameters, one at a time."""
     for name, parameter in model.state_dict(keep_vars=True).items():
         stored = folder.read(name)
-        if hasattr(parameter, "placements"):  # a DTensor
+        if isinstance(parameter, DTensor):
             stored, parameter = stored[_own_part(parameter)], parameter.to_local()
         parameter.copy_(stored)
         check_finite(name, parameter, folder.path)

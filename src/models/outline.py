@@ -2,19 +2,22 @@
 
 outline("runs/mask/model")          of the weights only names, shapes and types are read
 outline("GSAI-ML/LLaDA-8B-Base")    of a name on the hub no weights are downloaded
+Deferred("runs/mask/model", ...)    the same, to be filled where it has memory
 outline("docs/llada_v")             a folder may hold nothing but config.json, before a model is downloaded
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from src.hub import local_folder
-from src.models.checkpoint import CONFIG, build_empty, from_pretrained, read_dtype
+from src.models.checkpoint import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
 from src.models.formats import recognise
 from src.models.llada_v import LLaDAV
 from src.models.weights import explained, is_model_folder
@@ -51,3 +54,22 @@ def outline(
         found = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
         decoder = {**found.decoder, **({"attention": attention} if attention else {})}
         return build_empty(replace(found, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """`from_pretrained` in two steps, for a model that is shared among ranks before it has memory.
+
+    options: the arguments of `outline`
+    """
+
+    path: str
+    options: dict[str, Any]
+
+    def __call__(self) -> LLaDAV:
+        """The model on the meta device."""
+        return outline(self.path, **self.options)
+
+    def fill(self, model: nn.Module) -> None:
+        """Write the weights, of a shared model each rank its own part."""
+        load_weights(model, self.path)

@@ -11,82 +11,27 @@ prefix, which adds up what all of them say of it and is propagated back last.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
-from src.parallel import Sharding, average_gradients, is_sharded, summed, world
+from src.objectives.training import Training
+from src.parallel import Sharding, average_gradients, gather, is_sharded, rank, summed, whole, world
 
+log = logging.getLogger(__name__)
 WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """AdamW and its schedule (linear warm-up, constant, decay to zero), and how a step is cut up.
-
-    lr: peak learning rate; vision_lr: that of the vision tower (None: the same; 0: frozen)
-    decay: `cosine` (from the end of the warm-up) or the share in 0..1 of the steps that decay linearly at the end
-    views: noise draws per sample and step, which share one encoded prefix
-    antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
-        drawing each. Rows of a batch stay independent: noise belongs to a sample, whatever batch it is in
-    micro_batch: rows in a forward pass (None: all); changes memory, not the result
-    checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` computes them a
-        second time, `selective` keeps only results of matrix products and attention
-    sharding: how FSDP2 shares the model, where the trainer's strategy is `src.parallel.FSDP2`
-    """
-
-    lr: float
-    vision_lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: float | str = "cosine"
-    clip_norm: float | None = 1.0
-    views: int = 1
-    antithetic: bool = False
-    micro_batch: int | None = None
-    checkpointing: str = "none"
-    sharding: Sharding | None = None
-
-    def __post_init__(self) -> None:
-        least = {"lr": self.lr, "vision_lr": self.vision_lr, "weight_decay": self.weight_decay}
-        least |= {"warmup_steps": self.warmup_steps, "clip_norm": self.clip_norm}
-        for name, value in least.items():
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
-        for name, value, otherwise in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
-            if value == 0:
-                raise ValueError(f"objective.training.{name} must be more than 0{otherwise}, got {value}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
-        if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
-            raise ValueError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
-        if self.antithetic and self.views < 2:
-            raise ValueError("antithetic noise levels are those of one sample: they need views of at least 2")
-        if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise ValueError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
-
-    def factor(self, step: int, total: int) -> float:
-        """The learning rate's factor at an optimizer step of `total`."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        if self.decay == "cosine":
-            done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
-        length = float(self.decay) * total
-        return warm * (min(1.0, (total - step) / length) if length else 1.0)
 
 
 class Diverged(RuntimeError):
@@ -96,8 +41,9 @@ class Diverged(RuntimeError):
 class Objective(L.LightningModule):
     """Base of all objectives.
 
-    backbone: a factory of the network; special: token ids; t_min: noise levels are uniform on [t_min, 1);
-    seed: of the noise.
+    backbone: a factory of the network. Where it has a method `fill(network)`, the network comes without memory (on the
+        meta device), and `fill` writes its weights once it has some: each rank its own part of a shared one
+    special: token ids; t_min: noise levels are uniform on [t_min, 1); seed: of the noise.
     """
 
     def __init__(
@@ -114,15 +60,19 @@ class Objective(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone: Any = backbone()  # an nn.Module that obeys `src.batch.Backbone`
+        self._fill: Callable[[nn.Module], None] | None = getattr(backbone, "fill", None)
         if not terms:
             raise ValueError("the objective trains nothing: all coefficients are 0")
         if training.checkpointing != "none":
             self.backbone.checkpoint(training.checkpointing)
+        if training.compile:
+            self.backbone.compile_blocks()
         if not 0 <= t_min < 1:
             raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
         self._counts: dict[str, Tensor] = {}  # hits and tries of what is logged as a share, since the last log
+        self.num_skipped = self._skipped_in_row = 0  # steps whose gradients were not finite
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
         """The terms of one micro-batch, one dict for each pass; `corrupted` has one damaged response per view.
@@ -190,7 +140,12 @@ class Objective(L.LightningModule):
         average_gradients(self.parameters())
         sums = _summed(found)
         self._check_totals(totals, sums)
-        norm = self._clip(batch)
+        norm = self._clip()
+        if not norm.isfinite():
+            optimizer.zero_grad()
+            self._skip(batch, sums)
+            return
+        self._skipped_in_row = 0
         optimizer.step()
         schedule.step()
         self._log_losses("train", sums, shared, micro)
@@ -198,8 +153,19 @@ class Objective(L.LightningModule):
 
     def configure_model(self) -> None:
         """Share the backbone among the ranks, where the strategy has a mesh for it (Lightning calls this)."""
-        if self.device_mesh is not None and not is_sharded(self.backbone):
-            (self.options.sharding or Sharding()).apply(self.backbone, self.device_mesh["data_parallel"])
+        if self.device_mesh is None or is_sharded(self.backbone):
+            return
+        replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
+        (self.options.sharding or Sharding()).apply(self.backbone, replicas if mesh.size() == replicas.size() else mesh)
+        if self._fill:
+            self.backbone.to_empty(device=self.device)
+            self._fill(self.backbone)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["num_skipped"] = self.num_skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.num_skipped = checkpoint.get("num_skipped", 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         micro = [(batch, self.corrupt(batch))]
@@ -208,7 +174,7 @@ class Objective(L.LightningModule):
         self._check_totals(totals, sums)
         self._log_losses("val", sums, _over_ranks(totals), micro)
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.AdamW:
         """AdamW over what is trained; freezes the rest."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
         betas = (self.options.betas[0], self.options.betas[1])
@@ -223,6 +189,7 @@ class Objective(L.LightningModule):
             raise ValueError(
                 f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
             )
+        _fill_state(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -267,18 +234,27 @@ class Objective(L.LightningModule):
         """The optimizer and its schedule; Lightning's accessors return lists where there are several."""
         return self.optimizers(), self.lr_schedulers()
 
-    def _clip(self, batch: Batch) -> Tensor:
-        """Clip the global norm and return it. Raises Diverged where it is not finite: the step would be ruin."""
+    def _clip(self) -> Tensor:
+        """Clip the global norm and return it. Where it is not finite the gradients are of no use."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not norm.isfinite():
-            keys = ", ".join(map(str, batch.keys[:8])) + (", ..." if len(batch) > 8 else "")
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+    def _skip(self, batch: Batch, sums: dict[str, Loss]) -> None:
+        """Count a step that was left out. Raises Diverged, on all ranks, when too many have followed each other."""
+        self._counts.clear()
+        self.num_skipped, self._skipped_in_row = self.num_skipped + 1, self._skipped_in_row + 1
+        self.log("train/skipped", float(self.num_skipped))
+        finite = all(bool(loss.numerator.isfinite()) for loss in sums.values())
+        found = gather([] if finite else [str(key) for key in batch.keys])
+        keys = [key for some in found for key in some] or [str(key) for some in gather(batch.keys) for key in some]
+        told = f"the gradients are not finite after step {self.trainer.global_step} (samples {_some(keys)})"
+        if self._skipped_in_row > self.options.max_skipped:
             raise Diverged(
-                f"the gradients are not finite at step {self.trainer.global_step} (samples {keys}): "
-                "lower objective.training.lr, or go back to an older checkpoint"
+                f"{told}, {self._skipped_in_row} times in a row: lower objective.training.lr, or go back to an older "
+                "checkpoint"
             )
-        return norm
+        if rank() == 0:
+            log.warning("%s: the step is skipped", told)
 
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=draw)
@@ -323,6 +299,18 @@ class Objective(L.LightningModule):
             shares["p_fix_wrong"] = [sum(column) for column in zip(*wrong, strict=True)]
         values = {f"{stage}/{name}": right / total for name, (right, total) in shares.items() if total}
         self.log_dict(values, batch_size=rows)
+
+
+def _fill_state(optimizer: torch.optim.AdamW) -> None:
+    """Give every parameter its state now: a checkpoint without that of one that got no gradient could not be loaded."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
 
 
 def detached(prefix: Prefix) -> Prefix:

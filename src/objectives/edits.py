@@ -15,7 +15,8 @@ from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.corruption import OPERATIONS, Absorb, Edit, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 
 
 class EditNoise(Objective):

@@ -17,7 +17,8 @@ from torch import nn
 from src.batch import Kind, SpecialIds
 from src.diffusion.corruption import Hybrid
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 
 
 class HybridNoise(Objective):

@@ -21,7 +21,8 @@ from src.diffusion.corruption import Absorb, Replace
 from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
 from src.diffusion.unmask import draw
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 
 FILLS = ("all", "masked")
 PICKS = ("argmax", "sample")

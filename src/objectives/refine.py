@@ -13,8 +13,9 @@ from torch import nn
 from src.batch import Kind, SpecialIds
 from src.diffusion.corruption import Choose, Only, Span
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
 from src.objectives.revision import stage_one, stage_one_terms
+from src.objectives.training import Training
 
 
 class Refine(Objective):

@@ -13,7 +13,8 @@ from torch import nn
 from src.batch import Corruption, Kind, SpecialIds
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 
 
 def stage_one(

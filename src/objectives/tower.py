@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from src.batch import Batch, Corrupted, Kind, Loss, SpecialIds
 from src.diffusion.corruption import Chain
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
 
 SIDE = len(ROWS)

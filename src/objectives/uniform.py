@@ -15,7 +15,8 @@ from torch import nn
 from src.batch import SpecialIds
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Training
+from src.objectives.base import Objective
+from src.objectives.training import Training
 
 
 class UniformNoise(Objective):

@@ -1,0 +1,156 @@
+"""What a training run is made of, from its config.
+
+    codec = Codec.load(cfg.tokenizer)
+    data, objective, trainer = assemble(cfg, codec, ...)      everything, as far as can be told fit for each other
+    rehearse(cfg)                                             the same without weights, trainer or devices
+
+Nothing is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+
+from datamodules.captions import ShardData
+from src.batch import Kind
+from src.components import ConfigError, build, plain
+from src.drafting import warn_of_canvas
+from src.models.outline import Deferred
+from src.stop import Stop
+from src.strategy import FSDP2
+from src.tiling import check_layout
+from src.tokenizer import Codec
+
+OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
+STORED = "src.models.checkpoint.from_pretrained"
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    cfg: DictConfig, codec: Codec, *callbacks: L.Callback, stop: Stop, first: bool
+) -> tuple[L.LightningDataModule, Any, L.Trainer]:
+    """Data, objective and trainer, the latter with the callbacks of the config and then those given.
+
+    first: whether this process warns of what all of them know
+    """
+    L.seed_everything(cfg.seed, verbose=False)
+    offers = offered(cfg, codec, stop)
+    trainer = _trainer(cfg, *callbacks, **offers)
+    factory = partial(build, cfg.model, codec=codec)
+    if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
+        options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
+        factory = Deferred(cfg.model.path, {**options, "codec": codec})
+    data, objective = data_and_objective(cfg, factory, **offers)
+    if isinstance(data, ShardData):
+        data.index("train")  # what is wrong with it has to be said before anything is replaced
+    if first:
+        _warn(cfg, objective)
+    return data, objective, trainer
+
+
+def rehearse(cfg: DictConfig) -> None:
+    """Build everything but weights and trainer, as on a machine without the devices. Raises ValueError as training."""
+    quiet()
+    check_stops(cfg)
+    codec = Codec.load(cfg.tokenizer)
+    offers = offered(cfg, codec, Stop())
+    data, _ = data_and_objective(cfg, partial(outlined, cfg.model, codec), **offers)
+    data.train_dataloader()
+    _callbacks(cfg, **offers)
+
+
+def offered(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:
+    """What components may ask for by name (OFFERS), but for the backbone."""
+    return {"codec": codec, "run_dir": Path(cfg.run_dir), "seed": cfg.seed, "special": codec.special, "stop": stop}
+
+
+def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = True, **offers: Any) -> tuple[Any, Any]:
+    """The two; with `images`, once they cut these alike."""
+    data = build(cfg.data, **offers)
+    objective = build(cfg.objective, backbone=backbone, **offers)
+    if images and hasattr(data, "layout"):  # a datamodule without images has none
+        check_layout(data.layout, objective.backbone.layout)
+    return data, objective
+
+
+def outlined(node: DictConfig, codec: Codec) -> Any:
+    """The model of a config on the meta device."""
+    with torch.device("meta"):
+        if node.target == STORED:
+            return build({**plain(node), "target": "src.models.outline.outline"}, codec=codec)
+        return build(node, codec=codec)
+
+
+def check_stops(cfg: DictConfig) -> None:
+    """Raise ConfigError for a trainer that would end before it has trained, or could not even be seeded."""
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
+    if cfg.trainer.max_steps == 0:
+        raise ConfigError("trainer.max_steps must be at least 1, got 0")
+    if cfg.trainer.get("fast_dev_run"):
+        raise ConfigError("trainer.fast_dev_run saves nothing; for a trial set trainer.max_steps and another run_dir")
+    if cfg.trainer.get("limit_train_batches") == 0:
+        raise ConfigError("trainer.limit_train_batches=0 leaves nothing to train on; set it higher, or to null")
+
+
+def quiet() -> None:
+    """Lightning's banners, and warnings about its own internals, tell a user nothing."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*does not have many workers.*",
+        "Checkpoint directory .* exists and is not empty.*",
+        ".*`srun` command is available on your system but is not used.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # nobody writes into it
+        ".*sync_dist=True.*",  # what objectives log are numbers of all ranks
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _warn(cfg: DictConfig, objective: Any) -> None:
+    """Say what is allowed, and rarely meant."""
+    mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
+    if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
+        log.warning("the objective corrects drafts, but there are none: give data.rounds=[...], or an online round")
+    begin = getattr(objective, "begin", 0)
+    if isinstance(begin, int) and begin >= cfg.trainer.max_steps:
+        log.warning(
+            "objective.begin=%d, but the run has %d steps: drafts are never corrected", begin, cfg.trainer.max_steps
+        )
+    warn_of_canvas(objective.backbone, cfg.data.canvas, name="data.canvas")
+
+
+def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
+    """The trainer with the callbacks of the config, and then those given."""
+    node = {**plain(cfg.trainer), "log_every_n_steps": _log_interval(cfg)}
+    return build(
+        node,
+        logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
+        callbacks=[*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks],
+        # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        default_root_dir=run_dir,
+    )
+
+
+def _callbacks(cfg: DictConfig, **offers: Any) -> list[L.Callback]:
+    return [build(node, **offers) for node in cfg.callbacks.values() if node]
+
+
+def _log_interval(cfg: DictConfig) -> int:
+    """Steps between two points of the log: a run that is shorter has one at its end."""
+    interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
+    return min(interval, steps) if steps > 0 else interval

@@ -1,0 +1,120 @@
+"""The processes of a run, from their start to their end: who prepares, when they meet, what to say when one is lost.
+
+    first = launched_first()              before they know each other: rank 0, as the launcher says
+    trainer.fit(..., ckpt_path=meet(trainer, start))      starts the others, if nobody has; all get rank 0's `start`
+    with explained(): ...                 a lost process, a port in use: one line, and exit code 1
+
+Launchers: Lightning's own (`trainer.devices=2`: this process starts the others of its node), `srun`, `torchrun`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from src.components import ConfigError
+from src.parallel import rank
+from src.strategy import FSDP2
+
+PARENT = "REDIFF_PARENT"  # the process that has started this one
+PATIENCE = 1.0  # seconds until a process notices that its parent is gone
+LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|timed out waiting|wait timeout|timeout waiting|"
+    r"remote process exited|ncclRemoteError|failed to recv|heartbeat|not contact|application timeout",
+    re.IGNORECASE,
+)
+IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
+JOINED = re.compile(r"(\d+)/(\d+) clients joined")
+
+
+def launched_first() -> bool:
+    """Whether this is the process that prepares the run, as far as its launcher has said."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"]) == 0
+    return not any(int(os.environ.get(name, 0)) for name in ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+
+
+def leave_with_parent() -> None:
+    """End this process when the one that has started it is gone, if another of the same run has.
+
+    It may be drafting for an hour before it would notice.
+    """
+    parent = int(os.environ.get(PARENT, 0))
+    if parent and parent == os.getppid():
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def meet(trainer: L.Trainer, told: Any) -> Any:
+    """Start the other processes of the run, or wait for them; all of them get what rank 0 tells.
+
+    Raises ConfigError where the strategy is for one process only.
+    """
+    if trainer.world_size == 1:
+        return told
+    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    if not isinstance(strategy, DDPStrategy | FSDP2):
+        raise ConfigError(
+            f"trainer.strategy: {trainer.world_size} processes need parallel/ddp or parallel/fsdp2, as in "
+            f"conf=stage1,parallel/fsdp2; {type(strategy).__name__} is not supported"
+        )
+    if isinstance(launcher, _SubprocessScriptLauncher) and not launcher.procs:
+        os.environ[PARENT] = str(os.getpid())
+        launcher.launch(lambda: None)  # once they are there, `fit` starts no others
+    if isinstance(strategy, FSDP2):
+        strategy.join()
+    else:
+        strategy.accelerator.setup_device(strategy.root_device)  # type: ignore[union-attr]
+        strategy.setup_distributed()
+    told = [told]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What goes wrong between processes in one line; the process then ends with exit code 1."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        told = _explain(error)
+        if told is None:
+            raise
+        number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
+        sys.stderr.write(f"\nrank {number}: error: {told}\n")
+        sys.stderr.flush()
+        os._exit(1)  # what waits for the other processes in threads of its own would hold this one up
+
+
+def _explain(error: RuntimeError) -> str | None:
+    text = str(error)
+    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if IN_USE.search(text):
+        return f"port {port} of {address} is in use: set MASTER_PORT to a free one, and start again"
+    if joined := JOINED.search(text):
+        return (
+            f"only {joined[1]} of {joined[2]} processes have come to {address}, port {port}: start as many as "
+            "trainer.devices times trainer.num_nodes"
+        )
+    if isinstance(error, dist.DistError) or LOST.search(text):
+        return (
+            "another process of this run has ended, or does not answer; what went wrong is told by that one. The same "
+            f"command continues from the newest checkpoint ({' '.join(text.split())[:160]})"
+        )
+    return None
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PATIENCE)
+    os._exit(1)

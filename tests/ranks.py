@@ -1,0 +1,187 @@
+"""Real processes of one training, for tests: a server that has imported everything once forks the ranks of each job.
+
+    with Ranks() as ranks:
+        done = ranks.run(["conf=stage1", ...], world=2)      -> exit codes and what each rank printed
+        ranks.run(argv, world=2, kill=[(1, "src.objectives.base:Objective.training_step", 3)])
+
+The ranks know of each other by the environment, as under `srun` or `torchrun`. A kill is a SIGKILL, right before the
+n-th call (from 0) of a function of ours, or the n-th `os.rename` of the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RENAME = "os.rename"
+SERVER = "import sys; sys.path.insert(0, {root!r}); from tests.ranks import serve; serve()"
+Kill = tuple[int, str, int]  # rank, what, at which call
+
+
+@dataclass
+class Done:
+    """How a job went: the exit code of each rank (negative: a signal), what it printed, seconds in all."""
+
+    codes: list[int]
+    printed: list[str]
+    seconds: float
+
+
+class Ranks:
+    """The server; a context manager."""
+
+    def __enter__(self) -> Ranks:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", SERVER.format(root=str(ROOT))]
+        pipe = subprocess.PIPE
+        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True, cwd=ROOT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
+    def run(
+        self,
+        argv: list[str],
+        *,
+        out: Path,
+        world: int = 2,
+        ranks: list[int] | None = None,
+        kill: list[Kill] | None = None,
+        environment: dict[str, str] | None = None,
+        patches: list[str] | None = None,
+        file_limit: dict[int, int] | None = None,
+        timeout: float = 120.0,
+    ) -> Done:
+        """Run `src.train` on some ranks (None: all) of a world.
+
+        out: folder for what they print; patches: functions "module:name" that are called in each rank first
+        file_limit: bytes that no file of a rank may exceed, as if its disk were full
+        """
+        assert self._server.stdin is not None and self._server.stdout is not None
+        out.mkdir(parents=True, exist_ok=True)
+        job = {
+            "argv": argv, "out": str(out), "world": world, "ranks": list(range(world)) if ranks is None else ranks,
+            "kill": kill or [], "environment": environment or {}, "patches": patches or [],
+            "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()}, "timeout": timeout,
+        }  # fmt: skip
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        codes, seconds = json.loads(self._server.stdout.readline())
+        return Done(codes, [(out / f"rank-{rank}.txt").read_text() for rank in job["ranks"]], seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def serve() -> None:
+    """Run jobs until the input ends. The ranks start with everything imported, which is most of what a start takes."""
+    for name in ("src.train", "src.export", "src.models.tiny", "callbacks.samples", "callbacks.self_correction"):
+        importlib.import_module(name)
+    for name in ("callbacks.throughput", "src.experts.scenes", "src.objectives.refine", "src.objectives.proseco"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_run(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+def _run(job: dict[str, Any]) -> tuple[list[int], float]:
+    began, port = time.monotonic(), str(free_port())
+    waiting = {_fork(job, rank, port): rank for rank in job["ranks"]}
+    codes: dict[int, int] = {}
+    while waiting:
+        found, status = os.waitpid(-1, os.WNOHANG)
+        if found:
+            codes[waiting.pop(found)] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() - began > job["timeout"]:
+            for process in waiting:
+                os.kill(process, signal.SIGKILL)
+        else:
+            time.sleep(0.02)
+    return [codes[rank] for rank in job["ranks"]], time.monotonic() - began
+
+
+def _fork(job: dict[str, Any], rank: int, port: str) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        code = _rank(job, rank, port)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank(job: dict[str, Any], rank: int, port: str) -> int:
+    """What a rank does; its exit code."""
+    file = os.open(Path(job["out"]) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": job["world"], "NODE_RANK": 0}
+    os.environ.update({name: str(value) for name, value in {**known, "LOCAL_RANK": rank, **job["environment"]}.items()})
+    for who, what, number in job["kill"]:
+        if who == rank:
+            _kill_at(what, number)
+    for name in job["patches"]:
+        module, _, function = name.partition(":")
+        getattr(importlib.import_module(module), function)(rank)
+    if limit := job["limits"].get(str(rank)):
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from src.train import main
+
+    rank_zero_only.rank = rank
+    try:
+        main(job["argv"])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:  # noqa: BLE001 - as the interpreter does
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def _kill_at(what: str, number: int) -> None:
+    seen = iter(range(10**9))
+
+    def count() -> None:
+        if next(seen) == number:
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == RENAME:
+        sys.addaudithook(lambda event, _: count() if event == RENAME else None)
+        return
+    module, _, path = what.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function = getattr(owner, name)
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        count()
+        return function(*arguments, **named)
+
+    setattr(owner, name, counted)
