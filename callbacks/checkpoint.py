@@ -21,11 +21,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from src.shards import naming, publish
-from src.snapshots import link, read_whole, remove
+from src.snapshots import REFUSED, link, read_whole, remove
 
 LAST = "last.ckpt"
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
-_REFUSED = re.compile("inline_container|PytorchStreamWriter|unexpected pos")
 
 
 class Checkpoint(LightningCheckpoint):
@@ -93,8 +92,8 @@ class WholeFiles(TorchCheckpointIO):
         with naming(path):
             try:
                 torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # PyTorch's writer drops the words of the system
-                if not _REFUSED.search(str(error)):
+            except RuntimeError as error:
+                if not REFUSED.search(str(error)):
                     raise
                 raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error
         if path.is_dir():

@@ -41,6 +41,7 @@ class ShardData(L.LightningDataModule):
     data_share:    with rounds, the share of the data in each training batch
     limit:         use only the first so many samples of a split: a number for all, or {split: number}
     epoch_batches: batches per training epoch and rank; null: one pass over the data (with rounds, over these)
+    restart_epoch: start an epoch anew that a checkpoint leaves in the middle, with other ranks or workers
     """
 
     kind: str  # of the folders of the splits
@@ -59,6 +60,7 @@ class ShardData(L.LightningDataModule):
         data_share: float,
         limit: int | Mapping[str, int] | None,
         epoch_batches: int | None,
+        restart_epoch: bool,
     ) -> None:
         super().__init__()
         if workers:  # must be set before the fork, or the tokenizer warns in every worker
@@ -75,6 +77,7 @@ class ShardData(L.LightningDataModule):
             raise ValueError(f"data_share must be at least 0 and less than 1, got {data_share}")
         self.path, self.codec, self.batch_size, self.seed = Path(path), codec, batch_size, seed
         self.workers, self.data_share, self.epoch_batches = workers, data_share, epoch_batches
+        self.restart_epoch = restart_epoch
         self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if any(number < 0 for number in self.limit.values()):
             raise ValueError(f"data.limit must be at least 0, got {limit}")
@@ -188,7 +191,7 @@ class ShardData(L.LightningDataModule):
     def _loader(self, parts: list[Part], batches: int, collate: Collate, epoch: Callable[[], int]) -> Loader:
         rank, world = self._place()
         settings = {"notes": self.notes, "workers": self.workers, "rank": rank, "world": world}
-        return Loader(parts, collate, batches=batches, epoch=epoch, **settings)
+        return Loader(parts, collate, batches=batches, epoch=epoch, restart=self.restart_epoch, **settings)
 
     @property
     def _leading(self) -> str:
@@ -255,6 +258,7 @@ class CaptionData(ShardData):
         data_share: float = 0.25,
         limit: int | Mapping[str, int] | None = None,
         epoch_batches: int | None = None,
+        restart_epoch: bool = False,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -272,6 +276,7 @@ class CaptionData(ShardData):
             data_share=data_share,
             limit=limit,
             epoch_batches=epoch_batches,
+            restart_epoch=restart_epoch,
         )
 
     def draft_settings(self) -> dict[str, Any]:

@@ -79,6 +79,10 @@ class Loader:
     """Batches of one epoch. Which epoch is asked for anew at the start of each pass over the loader.
 
     collate: (samples, epoch) -> (Batch, notes); notes: counts what went wrong, for all loaders
+    restart: start an epoch anew where it cannot be entered at the place that a checkpoint has left it
+
+    Raises ValueError at the first batch of an epoch that cannot be entered there: with other data, batches, ranks or
+    workers the place means other samples.
     """
 
     def __init__(
@@ -92,9 +96,11 @@ class Loader:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        restart: bool = False,
     ) -> None:
         self.parts, self.collate, self.batches, self.epoch = tuple(parts), collate, batches, epoch
         self.notes, self.workers, self.rank, self.world = notes, workers, rank, world
+        self.restart = restart
         self._position: tuple[int, int] | None = None  # (epoch, batches handed out)
         self._resume: dict | None = None
 
@@ -136,20 +142,30 @@ class Loader:
         self._resume, self._position = dict(state), None
 
     def _state(self, epoch: int, done: int) -> dict:
-        return {"epoch": epoch, "batches": done, "of": self.batches, "plan": self.plan}
+        place = {"epoch": epoch, "batches": done, "of": self.batches}
+        return {**place, "plan": self.plan, "world": self.world, "workers": self.workers}
 
     def _resume_point(self, epoch: int) -> int:
         if self._resume is None or self._resume["epoch"] != epoch:
             return 0
         if self._resume["batches"] >= self._resume["of"]:  # finished, whatever data have come since
             return self.batches
-        if self._resume["plan"] != self.plan:
-            log.warning(
-                "data, batch size, seed, ranks or workers are not the checkpoint's: epoch %d starts anew",
-                epoch,
+        if self._resume["plan"] == self.plan or not self._resume["batches"]:
+            return self._resume["batches"]
+        told = f"the checkpoint is from the middle of epoch {epoch}, with {self._difference(self._resume)}"
+        if not self.restart:
+            raise ValueError(
+                f"{told}: go on as it was, or set data.restart_epoch=true to start that epoch anew, on samples that it "
+                "has seen before"
             )
-            return 0
-        return self._resume["batches"]
+        log.warning("%s: that epoch starts anew", told)
+        return 0
+
+    def _difference(self, state: dict) -> str:
+        for name, what, mine in (("world", "processes", self.world), ("workers", "data.workers", self.workers)):
+            if state.get(name, mine) != mine:
+                return f"{state[name]} {what}, and now there are {mine}"
+        return "other data, batches or seed than now"
 
     def _raw(self, epoch: int, done: int) -> DataLoader:
         source = _Source(self, epoch, done)

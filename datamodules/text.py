@@ -42,6 +42,7 @@ class TextData(ShardData):
         data_share: float = 0.25,
         limit: int | Mapping[str, int] | None = None,
         epoch_batches: int | None = None,
+        restart_epoch: bool = False,
     ) -> None:
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout must be within 0..1, got {prompt_dropout}")
@@ -56,6 +57,7 @@ class TextData(ShardData):
             data_share=data_share,
             limit=limit,
             epoch_batches=epoch_batches,
+            restart_epoch=restart_epoch,
         )
 
     def _read(self, split: str) -> Index:

@@ -3,6 +3,7 @@
     python -m src.export conf=export model=runs/stage2/model out=exported format=llada_v
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=exported dtype=bfloat16
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
+    python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 
     model folder            read tensor by tensor, so a large model needs little memory
     Lightning checkpoint    a .ckpt file, or the folder that several processes write; `like` names the model folder
@@ -12,7 +13,8 @@
 
 `llada_v` and `llada` are for programs that read the released models: what the config.json of an original says beyond
 what this project uses is kept. So are the program files that its `auto_map` names, where they lie in the model folder;
-of a model of the hub the field names them there. `own` is for this project.
+of a model of the hub the field names them there. `own` is for this project. `lightning` is one file with the whole
+state of a training, made of the folder that several processes have written.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ from src.models.checkpoint import ModelFolder, build_empty, check_tensors, descr
 from src.models.formats import FORMATS, Description, Format
 from src.models.stored import Stored, in_checkpoint, in_folder, is_checkpoint
 from src.models.weights import check_finite, write_weights
+from src.shards import publish
+from src.snapshots import read_whole
 from src.tokenizer import FILES, NEEDED, PROMPT, Codec
 
+LIGHTNING = "lightning"  # a format that is no model folder
 logger = logging.getLogger(__name__)
 
 
@@ -53,9 +58,13 @@ def main(argv: list[str]) -> None:
 
 def export(cfg: DictConfig) -> None:
     """Write the model that the config names to the folder `out`."""
-    out, form = path_of(cfg, "out"), _format(cfg.format)
+    out = path_of(cfg, "out")
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder or remove it")
+    if cfg.format == LIGHTNING:
+        _join(path_of(cfg, "model"), out)
+        return
+    form = _format(cfg.format)
     if Path(cfg.model).resolve() in out.resolve().parents:
         raise ValueError(f"out={out} is in the model folder {cfg.model}, which the export must not change")
     stored, description, tokenizer, origin = _source(cfg)
@@ -85,6 +94,18 @@ def export(cfg: DictConfig) -> None:
         for file in programs:
             shutil.copyfile(file, folder / file.name)
     sys.stdout.write(f"{out}: {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.2f} GB, layout {form.name}\n")
+
+
+def _join(path: Path, out: Path) -> None:
+    """Write a checkpoint of several processes as the one file that a single process would have written."""
+    if not is_checkpoint(path):
+        raise ValueError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is none")
+    content = read_whole(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    torch.save(content, temporary)
+    publish(temporary, out)
+    sys.stdout.write(f"{out}: step {content['global_step']}, {len(content['state_dict'])} tensors\n")
 
 
 def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
@@ -140,7 +161,7 @@ def _with_programs(config: dict, origin: Path) -> tuple[dict, list[Path]]:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
+        raise ValueError(f"format must be one of {', '.join([*FORMATS, LIGHTNING])}, got {name!r}")
     return FORMATS[name]
 
 

@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
+from datetime import timedelta
+from threading import Thread, Timer
 from typing import Any
 
 import lightning as L
@@ -28,6 +29,7 @@ from src.parallel import rank
 from src.strategy import FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
+MARGIN = 10.0  # seconds that a rank waits for the others beyond what its strategy does
 PATIENCE = 1.0  # seconds until a process notices that its parent is gone
 LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|timed out waiting|wait timeout|timeout waiting|"
@@ -71,14 +73,24 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
     if isinstance(launcher, _SubprocessScriptLauncher) and not launcher.procs:
         os.environ[PARENT] = str(os.getpid())
         launcher.launch(lambda: None)  # once they are there, `fit` starts no others
+    patience: timedelta = strategy._timeout or timedelta(0)  # of another program's port torch may wait for ever
+    guard = Timer(patience.total_seconds() + MARGIN, _give_up)
+    guard.daemon = True
+    guard.start()
     if isinstance(strategy, FSDP2):
         strategy.join()
     else:
         strategy.accelerator.setup_device(strategy.root_device)  # type: ignore[union-attr]
         strategy.setup_distributed()
+    guard.cancel()
     told = [told]
     dist.broadcast_object_list(told)
     return told[0]
+
+
+def _give_up() -> None:
+    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    _end(f"nobody of this run answers at {address}, port {port}: has rank 0 failed, or another program that port?")
 
 
 @contextmanager
@@ -90,10 +102,15 @@ def explained() -> Iterator[None]:
         told = _explain(error)
         if told is None:
             raise
-        number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-        sys.stderr.write(f"\nrank {number}: error: {told}\n")
-        sys.stderr.flush()
-        os._exit(1)  # what waits for the other processes in threads of its own would hold this one up
+        _end(told)
+
+
+def _end(told: str) -> None:
+    """Say what is wrong and end, at once: what waits for the other processes in threads would hold this one up."""
+    number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
+    sys.stderr.write(f"\nrank {number}: error: {told}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _explain(error: RuntimeError) -> str | None:

@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.components import ConfigError, one_line
+from src.components import ConfigError, one_line, plain
 from src.config import save_config
 from src.hub import local_folder
 from src.models.checkpoint import fingerprint
@@ -40,6 +40,11 @@ FIXED = (
         f"callbacks.self_correction.{name}"
         for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler", "tokens_per_step")
     ),
+)
+# What it may change although it lies in these: how a step is computed, and what is checked where it matters.
+FREE = (
+    *("data.workers", "data.restart_epoch"),
+    *(f"objective.training.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
 REMEDY = "give another run_dir, or resume=false to start it afresh"
 log = logging.getLogger(__name__)
@@ -142,7 +147,7 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
     """Raise ConfigError if the run was made with other settings or from other files."""
-    changed = [key for key in FIXED if OmegaConf.select(old, key) != OmegaConf.select(cfg, key)]
+    changed = [key for key in FIXED if _fixed(old, key) != _fixed(cfg, key)]
     if changed:
         raise ConfigError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
     record = run_dir / INPUTS
@@ -151,6 +156,19 @@ def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
     changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in now if now[key] != known.get(key)]
     if changed:
         raise ConfigError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
+
+
+def _fixed(cfg: DictConfig, key: str) -> Any:
+    """What may not change under a key: its value without what is free."""
+    value = {key: plain(OmegaConf.select(cfg, key))}
+    for name in FREE:
+        *path, last = name.split(".")
+        owner: Any = value
+        for part in path:
+            owner = owner.get(part) if isinstance(owner, dict) else None
+        if isinstance(owner, dict):
+            owner.pop(last, None)
+    return value
 
 
 def _check_outside(cfg: DictConfig, run_dir: Path) -> None:

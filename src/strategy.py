@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from src.parallel import gather
-from src.snapshots import check_sizes, entries, replace_folder, write_manifest
+from src.snapshots import REFUSED, check_sizes, entries, replace_folder, write_manifest
 
 
 class DDP(DDPStrategy):
@@ -105,4 +105,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     text = str(error).strip()
+    if REFUSED.search(text):
+        return "is a disk full?"
     return text.splitlines()[-1] if text else type(error).__name__

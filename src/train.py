@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -122,8 +123,11 @@ def _mistakes(cfg: DictConfig, trainer: L.Trainer, began: Event, *, first: bool)
         yield
     except Diverged as error:
         raise ConfigError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(_out_of_memory(cfg, trainer)) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # the plan needs some memory, too
+        raise ConfigError(_out_of_memory(cfg, trainer)) from None
     except MISTAKES as error:
         if began.is_set() and not isinstance(error, FailedRound):  # what is wrong by now is no mistake of the user's
             raise

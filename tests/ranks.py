@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -63,19 +64,22 @@ class Ranks:
         environment: dict[str, str] | None = None,
         patches: list[str] | None = None,
         file_limit: dict[int, int] | None = None,
+        memory: int | None = None,
         timeout: float = 120.0,
     ) -> Done:
         """Run `src.train` on some ranks (None: all) of a world.
 
         out: folder for what they print; patches: functions "module:name" that are called in each rank first
-        file_limit: bytes that no file of a rank may exceed, as if its disk were full
+        file_limit: bytes that no file of a rank may exceed, as if its disk were full; memory: bytes that each may take
+        beyond what a start takes
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         out.mkdir(parents=True, exist_ok=True)
         job = {
             "argv": argv, "out": str(out), "world": world, "ranks": list(range(world)) if ranks is None else ranks,
             "kill": kill or [], "environment": environment or {}, "patches": patches or [],
-            "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()}, "timeout": timeout,
+            "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()}, "memory": memory,
+            "timeout": timeout,
         }  # fmt: skip
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
@@ -142,9 +146,11 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
     for name in job["patches"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(rank)
+    if job["memory"]:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + job["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     if limit := job["limits"].get(str(rank)):
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -160,6 +166,34 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
+
+
+def flawed(rank: int) -> None:
+    """On rank 1, gradients that are not finite."""
+    from src.objectives.base import Objective
+
+    reduce = Objective.reduce
+    if rank == 1:
+        Objective.reduce = lambda self, logits, *rest: reduce(self, logits * float("inf"), *rest)
+
+
+def deaf(rank: int) -> None:
+    """Training takes note of rounds, and does not train on them."""
+    from datamodules.captions import ShardData
+
+    ShardData.add_round = lambda self, path: None
+
+
+def silent(rank: int) -> None:
+    """On rank 1, an expert that never answers, and does not let itself be ended."""
+    from src.experts.scenes import ScenesExpert
+
+    async def revise(self: Any, drafts: Any) -> Any:
+        time.sleep(10**6)
+        yield
+
+    if rank == 1:
+        ScenesExpert.revise = revise
 
 
 def _kill_at(what: str, number: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.export import main as export
 from src.prepare import Scenes
 from tests.ranks import RENAME, ROOT, Ranks
 from tests.test_rounds import digests, journaled
@@ -190,3 +192,140 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(ranks, scenes,
     assert done.codes == [0, 0], done.printed
     assert "epoch=1-step=6.ckpt is damaged; taking pre-round-0002.ckpt, the one before it" in done.printed[0]
     assert same(whole, copied)
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(ranks, scenes, whole, copied, tmp_path):
+    before = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    done = ranks.run(stage2(scenes, copied), out=tmp_path, file_limit={1: 1 << 20})
+    assert done.codes == [1, 1], done.printed
+    told = f"error: {copied}/checkpoints/epoch=2-step=8.ckpt: the checkpoint cannot be written ("
+    assert all(told in text and "is a disk full?" in text and "Traceback" not in text for text in done.printed)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == before
+    assert ranks.run(stage2(scenes, copied), out=tmp_path).codes == [0, 0]
+    assert same(whole, copied)
+
+
+def at_the_second_epoch(run_dir: Path) -> None:
+    for path in [*(run_dir / "checkpoints").glob("epoch*"), run_dir / "checkpoints" / "last.ckpt"]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def test_at_the_start_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_path):
+    """Two ranks wrote it. One that shares with nobody and one without any strategy read it in different ways."""
+    at_the_second_epoch(copied)
+    ends = {}
+    for name, argv, world in (
+        ("shared", stage2(scenes, tmp_path / "shared", world=2), 1),
+        ("alone", stage2(scenes, tmp_path / "alone", world=1), 1),
+        ("three", stage2(scenes, tmp_path / "three", world=3), 3),
+    ):
+        shutil.copytree(copied, tmp_path / name, symlinks=True)
+        more = [f"trainer.devices={world}"]
+        done = ranks.run([*argv, *more], out=tmp_path, world=world)
+        assert done.codes == [0] * world, done.printed
+        ends[name] = weights(tmp_path / name)
+    moved = False
+    for name, tensor in ends["alone"].items():
+        torch.testing.assert_close(ends["shared"][name], tensor, rtol=1e-5, atol=1e-6)
+        moved = moved or bool((ends["three"][name] - tensor).abs().max() > 1e-5)
+    assert moved  # three ranks see other batches
+
+
+def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied, tmp_path):
+    argv = stage2(scenes, copied, "trainer.devices=3")
+    done = ranks.run(argv, out=tmp_path, world=3)
+    assert done.codes == [2, 2, 2], done.printed
+    told = "error: the checkpoint is from the middle of epoch 1, with 2 processes, and now there are 3: go on as"
+    assert all(told in text for text in done.printed)
+    done = ranks.run([*argv, "data.restart_epoch=true"], out=tmp_path, world=3)
+    assert done.codes == [0, 0, 0], done.printed
+    assert "and now there are 3: that epoch starts anew" in done.printed[0]
+
+
+def test_a_checkpoint_becomes_one_file_and_a_model_folder(whole, tmp_path, capsys):
+    folder = whole / "checkpoints" / "last.ckpt"
+    export(["conf=export", f"model={folder}", f"out={tmp_path}/whole.ckpt", "format=lightning"])
+    content = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    assert content["global_step"] == 8
+    export(["conf=export", f"model={folder}", f"out={tmp_path}/model", "format=own"])
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(exported[name], tensor)
+        assert torch.equal(content["state_dict"][f"backbone.{name}"], tensor)
+    (optimizer,) = content["optimizer_states"]
+    assert {int(state["step"]) for state in optimizer["state"].values()} == {8}
+    assert sorted(optimizer["state"]) == sorted(n for group in optimizer["param_groups"] for n in group["params"])
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_an_unused_round_leaves_training_as_it_is(ranks, scenes, whole, tmp_path):
+    """Bit for bit: the round comes between epochs, and nothing in it draws on what training draws on."""
+    ends = []
+    for name, more in (
+        ("with", ["callbacks.self_correction.allow_empty=true"]),
+        ("without", ["callbacks.self_correction=null"]),
+    ):
+        argv = stage2(scenes, tmp_path / name)
+        argv = [argument for argument in argv if name == "with" or "self_correction" not in argument]
+        done = ranks.run([*argv, *more], out=tmp_path, patches=["tests.ranks:deaf"])
+        assert done.codes == [0, 0], done.printed
+        ends.append(tmp_path / name)
+    assert same(*ends)
+    assert not same(ends[0], whole)
+
+
+def test_gradients_that_are_not_finite_on_one_rank_stop_all_and_name_its_samples(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction.rounds=1")
+    done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:flawed"])
+    assert done.codes == [2, 2], done.printed
+    lines = [text.strip().splitlines()[-1] for text in done.printed]
+    assert lines[0] == lines[1]
+    assert "error: the gradients are not finite after step 0 (samples train-" in lines[0]
+    assert "4 times in a row" in lines[0]
+    assert lines[0].split("(samples ")[1].split(")")[0].count(",") == 3  # of the four rows of one rank
+    assert done.printed[0].count("the step is skipped") == 3
+
+
+def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction.patience_minutes=0.05")
+    done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:silent"])
+    assert done.codes[1] == 2, done.printed
+    assert done.codes[0] == 1, done.printed
+    assert "error: expert scenes has not answered for 3 s; its 0 answers are kept" in done.printed[1]
+    assert "rank 0: error: another process of this run has ended" in done.printed[0]
+    assert done.seconds < 40
+    assert ranks.run(argv, out=tmp_path).codes == [0, 0]
+
+
+def test_a_port_in_use_is_told(ranks, scenes, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        argv = stage2(scenes, tmp_path / "run", "trainer.strategy.timeout_minutes=0.1")
+        port = str(taken.getsockname()[1])
+        done = ranks.run(argv, out=tmp_path, environment={"MASTER_PORT": port})
+    assert done.codes == [1, 1], done.printed
+    assert f"rank 0: error: port {port} of 127.0.0.1 is in use: set MASTER_PORT" in done.printed[0]
+    assert "rank 1: error: " in done.printed[1]
+    assert done.seconds < 60
+    assert all("Traceback" not in text for text in done.printed)
+
+
+def test_a_rank_that_does_not_come_is_told(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run", "trainer.strategy.timeout_minutes=0.1")
+    done = ranks.run(argv, out=tmp_path, ranks=[0])
+    assert done.codes == [1], done.printed
+    assert "rank 0: error: only 1 of 2 processes have come to 127.0.0.1, port" in done.printed[0]
+    assert "Traceback" not in done.printed[0]
+
+
+def test_where_memory_runs_out_the_plan_says_what_a_step_takes(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction=null", "data.batch_size=512", world=1)
+    argv = [argument for argument in argv if not argument.startswith("callbacks.self_correction.")]
+    done = ranks.run(argv, out=tmp_path, world=1, memory=1 << 30)
+    assert done.codes == [2], done.printed
+    assert "error: out of memory at step 0. What a step is planned to take:" in done.printed[0]
+    assert "stage2: 512 rows on each of 1 GPUs" in done.printed[0]
+    assert "objective.training.micro_batch" in done.printed[0].splitlines()[-1]
