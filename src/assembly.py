@@ -108,6 +108,7 @@ def quiet() -> None:
     """Lightning's banners, and warnings about its own internals, tell a user nothing."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which process has failed
     for message in (
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",

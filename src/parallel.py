@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+BUCKET = 1 << 26  # bytes of gradients in a message
 
 
 def rank() -> int:
@@ -60,17 +61,30 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A parameter without a gradient on some rank counts as zero there; without one on any, it keeps none.
     """
-    whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-    if world() == 1 or not whole:
+    copied = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if world() == 1 or not copied:
         return
-    there = summed(torch.tensor([p.grad is not None for p in whole], device=whole[0].device).long())
-    for parameter, count in zip(whole, there.tolist(), strict=True):
-        if not count:
-            continue
+    there = summed(torch.tensor([p.grad is not None for p in copied], device=copied[0].device).long())
+    found = [parameter for parameter, count in zip(copied, there.tolist(), strict=True) if count]
+    for parameter in found:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world()
+    for part in _parts([parameter.grad for parameter in found if parameter.grad is not None]):
+        mean = summed(torch.cat([gradient.flatten() for gradient in part])) / world()
+        for gradient, values in zip(part, mean.split([gradient.numel() for gradient in part]), strict=True):
+            gradient.copy_(values.view_as(gradient))
+
+
+def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type in a row, up to BUCKET bytes together: many small messages would take longer than a few."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and (tensor.dtype != part[0].dtype or sum(some.nbytes for some in part) + tensor.nbytes > BUCKET):
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -146,8 +160,9 @@ class Sharding:
 
     reshard: free a unit's gathered parameters after its forward pass, and gather them again for the backward pass: less
         memory, half as much traffic again
-    compute: type that parameters are gathered and computed in (`bfloat16`), null: their own; the parameters stay as
-        they are, and gradients are added over ranks in float32
+    compute: type that parameters are gathered and computed in (`bfloat16`); null: the lower type of the trainer's
+        precision where it is mixed, else their own. The parameters stay as they are, and gradients are added over ranks
+        in float32
     """
 
     reshard: bool = True
@@ -157,9 +172,10 @@ class Sharding:
         if self.compute not in (None, "bfloat16", "float16"):
             raise ValueError(f"compute must be bfloat16, float16 or null, got {self.compute!r}")
 
-    def apply(self, backbone: Any, mesh: DeviceMesh) -> None:
+    def apply(self, backbone: Any, mesh: DeviceMesh, *, precision: str = "32-true") -> None:
         """Shard in place. Raises ValueError where a parameter belongs to no unit: it would differ among the ranks."""
-        dtype = getattr(torch, self.compute) if self.compute else None
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        dtype = getattr(torch, self.compute) if self.compute else mixed
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
         for module, entries in backbone.units():
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)

@@ -21,12 +21,11 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from src.components import ConfigError
 from src.parallel import rank
-from src.strategy import FSDP2
+from src.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
 MARGIN = 10.0  # seconds that a rank waits for the others beyond what its strategy does
@@ -65,7 +64,7 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
     if trainer.world_size == 1:
         return told
     strategy, launcher = trainer.strategy, trainer.strategy.launcher
-    if not isinstance(strategy, DDPStrategy | FSDP2):
+    if not isinstance(strategy, DDP | FSDP2):
         raise ConfigError(
             f"trainer.strategy: {trainer.world_size} processes need parallel/ddp or parallel/fsdp2, as in "
             f"conf=stage1,parallel/fsdp2; {type(strategy).__name__} is not supported"
@@ -77,11 +76,7 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
     guard = Timer(patience.total_seconds() + MARGIN, _give_up)
     guard.daemon = True
     guard.start()
-    if isinstance(strategy, FSDP2):
-        strategy.join()
-    else:
-        strategy.accelerator.setup_device(strategy.root_device)  # type: ignore[union-attr]
-        strategy.setup_distributed()
+    strategy.join()
     guard.cancel()
     told = [told]
     dist.broadcast_object_list(told)

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -24,10 +25,27 @@ from src.snapshots import REFUSED, check_sizes, entries, replace_folder, write_m
 
 
 class DDP(DDPStrategy):
-    """`DDPStrategy` that fails when a rank has waited for the others for `timeout_minutes`."""
+    """`DDPStrategy` without PyTorch's wrapper: an objective averages the gradients of a step itself, once it has all.
+
+    The wrapper's buckets would take memory for one more copy of the gradients.
+
+    timeout_minutes: how long a rank waits for the others before the job fails
+    """
 
     def __init__(self, *, timeout_minutes: float = 30.0) -> None:
         super().__init__(timeout=_minutes(timeout_minutes))
+
+    def configure_ddp(self) -> None:
+        """Start from the weights of rank 0."""
+        assert self.model is not None
+        for tensor in self.model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+    def join(self) -> None:
+        """Meet the other ranks, before Lightning does."""
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self.setup_distributed()
 
 
 class FSDP2(ModelParallelStrategy):

@@ -91,11 +91,10 @@ import os, sys
 from functools import partial
 sys.path.insert(0, {root!r})
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from src.parallel import Sharding, whole
 from src.strategy import FSDP2
 from tests.test_corruption import SPECIAL
-from src.strategy import FSDP2
+from src.strategy import DDP, FSDP2
 from tests.test_ranks import run
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -129,7 +128,7 @@ def on_ranks(
         ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
         ("FSDP2", "None", 2, [("proseco", "prefix"), ("proseco", "shift"), ("revision", "prefix")]),
         ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
-        ("DDPStrategy", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full")]),
+        ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full")]),
         ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
     ],
 )

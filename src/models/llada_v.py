@@ -74,6 +74,7 @@ class LLaDAV(nn.Module):
         """What FSDP2 gathers as a whole, inner units first, each with its entry points besides `forward`."""
         if self.vision:
             yield self.vision, ()
+        yield self.model.embed_tokens, ()
         for block in self.model.layers:
             yield block, ("keys_values",)
         yield self.lm_head, ()

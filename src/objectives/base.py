@@ -14,14 +14,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
@@ -129,14 +127,11 @@ class Objective(L.LightningModule):
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         found: list[dict[str, Loss]] = []
-        with self._own_gradients():
-            for rows, corrupted in micro:
-                for losses in self.losses(rows, corrupted):
-                    self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # ranks are averaged
-                    found.append(
-                        {name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()}
-                    )
-                    losses.clear()  # frees the pass before the next one runs
+        for rows, corrupted in micro:
+            for losses in self.losses(rows, corrupted):
+                self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # ranks are averaged
+                found.append({name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()})
+                losses.clear()  # frees the pass before the next one runs
         average_gradients(self.parameters())
         sums = _summed(found)
         self._check_totals(totals, sums)
@@ -156,7 +151,8 @@ class Objective(L.LightningModule):
         if self.device_mesh is None or is_sharded(self.backbone):
             return
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
-        (self.options.sharding or Sharding()).apply(self.backbone, replicas if mesh.size() == replicas.size() else mesh)
+        mesh = replicas if mesh.size() == replicas.size() else mesh
+        (self.options.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
         if self._fill:
             self.backbone.to_empty(device=self.device)
             self._fill(self.backbone)
@@ -209,11 +205,6 @@ class Objective(L.LightningModule):
         """Each term's denominator over the whole batch."""
         states = [state for _, corrupted in micro for state in corrupted]
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
-
-    def _own_gradients(self) -> AbstractContextManager:
-        """Within it DDP leaves gradients alone: a step has several backward passes, and none meets all parameters."""
-        model = self.trainer.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
         """Raise ValueError where a term divides by something else than was known before it ran."""
