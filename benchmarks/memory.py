@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from src.batch import Batch, SpecialIds
 from src.models.llada_v import LLaDAV
-from src.objectives.training import Training
 from src.objectives.revision import Revision
+from src.objectives.training import Training
 from src.plan import PARAMETERS, TYPES, measure
 from src.tiling import anyres
 

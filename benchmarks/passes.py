@@ -25,9 +25,9 @@ from src.batch import Batch, Loss, SpecialIds
 from src.ledger import Live
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
-from src.objectives.training import Training
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
+from src.objectives.training import Training
 
 MIB = 1 << 20
 VOCABULARY = MID["vocab_size"]

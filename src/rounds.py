@@ -44,7 +44,7 @@ LEAVE = 5.0  # seconds for an expert to let go of what it waits for
 
 def run_round(
     folder: str | Path,
-    batches: Iterable[Batch],
+    batches: Iterable[tuple[int, Batch]],
     draft: DraftsBatch,
     *,
     expert: Expert,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ class FSDP2(ModelParallelStrategy):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(errno.EIO, f"the checkpoint cannot be written ({wrong})", str(path))
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> Mapping[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             check_sizes(path)

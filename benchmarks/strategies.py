@@ -1,0 +1,126 @@
+"""What a process holds, and how long a step takes, when two processes train one model: copies, shares, one alone.
+
+    python -m benchmarks.strategies                on the CPU (gloo), one thread each
+    python -m benchmarks.strategies --steps 8
+
+The model (hidden size 512, 8 layers, 32,000 words: 59 million parameters) is read from a folder, trained for some
+steps on one row of 128 tokens in each process, and saved as a checkpoint. Memory is the growth of resident memory over
+what a process held before it made the model, at its highest, with the steps alone and with the checkpoint; of two
+processes that of the one that took more. The baseline is `copies` (DDP). Every way runs in fresh processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.memory import MIB, SPECIAL, TEXT, make_batch, resident
+from src.models.checkpoint import from_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.outline import Deferred
+from src.models.weights import write_weights
+from src.objectives.revision import Revision
+from src.objectives.training import Training
+from src.parallel import Sharding
+from src.processes import meet
+from src.strategy import DDP, FSDP2
+
+WAYS = ("alone", "copies", "shares", "shares, not resharded", "shares, bfloat16", "shares, checkpointing")
+STOOD_FOR = {"shares, not resharded": Sharding(reshard=False), "shares, bfloat16": Sharding(compute="bfloat16")}
+
+
+class Clock(L.Callback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def main() -> None:
+    """Print a line for each way, and its ratios to `copies`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # what a process is for
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        train(options.one, options.steps, options.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        found = {way: run(way, options.steps, Path(folder)) for way in WAYS}
+    base = found["copies"]
+    sys.stdout.write(f"{'':24}{'steps MiB':>10}{'+ saving':>10}{'s/step':>8}{'memory':>9}{'time':>7}\n")
+    for way, (steps, saving, seconds) in found.items():
+        ratios = f"{steps / base[0]:9.2f}{seconds / base[2]:7.2f}"
+        sys.stdout.write(f"{way:24}{steps / MIB:10.0f}{saving / MIB:10.0f}{seconds:8.2f}{ratios}\n")
+
+
+def write_model(folder: Path) -> None:
+    """Random weights as a model folder; no tokenizer is needed to read them."""
+    from src.models.checkpoint import describe, write_config
+    from src.models.formats import FORMATS
+
+    torch.manual_seed(0)
+    model = LLaDAV(**TEXT)
+    state = model.state_dict()
+    sizes = {name: tensor.nbytes for name, tensor in state.items()}
+    write_weights(folder, sizes, lambda names: {name: state[name] for name in names}, max_shard_bytes=5e9)
+    write_config(folder, FORMATS["own"].config(describe(model)))
+
+
+def run(way: str, steps: int, folder: Path) -> tuple[float, float, float]:
+    """Bytes of the steps, bytes with the checkpoint, seconds of a step, of the process with the most."""
+    small = str(64 << 10)  # bytes: larger blocks go back to the system as soon as they are freed
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": small, "MALLOC_TRIM_THRESHOLD_": small}
+    for old in folder.glob("found-*"):
+        old.unlink()
+    command = [sys.executable, "-m", "benchmarks.strategies", "--one", way, "--steps", str(steps)]
+    done = subprocess.run([*command, "--folder", str(folder)], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("found-*"))]
+    return tuple(max(column) for column in zip(*ranks, strict=True))  # type: ignore[return-value]
+
+
+def train(way: str, steps: int, folder: Path) -> None:
+    """Train this process's part and write what it took to the folder."""
+    sharding = STOOD_FOR.get(way)
+    training = Training(lr=1e-4, checkpointing="full" if "checkpointing" in way else "none", sharding=sharding)
+    alone, shares = way == "alone", way.startswith("shares")
+    clock, strategy = Clock(), "auto" if alone else FSDP2() if shares else DDP()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1 if alone else 2, strategy=strategy, max_steps=steps, callbacks=[clock],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    meet(trainer, None)
+    before = resident("VmRSS")
+    backbone = Deferred(str(folder), {"codec": None}) if shares else lambda: from_pretrained(folder)
+    objective = Revision(backbone=backbone, special=SPECIAL, training=training)
+    batch = make_batch({"model": TEXT})
+    trainer.fit(objective, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    most = resident("VmHWM") - before
+    trainer.save_checkpoint(folder / "state.ckpt")
+    found = [most, resident("VmHWM") - before, median(clock.seconds[1:])]
+    (folder / f"found-{trainer.global_rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
