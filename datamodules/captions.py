@@ -44,6 +44,7 @@ class ShardData(L.LightningDataModule):
     restart_epoch: start an epoch anew that a checkpoint leaves in the middle, with other ranks or workers
     """
 
+    place = (0, 1)  # number of this process and of all, where no trainer knows them
     kind: str  # of the folders of the splits
     image: bool  # whether samples have one
 
@@ -218,7 +219,7 @@ class ShardData(L.LightningDataModule):
         return self.trainer.current_epoch if self.trainer else 0
 
     def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
 
     def _checked(self, index: Index, *, kind: str) -> Index:
         if index.kind != kind:

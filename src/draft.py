@@ -2,6 +2,7 @@
 
     python -m src.draft conf=draft model.path=runs/stage1/model data.path=data/scenes out=drafts
     python -m src.draft conf=draft model.path=... data.path=... out=drafts num=4096 tokens_per_step=[1,4]
+    torchrun --nproc-per-node 8 -m src.draft conf=draft ...          or srun, on many nodes: each draws its share
 
     model, images -> draw_drafts (src/drafting.py) -> out/drafts-000000-00.tar, ..., out/index.json
 
@@ -12,8 +13,10 @@ above the number of training images means all of them. At the end it prints the 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from src.config import load_config, main_guard, path_of
 from src.drafting import capped, draft_batch, draw_drafts, settings_of, warn_of_canvas
 from src.lock import locked
 from src.parallel import Team
+from src.processes import explained, launched_first, together
 from src.tiling import check_layout
 from src.tokenizer import Codec
 
@@ -37,19 +41,32 @@ def main(argv: list[str]) -> None:
     try:
         if cfg.round < 1:
             raise ValueError(f"round must be at least 1, got {cfg.round}")
-        with locked(path_of(cfg, "out")):
-            num, scenes, damaged = _draw(cfg)
+        lock = locked(path_of(cfg, "out")) if launched_first() else nullcontext()
+        with lock, explained(), together() as team:
+            found = team.gather(_draw(cfg, team))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if not team.first:
+        return
+    num, scenes, damaged = (
+        sum(n for n, _, _ in found),
+        any(s for _, s, _ in found),
+        found[0][2] - sum(n for n, _, _ in found),
+    )
     lost = f" ({damaged} images could not be read and have none)" if damaged else ""
     sys.stdout.write(f"{cfg.out}: {num} drafts{lost}\nnext: {_next(cfg, scenes=scenes)}\n")
 
 
-def _draw(cfg: DictConfig) -> tuple[int, bool, int]:
-    """How many drafts there are, whether they are of scenes, and for how many images there is none."""
+def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
+    """How many drafts this process has, whether they are of scenes, and how many all were to draw."""
     codec = Codec.load(cfg.model.path)
     data = build(cfg.data, codec=codec, seed=cfg.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data.place = (team.rank, team.size)
+    device = (
+        f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))}"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
     backbone = build(cfg.model).eval().to(device)
     check_layout(data.layout, backbone.layout)
     warn_of_canvas(backbone, cfg.data.canvas, name="data.canvas")
@@ -82,12 +99,12 @@ def _draw(cfg: DictConfig) -> tuple[int, bool, int]:
         tokenizer=codec.fingerprint,
         settings=settings,
         total=num,
-        team=Team(),
+        team=team,
     )
     drawn, scenes = 0, False
     for chunk in chunks:  # each is on disk by now
         drawn, scenes = drawn + len(chunk), "scene" in chunk[0].record
-    return drawn, scenes, num - drawn
+    return drawn, scenes, num
 
 
 def _next(cfg: DictConfig, *, scenes: bool) -> str:

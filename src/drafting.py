@@ -183,9 +183,13 @@ def _finish(folder: Path, parts: list[tuple[list[dict], int, float]], *, tokeniz
     write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
 
 
-def read_drafts(folder: Path) -> Iterator[list[Draft]]:
-    """The chunks of a finished folder of drafts, in order. Raises DamagedDrafts where a shard is not whole."""
-    for shard in read_drafts_index(folder)["shards"]:
+def read_drafts(folder: Path, team: Team | None = None) -> Iterator[list[Draft]]:
+    """The chunks of a finished folder of drafts, in order; of several ranks each reads its own.
+
+    Raises DamagedDrafts where a shard is not whole.
+    """
+    shards = read_drafts_index(folder)["shards"]
+    for shard in shards[team.rank :: team.size] if team else shards:
         path = folder / shard["name"]
         drafts = _read_chunk(path)
         if not _is_intact(path, shard):

@@ -2,6 +2,7 @@
 
     first = launched_first()              before they know each other: rank 0, as the launcher says
     trainer.fit(..., ckpt_path=meet(trainer, start))      starts the others, if nobody has; all get rank 0's `start`
+    with together() as team: ...          of a verb that does not train: those that srun or torchrun has started
     with explained(): ...                 a lost process, a port in use: one line, and exit code 1
 
 Launchers: Lightning's own (`trainer.devices=2`: this process starts the others of its node), `srun`, `torchrun`.
@@ -21,10 +22,11 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from src.components import ConfigError
-from src.parallel import rank
+from src.parallel import Team, rank
 from src.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
@@ -86,6 +88,19 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
 def _give_up() -> None:
     address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     _end(f"nobody of this run answers at {address}, port {port}: has rank 0 failed, or another program that port?")
+
+
+@contextmanager
+def together() -> Iterator[Team]:
+    """The processes that `srun` or `torchrun` has started of a verb that does not train; one alone without them."""
+    found = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    if found is None or found.world_size() == 1:
+        yield Team()
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = found.main_address, str(found.main_port)
+    dist.init_process_group("gloo", rank=found.global_rank(), world_size=found.world_size())
+    yield Team()
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Revise: ask an expert about drafts, and write those with a correction as a round to train on.
 
     python -m src.revise conf=revise drafts=drafts out=rounds/round-0001 tokenizer=runs/stage1/model
+    torchrun --nproc-per-node 4 -m src.revise conf=revise ...        or srun: each asks about its share
 
     drafts -> expert -> edits aligned to tokens (src/align.py) -> out/round-000000.tar, ... out/index.json
 
@@ -17,12 +18,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from src.batch import Round
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
 from src.drafting import read_drafts_index
 from src.lock import locked
+from src.processes import explained, launched_first, together
 from src.rounds import revise_round
 from src.tokenizer import Codec
 
@@ -35,7 +38,8 @@ def main(argv: list[str]) -> None:
     try:
         out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
         codec = Codec.load(cfg.tokenizer)
-        with locked(out):
+        lock = locked(out) if launched_first() else nullcontext()
+        with lock, explained(), together() as team:
             made = revise_round(
                 out,
                 drafts,
@@ -43,11 +47,13 @@ def main(argv: list[str]) -> None:
                 codec=codec,
                 per_shard=cfg.per_shard,
                 patience=60 * cfg.patience_minutes,
+                team=team,
                 total=read_drafts_index(drafts)["counts"]["written"],
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    sys.stdout.write(f"{made.path}: {report(made)}\n")
+    if team.first:
+        sys.stdout.write(f"{made.path}: {report(made)}\n")
 
 
 def report(made: Round) -> str:

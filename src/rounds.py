@@ -79,7 +79,15 @@ def run_round(
 
 
 def revise_round(
-    folder: str | Path, drafts: Path, *, expert: Expert, codec: Codec, per_shard: int, total: int, patience: float
+    folder: str | Path,
+    drafts: Path,
+    *,
+    expert: Expert,
+    codec: Codec,
+    per_shard: int,
+    total: int,
+    patience: float,
+    team: Team,
 ) -> Round:
     """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
@@ -87,10 +95,10 @@ def revise_round(
     """
     folder = Path(folder)
     settings = _checked(drafts, codec)["settings"]
-    if _is_finished(folder):
-        return _same_round(folder, settings, expert)
-    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": Team()}
-    return _make(folder, drafts, read_drafts(drafts), settings, expert=expert, **options)
+    if made := team.alone(lambda: _same_round(folder, settings, expert) if _is_finished(folder) else None):
+        return made
+    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": team}
+    return _make(folder, drafts, read_drafts(drafts, team), settings, expert=expert, **options)
 
 
 def read_round(folder: str | Path) -> Round:

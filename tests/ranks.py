@@ -58,6 +58,7 @@ class Ranks:
         argv: list[str],
         *,
         out: Path,
+        verb: str = "train",
         world: int = 2,
         ranks: list[int] | None = None,
         kill: list[Kill] | None = None,
@@ -67,7 +68,7 @@ class Ranks:
         memory: int | None = None,
         timeout: float = 120.0,
     ) -> Done:
-        """Run `src.train` on some ranks (None: all) of a world.
+        """Run `src.VERB` on some ranks (None: all) of a world.
 
         out: folder for what they print; patches: functions "module:name" that are called in each rank first
         file_limit: bytes that no file of a rank may exceed, as if its disk were full; memory: bytes that each may take
@@ -76,7 +77,8 @@ class Ranks:
         assert self._server.stdin is not None and self._server.stdout is not None
         out.mkdir(parents=True, exist_ok=True)
         job = {
-            "argv": argv, "out": str(out), "world": world, "ranks": list(range(world)) if ranks is None else ranks,
+            "argv": argv, "verb": verb, "out": str(out), "world": world,
+            "ranks": list(range(world)) if ranks is None else ranks,
             "kill": kill or [], "environment": environment or {}, "patches": patches or [],
             "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()}, "memory": memory,
             "timeout": timeout,
@@ -140,6 +142,8 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": job["world"], "NODE_RANK": 0}
     os.environ.update({name: str(value) for name, value in {**known, "LOCAL_RANK": rank, **job["environment"]}.items()})
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["RANK"] = str(rank)
     for who, what, number in job["kill"]:
         if who == rank:
             _kill_at(what, number)
@@ -155,11 +159,9 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    from src.train import main
-
     rank_zero_only.rank = rank
     try:
-        main(job["argv"])
+        importlib.import_module(f"src.{job['verb']}").main(job["argv"])
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException:  # noqa: BLE001 - as the interpreter does

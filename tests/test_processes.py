@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.drafting import read_drafts
 from src.export import main as export
 from src.prepare import Scenes
 from tests.ranks import RENAME, ROOT, Ranks
@@ -114,6 +115,32 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
     moved = load_file(BASE / "model.safetensors")
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_path):
+    """The verbs, as torchrun starts them; the first time one is killed."""
+    made = {"environment": {"TORCHELASTIC_RUN_ID": "one"}, "out": tmp_path}
+    draft = ["conf=draft", f"model.path={BASE}", f"data.path={scenes}", f"out={tmp_path}/drafts", f"num={NUM}"]
+    draft += ["tokens_per_step=[8,16]", "data.batch_size=4", "data.workers=0"]
+    killed = ranks.run(draft, verb="draft", kill=[(1, "src.draft:draft_batch", 1)], **made)
+    assert killed.codes[1] == -9
+    assert killed.codes[0] == 1
+    assert "rank 0: error: another process of this run has ended" in killed.printed[0]
+    done = ranks.run(draft, verb="draft", **made)
+    assert done.codes == [0, 0], done.printed
+    assert f"{tmp_path}/drafts: {NUM} drafts\nnext: python -m src.revise" in done.printed[0]
+    revise = ["conf=revise", f"drafts={tmp_path}/drafts", f"out={tmp_path}/round", f"tokenizer={BASE}", "per_shard=4"]
+    killed = ranks.run(revise, verb="revise", kill=[(1, ANSWER, 1)], **made)
+    assert killed.codes == [1, -9], killed.printed
+    done = ranks.run(revise, verb="revise", **made)
+    assert done.codes == [0, 0], done.printed
+    assert len(journaled(tmp_path / "round")) == len(set(journaled(tmp_path / "round"))) == NUM
+    found = digests(tmp_path / "round") | digests(tmp_path / "drafts")
+    assert found.keys() == rounds(whole)["round-0001"].keys()
+    online = whole / "rounds" / "round-0001" / "drafts"
+    for ours, theirs in zip(read_drafts(tmp_path / "drafts"), read_drafts(online), strict=True):
+        assert [(one.key, one.token_ids) for one in ours] == [(one.key, one.token_ids) for one in theirs]
 
 
 # --- kills --------------------------------------------------------------------------------------------------------

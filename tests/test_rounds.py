@@ -372,7 +372,7 @@ def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name
 
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
-    asked = {"codec": case.codec, "per_shard": 4, "total": NUM, "patience": 60.0}
+    asked = {"codec": case.codec, "per_shard": 4, "total": NUM, "patience": 60.0, "team": Team()}
     for expert in (ScenesExpert(), ReferenceExpert()):
         with pytest.raises(ValueError, match="round made with another expert;"):
             case.run(whole, expert)
@@ -392,7 +392,7 @@ def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tm
     folder = tmp_path / "round-0001"
     again = lambda expert: revise_round(  # noqa: E731
         folder, whole / "drafts", expert=expert, codec=case.codec, per_shard=4, total=NUM,
-            patience=60.0,
+            patience=60.0, team=Team(),
     )  # fmt: skip
 
     def killed() -> None:
@@ -480,6 +480,7 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
         "per_shard": 4,
         "total": NUM,
         "patience": 60.0,
+        "team": Team(),
     }
     revise_round(tmp_path / "r", tmp_path / "drafts", **asked)
     assert digests(tmp_path / "r") == digests(whole)
@@ -496,7 +497,7 @@ def test_unfinished_drafts_are_refused(case, tmp_path):
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
         revise_round(
             tmp_path / "r", tmp_path / "drafts", expert=ScenesExpert(), codec=case.codec, per_shard=4, total=NUM,
-            patience=60.0,
+            patience=60.0, team=Team(),
         )  # fmt: skip
 
 
@@ -505,7 +506,7 @@ def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
     with pytest.raises(ValueError, match=other.fingerprint):
         revise_round(
             tmp_path / "r", whole / "drafts", expert=ScenesExpert(), codec=other, per_shard=4, total=NUM,
-            patience=60.0,
+            patience=60.0, team=Team(),
         )  # fmt: skip
 
 
