@@ -25,12 +25,14 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test golden base lint clean install
+.PHONY: help quickstart test test-slow test-slurm golden base lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
 	@echo "                  a second call resumes; fresh=1 removes $(OUT) first; seed=1 is another run"
 	@echo "make test         all tests"
+	@echo "make test-slow    those that take long"
+	@echo "make test-slurm   jobs on a Slurm of two nodes that it starts on this machine (root, Debian's Slurm packages)"
 	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
 	@echo "make lint         ruff and pyright"
@@ -48,6 +50,14 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) pytest
+
+test-slow: $(INSTALLED)
+	$(RUN) pytest -m slow
+
+# The Slurm is of Debian's packages, runs as root, and keeps to a temporary folder:
+#   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
+test-slurm: $(INSTALLED)
+	$(RUN) pytest -m slurm tests/test_slurm.py
 
 golden: $(INSTALLED)
 	$(RUN) pytest -k golden

@@ -30,7 +30,7 @@ from callbacks.checkpoint import write_whole_files
 from src.batch import Batch, Expert, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.parallel import Team, gathered
-from src.rounds import EmptyRound, read_round, run_round, summary
+from src.rounds import EmptyRound, charge, read_round, run_round, summary
 from src.snapshots import remove
 from src.stop import Stop
 from src.tokenizer import Codec
@@ -96,7 +96,7 @@ class SelfCorrection(L.Callback):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if expert is None:
-            raise ValueError("no expert is given: set expert=scenes or expert=reference")
+            raise ValueError("no expert is given: set expert=scenes, expert=reference or expert=openai")
         if not tokens_per_step:
             raise ValueError("tokens_per_step must name at least one speed, got an empty list")
         for speed in tokens_per_step:
@@ -133,11 +133,15 @@ class SelfCorrection(L.Callback):
         count = _datamodule(trainer).draft_settings()["data_count"]
         self.drafts_per_round = capped(self.drafts_per_round, count, name="callbacks.self_correction.drafts_per_round")
         for number in range(1, self.num_done + 1):  # before Lightning asks for the first loader
-            self._add(trainer, read_round(self._folder(number)))
+            made = read_round(self._folder(number))
+            charge(self.expert, made.manifest.get("usage", {}), self._team)
+            self._add(trainer, made)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if getattr(_datamodule(trainer), "epoch_batches", None):  # otherwise each round changes the length
-            self._check_length(trainer, steps=int(trainer.num_training_batches))
+            self.check_length(
+                max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, steps=int(trainer.num_training_batches)
+            )
         missing = self._num_due(trainer.current_epoch) - self.num_done
         if missing <= 0:
             return
@@ -156,18 +160,18 @@ class SelfCorrection(L.Callback):
         if self.num_done < self.rounds and self._team.first:
             logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
 
-    def _check_length(self, trainer: L.Trainer, *, steps: int) -> None:
-        """Refuse a training that ends before the last round is due. steps: of an epoch."""
+    def check_length(self, *, max_epochs: int | None, max_steps: int, steps: int) -> None:
+        """Raise ValueError for a training that ends before the last round is due. steps: of an epoch."""
         epochs = (self.rounds - self.at_start) * self.every_n_epochs  # before the last round
-        if trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs:
+        if max_epochs is not None and 0 <= max_epochs <= epochs:
             raise ValueError(
-                f"{self.rounds} rounds need more than {epochs} epochs, but max_epochs={trainer.max_epochs}; "
+                f"{self.rounds} rounds need more than {epochs} epochs, but max_epochs={max_epochs}; "
                 "raise trainer.max_epochs, or lower rounds"
             )
-        if trainer.max_steps != -1 and epochs * steps >= trainer.max_steps:
+        if max_steps != -1 and epochs * steps >= max_steps:
             raise ValueError(
                 f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
-                f"max_steps={trainer.max_steps}; {_shorter(trainer.max_steps // (epochs + 1))}lower rounds"
+                f"max_steps={max_steps}; {_shorter(max_steps // (epochs + 1))}lower rounds"
             )
 
     def _num_due(self, epochs: int) -> int:
@@ -262,7 +266,7 @@ def _shorter(steps: int) -> str:
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
-    """The figures of a round for the logger."""
+    """The figures of a round for the logger. yield: the share of the edits that could be placed."""
     counts = manifest["counts"]
     revised = max(1, counts["revised"])
     metrics = {
@@ -271,8 +275,12 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
         "round/edits_per_draft": counts["edits"] / revised,
         "round/written": counts["written"],
     }
-    for kind in ("rejected", "failures"):
-        metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest[kind].items()}
+    for kind in ("rejected", "failures", "usage", "latency"):
+        metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
+    if edits := counts["edits"] + sum(manifest["rejected"].values()):
+        metrics["round/yield"] = counts["edits"] / edits
+    if seconds := manifest["drawing"]["seconds"]:
+        metrics["round/drafts_per_s"] = manifest["drawing"]["drawn"] / seconds
     return metrics
 
 

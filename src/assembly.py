@@ -22,13 +22,14 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
+from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
 from src.batch import Kind
 from src.components import ConfigError, build, plain
 from src.drafting import warn_of_canvas
 from src.models.outline import Deferred
 from src.stop import Stop
-from src.strategy import FSDP2
+from src.strategy import DDP, FSDP2
 from src.tiling import check_layout
 from src.tokenizer import Codec
 
@@ -59,15 +60,21 @@ def assemble(
     return data, objective, trainer
 
 
-def rehearse(cfg: DictConfig) -> None:
-    """Build everything but weights and trainer, as on a machine without the devices. Raises ValueError as training."""
+def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
+    """Build everything but weights and trainer, as on a machine without the devices. Raises ValueError as training.
+
+    world: number of processes of the run
+    """
     quiet()
     check_stops(cfg)
     codec = Codec.load(cfg.tokenizer)
     offers = offered(cfg, codec, Stop())
     data, _ = data_and_objective(cfg, partial(outlined, cfg.model, codec), **offers)
-    data.train_dataloader()
-    _callbacks(cfg, **offers)
+    data.place = (0, world)
+    steps = len(data.train_dataloader())
+    for callback in _callbacks(cfg, **offers):
+        if isinstance(callback, SelfCorrection) and data.epoch_batches:
+            callback.check_length(max_epochs=cfg.trainer.max_epochs, max_steps=cfg.trainer.max_steps, steps=steps)
 
 
 def offered(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:
@@ -137,6 +144,8 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
     """The trainer with the callbacks of the config, and then those given."""
     node = {**plain(cfg.trainer), "log_every_n_steps": _log_interval(cfg)}
+    if node.get("strategy", "auto") in ("auto", "ddp") and (node.get("devices", 1), node.get("num_nodes", 1)) != (1, 1):
+        node["strategy"] = DDP()
     return build(
         node,
         logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),

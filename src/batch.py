@@ -187,10 +187,17 @@ class Revision:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an expert gave no usable answer; `retry` tells whether asking again later may help."""
+    """Why an expert gave no usable answer; `retry` tells whether asking again later may help.
+
+    The rest as of `Revision`: what was paid for is kept, too.
+    """
 
     reason: str
     retry: bool = False
+    raw: str = ""
+    model: str = ""
+    usage: dict = field(default_factory=dict)
+    attempts: int = 1
 
 
 @dataclass

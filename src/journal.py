@@ -58,6 +58,11 @@ class Journal:
         """The answer to a draft, if there is one."""
         return self._answers.get(self.request(draft))
 
+    @property
+    def answers(self) -> list[Answer]:
+        """All that are known, also those to other questions."""
+        return list(self._answers.values())
+
     def is_settled(self, draft: Draft) -> bool:
         """Whether there is an answer, and not a failure that asking again may cure."""
         return _is_settled(self.answer(draft))
@@ -116,16 +121,16 @@ def _is_settled(answer: Answer | None) -> bool:
 def _answer(entry: dict[str, Any]) -> Answer:
     """The answer of a line. Raises TypeError or KeyError where one of its values is not what an expert gives."""
     if "failure" in entry:
-        failure = Failure(**entry["failure"])
-        _typed(failure.reason, str)
-        _typed(failure.retry, bool)
-        return failure
-    revision = Revision(**{**entry["revision"], "edits": tuple(map(_edit, entry["revision"]["edits"]))})
-    for text in (revision.raw, revision.model):
+        answer: Answer = Failure(**entry["failure"])
+        _typed(answer.reason, str)
+        _typed(answer.retry, bool)
+    else:
+        answer = Revision(**{**entry["revision"], "edits": tuple(map(_edit, entry["revision"]["edits"]))})
+    for text in (answer.raw, answer.model):
         _typed(text, str)
-    _typed(revision.usage, dict)
-    _typed(revision.attempts, int)
-    return revision
+    _typed(answer.usage, dict)
+    _typed(answer.attempts, int)
+    return answer
 
 
 def _edit(content: dict[str, Any]) -> Edit:

@@ -22,7 +22,8 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from src.components import ConfigError
@@ -68,8 +69,8 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
     strategy, launcher = trainer.strategy, trainer.strategy.launcher
     if not isinstance(strategy, DDP | FSDP2):
         raise ConfigError(
-            f"trainer.strategy: {trainer.world_size} processes need parallel/ddp or parallel/fsdp2, as in "
-            f"conf=stage1,parallel/fsdp2; {type(strategy).__name__} is not supported"
+            f"trainer.strategy: {type(strategy).__name__} is for one process; {trainer.world_size} need parallel/ddp "
+            "or parallel/fsdp2, as in conf=stage1,parallel/fsdp2"
         )
     if isinstance(launcher, _SubprocessScriptLauncher) and not launcher.procs:
         os.environ[PARENT] = str(os.getpid())

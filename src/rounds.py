@@ -16,21 +16,19 @@ shards are those of one process, byte by byte.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import time
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
 
 from src.align import Span, locate
+from src.asking import ExpertThread, FailedRound
 from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
 from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.journal import Answer, Journal
@@ -39,7 +37,6 @@ from src.shards import INDEX, image_name, publish, read_manifest, write_shards
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
-LEAVE = 5.0  # seconds for an expert to let go of what it waits for
 
 
 def run_round(
@@ -118,99 +115,8 @@ def summary(manifest: Mapping[str, Any]) -> str:
     return "; ".join(told)
 
 
-class FailedRound(ValueError):
-    """A round that cannot be made, or is of no use, for a reason that the user can mend."""
-
-
 class EmptyRound(FailedRound):
     """A round that holds nothing to train on."""
-
-
-class SilentExpert(FailedRound):
-    """An expert that does not answer any more."""
-
-
-class ExpertThread:
-    """Asks an expert in a thread of its own; a context manager that ends when every answer is in the journal.
-
-    The expert lives in one event loop for the whole round, so it may keep connections and limits of its own. Raises
-    SilentExpert where it has been asked, and `patience` seconds have gone by without an answer.
-    """
-
-    def __init__(self, expert: Expert, journal: Journal, bar: tqdm, *, patience: float) -> None:
-        self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
-        self._heard = time.monotonic()
-        self._asked: list[Future] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
-
-    def __enter__(self) -> ExpertThread:
-        self._thread.start()
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        try:
-            if error is None:
-                for future in self._asked:
-                    self._wait(future)
-        finally:
-            self._end()
-
-    def ask(self, drafts: Sequence[Draft]) -> None:
-        """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
-        for future in self._asked:
-            if future.done():
-                future.result()
-        if all(future.done() for future in self._asked):
-            self._heard = time.monotonic()  # nothing was asked of it until now
-        elif time.monotonic() - self._heard > self.patience:
-            raise self._silent()
-        self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
-
-    def _wait(self, future: Future) -> None:
-        while not future.done():
-            left = self._heard + self.patience - time.monotonic()
-            if left <= 0:
-                raise self._silent()
-            wait([future], timeout=min(left, 1.0) + 0.01)
-        future.result()
-
-    def _silent(self) -> SilentExpert:
-        return SilentExpert(
-            f"expert {self.expert.name} has not answered for {self.patience:.0f} s; its {len(self.journal)} answers "
-            "are kept, and the same command continues"
-        )
-
-    def _end(self) -> None:
-        """End the thread. One that its expert blocks is left behind, and ends with the process."""
-        try:
-            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=LEAVE)
-        except TimeoutError:
-            logger.warning("expert %s does not let go of its thread", self.expert.name)
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _cancel(self) -> None:
-        """End what still runs; after an error, that is all chunks without answers."""
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
-
-    async def _collect(self, drafts: Sequence[Draft]) -> None:
-        unsettled = {draft.key: draft for draft in drafts if not self.journal.is_settled(draft)}
-        self.bar.update(len(drafts) - len(unsettled))
-        if not unsettled:
-            return
-        async for key, answer in self.expert.revise(list(unsettled.values())):
-            if key not in unsettled:
-                raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")
-            self.journal.add(unsettled.pop(key), answer)
-            self._heard = time.monotonic()
-            self.bar.update()
 
 
 @dataclass
@@ -225,6 +131,8 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     usage: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)  # that an answer took, where its expert says so
+    latency: dict[str, float] = field(default_factory=dict)  # percentiles of these
 
     def __post_init__(self) -> None:
         names = ("drafted", "revised", "right", "unusable", "failed", "unanswered", "edits")
@@ -233,15 +141,24 @@ class Tally:
     def add(self, answer: Answer | None) -> None:
         """Count a draft and its answer."""
         self.counts["drafted"] += 1
+        if answer is not None:
+            numbers = {name: n for name, n in answer.usage.items() if isinstance(n, int | float)}
+            self.usage.update(numbers)
+            self.seconds += [numbers["seconds"]] if "seconds" in numbers else []
         if isinstance(answer, Revision):
             self.counts["revised"] += 1
             self.counts["right"] += not answer.edits
-            self.usage.update({name: n for name, n in answer.usage.items() if isinstance(n, int | float)})
         elif isinstance(answer, Failure):
             self.counts["failed"] += 1
             self.failures[answer.reason] += 1
         else:
             self.counts["unanswered"] += 1
+
+    def close(self) -> None:
+        """Find the percentiles: all answers are in."""
+        if len(self.seconds) > 1:
+            cuts = statistics.quantiles(self.seconds, n=100, method="inclusive")
+            self.latency.update({f"p{number}": round(cuts[number - 1], 3) for number in (50, 90, 99)})
 
     def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> list[Span]:
         """The token spans of a draft's edits, counted."""
@@ -279,22 +196,39 @@ def _make(
         others = sorted(work.glob("journal-rank-*.jsonl"))
         return Journal(work / f"journal-rank-{team.rank:04d}.jsonl", expert=name, also=others)
 
-    def write() -> None:
-        with journal() as answers:
-            _write(work, drafts, answers, codec, per_shard, expert=asked)
-
-    if not team.alone(prepare):
+    def ask() -> None:
         with (
             journal() as answers,
             _bar(total, team) as bar,
             ExpertThread(expert, answers, bar, patience=patience) as thread,
         ):
+            charge(expert, _usage(answers), team)
             for chunk in drawn:
                 thread.ask(chunk)
+
+    def write() -> None:
+        with journal() as answers:
+            _write(work, drafts, answers, codec, per_shard, expert=asked)
+
+    if not team.alone(prepare):
+        ask()
         team.wait()  # rank 0 writes the answers of all
         team.alone(write)
     team.alone(lambda: publish(work, folder))
     return read_round(folder)
+
+
+def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
+    """Tell an expert that counts what it may spend what the run has used before: of several ranks each its share."""
+    if usage and hasattr(expert, "charge"):
+        expert.charge({name: value / team.size for name, value in usage.items()})
+
+
+def _usage(journal: Journal) -> Counter[str]:
+    tally = Tally()
+    for answer in journal.answers:
+        tally.add(answer)
+    return tally.usage
 
 
 def _bar(total: int, team: Team) -> tqdm:
@@ -322,6 +256,7 @@ def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: 
             "rejected": tally.rejected,
             "failures": tally.failures,
             "usage": tally.usage,
+            "latency": tally.latency,
             "settings": index["settings"],
             "drawing": index["drawing"],
         },
@@ -337,6 +272,7 @@ def _samples(drafts: Path, journal: Journal, codec: Codec, tally: Tally) -> Iter
             edits = answer.edits if isinstance(answer, Revision) else ()
             if edits and (spans := tally.place(codec, draft, edits)):
                 yield _to_sample(draft, spans)
+    tally.close()
 
 
 def _to_sample(draft: Draft, spans: Sequence[Span]) -> dict[str, Any]:

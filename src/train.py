@@ -40,6 +40,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from datamodules.shards import Sample
+from src.asking import FailedRound
 from src.assembly import OFFERS, assemble, check_stops, data_and_objective, offered, outlined, quiet
 from src.batch import Batch
 from src.components import ConfigError, check, plain
@@ -50,7 +51,6 @@ from src.models.checkpoint import save_pretrained
 from src.objectives.base import Diverged
 from src.plan import measure
 from src.processes import explained, launched_first, leave_with_parent, meet
-from src.rounds import FailedRound
 from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
 from src.shards import write_json
 from src.stop import BY_FILE, SIGNALLED, Stop, Stopped

@@ -202,7 +202,7 @@ def test_more_rounds_than_steps_cannot_be_had_by_shorter_epochs(scenes, tmp_path
 def test_the_online_loop_needs_an_expert_from_the_start(scenes, tmp_path, capsys, at_start):
     more = [*STAGE_TWO, f"callbacks.self_correction.at_start={at_start}", "expert=null"]
     error = refusal(arguments(scenes, tmp_path / "run", *more, conf="stage2"), capsys)
-    assert error.endswith(".SelfCorrection: no expert is given: set expert=scenes or expert=reference\n")
+    assert error.endswith(".SelfCorrection: no expert is given: set expert=scenes, expert=reference or expert=openai\n")
     assert contents(tmp_path / "run") == {}
 
 

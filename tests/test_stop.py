@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,11 +19,15 @@ from src.stop import Stop, Stopped
 from src.train import main
 
 ROOT = Path(__file__).parents[1]
-# Has signals sent to itself and all its workers within a call of a method: where it is called for the nth time.
+# Has signals sent to itself and all its workers within a call of a method: where it is called for the nth time. Or to
+# one rank alone, or has a file made.
 TRAINING = """
-import importlib, os, subprocess, sys
+import importlib, os, subprocess, sys, time
 from src.train import main
 
+if not sys.argv[1]:
+    main(sys.argv[2:])
+    sys.exit()
 place, method, nth, *numbers = sys.argv[1].split("/")
 module, _, owner = place.partition(":")
 holder = importlib.import_module(module)
@@ -31,7 +36,13 @@ plain, calls = getattr(holder, method), []
 
 def signalled(*args, **kwargs):
     calls.append(method)
-    if len(calls) == int(nth):
+    if len(calls) == int(nth) and numbers[0] == "touch":
+        subprocess.run(["touch", "/" + "/".join(numbers[1:])])
+        time.sleep(5)  # the drafts are drawn in less time than the file is looked for
+    elif len(calls) == int(nth) and numbers[0] == "rank1":
+        if os.environ.get("LOCAL_RANK") == "1":
+            subprocess.run(["kill", f"-{numbers[1]}", str(os.getpid())])
+    elif len(calls) == int(nth):
         for number in numbers:
             subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"])  # what it sends itself is another thing
     return plain(*args, **kwargs)
@@ -83,15 +94,18 @@ def stage_two(scenes: Path, run_dir: Path) -> list[str]:
 def signalled(where: str, argv: list[str]) -> tuple[int, str]:
     """Exit code and the last line of a training that sends itself signals."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", TRAINING, where, *argv]
+    script = Path(tempfile.mkdtemp(), "training.py")  # a file, as Lightning runs it again for the second rank
+    script.write_text(TRAINING)
+    command = [sys.executable, str(script), where, *argv]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, start_new_session=True, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=env, start_new_session=True, capture_output=True, text=True, timeout=400
     )  # fmt: skip
     return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
 
 def step_of(run_dir: Path) -> int:
-    return torch.load(run_dir / "checkpoints" / "stopped.ckpt", weights_only=True)["global_step"]
+    path = run_dir / "checkpoints" / "stopped.ckpt"
+    return torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)["global_step"]
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -131,6 +145,51 @@ def test_a_second_signal_does_not_wait(scenes, tmp_path):
     code, _ = signalled(f"{STEP}/3/{int(signal.SIGTERM)}/{int(signal.SIGTERM)}", arguments(scenes, tmp_path / "run"))
     assert code == -signal.SIGTERM
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_what_a_batch_job_asks_for_leaves_a_mark_and_the_same_command_continues(scenes, whole, tmp_path):
+    """By a file before the first step, then by the signal for which it stands; workers get that too."""
+    run_dir = tmp_path / "run"
+    argv, stop, mark = arguments(scenes, run_dir), run_dir / "STOP", run_dir / "REQUEUE"
+    code, said = signalled(f"src.train/begin/1/touch/{stop}", argv)
+    assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
+    assert mark.exists() and not list(run_dir.glob("checkpoints/*"))
+    stop.unlink()
+    mark.unlink()
+    code, said = signalled(f"{STEP}/3/{int(signal.SIGUSR1)}", argv)
+    assert (code, said) == (0, "stopped at step 3 of 16 by SIGUSR1; the same command continues")
+    assert mark.exists() and step_of(run_dir) == 3
+    main(argv)
+    assert same_weights(whole, run_dir)
+
+
+def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
+    argv = stage_two(scenes, tmp_path / "run")
+    stop = tmp_path / "run" / "STOP"
+    code, said = signalled(f"callbacks.self_correction/draft_batch/3/touch/{stop}", argv)
+    assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
+    stop.unlink()
+    main(argv)
+    main(stage_two(scenes, tmp_path / "whole"))
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "number"), [("ddp", signal.SIGTERM), ("fsdp2", signal.SIGUSR1)])
+def test_one_rank_is_asked_and_all_stop_at_the_same_step(scenes, tmp_path, parallel, number):
+    def command(run_dir: str) -> list[str]:
+        two = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2"]
+        return arguments(scenes, tmp_path / run_dir, *two, conf=f"stage1,parallel/{parallel}")
+
+    code, said = signalled(f"{STEP}/3/rank1/{int(number)}", command("run"))
+    assert said == f"stopped at step 3 of 16 by {number.name}; the same command continues"
+    assert code == (0 if number == signal.SIGUSR1 else 128 + number)
+    assert step_of(tmp_path / "run") == 3
+    for run_dir in ("run", "whole"):
+        code, _ = signalled("", command(run_dir))
+        assert code == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(("nth", "step"), [(3, 0), (9, 10)])

@@ -157,6 +157,10 @@ class Objective(L.LightningModule):
             self.backbone.to_empty(device=self.device)
             self._fill(self.backbone)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Log by optimizer steps: Lightning counts batches, also those of skipped steps, and one more on resuming."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["num_skipped"] = self.num_skipped
 

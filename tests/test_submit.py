@@ -1,0 +1,500 @@
+"""Jobs without a Slurm: the text of the batch job, its shell logic in a real bash, what is checked and kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from src.config import load_config
+from src.prepare import Scenes
+from src.submit import CODE, Cluster, main, script, seconds
+from tests.test_stop import ROOT, arguments, scenes  # noqa: F401
+
+SIZES = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 12, "time": "1-00:00:00", "stop_before": 600}
+GOLDEN = r"""#!/bin/bash
+# python -m src.submit conf=stage2,cluster/mine 'cluster.seeds=[1,4]'
+#SBATCH --job-name=stage2
+#SBATCH --partition=gpu
+#SBATCH --account=lab
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=1-00:00:00
+#SBATCH --array=1,4
+#SBATCH --dependency=afterok:77
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output='/data/my runs/stage2-seed%a/slurm-%A_%a.log'
+#SBATCH --requeue
+#SBATCH --constraint=h100
+
+run='/data/my runs/stage2'-seed$SLURM_ARRAY_TASK_ID
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+rm -f "$run/STOP" "$run/REQUEUE"
+end=
+trap 'touch "$run/STOP"; end=${end:-$((SECONDS + 480))}' USR1  # all processes save a checkpoint and end
+
+# How far it has come: its checkpoints, and what is drafted and answered. Given up if it only ever starts.
+cd "$run" || exit
+mark=$({ find checkpoints -type f -not -path '*/.*' -printf '%p %T@\n'; find rounds -type f -printf '%p %s\n'; } \
+    2>/dev/null | sort | cksum)
+idle=0
+[[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -e .restarts ]] && read -r idle before <.restarts
+[[ $mark == "$before" ]] && idle=$((idle + 1)) || idle=0
+echo "$idle $mark" >.restarts
+if [[ $idle -ge 5 ]]; then
+    echo "error: given up after 5 restarts without a new checkpoint or draft: it needs a longer cluster.time," \
+        "a shorter cluster.stop_before, or checkpoints more often" >&2
+    exit 1
+fi
+
+cd /home/me || exit
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
+while (: <>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do  # taken by somebody else
+    MASTER_PORT=$((MASTER_PORT + 1))
+done
+module load cuda
+export PYTHONPATH=$run/code PYTHONSAFEPATH=1  # the program as it was submitted, whatever has changed since
+
+# One process that fails, or ends much earlier, ends all.
+srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 \
+    /opt/venv/bin/python -m src.train conf="$run/config.yaml" &
+while kill -0 $! 2>/dev/null; do
+    sleep 1  # and not `wait`: a signal is answered after each second
+    if [[ $end && $SECONDS -ge $end ]]; then  # not done in time: the newest checkpoint has to do
+        scontrol requeue "$job"
+        exit 1
+    fi
+done
+wait $!
+code=$?
+# Go on later, unless the job was cancelled. Slurm may also have taken the nodes away before anything could be saved.
+state=$(scontrol -o show job "$job")
+if [[ $state == *JobState=RUNNING* && ( -e $run/REQUEUE || ( $code != 0 && $state == *PreemptTime=2* ) ) ]]; then
+    scontrol requeue "$job" && exit
+    echo "could not queue the job again; sbatch $run/job.sbatch continues it" >&2
+fi
+[[ -e $run/REQUEUE ]] && exit 1  # what waits for this job must not take it for done
+exit $code
+"""
+# Stand in for Slurm's programs: what a job would see of them.
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> {folder}/calls
+case "$*" in
+    *hostnames*) printf 'n7\\nn8\\n' ;;
+    *show*) echo "JobId=7 JobState={state} PreemptTime={preempted}" ;;
+    *) exit {refuses} ;;
+esac
+"""
+SRUN = """#!/bin/bash
+echo "srun $*" >> {folder}/calls
+echo "$MASTER_ADDR $MASTER_PORT $PYTHONPATH" >> {folder}/seen
+touch {folder}/started
+{body}
+"""
+UNTIL_STOPPED = """for _ in $(seq 200); do
+    if [ -e {run}/STOP ]; then touch {run}/REQUEUE; exit 0; fi
+    sleep 0.05
+done
+exit 9"""
+
+
+def cluster(**more) -> Cluster:
+    return Cluster(**{**SIZES, **more})
+
+
+def test_the_job_is_the_golden_one(monkeypatch):
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/home/me"))
+    mine = cluster(
+        partition="gpu",
+        account="lab",
+        mem="0",
+        after=77,
+        seeds=[1, 4],
+        extra=["--constraint=h100"],
+        setup=["module load cuda"],
+    )
+    command = ["conf=stage2,cluster/mine", "cluster.seeds=[1,4]"]
+    found = script(
+        mine, name="stage2", run_dir=Path("/data/my runs/stage2"), command=command, python="/opt/venv/bin/python"
+    )
+    assert found == GOLDEN
+
+
+@pytest.mark.parametrize("seeds", [[], [0, 2]])
+def test_bash_takes_the_job(tmp_path, seeds):
+    text = script(cluster(seeds=seeds), name="x y", run_dir=tmp_path / "it's $HOME", command=["conf=a\n)"])
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+class Job:
+    """The batch job in a real bash, with stand-ins for srun and scontrol in front of PATH."""
+
+    def __init__(
+        self,
+        folder: Path,
+        body: str,
+        *,
+        state: str = "RUNNING",
+        preempted: str = "None",
+        refuses: int = 0,
+        stop_before: int = 600,
+        **env: str,
+    ) -> None:
+        self.folder, self.run = folder, folder / "a run"
+        self.run.mkdir(exist_ok=True)
+        names = {"folder": folder, "state": state, "preempted": preempted, "refuses": refuses}
+        text = {"srun": SRUN.format(body=body.format(run="'" + str(self.run) + "'"), **names)}
+        text["scontrol"] = SCONTROL.format(**names)
+        for name, content in text.items():
+            (folder / name).write_text(content)
+            (folder / name).chmod(0o755)
+        job = script(
+            cluster(gpus_per_node=0, stop_before=stop_before), name="job", run_dir=self.run, command=["conf=a"]
+        )
+        env |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "15042", "SLURM_JOB_NODELIST": "n[7-8]"}
+        (self.run / "STOP").touch()  # of an earlier job
+        command = ["bash", "-c", job]
+        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 20
+        while not (folder / "started").exists() and self.process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def done(self) -> tuple[int, str]:
+        """Exit code and what was said on stderr."""
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+    def requeued(self) -> bool:
+        return "scontrol requeue 15042" in (self.folder / "calls").read_text().splitlines()
+
+
+def test_a_signal_stops_the_processes_and_queues_the_job_again(tmp_path):
+    job = Job(tmp_path, UNTIL_STOPPED)
+    for _ in range(3):  # Slurm may send it more than once
+        job.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    assert job.done() == (0, "")
+    assert job.requeued()
+    called = (tmp_path / "calls").read_text().splitlines()
+    train = f"-m src.train conf={job.run}/config.yaml"
+    assert called[1] == f"srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 {sys.executable} {train}"
+    assert (tmp_path / "seen").read_text() == f"n7 15042 {job.run}/code\n"
+
+
+def test_processes_that_do_not_end_in_time_are_not_waited_for(tmp_path):
+    job = Job(tmp_path, "sleep 20", stop_before=2)
+    job.process.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 15
+    while not job.requeued():  # which would end the job
+        assert time.monotonic() < deadline and job.process.poll() is None
+        time.sleep(0.1)
+    job.process.kill()
+
+
+def test_a_signal_that_comes_too_late_changes_nothing(tmp_path):
+    job = Job(tmp_path, "sleep 0.5")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.done() == (0, "")
+    assert not job.requeued()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "preempted", "leaves", "again"),
+    [
+        (0, "RUNNING", "None", "", False),  # finished
+        (1, "RUNNING", "None", "", False),  # failed
+        (0, "RUNNING", "None", "touch {run}/REQUEUE", True),  # stopped by SIGTERM to the processes
+        (143, "RUNNING", "2026-11-21T13:36:50", "", True),  # preempted before they could answer
+        (0, "RUNNING", "2026-11-21T13:36:50", "", False),  # preempted, but finished
+        (0, "COMPLETING", "None", "touch {run}/REQUEUE", False),  # cancelled on the way: not done, so it fails
+    ],
+)
+def test_who_is_queued_again(tmp_path, code, state, preempted, leaves, again):
+    job = Job(tmp_path, f"{leaves}\nexit {code}", state=state, preempted=preempted)
+    assert job.done() == (0 if again else max(code, bool(leaves)), "")
+    assert job.requeued() == again
+
+
+def test_a_job_that_only_ever_starts_is_given_up(tmp_path):
+    """Restarts that leave a checkpoint or a draft more are not counted, nor is one that is submitted again."""
+    run, left = tmp_path / "a run", []
+    for number in range(12):
+        made = {2: "checkpoints/a.ckpt", 4: "rounds/.round-0001.partial/drafts/0.tar"}.get(number)
+        body = "touch {run}/REQUEUE" + (f"; mkdir -p {{run}}/{Path(made).parent}; touch {{run}}/{made}" if made else "")
+        hidden = "; mkdir -p {run}/checkpoints; touch {run}/checkpoints/.half.tmp"  # a save that was cut short
+        job = Job(tmp_path, body + hidden, SLURM_RESTART_COUNT=str(number))
+        left.append(job.done())
+        (tmp_path / "started").unlink(missing_ok=True)
+        if left[-1][0]:
+            break
+    assert len(left) == 4 + 1 + 5 + 1  # the last with news, the one that sees them, five without, and that is enough
+    assert left[:-1] == [(0, "")] * 10
+    code, said = left[-1]
+    assert code == 1
+    assert said.startswith("error: given up after 5 restarts without a new checkpoint or draft: ")
+    assert said.count("\n") == 1
+    assert Job(tmp_path, "exit 0").done() == (0, "")
+    assert (run / ".restarts").read_text().startswith("0 ")
+
+
+def test_a_port_that_is_taken_is_passed_over(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 15042))
+        taken.listen()
+        assert Job(tmp_path, "exit 0").done() == (0, "")
+    assert (tmp_path / "seen").read_text() == f"n7 15043 {tmp_path}/a run/code\n"
+
+
+def test_a_job_that_slurm_does_not_queue_again_fails_and_says_so(tmp_path):
+    job = Job(tmp_path, "touch {run}/REQUEUE", refuses=1)
+    code, said = job.done()
+    assert code == 1
+    assert said == f"could not queue the job again; sbatch {job.run}/job.sbatch continues it\n"
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("10:30", 630), ("02:00:00", 7200), ("1-2", 93600), ("1-02:30", 95400), ("2-00:00:05", 172805)],
+)
+def test_durations(time, expected):
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"gpus_per_node": -1}, "gpus_per_node must be at least 0, got -1"),
+        ({"time": "soon"}, "time must be written as d-hh:mm:ss.*'soon'"),
+        ({"time": "11:00"}, "time=11:00 must be more than stop_before=600 s and the 60 s"),
+        ({"after": 0}, "after must be the number of a job"),
+        ({"partition": "gpu --exclusive"}, "partition must be one word"),
+        ({"extra": ["-C h100"]}, "extra must hold options"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+    ],
+)
+def test_what_a_cluster_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cluster(**wrong)
+
+
+def job_arguments(scenes: Path, run_dir: Path, *more: str) -> list[str]:  # noqa: F811
+    sizes = ["cluster.nodes=1", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
+    conf, *rest = arguments(scenes, run_dir, *sizes, *more)
+    return [f"{conf},cluster/example", *rest]
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """Stand-ins for sbatch and squeue; the folder they are in notes what they were called with."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in {"sbatch": "echo 42", "squeue": f"cat {folder}/queue 2>/dev/null"}.items():
+        (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {folder}/calls\n{body}\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def finish(run: Path) -> None:
+    """What is left of a run that is done, as far as `src.submit` looks."""
+    (run / "finished.json").write_text("{}")
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").touch()
+
+
+def refusal(argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["trainer.max_step=5"], "error: unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?\n"),
+        (["objective.rate=often"], "error: objective.rate: expected float, got 'often'\n"),
+        (["data.path=/nowhere"], "error: no such folder"),
+        (["trainer.devices=2"], "error: trainer.devices=2, but the job of this cluster has 1; set it to that\n"),
+        (["cluster.time=soon"], "error: src.submit.Cluster: time must be"),
+        (["callbacks.stop=null"], "error: no callback is callbacks.stop.SaveAndStop"),
+        (["plan.gpus=2"], "error: plan.gpus=2 prints a plan"),
+        (["trainer.max_steps=0"], "error: trainer.max_steps must be at least 1, got 0"),
+        (["name=bash"], "error: name=bash: Lightning takes a job of that name for a session"),
+        (["cluster.nodes=2", "trainer.strategy=fsdp"], "error: trainer.strategy: 2 processes need parallel/ddp or"),
+        (
+            ["cluster.nodes=2", "trainer.strategy={target: src.strategy.FSDP2, replicas: 3}"],
+            "error: trainer.strategy.replicas=3 does not divide the 2 processes\n",
+        ),
+    ],
+)
+def test_a_wrong_config_is_one_error_and_nothing_is_written(scenes, tmp_path, sbatch, capsys, more, message):  # noqa: F811
+    said = refusal(job_arguments(scenes, tmp_path / "run", *more), capsys)
+    assert said.startswith(message) or (message == "error: no such folder" and "/nowhere" in said)
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists() and not (sbatch / "calls").exists()
+
+
+def test_without_a_cluster_or_sbatch(scenes, tmp_path, monkeypatch, capsys):  # noqa: F811
+    assert "conf=stage2,cluster/NAME" in refusal(arguments(scenes, tmp_path / "run"), capsys)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "there is no sbatch here" in refusal(job_arguments(scenes, tmp_path / "run"), capsys)
+
+
+def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):  # noqa: F811
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "thesis.tex").touch()
+    assert "is not a run's folder" in refusal(job_arguments(scenes, run_dir), capsys)
+    (run_dir / "thesis.tex").unlink()
+    main(job_arguments(scenes, run_dir))
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "epoch=0-step=6.ckpt").touch()
+    said = refusal(job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
+    assert "holds a run with other settings (objective)" in said
+
+
+def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, capsys):  # noqa: F811
+    first, node = tmp_path / "first", '{target: src.models.checkpoint.from_pretrained, path: "PATH"}'
+    beside = "${run_dir}/../first/model"  # as in conf/stage2.yaml, where run_dir is not there yet
+    then = job_arguments(scenes, tmp_path / "then", f"model={node.replace('PATH', beside)}")
+    then = [argument for argument in then if not argument.startswith("model.")]
+    assert f"{first}/model" in refusal(then, capsys)
+    said = refusal([*then, "cluster.after=42"], capsys)
+    assert f"nor a run that would make it ({first}/config.yaml): submit that first" in said
+    main(job_arguments(scenes, first))
+    assert "cluster.after=42: Slurm knows no such job" in refusal([*then, "cluster.after=42"], capsys)
+    (sbatch / "queue").write_text("42 RUNNING\n")
+    said = refusal([*then, "cluster.after=42", "data.image_size=96"], capsys)
+    assert "mean one tile of 96" in said  # against the model that is to come
+    main([*then, "cluster.after=42"])
+    script = (tmp_path / "then" / "job.sbatch").read_text()
+    assert "#SBATCH --dependency=afterok:42\n" in script
+
+
+def test_a_model_without_weights_is_no_model(tmp_path, sbatch, capsys):
+    data, model, base = tmp_path / "data", tmp_path / "model", ROOT / "assets" / "base"
+    Scenes(out=str(data), tokenizer=str(base), image_size=48, vocab_size=512, canvas=64, prompt="Describe.",
+           num_train=8, num_val=2, num_test=2, captions_per_image=1, objects=[1, 1], noise=9.0).run()  # fmt: skip
+    model.mkdir()
+    shutil.copy(base / "config.json", model)
+    sizes = ["cluster.nodes=1", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
+    paths = [f"data.path={data}", f"tokenizer={base}", f"run_dir={tmp_path}/run", "data.batch_size=4"]
+    argv = ["conf=stage1,cluster/example", *sizes, *paths]
+    assert refusal([*argv, f"model.path={model}"], capsys) == f"error: model.path: {model} holds no weights\n"
+    main([*argv, f"model.path={base}", "dry=true"])
+
+
+def test_what_a_refused_job_was_to_replace_stays(scenes, tmp_path, sbatch, capsys):  # noqa: F811
+    run_dir = tmp_path / "run"
+    main(job_arguments(scenes, run_dir))
+    finish(run_dir)
+    (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid account' >&2\nexit 1\n")
+    said = refusal(job_arguments(scenes, run_dir, "resume=false", "objective.rate=0.3"), capsys)
+    assert said == "error: sbatch refuses the job: sbatch: error: invalid account\n"
+    assert (run_dir / "model" / "model.safetensors").exists() and (run_dir / "finished.json").exists()
+    assert OmegaConf.select(load_config([f"conf={run_dir}/config.yaml"]), "objective.rate") != 0.3
+
+
+def test_dry_prints_the_job_and_writes_nothing(scenes, tmp_path, capsys):  # noqa: F811
+    main([*job_arguments(scenes, tmp_path / "run"), "dry=true"])
+    said = capsys.readouterr().out
+    assert said.startswith("#!/bin/bash\n# python -m src.submit conf=stage1,model/tiny,cluster/example ")
+    assert "--gpus-per-node" not in said and "#SBATCH --nodes=1\n" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_asks_for_a_process_on_each_gpu(scenes, tmp_path, capsys):  # noqa: F811
+    conf, *rest = arguments(scenes, tmp_path / "run", "data.batch_size=2")
+    main([f"{conf},cluster/example", *rest, "dry=true"])
+    options = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=8", "#SBATCH --gpus-per-node=8"} <= set(options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("data.batch_size=8", "48 training samples do not fill one batch of 64 rows on all ranks"),
+        ("callbacks.self_correction.rounds=9", "9 rounds need more than 8 epochs of 4 steps, but max_steps=16"),
+    ],
+)
+def test_what_only_all_processes_would_notice_is_told_here(scenes, tmp_path, capsys, setting, told):  # noqa: F811
+    cluster = ["cluster.nodes=8", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
+    conf, *rest = arguments(scenes, tmp_path / "run", conf="stage2" if "rounds" in setting else "stage1")
+    rounds = ["data.epoch_batches=4"] if "rounds" in setting else []
+    with pytest.raises(SystemExit):
+        main([f"{conf},cluster/example", *rest, *cluster, *rounds, setting, "dry=true"])
+    assert told in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):  # noqa: F811
+    run_dir = tmp_path / "run"
+    main(job_arguments(scenes, run_dir, "resume=false"))
+    assert capsys.readouterr().out == f"job 42 runs in {run_dir}\n"
+    assert (sbatch / "calls").read_text() == f"sbatch --parsable {run_dir}/job.sbatch\n"
+    saved = load_config([f"conf={run_dir}/config.yaml"])
+    assert saved.resume is True  # the job that is queued again must not start afresh
+    assert OmegaConf.select(saved, "trainer.num_nodes") == 1
+    for name in CODE:
+        assert {
+            p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.is_file() and "__pycache__" not in str(p)
+        } == {p.relative_to(run_dir / "code") for p in (run_dir / "code" / name).rglob("*") if p.is_file()}
+    assert (run_dir / "code" / "VERSION").read_text().startswith(("commit ", "no commit: "))
+    (sbatch / "queue").write_text("42 RUNNING\n")
+    assert "belongs to job 42, which is not done" in refusal(job_arguments(scenes, run_dir), capsys)
+
+
+def test_the_job_runs_the_kept_program(scenes, tmp_path, sbatch):  # noqa: F811
+    """As the job calls it, in the folder of another version of the program, which is also the installed one."""
+    run_dir = tmp_path / "run"
+    main(job_arguments(scenes, run_dir))
+    changed = run_dir / "code" / "src" / "train.py"
+    changed.write_text("print('the kept one')\n")
+    env = {**os.environ, "PYTHONPATH": f"{run_dir}/code", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "src.train"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "the kept one\n"
+
+
+def test_seeds_get_folders_of_their_own_and_finished_ones_are_left_out(scenes, tmp_path, sbatch, capsys):  # noqa: F811
+    argv = job_arguments(scenes, tmp_path / "run", "cluster.seeds=[1,4,6]")
+    main(argv)
+    runs = [tmp_path / f"run-seed{seed}" for seed in (1, 4, 6)]
+    assert [load_config([f"conf={run}/config.yaml"]).seed for run in runs] == [1, 4, 6]
+    assert [(run / "job.id").read_text() for run in runs] == ["42_1\n", "42_4\n", "42_6\n"]
+    finish(runs[1])
+    (sbatch / "calls").unlink()
+    main(argv)
+    assert f"sbatch --parsable --array=1,6 {runs[0]}/job.sbatch" in (sbatch / "calls").read_text()
+    for run in (runs[0], runs[2]):
+        finish(run)
+    capsys.readouterr()
+    main(argv)
+    assert capsys.readouterr().out == "nothing submitted: finished already; resume=false would start it afresh\n"
+
+
+def test_git_is_not_needed(tmp_path):
+    """The program copied away from its repository submits as well."""
+    for name in CODE:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    ask = "from pathlib import Path; from src.submit import keep_code; keep_code(Path('kept'))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "kept" / "VERSION").read_text() == "no commit: the program is not run from a git repository\n"
