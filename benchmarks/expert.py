@@ -1,0 +1,162 @@
+"""How fast the expert's client is: its rate against a local server, beside the usual way to ask many things at once.
+
+    python -m benchmarks.expert                       50 ms a reply, 64 requests at once, 2 % refused with 429
+    python -m benchmarks.expert --requests 3000 --refused 0
+
+The server is a process of its own, so two cores are needed. Ideal is (requests at once) / (latency). The baseline is
+the `openai` client as its README shows it: `asyncio.gather`, a semaphore, and the SDK's own retries. Both sides ask
+about the same drafts with the same image, in turn. Each draft names its number, which the reply has to contain: a
+lost, doubled or exchanged answer is an error. The CPU time of a request is told too: one thread does all the work, so
+its inverse is the most that a side can do, and unlike the rate it hardly depends on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from random import Random
+
+import openai
+from PIL import Image
+
+from src.batch import Draft, Failure
+from src.experts.limits import Limits
+from src.experts.openai import OpenAIExpert
+from src.experts.questions import Words, first, show
+from src.tokenizer import Codec
+from tests.servers.scripted import Http, Request, Scripted, error, reply
+
+TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
+ATTEMPTS = 8  # of both sides
+
+
+def main() -> None:
+    """Print the rates of both sides and their ratio to the ideal one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"requests": 12_000, "at-once": 64, "runs": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"latency": 0.05, "refused": 0.02, "retry-after": 0.2}.items():
+        parser.add_argument(f"--{name}", type=float, default=default)
+    options = parser.parse_args()
+    drafts, ideal = make_drafts(options.requests), options.at_once / options.latency
+    sys.stdout.write(
+        f"{options.requests} drafts, {options.at_once} at once, {options.latency * 1e3:.0f} ms, "
+        f"{options.refused:.0%} refused; ideal {ideal:.0f}/s\n"
+    )
+    ratios: dict[str, list[float]] = {}
+    for number in range(options.runs + 1):
+        for side, ask in SIDES.items():
+            some = drafts[:1000] if not number else drafts  # the first pair warms up
+            rate, told = measure(ask, some, options, seed=number)
+            if number:
+                ratios.setdefault(side, []).append(rate / ideal)
+                sys.stdout.write(f"{side:<9} {rate:6.0f}/s  {rate / ideal:6.1%} of the ideal rate   {told}\n")
+    for side, found in ratios.items():
+        sys.stdout.write(f"{side:<9} median {statistics.median(found):.1%}, min {min(found):.1%}\n")
+
+
+def measure(ask, drafts: Sequence[Draft], options: argparse.Namespace, *, seed: int) -> tuple[float, str]:
+    """(answers per second, what the server counted), against a new server."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(theirs, options.latency, options.refused, options.retry_after, seed))
+    server.start()
+    try:
+        url = ours.recv()
+        began, worked = time.perf_counter(), time.process_time()
+        answers = asyncio.run(ask(url, drafts, options.at_once))
+        seconds, worked = time.perf_counter() - began, time.process_time() - worked
+        ours.send("stop")
+        answered, refused = ours.recv()
+    finally:
+        server.join()
+    wrong = [draft.key for draft in drafts if answers[draft.key] != [number_of(draft.text)]]
+    doubled = [number for number, count in answered.items() if count > 1]
+    if wrong or doubled or len(answered) != len(drafts):
+        sys.exit(f"{ask.__name__}: {len(wrong)} answers lost, doubled or exchanged, {len(doubled)} asked for twice")
+    told = f"{worked / len(drafts) * 1e3:.2f} ms CPU a draft, {refused} refused, 0 lost, 0 doubled"
+    return len(drafts) / seconds, told
+
+
+async def by_expert(url: str, drafts: Sequence[Draft], at_once: int) -> dict[str, list[str]]:
+    """Numbers by key, from the expert."""
+    limits = Limits(concurrency=at_once, attempts=ATTEMPTS)
+    expert = OpenAIExpert(
+        codec=CODEC, model="m", base_url=url, key_env=None, profile="vllm", max_completion_tokens=500, limits=limits
+    )
+    found: dict[str, list[str]] = {}
+    async for key, answer in expert.revise(drafts):
+        said = [] if isinstance(answer, Failure) else [edit.reason for edit in answer.edits]
+        found.setdefault(key, []).extend(said)
+    return found
+
+
+async def by_gather(url: str, drafts: Sequence[Draft], at_once: int) -> dict[str, list[str]]:
+    """The same, from the baseline: the same messages, and the reply parsed as JSON, no more."""
+    places, found = asyncio.Semaphore(at_once), {}
+    async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=ATTEMPTS) as client:
+
+        async def one(draft: Draft) -> None:
+            async with places:
+                messages = first(WORDS, draft, picture=show(draft.image, 1024), detail=None)
+                done = await client.chat.completions.create(model="m", messages=messages, max_tokens=500)
+            edits = json.loads(done.choices[0].message.content or "")["edits"]
+            found.setdefault(draft.key, []).extend(edit["reason"] for edit in edits)
+
+        await asyncio.gather(*map(one, drafts))
+    return found
+
+
+def serve(pipe: Connection, latency: float, refused: float, retry_after: float, seed: int) -> None:
+    """The server: says its address, and at the end how often it answered each draft and how many it refused."""
+    random, counts = Random(seed), {"answered": Counter(), "refused": 0}
+    with Scripted(partial(script, random, counts, latency, refused, retry_after)) as server:
+        pipe.send(server.url)
+        pipe.recv()
+    pipe.send((counts["answered"], counts["refused"]))
+
+
+def script(random: Random, counts: dict, latency: float, refused: float, retry_after: float, request: Request) -> Http:
+    """A 429, or one edit whose reason is the number of the draft."""
+    if random.random() < refused:
+        counts["refused"] += 1
+        return replace(error(429, retry_after=str(retry_after)), delay=latency)
+    number = number_of(request.text)
+    counts["answered"][number] += 1
+    edit = {"org": "small", "target": "large", "reason": number}
+    return reply(json.dumps({"right": False, "edits": [edit]}), delay=latency)
+
+
+def number_of(text: str) -> str:
+    return re.findall(r"Picture (\d+)\.", text)[-1]
+
+
+def make_drafts(count: int) -> list[Draft]:
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(stream, "PNG")
+    texts = [TEXT.format(number=number) for number in range(count)]
+    common = {"steps": 8, "reference": TEXT, "sampler": {}, "fingerprint": "f", "seed": 0, "image": stream.getvalue()}
+    return [
+        Draft(key=f"k{n}", prompt="Describe the picture.", text=text, token_ids=CODEC.encode(text)[0], **common)
+        for n, text in enumerate(texts)
+    ]
+
+
+CODEC = Codec.train([TEXT.format(number=number) for number in range(100)], vocab_size=400, alphabet="bytes")
+WORDS = Words.load()
+SIDES = {"ours": by_expert, "baseline": by_gather}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Requests to an OpenAI-compatible server, within limits, until there is a reply or a reason why there is none.
+
+    client = Client(base_url=..., key_env="OPENAI_API_KEY", model="...", limits=Limits(...))
+    async with client.session():
+        text = await client.ask(make_request, call)          Unanswered(reason) where the draft has to do without
+
+    gate -> breaker -> budget -> pace -> one HTTP request -> reply | trouble: backoff, from the gate again
+
+The SDK's own retries are not used: they know nothing of each other, and together fail against a rate limiter. What no
+request can mend (a wrong key, an unknown model, an empty account) raises ExpertError at once; a server that stays down,
+or refuses all requests for as long, raises ServerDown. The key is read from the environment, and is in no message,
+attribute or log of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import statistics
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+from typing import Any, NoReturn
+
+import openai
+
+from src.experts.budget import Budget
+from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
+from src.experts.replies import Trouble, Unanswered, read_body, read_error
+from src.parallel import world
+
+NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
+AGAIN = (408, 409, 425)  # of the 4xx, those that may be tried again
+DOWN = (502, 503, 504)
+TRIES = 3  # requests that a server may refuse before it has answered any
+TRANSPORT = ("aiohttp", "httpx2", "httpx")  # packages whose errors are of the connection
+LATENCIES = 10_000  # of which percentiles are taken
+_MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
+_LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
+
+
+class ExpertError(ValueError):
+    """What no further request can mend."""
+
+
+@dataclass
+class Request:
+    """body: JSON; expected: the greatest use of tokens, `prompt_tokens` and `completion_tokens`."""
+
+    body: bytes
+    expected: Mapping[str, float]
+
+
+@dataclass
+class Call:
+    """What asking about one draft took: HTTP requests, replies, and the sums of the usage that was told of them."""
+
+    attempts: int = 0
+    model: str = ""
+    replies: list[str] = field(default_factory=list)
+    usage: dict[str, float] = field(default_factory=dict)
+
+    def add(self, more: Mapping[str, float]) -> None:
+        for name, value in more.items():
+            self.usage[name] = self.usage.get(name, 0) + value
+
+
+@dataclass(frozen=True, repr=False)
+class Link:
+    """The SDK's connections, address and headers. Its request layer is left out: it takes as long as all the rest."""
+
+    sdk: openai.AsyncOpenAI
+    post: Callable[..., Awaitable[Any]]
+    url: str
+    headers: dict[str, str]
+
+
+class Client:
+    """One server, one model. `counts`: replies, and troubles by reason; `budget.spent`: what was used so far."""
+
+    def __init__(self, *, base_url: str | None, key_env: str | None, model: str, limits: Limits) -> None:
+        if key_env is not None and not os.environ.get(key_env):
+            raise ValueError(
+                f"the environment variable {key_env} holds no key; key_env=null is for servers without one"
+            )
+        self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
+        self._clock, self._random = Clock(), Random()
+        self._requests = Pace(limits.requests_per_minute, self._clock)
+        self._tokens = Pace(limits.tokens_per_minute, self._clock)
+        self._breaker = Breaker(
+            after=limits.pause_after, pause_s=limits.pause_s, give_up_s=limits.give_up_s, clock=self._clock
+        )
+        self.budget = Budget(limits.max_requests, limits.max_tokens, limits.max_cost, limits.prices)
+        self.counts: Counter[str] = Counter()
+        self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._row = self._closings = 0  # since the last answer: 429s, and how often all had to wait
+        self._row_began = 0.0
+        self._link: Link | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._users = 0
+        self._hopeless = ""  # why no further request of this session is sent
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        """Connections, shared by all who are in a session of this event loop, and closed by the last one."""
+        loop = asyncio.get_running_loop()
+        if self._link is None or self._loop is not loop:
+            self._link, self._loop, self._users, self._hopeless = self._connect(), loop, 0, ""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                link, self._link = self._link, None
+                await link.sdk.close()
+
+    async def ask(self, make: Callable[[], Awaitable[Request]], call: Call, *, first: bool = False) -> str:
+        """The text of a reply. make: called once there is room; first: go ahead of requests that were never sent.
+
+        Raises Unanswered, ExpertError or ServerDown.
+        """
+        failures, began, request = 0, None, None
+        while True:
+            await self._gate.enter(first=first)
+            try:
+                if self._hopeless:
+                    raise ExpertError(self._hopeless)
+                await self._breaker.ready()
+                request = request or await make()
+                began = self._clock.now() if began is None else began
+                return await self._attempt(request, call)
+            except ExpertError as error:
+                self._hopeless = str(error)
+                raise
+            except Trouble as trouble:
+                down, found = self._note(trouble), trouble
+            finally:
+                self._gate.leave()
+            first = True
+            if down and found.elsewhere:
+                began = None  # the draft has nothing to do with it
+            elif not found.limited:
+                failures += 1
+            wait = backoff(max(1, failures), self._random, asked=found.wait)
+            over = began is not None and self._clock.now() + wait - began > self._limits.deadline_s
+            if failures >= self._limits.attempts or over:
+                raise Unanswered(found.reason, retry=True)
+            await self._clock.sleep(wait)
+
+    @cached_property
+    def _gate(self) -> Gate:
+        return Gate(max(1, self._limits.concurrency // world()))  # at the first request: the ranks are known by then
+
+    def percentiles(self) -> dict[str, float]:
+        """Seconds from sending a request to its reply."""
+        if len(self._latencies) < 2:
+            return {}
+        cuts = statistics.quantiles(self._latencies, n=100, method="inclusive")
+        return {name: round(cuts[number - 1], 3) for name, number in (("p50", 50), ("p90", 90), ("p99", 99))}
+
+    def _connect(self) -> Link:
+        log = logging.getLogger("httpx2")
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.WARNING)  # it tells of every request
+        http = openai.DefaultAioHttpClient(timeout=None)  # `_send` has a time limit of its own, for the whole request
+        key = os.environ[self._key_env] if self._key_env else NO_KEY
+        sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, max_retries=0, http_client=http)
+        headers = {
+            "Authorization": f"Bearer {key}",
+            "Content-Type": "application/json",
+            "OpenAI-Organization": sdk.organization,
+            "OpenAI-Project": sdk.project,
+        }
+        url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
+        return Link(sdk, http.post, url, {name: value for name, value in headers.items() if value})
+
+    async def _attempt(self, request: Request, call: Call) -> str:
+        """One HTTP request, within budget and pace. Raises Trouble, Unanswered, ExpertError."""
+        while (aside := self.budget.reserve(request.expected)) is None:
+            if not self.budget.pending:
+                raise Unanswered("budget", retry=True)
+            await self._clock.sleep(RECHECK_S)  # others may give back some of what was put aside for them
+        expected = sum(request.expected.values())
+        usage: Mapping[str, float] = {}  # what the budget is charged with
+        try:
+            await self._requests.take(1)
+            await self._tokens.take(expected)
+            usage, began = request.expected, self._clock.now()  # until something else is known
+            call.attempts += 1
+            call.add({"requests": 1})
+            data, headers = await self._send(request.body)
+            seconds = self._clock.now() - began
+            reply = read_body(data)
+            guessed = {**request.expected, "completion_tokens": len(reply.text) // 3}  # where the server does not count
+            usage = reply.usage or guessed
+            call.add({**usage, "seconds": round(seconds, 3)} | self._cost(usage))
+            call.model = reply.model or call.model
+            call.replies.append(reply.text)
+            self._latencies.append(seconds)
+            self._answered(headers)
+            return reply.checked()
+        except Trouble as trouble:
+            # a reply that was lost on the way may have to be paid all the same
+            usage = request.expected if trouble.billed else {}
+            raise
+        except (ExpertError, Unanswered):
+            usage = usage if usage is not request.expected else {}
+            raise
+        finally:
+            self.budget.settle(aside, usage)
+            self._tokens.settle(expected, sum(usage.get(name, 0) for name in request.expected))
+
+    def _cost(self, usage: Mapping[str, float]) -> dict[str, float]:
+        return {"cost": self.budget.prices.cost(usage)} if self.budget.prices else {}
+
+    async def _send(self, body: bytes) -> tuple[bytes, Mapping[str, str]]:
+        assert self._link is not None
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                found = await self._link.post(self._link.url, content=body, headers=self._link.headers)
+        except TimeoutError:
+            raise Trouble("timeout", billed=True) from None
+        except Exception as error:
+            kind = type(error)
+            if kind.__module__.partition(".")[0] not in TRANSPORT:
+                raise
+            raise Trouble("connection", elsewhere=True, billed=kind.__name__ != "ConnectError") from None
+        if found.status_code >= 400:
+            self._refused(found.status_code, found.headers, found.content)
+        return found.content, found.headers
+
+    def _refused(self, status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
+        """What a status of 400 or more means."""
+        message, code = read_error(body)
+        told = self._redacted(f"{status}: {message}")
+        where = f"{self._base_url or 'the default server'} ({told})"
+        if status == 401 or (status == 403 and not _MODERATED.search(told)):
+            name = f"the key in {self._key_env}" if self._key_env else "requests without a key (set key_env)"
+            raise ExpertError(f"{name} is refused by {where}")
+        if status == 402 or (status == 429 and code == "insufficient_quota"):
+            raise ExpertError(f"the account is empty, says {where}")
+        if status == 404:
+            raise ExpertError(f"there is no model {self._model}, or no such address: {where}")
+        if status == 429:
+            self._requests.heed(headers, "requests")
+            self._tokens.heed(headers, "tokens")
+            raise Trouble("rate_limited", limited=True, wait=retry_after(headers))
+        if status in AGAIN or status >= 500:
+            raise Trouble("server_error", elsewhere=status in DOWN, wait=retry_after(headers))
+        if _MODERATED.search(f"{told} {code}"):
+            raise Unanswered("content_filter")
+        if _LONG.search(told) or status == 413:
+            raise Unanswered("too_long")
+        self.counts["bad_request"] += 1
+        if not self.counts["answered"] and self.counts["bad_request"] >= TRIES:
+            raise ExpertError(f"no request is understood by {where}; see `profile`")
+        raise Unanswered("bad_request")
+
+    def _answered(self, headers: Mapping[str, str]) -> None:
+        self.counts["answered"] += 1
+        self._row = self._closings = 0
+        self._gate.answered()
+        self._breaker.answered()
+        self._requests.heed(headers, "requests")
+        self._tokens.heed(headers, "tokens")
+
+    def _note(self, trouble: Trouble) -> bool:
+        """Count a trouble and slow down; whether the server seems to be down."""
+        self.counts[trouble.reason] += 1
+        if trouble.limited or trouble.elsewhere or trouble.reason == "timeout":  # it may be too much for the server
+            self._gate.refused()
+        if not trouble.limited:
+            return self._breaker.failed(trouble.reason)
+        now = self._clock.now()
+        self._row_began = self._row_began if self._row else now
+        self._row += 1
+        if now - self._row_began > self._limits.give_up_s or trouble.wait > self._limits.deadline_s:
+            asks = f"; it asks to wait {trouble.wait:.0f} s" if trouble.wait else ""
+            raise ServerDown(f"the expert's server has refused all requests for {now - self._row_began:.0f} s{asks}")
+        if self._row >= ROW and not self._requests.closed:
+            self._closings += 1
+            self._requests.close(trouble.wait or backoff(self._closings, self._random))
+        return False
+
+    def _redacted(self, text: str) -> str:
+        key = os.environ.get(self._key_env) if self._key_env else None
+        return text.replace(key, "***") if key else text

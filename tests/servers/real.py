@@ -1,0 +1,164 @@
+"""Servers that we did not write, started and stopped: `transformers serve`, llmock, HAProxy.
+
+    with llmock() as url: ...                            url: up to /v1, for `base_url`
+    with transformers_serve() as url: ...
+    with haproxy(config, to=url) as url: ...
+
+`pip install -e '.[experts-test]'` brings the first two; HAProxy is a package of the system.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+START_S = 60
+
+
+def missing(*modules: str, program: str = "") -> str:
+    """What is not installed here, as the reason of a skip; "" where all is."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    if program and not find(program):
+        absent.append(program)
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def find(program: str) -> str | None:
+    """A program of this environment, else of the system."""
+    own = Path(sys.executable).parent / program
+    return str(own) if own.exists() else shutil.which(program)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def llmock(*options: str, port: int = 0) -> Iterator[str]:
+    """An llmock server; options: as of `llmock serve`."""
+    port = port or free_port()
+    command = [str(find("llmock")), "serve", "-h", "127.0.0.1", "-p", str(port), "--log-level", "warning", *options]
+    with _running(command, f"http://127.0.0.1:{port}/_llmock/scenario"):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+def tell(url: str, path: str, body: dict[str, Any] | None = None, *, method: str = "") -> Any:
+    """Ask llmock's control interface. url: as `llmock()` gave it"""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url.removesuffix('/v1')}/_llmock/{path}", data, method=method or None)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
+
+
+@contextmanager
+def transformers_serve(log: Path) -> Iterator[str]:
+    """`transformers serve`, which loads a model when a request names its folder."""
+    port = free_port()
+    code = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with _running(command, f"http://127.0.0.1:{port}/health", env=env, log=log):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextmanager
+def haproxy(folder: Path, rules: str, *, to: str) -> Iterator[str]:
+    """HAProxy in front of a server; rules: lines of its `frontend` section."""
+    port, behind = free_port(), to.removeprefix("http://").removesuffix("/v1")
+    config = folder / "haproxy.cfg"
+    config.write_text(
+        "defaults\n  mode http\n  retries 0\n  timeout connect 2s\n  timeout client 30s\n  timeout server 30s\n"
+        f"frontend front\n  bind 127.0.0.1:{port}\n{rules}\n  default_backend back\n"
+        f"backend back\n  server one {behind}\n"
+    )
+    with _running([str(find("haproxy")), "-f", str(config), "-db"], f"http://127.0.0.1:{port}/"):
+        yield f"http://127.0.0.1:{port}/v1"
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], ready: str, *, env: dict[str, str] | None = None, log: Path | None = None
+) -> Iterator[None]:
+    """A process, from its first answer at an address on."""
+    with open(log or os.devnull, "w", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            _wait(process, ready, log)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen, address: str, log: Path | None) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            time.sleep(0.1)
+    told = log.read_text(encoding="utf-8")[-2000:] if log else ""
+    raise RuntimeError(f"{process.args} did not start (exit code {process.poll()}): {told}")
+
+
+def tiny_vision_model(folder: Path) -> Path:
+    """A random Llava of some 300 kB, with tokenizer, chat template and image processor. It answers gibberish."""
+    import torch
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    from src.tokenizer import Codec
+
+    tokenizer = Codec.train(
+        ["A red ring is in the upper left corner. right wrong"], vocab_size=500, alphabet="bytes"
+    ).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% else %}<image>{% endif %}{% endfor %}"
+        "{% endif %}\n{% endfor %}assistant:"
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=32,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=image_id)
+    ).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,255 @@
+"""What an expert model may write, and how a request looks: parsing, prompt, image, profiles."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.batch import Draft, Edit
+from src.experts.parsing import LONGEST, SCHEMA, UnreadableReply, read_reply
+from src.experts.profiles import PROFILES, Profile, choose
+from src.experts.questions import FILE, BadImage, Words, again, first, show, tokens_of
+
+EDITS = [{"org": "red", "target": "blue", "reason": "it is blue"}, {"org": "two", "target": "three", "reason": ""}]
+TOLD = json.dumps({"right": False, "edits": EDITS})
+EXPECTED = (Edit("red", "blue", None, "it is blue"), Edit("two", "three"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOLD,
+        json.dumps({"right": False, "edits": EDITS}, indent=2),
+        f"```json\n{TOLD}\n```",
+        f"```\n{TOLD}\n```\nHope that helps!",
+        f"The ring [see 1] is blue {{really}}. So:\n\n{TOLD}",
+        json.dumps(EDITS),
+        json.dumps({"edits": EDITS}),
+        f'For example {{"right": true, "edits": []}} would be wrong. My answer: {TOLD}',  # the last one counts
+        f'<think>Perhaps {{"right": true, "edits": []}}?</think>{TOLD}',
+        json.dumps({"right": False, "edits": EDITS, "confidence": 0.9}),
+    ],
+)
+def test_edits_are_found(text: str) -> None:
+    assert read_reply(text).edits == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("right", "Right.", ' "right"\n', "**right**", "[]"),
+        *('{"right": true}', '{"right": true, "edits": []}', '{"edits": []}'),
+    ],
+)
+def test_right_is_no_edits(text: str) -> None:
+    assert read_reply(text).edits == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("<think>for ever", "empty"),
+        ("I think it is right.", "malformed"),
+        ("{'right': False, 'edits': [{'org': 'red', 'target': 'blue'}]}", "malformed"),
+        (TOLD[:30], "malformed"),
+        ("[" * 50_000, "malformed"),
+        ('{"answer": 3}', "wrong_schema"),
+        ('{"right": "yes", "edits": []}', "wrong_schema"),
+        ('{"right": false, "edits": {"org": "red"}}', "wrong_schema"),
+        ('{"right": false, "edits": [{"from": "red", "to": "blue"}]}', "wrong_schema"),
+        ('{"right": false, "edits": [["red", "blue"]]}', "wrong_schema"),
+        ('[1, 2, "red"]', "wrong_schema"),
+        ('{"right": false, "edits": []}', "contradiction"),
+        (json.dumps({"right": True, "edits": EDITS}), "contradiction"),
+    ],
+)
+def test_what_cannot_be_read_says_why(text: str, reason: str) -> None:
+    with pytest.raises(UnreadableReply) as error:
+        read_reply(text)
+    assert str(error.value) == reason
+
+
+def test_wrong_items_are_counted_and_the_others_kept() -> None:
+    items = [*EDITS, {"org": "", "target": "x"}, {"org": 3, "target": "x"}, "red", {"org": "a"}]
+    read = read_reply(json.dumps({"right": False, "edits": items}))
+    assert (read.edits, read.malformed_items) == (EXPECTED, 4)
+
+
+def test_halves_of_characters_can_be_written_to_a_file() -> None:
+    (edit,) = read_reply('[{"org": "red\\ud83d", "target": "blue\\udc00", "reason": "\\ud800"}]').edits
+    (edit.org + edit.target + edit.reason).encode()
+
+
+def test_any_text_is_read_or_refused() -> None:
+    """Random pieces of JSON and prose: edits, or a reason, and never anything else."""
+    pieces = [*'{}[]",:', "right", "edits", "org", "target", "true", "false", '"org"', TOLD, "```", " ", "\\", "1e999"]
+    rng, outcomes = Random(1), set()
+    for _ in range(3000):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
+        try:
+            outcomes.add(bool(read_reply(text).edits))
+        except UnreadableReply as error:
+            outcomes.add(str(error))
+    assert outcomes >= {True, False, "malformed", "wrong_schema"}
+    assert outcomes <= {True, False, "empty", "malformed", "wrong_schema", "contradiction"}
+
+
+def test_a_flood_of_text_is_cut() -> None:
+    with pytest.raises(UnreadableReply, match="malformed"):
+        read_reply("x" * LONGEST + TOLD)
+
+
+# the request
+
+
+def _draft(**changed) -> Draft:
+    given = {"text": "A $red ring.", "reference": "A blue ring.", "image": b"", **changed}
+    return Draft(key="k", prompt="What is it?", token_ids=[], steps=8, sampler={}, fingerprint="f", seed=0, **given)
+
+
+def _png(size: tuple[int, int], mode: str = "RGB", kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, kind)
+    return stream.getvalue()
+
+
+def test_the_prompt_shows_the_form_that_is_read_and_asked_for() -> None:
+    """The examples in revise.md are answers of ours, and of the schema's form."""
+    told = re.findall(r"^\{.*\}$", Words.load().system, re.MULTILINE)
+    assert [len(read_reply(text).edits) for text in told] == [1, 0]
+    for text in told:
+        value = json.loads(text)
+        assert set(value) == set(SCHEMA["required"])
+        for item in value["edits"]:
+            assert set(item) == set(SCHEMA["properties"]["edits"]["items"]["required"])
+
+
+def test_messages_hold_all_that_is_known_once() -> None:
+    draft = _draft(image=_png((8, 8)))
+    system, user = first(Words.load(), draft, picture=show(draft.image, 64), detail="low")
+    picture, text = user["content"]
+    assert picture["image_url"]["detail"] == "low"
+    for part in (draft.prompt, draft.reference, draft.text):
+        assert text["text"].count(part) == 1
+    assert "token" in system["content"]
+    assert "$" not in text["text"].replace("$red", "")
+    plain = first(Words.load(), _draft(reference=""), picture=None, detail=None)
+    assert [part["type"] for part in plain[1]["content"]] == ["text"]
+    assert "(none)" in plain[1]["content"][0]["text"]
+
+
+def test_a_repair_names_every_problem_after_the_reply() -> None:
+    messages = first(Words.load(), _draft(), picture=None, detail=None)
+    problems = [(EXPECTED[0], "absent", ""), (EXPECTED[1], "unequal_length", "; 1 and 2")]
+    *before, reply, asked = again(Words.load(), messages, "my reply", problems)
+    assert before == messages
+    assert reply == {"role": "assistant", "content": "my reply"}
+    assert "1. `red` -> `blue`: `org` is not in the draft" in asked["content"]
+    assert re.search(r"2\. `two` -> `three`: .*; 1 and 2", asked["content"])
+
+
+def test_another_wording_has_another_digest(tmp_path) -> None:
+    other = tmp_path / "revise.md"
+    other.write_text(FILE.read_text().replace("careful", "strict"))
+    assert Words.load(other).digest != Words.load().digest
+    other.write_text("# System\nhello\n")
+    with pytest.raises(ValueError, match="must have the sections System, Question, Repair, got System"):
+        Words.load(other)
+
+
+def _decoded(url: str) -> tuple[bytes, Image.Image]:
+    data = base64.b64decode(url.partition("base64,")[2])
+    return data, Image.open(io.BytesIO(data))
+
+
+@pytest.mark.parametrize(("kind", "mime"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")])
+def test_an_image_that_is_small_enough_goes_as_it_is(kind: str, mime: str) -> None:
+    image = _png((64, 48), kind=kind)
+    picture = show(image, 64)
+    assert picture is not None
+    assert (picture.width, picture.height) == (64, 48)
+    assert picture.url.startswith(f"data:{mime};base64,")
+    assert _decoded(picture.url)[0] == image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_a_larger_image_becomes_smaller(mode: str) -> None:
+    picture = show(_png((200, 100), mode, "TIFF"), 50)
+    assert picture is not None
+    _, seen = _decoded(picture.url)
+    assert seen.format == "JPEG"
+    assert seen.size == (picture.width, picture.height) == (50, 25)
+
+
+def test_a_smaller_image_shows_the_same_and_stands_upright() -> None:
+    ramp = np.tile(np.linspace(0, 255, 200, dtype=np.uint8), (100, 1))
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: dark at the top
+    Image.fromarray(ramp).save(stream, "JPEG", exif=exif)
+    picture = show(stream.getvalue(), 50)
+    assert picture is not None
+    seen = np.asarray(_decoded(picture.url)[1], dtype=float)
+    assert seen.shape == (50, 25)
+    assert np.abs(seen - np.linspace(0, 255, 50)[:, None]).max() < 8
+
+
+def test_transparent_places_become_white() -> None:
+    picture = show(_png((200, 200), "RGBA"), 50)  # wholly transparent black
+    assert picture is not None
+    assert np.asarray(_decoded(picture.url)[1]).min() > 250
+
+
+@pytest.mark.parametrize("image", [b"no image", _png((9, 9))[:20]])
+def test_a_damaged_image_is_told(image: bytes) -> None:
+    with pytest.raises(BadImage):
+        show(image, 64)
+
+
+def test_tokens_grow_with_text_and_pixels() -> None:
+    messages = first(Words.load(), _draft(), picture=None, detail=None)
+    longer = first(Words.load(), _draft(reference="word " * 700), picture=None, detail=None)
+    picture = show(_png((640, 480)), 1024)
+    assert tokens_of(longer, None) - tokens_of(messages, None) == pytest.approx(1000, rel=0.02)
+    assert tokens_of(messages, picture) - tokens_of(messages, None) == 512
+
+
+# profiles
+
+
+def test_a_profile_sends_what_the_model_takes() -> None:
+    none = {"temperature": None, "effort": None, "seed": None}
+    thinking = PROFILES["reasoning"].parameters(limit=9, given={**none, "effort": "low"})
+    assert thinking["max_completion_tokens"] == 9
+    assert thinking["reasoning_effort"] == "low"
+    assert thinking["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert PROFILES["plain"].parameters(limit=9, given={**none, "temperature": 0.0}) == {
+        "max_tokens": 9, "temperature": 0.0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="does not accept temperature, seed; set it to null"):
+        Profile(temperature=False).parameters(limit=9, given={"temperature": 1.0, "effort": None, "seed": 3})
+
+
+@pytest.mark.parametrize(
+    ("model", "thinks"),
+    [("o4-mini", True), ("openai/o3", True), ("gpt-5-mini", True), ("gpt-4o", False), ("Qwen/Qwen2.5-VL-7B", False)],
+)
+def test_auto_goes_by_the_name(model: str, thinks: bool) -> None:
+    assert choose("auto", model).thinks is thinks
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"profile must be auto or one of chat, .*, got 'gpt'"):
+        choose("gpt", "m")
+    with pytest.raises(ValueError, match="limit must be"):
+        Profile(limit="length")
+    with pytest.raises(ValueError, match="output must be"):
+        Profile(output="xml")

@@ -1,0 +1,268 @@
+"""The expert against servers that we did not write: `transformers serve`, llmock, HAProxy. They are the extra
+`experts-test`, and HAProxy a package of the system; without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections import Counter
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.align import locate
+from src.batch import Draft, Failure, Revision
+from src.experts.client import ExpertError
+from src.experts.limits import Limits, ServerDown
+from src.experts.openai import OpenAIExpert
+from src.tokenizer import Codec
+from tests.servers.real import free_port, haproxy, llmock, missing, tell, tiny_vision_model, transformers_serve
+
+TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
+LIMITS = Limits(concurrency=16, timeout_s=3, attempts=8, pause_after=6, pause_s=0.2, give_up_s=60)
+GOOD = '{"right": false, "edits": [{"org": "red", "target": "blue", "reason": "because"}]}'
+
+pytestmark = pytest.mark.servers
+needs_llmock = pytest.mark.skipif(bool(why := missing("llmock")), reason=why)
+needs_haproxy = pytest.mark.skipif(bool(why := missing("llmock", program="haproxy")), reason=why)
+needs_transformers = pytest.mark.skipif(bool(why := missing("fastapi", "uvicorn")), reason=why)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    words = "A Two small red ring is in the upper lower left large blue square green cross . Picture"
+    return Codec.train([words, *(TEXT.format(number=n) for n in range(9))] * 9, vocab_size=600, alphabet="bytes")
+
+
+def expert_of(codec: Codec, url: str, **settings) -> OpenAIExpert:
+    given = {"model": "gpt-4o-mini", "key_env": None, "profile": "plain", "limits": LIMITS, **settings}
+    return OpenAIExpert(codec=codec, base_url=url, **given)
+
+
+def drafts_of(codec: Codec, count: int) -> list[Draft]:
+    stream = io.BytesIO()
+    Image.effect_noise((48, 48), 60).convert("RGB").save(stream, "PNG")
+    common = {
+        "steps": 8,
+        "reference": "A ring.",
+        "sampler": {},
+        "fingerprint": "f",
+        "seed": 0,
+        "image": stream.getvalue(),
+    }
+    texts = [TEXT.format(number=number) for number in range(count)]
+    return [
+        Draft(key=f"k{n}", prompt="Describe.", text=text, token_ids=codec.encode(text)[0], **common)
+        for n, text in enumerate(texts)
+    ]
+
+
+async def collect(expert: OpenAIExpert, drafts: list[Draft]) -> list[tuple[str, Revision | Failure]]:
+    return [pair async for pair in expert.revise(drafts)]
+
+
+def ask(expert: OpenAIExpert, drafts: list[Draft]) -> dict[str, Revision | Failure]:
+    """Answers by key, each given once."""
+    pairs = asyncio.run(collect(expert, drafts))
+    assert sorted(key for key, _ in pairs) == sorted(draft.key for draft in drafts)
+    return dict(pairs)
+
+
+def kinds(answers: dict[str, Revision | Failure]) -> Counter[str]:
+    return Counter(a.reason if isinstance(a, Failure) else "revised" for a in answers.values())
+
+
+def say(text: str, times: int | None = 1) -> dict:
+    return {"type": "reply", "text": text, "times": times}
+
+
+@needs_llmock
+def test_llmock_scripted_replies(codec) -> None:
+    """Valid, absent, ambiguous, unequal, repaired; malformed, wrong schema, empty, cut off, filtered, refused."""
+    absent = GOOD.replace('"red"', '"purple"')
+    script = [
+        say(GOOD), say('{"right": true, "edits": []}'),
+        say(absent), say(GOOD),  # repaired
+        say(GOOD.replace('"red"', '"upper"')), say("no"),  # ambiguous, and a useless reply to the repair
+        say(GOOD.replace('"blue"', '"big bright blue"')), say(absent),  # unequal, and worse
+        say("{'right': True}"), say('{"wrong": 1}'), say("  "), say(GOOD) | {"finish_reason": "length"},
+        say("") | {"finish_reason": "content_filter"},
+    ]  # fmt: skip
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": script})
+        expert, drafts, answers = expert_of(codec, url), drafts_of(codec, 10), {}
+        for draft in drafts:  # one after the other, as the script goes
+            answers |= ask(expert, [draft])
+        assert len(tell(url, "requests")["requests"]) == len(script)
+    found = []
+    for draft in drafts:
+        answer = answers[draft.key]
+        if isinstance(answer, Failure):
+            found.append(answer.reason)
+        else:
+            aligned = locate(codec, draft.token_ids, answer.edits)
+            found.append((len(aligned.spans), dict(aligned.rejected), answer.usage.get("repaired", 0)))
+    assert found == [
+        (1, {}, 0), (0, {}, 0), (1, {}, 1), (0, {"ambiguous": 1}, 0), (0, {"unequal_length": 1}, 0),
+        "malformed", "wrong_schema", "empty", "length", "content_filter",
+    ]  # fmt: skip
+
+
+@needs_llmock
+def test_llmock_faults_that_pass(codec) -> None:
+    """429 with Retry-After, 500, 503, slow: every draft gets its answer, and no 429 is asked again too early."""
+    faults = [
+        {"type": "fail", "status": 429, "retry_after": 0.4, "times": 5}, {"type": "fail", "status": 500, "times": 4},
+        {"type": "fail", "status": 503, "times": 2}, {"type": "delay", "seconds": 5, "times": 2}, say(GOOD, None),
+    ]  # fmt: skip
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": faults})
+        expert = expert_of(codec, url)
+        answers = ask(expert, drafts_of(codec, 40))
+        verdict, seen = tell(url, "verdict"), tell(url, "requests")["requests"]
+    assert kinds(answers) == {"revised": 40}
+    assert expert.report()["counts"] == {"answered": 40, "rate_limited": 5, "server_error": 6, "timeout": 2}
+    assert len(seen) == 40 + 5 + 6 + 2
+    assert verdict["passed"], verdict
+    assert verdict["findings"] == []
+
+
+@needs_llmock
+def test_llmock_faults_at_random(codec) -> None:
+    rates = [f"--error-rate={status}={rate}" for status, rate in ((429, 0.15), (500, 0.05), (502, 0.05), (408, 0.02))]
+    with llmock("--latency-ms", "5", *rates) as url:
+        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+        expert = expert_of(codec, url)
+        answers = ask(expert, drafts_of(codec, 200))
+        seen = tell(url, "requests")["requests"]
+    assert kinds(answers) == {"revised": 200}
+    assert sum(request["status"] == 200 for request in seen) == 200
+    assert len(seen) > 230
+
+
+@needs_llmock
+def test_llmock_a_rate_limiter_is_kept_to(codec) -> None:
+    """240 a minute and 30 drafts at once: answered, with hardly a refusal, since its headers are read."""
+    with llmock("--rpm", "240") as url:
+        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+        expert = expert_of(codec, url)
+        assert kinds(ask(expert, drafts_of(codec, 30))) == {"revised": 30}
+        seen = tell(url, "requests")["requests"]
+    assert len(seen) <= 40
+
+
+@needs_llmock
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_llmock_what_cannot_be_mended_stops_the_round(codec, status: int) -> None:
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": [{"type": "fail", "status": status, "times": None}]})
+        with pytest.raises(ExpertError, match=str(status)):
+            ask(expert_of(codec, url), drafts_of(codec, 100))
+        assert len(tell(url, "requests")["requests"]) <= LIMITS.concurrency
+
+
+@needs_llmock
+def test_llmock_dies_in_the_middle_and_comes_back(codec) -> None:
+    """Killed with requests under way, back three seconds later: all are answered, none of the others asked again."""
+    port = free_port()
+    expert = expert_of(codec, f"http://127.0.0.1:{port}/v1", limits=replace(LIMITS, attempts=3))
+    drafts = drafts_of(codec, 120)
+
+    async def through_a_death() -> tuple[list, int]:
+        pairs = []
+        async with AsyncExitStack() as stack:
+            first = ExitStack()
+            url = first.enter_context(llmock("--latency-ms", "50", port=port))
+            tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+            async for pair in expert.revise(drafts):
+                pairs.append(pair)
+                if len(pairs) == 40:
+                    first.close()
+                    await asyncio.sleep(3)
+                    stack.enter_context(llmock("--latency-ms", "50", port=port))
+                    tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+            return pairs, len(tell(url, "requests")["requests"])
+
+    pairs, again = asyncio.run(through_a_death())
+    assert sorted(key for key, _ in pairs) == sorted(draft.key for draft in drafts)
+    assert kinds(dict(pairs)) == {"revised": 120}
+    assert again <= 120 - 40 + 5  # a few replies may arrive while the test script is about to end the server
+
+
+@needs_llmock
+def test_llmock_that_stays_away_is_told(codec) -> None:
+    with llmock() as url:
+        pass
+    began = time.monotonic()
+    with pytest.raises(ServerDown, match="connection"):
+        ask(expert_of(codec, url, limits=replace(LIMITS, give_up_s=1.0)), drafts_of(codec, 50))
+    assert time.monotonic() - began > 1
+
+
+BROKEN = r"""
+  http-request return status 200 content-type application/json string '{"choices": [{"mes' if { rand(100) lt 6 }
+  http-request return status 200 content-type application/json string '{"choices": []}' if { rand(100) lt 6 }
+  http-request return status 429 content-type text/plain string slow hdr retry-after 0.2 if { rand(100) lt 6 }
+  http-request reject if { rand(100) lt 6 }
+  http-request return status 502 content-type text/html string '<html>bad gateway</html>' if { rand(100) lt 6 }
+"""
+
+
+@needs_haproxy
+def test_haproxy_breaks_http(codec, tmp_path: Path) -> None:
+    """Half a JSON body with status 200, empty choices, 429, a cut connection, an HTML 502: a quarter of all."""
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+        with haproxy(tmp_path, BROKEN, to=url) as front:
+            expert = expert_of(codec, front, limits=replace(LIMITS, attempts=12))
+            assert kinds(ask(expert, drafts_of(codec, 100))) == {"revised": 100}
+        seen = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
+    counts = expert.report()["counts"]
+    assert len({"malformed_body", "no_choices", "rate_limited", "connection", "server_error"} & counts.keys()) >= 4
+    assert len(seen) == 100
+
+
+@needs_haproxy
+def test_haproxy_swallows_requests_and_has_no_backend(codec, tmp_path: Path) -> None:
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+        with haproxy(tmp_path, "  http-request silent-drop if { rand(10) lt 2 }", to=url) as front:
+            expert = expert_of(codec, front, limits=replace(LIMITS, timeout_s=0.5))
+            assert kinds(ask(expert, drafts_of(codec, 40))) == {"revised": 40}
+        assert expert.report()["counts"]["timeout"] > 0
+    with haproxy(tmp_path, "", to=url) as front, pytest.raises(ServerDown, match="server_error"):
+        ask(expert_of(codec, front, limits=replace(LIMITS, give_up_s=1.0)), drafts_of(codec, 40))
+
+
+@pytest.fixture(scope="module")
+def served_model(tmp_path_factory):
+    """(address, name) of a tiny random vision model behind `transformers serve`."""
+    folder = tmp_path_factory.mktemp("served")
+    model = tiny_vision_model(folder / "model")
+    with transformers_serve(folder / "log") as url:
+        yield url, str(model)
+
+
+@needs_transformers
+def test_transformers_gibberish_is_counted(codec, served_model) -> None:
+    """A real vision model with random weights: each answer is a failure with a name, or edits that say their reason."""
+    url, model = served_model
+    limits = replace(LIMITS, concurrency=2, timeout_s=60)
+    expert = expert_of(codec, url, model=model, max_completion_tokens=30, temperature=1.0, limits=limits)
+    answers = ask(expert, drafts_of(codec, 6))
+    assert expert.report()["counts"] == {"answered": 6}
+    assert set(kinds(answers)) <= {"revised", "length", "malformed", "wrong_schema", "empty", "contradiction"}
+    assert expert.report()["spent"]["tokens"] > 6 * 300  # it has counted the prompts
+
+
+@needs_transformers
+def test_transformers_refuses_what_it_does_not_know(codec, served_model) -> None:
+    url, model = served_model
+    limits = replace(LIMITS, concurrency=2, timeout_s=60)
+    with pytest.raises(ExpertError, match=r"no request is understood.*see `profile`"):
+        ask(expert_of(codec, url, model=model, extra={"fruit": "apple"}, limits=limits), drafts_of(codec, 5))
