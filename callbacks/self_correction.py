@@ -266,7 +266,10 @@ def _shorter(steps: int) -> str:
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
-    """The figures of a round for the logger. yield: the share of the edits that could be placed."""
+    """The figures of a round for the logger.
+
+    yield: the share of the edits that could be placed; waited_s: for the expert, when everything was drawn
+    """
     counts = manifest["counts"]
     revised = max(1, counts["revised"])
     metrics = {
@@ -277,6 +280,7 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     }
     for kind in ("rejected", "failures", "usage", "latency"):
         metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
+    metrics["round/waited_s"] = manifest.get("waited", 0.0)
     if edits := counts["edits"] + sum(manifest["rejected"].values()):
         metrics["round/yield"] = counts["edits"] / edits
     if seconds := manifest["drawing"]["seconds"]:

@@ -5,6 +5,8 @@
 
     drafts -> expert -> edits aligned to tokens (src/align.py) -> out/round-000000.tar, ... out/index.json
 
+`dry=true` prints how many requests, tokens and dollars it would take, and asks nothing.
+
 A killed run is continued by the same command; nothing that was answered is asked again. At the end it prints what
 became of the drafts and edits, by reason, and how to train on the round without drawing further ones:
 
@@ -19,15 +21,20 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 from src.batch import Round
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
-from src.drafting import read_drafts_index
+from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
 from src.processes import explained, launched_first, together
 from src.rounds import revise_round
 from src.tokenizer import Codec
+
+SAMPLE = 8  # chunks that stand for all in a dry run
 
 
 @main_guard
@@ -38,6 +45,9 @@ def main(argv: list[str]) -> None:
     try:
         out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
         codec = Codec.load(cfg.tokenizer)
+        if cfg.dry:
+            sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
+            return
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
             made = revise_round(
@@ -54,6 +64,19 @@ def main(argv: list[str]) -> None:
         raise ConfigError(str(error)) from error
     if team.first:
         sys.stdout.write(f"{made.path}: {report(made)}\n")
+
+
+def expected(expert: Any, drafts: Path) -> str:
+    """What asking about drafts would take, by the first of them."""
+    total = read_drafts_index(drafts)["counts"]["written"]
+    if not hasattr(expert, "estimate"):
+        return f"{total} drafts; expert {expert.name} asks no server\n"
+    chunks = islice(read_drafts(drafts), SAMPLE)
+    found = expert.estimate([draft for chunk in chunks for draft in chunk], total=total)
+    cost, most = (f", {value:.2f} dollars" if value is not None else "" for value in (found.cost, found.most_cost))
+    likely = f"{found.requests} requests, {found.prompt_tokens:,} prompt tokens"
+    most_of = f"at most {found.most_requests} requests, {found.most_tokens:,} tokens"
+    return f"{total} drafts: {likely}, {found.completion_tokens:,} completion tokens{cost}\n{most_of}{most}\n"
 
 
 def report(made: Round) -> str:

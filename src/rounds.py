@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -196,7 +197,8 @@ def _make(
         others = sorted(work.glob("journal-rank-*.jsonl"))
         return Journal(work / f"journal-rank-{team.rank:04d}.jsonl", expert=name, also=others)
 
-    def ask() -> None:
+    def ask() -> float:
+        """Seconds that the answers took beyond the drawing."""
         with (
             journal() as answers,
             _bar(total, team) as bar,
@@ -205,15 +207,16 @@ def _make(
             charge(expert, _usage(answers), team)
             for chunk in drawn:
                 thread.ask(chunk)
+            began = time.monotonic()
+        return time.monotonic() - began
 
-    def write() -> None:
+    def write(waited: float) -> None:
         with journal() as answers:
-            _write(work, drafts, answers, codec, per_shard, expert=asked)
+            _write(work, drafts, answers, codec, per_shard, expert=asked, waited=waited)
 
     if not team.alone(prepare):
-        ask()
-        team.wait()  # rank 0 writes the answers of all
-        team.alone(write)
+        waited = max(team.gather(ask()))  # rank 0 writes the answers of all
+        team.alone(lambda: write(waited))
     team.alone(lambda: publish(work, folder))
     return read_round(folder)
 
@@ -241,7 +244,16 @@ def identity(expert: Expert) -> dict[str, Any]:
     return {"name": expert.name, **describe(expert)}
 
 
-def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: int, *, expert: dict[str, Any]) -> None:
+def _write(
+    work: Path,
+    drafts: Path,
+    journal: Journal,
+    codec: Codec,
+    per_shard: int,
+    *,
+    expert: dict[str, Any],
+    waited: float,
+) -> None:
     index, tally = _checked(drafts, codec), Tally()
     write_shards(
         work,
@@ -257,6 +269,7 @@ def _write(work: Path, drafts: Path, journal: Journal, codec: Codec, per_shard: 
             "failures": tally.failures,
             "usage": tally.usage,
             "latency": tally.latency,
+            "waited": round(waited, 3),  # seconds for the expert, when everything was drawn
             "settings": index["settings"],
             "drawing": index["drawing"],
         },

@@ -1,0 +1,108 @@
+"""A round by the `revise` verb with the expert of an OpenAI-compatible server: what it costs, what a stop keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import src.draft
+import src.revise
+from src.prepare import Scenes
+from src.scenes.graph import COLOURS
+from src.shards import read_manifest
+from tests.ranks import ROOT
+from tests.servers.scripted import Http, Request, Scripted, error, reply
+from tests.test_rounds import digests, journaled
+
+BASE = ROOT / "assets" / "base"
+NUM = 12
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drafts")
+    Scenes(out=str(folder / "data"), image_size=48, canvas=64, prompt="Describe the image in detail.", num_train=NUM,
+           num_val=1, num_test=1, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
+           tokenizer=str(BASE)).run()  # fmt: skip
+    src.draft.main(["conf=draft", f"model.path={BASE}", f"data.path={folder}/data", f"out={folder}/drafts",
+                    "tokens_per_step=[16]", "data.batch_size=4"])  # fmt: skip
+    return folder / "drafts"
+
+
+def corrects(request: Request) -> Http:
+    """Another colour for the first one that the draft names once."""
+    draft = request.text.split("Draft:\n")[-1]
+    found = next((word for word in COLOURS if len(re.findall(rf"\b{word}\b", draft)) == 1), None)
+    edits = [{"org": found, "target": next(c for c in COLOURS if c != found), "reason": "colour"}] if found else []
+    return reply(json.dumps({"right": not edits, "edits": edits}), tokens=(500, 20))
+
+
+def revise(drafts: Path, out: Path, server: Scripted, *more: str) -> None:
+    expert = [f"expert.base_url={server.url}", "expert.key_env=null", "expert.model=some", "expert.repair=0"]
+    prices = "expert.limits.prices={target: src.experts.budget.Prices, input: 1000, output: 1000}"
+    expert += [prices, "expert.limits.attempts=2"]
+    folders = [f"drafts={drafts}", f"out={out}", f"tokenizer={BASE}"]
+    src.revise.main(["conf=revise,expert/openai", *folders, *expert, *more])
+
+
+def test_a_dry_run_tells_what_it_would_take_and_asks_nothing(drafts, tmp_path, capsys):
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server, "dry=true")
+        assert not server.requests
+    said = capsys.readouterr().out
+    told = rf"{NUM} drafts: {NUM} requests, ([\d,]+) prompt tokens, 1,800 completion tokens, ([\d.]+) dollars"
+    found = re.match(told, said)
+    assert found, said
+    prompts = int(found[1].replace(",", ""))
+    assert float(found[2]) == pytest.approx((prompts + 1800) / 1000, abs=0.01)
+    assert NUM * 500 < prompts < NUM * 3000
+    assert not (tmp_path / "round").exists()
+
+
+def test_a_round_counts_what_it_took(drafts, tmp_path):
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server)
+    manifest = read_manifest(tmp_path / "round")
+    assert manifest["usage"]["requests"] == len(server.requests) == NUM
+    assert manifest["usage"]["prompt_tokens"] == 500 * NUM
+    assert manifest["usage"]["cost"] == pytest.approx(0.52 * NUM)
+    assert 0 < manifest["latency"]["p50"] <= manifest["latency"]["p99"]
+    assert manifest["counts"]["written"] == manifest["counts"]["edits"] == manifest["usage"]["proposed"] >= 3
+    assert manifest["waited"] >= 0
+
+
+def test_what_was_spent_before_a_stop_counts(drafts, tmp_path, capsys):
+    """The account is empty in the middle; the same command goes on, within the limit of both."""
+
+    def until_empty(request: Request) -> Http:
+        return corrects(request) if request.number < 5 else error(402, "no money")
+
+    one = ["expert.limits.concurrency=1", "expert.limits.max_requests=9"]
+    with Scripted(until_empty) as server, pytest.raises(SystemExit):
+        revise(drafts, tmp_path / "round", server, *one)
+    assert "the account is empty" in capsys.readouterr().err
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server, *one)
+    assert len(server.requests) == 4  # 9 in all
+    manifest = read_manifest(tmp_path / "round")
+    assert manifest["failures"] == {"budget": NUM - 9}
+    assert manifest["usage"]["requests"] == 9
+    keys = journaled(tmp_path / "round")
+    assert len([key for key in set(keys) if key]) == NUM
+
+
+def test_a_stop_and_a_limit_change_nothing_in_the_end(drafts, tmp_path):
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "whole", server)
+    with (
+        Scripted(lambda request: b"" if request.number > 6 else corrects(request)) as server,
+        pytest.raises(SystemExit),
+    ):
+        revise(drafts, tmp_path / "round", server, "expert.limits.give_up_s=0.5", "expert.limits.pause_s=0.1")
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server)
+        assert len(server.requests) < NUM
+    assert digests(tmp_path / "round") == digests(tmp_path / "whole")
