@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,13 +30,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from callbacks.checkpoint import write_whole_files
 from src.batch import Batch, Expert, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
-from src.parallel import Team, gathered
+from src.metrics.fixing import count_fixes
+from src.parallel import Team, gathered, summed
 from src.rounds import EmptyRound, charge, read_round, run_round, summary
 from src.snapshots import remove
 from src.stop import Stop
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
+LOOKS = 8  # batches of a finished round that are looked at
 
 
 class GivesDrafts(Protocol):
@@ -56,6 +59,10 @@ class GivesDrafts(Protocol):
         ...
 
     def add_round(self, path: str | Path) -> None: ...
+
+    def round_dataloader(self, path: str | Path) -> Iterable[Batch]:
+        """This rank's share of the corrected drafts of a round; ranks get equally many batches."""
+        ...
 
 
 class SelfCorrection(L.Callback):
@@ -201,16 +208,19 @@ class SelfCorrection(L.Callback):
         number = self.num_done + 1
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
-            made = self._round(number, _datamodule(trainer), pl_module)
+            made, looks = self._round(number, _datamodule(trainer), pl_module)
         if self._team.first:
             logger.info("%s: %s", made.path, summary(made.manifest))
         self._add(trainer, made)
         self.num_done = number
-        metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
+        metrics = round_metrics(made.manifest) | looks | {"round/seconds": time.perf_counter() - began}
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
 
-    def _round(self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule) -> Round:
+    def _round(
+        self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule
+    ) -> tuple[Round, dict[str, float]]:
+        """The round, and what the model that has drafted it makes of the corrected drafts at one look."""
         backbone: Any = pl_module.backbone
         seed = self.seed + number
         settings = settings_of(
@@ -233,7 +243,7 @@ class SelfCorrection(L.Callback):
             device=pl_module.device,
         )
         with gathered(backbone):
-            return run_round(
+            made = run_round(
                 self._folder(number),
                 datamodule.draft_dataloader(number, self.drafts_per_round),
                 draft,
@@ -246,6 +256,16 @@ class SelfCorrection(L.Callback):
                 patience=self.patience,
                 team=self._team,
             )
+            return made, self._looks(made, datamodule, pl_module)
+
+    def _looks(self, made: Round, datamodule: GivesDrafts, pl_module: L.LightningModule) -> dict[str, float]:
+        if not made.manifest["counts"]["written"]:
+            return {}
+        batches = islice(datamodule.round_dataloader(made.path), LOOKS)
+        backbone: Any = pl_module.backbone
+        counts = summed(count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)).tolist()
+        shares = {"round/p_fix": counts[:2], "round/p_break": counts[2:]}
+        return {name: hits / tries for name, (hits, tries) in shares.items() if tries}
 
     def _add(self, trainer: L.Trainer, made: Round) -> None:
         if made.manifest["counts"]["written"]:

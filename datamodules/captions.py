@@ -156,6 +156,10 @@ class ShardData(L.LightningDataModule):
         settings = {"batches": last - first, "epoch": lambda: place, "notes": self.notes, "workers": self.workers}
         return Loader([part], self.collate.with_first_caption(), **settings).numbered(first)
 
+    def round_dataloader(self, path: str | Path) -> Loader:
+        """The corrected drafts of a finished round, in order."""
+        return self._eval_loader(_filled(self._checked(read_index(path, image=self.image), kind="round")))
+
     def draft_settings(self) -> dict[str, Any]:
         """What drafts for these data depend on, beside the number of the round; kept with them."""
         index = self.index("train")

@@ -6,11 +6,15 @@ import math
 import statistics
 
 import pytest
+import torch
+from torch.nn.functional import one_hot
 
-from src.batch import SpecialIds
+from src.batch import Prefix, SpecialIds
 from src.metrics.caption import Mark, summarise
+from src.metrics.fixing import count_fixes
 from src.metrics.scenes import SceneQuality
 from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
+from tests.test_corruption import make_batch
 
 SCENE = {
     "objects": [
@@ -162,3 +166,31 @@ def test_response_counts_stop_at_eot():
     assert response_counts([5, 1, 6, 1, 2, 1, 1], special)["inner_eos"] == 0.5
     assert response_counts([5, 1, 6, 6, 1, 1], special)["inner_eos"] == 0.25
     assert response_counts([2, 1, 1], special)["inner_eos"] == response_counts([1, 1], special)["inner_eos"] == 0
+
+
+def test_fixes_and_breaks_against_written_out_loops():
+    """A backbone that says 1 more than each token, on drafts with filler 9 behind the end."""
+    right = [[3, 4, 5, 9, 9], [7, 2, 8, 1, 9]]
+    drafts = [[3, 3, 5, 9, 9], [7, 1, 7, 1, 9]]
+
+    class Next:
+        def encode_prefix(self, prefix):
+            return Prefix(torch.zeros(2, 1, 1), None)
+
+        def __call__(self, prefix, tokens, **_):
+            return one_hot((tokens + 1) % 10, 10).float()
+
+    batch = make_batch(2, 5, padding=0)
+    batch.response, batch.flawed = torch.tensor(right), torch.tensor(drafts)
+    expected = [0, 0, 0, 0]
+    for row, draft in zip(right, drafts, strict=True):
+        for true, said in zip(row, draft, strict=True):
+            seen = (said + 1) % 10
+            if said != true:
+                expected[0] += seen == true
+                expected[1] += 1
+            elif true != 9:
+                expected[2] += seen != said
+                expected[3] += 1
+    assert count_fixes(Next(), [batch, batch], filler=9).tolist() == [2 * count for count in expected]
+    assert expected == [3, 3, 4, 4]

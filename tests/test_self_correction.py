@@ -366,6 +366,10 @@ def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
         assert float(row["round/edits_per_draft"]) == pytest.approx(counts["edits"] / NUM)
         assert float(row["round/right_share"]) == pytest.approx(counts["right"] / NUM)
         assert float(row["round/seconds"]) > 0
+        assert 0 <= float(row["round/p_fix"]) <= 1
+        assert 0 <= float(row["round/p_break"]) <= 1
+        assert float(row["round/yield"]) == 1
+        assert float(row["round/drafts_per_s"]) > 0
 
 
 @pytest.mark.parametrize(
