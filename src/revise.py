@@ -5,6 +5,9 @@
 
     drafts -> expert -> edits aligned to tokens (src/align.py) -> out/round-000000.tar, ... out/index.json
 
+    python -m src.revise ... requests=requests.jsonl      writes them for a batch API, and asks nothing
+    python -m src.revise ... results=results.jsonl        reads its results, and makes the round
+
 `dry=true` prints how many requests, tokens and dollars it would take, and asks nothing.
 
 A killed run is continued by the same command; nothing that was answered is asked again. At the end it prints what
@@ -25,7 +28,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from src.batch import Round
+from src.batches import read_results, write_requests
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
 from src.drafting import read_drafts, read_drafts_index
@@ -48,8 +54,16 @@ def main(argv: list[str]) -> None:
         if cfg.dry:
             sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
             return
+        if cfg.requests:
+            with locked(out):
+                written, without = write_requests(Path(cfg.requests), out, drafts, build(cfg.expert, codec=codec))
+            lost = f"; {without} drafts cannot be asked about" if without else ""
+            sys.stdout.write(f"{cfg.requests}: {written} requests{lost}\n")
+            return
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
+            if cfg.results:
+                team.alone(lambda: _read(cfg, out, drafts, codec))
             made = revise_round(
                 out,
                 drafts,
@@ -58,12 +72,18 @@ def main(argv: list[str]) -> None:
                 per_shard=cfg.per_shard,
                 patience=60 * cfg.patience_minutes,
                 team=team,
+                ask=cfg.results is None,
                 total=read_drafts_index(drafts)["counts"]["written"],
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if team.first:
         sys.stdout.write(f"{made.path}: {report(made)}\n")
+
+
+def _read(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:
+    counts = read_results(Path(cfg.results), out, drafts, build(cfg.expert, codec=codec))
+    sys.stdout.write(f"{cfg.results}: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'empty'}\n")
 
 
 def expected(expert: Any, drafts: Path) -> str:

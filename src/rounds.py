@@ -86,16 +86,19 @@ def revise_round(
     total: int,
     patience: float,
     team: Team,
+    ask: bool = True,
 ) -> Round:
     """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
-    total: number of drafts, for the progress bar; patience: as for `run_round`
+    total: number of drafts, for the progress bar; patience: as for `run_round`; ask: false makes do with the answers
+    that are in the journal
     """
     folder = Path(folder)
     settings = _checked(drafts, codec)["settings"]
     if made := team.alone(lambda: _same_round(folder, settings, expert) if _is_finished(folder) else None):
         return made
     options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": team}
+    options["questions"] = ask
     return _make(folder, drafts, read_drafts(drafts, team), settings, expert=expert, **options)
 
 
@@ -182,10 +185,10 @@ def _make(
     total: int,
     patience: float,
     team: Team,
+    questions: bool = True,
 ) -> Round:
     """Write a round; `drawn` yields the chunks of `drafts` that are this rank's, and may write them as it goes."""
     work, asked = _partial(folder), identity(expert)
-    name = json.dumps(asked, sort_keys=True)
 
     def prepare() -> bool:
         work.mkdir(parents=True, exist_ok=True)
@@ -193,25 +196,21 @@ def _make(
             (work / INDEX).unlink()
         return (work / INDEX).exists()
 
-    def journal() -> Journal:
-        others = sorted(work.glob("journal-rank-*.jsonl"))
-        return Journal(work / f"journal-rank-{team.rank:04d}.jsonl", expert=name, also=others)
-
     def ask() -> float:
         """Seconds that the answers took beyond the drawing."""
         with (
-            journal() as answers,
+            journal_of(folder, expert, team.rank) as answers,
             _bar(total, team) as bar,
             ExpertThread(expert, answers, bar, patience=patience) as thread,
         ):
             charge(expert, _usage(answers), team)
-            for chunk in drawn:
+            for chunk in drawn if questions else ():
                 thread.ask(chunk)
             began = time.monotonic()
         return time.monotonic() - began
 
     def write(waited: float) -> None:
-        with journal() as answers:
+        with journal_of(folder, expert) as answers:
             _write(work, drafts, answers, codec, per_shard, expert=asked, waited=waited)
 
     if not team.alone(prepare):
@@ -219,6 +218,14 @@ def _make(
         team.alone(lambda: write(waited))
     team.alone(lambda: publish(work, folder))
     return read_round(folder)
+
+
+def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
+    """The answers about the drafts of a round that is under way; new ones are of this rank."""
+    work = _partial(Path(folder))
+    work.mkdir(parents=True, exist_ok=True)
+    path, others = work / f"journal-rank-{rank:04d}.jsonl", sorted(work.glob("journal-rank-*.jsonl"))
+    return Journal(path, expert=json.dumps(identity(expert), sort_keys=True), also=others)
 
 
 def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:

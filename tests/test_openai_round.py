@@ -106,3 +106,39 @@ def test_a_stop_and_a_limit_change_nothing_in_the_end(drafts, tmp_path):
         revise(drafts, tmp_path / "round", server)
         assert len(server.requests) < NUM
     assert digests(tmp_path / "round") == digests(tmp_path / "whole")
+
+
+def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
+    """The lines go to a server that answers them as it would one by one, in another order, but for two."""
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "whole", server)
+        asked = [request.body for request in server.requests]
+        revise(drafts, tmp_path / "round", server, f"requests={tmp_path}/requests.jsonl")
+        lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+        assert sorted(json.dumps(line["body"]) for line in lines) == sorted(map(json.dumps, asked))
+        results = []
+        for line in reversed(lines):
+            body = json.loads(corrects(Request(0, "", {}, line["body"], 0.0)).body)
+            results.append(
+                {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
+            )
+        results[3] |= {"response": None, "error": {"code": "batch_expired", "message": "too late"}}
+        results[4]["response"] = {"status_code": 500, "body": {"error": {"message": "no"}}}
+        results.append({**results[0], "custom_id": "somebody else's"})
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+        del server.requests[:]
+        with_results = f"results={tmp_path}/results.jsonl"
+        revise(drafts, tmp_path / "part", server, with_results)
+        assert not server.requests
+        told = capsys.readouterr().out
+        assert f"results.jsonl: {NUM - 2} answered, 2 failed, 1 unknown" in told
+        part = read_manifest(tmp_path / "part")
+        assert part["failures"] == {"not_processed": 1, "status_500": 1}
+        assert part["usage"]["prompt_tokens"] == 500 * (NUM - 2)
+
+
+def test_a_line_that_is_no_result_is_named(drafts, tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text('{"id": 3}\n')
+    with Scripted(corrects) as server, pytest.raises(SystemExit):
+        revise(drafts, tmp_path / "round", server, f"results={tmp_path}/results.jsonl")
+    assert "results.jsonl: line 1 is no result of a batch" in capsys.readouterr().err

@@ -67,6 +67,7 @@ LAYERS: dict[str, set[str]] = {
         *("src.batch", "src.align", "src.parallel", "src.tokenizer"),
         *("src.asking", "src.drafting", "src.journal", "src.shards"),  # the parts of a round
     },
+    "src.batches": {"src.batch", "src.drafting", "src.journal", "src.rounds", "src.shards"},
     "src.objectives": {"src.batch", "src.diffusion", "src.parallel"},
     "src.objectives.tower": {"src.batch", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),

@@ -26,7 +26,7 @@ from src.experts.limits import Limits, ServerDown
 from src.experts.parsing import UnreadableReply, read_reply
 from src.experts.profiles import Profile, choose
 from src.experts.questions import BadImage, Messages, Picture, Words, again, first, show, tokens_of
-from src.experts.replies import Unanswered
+from src.experts.replies import Trouble, Unanswered, read_body
 from src.tokenizer import Codec
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator
@@ -139,6 +139,27 @@ class OpenAIExpert:
         prices = self._client.budget.prices
         cost, most_cost = (prices.cost(usage) if prices else None for usage in (likely, most))
         return Estimate(total, prompts, replies, cost, total * times, sum(most.values()), most_cost)
+
+    def body(self, draft: Draft) -> dict[str, Any]:
+        """The body of the first request about a draft, for a batch file. Raises ValueError for a damaged image."""
+        if not draft.text.strip():
+            raise ValueError("the draft is empty")
+        picture = show(draft.image, self._image_side)
+        messages = first(self._words, draft, picture=picture, detail=self._detail)
+        return {"model": self._model, "messages": messages, **self._chosen}
+
+    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
+        """The answer in the body of a response that came by file. Nothing is sent back."""
+        raw, usage = "", {}
+        try:
+            reply = read_body(json.dumps(body).encode())
+            raw, usage = reply.text, {"requests": 1, **reply.usage}
+            found = read_replies(self._codec, draft, [reply.checked()])
+        except UnreadableReply as error:
+            return Failure(str(error), retry=True, raw=raw, usage=usage)
+        except (Unanswered, Trouble) as error:
+            return Failure(error.reason, getattr(error, "retry", True), raw=raw, usage=usage)
+        return Revision(found.edits, raw, reply.model or self._model, {**usage, **found.counts})
 
     async def _answer(self, draft: Draft) -> tuple[str, Revision | Failure]:
         if not draft.text.strip():

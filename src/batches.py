@@ -1,0 +1,106 @@
+"""An expert by files: questions as lines of a batch API, and its answers read back into the journal of a round.
+
+    write_requests("requests.jsonl", out, drafts, expert)     one line for each draft without an answer
+    read_results("results.jsonl", out, drafts, expert)        into the journal; then `revise_round(..., ask=False)`
+
+A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`, a result
+`{"custom_id": ..., "response": {"status_code": 200, "body": {...}}, "error": null}`. The id is the journal's hash of
+the question, so that results are of use only to the question that they answer; reading them twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from src.batch import Draft, Failure, Revision
+from src.drafting import read_drafts
+from src.journal import Journal
+from src.rounds import journal_of
+from src.shards import write_bytes
+
+URL = "/v1/chat/completions"
+log = logging.getLogger(__name__)
+
+
+class AsksByFile(Protocol):
+    """An expert whose questions can be written down."""
+
+    name: str
+
+    def body(self, draft: Draft) -> dict[str, Any]:
+        """The body of the request about a draft. Raises ValueError where none can be made."""
+        ...
+
+    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
+        """The answer that the body of a response holds."""
+        ...
+
+
+def write_requests(file: Path, out: Path, drafts: Path, expert: Any) -> tuple[int, int]:
+    """How many drafts have a line now, and for how many none can be made."""
+    lines, without = [], 0
+    with journal_of(out, expert) as journal:
+        for draft in _unsettled(drafts, journal):
+            try:
+                body = _able(expert).body(draft)
+            except ValueError as error:
+                log.warning("%s: %s", draft.key, error)
+                without += 1
+                continue
+            line = {"custom_id": journal.request(draft), "method": "POST", "url": URL, "body": body}
+            lines.append(json.dumps(line, ensure_ascii=False))
+    write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
+    return len(lines), without
+
+
+def read_results(file: Path, out: Path, drafts: Path, expert: Any) -> Counter[str]:
+    """Add the answers of a file to the journal; how many were `answered`, `failed`, `known` before, or `unknown`."""
+    counts: Counter[str] = Counter()
+    with journal_of(out, expert) as journal:
+        asked = {journal.request(draft): draft for chunk in read_drafts(drafts) for draft in chunk}
+        for name, response in _results(file):
+            draft = asked.get(name)
+            if draft is None or journal.is_settled(draft):
+                counts["unknown" if draft is None else "known"] += 1
+                continue
+            answer = _answer(expert, draft, response)
+            journal.add(draft, answer)
+            counts["failed" if isinstance(answer, Failure) else "answered"] += 1
+    return counts
+
+
+def _unsettled(drafts: Path, journal: Journal) -> Iterator[Draft]:
+    for chunk in read_drafts(drafts):
+        yield from (draft for draft in chunk if not journal.is_settled(draft))
+
+
+def _able(expert: Any) -> AsksByFile:
+    if not hasattr(expert, "body"):
+        raise ValueError(f"expert {expert.name} asks no server, so it has no requests to write; use expert=openai")
+    return expert
+
+
+def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(id, response) of each line. Raises ValueError, with its number, for a line of something else."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                entry = json.loads(line)
+                name, response = entry["custom_id"], entry.get("response") or {"status_code": 0, "body": entry["error"]}
+                if not (isinstance(name, str) and isinstance(response, dict)):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{file}: line {number} is no result of a batch: {line[:80]!r}") from None
+            yield name, response
+
+
+def _answer(expert: Any, draft: Draft, response: Mapping[str, Any]) -> Revision | Failure:
+    status, body = response.get("status_code"), response.get("body")
+    if status != 200 or not isinstance(body, dict):
+        return Failure(f"status_{status}" if status else "not_processed", retry=True)
+    return _able(expert).read(draft, body)
