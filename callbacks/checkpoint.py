@@ -62,7 +62,7 @@ class Checkpoint(LightningCheckpoint):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             link(path, self.folder / LAST)
-            for older in self._known()[self.keep :]:
+            for older in [*self._known()[self.keep :], *self.folder.glob("stopped*.ckpt")]:
                 remove(older)
 
     def _known(self) -> list[Path]:
@@ -92,7 +92,8 @@ class WholeFiles(TorchCheckpointIO):
         with naming(path):
             try:
                 torch.save(checkpoint, temporary)
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
+                temporary.unlink(missing_ok=True)
                 if not REFUSED.search(str(error)):
                     raise
                 raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error

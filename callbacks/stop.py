@@ -4,7 +4,8 @@
         trainer = Trainer(callbacks=[..., SaveAndStop(stop=stop, run_dir="runs/x")])      last, to save what all hold
         trainer.fit(...)                                                                   raises Stopped
 
-RUN/checkpoints/stopped.ckpt is that checkpoint. Before the first step there is none to save: nothing is lost.
+RUN/checkpoints/stopped-step=S.ckpt is that checkpoint; the next regular one replaces it. Before the first step there is
+none to save: nothing is lost.
 
 Ranks agree at the end of every step: as soon as one was asked, all of them save and stop at the same step.
 """
@@ -19,6 +20,7 @@ import lightning as L
 
 from callbacks.checkpoint import write_whole_files
 from src.parallel import Team
+from src.snapshots import remove
 from src.stop import Stop
 
 
@@ -27,7 +29,7 @@ class SaveAndStop(L.Callback):
 
     def __init__(self, *, stop: Stop, run_dir: str | Path) -> None:
         super().__init__()
-        self.stop, self.path = stop, Path(run_dir) / "checkpoints" / "stopped.ckpt"
+        self.stop, self.folder = stop, Path(run_dir) / "checkpoints"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         write_whole_files(trainer)
@@ -50,7 +52,11 @@ class SaveAndStop(L.Callback):
 
     def _save_if_asked(self, trainer: L.Trainer) -> None:
         if self._agreed():
-            trainer.save_checkpoint(self.path)
+            path = self.folder / f"stopped-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                for older in set(self.folder.glob("stopped*.ckpt")) - {path}:
+                    remove(older)
             self.stop.check()
 
     def _agreed(self) -> bool:

@@ -186,10 +186,11 @@ class ShardData(L.LightningDataModule):
     def _in_order(self, stream: Stream, num: int, *, advance: int, epoch: Callable[[], int]) -> Loader:
         """`num` samples with their first captions, without damaged ones.
 
-        Ranks get equal shares; the last reads on to fill up.
+        Ranks get equal shares; the last reads on to fill up, and others stand in for damaged ones.
         """
         per_rank = -(-num // self._place()[1])
-        part = Part(stream, self.batch_size, advance, per_rank, stand_in=False)
+        alone = self._place()[1] == 1  # several ranks need equally many batches, whatever is damaged
+        part = Part(stream, self.batch_size, advance, per_rank, stand_in=not alone)
         batches = -(-per_rank // self.batch_size)
         return self._loader([part], batches, self.collate.with_first_caption(), epoch)
 

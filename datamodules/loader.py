@@ -116,8 +116,11 @@ class Loader:
             self._note(notes)
             done += 1
             self._position = (epoch, done)
-            if batch is not None:  # it would be empty, as so many samples were left out
+            if batch is not None:
                 yield batch
+            elif self.world > 1:  # the others would wait for ever
+                damaged = ", ".join(sorted({where for where, reason in self.notes if reason != "cut"}))
+                raise ValueError(f"no sample of a batch could be read ({damaged}); copy or make the data again")
 
     def numbered(self, first: int) -> Iterator[tuple[int, Batch]]:
         """(number, batch), counted from `first`. One of damaged samples only has a number too, but does not come."""

@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
@@ -103,6 +104,8 @@ def check_stops(cfg: DictConfig) -> None:
     """Raise ConfigError for a trainer that would end before it has trained, or could not even be seeded."""
     if not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
+    if cfg.trainer.get("precision") == "16-mixed":
+        raise ConfigError("trainer.precision: float16 needs its losses scaled, which is not done here; use bf16-mixed")
     if cfg.trainer.max_steps == 0:
         raise ConfigError("trainer.max_steps must be at least 1, got 0")
     if cfg.trainer.get("fast_dev_run"):
@@ -151,9 +154,14 @@ def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: A
         logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
         callbacks=[*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks],
         # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=[SLURMEnvironment(auto_requeue=False)] if _by_slurm() else None,
         default_root_dir=run_dir,
     )
+
+
+def _by_slurm() -> bool:
+    """Whether `srun` has started the processes; torchrun may have, within a job."""
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _callbacks(cfg: DictConfig, **offers: Any) -> list[L.Callback]:

@@ -70,6 +70,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for part in _parts([parameter.grad for parameter in found if parameter.grad is not None]):
+        if len(part) == 1:
+            dist.all_reduce(part[0])
+            part[0] /= world()
+            continue
         mean = summed(torch.cat([gradient.flatten() for gradient in part])) / world()
         for gradient, values in zip(part, mean.split([gradient.numel() for gradient in part]), strict=True):
             gradient.copy_(values.view_as(gradient))
@@ -90,6 +94,10 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor as one process would have it; of a sharded one every rank has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Elsewhere(RuntimeError):
+    """What went wrong on another rank."""
 
 
 class Team:
@@ -146,7 +154,7 @@ class Team:
         if wrong is not None:
             raise wrong
         if told is not None:
-            raise ValueError(told)
+            raise Elsewhere(told)
         return found
 
     def wait(self) -> None:
@@ -162,21 +170,23 @@ class Sharding:
         memory, half as much traffic again
     compute: type that parameters are gathered and computed in (`bfloat16`); null: the lower type of the trainer's
         precision where it is mixed, else their own. The parameters stay as they are, and gradients are added over ranks
-        in float32
+        in float32 if they are of another type than the parameters
     """
 
     reshard: bool = True
     compute: str | None = None
 
     def __post_init__(self) -> None:
-        if self.compute not in (None, "bfloat16", "float16"):
-            raise ValueError(f"compute must be bfloat16, float16 or null, got {self.compute!r}")
+        if self.compute not in (None, "bfloat16"):
+            raise ValueError(f"compute must be bfloat16 or null, got {self.compute!r}")
 
     def apply(self, backbone: Any, mesh: DeviceMesh, *, precision: str = "32-true") -> None:
         """Shard in place. Raises ValueError where a parameter belongs to no unit: it would differ among the ranks."""
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        mixed = torch.bfloat16 if precision == "bf16-mixed" else None
         dtype = getattr(torch, self.compute) if self.compute else mixed
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        # inputs stay as they are: activations have that type anyway, and rotary tables must not be rounded to it
+        reduced = torch.float32 if dtype else None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
         for module, entries in backbone.units():
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
             for entry in entries:

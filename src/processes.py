@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Thread, Timer
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from src.components import ConfigError
-from src.parallel import Team, rank
+from src.parallel import Elsewhere, Team, rank
 from src.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
@@ -57,6 +57,13 @@ def leave_with_parent() -> None:
     parent = int(os.environ.get(PARENT, 0))
     if parent and parent == os.getppid():
         Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def check_started(devices: Any, nodes: int) -> None:
+    """Raise ConfigError where torchrun has started another number of processes than the trainer is for."""
+    started = int(os.environ.get("WORLD_SIZE", 0))
+    if started and type(devices) is int and started != devices * nodes:
+        raise ConfigError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
 def meet(trainer: L.Trainer, told: Any) -> Any:
@@ -109,19 +116,25 @@ def explained() -> Iterator[None]:
     """What goes wrong between processes in one line; the process then ends with exit code 1."""
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         told = _explain(error)
         if told is None:
             raise
         _end(told)
 
 
-def _end(told: str) -> None:
+def _end(told: str) -> NoReturn:
     """Say what is wrong and end, at once: what waits for the other processes in threads would hold this one up."""
     number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
     sys.stderr.write(f"\nrank {number}: error: {told}\n")
+    end_now(1)
+
+
+def end_now(code: int) -> NoReturn:
+    """End this process without waiting for its threads, which may wait for other processes."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _explain(error: RuntimeError) -> str | None:
@@ -134,12 +147,19 @@ def _explain(error: RuntimeError) -> str | None:
             f"only {joined[1]} of {joined[2]} processes have come to {address}, port {port}: start as many as "
             "trainer.devices times trainer.num_nodes"
         )
-    if isinstance(error, dist.DistError) or LOST.search(text):
+    if isinstance(error, Elsewhere):
+        return text
+    if is_lost(error):
         return (
             "another process of this run has ended, or does not answer; what went wrong is told by that one. The same "
-            f"command continues from the newest checkpoint ({' '.join(text.split())[:160]})"
+            f"command continues from the newest checkpoint ({' '.join(text.split())})"
         )
     return None
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it says that another process is gone."""
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or bool(LOST.search(str(error)))
 
 
 def _end_with(parent: int) -> None:

@@ -33,7 +33,7 @@ from src.asking import ExpertThread, FailedRound
 from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
 from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.journal import Answer, Journal
-from src.parallel import Team
+from src.parallel import Team, world
 from src.shards import INDEX, image_name, publish, read_manifest, write_shards
 from src.tokenizer import Codec
 
@@ -224,8 +224,11 @@ def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
     """The answers about the drafts of a round that is under way; new ones are of this rank."""
     work = _partial(Path(folder))
     work.mkdir(parents=True, exist_ok=True)
-    path, others = work / f"journal-rank-{rank:04d}.jsonl", sorted(work.glob("journal-rank-*.jsonl"))
-    return Journal(path, expert=json.dumps(identity(expert), sort_keys=True), also=others)
+    path = work / f"journal-rank-{rank:04d}.jsonl"
+    # by name too: a listing of a folder on another machine may be older than what is in it
+    known = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world())}
+    others = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, known)}
+    return Journal(path, expert=json.dumps(identity(expert), sort_keys=True), also=sorted(others))
 
 
 def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:

@@ -28,7 +28,7 @@ from src.hub import local_folder
 from src.models.checkpoint import fingerprint
 from src.models.weights import is_model_folder
 from src.shards import INDEX, read_json, sha256, write_json
-from src.snapshots import is_whole
+from src.snapshots import is_whole, recover
 
 ASIDE = ".replaced"  # in the folder of the run, what was there before
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"
@@ -75,6 +75,7 @@ def begin(cfg: DictConfig, run_dir: Path) -> None:
         forget(run_dir)
         _move(run_dir, run_dir / ASIDE)
     run_dir.mkdir(parents=True, exist_ok=True)
+    recover(run_dir / "checkpoints")
     save_config(OmegaConf.create({**cfg, "resume": True}), run_dir / CONFIG)  # repeating a run must not remove it
     if not checkpoints(run_dir):  # else they were compared, and weights take long to read
         write_json(run_dir / INPUTS, inputs(cfg))

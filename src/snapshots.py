@@ -21,12 +21,12 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from src.parallel import gather, rank
 from src.shards import publish, sync_path, write_json
 
 MANIFEST, META, PLAN = "files.json", "meta.pt", ".metadata"
@@ -85,6 +85,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def recover(folder: Path) -> None:
+    """Give checkpoints their names back that a kill has left without, and remove what it left half written."""
+    for old in sorted(folder.glob(".*.ckpt.old")):
+        path = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not path.exists() and is_whole(old):
+            old.replace(path)
+    for rest in [*folder.glob(".*.ckpt.old"), *folder.glob(".*.ckpt.tmp"), *folder.glob(".*.whole")]:
+        if rest.is_dir() and not rest.is_symlink():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink()
+
+
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint has the checksums that it was stored with."""
     if path.is_dir():
@@ -116,20 +129,32 @@ def check_sizes(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint as one process would have saved it, on the CPU.
+    """The content of a checkpoint as one process would have saved it, on the CPU. Of several ranks all have to ask.
 
-    Of a folder it needs disk space for one more beside it, for as long as the content is used.
+    Of a folder it needs disk space for one more beside it, for as long as the content is used; ranks share that.
     """
     if path.is_file():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     check_sizes(path)
-    with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".whole") as joined, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp_to_torch_save(path, joined.name)
-        content = torch.load(joined.name, map_location="cpu", weights_only=True, mmap=True)
+    joined = path.with_name(f".{path.name}.whole")
+    if rank() == 0:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp_to_torch_save(path, joined)
+    gather(None)  # it is there
+    content = torch.load(joined, map_location="cpu", weights_only=True, mmap=True)
+    gather(None)  # all have it open
+    if rank() == 0:
+        joined.unlink()
     optimizers = [content[name] for name in sorted(content) if name.startswith("optimizer_")]
     meta = torch.load(path / META, map_location="cpu", weights_only=True)
     return {**meta, "state_dict": content["state_dict"], "optimizer_states": [_numbered(state) for state in optimizers]}
+
+
+def named(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The state of one process's optimizer with the names of its parameters, in its order, instead of numbers."""
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[number]: found for number, found in state["state"].items()}, "param_groups": groups}
 
 
 def _numbered(state: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
         stop.held = True            from now on it only sets `stop.asked`
         with stop.at_once(): ...    and in here it raises again
 
-A second SIGTERM or Ctrl-C ends the process at once, wherever it is.
+A second SIGTERM or Ctrl-C ends the process at once; within seconds where it waits for other processes, as Python
+answers no signal until that is over.
 
     with Stop(RUN / "STOP"): ...    a file of that name asks as well, as if SIGUSR1 had come
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ BY_FILE = signal.SIGUSR1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, BY_FILE)
 SIGNALLED = 128  # exit code of a program that a signal ended, without the number of the signal
 PERIOD = 1.0  # seconds between two looks for the file
+PATIENCE = 3.0  # seconds for Python to answer a second signal
 
 
 class Stopped(BaseException):
@@ -52,12 +55,18 @@ class Stop:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self._left.clear()
         self.catch()
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        Thread(target=_end_at_second, args=(reader,), name="second signal", daemon=True).start()
         if self.file:
             Thread(target=self._watch, args=(self.file,), name="stop", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -97,3 +106,14 @@ class Stop:
         self.asked = signal.Signals(number)
         if not self.held:
             raise Stopped(self.asked)
+
+
+def _end_at_second(reader: int) -> None:
+    """End the process at the second signal that ends it. reader: of a pipe that gets a byte for each signal."""
+    seen = 0
+    with os.fdopen(reader, "rb", buffering=0) as stream:
+        while byte := stream.read(1):
+            seen += byte[0] in (signal.SIGTERM, signal.SIGINT)
+            if seen > 1:
+                time.sleep(PATIENCE)
+                os._exit(SIGNALLED + byte[0])

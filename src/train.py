@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -50,7 +51,7 @@ from src.lock import locked
 from src.models.checkpoint import save_pretrained
 from src.objectives.base import Diverged
 from src.plan import measure
-from src.processes import explained, launched_first, leave_with_parent, meet
+from src.processes import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet
 from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
 from src.shards import write_json
 from src.stop import BY_FILE, SIGNALLED, Stop, Stopped
@@ -59,6 +60,7 @@ from src.tokenizer import Codec
 
 STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes
 MISTAKES = (ValueError, MisconfigurationException)
+BEGAN = time.time()
 log = logging.getLogger(__name__)
 
 
@@ -90,12 +92,14 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
             log.info("%s is finished already; resume=false would start it afresh", run_dir)
             return
         check_stops(cfg)
+        check_started(cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1))
         run_dir.mkdir(parents=True, exist_ok=True)  # paths such as `run_dir/../stage1/model` need it
         codec, stop, began = Codec.load(cfg.tokenizer), Stop(run_dir / STOP), Event()
         note = LambdaCallback(on_train_batch_start=lambda *_: _note(began, run_dir, first=first))
         data, objective, trainer = assemble(cfg, codec, note, stop=stop, first=first)
         if first:
             begin(cfg, run_dir)
+            _forget_stop(run_dir)
         start, before = newest(run_dir) if first else None, _saved_at(run_dir)
     except MISTAKES as error:
         raise ConfigError(str(error)) from error
@@ -106,6 +110,11 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
     except Stopped as stopped:
         _leave(trainer, stopped, run_dir)
         return
+    except RuntimeError as error:
+        if not is_lost(error) or not (stop.asked or (run_dir / STOP).exists()):
+            raise
+        _leave(trainer, Stopped(stop.asked or BY_FILE), run_dir)  # another rank has left a round before this one could
+        end_now(0)
     if trainer.global_step < cfg.trainer.max_steps:
         raise ConfigError(f"{_where(trainer)}; {_way_on(saved=_saved_at(run_dir) > before)}")
     objective.backbone.canvas = cfg.data.canvas
@@ -141,9 +150,17 @@ def _leave(trainer: L.Trainer, stopped: Stopped, run_dir: Path) -> None:
     if not trainer.is_global_zero:
         return
     sys.stderr.write(f"\n{_where(trainer)} by {stopped}; the same command continues\n")
-    if stopped.signal is not BY_FILE and not SLURMEnvironment.detect():
+    if SLURMEnvironment.detect():
+        (run_dir / REQUEUE).touch()
+    elif stopped.signal is not BY_FILE:
         sys.exit(SIGNALLED + stopped.signal)
-    (run_dir / REQUEUE).touch()
+
+
+def _forget_stop(run_dir: Path) -> None:
+    """Remove what asked an earlier process to stop."""
+    with suppress(FileNotFoundError):
+        if (run_dir / STOP).stat().st_mtime < BEGAN:
+            (run_dir / STOP).unlink()
 
 
 def _out_of_memory(cfg: DictConfig, trainer: L.Trainer) -> str:

@@ -134,6 +134,9 @@ def _fork(job: dict[str, Any], rank: int, port: str) -> int:
     os._exit(code)
 
 
+_argv: list[str] = []  # of this rank
+
+
 def _rank(job: dict[str, Any], rank: int, port: str) -> int:
     """What a rank does; its exit code."""
     file = os.open(Path(job["out"]) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -147,6 +150,7 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
     for who, what, number in job["kill"]:
         if who == rank:
             _kill_at(what, number)
+    _argv.extend(job["argv"])
     for name in job["patches"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(rank)
@@ -184,6 +188,38 @@ def deaf(rank: int) -> None:
     from datamodules.captions import ShardData
 
     ShardData.add_round = lambda self, path: None
+
+
+def stops_in_a_round(rank: int) -> None:
+    """While rank 0 waits for its drafts, rank 1 makes the file that a batch job makes."""
+    import callbacks.self_correction as loop
+
+    os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = str(rank)
+    draw = loop.draft_batch
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(2)
+        run_dir = next(argument for argument in _argv if argument.startswith("run_dir=")).removeprefix("run_dir=")
+        (Path(run_dir) / "STOP").touch()
+        time.sleep(4)
+        return draw(*arguments, **named)
+
+    if rank == 1:
+        loop.draft_batch = slow
+
+
+def waits_and_is_told_twice(rank: int) -> None:
+    """Rank 1 takes its time; rank 0, which waits for it, gets two signals."""
+    import callbacks.self_correction as loop
+
+    if rank == 1:
+        draw, naps = loop.draft_batch, iter([15])
+        loop.draft_batch = lambda *arguments, **named: (time.sleep(next(naps, 0)), draw(*arguments, **named))[1]
+    elif os.fork() == 0:
+        for delay in (6, 1):
+            time.sleep(delay)
+            os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
 
 
 def silent(rank: int) -> None:

@@ -221,20 +221,20 @@ DAMAGES = [cut, empty, Path.unlink, other]
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_damaged_shard_of_drafts_is_drawn_again(scenes, drawn, drafts, damage, finished):
     """Without its index, a shard that is whole cannot be known to be another one."""
-    damage(drafts / "drafts-000000-01.tar")
+    damage(drafts / "drafts-000001-00.tar")
     if not finished:
         (drafts / INDEX).unlink()
     src.draft.main(draft_arguments(scenes, drafts))
     same = contents(drafts).items() - contents(drawn).items()
     changed = {name for name, _ in same} - {INDEX}  # it holds how long drawing took
-    assert changed == ({"drafts-000000-01.tar"} if damage is other and not finished else set())
+    assert changed == ({"drafts-000001-00.tar"} if damage is other and not finished else set())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_revising_damaged_drafts_names_the_shard(drafts, tmp_path, capsys, damage):
-    damage(drafts / "drafts-000000-01.tar")
+    damage(drafts / "drafts-000001-00.tar")
     error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
-    assert error.startswith(f"error: {drafts}/drafts-000000-01.tar is damaged (")
+    assert error.startswith(f"error: {drafts}/drafts-000001-00.tar is damaged (")
     assert error.endswith("); repeat the `src.draft` command, which draws it again")
 
 

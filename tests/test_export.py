@@ -380,7 +380,7 @@ def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
     folder, out = tmp_path / "model", tmp_path / "out"
     save_pretrained(model, codec, folder)
     assert "out=" in error(capsys, model=folder, out=folder)
-    assert "one of own, llada_v, llada, got 'hf'" in error(capsys, model=folder, out=out, format="hf")
+    assert "one of own, llada_v, llada, lightning, got 'hf'" in error(capsys, model=folder, out=out, format="hf")
     assert "text models only" in error(capsys, model=folder, out=out, format="llada")
     assert "dtype must be one of" in error(capsys, model=folder, out=out, dtype="int8")
     assert "max_shard_bytes" in error(capsys, model=folder, out=out, max_shard_bytes=0)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from src.drafting import read_drafts
 from src.export import main as export
 from src.prepare import Scenes
+from src.shards import read_shard, write_shard
+from src.snapshots import read_whole
 from tests.ranks import RENAME, ROOT, Ranks
 from tests.test_rounds import digests, journaled
 
@@ -93,7 +95,7 @@ def test_ranks_leave_one_run(whole):
     for number in (1, 2):
         folder = whole / "rounds" / f"round-000{number}"
         assert json.loads((folder / "index.json").read_text())["counts"]["drafted"] == NUM
-        assert all(len(path.read_bytes()) for path in folder.glob("journal-rank-000[01].jsonl"))
+        assert all((folder / f"journal-rank-000{rank}.jsonl").read_bytes() for rank in (0, 1))
         assert len(journaled(folder)) == len(set(journaled(folder))) == NUM
 
 
@@ -169,6 +171,7 @@ BOTH = (0, 1)
         ((0,), "src.rounds:_write", 1),
         ((0,), "callbacks.checkpoint:link", 1),
         ((0,), "src.train:save_pretrained", 0),
+        ((0,), "src.snapshots:publish", 3),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(ranks, scenes, whole, tmp_path, who, what, number):
@@ -258,6 +261,37 @@ def test_at_the_start_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_p
     assert moved  # three ranks see other batches
 
 
+@pytest.mark.parametrize("parallel", ["fsdp2", "ddp"])
+def test_a_run_goes_on_with_another_strategy(ranks, scenes, whole, copied, tmp_path, parallel):
+    """One process without a strategy writes the checkpoint of an epoch's start; two read it, with all moments."""
+    at_the_second_epoch(copied)
+    shutil.copytree(copied, tmp_path / "one", symlinks=True)
+    alone = [*stage2(scenes, tmp_path / "one", world=1), "callbacks.checkpoint.every_n_train_steps=1"]
+    killed = ranks.run(alone, out=tmp_path, world=1, kill=[(0, STEP, 0)])
+    assert killed.codes == [-9]
+    content = read_whole(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
+    torch.save(content, tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
+    done = ranks.run(stage2(scenes, tmp_path / "one", parallel=parallel), out=tmp_path)
+    assert done.codes == [0, 0], done.printed
+    if parallel == "fsdp2":
+        assert same(whole, tmp_path / "one")
+    else:
+        for name, tensor in weights(whole).items():
+            torch.testing.assert_close(weights(tmp_path / "one")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another_loses_none(ranks, scenes, whole, copied, tmp_path):
+    folder = copied / "checkpoints"
+    (folder / "epoch=1-step=6.ckpt").rename(folder / ".epoch=1-step=6.ckpt.old")
+    shutil.copytree(folder / "pre-round-0002.ckpt", folder / ".stopped-step=7.ckpt.tmp")
+    done = ranks.run(stage2(scenes, copied), out=tmp_path, kill=[(0, STEP, 2)])
+    assert "damaged" not in done.printed[0]
+    assert done.codes == [0, 0], done.printed  # from step 6 there are but two more
+    assert same(whole, copied)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied, tmp_path):
     argv = stage2(scenes, copied, "trainer.devices=3")
     done = ranks.run(argv, out=tmp_path, world=3)
@@ -324,6 +358,48 @@ def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
     assert "rank 0: error: another process of this run has ended" in done.printed[0]
     assert done.seconds < 40
     assert ranks.run(argv, out=tmp_path).codes == [0, 0]
+
+
+def test_a_damaged_validation_sample_does_not_make_ranks_wait(ranks, scenes, tmp_path):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    (shard,) = (data / "val").glob("*.tar")
+    *samples, last = read_shard(shard)
+    entry = write_shard(shard, [*samples, {**last, "png": last["png"][:100]}])
+    index = json.loads((data / "val" / "index.json").read_text())
+    (data / "val" / "index.json").write_text(json.dumps({**index, "shards": [{**entry, "name": shard.name}]}))
+    argv = stage2(data, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=1.0", "data.batch_size=3")
+    argv += ["trainer.strategy.timeout_minutes=0.5", "callbacks.self_correction.rounds=1", "data.epoch_batches=4"]
+    done = ranks.run(argv, out=tmp_path)
+    assert done.codes == [0, 0], done.printed
+
+
+def test_a_stop_in_a_round_is_one_on_all_ranks(ranks, scenes, whole, tmp_path):
+    """By the file of a batch job, while rank 0 waits for the drafts of rank 1; the mark is left in any case."""
+    argv = stage2(scenes, tmp_path / "run")
+    job = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:stops_in_a_round"], environment=job)
+    assert done.codes == [0, 0], done.printed
+    assert (tmp_path / "run" / "REQUEUE").exists()
+    assert "stopped at step 0 of 8 by SIGUSR1; the same command continues" in done.printed[0]
+    for name in ("REQUEUE", "STOP"):
+        (tmp_path / "run" / name).unlink()  # as the job does
+    done = ranks.run(argv, out=tmp_path)
+    assert done.codes == [0, 0], done.printed
+    assert same(whole, tmp_path / "run")
+
+
+def test_other_numbers_of_processes_than_were_started_are_refused(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run", "trainer.devices=1")
+    done = ranks.run(argv, out=tmp_path, environment={"TORCHELASTIC_RUN_ID": "one"})
+    assert done.codes == [2, 2], done.printed
+    assert "2 processes were started, but trainer.devices=1 and num_nodes=1" in done.printed[0]
+
+
+def test_two_signals_end_a_process_that_waits_for_another(ranks, scenes, tmp_path):
+    argv = stage2(scenes, tmp_path / "run")
+    done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:waits_and_is_told_twice"], timeout=60)
+    assert done.codes == [143, 1], done.printed
 
 
 def test_a_port_in_use_is_told(ranks, scenes, tmp_path):

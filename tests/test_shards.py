@@ -167,10 +167,14 @@ def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) 
         assert keys(second) == whole  # the next pass starts anew
 
 
-def test_resume_with_other_data_starts_the_epoch_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_with_other_data_is_refused_or_starts_the_epoch_anew(tmp_path: Path, caplog) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
     state = {**loader(stream).state_dict(), "batches": 3}
     other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=1))
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match="from the middle of epoch 0, with other data"):
+        next(iter(other))
+    other.restart = True
     other.load_state_dict(state)
     with caplog.at_level(logging.WARNING):
         assert len(keys(other)) == len(other)

@@ -104,7 +104,7 @@ def signalled(where: str, argv: list[str]) -> tuple[int, str]:
 
 
 def step_of(run_dir: Path) -> int:
-    path = run_dir / "checkpoints" / "stopped.ckpt"
+    (path,) = (run_dir / "checkpoints").glob("stopped-step=*.ckpt")
     return torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)["global_step"]
 
 
@@ -147,19 +147,18 @@ def test_a_second_signal_does_not_wait(scenes, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_what_a_batch_job_asks_for_leaves_a_mark_and_the_same_command_continues(scenes, whole, tmp_path):
+def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_path):
     """By a file before the first step, then by the signal for which it stands; workers get that too."""
     run_dir = tmp_path / "run"
-    argv, stop, mark = arguments(scenes, run_dir), run_dir / "STOP", run_dir / "REQUEUE"
+    argv, stop = arguments(scenes, run_dir), run_dir / "STOP"
     code, said = signalled(f"src.train/begin/1/touch/{stop}", argv)
     assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
-    assert mark.exists() and not list(run_dir.glob("checkpoints/*"))
-    stop.unlink()
-    mark.unlink()
+    assert stop.exists() and not list(run_dir.glob("checkpoints/*"))
     code, said = signalled(f"{STEP}/3/{int(signal.SIGUSR1)}", argv)
     assert (code, said) == (0, "stopped at step 3 of 16 by SIGUSR1; the same command continues")
-    assert mark.exists() and step_of(run_dir) == 3
+    assert not stop.exists() and step_of(run_dir) == 3  # what asked the one before
     main(argv)
+    assert not list(run_dir.glob("checkpoints/stopped*"))
     assert same_weights(whole, run_dir)
 
 
@@ -168,7 +167,7 @@ def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
     stop = tmp_path / "run" / "STOP"
     code, said = signalled(f"callbacks.self_correction/draft_batch/3/touch/{stop}", argv)
     assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
-    stop.unlink()
+    stop.unlink()  # this process is older than the file
     main(argv)
     main(stage_two(scenes, tmp_path / "whole"))
     assert same_weights(tmp_path / "whole", tmp_path / "run")

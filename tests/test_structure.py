@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "src.lock": {"src.components"},
     "src.output": {"src.batch", "src.components", "src.tokenizer"},
     "src.parallel": set(),
-    "src.snapshots": {"src.shards"},  # checkpoints as files and folders
+    "src.snapshots": {"src.parallel", "src.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.parallel", "src.snapshots"},
     "src.processes": {"src.components", "src.parallel", "src.strategy"},
     "src.stop": set(),

@@ -28,7 +28,7 @@ from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
 from src.models.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
-from src.parallel import rank, whole
+from src.parallel import gather, is_sharded, rank, whole
 from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"
@@ -103,11 +103,15 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     The same for a module and for every folder of it, whatever the layout and the shards, as long as the dtype is. Of a
     module that ranks share, all of them have to ask.
     """
-    digest = hashlib.sha256()
+    digest, shared = hashlib.sha256(), isinstance(model, nn.Module) and is_sharded(model)
     for name, tensor in _tensors(model):
+        tensor = whole(tensor.detach())
+        if shared and rank():
+            continue  # rank 0 tells
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = digest.hexdigest()[:16]
+    return gather(found)[0] if shared else found
 
 
 def sketch(path: str | Path) -> str:

@@ -66,7 +66,9 @@ class VisionPath(nn.Module):
     def features(self, tiles: Tensor) -> Tensor:
         """Output of the last encoder layer (N, n, W). The tower as a whole would also apply the final norm."""
         pixels = tiles.float().div(127.5).sub(1)  # (u8 / 255 - 0.5) / 0.5
-        return self.vision_tower.encoder(inputs_embeds=self.vision_tower.embeddings(pixels)).last_hidden_state
+        embeddings = self.vision_tower.embeddings
+        pixels = pixels.to(embeddings.patch_embedding.weight.dtype)
+        return self.vision_tower.encoder(inputs_embeds=embeddings(pixels)).last_hidden_state
 
     def forward(self, tiles: Tensor, image_sizes: Sequence[Size]) -> list[Tensor]:
         """Tokens (., D) of each image. `tiles` (N, 3, S, S): all tiles of the first image, then of the second, ..."""

@@ -20,6 +20,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
@@ -153,6 +154,8 @@ class Objective(L.LightningModule):
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
         mesh = replicas if mesh.size() == replicas.size() else mesh
         (self.options.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
+        if loose := [name for name, parameter in self.named_parameters() if not isinstance(parameter, DTensor)]:
+            raise ValueError(f"{', '.join(loose)}: outside the backbone, so it would not be shared; use parallel/ddp")
         if self._fill:
             self.backbone.to_empty(device=self.device)
             self._fill(self.backbone)
