@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
 
 class Kind(IntEnum):
@@ -120,6 +121,9 @@ class Prefix:
         cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
         mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
         return Prefix(self.embeds[rows], mask, cache, last)
+
+
+register_dataclass(Prefix)  # so that FSDP2 finds the tensors in it, also with torch 2.11
 
 
 @dataclass
