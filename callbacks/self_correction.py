@@ -32,7 +32,7 @@ from src.batch import Batch, Expert, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
 from src.parallel import Team, gathered, summed
-from src.rounds import EmptyRound, charge, read_round, run_round, summary
+from src.rounds import EmptyRound, charge, read_round, reopen, run_round, summary
 from src.snapshots import remove
 from src.stop import Stop
 from src.tokenizer import Codec
@@ -273,6 +273,7 @@ class SelfCorrection(L.Callback):
             return
         told = f"{made.path} holds no correction to train on ({summary(made.manifest)})"
         if not self.allow_empty:
+            self._team.alone(lambda: reopen(made.path))  # the same command then asks again, where that may help
             raise EmptyRound(
                 f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
             )

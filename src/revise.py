@@ -37,7 +37,7 @@ from src.config import load_config, main_guard, path_of
 from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
 from src.processes import explained, launched_first, together
-from src.rounds import revise_round
+from src.rounds import reopen, revise_round
 from src.tokenizer import Codec
 
 SAMPLE = 8  # chunks that stand for all in a dry run
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
             return
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
+            if cfg.again:
+                team.alone(lambda: reopen(out))
             if cfg.results:
                 team.alone(lambda: _read(cfg, out, drafts, codec))
             made = revise_round(
@@ -109,6 +111,8 @@ def report(made: Round) -> str:
     ]
     if counts["failed"]:
         lines.insert(1, f"failed: {counts['failed']}{_reasons(made.manifest['failures'])}")
+    if again := made.manifest.get("again"):
+        lines.append(f"again=true asks about {sum(again.values())} of them once more{_reasons(again)}")
     if not counts["written"]:
         return "\n".join([*lines, "no draft was corrected: there is nothing to train on"])
     settings = [f"data.rounds=[{made.path}]", "callbacks.self_correction=null"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import statistics
 import time
 from collections import Counter
@@ -102,6 +103,18 @@ def revise_round(
     return _make(folder, drafts, read_drafts(drafts, team), settings, expert=expert, **options)
 
 
+def reopen(folder: str | Path) -> bool:
+    """Make a finished round one under way again, if asking once more may help about some of its drafts."""
+    folder = Path(folder)
+    if not _is_finished(folder) or not read_round(folder).manifest.get("again"):
+        return False
+    work = _partial(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    folder.replace(work)
+    (work / INDEX).unlink()
+    return True
+
+
 def read_round(folder: str | Path) -> Round:
     """A finished round."""
     manifest = read_manifest(folder)
@@ -136,6 +149,7 @@ class Tally:
     failures: Counter[str] = field(default_factory=Counter)
     usage: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)  # that an answer took, where its expert says so
+    again: Counter[str] = field(default_factory=Counter)  # drafts about which asking again may help, by reason
     latency: dict[str, float] = field(default_factory=dict)  # percentiles of these
 
     def __post_init__(self) -> None:
@@ -155,8 +169,10 @@ class Tally:
         elif isinstance(answer, Failure):
             self.counts["failed"] += 1
             self.failures[answer.reason] += 1
+            self.again.update([answer.reason] * answer.retry)
         else:
             self.counts["unanswered"] += 1
+            self.again["unanswered"] += 1
 
     def close(self) -> None:
         """Find the percentiles: all answers are in."""
@@ -279,6 +295,7 @@ def _write(
             "failures": tally.failures,
             "usage": tally.usage,
             "latency": tally.latency,
+            "again": tally.again,
             "waited": round(waited, 3),  # seconds for the expert, when everything was drawn
             "settings": index["settings"],
             "drawing": index["drawing"],

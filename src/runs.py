@@ -44,6 +44,10 @@ FIXED = (
 # What it may change although it lies in these: how a step is computed, and what is checked where it matters.
 FREE = (
     *("data.workers", "data.restart_epoch"),
+    *(
+        f"callbacks.self_correction.expert.{name}"
+        for name in ("base_url", "key_env", "limits", "max_completion_tokens")
+    ),
     *(f"objective.training.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
 REMEDY = "give another run_dir, or resume=false to start it afresh"
@@ -161,8 +165,8 @@ def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
 
 def _fixed(cfg: DictConfig, key: str) -> Any:
     """What may not change under a key: its value without what is free."""
-    value = {key: plain(OmegaConf.select(cfg, key))}
-    for name in FREE:
+    value = plain(OmegaConf.select(cfg, key))
+    for name in (name.removeprefix(f"{key}.") for name in FREE if name.startswith(f"{key}.")):
         *path, last = name.split(".")
         owner: Any = value
         for part in path:

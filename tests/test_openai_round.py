@@ -94,6 +94,47 @@ def test_what_was_spent_before_a_stop_counts(drafts, tmp_path, capsys):
     assert len([key for key in set(keys) if key]) == NUM
 
 
+def test_a_finished_round_can_be_asked_again_where_that_helps(drafts, tmp_path, capsys):
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "whole", server)
+        revise(drafts, tmp_path / "round", server, "expert.limits.max_requests=5")
+        assert f"again=true asks about {NUM - 5} of them once more (budget {NUM - 5})" in capsys.readouterr().out
+        before = len(server.requests)
+        revise(drafts, tmp_path / "round", server)  # finished is finished
+        assert len(server.requests) == before
+        revise(drafts, tmp_path / "round", server, "again=true")
+        assert len(server.requests) == before + NUM - 5
+        revise(drafts, tmp_path / "round", server, "again=true")
+        assert len(server.requests) == before + NUM - 5
+    assert digests(tmp_path / "round") == digests(tmp_path / "whole")
+
+
+def test_an_address_and_a_key_that_cannot_be_are_told_at_once(drafts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BAD_KEY", "sk-secret\n")
+    for setting, told in (
+        ("expert.base_url=127.0.0.1:8000/v1", "base_url must begin with http:// or https://"),
+        ("expert.key_env=BAD_KEY", "the key in BAD_KEY holds characters that no key has"),
+    ):
+        with Scripted(corrects) as server, pytest.raises(SystemExit):
+            revise(drafts, tmp_path / "round", server, setting)
+        said = capsys.readouterr().err
+        assert told in said
+        assert "sk-secret" not in said
+
+
+def test_requests_that_reach_nobody_do_not_count(drafts, tmp_path, capsys):
+    with Scripted(corrects) as server:
+        gone = server.url
+    dead = ["expert.limits.give_up_s=1", "expert.limits.pause_s=0.1", f"expert.limits.max_requests={NUM}"]
+    with Scripted(corrects) as server, pytest.raises(SystemExit):
+        revise(drafts, tmp_path / "round", server, f"expert.base_url={gone}", *dead)
+    assert gone in capsys.readouterr().err
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server, *dead)
+        assert len(server.requests) == NUM
+    assert read_manifest(tmp_path / "round")["usage"]["requests"] == NUM
+
+
 def test_a_stop_and_a_limit_change_nothing_in_the_end(drafts, tmp_path):
     with Scripted(corrects) as server:
         revise(drafts, tmp_path / "whole", server)

@@ -58,11 +58,11 @@ class Budget:
         self.pending += 1
         return aside
 
-    def settle(self, aside: Mapping[str, float], usage: Mapping[str, float]) -> None:
-        """Replace what was put aside for a request by what it used."""
+    def settle(self, aside: Mapping[str, float], usage: Mapping[str, float], *, sent: bool = True) -> None:
+        """Replace what was put aside for a request by what it used. sent: whether it has reached a server."""
         self.pending -= 1
         self._add({name: -value for name, value in aside.items()})
-        self._add(self._sums(usage) | {"requests": 1})
+        self._add(self._sums(usage) | {"requests": int(sent)})
 
     def charge(self, usage: Mapping[str, float]) -> None:
         """Count what was used before this process started; `usage` as in a revision or a manifest."""

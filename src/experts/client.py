@@ -88,6 +88,11 @@ class Client:
             raise ValueError(
                 f"the environment variable {key_env} holds no key; key_env=null is for servers without one"
             )
+        key = os.environ.get(key_env, "") if key_env else ""
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"the key in {key_env} holds characters that no key has, such as the end of a line")
+        if base_url is not None and not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}")
         self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
         self._clock, self._random = Clock(), Random()
         self._requests = Pace(limits.requests_per_minute, self._clock)
@@ -164,6 +169,12 @@ class Client:
         cuts = statistics.quantiles(self._latencies, n=100, method="inclusive")
         return {name: round(cuts[number - 1], 3) for name, number in (("p50", 50), ("p90", 90), ("p99", 99))}
 
+    @property
+    def _where(self) -> str:
+        """The server, and the proxy that the environment names."""
+        proxies = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+        return f"{self._base_url or 'the default server'}{''.join(f', {name} is set' for name in proxies)}; "
+
     def _connect(self) -> Link:
         log = logging.getLogger("httpx2")
         if log.level == logging.NOTSET:
@@ -188,6 +199,7 @@ class Client:
             await self._clock.sleep(RECHECK_S)  # others may give back some of what was put aside for them
         expected = sum(request.expected.values())
         usage: Mapping[str, float] = {}  # what the budget is charged with
+        sent = True
         try:
             await self._requests.take(1)
             await self._tokens.take(expected)
@@ -208,12 +220,16 @@ class Client:
         except Trouble as trouble:
             # a reply that was lost on the way may have to be paid all the same
             usage = request.expected if trouble.billed else {}
+            if trouble.unsent:
+                sent = False
+                call.attempts -= 1
+                call.add({"requests": -1})
             raise
         except (ExpertError, Unanswered):
             usage = usage if usage is not request.expected else {}
             raise
         finally:
-            self.budget.settle(aside, usage)
+            self.budget.settle(aside, usage, sent=sent)
             self._tokens.settle(expected, sum(usage.get(name, 0) for name in request.expected))
 
     def _cost(self, usage: Mapping[str, float]) -> dict[str, float]:
@@ -230,7 +246,8 @@ class Client:
             kind = type(error)
             if kind.__module__.partition(".")[0] not in TRANSPORT:
                 raise
-            raise Trouble("connection", elsewhere=True, billed=kind.__name__ != "ConnectError") from None
+            unsent = kind.__name__ == "ConnectError" or "Connector" in type(error.__cause__).__name__
+            raise Trouble("connection", elsewhere=True, billed=not unsent, unsent=unsent, why=str(error)) from None
         if found.status_code >= 400:
             self._refused(found.status_code, found.headers, found.content)
         return found.content, found.headers
@@ -276,7 +293,7 @@ class Client:
         if trouble.limited or trouble.elsewhere or trouble.reason == "timeout":  # it may be too much for the server
             self._gate.refused()
         if not trouble.limited:
-            return self._breaker.failed(trouble.reason)
+            return self._breaker.failed(f"{trouble.reason} ({self._where}{trouble.why})")
         now = self._clock.now()
         self._row_began = self._row_began if self._row else now
         self._row += 1

@@ -20,14 +20,23 @@ class Trouble(Exception):
     """A request that may succeed if it is made again.
 
     limited: refused by a rate limiter; elsewhere: the server cannot be reached, whatever is asked; billed: a reply may
-    have been made; wait: seconds that the server asks for
+    have been made; unsent: no server got the request; wait: seconds that the server asks for; why: in its own words
     """
 
     def __init__(
-        self, reason: str, *, limited: bool = False, elsewhere: bool = False, billed: bool = False, wait: float = 0.0
+        self,
+        reason: str,
+        *,
+        limited: bool = False,
+        elsewhere: bool = False,
+        billed: bool = False,
+        unsent: bool = False,
+        wait: float = 0.0,
+        why: str = "",
     ) -> None:
         super().__init__(reason)
-        self.reason, self.limited, self.elsewhere, self.billed, self.wait = reason, limited, elsewhere, billed, wait
+        self.reason, self.limited, self.elsewhere, self.billed = reason, limited, elsewhere, billed
+        self.unsent, self.wait, self.why = unsent, wait, why
 
 
 class Unanswered(Exception):
