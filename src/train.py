@@ -157,7 +157,9 @@ def _leave(trainer: L.Trainer, stopped: Stopped, run_dir: Path) -> None:
 
 
 def _forget_stop(run_dir: Path) -> None:
-    """Remove what asked an earlier process to stop."""
+    """Remove what asked an earlier process to stop. A job does so itself, before it can be asked."""
+    if SLURMEnvironment.detect():
+        return
     with suppress(FileNotFoundError):
         if (run_dir / STOP).stat().st_mtime < BEGAN:
             (run_dir / STOP).unlink()
