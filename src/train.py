@@ -111,9 +111,9 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
         _leave(trainer, stopped, run_dir)
         return
     except RuntimeError as error:
-        if not is_lost(error) or not (stop.asked or (run_dir / STOP).exists()):
+        if not is_lost(error) or not (run_dir / STOP).exists():  # after a failure a launcher sends signals, but no file
             raise
-        _leave(trainer, Stopped(stop.asked or BY_FILE), run_dir)  # another rank has left a round before this one could
+        _leave(trainer, Stopped(BY_FILE), run_dir)  # another rank has left a round before this one could
         end_now(0)
     if trainer.global_step < cfg.trainer.max_steps:
         raise ConfigError(f"{_where(trainer)}; {_way_on(saved=_saved_at(run_dir) > before)}")
