@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
             return
         if cfg.requests:
             with locked(out):
+                if out.exists() and not (cfg.again and reopen(out)):
+                    raise ValueError(f"{out} is there already; again=true takes it up where asking again may help")
                 written, without = write_requests(Path(cfg.requests), out, drafts, build(cfg.expert, codec=codec))
             lost = f"; {without} drafts cannot be asked about" if without else ""
             sys.stdout.write(f"{cfg.requests}: {written} requests{lost}\n")

@@ -176,6 +176,10 @@ def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
         part = read_manifest(tmp_path / "part")
         assert part["failures"] == {"not_processed": 1, "status_500": 1}
         assert part["usage"]["prompt_tokens"] == 500 * (NUM - 2)
+        with pytest.raises(SystemExit):
+            revise(drafts, tmp_path / "part", server, f"requests={tmp_path}/more.jsonl")
+        revise(drafts, tmp_path / "part", server, f"requests={tmp_path}/more.jsonl", "again=true")
+        assert len((tmp_path / "more.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_line_that_is_no_result_is_named(drafts, tmp_path, capsys):
