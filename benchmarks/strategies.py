@@ -110,7 +110,7 @@ def train(way: str, steps: int, folder: Path) -> None:
         accelerator="cpu", devices=1 if alone else 2, strategy=strategy, max_steps=steps, callbacks=[clock],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    meet(trainer, None)
+    meet(trainer, None, run=str(folder))
     before = resident("VmRSS")
     backbone = Deferred(str(folder), {"codec": None}) if shares else lambda: from_pretrained(folder)
     objective = Revision(backbone=backbone, special=SPECIAL, training=training)

@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
@@ -49,6 +50,8 @@ def assemble(
     L.seed_everything(cfg.seed, verbose=False)
     offers = offered(cfg, codec, stop)
     trainer = _trainer(cfg, *callbacks, **offers)
+    if first and cfg.objective.get("training", {}).get("sharding") and not isinstance(trainer.strategy, FSDP2):
+        log.warning("objective.training.sharding is for parallel/fsdp2 only; here nothing is shared")
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
@@ -147,12 +150,15 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
     """The trainer with the callbacks of the config, and then those given."""
     node = {**plain(cfg.trainer), "log_every_n_steps": _log_interval(cfg)}
+    built = [*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks]
+    if not any(isinstance(callback, ProgressBar) for callback in built):
+        node.setdefault("enable_progress_bar", False)  # else Lightning takes one of its own
     if node.get("strategy", "auto") in ("auto", "ddp") and (node.get("devices", 1), node.get("num_nodes", 1)) != (1, 1):
         node["strategy"] = DDP()
     return build(
         node,
         logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-        callbacks=[*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks],
+        callbacks=built,
         # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
         plugins=[SLURMEnvironment(auto_requeue=False)] if _by_slurm() else None,
         default_root_dir=run_dir,

@@ -38,7 +38,7 @@ from src.models.formats import FORMATS, Description, Format
 from src.models.stored import Stored, in_checkpoint, in_folder, is_checkpoint
 from src.models.weights import check_finite, write_weights
 from src.shards import publish
-from src.snapshots import read_whole
+from src.snapshots import MANIFEST, is_whole, read_whole
 from src.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 LIGHTNING = "lightning"  # a format that is no model folder
@@ -100,6 +100,7 @@ def _join(path: Path, out: Path) -> None:
     """Write a checkpoint of several processes as the one file that a single process would have written."""
     if not is_checkpoint(path):
         raise ValueError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is none")
+    _check_whole(path)
     content = read_whole(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
@@ -108,11 +109,18 @@ def _join(path: Path, out: Path) -> None:
     sys.stdout.write(f"{out}: step {content['global_step']}, {len(content['state_dict'])} tensors\n")
 
 
+def _check_whole(path: Path) -> None:
+    """Raise ValueError for a checkpoint that is not as it was written."""
+    if (path.is_file() or (path / MANIFEST).is_file()) and not is_whole(path):
+        raise ValueError(f"{path} is damaged: it is not as it was written; take another checkpoint of the run")
+
+
 def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
     """The tensors to export, what else makes their model, and the folders of its tokenizer and of its config.json."""
     path = local_folder(path_of(cfg, "model"))
     vision, like = plain(cfg.vision), ModelFolder.open(cfg.like) if cfg.like else None
     if is_checkpoint(path):
+        _check_whole(path)
         of_like = like and (like.describe(vision=vision), like.path, like.path)
         description, tokenizer, origin = of_like or _of_run(path, vision)
         if not (tokenizer / "tokenizer.json").is_file():

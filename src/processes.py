@@ -55,7 +55,7 @@ def leave_with_parent() -> None:
     It may be drafting for an hour before it would notice.
     """
     parent = int(os.environ.get(PARENT, 0))
-    if parent and parent == os.getppid():
+    if parent and parent != os.getpid():
         Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -66,10 +66,10 @@ def check_started(devices: Any, nodes: int) -> None:
         raise ConfigError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
-def meet(trainer: L.Trainer, told: Any) -> Any:
+def meet(trainer: L.Trainer, told: Any, *, run: str) -> Any:
     """Start the other processes of the run, or wait for them; all of them get what rank 0 tells.
 
-    Raises ConfigError where the strategy is for one process only.
+    run: its folder. Raises ConfigError where the strategy is for one process only, or one of another run has come.
     """
     if trainer.world_size == 1:
         return told
@@ -88,9 +88,11 @@ def meet(trainer: L.Trainer, told: Any) -> Any:
     guard.start()
     strategy.join()
     guard.cancel()
-    told = [told]
-    dist.broadcast_object_list(told)
-    return told[0]
+    found = [(run, told)]
+    dist.broadcast_object_list(found)
+    if found[0][0] != run:
+        raise ConfigError("this process has met those of another run: two use the same MASTER_ADDR and MASTER_PORT")
+    return found[0][1]
 
 
 def _give_up() -> None:
@@ -116,6 +118,11 @@ def explained() -> Iterator[None]:
     """What goes wrong between processes in one line; the process then ends with exit code 1."""
     try:
         yield
+    except ConfigError as error:
+        if not (number := _number()):
+            raise
+        sys.stderr.write(f"rank {number}: error: {error}\n")
+        sys.exit(2)
     except RuntimeError as error:
         told = _explain(error)
         if told is None:
@@ -125,9 +132,13 @@ def explained() -> Iterator[None]:
 
 def _end(told: str) -> NoReturn:
     """Say what is wrong and end, at once: what waits for the other processes in threads would hold this one up."""
-    number = rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-    sys.stderr.write(f"\nrank {number}: error: {told}\n")
+    sys.stderr.write(f"\nrank {_number()}: error: {told}\n")
     end_now(1)
+
+
+def _number() -> int:
+    """This process's rank, also before the processes have met."""
+    return rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
 
 
 def end_now(code: int) -> NoReturn:
@@ -152,7 +163,7 @@ def _explain(error: RuntimeError) -> str | None:
     if is_lost(error):
         return (
             "another process of this run has ended, or does not answer; what went wrong is told by that one. The same "
-            f"command continues from the newest checkpoint ({' '.join(text.split())})"
+            f"command continues from the newest checkpoint ({' '.join(text.split())[:300]})"
         )
     return None
 

@@ -13,8 +13,8 @@
 A rerun of the same command resumes where the run stopped, and does nothing when it is finished; `resume=false` removes
 what is there and starts afresh. A rerun with other settings, or after a change of the model it starts from or of its
 data, is refused. SIGTERM and Ctrl-C save a checkpoint at the end of the step first (exit code 143 and 130), a second
-one does not wait. So does a file RUN/STOP, which a batch job makes (src/submit.py). In a job the exit code is 0, and
-RUN/REQUEUE tells the job that there is more to do.
+one does not wait. So does a file RUN/STOP (138), which a batch job makes (src/submit.py). In a job the exit code is 0,
+and RUN/REQUEUE tells the job that there is more to do.
 
 Several processes (`trainer.devices`, `srun`, `torchrun`) run the same command. Rank 0 writes all files of the run.
 """
@@ -84,6 +84,7 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
     first: whether this process prepares the folder of the run
     """
     run_dir = path_of(cfg, "run_dir")
+    stop, began = Stop(run_dir / STOP), Event()
     quiet()
     try:
         if first:
@@ -91,22 +92,14 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
         if cfg.resume and is_complete(run_dir):
             log.info("%s is finished already; resume=false would start it afresh", run_dir)
             return
-        check_stops(cfg)
-        check_started(cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1))
-        run_dir.mkdir(parents=True, exist_ok=True)  # paths such as `run_dir/../stage1/model` need it
-        codec, stop, began = Codec.load(cfg.tokenizer), Stop(run_dir / STOP), Event()
-        note = LambdaCallback(on_train_batch_start=lambda *_: _note(began, run_dir, first=first))
-        data, objective, trainer = assemble(cfg, codec, note, stop=stop, first=first)
-        if first:
-            begin(cfg, run_dir)
-            _forget_stop(run_dir)
-        start, before = newest(run_dir) if first else None, _saved_at(run_dir)
+        codec, data, objective, trainer = _build(cfg, run_dir, stop, began, first=first)
+        start, before = _open(cfg, run_dir, trainer) if first else (None, 0)
     except MISTAKES as error:
         raise ConfigError(str(error)) from error
     try:
         stop.held = trainer.world_size > 1  # alone a rank would leave the others waiting: all stop at the same step
         with stop, _mistakes(cfg, trainer, began, first=first):
-            trainer.fit(objective, datamodule=data, ckpt_path=meet(trainer, start))
+            trainer.fit(objective, datamodule=data, ckpt_path=meet(trainer, start, run=str(run_dir)))
     except Stopped as stopped:
         _leave(trainer, stopped, run_dir)
         return
@@ -123,6 +116,29 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
         write_json(run_dir / FINISHED, {"steps": trainer.global_step})
         sys.stdout.write(f"{trainer.global_step} steps done; the model is in {run_dir / MODEL}\n")
     trainer.strategy.barrier()  # a launcher may take the end of one process for a failure of the others
+
+
+def _build(
+    cfg: DictConfig, run_dir: Path, stop: Stop, began: Event, *, first: bool
+) -> tuple[Codec, Any, Any, L.Trainer]:
+    check_stops(cfg)
+    check_started(cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1))
+    run_dir.mkdir(parents=True, exist_ok=True)  # paths such as `run_dir/../stage1/model` need it
+    codec = Codec.load(cfg.tokenizer)
+    note = LambdaCallback(on_train_batch_start=lambda *_: _note(began, run_dir, first=first))
+    return codec, *assemble(cfg, codec, note, stop=stop, first=first)
+
+
+def _open(cfg: DictConfig, run_dir: Path, trainer: L.Trainer) -> tuple[Path | None, int]:
+    """Make the folder this run's; the checkpoint to go on from, and when the newest was written."""
+    begin(cfg, run_dir)
+    _forget_stop(run_dir)
+    start = newest(run_dir)
+    if trainer.world_size > 1:
+        log.info("%d processes, %s", trainer.world_size, type(trainer.strategy).__name__)
+    if start:
+        log.info("going on from %s", start.name)
+    return start, _saved_at(run_dir)
 
 
 @contextmanager
@@ -149,11 +165,11 @@ def _leave(trainer: L.Trainer, stopped: Stopped, run_dir: Path) -> None:
     """End a run that was stopped. Rank 0 alone says so: another's exit code would have it killed by the launcher."""
     if not trainer.is_global_zero:
         return
-    sys.stderr.write(f"\n{_where(trainer)} by {stopped}; the same command continues\n")
-    if SLURMEnvironment.detect():
-        (run_dir / REQUEUE).touch()
-    elif stopped.signal is not BY_FILE:
+    asked = f" ({run_dir / STOP})" if stopped.signal is BY_FILE else ""
+    sys.stderr.write(f"\n{_where(trainer)} by {stopped}{asked}; the same command continues\n")
+    if not SLURMEnvironment.detect():
         sys.exit(SIGNALLED + stopped.signal)
+    (run_dir / REQUEUE).touch()
 
 
 def _forget_stop(run_dir: Path) -> None:

@@ -303,6 +303,19 @@ def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied
     assert "and now there are 3: that epoch starts anew" in done.printed[0]
 
 
+@pytest.mark.parametrize("form", ["own", "lightning"])
+def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys, form):
+    folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
+    part = folder / "__0_0.distcp"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 3] ^= 1
+    part.write_bytes(bytes(content))
+    with pytest.raises(SystemExit):
+        export(["conf=export", f"model={folder}", f"out={tmp_path}/out", f"format={form}"])
+    assert "epoch=1-step=6.ckpt is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_becomes_one_file_and_a_model_folder(whole, tmp_path, capsys):
     folder = whole / "checkpoints" / "last.ckpt"
     export(["conf=export", f"model={folder}", f"out={tmp_path}/whole.ckpt", "format=lightning"])
@@ -341,7 +354,7 @@ def test_gradients_that_are_not_finite_on_one_rank_stop_all_and_name_its_samples
     argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction.rounds=1")
     done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:flawed"])
     assert done.codes == [2, 2], done.printed
-    lines = [text.strip().splitlines()[-1] for text in done.printed]
+    lines = [text.strip().splitlines()[-1].removeprefix("rank 1: ") for text in done.printed]
     assert lines[0] == lines[1]
     assert "error: the gradients are not finite after step 0 (samples train-" in lines[0]
     assert "4 times in a row" in lines[0]
@@ -381,7 +394,7 @@ def test_a_stop_in_a_round_is_one_on_all_ranks(ranks, scenes, whole, tmp_path):
     done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:stops_in_a_round"], environment=job)
     assert done.codes == [0, 0], done.printed
     assert (tmp_path / "run" / "REQUEUE").exists()
-    assert "stopped at step 0 of 8 by SIGUSR1; the same command continues" in done.printed[0]
+    assert f"stopped at step 0 of 8 by SIGUSR1 ({tmp_path}/run/STOP); the same command continues" in done.printed[0]
     for name in ("REQUEUE", "STOP"):
         (tmp_path / "run" / name).unlink()  # as the job does
     done = ranks.run(argv, out=tmp_path)

@@ -152,10 +152,10 @@ def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_pat
     run_dir = tmp_path / "run"
     argv, stop = arguments(scenes, run_dir), run_dir / "STOP"
     code, said = signalled(f"src.train/begin/1/touch/{stop}", argv)
-    assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
+    assert (code, said) == (138, f"stopped at step 0 of 16 by SIGUSR1 ({stop}); the same command continues")
     assert stop.exists() and not list(run_dir.glob("checkpoints/*"))
     code, said = signalled(f"{STEP}/3/{int(signal.SIGUSR1)}", argv)
-    assert (code, said) == (0, "stopped at step 3 of 16 by SIGUSR1; the same command continues")
+    assert (code, said) == (138, f"stopped at step 3 of 16 by SIGUSR1 ({stop}); the same command continues")
     assert not stop.exists() and step_of(run_dir) == 3  # what asked the one before
     main(argv)
     assert not list(run_dir.glob("checkpoints/stopped*"))
@@ -166,7 +166,7 @@ def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
     argv = stage_two(scenes, tmp_path / "run")
     stop = tmp_path / "run" / "STOP"
     code, said = signalled(f"callbacks.self_correction/draft_batch/3/touch/{stop}", argv)
-    assert (code, said) == (0, "stopped at step 0 of 16 by SIGUSR1; the same command continues")
+    assert (code, said) == (138, f"stopped at step 0 of 16 by SIGUSR1 ({stop}); the same command continues")
     stop.unlink()  # this process is older than the file
     main(argv)
     main(stage_two(scenes, tmp_path / "whole"))
@@ -182,8 +182,9 @@ def test_one_rank_is_asked_and_all_stop_at_the_same_step(scenes, tmp_path, paral
         return arguments(scenes, tmp_path / run_dir, *two, conf=f"stage1,parallel/{parallel}")
 
     code, said = signalled(f"{STEP}/3/rank1/{int(number)}", command("run"))
-    assert said == f"stopped at step 3 of 16 by {number.name}; the same command continues"
-    assert code == (0 if number == signal.SIGUSR1 else 128 + number)
+    asked = f" ({tmp_path}/run/STOP)" if number == signal.SIGUSR1 else ""
+    assert said == f"stopped at step 3 of 16 by {number.name}{asked}; the same command continues"
+    assert code == 128 + number
     assert step_of(tmp_path / "run") == 3
     for run_dir in ("run", "whole"):
         code, _ = signalled("", command(run_dir))
