@@ -157,10 +157,6 @@ class Team:
             raise Elsewhere(told)
         return found
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        self.gather(None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
