@@ -15,10 +15,11 @@ attribute or log of ours.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
+import ssl
 import statistics
+from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -26,9 +27,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 import openai
+from aiohttp.http_exceptions import HttpProcessingError
 
+from src.batch import DEADLINE
 from src.experts.budget import Budget
 from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
 from src.experts.replies import Trouble, Unanswered, read_body, read_error
@@ -38,7 +44,6 @@ NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
 AGAIN = (408, 409, 425)  # of the 4xx, those that may be tried again
 DOWN = (502, 503, 504)
 TRIES = 3  # requests that a server may refuse before it has answered any
-TRANSPORT = ("aiohttp", "httpx2", "httpx")  # packages whose errors are of the connection
 LATENCIES = 10_000  # of which percentiles are taken
 _MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
 _LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
@@ -72,12 +77,19 @@ class Call:
 
 @dataclass(frozen=True, repr=False)
 class Link:
-    """The SDK's connections, address and headers. Its request layer is left out: it takes as long as all the rest."""
+    """Connections with the key, the address and the headers of the SDK, whose request layers take twice as long.
+
+    settings: of each request
+    """
 
     sdk: openai.AsyncOpenAI
-    post: Callable[..., Awaitable[Any]]
+    connections: aiohttp.ClientSession
     url: str
-    headers: dict[str, str]
+    settings: dict[str, Any]
+
+    async def close(self) -> None:
+        await self.connections.close()
+        await self.sdk.close()
 
 
 class Client:
@@ -108,14 +120,19 @@ class Client:
         self._link: Link | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._users = 0
-        self._hopeless = ""  # why no further request of this session is sent
+        self.trouble = ""  # since the last answer
+        self._over = False  # no further request of this session is sent
+        self._hopeless: ExpertError | ServerDown | None = None  # why, if it is not a deadline
+        self._waiting: set[asyncio.Task] = set()  # calls that have no request under way
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
         """Connections, shared by all who are in a session of this event loop, and closed by the last one."""
         loop = asyncio.get_running_loop()
         if self._link is None or self._loop is not loop:
-            self._link, self._loop, self._users, self._hopeless = self._connect(), loop, 0, ""
+            self._limits.check_processes()  # not before, as an expert may be made before the processes meet
+            self._link, self._loop, self._users = self._connect(), loop, 0
+            self._over, self._hopeless = False, None
         self._users += 1
         try:
             yield
@@ -123,26 +140,53 @@ class Client:
             self._users -= 1
             if not self._users:
                 link, self._link = self._link, None
-                await link.sdk.close()
+                await link.close()
 
     async def ask(self, make: Callable[[], Awaitable[Request]], call: Call, *, first: bool = False) -> str:
         """The text of a reply. make: called once there is room; first: go ahead of requests that were never sent.
 
-        Raises Unanswered, ExpertError or ServerDown.
+        Raises Unanswered, or ExpertError or ServerDown: then no call sends anything more, but requests that are under
+        way come to their end, as they are paid.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            return await self._ask(make, call, first)
+        except asyncio.CancelledError:
+            if not self._over:
+                raise
+            task.uncancel()
+            raise self._reason() from None
+        except (ExpertError, ServerDown) as error:
+            self._hopeless = self._hopeless or error
+            self.finish()
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    def finish(self) -> None:
+        """Send no more in this session: what is under way comes to its end, all other calls end with `deadline`."""
+        if not self._over:
+            self._over = True
+            for task in self._waiting - {asyncio.current_task()}:
+                task.cancel()
+
+    def _reason(self) -> Exception:
+        """Why nothing more is sent."""
+        return type(self._hopeless)(str(self._hopeless)) if self._hopeless else Unanswered(DEADLINE, retry=True)
+
+    async def _ask(self, make: Callable[[], Awaitable[Request]], call: Call, first: bool) -> str:
         failures, began, request = 0, None, None
         while True:
+            if self._over:
+                raise self._reason()
             await self._gate.enter(first=first)
             try:
-                if self._hopeless:
-                    raise ExpertError(self._hopeless)
                 await self._breaker.ready()
                 request = request or await make()
                 began = self._clock.now() if began is None else began
                 return await self._attempt(request, call)
-            except ExpertError as error:
-                self._hopeless = str(error)
-                raise
             except Trouble as trouble:
                 down, found = self._note(trouble), trouble
             finally:
@@ -154,13 +198,13 @@ class Client:
                 failures += 1
             wait = backoff(max(1, failures), self._random, asked=found.wait)
             over = began is not None and self._clock.now() + wait - began > self._limits.deadline_s
-            if failures >= self._limits.attempts or over:
+            if failures >= self._limits.attempts or over or self._over:
                 raise Unanswered(found.reason, retry=True)
             await self._clock.sleep(wait)
 
     @cached_property
     def _gate(self) -> Gate:
-        return Gate(max(1, self._limits.concurrency // world()))  # at the first request: the ranks are known by then
+        return Gate(self._limits.concurrency // world())  # at the first request: the processes are known by then
 
     def percentiles(self) -> dict[str, float]:
         """Seconds from sending a request to its reply."""
@@ -176,12 +220,8 @@ class Client:
         return f"{self._base_url or 'the default server'}{''.join(f', {name} is set' for name in proxies)}; "
 
     def _connect(self) -> Link:
-        log = logging.getLogger("httpx2")
-        if log.level == logging.NOTSET:
-            log.setLevel(logging.WARNING)  # it tells of every request
-        http = openai.DefaultAioHttpClient(timeout=None)  # `_send` has a time limit of its own, for the whole request
         key = os.environ[self._key_env] if self._key_env else NO_KEY
-        sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, max_retries=0, http_client=http)
+        sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, max_retries=0)
         headers = {
             "Authorization": f"Bearer {key}",
             "Content-Type": "application/json",
@@ -189,7 +229,19 @@ class Client:
             "OpenAI-Project": sdk.project,
         }
         url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
-        return Link(sdk, http.post, url, {name: value for name, value in headers.items() if value})
+        # headers of the session would go to the proxy too
+        sent = {name: value for name, value in headers.items() if value}
+        settings: dict[str, Any] = {"headers": sent, "proxy_headers": {}}
+        proxy, through = proxy_of(url)
+        if proxy:
+            settings["proxy"] = proxy
+            settings["proxy_headers" if url.startswith("https:") else "headers"] |= through
+        connections = aiohttp.ClientSession(
+            # as many as the gate lets in, and the certificates that the environment names now
+            connector=aiohttp.TCPConnector(limit=0, ssl=ssl.create_default_context()),
+            timeout=aiohttp.ClientTimeout(),  # `_send` has one of its own, for the whole request
+        )
+        return Link(sdk, connections, url, settings)
 
     async def _attempt(self, request: Request, call: Call) -> str:
         """One HTTP request, within budget and pace. Raises Trouble, Unanswered, ExpertError."""
@@ -199,11 +251,11 @@ class Client:
             await self._clock.sleep(RECHECK_S)  # others may give back some of what was put aside for them
         expected = sum(request.expected.values())
         usage: Mapping[str, float] = {}  # what the budget is charged with
-        sent = True
+        sent = False
         try:
             await self._requests.take(1)
             await self._tokens.take(expected)
-            usage, began = request.expected, self._clock.now()  # until something else is known
+            usage, began, sent = request.expected, self._clock.now(), True  # until something else is known
             call.attempts += 1
             call.add({"requests": 1})
             data, headers = await self._send(request.body)
@@ -236,21 +288,24 @@ class Client:
         return {"cost": self.budget.prices.cost(usage)} if self.budget.prices else {}
 
     async def _send(self, body: bytes) -> tuple[bytes, Mapping[str, str]]:
+        task = asyncio.current_task()
         assert self._link is not None
+        assert task is not None
+        self._waiting.discard(task)
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                found = await self._link.post(self._link.url, content=body, headers=self._link.headers)
+                found = await self._link.connections.post(self._link.url, data=body, **self._link.settings)
+                data = await found.read()
         except TimeoutError:
             raise Trouble("timeout", billed=True) from None
-        except Exception as error:
-            kind = type(error)
-            if kind.__module__.partition(".")[0] not in TRANSPORT:
-                raise
-            unsent = kind.__name__ == "ConnectError" or "Connector" in type(error.__cause__).__name__
-            raise Trouble("connection", elsewhere=True, billed=not unsent, unsent=unsent, why=str(error)) from None
-        if found.status_code >= 400:
-            self._refused(found.status_code, found.headers, found.content)
-        return found.content, found.headers
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            unsent, why = isinstance(error, aiohttp.ClientConnectorError), self._redacted(" ".join(str(error).split()))
+            raise Trouble("connection", elsewhere=True, billed=not unsent, unsent=unsent, why=why) from None
+        finally:
+            self._waiting.add(task)
+        if found.status >= 400:
+            self._refused(found.status, found.headers, data)
+        return data, found.headers
 
     def _refused(self, status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
         """What a status of 400 or more means."""
@@ -262,7 +317,7 @@ class Client:
             raise ExpertError(f"{name} is refused by {where}")
         if status == 402 or (status == 429 and code == "insufficient_quota"):
             raise ExpertError(f"the account is empty, says {where}")
-        if status == 404:
+        if status == 404 or code == "model_not_found":
             raise ExpertError(f"there is no model {self._model}, or no such address: {where}")
         if status == 429:
             self._requests.heed(headers, "requests")
@@ -281,6 +336,7 @@ class Client:
 
     def _answered(self, headers: Mapping[str, str]) -> None:
         self.counts["answered"] += 1
+        self.trouble = ""
         self._row = self._closings = 0
         self._gate.answered()
         self._breaker.answered()
@@ -290,6 +346,7 @@ class Client:
     def _note(self, trouble: Trouble) -> bool:
         """Count a trouble and slow down; whether the server seems to be down."""
         self.counts[trouble.reason] += 1
+        self.trouble = f"{trouble.reason}, {self._where}{trouble.why}".rstrip("; ")
         if trouble.limited or trouble.elsewhere or trouble.reason == "timeout":  # it may be too much for the server
             self._gate.refused()
         if not trouble.limited:
@@ -297,9 +354,11 @@ class Client:
         now = self._clock.now()
         self._row_began = self._row_began if self._row else now
         self._row += 1
-        if now - self._row_began > self._limits.give_up_s or trouble.wait > self._limits.deadline_s:
-            asks = f"; it asks to wait {trouble.wait:.0f} s" if trouble.wait else ""
-            raise ServerDown(f"the expert's server has refused all requests for {now - self._row_began:.0f} s{asks}")
+        if trouble.wait > self._limits.deadline_s:
+            asks = f"asks to wait {trouble.wait:.0f} s, longer than limits.deadline_s={self._limits.deadline_s:.0f}"
+            raise ServerDown(f"the expert's server {asks}")
+        if now - self._row_began > self._limits.give_up_s:
+            raise ServerDown(f"the expert's server has refused all requests for {now - self._row_began:.0f} s")
         if self._row >= ROW and not self._requests.closed:
             self._closings += 1
             self._requests.close(trouble.wait or backoff(self._closings, self._random))
@@ -308,3 +367,16 @@ class Client:
     def _redacted(self, text: str) -> str:
         key = os.environ.get(self._key_env) if self._key_env else None
         return text.replace(key, "***") if key else text
+
+
+def proxy_of(url: str) -> tuple[str, dict[str, str]]:
+    """The proxy that the environment names for an address, without its password, and the headers for it; "": none."""
+    parts, proxies = urlsplit(url), getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or proxy_bypass(parts.netloc):
+        return "", {}
+    proxy, headers = urlsplit(found if "://" in found else f"http://{found}"), {}
+    if proxy.username:
+        told = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {b64encode(told.encode()).decode()}"
+    return proxy._replace(netloc=proxy.netloc.rpartition("@")[2]).geturl(), headers

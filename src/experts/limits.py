@@ -59,6 +59,15 @@ class Limits:
     pause_s: float = 5.0
     give_up_s: float = 300.0
 
+    def check_processes(self) -> None:
+        """Raise ValueError where there is less of something than processes that share it."""
+        for name in ("concurrency", "max_requests"):
+            value = getattr(self, name)
+            if value is not None and value < world():
+                raise ValueError(
+                    f"limits.{name}={value} is shared by {world()} processes: raise it, or use fewer processes"
+                )
+
     def __post_init__(self) -> None:
         for name in ("concurrency", "attempts", "pause_after"):
             if getattr(self, name) < 1:

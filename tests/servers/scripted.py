@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -87,14 +88,14 @@ def error(status: int, message: str = "no", *, code: str | None = None, **header
 class Scripted:
     """A context manager: the server, in a thread of its own. `most`: the greatest number of requests at once."""
 
-    def __init__(self, script: Script, *, port: int = 0) -> None:
-        self.script, self.port = script, port
+    def __init__(self, script: Script, *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.script, self.port, self.tls = script, port, tls
         self.requests: list[Request] = []
         self.active = self.most = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Scripted:
         self._loop = asyncio.new_event_loop()
@@ -111,7 +112,7 @@ class Scripted:
 
     async def _start(self) -> None:
         self._open: set[Connection] = set()
-        self._server = await self._loop.create_server(lambda: Connection(self), "127.0.0.1", self.port)
+        self._server = await self._loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
@@ -148,7 +149,9 @@ class Connection(asyncio.Protocol):
             return
         self.buffer = b""
         server = self.server
-        request = Request(len(server.requests), first.split(" ")[1], headers, json.loads(rest), time.monotonic())
+        request = Request(
+            len(server.requests), first.split(" ")[1], headers, json.loads(rest or b"{}"), time.monotonic()
+        )
         server.requests.append(request)
         server.active += 1
         server.most = max(server.most, server.active)
