@@ -32,13 +32,15 @@ from src.batch import Batch, Expert, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
 from src.parallel import Team, gathered, summed
-from src.rounds import EmptyRound, charge, read_round, reopen, run_round, summary
+from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
 from src.snapshots import remove
 from src.stop import Stop
+from src.tally import summary, yields
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
 LOOKS = 8  # batches of a finished round that are looked at
+LOOKED = "one_look"  # what the manifest calls what was seen
 
 
 class GivesDrafts(Protocol):
@@ -74,6 +76,10 @@ class SelfCorrection(L.Callback):
     allow_empty: go on where no draft of a round got a correction; else `EmptyRound` is raised, as training would
                  learn nothing new
     patience_minutes: how long to wait for an expert that gives no answer at all
+    deadline_minutes: how long the expert may go on once all is drawn (None: until it has answered everything); the
+                      other drafts are asked about again in the next round, as are those that failed in a way that passes
+    train_from: `newest` goes on with the weights that training has come to; `start` goes back, after each round but the
+                first, to those before the first round, and trains them on all rounds. The newest weights draft
     stop: signals; they need not wait for the end of a round, which goes on where it was
     """
 
@@ -92,12 +98,17 @@ class SelfCorrection(L.Callback):
         per_shard: int = 512,
         allow_empty: bool = False,
         patience_minutes: float = 60.0,
+        deadline_minutes: float | None = None,
+        train_from: str = "newest",
         seed: int = 0,
         stop: Stop | None = None,
     ) -> None:
         super().__init__()
-        if patience_minutes <= 0:
-            raise ValueError(f"patience_minutes must be more than 0, got {patience_minutes}")
+        for name, minutes in {"patience_minutes": patience_minutes, "deadline_minutes": deadline_minutes}.items():
+            if minutes is not None and minutes <= 0:
+                raise ValueError(f"{name} must be more than 0, got {minutes}")
+        if train_from not in ("newest", "start"):
+            raise ValueError(f"train_from must be newest or start, got {train_from!r}")
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
         for name, value in numbers.items():
             if value < 1:
@@ -113,6 +124,8 @@ class SelfCorrection(L.Callback):
         self.rounds, self.every_n_epochs, self.at_start = rounds, every_n_epochs, at_start
         self.per_shard, self.allow_empty, self.seed = per_shard, allow_empty, seed
         self.patience, self.stop = 60 * patience_minutes, stop or Stop()
+        self.deadline = None if deadline_minutes is None else 60 * deadline_minutes
+        self.train_from = train_from
         self.num_done = 0
         self.saved_for = 0  # the round before which the newest checkpoint was saved
 
@@ -196,11 +209,25 @@ class SelfCorrection(L.Callback):
         if self.saved_for > self.num_done:
             return
         self.saved_for = self.num_done + 1
-        path = self.run_dir / "checkpoints" / f"pre-round-{self.saved_for:04d}.ckpt"
+        path, kept = self._checkpoint(self.saved_for), {self._checkpoint(1)} if self.train_from == "start" else set()
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path}:
+            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path} - kept:
                 remove(older)
+
+    def _checkpoint(self, number: int) -> Path:
+        """What is saved before a round."""
+        return self.run_dir / "checkpoints" / f"pre-round-{number:04d}.ckpt"
+
+    def _go_back(self, trainer: L.Trainer) -> None:
+        """Take the weights and the state of the optimizer from before the first round; the learning rate stays."""
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        before = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
+        trainer.strategy.load_model_state_dict(before, strict=True)
+        trainer.strategy.load_optimizer_state_dict(before)
+        for optimizer, found in zip(trainer.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, found, strict=True):
+                group["lr"] = rate
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
@@ -208,19 +235,19 @@ class SelfCorrection(L.Callback):
         number = self.num_done + 1
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
-            made, looks = self._round(number, _datamodule(trainer), pl_module)
+            made = self._round(number, _datamodule(trainer), pl_module)
         if self._team.first:
             logger.info("%s: %s", made.path, summary(made.manifest))
         self._add(trainer, made)
         self.num_done = number
-        metrics = round_metrics(made.manifest) | looks | {"round/seconds": time.perf_counter() - began}
+        if number > 1 and self.train_from == "start":
+            self._go_back(trainer)
+        metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
 
-    def _round(
-        self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule
-    ) -> tuple[Round, dict[str, float]]:
-        """The round, and what the model that has drafted it makes of the corrected drafts at one look."""
+    def _round(self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule) -> Round:
+        """The round; its manifest says what the model that has drafted it makes of the corrected drafts at one look."""
         backbone: Any = pl_module.backbone
         seed = self.seed + number
         settings = settings_of(
@@ -242,29 +269,38 @@ class SelfCorrection(L.Callback):
             fingerprint=settings["model"],
             device=pl_module.device,
         )
+        how = Revising(
+            expert=self.expert,
+            codec=self.codec,
+            per_shard=self.per_shard,
+            patience=self.patience,
+            deadline=self.deadline,
+            team=self._team,
+        )
         with gathered(backbone):
             made = run_round(
                 self._folder(number),
                 datamodule.draft_dataloader(number, self.drafts_per_round),
                 draft,
-                expert=self.expert,
-                codec=self.codec,
+                how=how,
                 tokens_per_step=self.tokens_per_step,
-                per_shard=self.per_shard,
                 settings=settings,
                 total=self.drafts_per_round,
-                patience=self.patience,
-                team=self._team,
+                late=self._folder(number - 1) if number > 1 else None,
             )
-            return made, self._looks(made, datamodule, pl_module)
+            if LOOKED in made.manifest:  # by the run that was killed right then
+                return made
+            found = self._look(made, datamodule, pl_module)
+        self._team.alone(lambda: note(made.path, {LOOKED: found}))
+        return read_round(made.path)
 
-    def _looks(self, made: Round, datamodule: GivesDrafts, pl_module: L.LightningModule) -> dict[str, float]:
+    def _look(self, made: Round, datamodule: GivesDrafts, pl_module: L.LightningModule) -> dict[str, float]:
         if not made.manifest["counts"]["written"]:
             return {}
         batches = islice(datamodule.round_dataloader(made.path), LOOKS)
         backbone: Any = pl_module.backbone
         counts = summed(count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)).tolist()
-        shares = {"round/p_fix": counts[:2], "round/p_break": counts[2:]}
+        shares = {"p_fix": counts[:2], "p_break": counts[2:]}
         return {name: hits / tries for name, (hits, tries) in shares.items() if tries}
 
     def _add(self, trainer: L.Trainer, made: Round) -> None:
@@ -289,7 +325,7 @@ def _shorter(steps: int) -> str:
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     """The figures of a round for the logger.
 
-    yield: the share of the edits that could be placed; waited_s: for the expert, when everything was drawn
+    waited_s: for the expert, when everything was drawn; overhead: the same as a share of the time for drawing
     """
     counts = manifest["counts"]
     revised = max(1, counts["revised"])
@@ -299,13 +335,14 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
         "round/edits_per_draft": counts["edits"] / revised,
         "round/written": counts["written"],
     }
-    for kind in ("rejected", "failures", "usage", "latency"):
+    for kind in ("kinds", "rejected", "failures", "usage", "latency"):
         metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
+    metrics["round/late"] = counts.get("late", 0)
     metrics["round/waited_s"] = manifest.get("waited", 0.0)
-    if edits := counts["edits"] + sum(manifest["rejected"].values()):
-        metrics["round/yield"] = counts["edits"] / edits
+    metrics |= {f"round/{name}": value for name, value in {**yields(manifest), **manifest.get(LOOKED, {})}.items()}
     if seconds := manifest["drawing"]["seconds"]:
         metrics["round/drafts_per_s"] = manifest["drawing"]["drawn"] / seconds
+        metrics["round/overhead"] = metrics["round/waited_s"] / seconds
     return metrics
 
 

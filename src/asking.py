@@ -3,13 +3,14 @@
 with ExpertThread(expert, journal, bar, patience=3600) as thread:
     for chunk in drawn:
         thread.ask(chunk)
-# every answer is in the journal
+# every answer is in the journal; with a `deadline`, those that came by then
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -17,11 +18,15 @@ from threading import Thread
 
 from tqdm import tqdm
 
-from src.batch import Draft, Expert
-from src.journal import Journal
+from src.batch import DEADLINE, Draft, Expert, Failure
+from src.journal import Answer, Journal
 
 logger = logging.getLogger(__name__)
 LEAVE = 5.0  # seconds for an expert to let go of what it waits for
+LAST = 15.0  # seconds for replies that are under way when a signal ends the round
+LONGEST = 600.0  # the same for an error
+LOOK = 0.25  # seconds between two looks at how long an expert has been silent
+SILENCE = 60.0  # seconds without an answer after which it is told that there is none
 
 
 class FailedRound(ValueError):
@@ -37,12 +42,25 @@ class ExpertThread:
 
     The expert lives in one event loop for the whole round, so it may keep connections and limits of its own. Raises
     SilentExpert where it has been asked, and `patience` seconds have gone by without an answer.
+
+    deadline: seconds from the last question, after which no more is asked. An expert that has a method `finish` then
+        ends with the requests that are under way, and fails with DEADLINE for all other drafts; others are left at once
+
+    After an error, too, what is under way comes to its end and is kept; after a signal, what takes less than LAST.
     """
 
-    def __init__(self, expert: Expert, journal: Journal, bar: tqdm, *, patience: float) -> None:
+    def __init__(
+        self, expert: Expert, journal: Journal, bar: tqdm, *, patience: float, deadline: float | None = None
+    ) -> None:
         self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
-        self._heard = time.monotonic()
+        self.deadline = math.inf if deadline is None else deadline
+        self._heard = self._told = time.monotonic()
+        self._over = False  # no more is asked: the deadline has passed, or
+        self._broken = False  # something went wrong
         self._asked: list[Future] = []
+        self._open: set[str] = set()  # questions that are under way
+        self._fresh: list[tuple[Draft, Answer]] = []  # answers on their way to the journal
+        self._writing: asyncio.Task | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
 
@@ -53,10 +71,11 @@ class ExpertThread:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
             if error is None:
+                ends = time.monotonic() + self.deadline
                 for future in self._asked:
-                    self._wait(future)
+                    self._wait(future, ends)
         finally:
-            self._end()
+            self._end(error)
 
     def ask(self, drafts: Sequence[Draft]) -> None:
         """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
@@ -65,26 +84,56 @@ class ExpertThread:
                 future.result()
         if all(future.done() for future in self._asked):
             self._heard = time.monotonic()  # nothing was asked of it until now
-        elif time.monotonic() - self._heard > self.patience:
-            raise self._silent()
+        else:
+            self._check_silence()
         self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
 
-    def _wait(self, future: Future) -> None:
+    def _wait(self, future: Future, ends: float) -> None:
         while not future.done():
-            left = self._heard + self.patience - time.monotonic()
-            if left <= 0:
-                raise self._silent()
-            wait([future], timeout=min(left, 1.0) + 0.01)
-        future.result()
+            self._check_silence()
+            if not self._over and time.monotonic() >= ends:
+                self._finish()
+            left = min(self._heard + self.patience, math.inf if self._over else ends) - time.monotonic()
+            wait([future], timeout=max(0.0, min(left, LOOK)) + 0.01)
+        if not (self._over and future.cancelled()):
+            future.result()
 
-    def _silent(self) -> SilentExpert:
-        return SilentExpert(
-            f"expert {self.expert.name} has not answered for {self.patience:.0f} s; its {len(self.journal)} answers "
-            "are kept, and the same command continues"
-        )
+    def _finish(self) -> None:
+        """Ask no more."""
+        if self._over:
+            return
+        self._over = True
+        finish = getattr(self.expert, "finish", None)
+        if finish is not None:
+            self._loop.call_soon_threadsafe(finish)
+            return
+        for future in self._asked:
+            future.cancel()
 
-    def _end(self) -> None:
+    def _check_silence(self) -> None:
+        """Tell of an expert that has not answered for a while. Raises SilentExpert after `patience`."""
+        now = time.monotonic()
+        silent = now - self._heard
+        if silent > self.patience:
+            raise SilentExpert(
+                f"expert {self.expert.name} has not answered for {self.patience:.0f} s; its {len(self.journal)} "
+                "answers are kept, and the same command continues"
+            )
+        if min(silent, now - self._told) > SILENCE:
+            self._told = now
+            trouble = getattr(self.expert, "trouble", "")
+            logger.warning(
+                "expert %s has not answered for %.0f s%s; its %d answers are kept, and a stop loses none of them",
+                self.expert.name, silent, trouble and f" ({trouble})", len(self.journal),
+            )  # fmt: skip
+
+    def _end(self, error: type[BaseException] | None) -> None:
         """End the thread. One that its expert blocks is left behind, and ends with the process."""
+        if error is not None:
+            self._broken = True
+            self._finish()
+            left = self._heard + self.patience - time.monotonic()
+            wait(self._asked, timeout=max(0.0, min(left, LONGEST if issubclass(error, Exception) else LAST)))
         try:
             asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=LEAVE)
         except TimeoutError:
@@ -95,21 +144,48 @@ class ExpertThread:
         self._loop.close()
 
     async def _cancel(self) -> None:
-        """End what still runs; after an error, that is all chunks without answers."""
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        """End what still runs; after an error, that is all chunks without answers. What came is kept."""
+        rest = asyncio.all_tasks() - {asyncio.current_task(), self._writing}
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
 
     async def _collect(self, drafts: Sequence[Draft]) -> None:
-        unsettled = {draft.key: draft for draft in drafts if not self.journal.is_settled(draft)}
+        unsettled = {draft.key: draft for draft in drafts if self._is_new(draft)}
+        self._open.update(map(self.journal.request, unsettled.values()))
         self.bar.update(len(drafts) - len(unsettled))
         if not unsettled:
             return
         async for key, answer in self.expert.revise(list(unsettled.values())):
             if key not in unsettled:
                 raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")
-            self.journal.add(unsettled.pop(key), answer)
+            draft = unsettled.pop(key)
+            if not (self._broken and isinstance(answer, Failure) and answer.reason == DEADLINE):
+                self._keep(draft, answer)
+        if self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    def _is_new(self, draft: Draft) -> bool:
+        return not self.journal.is_settled(draft) and self.journal.request(draft) not in self._open
+
+    def _keep(self, draft: Draft, answer: Answer) -> None:
+        """Hand an answer to the journal, which syncs all that have come while it was busy at once.
+
+        Raises what went wrong with earlier ones.
+        """
+        self._fresh.append((draft, answer))
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
+        if self._writing is None or self._writing.done():
+            self._writing = self._loop.create_task(self._write())
+
+    async def _write(self) -> None:
+        while self._fresh:
+            some, self._fresh = self._fresh, []
+            await asyncio.to_thread(self.journal.add_all, some)
             self._heard = time.monotonic()
-            self.bar.update()
+            self.bar.update(len(some))

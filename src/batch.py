@@ -9,7 +9,7 @@ B batch, P prefix length, L response length, V vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ class SpecialIds:
     """Token ids that the maths needs; they come from the tokenizer.
 
     banned: may never be written into a response; unwritten: other special ids, which no random replacement draws
+    gap: stands for nothing in a response (`src.prompts.format.PromptFormat`); None: there is no such token
     """
 
     mask: int
@@ -44,6 +45,7 @@ class SpecialIds:
     banned: tuple[int, ...]
     vocab_size: int
     unwritten: tuple[int, ...] = ()
+    gap: int | None = None
 
 
 @dataclass
@@ -150,15 +152,19 @@ class Loss:
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace `org`, which starts at character `start_char` of the draft (None: wherever it occurs), by `target`."""
+    """Replace `org`, which starts at character `start_char` of the draft (None: wherever it occurs), by `target`.
+
+    reason: in the expert's words; kind: of mistake (`colour`, `count`, `syntax`, ...), by which edits are counted
+    """
 
     org: str
     target: str
     start_char: int | None = None
     reason: str = ""
+    kind: str = ""
 
     def to_dict(self) -> dict:
-        return {"org": self.org, "target": self.target, "start_char": self.start_char, "reason": self.reason}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,9 @@ class Revision:
     model: str = ""
     usage: dict = field(default_factory=dict)
     attempts: int = 1
+
+
+DEADLINE = "deadline"  # why an expert that was told to finish has not answered
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,10 @@ class Expert(Protocol):
 
     What its answers depend on is its name and its public attributes, or a dict `settings` where it has one; an
     answer is never reused after these have changed.
+
+    It may also have: `finish()`, to ask no more at a deadline, and `trouble`, its last one (src/asking.py);
+    `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer read once more
+    (src/rounds.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file (src/batches.py).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The journal of an expert: every answer is on disk before it is used, so none is paid for twice.
 
     with Journal(folder / "journal-rank-0000.jsonl", expert="scenes") as journal:
-        journal.add(draft, answer)          one line, synced to disk
+        journal.add(draft, answer)          one line, synced to disk; `add_all` syncs once for several
         journal.answer(draft)               the answer, also when an earlier process wrote it; None: ask
 
 A line is `{"request": hash, "key": ..., "revision" | "failure": {...}}`. The hash covers all that an answer
@@ -15,7 +15,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,19 @@ logger = logging.getLogger(__name__)
 Answer = Revision | Failure
 
 
-class Journal:
-    """Answers of one expert by one process; a context manager.
+class Answers:
+    """The answers of one expert in some journals, which are only read.
 
     expert: its name and settings, as text. A broken line is told, and counts as no answer.
-    also: journals of other processes, whose answers count as well; they are only read
+    usage: what all answers took, with those that others came in the place of: numbers by name, as in `Revision.usage`
     """
 
-    def __init__(self, path: str | Path, *, expert: str, also: Iterable[Path] = ()) -> None:
-        self.path = Path(path)
+    def __init__(self, paths: Iterable[Path], *, expert: str) -> None:
         self.expert = expert
+        self.usage: Counter[str] = Counter()
         self._answers: dict[str, Answer] = {}
-        for other in also:
-            if other != self.path:
-                self._read(other)
-        self._restore()
-        self._stream = self.path.open("ab")
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with naming(self.path):  # what could not be written before is tried once more
-            self._stream.close()
+        for path in paths:
+            self._read(path)
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -58,39 +49,14 @@ class Journal:
         """The answer to a draft, if there is one."""
         return self._answers.get(self.request(draft))
 
-    @property
-    def answers(self) -> list[Answer]:
-        """All that are known, also those to other questions."""
-        return list(self._answers.values())
-
     def is_settled(self, draft: Draft) -> bool:
         """Whether there is an answer, and not a failure that asking again may cure."""
         return _is_settled(self.answer(draft))
-
-    def add(self, draft: Draft, answer: Answer) -> None:
-        """Append an answer; when this returns it is on disk."""
-        request = self.request(draft)
-        kind = "revision" if isinstance(answer, Revision) else "failure"
-        line = {"request": request, "key": draft.key, kind: asdict(answer)}
-        with naming(self.path):
-            self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        self._answers[request] = answer
 
     def request(self, draft: Draft) -> str:
         """Hash of a question to this expert."""
         question = [self.expert, draft.key, draft.prompt, draft.text, draft.reference]
         return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
-
-    def _restore(self) -> None:
-        """Read the journal of an earlier process and cut off a torn last line."""
-        if not self.path.exists():
-            return
-        whole = self._read(self.path)
-        if whole < self.path.stat().st_size:
-            logger.warning("%s: dropped a torn last line", self.path)
-            os.truncate(self.path, whole)
 
     def _read(self, path: Path) -> int:
         """Read the whole lines of a journal; returns how many bytes these take."""
@@ -102,6 +68,7 @@ class Journal:
                 if line.strip():
                     entry = json.loads(line)
                     request, answer = _typed(entry["request"], str), _answer(entry)
+                    self.usage.update(_numbers(answer.usage))
                     if not _is_settled(self._answers.get(request)):  # of another process, maybe
                         self._answers[request] = answer
             except (ValueError, KeyError, TypeError) as error:
@@ -112,6 +79,58 @@ class Journal:
                 path, len(broken), broken[0],
             )  # fmt: skip
         return len(whole)
+
+
+class Journal(Answers):
+    """Answers of one expert by one process, and new ones; a context manager.
+
+    also: journals of other processes, whose answers count as well
+    """
+
+    def __init__(self, path: str | Path, *, expert: str, also: Iterable[Path] = ()) -> None:
+        self.path = Path(path)
+        super().__init__((other for other in also if other != self.path), expert=expert)
+        self._restore()
+        self._stream = self.path.open("ab")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with naming(self.path):  # what could not be written before is tried once more
+            self._stream.close()
+
+    def add(self, draft: Draft, answer: Answer) -> None:
+        """Append an answer; when this returns it is on disk."""
+        self.add_all([(draft, answer)])
+
+    def add_all(self, answers: Sequence[tuple[Draft, Answer]]) -> None:
+        """Append answers; when this returns all are on disk."""
+        lines = []
+        for draft, answer in answers:
+            kind = "revision" if isinstance(answer, Revision) else "failure"
+            line = {"request": self.request(draft), "key": draft.key, kind: asdict(answer)}
+            lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        with naming(self.path):
+            self._stream.write(b"".join(lines))
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        for draft, answer in answers:
+            self._answers[self.request(draft)] = answer
+            self.usage.update(_numbers(answer.usage))
+
+    def _restore(self) -> None:
+        """Read the journal of an earlier process and cut off a torn last line."""
+        if not self.path.exists():
+            return
+        whole = self._read(self.path)
+        if whole < self.path.stat().st_size:
+            logger.warning("%s: dropped a torn last line", self.path)
+            os.truncate(self.path, whole)
+
+
+def _numbers(usage: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in usage.items() if isinstance(value, int | float)}
 
 
 def _is_settled(answer: Answer | None) -> bool:
@@ -135,7 +154,7 @@ def _answer(entry: dict[str, Any]) -> Answer:
 
 def _edit(content: dict[str, Any]) -> Edit:
     edit = Edit(**content)
-    for text in (edit.org, edit.target, edit.reason):
+    for text in (edit.org, edit.target, edit.reason, edit.kind):
         _typed(text, str)
     _typed(edit.start_char, int, type(None))
     return edit

@@ -7,6 +7,7 @@
 
     python -m src.revise ... requests=requests.jsonl      writes them for a batch API, and asks nothing
     python -m src.revise ... results=results.jsonl        reads its results, and makes the round
+    python -m src.revise ... reread=true                  reads the kept replies again, and makes the round anew
 
 `dry=true` prints how many requests, tokens and dollars it would take, and asks nothing.
 
@@ -36,8 +37,10 @@ from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
 from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
+from src.parallel import Team
 from src.processes import explained, launched_first, together
-from src.rounds import reopen, revise_round
+from src.rounds import Revising, reopen, revise_round
+from src.tally import yields
 from src.tokenizer import Codec
 
 SAMPLE = 8  # chunks that stand for all in a dry run
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     check(cfg, offers=("codec",))
     try:
         out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
-        codec = Codec.load(cfg.tokenizer)
+        codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
         if cfg.dry:
             sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
             return
@@ -64,25 +67,25 @@ def main(argv: list[str]) -> None:
             return
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
-            if cfg.again:
-                team.alone(lambda: reopen(out))
+            if cfg.again or cfg.reread:
+                team.alone(lambda: reopen(out, always=cfg.reread))
             if cfg.results:
                 team.alone(lambda: _read(cfg, out, drafts, codec))
-            made = revise_round(
-                out,
-                drafts,
-                expert=build(cfg.expert, codec=codec),
-                codec=codec,
-                per_shard=cfg.per_shard,
-                patience=60 * cfg.patience_minutes,
-                team=team,
-                ask=cfg.results is None,
-                total=read_drafts_index(drafts)["counts"]["written"],
-            )
+            ask = not (cfg.results or cfg.reread)
+            made = revise_round(out, drafts, how=_how(cfg, codec, team), ask=ask, reread=cfg.reread)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if team.first:
         sys.stdout.write(f"{made.path}: {report(made)}\n")
+
+
+def _how(cfg: DictConfig, codec: Codec, team: Team) -> Revising:
+    minutes = {"patience": cfg.patience_minutes, "deadline": cfg.deadline_minutes}
+    for name, value in minutes.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}_minutes must be more than 0, got {value}")
+    limits = {name: value if value is None else 60 * value for name, value in minutes.items()}
+    return Revising(expert=build(cfg.expert, codec=codec), codec=codec, per_shard=cfg.per_shard, team=team, **limits)
 
 
 def _read(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:
@@ -113,6 +116,12 @@ def report(made: Round) -> str:
     ]
     if counts["failed"]:
         lines.insert(1, f"failed: {counts['failed']}{_reasons(made.manifest['failures'])}")
+    if kinds := made.manifest.get("kinds"):
+        lines.append(f"kinds of mistakes: {_reasons(kinds)[2:-1]}")
+    found = yields(made.manifest)
+    if "yield_unrepaired" in found:
+        before, after = (f"{found[name]:.0%}" for name in ("yield_unrepaired", "yield"))
+        lines.append(f"yield: {after} of the edits could be placed; {before} before the expert repaired some")
     if again := made.manifest.get("again"):
         lines.append(f"again=true asks about {sum(again.values())} of them once more{_reasons(again)}")
     if not counts["written"]:

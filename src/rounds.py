@@ -4,11 +4,15 @@
             -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/journal.py)
             -> src.align.locate -> round-000000.tar, ... -> index.json, the manifest
 
-    run_round("rounds/round-0001", batches, partial(draft_batch, ...), expert=expert, ...)    draft and revise
-    revise_round("rounds/round-0001", drafts, expert=expert, ...)                             drafts on disk
+    how = Revising(expert=expert, codec=codec, ...)
+    run_round("rounds/round-0001", batches, partial(draft_batch, ...), how=how, ...)      draft and revise
+    revise_round("rounds/round-0001", drafts, how=how)                                    drafts on disk
 
 A round grows in `.round-0001.partial` and gets its name last. The call that was killed is simply repeated: it
 draws no finished chunk again, asks nothing that was answered, and returns a finished round as it is.
+
+Drafts that a round has to do without, as the expert was late or failed in a way that may pass, are asked about again
+in the next one (`late`), and count there.
 
 Of several ranks each draws and asks about its own drafts; when all answers are there, rank 0 writes the round. Its
 shards are those of one process, byte by byte.
@@ -19,26 +23,52 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import statistics
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from src.align import Span, locate
+from src.align import Aligned
 from src.asking import ExpertThread, FailedRound
-from src.batch import Batch, Draft, Edit, Expert, Failure, Revision, Round
-from src.drafting import DraftsBatch, describe, differences, draw_drafts, drop_stale, read_drafts, read_drafts_index
-from src.journal import Answer, Journal
+from src.batch import Batch, Draft, Expert, Revision, Round
+from src.drafting import (
+    DamagedDrafts,
+    DraftsBatch,
+    describe,
+    differences,
+    draw_drafts,
+    drop_stale,
+    read_drafts,
+    read_drafts_index,
+)
+from src.journal import Answers, Journal
 from src.parallel import Team, world
-from src.shards import INDEX, image_name, publish, read_manifest, write_shards
+from src.shards import INDEX, image_name, publish, read_manifest, write_json, write_shards
+from src.tally import Tally
 from src.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revising:
+    """How drafts are revised and written.
+
+    per_shard: samples in a shard of the round
+    patience: seconds without any answer after which an expert is given up
+    deadline: seconds from the last draft on, after which no more is asked; None: all is
+    """
+
+    expert: Expert
+    codec: Codec
+    per_shard: int
+    patience: float
+    team: Team
+    deadline: float | None = None
 
 
 def run_round(
@@ -46,67 +76,52 @@ def run_round(
     batches: Iterable[tuple[int, Batch]],
     draft: DraftsBatch,
     *,
-    expert: Expert,
-    codec: Codec,
+    how: Revising,
     tokens_per_step: Sequence[int],
-    per_shard: int,
     settings: Mapping[str, Any],
     total: int,
-    patience: float,
-    team: Team,
+    late: Path | None = None,
 ) -> Round:
     """Draft and revise into `folder`.
 
     batches: (number, batch) of this rank; settings: what the drafts depend on (model, sampler, seed, ...)
-    total: drafts of all ranks; patience: seconds without any answer after which an expert is given up
+    total: drafts of all ranks; late: the round before, whose late drafts are asked about again
     """
     folder, drafts = Path(folder), _partial(Path(folder)) / "drafts"
 
     def prepare() -> Round | None:
         if _is_finished(folder):
-            return _same_round(folder, settings, expert)
+            return _same_round(folder, settings, how)
         return drop_stale(drafts, settings)
 
-    if made := team.alone(prepare):
+    if made := how.team.alone(prepare):
         return made
     drawn = draw_drafts(
         drafts, batches, draft,
-        tokens_per_step=tokens_per_step, tokenizer=codec.fingerprint, settings=settings, total=total, team=team,
+        tokens_per_step=tokens_per_step, tokenizer=how.codec.fingerprint, settings=settings, total=total, team=how.team,
     )  # fmt: skip
-    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": team}
-    return _make(folder, drafts, drawn, settings, expert=expert, **options)
+    return _make(folder, drafts, drawn, settings, how, total, late)
 
 
-def revise_round(
-    folder: str | Path,
-    drafts: Path,
-    *,
-    expert: Expert,
-    codec: Codec,
-    per_shard: int,
-    total: int,
-    patience: float,
-    team: Team,
-    ask: bool = True,
-) -> Round:
+def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool = True, reread: bool = False) -> Round:
     """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
-    total: number of drafts, for the progress bar; patience: as for `run_round`; ask: false makes do with the answers
-    that are in the journal
+    ask: false makes do with the answers that are in the journal; reread: their replies are read once more, with the
+    code and the tokenizer as they are now
     """
-    folder = Path(folder)
-    settings = _checked(drafts, codec)["settings"]
-    if made := team.alone(lambda: _same_round(folder, settings, expert) if _is_finished(folder) else None):
+    folder, index = Path(folder), _checked(drafts, how.codec)
+    settings, total = index["settings"], index["counts"]["written"]
+    if made := how.team.alone(lambda: _same_round(folder, settings, how) if _is_finished(folder) else None):
         return made
-    options = {"codec": codec, "per_shard": per_shard, "total": total, "patience": patience, "team": team}
-    options["questions"] = ask
-    return _make(folder, drafts, read_drafts(drafts, team), settings, expert=expert, **options)
+    drawn = read_drafts(drafts, how.team) if ask else ()
+    return _make(folder, drafts, drawn, settings, how, total, reread=reread)
 
 
-def reopen(folder: str | Path) -> bool:
-    """Make a finished round one under way again, if asking once more may help about some of its drafts."""
+def reopen(folder: str | Path, *, always: bool = False) -> bool:
+    """Make a finished round one under way again, if asking once more may help about some of its drafts, or `always`."""
     folder = Path(folder)
-    if not _is_finished(folder) or not read_round(folder).manifest.get("again"):
+    (_partial(folder) / INDEX).unlink(missing_ok=True)  # of a call of this that was killed
+    if not _is_finished(folder) or not (always or read_round(folder).manifest.get("again")):
         return False
     work = _partial(folder)
     shutil.rmtree(work, ignore_errors=True)
@@ -123,70 +138,13 @@ def read_round(folder: str | Path) -> Round:
     return Round(Path(folder), manifest)
 
 
-def summary(manifest: Mapping[str, Any]) -> str:
-    """What became of the drafts of a round, in one line: the counts, then why edits and drafts were of no use."""
-    told = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items())]
-    for kind, what in (("rejected", "edits rejected"), ("failures", "drafts failed")):
-        if reasons := manifest[kind]:
-            told.append(f"{what}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
-    return "; ".join(told)
+def note(folder: Path, more: Mapping[str, Any]) -> None:
+    """Add to the manifest of a finished round what was found out about it since."""
+    write_json(folder / INDEX, {**read_round(folder).manifest, **more})
 
 
 class EmptyRound(FailedRound):
     """A round that holds nothing to train on."""
-
-
-@dataclass
-class Tally:
-    """What became of the drafts of a round.
-
-    counts: drafted = revised + failed + unanswered, revised = right + written + unusable (no edit placed).
-    `edits` counts those that were placed; the others are in `rejected`, by reason.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
-    usage: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)  # that an answer took, where its expert says so
-    again: Counter[str] = field(default_factory=Counter)  # drafts about which asking again may help, by reason
-    latency: dict[str, float] = field(default_factory=dict)  # percentiles of these
-
-    def __post_init__(self) -> None:
-        names = ("drafted", "revised", "right", "unusable", "failed", "unanswered", "edits")
-        self.counts.update(dict.fromkeys(names, 0))
-
-    def add(self, answer: Answer | None) -> None:
-        """Count a draft and its answer."""
-        self.counts["drafted"] += 1
-        if answer is not None:
-            numbers = {name: n for name, n in answer.usage.items() if isinstance(n, int | float)}
-            self.usage.update(numbers)
-            self.seconds += [numbers["seconds"]] if "seconds" in numbers else []
-        if isinstance(answer, Revision):
-            self.counts["revised"] += 1
-            self.counts["right"] += not answer.edits
-        elif isinstance(answer, Failure):
-            self.counts["failed"] += 1
-            self.failures[answer.reason] += 1
-            self.again.update([answer.reason] * answer.retry)
-        else:
-            self.counts["unanswered"] += 1
-            self.again["unanswered"] += 1
-
-    def close(self) -> None:
-        """Find the percentiles: all answers are in."""
-        if len(self.seconds) > 1:
-            cuts = statistics.quantiles(self.seconds, n=100, method="inclusive")
-            self.latency.update({f"p{number}": round(cuts[number - 1], 3) for number in (50, 90, 99)})
-
-    def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> list[Span]:
-        """The token spans of a draft's edits, counted."""
-        aligned = locate(codec, draft.token_ids, edits)
-        self.rejected += aligned.rejected
-        self.counts["edits"] += len(aligned.spans)
-        self.counts["unusable"] += not aligned.spans
-        return aligned.spans
 
 
 def _make(
@@ -194,40 +152,38 @@ def _make(
     drafts: Path,
     drawn: Iterable[list[Draft]],
     settings: Mapping[str, Any],
-    *,
-    expert: Expert,
-    codec: Codec,
-    per_shard: int,
+    how: Revising,
     total: int,
-    patience: float,
-    team: Team,
-    questions: bool = True,
+    late: Path | None = None,
+    *,
+    reread: bool = False,
 ) -> Round:
     """Write a round; `drawn` yields the chunks of `drafts` that are this rank's, and may write them as it goes."""
-    work, asked = _partial(folder), identity(expert)
+    work, team = _partial(folder), how.team
 
     def prepare() -> bool:
         work.mkdir(parents=True, exist_ok=True)
-        if (work / INDEX).exists() and _changed(read_manifest(work), settings, expert):
+        if (work / INDEX).exists() and _changed(read_manifest(work), settings, how):
             (work / INDEX).unlink()
         return (work / INDEX).exists()
 
     def ask() -> float:
         """Seconds that the answers took beyond the drawing."""
+        limits = {"patience": how.patience, "deadline": how.deadline}
         with (
-            journal_of(folder, expert, team.rank) as answers,
+            journal_of(folder, how.expert, team.rank) as answers,
             _bar(total, team) as bar,
-            ExpertThread(expert, answers, bar, patience=patience) as thread,
+            ExpertThread(how.expert, answers, bar, **limits) as thread,
         ):
-            charge(expert, _usage(answers), team)
-            for chunk in drawn if questions else ():
+            charge(how.expert, answers.usage, team)
+            for chunk in chain(_late(late, how, team), drawn):
                 thread.ask(chunk)
             began = time.monotonic()
         return time.monotonic() - began
 
     def write(waited: float) -> None:
-        with journal_of(folder, expert) as answers:
-            _write(work, drafts, answers, codec, per_shard, expert=asked, waited=waited)
+        with journal_of(folder, how.expert) as answers:
+            _write(work, drafts, answers, how, waited=waited, late=late, reread=reread)
 
     if not team.alone(prepare):
         waited = max(team.gather(ask()))  # rank 0 writes the answers of all
@@ -244,7 +200,16 @@ def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
     # by name too: a listing of a folder on another machine may be older than what is in it
     known = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world())}
     others = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, known)}
-    return Journal(path, expert=json.dumps(identity(expert), sort_keys=True), also=sorted(others))
+    return Journal(path, expert=_told(expert), also=sorted(others))
+
+
+def _told(expert: Expert) -> str:
+    return json.dumps(identity(expert), sort_keys=True)
+
+
+def identity(expert: Expert) -> dict[str, Any]:
+    """What the answers of an expert depend on: its name and its settings."""
+    return {"name": expert.name, **describe(expert)}
 
 
 def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
@@ -253,49 +218,45 @@ def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
         expert.charge({name: value / team.size for name, value in usage.items()})
 
 
-def _usage(journal: Journal) -> Counter[str]:
-    tally = Tally()
-    for answer in journal.answers:
-        tally.add(answer)
-    return tally.usage
-
-
 def _bar(total: int, team: Team) -> tqdm:
     """Of the answers that rank 0 waits for."""
     return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.first)
 
 
-def identity(expert: Expert) -> dict[str, Any]:
-    """What the answers of an expert depend on: its name and its settings."""
-    return {"name": expert.name, **describe(expert)}
+def _late(folder: Path | None, how: Revising, team: Team | None) -> Iterator[list[Draft]]:
+    """The drafts of a finished round about which asking again may help: this rank's, or without a team all.
+
+    None where they cannot be read, or where another expert was asked, who has answered none of them.
+    """
+    if folder is None or not (folder / "drafts" / INDEX).is_file():
+        return
+    manifest = read_round(folder).manifest
+    if not manifest.get("again") or differences(manifest["expert"], identity(how.expert)):
+        return
+    known = Answers(sorted(folder.glob("journal-rank-*.jsonl")), expert=_told(how.expert))
+    try:
+        for chunk in read_drafts(folder / "drafts", team):
+            yield [draft for draft in chunk if not known.is_settled(draft)]
+    except DamagedDrafts as error:
+        logger.warning("late drafts are left out: %s", error)
 
 
 def _write(
-    work: Path,
-    drafts: Path,
-    journal: Journal,
-    codec: Codec,
-    per_shard: int,
-    *,
-    expert: dict[str, Any],
-    waited: float,
+    work: Path, drafts: Path, journal: Journal, how: Revising, *, waited: float, late: Path | None, reread: bool
 ) -> None:
-    index, tally = _checked(drafts, codec), Tally()
+    index, tally = _checked(drafts, how.codec), Tally()
     write_shards(
         work,
-        _samples(drafts, journal, codec, tally),
+        _samples(drafts, journal, how, tally, late=late, reread=reread),
         prefix="round",
-        per_shard=per_shard,
+        per_shard=how.per_shard,
         kind="round",
-        tokenizer=codec.fingerprint,
+        tokenizer=how.codec.fingerprint,
         counts=tally.counts,
         extra={
-            "expert": expert,
-            "rejected": tally.rejected,
-            "failures": tally.failures,
-            "usage": tally.usage,
-            "latency": tally.latency,
-            "again": tally.again,
+            "expert": identity(how.expert),
+            **tally.manifest,
+            "usage": journal.usage,
             "waited": round(waited, 3),  # seconds for the expert, when everything was drawn
             "settings": index["settings"],
             "drawing": index["drawing"],
@@ -303,25 +264,34 @@ def _write(
     )
 
 
-def _samples(drafts: Path, journal: Journal, codec: Codec, tally: Tally) -> Iterator[dict[str, Any]]:
-    """The drafts that have a placed edit, as samples of a round, in the order of the drafts."""
-    for chunk in read_drafts(drafts):
-        for draft in chunk:
+def _samples(
+    drafts: Path, journal: Journal, how: Revising, tally: Tally, *, late: Path | None, reread: bool
+) -> Iterator[dict[str, Any]]:
+    """The drafts that have a placed edit, as samples of a round, in the order of the drafts; late ones last."""
+    read = getattr(how.expert, "reread", None) if reread else None
+    seen: set[str] = set()
+    for is_late, chunks in enumerate((read_drafts(drafts), _late(late, how, None))):
+        for draft in chain.from_iterable(chunks):
+            if (request := journal.request(draft)) in seen:
+                continue  # a late draft that the model has written again
+            seen.add(request)
             answer = journal.answer(draft)
-            tally.add(answer)
+            answer = read(draft, answer) if read and answer else answer
+            tally.add(answer, late=bool(is_late))
             edits = answer.edits if isinstance(answer, Revision) else ()
-            if edits and (spans := tally.place(codec, draft, edits)):
-                yield _to_sample(draft, spans)
+            if edits and (aligned := tally.place(how.codec, draft, edits)).spans:
+                # the image may have a new draft
+                yield _to_sample(draft, aligned, key=f"{draft.key}-late" if is_late else draft.key)
     tally.close()
 
 
-def _to_sample(draft: Draft, spans: Sequence[Span]) -> dict[str, Any]:
-    names = ("key", "prompt", "text", "reference", "steps")
-    content = {name: getattr(draft, name) for name in names} | {"draft_ids": draft.token_ids}
-    content |= {"spans": [asdict(span) for span in spans], "model": draft.fingerprint}
+def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
+    names = ("prompt", "text", "reference", "steps")
+    content = {"key": key, **{name: getattr(draft, name) for name in names}, "draft_ids": aligned.ids}
+    content |= {"spans": [asdict(span) for span in aligned.spans], "model": draft.fingerprint}
     content |= {name: draft.record[name] for name in ("scene",) if name in draft.record}
     image = {image_name(draft.image): draft.image} if draft.image else {}
-    return {"__key__": draft.key, "json": content, **image}
+    return {"__key__": key, "json": content, **image}
 
 
 def _checked(drafts: Path, codec: Codec) -> dict:
@@ -343,10 +313,10 @@ def _is_finished(folder: Path) -> bool:
     return (folder / INDEX).exists()
 
 
-def _same_round(folder: Path, settings: Mapping[str, Any], expert: Expert) -> Round:
+def _same_round(folder: Path, settings: Mapping[str, Any], how: Revising) -> Round:
     """A finished round, if it was made with the same settings; other weights alone are only reported."""
     found = read_round(folder)
-    changed = _changed(found.manifest, settings, expert)
+    changed = _changed(found.manifest, settings, how)
     if changed == ["model"]:
         logger.warning("%s exists already; it was drafted by other weights", folder)
     elif changed:
@@ -354,7 +324,7 @@ def _same_round(folder: Path, settings: Mapping[str, Any], expert: Expert) -> Ro
     return found
 
 
-def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], expert: Expert) -> list[str]:
+def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], how: Revising) -> list[str]:
     """Names of what a round was made with that differs."""
     found = {"expert": manifest["expert"], **manifest["settings"]}
-    return differences(found, {"expert": identity(expert), **settings})
+    return differences(found, {"expert": identity(how.expert), **settings})

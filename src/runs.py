@@ -35,10 +35,13 @@ CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json",
 OWN = (FINISHED, MODEL, "checkpoints", "rounds", "tensorboard", INPUTS, CONFIG)
 # What a run may not change when it resumes; the learning rate's schedule spans `max_steps`.
 FIXED = (
-    *("data", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
+    *("data", "gap", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
     *(
         f"callbacks.self_correction.{name}"
-        for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler", "tokens_per_step")
+        for name in (
+            *("at_start", "drafts_per_round", "every_n_epochs", "expert"),
+            *("rounds", "sampler", "tokens_per_step", "train_from"),
+        )
     ),
 )
 # What it may change although it lies in these: how a step is computed, and what is checked where it matters.

@@ -10,6 +10,7 @@ import pytest
 
 import src.draft
 import src.revise
+from src.experts.limits import Limits
 from src.prepare import Scenes
 from src.scenes.graph import COLOURS
 from src.shards import read_manifest
@@ -107,6 +108,77 @@ def test_a_finished_round_can_be_asked_again_where_that_helps(drafts, tmp_path, 
         revise(drafts, tmp_path / "round", server, "again=true")
         assert len(server.requests) == before + NUM - 5
     assert digests(tmp_path / "round") == digests(tmp_path / "whole")
+
+
+def test_kept_replies_can_be_read_again_without_a_call(drafts, tmp_path, capsys):
+    """The replies in the journal are changed, as if an earlier version had read them otherwise."""
+    out = tmp_path / "round"
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "whole", server)
+        revise(drafts, out, server)
+        count, (journal,) = len(server.requests), out.glob("journal*")
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        for line in lines:
+            if line["revision"]["edits"]:
+                line["revision"]["edits"][0]["target"] = "nothing"
+        told = lines[0].pop("revision")
+        told.pop("edits")
+        lines[0]["failure"] = {**told, "reason": "malformed", "retry": True}
+        journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        revise(drafts, out, server, "reread=true")
+        assert len(server.requests) == count
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_usage_counts_replies_that_were_of_no_use(drafts, tmp_path):
+    """Of a first command; what they cost stands in the manifest of the second."""
+    with Scripted(lambda request: reply("I cannot say.", tokens=(100, 5))) as server:
+        revise(drafts, tmp_path / "round", server)
+        assert read_manifest(tmp_path / "round")["failures"] == {"malformed": NUM}
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server, "again=true")
+    usage = read_manifest(tmp_path / "round")["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (600 * NUM, 25 * NUM)
+    assert usage["requests"] == 2 * NUM
+
+
+def test_a_repair_shows_in_the_yield(drafts, tmp_path, capsys):
+    """Every first reply names what is not there; every other repair is of use."""
+
+    def absent(request: Request) -> Http:
+        asked = [message["content"] for message in request.body["messages"]]
+        if len(asked) == 2:
+            edits = [{"org": "no such words", "target": "at all", "kind": "object", "reason": ""}]
+            return reply(json.dumps({"right": False, "edits": edits}))
+        return corrects(request) if len(asked[1][-1]["text"]) % 2 else reply('{"right": true, "edits": []}')
+
+    with Scripted(absent) as server:
+        revise(drafts, tmp_path / "round", server, "expert.repair=1")
+    manifest = read_manifest(tmp_path / "round")
+    placed = manifest["counts"]["edits"]
+    assert 0 < placed < NUM
+    assert f"yield: {placed / NUM:.0%} of the edits could be placed; 0% before" in capsys.readouterr().out
+
+
+def test_edits_are_counted_by_kind(drafts, tmp_path, capsys):
+    def told(request: Request) -> Http:
+        content = json.loads(json.loads(corrects(request).body)["choices"][0]["message"]["content"])
+        for edit in content["edits"]:
+            edit["kind"] = "attribute"
+        return reply(json.dumps(content))
+
+    with Scripted(told) as server:
+        revise(drafts, tmp_path / "round", server)
+    manifest = read_manifest(tmp_path / "round")
+    assert manifest["kinds"] == {"attribute": manifest["counts"]["edits"]}
+    assert f"kinds of mistakes: attribute {manifest['counts']['edits']}\n" in capsys.readouterr().out
+
+
+def test_fewer_requests_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("src.experts.limits.world", lambda: 4)
+    for name in ("concurrency", "max_requests"):
+        with pytest.raises(ValueError, match=rf"limits.{name}=3 is shared by 4 processes"):
+            Limits(**{name: 3}).check_processes()
 
 
 def test_an_address_and_a_key_that_cannot_be_are_told_at_once(drafts, tmp_path, capsys, monkeypatch):

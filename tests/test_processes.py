@@ -119,6 +119,29 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
 
 
+@pytest.mark.parametrize("parallel", ["fsdp2", "ddp"])
+def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, scenes, whole, tmp_path, parallel):
+    """Killed twice right after the second round, which newer weights have drafted; as if it had not been."""
+    argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction.train_from=start", parallel=parallel)
+    argv += ["callbacks.checkpoint.every_n_train_steps=100"]
+    done = ranks.run(argv, out=tmp_path, kill=[(1, "src.objectives.base:Objective.training_step", 4)])
+    assert done.codes[1] == -9, done.printed
+    folder = tmp_path / "run" / "rounds"
+    models = [json.loads((folder / f"round-000{n}/index.json").read_text())["settings"]["model"] for n in (1, 2)]
+    assert models[0] != models[1]
+    done = ranks.run(argv, out=tmp_path, kill=[(1, "src.objectives.base:Objective.training_step", 0)])
+    before = read_whole(tmp_path / "run" / "checkpoints" / "pre-round-0001.ckpt")["state_dict"]
+    base = load_file(BASE / "model.safetensors")
+    assert all(torch.equal(before[f"backbone.{name}"], tensor) for name, tensor in base.items())
+    done = ranks.run(argv, out=tmp_path)
+    assert done.codes == [0, 0], done.printed
+    straight = tmp_path / "straight"
+    done = ranks.run([*argv, f"run_dir={straight}"], out=tmp_path)
+    assert done.codes == [0, 0], done.printed
+    assert same(straight, tmp_path / "run")
+    assert not same(straight, whole)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_path):
     """The verbs, as torchrun starts them; the first time one is killed."""
@@ -149,7 +172,7 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
 
 STEP = "src.objectives.base:Objective.training_step"
 DRAFT = "callbacks.self_correction:draft_batch"
-ANSWER = "src.journal:Journal.add"
+ANSWER = "src.asking:ExpertThread._keep"  # right before an answer goes to the journal
 BOTH = (0, 1)
 
 

@@ -31,7 +31,7 @@ from src.experts.scenes import ScenesExpert
 from src.journal import Journal
 from src.models.checkpoint import fingerprint
 from src.parallel import Team
-from src.rounds import read_round, revise_round, run_round
+from src.rounds import Revising, read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
@@ -128,13 +128,15 @@ class Case:
         fixed = {"sampler": self.sampler, "codec": self.codec, "seed": 3, "fingerprint": self.settings["model"]}
         return partial(draft_batch, self.backbone, **fixed)
 
+    def how(self, expert, **changed) -> Revising:
+        common = {"expert": expert, "codec": self.codec, "per_shard": 4, "patience": 60.0, "team": Team()}
+        return Revising(**{**common, **changed})
+
     def run(self, folder: Path, expert, **changed):
-        common = {
-            "expert": expert, "codec": self.codec, "tokens_per_step": [4, 16], "per_shard": 4,
-            "settings": self.settings, "total": NUM, "patience": 60.0, "team": Team(),
-        }  # fmt: skip
-        draft = changed.pop("draft", self.draft)
-        return run_round(folder, enumerate(self.batches()), draft, **{**common, **changed})
+        common = {"tokens_per_step": [4, 16], "settings": self.settings, "total": NUM}
+        draft, deadline = changed.pop("draft", self.draft), changed.pop("deadline", None)
+        batches, how = changed.pop("batches", self.batches()), self.how(expert, deadline=deadline)
+        return run_round(folder, enumerate(batches), draft, how=how, **{**common, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +217,7 @@ def test_manifest_adds_up(case, whole):
     manifest = json.loads((whole / "index.json").read_text())
     written = NUM - len(RIGHT)
     assert manifest["counts"] == {
-        "drafted": NUM, "revised": NUM, "right": len(RIGHT), "unusable": 0, "failed": 0, "unanswered": 0,
+        "drafted": NUM, "late": 0, "revised": NUM, "right": len(RIGHT), "unusable": 0, "failed": 0, "unanswered": 0,
         "edits": written, "written": written,
     }  # fmt: skip
     assert manifest["kind"] == "round"
@@ -256,7 +258,7 @@ def test_edits_that_cannot_be_placed_and_failures_are_counted(case, tmp_path):
     assert counts["rejected"] == {"absent": 1}
     assert counts["usage"] == {"tokens": 7}
     assert counts["counts"] == {
-        "drafted": NUM, "revised": 2, "right": 1, "unusable": 1, "failed": NUM - 3, "unanswered": 1,
+        "drafted": NUM, "late": 0, "revised": 2, "right": 1, "unusable": 1, "failed": NUM - 3, "unanswered": 1,
         "edits": 0, "written": 0,
     }  # fmt: skip
 
@@ -372,16 +374,15 @@ def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name
 
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
-    asked = {"codec": case.codec, "per_shard": 4, "total": NUM, "patience": 60.0, "team": Team()}
     for expert in (ScenesExpert(), ReferenceExpert()):
         with pytest.raises(ValueError, match="round made with another expert;"):
             case.run(whole, expert)
         with pytest.raises(ValueError, match="round made with another expert;"):
-            revise_round(whole, whole / "drafts", expert=expert, **asked)
-    revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=2), **asked)
-    revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=2), **asked)
+            revise_round(whole, whole / "drafts", how=case.how(expert))
+    revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=2)))
+    revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=2)))
     with pytest.raises(ValueError, match="another expert"):
-        revise_round(tmp_path / "r", whole / "drafts", expert=ReferenceExpert(max_words=3), **asked)
+        revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=3)))
     manifest = json.loads((tmp_path / "r" / "index.json").read_text())
     assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
 
@@ -390,10 +391,7 @@ def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
 def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tmp_path):
     """Killed with all answers in the journal and the round written, right before it gets its name."""
     folder = tmp_path / "round-0001"
-    again = lambda expert: revise_round(  # noqa: E731
-        folder, whole / "drafts", expert=expert, codec=case.codec, per_shard=4, total=NUM,
-            patience=60.0, team=Team(),
-    )  # fmt: skip
+    again = lambda expert: revise_round(folder, whole / "drafts", how=case.how(expert))  # noqa: E731
 
     def killed() -> None:
         kill_at_rename(4)  # 3 shards, their index, the round
@@ -474,15 +472,7 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
     common["team"] = Team()
     chunks = list(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     assert sum(map(len, chunks)) == NUM
-    asked = {
-        "expert": Diligent(tmp_path / "asked"),
-        "codec": case.codec,
-        "per_shard": 4,
-        "total": NUM,
-        "patience": 60.0,
-        "team": Team(),
-    }
-    revise_round(tmp_path / "r", tmp_path / "drafts", **asked)
+    revise_round(tmp_path / "r", tmp_path / "drafts", how=case.how(Diligent(tmp_path / "asked")))
     assert digests(tmp_path / "r") == digests(whole)
     for name in ("tokens_per_step", "data", "canvas", "round"):
         common["settings"] = {**case.settings, name: "another"}
@@ -495,19 +485,13 @@ def test_unfinished_drafts_are_refused(case, tmp_path):
     common["team"] = Team()
     next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
-        revise_round(
-            tmp_path / "r", tmp_path / "drafts", expert=ScenesExpert(), codec=case.codec, per_shard=4, total=NUM,
-            patience=60.0, team=Team(),
-        )  # fmt: skip
+        revise_round(tmp_path / "r", tmp_path / "drafts", how=case.how(ScenesExpert()))
 
 
 def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
     other = Codec.train(["one two three"], vocab_size=300)
     with pytest.raises(ValueError, match=other.fingerprint):
-        revise_round(
-            tmp_path / "r", whole / "drafts", expert=ScenesExpert(), codec=other, per_shard=4, total=NUM,
-            patience=60.0, team=Team(),
-        )  # fmt: skip
+        revise_round(tmp_path / "r", whole / "drafts", how=case.how(ScenesExpert(), codec=other))
 
 
 # --- journal ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -182,8 +183,25 @@ def data_for(data: Path, codec: Codec, kind: type[CaptionData] = CaptionData, **
     return kind(path=str(data), codec=codec, **{**values, **changed})
 
 
+class Weights(L.Callback):
+    """Keeps the weights before every step."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before[trainer.global_step] = {name: t.clone() for name, t in pl_module.state_dict().items()}
+
+
 def train(
-    data: Path, run: Path, *, lost: bool = False, resume: Path | None = None, save: bool = False
+    data: Path,
+    run: Path,
+    *,
+    lost: bool = False,
+    resume: Path | None = None,
+    save: bool = False,
+    also: Sequence[L.Callback] = (),
+    **changed,
 ) -> tuple[Steps, dict, CaptionData]:
     """Stage II: losses, final weights, and the datamodule with its rounds.
 
@@ -195,7 +213,7 @@ def train(
         backbone=partial(backbone, codec), special=codec.special, training=Training(lr=1e-3, decay=0.0)
     )  # fmt: skip
     steps, datamodule = Steps(), data_for(data, codec)
-    callbacks: list[L.Callback] = [correction(codec, run, expert=Rewriter(codec, lost=lost)), steps]
+    callbacks: list[L.Callback] = [correction(codec, run, expert=Rewriter(codec, lost=lost), **changed), steps, *also]
     if save:
         every_step = {"save_top_k": -1, "every_n_train_steps": 1, "save_on_train_epoch_end": False}
         callbacks.append(ModelCheckpoint(run / "steps", filename="{step}", **every_step))
@@ -314,6 +332,27 @@ def test_drafting_leaves_training_untouched(data, codec, tmp_path):
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_rounds_may_train_from_the_start(data, whole, tmp_path):
+    """The newest weights draft, those before the first round are trained on; lost in the second round and resumed."""
+    seen = Weights()
+    _, expected, _ = train(data, tmp_path / "whole", also=[seen], train_from="start")
+    first, second, last = (seen.before[number * STEPS_PER_EPOCH] for number in range(3))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert any(not torch.equal(last[name], tensor) for name, tensor in first.items())
+    assert shards(tmp_path / "whole") == shards(whole[0]), "drafts are those of the newest weights"
+
+    with pytest.raises(ConnectionError):
+        train(data, tmp_path / "lost", lost=True, train_from="start")  # in the first round
+    folder = tmp_path / "lost" / "rounds"
+    shutil.copytree(tmp_path / "whole" / "rounds" / "round-0001", folder / "round-0001")
+    with pytest.raises(ConnectionError):
+        train(data, tmp_path / "lost", lost=True, train_from="start")  # in the second
+    names = {path.name for path in (tmp_path / "lost" / "checkpoints").iterdir()}
+    assert names == {"pre-round-0001.ckpt", "pre-round-0002.ckpt"}
+    _, weights, _ = train(data, tmp_path / "lost", train_from="start")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("kind", [CaptionData, Forgetful])
 def test_state_survives_a_checkpoint(data, codec, tmp_path, kind):
     first = correction(codec, tmp_path, rounds=1)
@@ -362,12 +401,14 @@ def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
     rounds = [row for row in drafted if row.get("round/drafted")]
     assert [(float(row["round/drafted"]), row["step"]) for row in rounds] == [(NUM, "0"), (NUM, str(STEPS_PER_EPOCH))]
     for number, row in enumerate(rounds, 1):
-        counts = read_manifest(tmp_path / "rounds" / f"round-000{number}")["counts"]
+        manifest = read_manifest(tmp_path / "rounds" / f"round-000{number}")
+        counts, look = manifest["counts"], manifest["one_look"]
         assert float(row["round/edits_per_draft"]) == pytest.approx(counts["edits"] / NUM)
         assert float(row["round/right_share"]) == pytest.approx(counts["right"] / NUM)
         assert float(row["round/seconds"]) > 0
-        assert 0 <= float(row["round/p_fix"]) <= 1
-        assert 0 <= float(row["round/p_break"]) <= 1
+        for name in ("p_fix", "p_break"):
+            assert float(row[f"round/{name}"]) == pytest.approx(look[name])
+            assert 0 <= look[name] <= 1
         assert float(row["round/yield"]) == 1
         assert float(row["round/drafts_per_s"]) > 0
 

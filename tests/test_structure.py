@@ -63,9 +63,10 @@ LAYERS: dict[str, set[str]] = {
     "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.drafting": {"src.batch", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
     "src.asking": {"src.batch", "src.journal"},
+    "src.tally": {"src.align", "src.batch", "src.journal", "src.tokenizer"},
     "src.rounds": {
         *("src.batch", "src.align", "src.parallel", "src.tokenizer"),
-        *("src.asking", "src.drafting", "src.journal", "src.shards"),  # the parts of a round
+        *("src.asking", "src.drafting", "src.journal", "src.shards", "src.tally"),  # the parts of a round
     },
     "src.batches": {"src.batch", "src.drafting", "src.journal", "src.rounds", "src.shards"},
     "src.objectives": {"src.batch", "src.diffusion", "src.parallel"},
@@ -87,7 +88,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "callbacks": {
         *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
-        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.stop", "src.tokenizer"),
+        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.stop", "src.tally", "src.tokenizer"),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
 }

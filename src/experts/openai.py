@@ -23,7 +23,7 @@ from src.align import locate
 from src.batch import Draft, Edit, Failure, Revision
 from src.experts.client import Call, Client, ExpertError, Request
 from src.experts.limits import Limits, ServerDown
-from src.experts.parsing import UnreadableReply, read_reply
+from src.experts.parsing import UNREADABLE, UnreadableReply, read_reply
 from src.experts.profiles import Profile, choose
 from src.experts.questions import BadImage, Messages, Picture, Words, again, first, show, tokens_of
 from src.experts.replies import Trouble, Unanswered, read_body
@@ -110,13 +110,28 @@ class OpenAIExpert:
         """Yield (key, answer) for every draft, as they come. Raises ExpertError, ServerDown."""
         async with self._client.session():
             asked = [asyncio.create_task(self._answer(draft)) for draft in drafts]
+            wrong: ExpertError | ServerDown | None = None
             try:
                 for done in asyncio.as_completed(asked):
-                    yield await done
+                    try:
+                        yield await done
+                    except (ExpertError, ServerDown) as error:
+                        wrong = wrong or error  # the others that are under way are paid: they come to their end
+                if wrong:
+                    raise wrong
             finally:
                 for task in asked:
                     task.cancel()
                 await asyncio.gather(*asked, return_exceptions=True)
+
+    def finish(self) -> None:
+        """Ask no more in this round; drafts without an answer fail with `deadline`. In the loop of `revise` only."""
+        self._client.finish()
+
+    @property
+    def trouble(self) -> str:
+        """What the server's last failure was, where it has not answered since; else empty."""
+        return self._client.trouble
 
     def charge(self, usage: Mapping[str, float]) -> None:
         """Count what an earlier process of this run used; `usage` of an answer, or of a manifest."""
@@ -147,6 +162,16 @@ class OpenAIExpert:
         picture = show(draft.image, self._image_side)
         messages = first(self._words, draft, picture=picture, detail=self._detail)
         return {"model": self._model, "messages": messages, **self._chosen}
+
+    def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
+        """A kept answer as its words are read now. One whose words were cut off, or never came, stays a failure."""
+        if isinstance(answer, Failure) and answer.reason not in UNREADABLE:
+            return answer
+        kept = {"raw": answer.raw, "model": answer.model, "usage": answer.usage, "attempts": answer.attempts}
+        try:
+            return Revision(read_raw(self._codec, draft, answer.raw), **kept)
+        except UnreadableReply as error:
+            return Failure(str(error), retry=True, **kept)
 
     def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
         """The answer in the body of a response that came by file. Nothing is sent back."""

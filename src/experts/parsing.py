@@ -1,6 +1,6 @@
 """An expert model's reply -> edits. A pure function of the text, so that a kept reply can be read again without a call.
 
-    read_reply('{"right": false, "edits": [{"org": "cat", "target": "dog", "reason": "..."}]}') -> Reading
+    read_reply('{"right": false, "edits": [{"org": "cat", "target": "dog", "kind": "object"}]}') -> Reading
     read_reply("right") -> Reading without edits
 
 Around the JSON there may be prose, code fences and a model's thoughts; of several values the last one counts. What
@@ -22,6 +22,7 @@ from typing import Any
 
 from src.batch import Edit
 
+KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes; revise.md explains them
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -30,8 +31,12 @@ SCHEMA = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {name: {"type": "string"} for name in ("org", "target", "reason")},
-                "required": ["org", "target", "reason"],
+                "properties": {
+                    **{name: {"type": "string"} for name in ("org", "target")},
+                    "kind": {"type": "string", "enum": list(KINDS)},
+                    "reason": {"type": "string"},
+                },
+                "required": ["org", "target", "kind", "reason"],
                 "additionalProperties": False,
             },
         },
@@ -47,8 +52,11 @@ _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _DECODER = json.JSONDecoder()
 
 
+UNREADABLE = ("empty", "malformed", "wrong_schema", "contradiction")
+
+
 class UnreadableReply(ValueError):
-    """A reply that says nothing usable; the message is the reason that is counted."""
+    """A reply that says nothing usable; the message is the reason that is counted, one of UNREADABLE."""
 
 
 @dataclass(frozen=True)
@@ -118,4 +126,6 @@ def _edit(item: Any) -> Edit | None:
     org, target, reason = item.get("org"), item.get("target"), item.get("reason", "")
     if not isinstance(org, str) or not isinstance(target, str) or not org:
         return None
-    return Edit(clean(org), clean(target), None, clean(reason)[:LONGEST_REASON] if isinstance(reason, str) else "")
+    reason = clean(reason)[:LONGEST_REASON] if isinstance(reason, str) else ""
+    kind = item.get("kind")
+    return Edit(clean(org), clean(target), None, reason, kind if kind in KINDS else "")

@@ -1,0 +1,105 @@
+"""What became of the drafts of a round: counts for its manifest, for TensorBoard, and for a line of text.
+
+tally.add(answer); tally.place(codec, draft, edits) -> spans; tally.close()
+summary(manifest)       "40 drafted, 33 revised, ...; edits rejected: 2 absent"
+yields(manifest)        {"yield": .92, "yield_unrepaired": .81}
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.align import Aligned, locate
+from src.batch import Draft, Edit, Failure, Revision
+from src.journal import Answer
+from src.tokenizer import Codec
+
+COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswered", "edits")
+
+
+@dataclass
+class Tally:
+    """Counts, each a key of the manifest.
+
+    counts: drafted + late = revised + failed + unanswered, revised = right + written + unusable (no edit placed).
+        `late` are drafts of the round before that were asked about again; `edits` are those that were placed,
+        `kinds` the same by kind of mistake, `rejected` the others by reason
+    again: drafts about which asking again may help, by reason
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    again: Counter[str] = field(default_factory=Counter)
+    latency: dict[str, float] = field(default_factory=dict)  # percentiles, in seconds
+    _seconds: list[float] = field(default_factory=list)  # that an answer took, where its expert says so
+
+    def __post_init__(self) -> None:
+        self.counts.update(dict.fromkeys(COUNTS, 0))
+
+    def add(self, answer: Answer | None, *, late: bool = False) -> None:
+        """Count a draft and its answer."""
+        self.counts["late" if late else "drafted"] += 1
+        seconds = answer.usage.get("seconds") if answer is not None else None
+        if isinstance(seconds, int | float):
+            self._seconds.append(seconds)
+        if isinstance(answer, Revision):
+            self.counts["revised"] += 1
+            self.counts["right"] += not answer.edits
+        elif isinstance(answer, Failure):
+            self.counts["failed"] += 1
+            self.failures[answer.reason] += 1
+            self.again.update([answer.reason] * answer.retry)
+        else:
+            self.counts["unanswered"] += 1
+            self.again["unanswered"] += 1
+
+    def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> Aligned:
+        """The token spans of a draft's edits, counted."""
+        aligned = locate(codec, draft.token_ids, edits)
+        self.rejected += aligned.rejected
+        self.kinds.update(span.kind for span in aligned.spans if span.kind)
+        self.counts["edits"] += len(aligned.spans)
+        self.counts["unusable"] += not aligned.spans
+        self.counts.update(aligned.resized)
+        return aligned
+
+    def close(self) -> None:
+        """Find the percentiles: all answers are in."""
+        if len(self._seconds) > 1:
+            cuts = statistics.quantiles(self._seconds, n=100, method="inclusive")
+            self.latency.update({f"p{number}": round(cuts[number - 1], 3) for number in (50, 90, 99)})
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All but `counts`, by name; they go on counting."""
+        names = ("kinds", "rejected", "failures", "again", "latency")
+        return {name: getattr(self, name) for name in names}
+
+
+def summary(manifest: Mapping[str, Any]) -> str:
+    """What became of the drafts of a round, in one line: the counts, then why edits and drafts were of no use."""
+    told = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items() if count or name != "late")]
+    for kind, what in (("rejected", "edits rejected"), ("failures", "drafts failed")):
+        if reasons := manifest[kind]:
+            told.append(f"{what}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
+    return "; ".join(told)
+
+
+def yields(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """The share of all edits that could be placed, as it is (`yield`) and as it was before the expert repaired any.
+
+    Empty where there are no edits; the second only where the expert was asked to repair some.
+    """
+    placed, usage = manifest["counts"]["edits"], manifest.get("usage", {})
+    found = {}
+    if total := placed + sum(manifest["rejected"].values()):
+        found["yield"] = placed / total
+    if usage.get("returned") and usage.get("proposed"):
+        found["yield_unrepaired"] = 1 - usage["returned"] / usage["proposed"]
+    return found

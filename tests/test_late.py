@@ -1,0 +1,275 @@
+"""A round with a deadline: what the expert has not answered by then is asked about in the next round."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.asking import SILENCE, ExpertThread, SilentExpert
+from src.batch import Failure, Revision
+from src.drafting import read_drafts
+from src.experts.client import ExpertError
+from src.experts.limits import Limits
+from src.experts.openai import OpenAIExpert
+from src.experts.scenes import ScenesExpert
+from src.journal import Journal
+from src.shards import read_shard
+from tests.servers.scripted import Http, Request, Scripted, error, reply
+from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case()
+
+
+class Slow(Diligent):
+    """Answers the drafts of some keys, and the others never, until it is told to."""
+
+    def __init__(self, log: Path, *, answered: set[str] | None = None) -> None:
+        super().__init__(log)
+        self.answered = answered
+
+    async def revise(self, drafts):
+        for draft in drafts:
+            if self.answered is not None and draft.key[:3] not in self.answered:
+                await asyncio.sleep(600)
+            async for answer in super().revise([draft]):
+                yield answer
+
+
+FIRST = {"s00", "s01", "s04", "s05", "s08"}  # the first drafts of each chunk, so that they wait for no other
+
+
+def short(case: Case, folder: Path, expert, **changed) -> dict:
+    """The manifest of a round that ends early."""
+    return case.run(folder / "round-0001", expert, deadline=0.5, **changed).manifest
+
+
+def following(case: Case, folder: Path, expert) -> dict:
+    """The manifest of the round after it, which drafts for other samples."""
+    batches = [replace(batch, keys=[f"t{key[1:]}" for key in batch.keys]) for batch in case.batches()]
+    changed = {"batches": batches, "settings": {**case.settings, "round": 2}, "late": folder / "round-0001"}
+    return case.run(folder / "round-0002", expert, **changed).manifest
+
+
+def samples(folder: Path) -> list[dict]:
+    return [sample["json"] for path in sorted(folder.glob("round-*.tar")) for sample in read_shard(path)]
+
+
+def asked(log: Path) -> list[str]:
+    return log.read_text().split()
+
+
+def test_a_round_ends_at_its_deadline_and_the_next_one_asks_for_the_rest(case, tmp_path):
+    first = short(case, tmp_path, Slow(tmp_path / "asked-1", answered=FIRST))
+    answered = asked(tmp_path / "asked-1")
+    missing = NUM - len(answered)
+    assert 0 < missing < NUM
+    assert first["counts"]["unanswered"] == missing == first["again"]["unanswered"]
+    assert first["counts"]["drafted"] == NUM
+
+    second = following(case, tmp_path, Slow(tmp_path / "asked-2"))
+    assert second["counts"]["late"] == missing
+    assert second["counts"]["drafted"] == second["counts"]["revised"] - missing == NUM
+    assert second["counts"]["right"] + second["counts"]["written"] == NUM + missing
+    again = asked(tmp_path / "asked-2")
+    assert len(again) == len({*again}) == NUM + missing
+    assert not {*again} & {*answered}
+
+    late = [sample for sample in samples(tmp_path / "round-0002") if sample["key"].endswith("-late")]
+    whole = case.run(tmp_path / "whole", Slow(tmp_path / "asked-3"))
+    right = {sample["key"]: sample for sample in samples(whole.path)}
+    assert len(late) == len(right) - len(samples(tmp_path / "round-0001")) > 0
+    for sample in late:
+        assert sample == {**right[sample["key"].removesuffix("-late")], "key": sample["key"]}
+
+
+def test_a_round_that_takes_up_late_drafts_may_be_killed(case, tmp_path):
+    """Right before its shards get their names: the journal has all answers, and none is asked for again."""
+    for name in ("whole", "killed"):
+        short(case, tmp_path / name, Slow(tmp_path / f"{name}-1", answered=FIRST))
+    following(case, tmp_path / "whole", Slow(tmp_path / "whole-2"))
+
+    def killed() -> None:
+        kill_at_rename(8)  # five chunks of drafts, their settings and index, a shard
+        following(case, tmp_path / "killed", Slow(tmp_path / "killed-2"))
+
+    assert in_child(killed) != 0
+    assert asked(tmp_path / "killed-2") == asked(tmp_path / "whole-2")
+    following(case, tmp_path / "killed", Slow(tmp_path / "killed-2"))
+    assert asked(tmp_path / "killed-2") == asked(tmp_path / "whole-2")
+    assert samples(tmp_path / "killed" / "round-0002") == samples(tmp_path / "whole" / "round-0002")
+
+
+def test_late_drafts_of_another_expert_are_left_alone(case, tmp_path):
+    short(case, tmp_path, Slow(tmp_path / "asked-1", answered=FIRST))
+    second = following(case, tmp_path, ScenesExpert())
+    assert second["counts"]["late"] == 0
+    assert second["counts"]["drafted"] == second["counts"]["revised"] == NUM
+
+
+def test_damaged_late_drafts_are_left_out(case, tmp_path, caplog):
+    short(case, tmp_path, Slow(tmp_path / "asked-1", answered=FIRST))
+    damaged = sorted((tmp_path / "round-0001" / "drafts").glob("*.tar"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:1500])
+    second = following(case, tmp_path, Slow(tmp_path / "asked-2"))
+    assert second["counts"]["late"] == 0
+    assert second["counts"]["revised"] == NUM
+    assert "late drafts are left out" in caplog.text
+
+
+# --- the OpenAI expert --------------------------------------------------------------------------------------------
+
+
+def an_expert(case: Case, url: str, **limits) -> OpenAIExpert:
+    given = Limits(**{"concurrency": 2, "pause_s": 0.2, **limits})
+    return OpenAIExpert(codec=case.codec, model="m", base_url=url, key_env=None, profile="plain", limits=given)
+
+
+def test_what_is_under_way_at_the_deadline_is_kept_and_nothing_else_is_sent(case, tmp_path):
+    """Two at once, half a second each: a few are answered, the rest in the next round; every reply is used."""
+    answer = lambda request: reply('{"right": true, "edits": []}', delay=0.5)  # noqa: E731
+    with Scripted(answer) as server:
+        first = case.run(tmp_path / "round-0001", an_expert(case, server.url), deadline=0.7)
+        sent = len(server.requests)
+        time.sleep(0.6)
+        assert len(server.requests) == sent == first.manifest["counts"]["revised"]
+        assert 2 <= sent < NUM
+        assert first.manifest["failures"] == {"deadline": NUM - sent} == first.manifest["again"]
+        assert first.manifest["usage"]["requests"] == sent
+        second = following(case, tmp_path, an_expert(case, server.url, concurrency=64))
+        assert len(server.requests) == NUM + NUM == sent + second["usage"]["requests"]
+        assert second["counts"]["late"] == NUM - sent
+
+
+@pytest.mark.parametrize("trouble", ["away", "limited", "slow rate"])
+def test_a_deadline_ends_every_kind_of_waiting(case, tmp_path, trouble):
+    """For a server that is away, one that refuses all, and a rate of a request in ten minutes."""
+    limits = {"give_up_s": 600, "pause_s": 60, "pause_after": 2}
+    if trouble == "slow rate":
+        limits |= {"requests_per_minute": 0.1}
+
+    def answer(request: Request) -> Http | bytes:
+        return {"away": b"", "limited": error(429, retry_after="50"), "slow rate": reply("right")}[trouble]
+
+    with Scripted(answer) as server:
+        began = time.monotonic()
+        made = case.run(tmp_path / "round-0001", an_expert(case, server.url, **limits), deadline=1.0)
+        assert time.monotonic() - began < 10
+    failures = made.manifest["failures"]
+    assert sum(failures.values()) + made.manifest["counts"]["revised"] == NUM
+    assert failures["deadline"] >= NUM - 4
+
+
+def test_an_expert_after_its_deadline_asks_again(case, tmp_path):
+    """The same object, as the callback has it: the end of one round is not that of the next."""
+    with Scripted(lambda request: reply("right", delay=0.3)) as server:
+        expert = an_expert(case, server.url)
+        first = case.run(tmp_path / "round-0001", expert, deadline=0.1)
+        assert first.manifest["failures"]["deadline"] > 0
+        second = following(case, tmp_path, expert)
+        assert second["counts"]["revised"] == NUM + first.manifest["failures"]["deadline"]
+
+
+# --- the thread ---------------------------------------------------------------------------------------------------
+
+
+class Silent:
+    """Its calls do not come back."""
+
+    name, settings, trouble = "silent", {}, "connection, http://somewhere"
+
+    async def revise(self, drafts):
+        await asyncio.sleep(600)
+        yield drafts[0].key, Failure("never")
+
+
+class Bar:
+    def update(self, count: int = 1) -> None: ...
+
+
+def test_silence_is_told_with_the_last_trouble(case, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("src.asking.SILENCE", SILENCE / 200)
+    chunk = next(iter(chunks(case, tmp_path)))
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(SilentExpert, match="has not answered for 1 s"),
+        Journal(tmp_path / "j", expert="e") as journal,
+        ExpertThread(Silent(), journal, Bar(), patience=1.0) as thread,
+    ):
+        thread.ask(chunk)
+    told = re.findall(r"silent has not answered for \d+ s \(connection, http://somewhere\)", caplog.text)
+    assert 1 <= len(told) <= 4
+
+
+def test_many_answers_share_a_sync(case, tmp_path, monkeypatch):
+    """Of a disk that takes long: the answers that come meanwhile are written together, and all of them are there."""
+    syncs = []
+
+    def slow(handle: int) -> None:
+        syncs.append(handle)
+        time.sleep(0.2)
+
+    class Quick:
+        name, settings = "quick", {}
+
+        async def revise(self, drafts):
+            for draft in drafts:
+                await asyncio.sleep(0.005)
+                yield draft.key, Revision((), usage={"tokens": 1})
+
+    drafts = [draft for chunk in chunks(case, tmp_path) for draft in chunk]
+    monkeypatch.setattr("os.fsync", slow)
+    with Journal(tmp_path / "j", expert="e") as journal, ExpertThread(Quick(), journal, Bar(), patience=60) as thread:
+        thread.ask(drafts)
+    assert 1 < len(syncs) < len(drafts)
+    lines = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == sorted(draft.key for draft in drafts)
+    with Journal(tmp_path / "j", expert="e") as journal:
+        assert all(journal.is_settled(draft) for draft in drafts)
+        assert journal.usage == {"tokens": NUM}
+
+
+def chunks(case: Case, folder: Path):
+    if not (folder / "made").exists():
+        case.run(folder / "made", ScenesExpert())
+    return read_drafts(folder / "made" / "drafts")
+
+
+def test_a_draft_that_is_written_again_is_asked_about_once(case, tmp_path):
+    """The same samples in both rounds, of a model that writes the same: a late draft is then one of the new ones."""
+    answer = lambda request: reply('{"right": true, "edits": []}', delay=0.3)  # noqa: E731
+    with Scripted(answer) as server:
+        first = short(case, tmp_path, an_expert(case, server.url))
+        assert first["failures"]["deadline"] > 0
+        changed = {"settings": {**case.settings, "round": 2}, "late": tmp_path / "round-0001"}
+        before = len(server.requests)
+        second = case.run(tmp_path / "round-0002", an_expert(case, server.url, concurrency=64), **changed).manifest
+        assert len(server.requests) - before == NUM == second["counts"]["revised"] == second["counts"]["drafted"]
+        assert second["counts"]["late"] == 0
+
+
+def test_an_error_in_the_end_leaves_what_is_under_way_its_time(case, tmp_path):
+    """The key is revoked while others are under way, of this chunk and of another: their replies are kept."""
+
+    def answer(request: Request) -> Http:
+        return error(401, "revoked") if request.number == 3 else reply("right", delay=0.6)
+
+    with Scripted(answer) as server, pytest.raises(ExpertError, match="revoked"):
+        case.run(tmp_path / "round", an_expert(case, server.url, concurrency=6))
+    sent = len(server.requests)
+    kept = [json.loads(line) for line in next((tmp_path / ".round.partial").glob("journal*")).open()]
+    assert len(kept) == sent - 1 >= 3
+    assert all("revision" in line for line in kept)
+    with Scripted(lambda request: reply("right")) as server:
+        made = case.run(tmp_path / "round", an_expert(case, server.url))
+        assert len(server.requests) == NUM - len(kept)
+    assert made.manifest["counts"]["revised"] == NUM
