@@ -25,6 +25,7 @@ import lightning as L
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
+from src.align import RESIZED
 from src.batch import Batch
 from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
@@ -235,6 +236,8 @@ class ShardData(L.LightningDataModule):
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the model has "
                 f"{self.codec.fingerprint}; make it again by {again} with this tokenizer"
             )
+        if self.codec.gap_id is None and any(index.content.get("counts", {}).get(name) for name in RESIZED):
+            raise ValueError(f"{index.path} was made with a gap, and there is none here: set gap=TOKEN")
         return index
 
 

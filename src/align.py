@@ -9,13 +9,16 @@ The draft is whatever a model wrote, so its ids need not be the tokenizer's own 
     edit -> characters of the draft text -> widened to token borders of the draft -> new text of those tokens
          -> encoded -> equally many tokens? -> without the tokens that stay the same -> Span
 
-An edit that cannot be had by replacing tokens one for one is dropped and counted under its reason:
+With a gap in the codec, a token that decodes to nothing, an edit may change the number of tokens: a shorter text gets
+gaps as targets, and where the text is longer, gaps are put into the draft (`Aligned.ids`), whose text stays the same.
+
+An edit that cannot be had by replacing tokens in this way is dropped and counted under its reason:
 
     empty           nothing is quoted
     no_change       it changes no token
     absent          the quoted text is not in the draft
     ambiguous       it occurs several times, and no (valid) place is given
-    unequal_length  the new text has more or fewer tokens
+    unequal_length  the new text has more or fewer tokens, and the codec has no gap
     overlap         an edit accepted before touches the same characters or tokens
     unknown         the tokenizer lacks a character of the new text, and would leave it out
     misaligned      the new tokens do not decode to the new text
@@ -25,17 +28,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from src.batch import Edit
 from src.tokenizer import Codec
+
+RESIZED = ("stretched", "shortened", "filled")  # what edits with gaps do, see `Aligned`
 
 
 @dataclass(frozen=True)
 class Span:
     """Tokens `start` to `end` (exclusive) of a draft are wrong: `target_ids`, equally many, are right.
 
-    `org` and `target` are the texts of the edit that it came from.
+    `org`, `target` and `kind` are those of the edit that it came from.
     """
 
     start: int
@@ -43,24 +49,41 @@ class Span:
     target_ids: list[int]
     org: str
     target: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """The spans of a draft, in order and apart from each other; how many edits were dropped, by reason."""
+    """The spans of a draft, in order and apart from each other; how many edits were dropped, by reason.
+
+    ids: the draft, with the gaps that were put into it; the spans are places in these
+    resized: how many edits changed the number of tokens (RESIZED): `stretched` with gaps put into the draft,
+        `shortened` to tokens and gaps, or `filled` gaps that it had
+    """
 
     spans: list[Span]
     rejected: Counter[str]
+    ids: list[int] = field(default_factory=list)
+    resized: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """An edit in both worlds: `text[start:end]` becomes `new`, and the same as tokens."""
+    """An edit in both worlds: `text[start:end]` becomes `new`, and the same as tokens.
+
+    The span is one of the draft as it was; its target is longer by the gaps to put in at its end, or fewer tokens than
+    before are followed by gaps.
+    """
 
     start: int
     end: int
     new: str
     span: Span
+
+    @property
+    def room(self) -> int:
+        """How many gaps the draft needs."""
+        return len(self.span.target_ids) - (self.span.end - self.span.start)
 
 
 class _RejectedError(Exception):
@@ -81,7 +104,7 @@ def locate(codec: Codec, draft_ids: Sequence[int], edits: Sequence[Edit]) -> Ali
                 placed.append(found)
             except _RejectedError as reason:
                 rejected[str(reason)] += 1
-    return Aligned(sorted((p.span for p in placed), key=lambda span: span.start), rejected)
+    return _stretched(codec, ids, placed, rejected)
 
 
 def apply_spans(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
@@ -112,9 +135,12 @@ def locate_swap(codec: Codec, text: str, start: int, end: int, wrong: str) -> tu
 def _borders(codec: Codec, ids: list[int], text: str) -> list[tuple[int, int]]:
     """(character, token) pairs: the first `token` ids decode to exactly the first `character` characters.
 
-    Decoding every beginning of the draft holds for any decoder and any ids. Inside a character that is spread
-    over several tokens there is no border; a special token has one on both sides at the same character.
+    Inside a character that is spread over several tokens there is no border; a special token has one on both sides at
+    the same character. Where the texts of single tokens do not say it, every beginning of the draft is decoded, which
+    holds for any decoder and any ids, but takes time quadratic in the length.
     """
+    if (pieces := codec.pieces(ids)) is not None:
+        return [(char, token) for token, char in enumerate(accumulate(map(len, pieces), initial=0))]
     length = ids.index(codec.eot_id) if codec.eot_id in ids else len(ids)
     heads = ((codec.decode(ids[:token]), token) for token in range(length + 1))
     return [(len(head), token) for head, token in heads if text.startswith(head)]
@@ -135,19 +161,61 @@ def _place(codec: Codec, ids: list[int], text: str, borders: list[tuple[int, int
     target, offsets = codec.encode(text[left:first_char] + new + text[stop_char:right])
     if not _covers(offsets, new, first_char - left):
         raise _RejectedError("unknown")
-    if len(target) != end - start:
-        raise _RejectedError("unequal_length")
-    first, stop = _differing(ids[start:end], target)
-    if first == stop:
+    first, stop, target = _smallest(codec, ids, start, end, target)
+    if first == stop and not target:
         raise _RejectedError("no_change")
-    span = Span(start + first, start + stop, target[first:stop], edit.org, edit.target)
-    return _Placed(first_char, stop_char, new, span)
+    return _Placed(first_char, stop_char, new, Span(first, stop, target, edit.org, edit.target, edit.kind))
+
+
+def _smallest(codec: Codec, ids: list[int], start: int, end: int, target: list[int]) -> tuple[int, int, list[int]]:
+    """(first, end, new ids) of the tokens within start..end that differ from a target, at least one new id for each.
+
+    More new ids than tokens, perhaps for none, stand for gaps that are put in; gaps that are there already are used
+    up first. Fewer are filled up with gaps.
+    """
+    if len(target) != end - start:
+        if codec.gap_id is None:
+            raise _RejectedError("unequal_length")
+        old = ids[start:end]
+        kept = [place for place, token in enumerate(old) if token != codec.gap_id]
+        if len(kept) == len(target):  # the gaps of the draft stay where they are
+            new = dict(zip(kept, target, strict=True))
+            target = [new.get(place, token) for place, token in enumerate(old)]
+        else:
+            head = _num_shared(old, target)
+            tail = _num_shared(old[head:][::-1], target[head:][::-1])
+            start, end, target = start + head, end - tail, target[head : len(target) - tail]
+            while end - start < len(target) and ids[end : end + 1] == [codec.gap_id]:
+                end += 1
+            while end - start < len(target) and start and ids[start - 1] == codec.gap_id:
+                start -= 1
+            if end - start < len(target):
+                return start, end, target
+            target = target + (end - start - len(target)) * [codec.gap_id]
+    first, stop = _differing(ids[start:end], target)
+    return start + first, start + stop, target[first:stop]
 
 
 def _covers(offsets: Sequence[tuple[int, int]], part: str, start: int) -> bool:
     """Whether tokens stand for all characters of a part of an encoded text, blanks aside."""
     covered = {char for a, b in offsets for char in range(a, b)}
     return all(char in covered for char, letter in enumerate(part, start) if not letter.isspace())
+
+
+def _stretched(codec: Codec, ids: list[int], placed: list[_Placed], rejected: Counter[str]) -> Aligned:
+    """The draft with the gaps that its edits need, each behind the tokens that its edit replaces."""
+    gap = [] if codec.gap_id is None else [codec.gap_id]
+    out, spans, resized, done = list[int](), list[Span](), Counter[str](), 0
+    for change in sorted(placed, key=lambda p: (p.span.start, p.span.end, p.start)):  # insertions before their token
+        span, old = change.span, ids[change.span.start : change.span.end]
+        out += ids[done : span.start]
+        start, done = len(out), span.end
+        out += old + change.room * gap
+        spans.append(replace(span, start=start, end=len(out)))
+        more = sum(map(span.target_ids.count, gap)) - sum(map(old.count, gap))
+        if change.room or more:
+            resized["stretched" if change.room else "shortened" if more > 0 else "filled"] += 1
+    return Aligned(spans, rejected, out + ids[done:], resized)
 
 
 def _check(codec: Codec, ids: list[int], text: str, placed: list[_Placed], found: _Placed) -> None:
@@ -160,7 +228,8 @@ def _check(codec: Codec, ids: list[int], text: str, placed: list[_Placed], found
     together = sorted([*placed, found], key=lambda p: p.start, reverse=True)
     for change in together:
         text = text[: change.start] + change.new + text[change.end :]
-    if codec.decode(apply_spans(ids, [p.span for p in together])) != text:
+    changed = _stretched(codec, ids, together, Counter())
+    if codec.decode(apply_spans(changed.ids, changed.spans)) != text:
         raise _RejectedError("misaligned")
 
 
@@ -193,8 +262,8 @@ def _shared_words(org: str, target: str) -> tuple[int, int]:
     return head, len(tail) - tail.find(" ") if " " in tail else 0
 
 
-def _num_shared(one: str, two: str) -> int:
-    """How many characters two texts share at their start."""
+def _num_shared(one: Sequence[str | int], two: Sequence[str | int]) -> int:
+    """How many characters or tokens two texts share at their start."""
     pairs = enumerate(zip(one, two, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
 

@@ -1,6 +1,6 @@
 """What a training run is made of, from its config.
 
-    codec = Codec.load(cfg.tokenizer)
+    codec = codec_of(cfg)
     data, objective, trainer = assemble(cfg, codec, ...)      everything, as far as can be told fit for each other
     rehearse(cfg)                                             the same without weights, trainer or devices
 
@@ -71,7 +71,7 @@ def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
     """
     quiet()
     check_stops(cfg)
-    codec = Codec.load(cfg.tokenizer)
+    codec = codec_of(cfg)
     offers = offered(cfg, codec, Stop())
     data, _ = data_and_objective(cfg, partial(outlined, cfg.model, codec), **offers)
     data.place = (0, world)
@@ -79,6 +79,11 @@ def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
     for callback in _callbacks(cfg, **offers):
         if isinstance(callback, SelfCorrection) and data.epoch_batches:
             callback.check_length(max_epochs=cfg.trainer.max_epochs, max_steps=cfg.trainer.max_steps, steps=steps)
+
+
+def codec_of(cfg: DictConfig) -> Codec:
+    """The tokenizer of a config, with the gap that it names."""
+    return Codec.load(cfg.tokenizer).with_format(gap=cfg.get("gap"))
 
 
 def offered(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def settings_of(
         "num": num,
         "round": round_number,
         "seed": seed,
+        **({} if codec.prompt_format.gap is None else {"gap": codec.prompt_format.gap}),
         **data,
     }
 

@@ -20,7 +20,7 @@ import logging
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -195,9 +195,10 @@ def _fill(
             if bound is not None and unbounded:
                 bar.set_description(f"bound of {method}")
                 ledger.add_bound(method, evaluate_bound(backbone, bound, sampling, bar=bar))
+            own = replace(sampling, codec=Codec.load(settings.models[method]))  # one may write gaps, another not
             for cell in cells:
                 bar.set_description(cell.name)
-                ledger.add(cell, *evaluate_cell(backbone, samplers[cell], sampling, bar=bar))
+                ledger.add(cell, *evaluate_cell(backbone, samplers[cell], own, bar=bar))
                 _check_headline(ledger.stats[cell], settings)
 
 

@@ -30,6 +30,8 @@ from src.prompts.format import IMAGE, PromptFormat
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
+NO_GAP = tuple(token for token in SPECIAL if token != BOS)  # they mean something in a response, or divide a prompt
+BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 LONGEST = 1000  # characters of a word that a tokenizer is trained on
 _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
 _CUT = re.compile(rf"\s{{0,{LONGEST}}}\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}")
@@ -44,9 +46,10 @@ class Codec:
     """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
 
     `banned_ids`: special ids that a response never contains; `special` holds them with the other ids that the maths
-    needs; Raises ValueError when there is no chat template, or when the tokenizer lacks the mask, end-of-text or eot
-    token or one that the format suppresses. `files`: those that the tokenizer was read from, name -> content; `save`
-    writes them as they are, since other versions of transformers may not read what this one writes.
+    needs; Raises ValueError when there is no chat template, when the tokenizer lacks the mask, end-of-text or eot
+    token or one that the format suppresses, or when the format's gap is no special token that is free for it.
+    `files`: those that the tokenizer was read from, name -> content; `save` writes them as they are, since other
+    versions of transformers may not read what this one writes.
     """
 
     def __init__(
@@ -66,12 +69,17 @@ class Codec:
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
+        self.gap_id = self._gap(vocabulary)
         self.banned_ids = self._banned(vocabulary)
         # what a prompt turns into the ids of special tokens where it spells them out
         self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
+        # then the text is that of the backend, which takes half the time of `tokenizer.decode`
+        self._direct = type(tokenizer) is PreTrainedTokenizerFast and not _cleans_up(tokenizer)
+        self._concatenates = self._direct and isinstance(self._plain.decoder, decoders.ByteLevel)
+        self._texts: dict[int, str] = {}  # of single tokens
 
     @classmethod
     def load(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
@@ -96,9 +104,10 @@ class Codec:
             raise ValueError(f"{_template_file(path, prompt_format)}: {error}") from error
         return codec
 
-    def with_format(self, *, system: str | None = None, join: str | None = None) -> Codec:
-        """The same tokenizer with another system text ("": none) or another way to join; null keeps what it has."""
-        given = {name: value for name, value in {"system": system, "join": join}.items() if value is not None}
+    def with_format(self, *, system: str | None = None, join: str | None = None, gap: str | None = None) -> Codec:
+        """The same tokenizer with another system text or gap ("": none) or way to join; null keeps what it has."""
+        wanted = {"system": system, "join": join, "gap": gap}
+        given = {name: value for name, value in wanted.items() if value is not None}
         return Codec(self.tokenizer, replace(self.prompt_format, **given), files=self.files) if given else self
 
     @classmethod
@@ -173,6 +182,7 @@ class Codec:
             eot=self.eot_id,
             banned=tuple(self.banned_ids),
             vocab_size=self.vocab_size,
+            gap=self.gap_id,
             unwritten=tuple(sorted(number for number, token in added.items() if token.special)),
         )
 
@@ -186,17 +196,53 @@ class Codec:
         ids = list(ids)
         if self.eot_id in ids:
             ids = ids[: ids.index(self.eot_id)]
+        if self._direct:
+            return self._plain.decode(ids, skip_special_tokens=True)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
+        """The text of each token up to the first eot, if joined they are the decoded text; else None.
+
+        None where a character is spread over several tokens or broken, and for decoders that look at more than one
+        token. That of byte-level BPE puts bytes together, so every beginning of the list is the text of its tokens.
+        """
+        if not self._concatenates:
+            return None
+        known, found = self._texts, []
+        for token in ids:
+            if token == self.eot_id:
+                break
+            text = known.get(token)
+            if text is None:
+                text = known[token] = self._plain.decode([token], skip_special_tokens=True)
+            found.append(text)
+        joined = "".join(found)
+        return found if BROKEN not in joined and joined == self.decode(ids) else None
+
+    def _gap(self, vocabulary: dict[str, int]) -> int | None:
+        """The id of the format's gap. Raises ValueError for a token that is unknown, not special or not free."""
+        token = self.prompt_format.gap
+        if token is None:
+            return None
+        if token not in vocabulary:
+            raise ValueError(f"the tokenizer has no {token} token, which is to be the gap")
+        added = self.tokenizer.added_tokens_decoder.get(vocabulary[token])
+        if added is None or not added.special:
+            raise ValueError(f"{token} cannot be the gap: it is no special token, so it would be part of the text")
+        if token in NO_GAP:
+            raise ValueError(f"{token} cannot be the gap: it has a meaning already")
+        return vocabulary[token]
+
     def _banned(self, vocabulary: dict[str, int]) -> list[int]:
-        """Special ids that a response never contains.
+        """Special ids that a response never contains; the gap is none of them.
 
         A list of the format's is taken as it is, even without mask: a sampler never writes that, but as in the released
         one it is then among the tokens that share in a probability.
         """
         if self.prompt_format.suppress is None:
-            return sorted(set(self.tokenizer.all_special_ids) - {self.eot_id, self.eos_id})
-        return sorted({vocabulary[token] for token in (*self.prompt_format.suppress, IMAGE) if token in vocabulary})
+            return sorted(set(self.tokenizer.all_special_ids) - {self.eot_id, self.eos_id, self.gap_id})
+        suppressed = {vocabulary[token] for token in (*self.prompt_format.suppress, IMAGE) if token in vocabulary}
+        return sorted(suppressed - {self.gap_id})
 
     def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a prompt up to where the response starts; `image_id` stands where an image goes.
@@ -223,6 +269,13 @@ class Codec:
         for piece in pieces:
             ids += [self.image_id, *piece[lost:]]
         return ids
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether its decoding takes blanks before punctuation away. Of a BPE newer transformers do so only if forced."""
+    bpe = isinstance(tokenizer.backend_tokenizer.model, models.BPE)
+    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
+    return bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe))
 
 
 def _pieces(text: str) -> list[str]:

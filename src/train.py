@@ -42,7 +42,7 @@ from PIL import Image
 
 from datamodules.shards import Sample
 from src.asking import FailedRound
-from src.assembly import OFFERS, assemble, check_stops, data_and_objective, offered, outlined, quiet
+from src.assembly import OFFERS, assemble, check_stops, codec_of, data_and_objective, offered, outlined, quiet
 from src.batch import Batch
 from src.components import ConfigError, check, plain
 from src.config import load_config, main_guard, path_of
@@ -124,7 +124,7 @@ def _build(
     check_stops(cfg)
     check_started(cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1))
     run_dir.mkdir(parents=True, exist_ok=True)  # paths such as `run_dir/../stage1/model` need it
-    codec = Codec.load(cfg.tokenizer)
+    codec = codec_of(cfg)
     note = LambdaCallback(on_train_batch_start=lambda *_: _note(began, run_dir, first=first))
     return codec, *assemble(cfg, codec, note, stop=stop, first=first)
 
@@ -224,7 +224,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
         raise ConfigError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
     quiet()
     try:
-        codec = Codec.load(cfg.tokenizer)
+        codec = codec_of(cfg)
         data, objective = data_and_objective(
             cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
         )

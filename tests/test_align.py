@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 
-from src.align import Aligned, apply_spans, locate, locate_swap
+from src.align import Aligned, _borders, apply_spans, locate, locate_swap
 from src.batch import Edit
 from src.scenes.grammar import LEXICON, swaps, write_caption
 from src.scenes.graph import draw_scene
-from src.tokenizer import Codec
+from src.tokenizer import BOS, Codec
 
 ODD = "Häuser naïve 東京タワー 🙂🙃 isn't e\u0301 co-op “quoted” tab\there  two  blanks\nline ½"
 
@@ -252,6 +252,26 @@ def test_no_edits_and_an_empty_draft(codec: Codec) -> None:
     assert locate(codec, [codec.eot_id], [Edit("a", "b")]).rejected == {"absent": 1}
 
 
+def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_codec: Codec, raw_codec: Codec) -> None:
+    """Of any ids: captions, cut characters, special tokens, eot in the middle; many and few broken ones."""
+    broken = 0
+    for one, texts in ((codec, _captions(40)), (byte_codec, [ODD] * 40), (raw_codec, ["Häuser 東京 🙂"] * 40)):
+        rng = Random(5)
+        for text in texts:
+            ids = _cut(one, text, rng)
+            for changes in (0, 1, 5):
+                for _ in range(changes):
+                    ids[rng.randrange(len(ids))] = rng.randrange(one.vocab_size)
+                decoded, found = one.decode(ids), []
+                for token in range(len(ids) + 1):
+                    head = one.tokenizer.decode(ids[:token], skip_special_tokens=True)
+                    if one.eot_id not in ids[:token] and decoded.startswith(head):
+                        found.append((len(head), token))
+                assert _borders(one, ids, decoded) == found
+                broken += "\ufffd" in decoded
+    assert broken > 20
+
+
 def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
     rng, found, total = Random(3), 0, 0
     for _ in range(60):
@@ -288,3 +308,133 @@ def test_a_swap_that_changes_its_surroundings_is_refused() -> None:
     assert [len(codec.encode(text)[0]) for text in ("ab", "xc", "abc", "axc")] == [1, 1, 2, 2]
     assert locate_swap(codec, "abc", 1, 2, "x") is None  # ab|c becomes a|xc: the c changes its token
     assert locate_swap(codec, "abc", 1, 3, "xc") == (0, 2, codec.encode("axc")[0])
+
+
+def _gapped(codec: Codec) -> Codec:
+    return codec.with_format(gap=BOS)
+
+
+def _sprinkled(codec: Codec, ids: list[int], rng: Random, count: int) -> list[int]:
+    """The ids with gaps at random places."""
+    ids = list(ids)
+    for _ in range(count):
+        assert codec.gap_id is not None
+        ids.insert(rng.randrange(len(ids) + 1), codec.gap_id)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("edit", "marked", "drafted", "corrected"),  # tokens and gaps (_) of the draft to train on, and of the right text
+    [
+        (Edit("is is", "is"), "One|object|is|is|red,|quite|red.", None, "One|object|is|_|red,|quite|red."),
+        (Edit(" object", ""), "One|object|is|red.", None, "One|_|is|red."),
+        (Edit("object is", "ring"), "One|object|is|red.", None, "One|ring|_|red."),
+        (
+            Edit("One object", "One blue object"),
+            "One|object|is|red.",
+            "One|_|object|is|red.",
+            "One|blue|object|is|red.",
+        ),
+        (Edit("is", "is quite"), "One|object|is|red.", "One|object|is|_|red.", "One|object|is|quite|red."),
+        (Edit("is", "holds two"), "One|object|is|red.", "One|object|is|_|red.", "One|object|holds|two|red."),
+        (Edit("red.", "red. red."), "One|object|is|red.", None, "One|object|is|red.|red."),
+        # gaps of the draft are used up first, on either side, and stay where they are not needed
+        (Edit("is", "is quite"), "One|object|is|_|red.", "One|object|is|_|red.", "One|object|is|quite|red."),
+        (Edit("red", "quite red"), "One|object|is|_|red.", "One|object|is|_|red.", "One|object|is|quite|red."),
+        (Edit("is red", "on blue"), "One|object|is|_|red.", "One|object|is|_|red.", "One|object|on|_|blue."),
+        (Edit("is red", "on"), "One|object|is|_|red.", "One|object|is|_|red.", "One|object|on|_|_."),
+        (Edit("is", "is quite quite"), "One|is|_|red.", "One|is|_|_|red.", "One|is|quite|quite|red."),
+    ],
+)
+def test_gaps_take_up_edits_of_unequal_length(
+    codec: Codec, edit: Edit, marked: str, drafted: str | None, corrected: str
+) -> None:
+    one = _gapped(codec)
+
+    def ids_of(line: str) -> list[int]:
+        ids = list[int]()
+        for place, word in enumerate(line.split("|")):
+            bare = word.removesuffix(".").removesuffix(",")
+            blank = " " if place else ""
+            ids += [one.gap_id] if bare == "_" else one.encode(blank + bare)[0]  # type: ignore[list-item]
+            ids += one.encode(word[len(bare) :])[0]
+        return [*ids, one.eot_id]
+
+    ids = ids_of(marked)
+    aligned = locate(one, ids, [edit])
+    assert not aligned.rejected
+    if drafted is not None or len(ids_of(corrected)) == len(ids):
+        assert aligned.ids == ids_of(drafted or marked)
+    assert one.decode(aligned.ids) == one.decode(ids)
+    assert apply_spans(aligned.ids, aligned.spans) == ids_of(corrected)
+
+
+@pytest.mark.parametrize("gaps", [0, 4])
+@pytest.mark.parametrize("chopped", [False, True])
+def test_edits_of_any_length_equal_replacement_on_captions(codec: Codec, chopped: bool, gaps: int) -> None:
+    """Of several edits in captions, with gaps in the draft or without: texts, order, and the number of tokens."""
+    one, rng, resized, rejected, total = _gapped(codec), Random(11), Counter[str](), Counter[str](), 0
+    words = sorted({w for name in ("size", "colour", "shape", "row", "number") for w in LEXICON[name]})
+    for text in _captions(120):
+        ids = _cut(one, text, rng) if chopped else one.encode(text)[0]
+        ids = [*_sprinkled(one, ids, rng, gaps), one.eot_id, one.eos_id]
+        starts = [0, *(i + 1 for i, char in enumerate(text) if char == " ")]
+        ends = [text.find(" ", start) if " " in text[start:] else len(text) for start in starts]
+        places = [(a, ends[min(i + rng.randint(0, 2), len(ends) - 1)]) for i, a in enumerate(starts)]
+        changes = [(a, b, " ".join(rng.choices(words, k=rng.randint(1, 4)))) for a, b in _apart(rng, places, 5)]
+        aligned = locate(one, ids, [Edit(text[a:b], new, a) for a, b, new in changes])
+        _check_invariants(aligned.ids, aligned)
+        wanted = Counter((span.org, span.target) for span in aligned.spans)
+        accepted = [c for c in changes if wanted[text[c[0] : c[1]], c[2]]]
+        assert one.decode(aligned.ids) == text
+        bare = [token for token in ids if token != one.gap_id]
+        assert [token for token in aligned.ids if token != one.gap_id] == bare
+        assert aligned.ids[-2:] == ids[-2:]
+        if len(accepted) == len(aligned.spans):
+            assert one.decode(apply_spans(aligned.ids, aligned.spans)) == _replaced(text, accepted)
+        assert bool(aligned.resized["stretched"]) == (len(aligned.ids) > len(ids))
+        resized, rejected, total = resized + aligned.resized, rejected + aligned.rejected, total + len(changes)
+    assert set(rejected) <= {"no_change", "overlap"}
+    assert sum(rejected.values()) < total / 20
+    assert resized["stretched"] > 50
+    assert resized["shortened"] > 50
+    assert bool(resized["filled"]) == bool(gaps)
+
+
+def test_a_gap_changes_nothing_about_edits_that_need_none(codec: Codec, byte_codec: Codec) -> None:
+    """Edit by edit: equal lengths give the same spans, other ones as many more ids as the text takes more tokens."""
+    rng, kinds = Random(13), Counter[str]()
+    for plain, texts in ((codec, _captions(60)), (byte_codec, [ODD] * 30)):
+        one = _gapped(plain)
+        for text in texts:
+            ids = plain.encode(text)[0] if rng.random() < 0.5 else _cut(plain, text, rng)
+            for _ in range(6):
+                start = rng.randrange(len(text) - 6)
+                org = text[start : start + rng.randint(1, 6)]
+                target = "".join(rng.choices(text, k=rng.randint(0, 8)))
+                before, after = (locate(c, ids, [Edit(org, target, start)]) for c in (plain, one))
+                assert before.ids == ids
+                if before.rejected != {"unequal_length": 1}:
+                    assert before == after
+                    kinds["same"] += len(before.spans)
+                elif after.spans:
+                    right = [token for token in apply_spans(after.ids, after.spans) if token != one.gap_id]
+                    assert one.decode(right) == text[:start] + target + text[start + len(org) :]
+                    assert len(after.ids) == max(len(ids), len(right))
+                    kinds["longer" if len(right) > len(ids) else "shorter"] += 1
+                else:
+                    assert set(after.rejected) == {"misaligned"}
+    assert min(kinds[name] for name in ("same", "longer", "shorter")) > 30
+
+
+def test_two_insertions_at_one_place_keep_their_order(codec: Codec) -> None:
+    one = _gapped(codec)
+    ids = one.encode("A small ring is red.")[0]
+    for edits in (
+        [Edit("small", "small blue"), Edit("ring", "green ring")],
+        [Edit("ring", "green ring"), Edit("small", "small blue")],
+    ):
+        aligned = locate(one, ids, edits)
+        assert one.decode(apply_spans(aligned.ids, aligned.spans)) == "A small blue green ring is red."
+        assert one.decode(aligned.ids) == "A small ring is red."
+        assert aligned.resized == {"stretched": 2}

@@ -12,12 +12,23 @@ import pytest
 
 from src.align import apply_spans, locate
 from src.batch import Draft, Edit, Expert, Failure, Revision
+from src.drafting import describe
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert, correct
-from src.scenes.grammar import LEXICON, NUMBERS, TEMPLATES, Statement, swaps, write_caption, write_sentence
+from src.experts.slots import align, fits
+from src.scenes.grammar import (
+    LEXICON,
+    NUMBERS,
+    TEMPLATES,
+    Statement,
+    swaps,
+    template_words,
+    write_caption,
+    write_sentence,
+)
 from src.scenes.graph import Scene, SceneObject, draw_scene
 from src.scenes.score import score_caption
-from src.tokenizer import Codec
+from src.tokenizer import BOS, Codec
 
 WORDS = sorted({w for words in LEXICON.values() for w in words} | {"A", "the", "is", "in", "of", "xx", "there", "On"})
 
@@ -335,3 +346,135 @@ def test_a_joint_and_the_word_behind_it_are_mended_together():
     flawed = text[: place + 1] + "of" + text[place + 2 + len(word) :]
     (edit,) = correct(scene, flawed)
     assert flawed[: edit.start_char] + edit.target + flawed[edit.start_char + len(edit.org) :] == text
+
+
+def _distance(words: list[str], template: list[tuple[str, str | None, str]]) -> int:
+    """Word edit distance by its definition: the first words replaced, removed, or one inserted before them."""
+
+    def rest(i: int, j: int) -> int:
+        if (i, j) not in known:
+            if not words[i:] or not template[j:]:
+                known[i, j] = len(words[i:]) + len(template[j:])
+            else:
+                wrong = 99 if not words[i] else int(not fits(words[i], template[j], first=j == 0))
+                known[i, j] = min(rest(i + 1, j + 1) + wrong, rest(i + 1, j) + 1, rest(i, j + 1) + 1)
+        return known[i, j]
+
+    known: dict[tuple[int, int], int] = {}
+    return rest(0, 0)
+
+
+def test_words_are_aligned_by_edit_distance() -> None:
+    rng = Random(21)
+    for scene, text, _ in _samples(60, 20):
+        for sentence in re.findall(r"[^.]+\.", text):
+            words = sentence.strip().split(" ")
+            for _ in range(rng.randint(0, 4)):
+                place = rng.randrange(len(words))
+                words[place : place + rng.randint(0, 1)] = rng.choices([*WORDS, ""], k=rng.randint(0, 2))
+                words = words or ["A"]
+            for kind in TEMPLATES:
+                template = template_words(kind, rng.randrange(len(TEMPLATES[kind])))
+                cost, slots = align(words, template)
+                assert cost == _distance(words, template)
+                assert " ".join(slot for slot in slots if slot) == " ".join(words)
+                pairs = enumerate(zip(slots, template, strict=True))
+                # each slot counts its misfits: a missing word, a wrong one, or so many surplus ones
+                least = sum(max(len(slot.split(" ")) - 1, 0) + (not slot) for slot in slots)
+                most = least + sum(not any(fits(w, t, first=not n) for w in s.split(" ")) for n, (s, t) in pairs if s)
+                assert least <= cost <= most
+        assert scene
+
+
+@pytest.mark.parametrize("lengths", ["same", "any"])
+def test_scenes_mends_words_too_many_and_too_few(lengths: str) -> None:
+    """One word of a sentence doubled or gone: undone exactly; `same` keeps the number of words."""
+    expert, doubled = ScenesExpert(lengths=lengths), 0
+    for scene, text, rng in _samples(80, 22):
+        words = text.split(" ")
+        place = rng.randrange(len(words) - 1)
+        if "." in words[place] or (place and "." in words[place - 1]):
+            continue
+        for change in ([words[place]] * 2, []):
+            damaged = " ".join([*words[:place], *change, *words[place + 1 :]])
+            ((_, answer),) = _ask(expert, [_draft(damaged, scene=scene.to_dict())])
+            if lengths == "same":
+                fixed = _apply(damaged, getattr(answer, "edits", ()))
+                assert len(fixed.split(" ")) == len(damaged.split(" "))
+                continue
+            assert isinstance(answer, Revision)
+            assert _apply(damaged, answer.edits) == text
+            doubled += len(change)
+    assert lengths == "same" or doubled > 60
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3])
+def test_scenes_of_any_length_never_makes_a_caption_worse(rate: float) -> None:
+    """Words removed, inserted, doubled and replaced at random."""
+    better = 0
+    for scene, text, rng in _samples(120, 23):
+        words = [
+            out
+            for word in text.split(" ")
+            for out in (
+                rng.choice(([], [word, word], [rng.choice(WORDS)], ["", word])) if rng.random() < rate else [word]
+            )
+        ]
+        damaged = " ".join(words) or "A"
+        edits = correct(scene, damaged, lengths="any")
+        before, after = _quality(scene, damaged), _quality(scene, _apply(damaged, edits))
+        assert all(b >= a for a, b in zip(before[1:], after[1:], strict=True))
+        better += after > before
+        assert not correct(scene, text, lengths="any")
+    assert better > 40
+
+
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [
+        ("A a small red ring is in the upper left.", "A small red ring is in the upper left."),
+        ("A small ring is in the upper left.", "A small red ring is in the upper left."),
+        ("small red ring is in the upper left.", "A small red ring is in the upper left."),
+        ("A small red ring is in the upper left left.", "A small red ring is in the upper left."),
+        ("A  small red ring is in the upper left.", "A small red ring is in the upper left."),
+        ("A small red ring is in the", "A small red ring is in the upper left."),
+        ("A small blue blue ring in the upper left.", "A small red ring is in the upper left."),
+        ("zz zz zz zz zz zz", None),
+    ],
+)
+def test_scenes_of_any_length_known_cases(text: str, fixed: str | None) -> None:
+    scene = Scene((RING,), "gray")
+    ((_, answer),) = _ask(ScenesExpert(lengths="any"), [_draft(text, scene=scene.to_dict())])
+    if fixed is None:
+        assert answer == Failure("no_local_edit")
+    else:
+        assert isinstance(answer, Revision)
+        assert _apply(text, answer.edits) == fixed
+
+
+def test_scenes_lengths_are_checked_and_part_of_what_answers_depend_on() -> None:
+    with pytest.raises(ValueError, match="lengths must be one of same, any, got 'other'"):
+        ScenesExpert(lengths="other")
+    assert describe(ScenesExpert()) == {
+        "class": "ScenesExpert"
+    }  # as in rounds that were made before there was a choice
+    assert describe(ScenesExpert(lengths="any")) == {"class": "ScenesExpert", "lengths": "any"}
+
+
+def test_scenes_edits_of_any_length_are_placed_with_a_gap() -> None:
+    """Expert and alignment together: what the expert says is what the tokens read."""
+    codec = Codec.train([text for _, text, _ in _samples(150, 9, (1, 9))], vocab_size=600)
+    gapped, unequal = codec.with_format(gap=BOS), 0
+    for scene, text, rng in _samples(60, 24):
+        words = text.split(" ")
+        for _ in range(3):
+            place = rng.randrange(len(words))
+            words[place : place + rng.randint(0, 1)] = rng.choices(words, k=rng.randint(0, 1))
+        damaged = " ".join(words)
+        edits = correct(scene, damaged, lengths="any")
+        ids = [*gapped.encode(damaged)[0], gapped.eot_id]
+        unequal += locate(codec, ids, edits).rejected["unequal_length"]
+        aligned = locate(gapped, ids, edits)
+        assert not aligned.rejected
+        assert gapped.decode(apply_spans(aligned.ids, aligned.spans)) == _apply(damaged, edits)
+    assert unequal > 40

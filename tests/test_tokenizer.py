@@ -7,16 +7,22 @@ import json
 import re
 import shutil
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
+import torch
 import yaml
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from src.prompts.format import FOLDER, IMAGE, PromptFormat
 from src.tokenizer import BOS, EOS, EOT, HEADER_END, HEADER_START, MASK, SPECIAL, Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION, ANSWER = "Describe the picture.", "A small red ring."
+ODD = "Häuser 東京 🙂 e\u0301 isn't , it ? \ufffd\n\t two  blanks . <|eot_id|>"
+GPT2 = ROOT.parent / "shared" / "data" / "tokenizer_gpt2"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -272,3 +278,121 @@ def test_unwritten_ids_are_all_special_ones(codec) -> None:
 def test_an_unknown_format_lists_those_there_are(name) -> None:
     with pytest.raises(ValueError, match=f"no prompt format '{name}': take {', '.join(NAMES)}, or the path"):
         PromptFormat.load(name)
+
+
+def of_every_kind(tmp_path: Path) -> dict[str, Codec]:
+    """Tokenizers with decoders of several kinds, with and without a clean-up of blanks, trained and adopted."""
+    golden = tmp_path / "golden"
+    golden.mkdir()
+    shutil.copy(ROOT / "tests" / "golden" / "tokenizer.json", golden)
+    found = {
+        "bytes": Codec.train([], vocab_size=263, alphabet="bytes"),
+        "merged": Codec.train([ODD] * 3, vocab_size=330, alphabet="bytes"),
+        "base": Codec.load(ROOT / "assets" / "base"),
+        "golden": Codec.adopt(golden, prompt_format="plain"),
+    }
+    for forced in (False, True):
+        found["merged"].save(folder := tmp_path / f"cleans-{forced}")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["clean_up_tokenization_spaces"] = True
+        config["clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"] = forced
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        found[folder.name] = Codec.load(folder)
+    words = {
+        token: n for n, token in enumerate(["[UNK]", "a", "##b", "##c", ".", ",", "▁a", "▁", "<0xE2>", "isn", "'"])
+    }
+    pairs = {
+        "wordpiece": (models.WordPiece(words, unk_token="[UNK]"), decoders.WordPiece()),
+        "metaspace": (models.WordLevel(words, unk_token="[UNK]"), decoders.Metaspace()),
+        "fallback": (models.BPE(words, []), decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])),
+    }
+    for name, (model, decoder) in pairs.items():
+        backend = Tokenizer(model)
+        backend.decoder = decoder
+        backend.add_tokens(["a plain one", "ä"])
+        backend.save(str(file := tmp_path / f"{name}.json"))
+        backend = Tokenizer.from_file(str(file))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=name == "wordpiece")
+        tokenizer.add_special_tokens({"eos_token": EOS, "mask_token": MASK, "additional_special_tokens": [EOT]})
+        found[name] = Codec(tokenizer, PromptFormat.load("plain"))
+    if GPT2.is_dir():
+        found["gpt2"] = Codec.adopt(GPT2, prompt_format="plain")
+    return found
+
+
+def test_text_and_pieces_are_what_the_library_of_the_tokenizer_decodes(tmp_path) -> None:
+    """Random ids hold parts of characters, special tokens, ids that there are none of, and eot anywhere."""
+    whole = {}
+    for name, codec in of_every_kind(tmp_path).items():
+        rng, whole[name] = Random(0), 0
+        odd = codec.encode(ODD)[0] or [0]
+        special = [codec.mask_id, codec.eos_id, codec.vocab_size + 5]
+        for length in [0, 1, 2, 3] * 40 + [30] * 40:
+            any_ids = [rng.randrange(codec.vocab_size) for _ in range(length)]
+            ids = [rng.choice([rng.choice(odd), rng.choice(odd), rng.choice(special), token]) for token in any_ids]
+            ids = [*odd, *ids] if rng.random() < 0.3 else ids
+            kept = ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids
+            text = codec.tokenizer.decode(kept, skip_special_tokens=True)
+            assert codec.decode(ids) == text
+            assert codec.decode(np.array(ids, dtype=np.int64)) == codec.decode(torch.tensor(ids)) == text
+            if (pieces := codec.pieces(ids)) is not None:
+                whole[name] += 1
+                heads = [codec.tokenizer.decode(kept[:n], skip_special_tokens=True) for n in range(len(kept) + 1)]
+                assert heads == ["".join(pieces[:n]) for n in range(len(kept) + 1)]
+    assert not any(whole.pop(name) for name in ("cleans-True", "wordpiece", "metaspace", "fallback"))
+    assert all(count >= 20 for count in whole.values()), whole
+
+
+def test_a_gap_is_written_stripped_and_kept_with_the_model(tmp_path) -> None:
+    plain = Codec.load(ROOT / "assets" / "base")
+    codec = plain.with_format(gap=BOS)
+    assert (plain.gap_id, plain.special.gap) == (None, None)
+    assert codec.gap_id == codec.special.gap == codec.bos_id
+    assert set(plain.special.banned) - set(codec.special.banned) == {codec.gap_id}
+    assert codec.special.unwritten == plain.special.unwritten  # random replacements draw no gap
+    assert codec.fingerprint == plain.fingerprint  # its ids mean the same, and data on disk stay usable
+    assert codec.prompt_ids("Why?", images=1) == plain.prompt_ids("Why?", images=1)
+    ids = codec.encode("A red ring.")[0]
+    for place in range(len(ids) + 1):
+        assert codec.decode([*ids[:place], codec.gap_id, codec.gap_id, *ids[place:], codec.eot_id]) == "A red ring."
+    codec.save(tmp_path / "new")
+    again = Codec.load(tmp_path / "new")
+    assert again.special == codec.special
+    assert again.with_format(gap="").special == plain.special  # it can be taken back
+    assert again.with_format(gap=None) is again
+
+
+def test_a_prompt_format_from_before_gaps_loads_as_ever(tmp_path) -> None:
+    plain = Codec.load(ROOT / "assets" / "base")
+    plain.save(tmp_path)
+    content = yaml.safe_load((tmp_path / "prompt.yaml").read_text())
+    assert content.pop("gap") is None
+    (tmp_path / "prompt.yaml").write_text(yaml.safe_dump(content))
+    assert Codec.load(tmp_path).special == plain.special
+    assert Codec.load(tmp_path).prompt_format == plain.prompt_format
+
+
+def test_a_gap_of_a_model_with_suppressed_tokens(golden_folder_v) -> None:
+    codec = Codec.load(golden_folder_v)
+    assert BOS in (codec.prompt_format.suppress or ())
+    gapped = codec.with_format(gap=BOS)
+    assert set(codec.banned_ids) - set(gapped.banned_ids) == {gapped.gap_id}
+
+
+@pytest.mark.parametrize(
+    ("gap", "message"),
+    [
+        ("<|reserved_token_1|>", "has no <|reserved_token_1|> token, which is to be the gap"),
+        (" a", r"has no  a token"),
+        ("a", "a cannot be the gap: it is no special token"),
+        *((token, "cannot be the gap: it has a meaning already") for token in SPECIAL if token != BOS),
+    ],
+)
+def test_tokens_that_cannot_be_gaps(gap, message) -> None:
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        Codec.load(ROOT / "assets" / "base").with_format(gap=gap)
+
+
+def test_a_gap_that_is_no_text(tmp_path) -> None:
+    with pytest.raises(ValueError, match="gap must be a text, got 7"):
+        PromptFormat.load(write(tmp_path / "own.yaml", template="x", gap=7))

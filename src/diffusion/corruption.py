@@ -99,12 +99,38 @@ class Span:
     def _chosen(self, batch: Batch, noise: Noise) -> Tensor:
         if self.num is None:
             return batch.span > 0
-        count = int(batch.span.max()) if batch.span.numel() else 0
-        ids = torch.arange(1, count + 1, device=batch.span.device)
-        present = (batch.span[:, :, None] == ids).any(1)  # (B, S)
+        present = _spans_at(batch, batch.span > 0)  # (B, S)
         order = noise.uniform(present).argsort(1).argsort(1)  # rank of each span; absent ones come last
-        chosen = present & (order < self.num)  # (B, S)
-        return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
+        return _within(batch, present & (order < self.num))
+
+
+class Settle:
+    """Put some of the spans right again whose right tokens hold a gap: with probability `share` each.
+
+    The next pass of a sampler sees the gaps that this one has written. Nothing else in the data shows that they stay.
+    """
+
+    def __init__(self, *, gap: int, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"the share of settled spans must be within 0..1, got {share}")
+        self.gap, self.share = gap, share
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        gapped = _spans_at(batch, batch.response == self.gap)  # (B, S)
+        right = _within(batch, gapped & (noise.uniform(gapped) < self.share))
+        return Corrupted(torch.where(right, state.target, state.tokens), state.target, state.kind, state.rate)
+
+
+def _spans_at(batch: Batch, where: Tensor) -> Tensor:
+    """(B, S) bool: which spans have a token at a true place of `where` (B, L)."""
+    count = int(batch.span.max()) if batch.span.numel() else 0
+    ids = torch.arange(1, count + 1, device=batch.span.device)
+    return ((batch.span[:, :, None] == ids) & where[:, :, None]).any(1)
+
+
+def _within(batch: Batch, chosen: Tensor) -> Tensor:
+    """(B, L) bool: the places of the spans chosen (B, S)."""
+    return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
 
 
 class Hybrid:

@@ -4,10 +4,10 @@
 
     draft -> sentences -> readings (which template, which words fit it) -> true words -> single-word edits
 
-A sentence keeps its template, hence its number of words:
+A sentence keeps its template, and with `lengths: same` its number of words:
 
-1. A sentence that the grammar rejects is read as the nearest template of equally many words; where too many
-   words differ, it is left alone.
+1. A sentence that the grammar rejects is read as the nearest template of equally many words, or with `lengths: any` as
+   the nearest by word edit distance; where too many words differ, it is left alone.
 2. Object sentences are given objects one to one. First, as many objects as possible are described; then, a
    sentence stays with the object at the place that it names; then, as few words as possible change. Surplus
    sentences are made true where they stand.
@@ -21,9 +21,12 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 from src.batch import Draft, Edit, Failure, Revision
+from src.experts.slots import Slot, align, fits
 from src.scenes.grammar import (
+    FACT_OF_FIELD,
     LEXICON,
     NUMBERS,
     TEMPLATES,
@@ -35,17 +38,31 @@ from src.scenes.grammar import (
 from src.scenes.graph import Scene, SceneObject
 from src.scenes.score import score_caption
 
+LENGTHS = ("same", "any")
 MAX_MISMATCH = 0.45  # share of the words of an ungrammatical sentence that may differ from a template
 
 
 class ScenesExpert:
     """Corrects every sentence that it can read.
 
+    lengths: `same` replaces words one for one; `any` also removes words, and inserts them. An insertion is an edit of a
+    word beside it: `small` becomes `small red`.
+
     Fails with `no_scene` where the record holds no scene graph, with `damaged_scene` where that is of no use, and with
     `no_local_edit` where the draft is wrong but no sentence can be corrected word by word.
     """
 
     name = "scenes"
+
+    def __init__(self, *, lengths: str = "same") -> None:
+        if lengths not in LENGTHS:
+            raise ValueError(f"lengths must be one of {', '.join(LENGTHS)}, got {lengths!r}")
+        self.lengths = lengths
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on, but for the default."""
+        return {} if self.lengths == "same" else {"lengths": self.lengths}
 
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
         """Yield (key, answer) for every draft."""
@@ -59,7 +76,7 @@ class ScenesExpert:
             scene = Scene.from_dict(draft.record["scene"])
         except (KeyError, TypeError, ValueError, AttributeError):  # whatever a record of another form leads to
             return Failure("damaged_scene")
-        edits = tuple(correct(scene, draft.text))
+        edits = tuple(correct(scene, draft.text, lengths=self.lengths))
         if edits:
             return Revision(edits, raw=json.dumps([edit.to_dict() for edit in edits]), model=self.name)
         score = score_caption(scene, draft.text)
@@ -70,7 +87,11 @@ class ScenesExpert:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A sentence as a use of a template: its start in the text, its words, and the legible fields."""
+    """A sentence as a use of a template: its start in the text, its words, and the legible fields.
+
+    words: the text that stands for each word of the template; empty where the word is missing, and several words where
+        some are surplus
+    """
 
     start: int
     words: list[str]
@@ -87,9 +108,12 @@ class _Reading:
         return sum(a != b for a, b in zip(self.words, words, strict=True))
 
 
-def correct(scene: Scene, text: str) -> list[Edit]:
-    """Single-word edits, in order, that make the readable sentences of a text grammatical and true."""
-    readings = list(_readings(text))
+def correct(scene: Scene, text: str, *, lengths: str = "same") -> list[Edit]:
+    """Single-word edits, in order, that make the readable sentences of a text grammatical and true.
+
+    lengths: whether they may also insert and remove words (`any`) or not (`same`)
+    """
+    readings = list(_readings(text, lengths))
     about = [r for r in readings if r.kind == "object"]
     objects = dict(zip((r.start for r in about), _assign(scene, about), strict=True))
     edits = [edit for r in readings for edit in _edits(r, _true_words(scene, r, objects))]
@@ -101,14 +125,14 @@ def _with_joints(text: str, starts: list[int], edits: list[Edit]) -> list[Edit]:
     found = {edit.start_char: edit for edit in edits}
     for start in starts:
         word = text[start:].split(" ")[0]
-        edit = found.get(start) or Edit(word, word, start, "blank")
+        edit = found.get(start) or Edit(word, word, start, "blank", "syntax")
         if start and text[start - 1] != " ":
             end = text[start - 1]
             found.pop(start, None)
-            found[start - 1] = Edit(end + edit.org, f"{end} {edit.target}", start - 1, edit.reason)
+            found[start - 1] = Edit(end + edit.org, f"{end} {edit.target}", start - 1, edit.reason, edit.kind)
         elif start == 1:
             found.pop(start, None)
-            found[0] = Edit(f" {edit.org}", edit.target, 0, edit.reason)
+            found[0] = Edit(f" {edit.org}", edit.target, 0, edit.reason, edit.kind)
     return [found[place] for place in sorted(found, key=lambda place: place or 0)]
 
 
@@ -174,56 +198,71 @@ def _home(scene: Scene, reading: _Reading) -> int | None:
     return None if item is None else scene.objects.index(item)
 
 
-def _readings(text: str) -> Iterator[_Reading]:
+def _readings(text: str, lengths: str) -> Iterator[_Reading]:
     for sentence in read_caption(text):
         words = text[sentence.start : sentence.end].split(" ")
         if sentence.statement:
             statement = sentence.statement
             yield _Reading(sentence.start, words, statement.kind, statement.template, statement.fields)
         else:
-            nearest = _nearest_template(words)
+            nearest = _nearest_template(words, lengths)
             if nearest is not None:
-                yield _Reading(sentence.start, words, *nearest)
+                yield _Reading(sentence.start, *nearest)
 
 
-def _nearest_template(words: list[str]) -> tuple[str, int, dict[str, str]] | None:
-    """(kind, index, legible fields) of the template with the fewest misfit words, if they are few enough."""
-    if "" in words:  # a double blank: there is no word to replace
+def _nearest_template(words: list[str], lengths: str) -> tuple[list[str], str, int, dict[str, str]] | None:
+    """(words, kind, index, legible fields) of the template with the fewest misfit words, if they are few enough."""
+    if lengths == "same" and "" in words:  # a double blank: there is no word to replace
         return None
     found = []
     for kind, templates in TEMPLATES.items():
         for index in range(len(templates)):
             template = template_words(kind, index)
-            if len(template) == len(words):
-                wrong, fields = _fit(words, template)
-                found.append((wrong, len(found), (kind, index, fields)))
-    wrong, _, nearest = min(found, default=(len(words), 0, None))
+            other = len(template) != len(words)
+            if lengths == "any" or not other:
+                wrong, slots = align(words, template) if lengths == "any" else (_misfits(words, template), words)
+                found.append((wrong, other, len(found), (slots, kind, index, _fields(slots, template))))
+    wrong, *_, nearest = min(found, default=(len(words), None))
     return nearest if wrong <= MAX_MISMATCH * len(words) else None
 
 
-def _fit(words: list[str], template: list[tuple[str, str | None, str]]) -> tuple[int, dict[str, str]]:
-    """The number of words that do not fit a template, and the fields of those that do."""
-    wrong = 0
-    fields: dict[str, str] = {}
-    for position, (word, (expected, field, tail)) in enumerate(zip(words, template, strict=True)):
-        value = word.removesuffix(tail)
-        known = value[0].lower() + value[1:] if position == 0 and value[:1].isupper() else value
-        if field is None:
-            wrong += word != expected
-        elif known in LEXICON[field] and word == value + tail and (position > 0 or known != value):
-            fields[field] = known
-        else:
-            wrong += 1
-    return wrong, fields
+def _misfits(words: list[str], template: list[Slot]) -> int:
+    """The number of words that do not fit a template of equally many."""
+    return sum(
+        not fits(word, slot, first=not place) for place, (word, slot) in enumerate(zip(words, template, strict=True))
+    )
+
+
+def _fields(words: list[str], template: list[Slot]) -> dict[str, str]:
+    """The fields of a template whose words fit."""
+    pairs = enumerate(zip(words, template, strict=True))
+    found = {slot[1]: fits(word, slot, first=not place) for place, (word, slot) in pairs}
+    return {field: value for field, value in found.items() if field and value}
 
 
 def _edits(reading: _Reading, words: list[str]) -> Iterator[Edit]:
-    """An edit for every word that changes; punctuation behind both words stays outside."""
+    """An edit for every word that changes; punctuation behind both words stays outside.
+
+    A missing word becomes part of the edit of the word before it, or of the next one where there is none.
+    """
     template = template_words(reading.kind, reading.template)
-    char = reading.start
+    char, parts = reading.start, list[tuple[int, str, list[str], str | None]]()
+    first = list[str]()
     for old, new, (_, field, _) in zip(reading.words, words, template, strict=True):
+        if old:
+            parts.append((char, old, [*first, new], field))
+            first, char = [], char + len(old) + 1
+        elif new:
+            (parts[-1][2] if parts else first).append(new)
+    for start, old, several, field in parts:
+        new = " ".join(several)
         if old != new:
             tail = int(len(old) > 1 and old[-1] == new[-1] and old[-1] in ".,")
-            reason = f"wrong {field}" if field else "syntax"
-            yield Edit(old[: len(old) - tail], new[: len(new) - tail], char, reason)
-        char += len(old) + 1
+            single = field if len(several) == 1 and " " not in old else None
+            reason = f"wrong {single}" if single else "syntax"
+            yield Edit(old[: len(old) - tail], new[: len(new) - tail], start, reason, _kind(single))
+
+
+def _kind(field: str | None) -> str:
+    """The kind of mistake that a wrong word of a field is; `syntax` where none of the facts is concerned."""
+    return FACT_OF_FIELD.get((field or "").rstrip("2"), "syntax")

@@ -34,6 +34,7 @@ def words_of(text: str) -> list[str]:
 def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]:
     """Facts of one response: `tokens`, `cut`, `leftover_masks` and `inner_eos`.
 
+    `tokens` are those of the text, without gaps; with a gap `gaps` says how many there are in it.
     `cut` is 1 where the text fills the canvas and nothing ends it. `inner_eos` is the share of end-of-text ids
     among those before eot, or before the filler where there is no eot: they vanish in the text.
     """
@@ -43,11 +44,13 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
     while special.eot not in ids and inner and inner[-1] == special.eos:
         inner = inner[:-1]
     body = [i for i in inner if i != special.eos]
+    gaps = sum(i == special.gap for i in body)
     return {
-        "tokens": float(len(body)),
+        "tokens": float(len(body) - gaps),
         "cut": float(not ended),
         "leftover_masks": float(body.count(special.mask)),
         "inner_eos": 1 - len(body) / len(inner) if inner else 0.0,
+        **({} if special.gap is None else {"gaps": float(gaps)}),
     }
 
 

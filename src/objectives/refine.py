@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.batch import Kind, SpecialIds
-from src.diffusion.corruption import Choose, Only, Span
+from src.batch import Corruption, Kind, SpecialIds
+from src.diffusion.corruption import Chain, Choose, Only, Settle, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.revision import stage_one, stage_one_terms
@@ -22,7 +22,8 @@ class Refine(Objective):
     """Stage II with Stage I data mixed in.
 
     mistake: coefficient of the corrected spans; mistake_weight: `one` (paper) or `inverse_rate` (released code, which
-    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); the rest: `Revision`.
+    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); settled: share of the
+    corrections with gaps, if the tokenizer has one, that are shown as made, so that gaps stay; the rest: `Revision`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Refine(Objective):
         mistake: float = 1.0,
         mistake_weight: str = "one",
         keep: float = 0.0,
+        settled: float = 0.5,
         rate: float = 0.10,
         source: str = "uniform",
         dynamic: bool = False,
@@ -61,7 +63,10 @@ class Refine(Objective):
         data = stage_one(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
         )
-        damage = Choose(when="drafted", then=Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT), otherwise=data)
+        drafts: Corruption = Span(num=None, kind=Kind.MISTAKE)
+        if special.gap is not None:
+            drafts = Chain(drafts, Settle(gap=special.gap, share=settled))
+        damage = Choose(when="drafted", then=Only(drafts, rest=Kind.DRAFT), otherwise=data)
         super().__init__(
             backbone=backbone,
             special=special,

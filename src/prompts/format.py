@@ -29,6 +29,8 @@ class PromptFormat:
         the first token behind each image, in the belief that the tokenizer starts every text with one of its own
     suppress: tokens that a sampler never writes, besides mask and image marks; null: all special ones but end of turn
         and end of text
+    gap:      a special token that stands for nothing: a sampler may write it, and decoding strips it, so that a text
+        can lose or gain tokens without moving the others (src/align.py); null: there is none
     """
 
     template: str
@@ -36,9 +38,10 @@ class PromptFormat:
     image: str = IMAGE
     join: str = "keep"
     suppress: Sequence[str] | None = None
+    gap: str | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in {"template": str, "system": str | None, "image": str}.items():
+        for name, kinds in {"template": str, "system": str | None, "image": str, "gap": str | None}.items():
             if not isinstance(getattr(self, name), kinds):
                 raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
         if self.image.count(IMAGE) != 1:
@@ -49,6 +52,7 @@ class PromptFormat:
             if not isinstance(self.suppress, list | tuple) or {*map(type, self.suppress)} - {str}:
                 raise ValueError(f"suppress must be a list of tokens, got {self.suppress!r}")
             object.__setattr__(self, "suppress", tuple(self.suppress))
+        object.__setattr__(self, "gap", self.gap or None)
 
     @classmethod
     def load(cls, name: str | Path) -> PromptFormat:

@@ -1,0 +1,266 @@
+"""A gap, the token that stands for nothing: written, stripped, trained on, and kept with the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import src.draft
+import src.evaluate
+import src.generate
+import src.revise
+import src.train
+from datamodules.captions import CaptionData
+from datamodules.collate import draft_row
+from src.align import Span as TokenSpan
+from src.align import apply_spans, locate
+from src.batch import Batch, Edit, Kind, Prefix
+from src.diffusion.corruption import Only, Settle, Span, start
+from src.diffusion.noise import Noise
+from src.diffusion.revisers import OverwriteAll
+from src.diffusion.sampler import Sampler
+from src.drafting import read_drafts
+from src.metrics.text import response_counts
+from src.prepare import Scenes
+from src.shards import read_json, read_manifest, read_shard
+from src.tokenizer import BOS, Codec
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "assets" / "base"
+NUM, CANVAS = 24, 64
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.load(BASE).with_format(gap=BOS)
+
+
+def correction(codec: Codec, text: str, *edits: Edit) -> dict[str, Any]:
+    """The record of a corrected draft."""
+    aligned = locate(codec, [*codec.encode(text)[0], codec.eot_id], edits)
+    assert not aligned.rejected
+    return {"draft_ids": aligned.ids, "spans": [vars(span) for span in aligned.spans]}
+
+
+class Ringer:
+    """A backbone that wants a gap at every second place, and `ring` at the others."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.wanted = codec, torch.tensor([codec.encode(" ring")[0][0], codec.bos_id])
+
+    def __call__(self, prefix: Prefix, tokens: Tensor, *, attend: Any = None, positions: Any = None) -> Tensor:
+        logits = torch.zeros(*tokens.shape, self.codec.vocab_size)
+        places = torch.arange(tokens.shape[1])
+        logits[:, places, self.wanted[places % 2]] = 9.0
+        logits[:, places, self.codec.eot_id] = 5.0
+        return logits[positions] if positions is not None else logits
+
+
+@pytest.mark.parametrize("gapped", [True, False])
+def test_a_sampler_writes_gaps_only_where_there_is_one(codec: Codec, gapped: bool) -> None:
+    one = codec if gapped else codec.with_format(gap="")
+    sampler = Sampler(length=8, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1)
+    prefix = Prefix(torch.zeros(1, 1, 1))
+    found = sampler(Ringer(codec), prefix, special=one.special, keys=["a"], seed=0).ids[0].tolist()
+    ring = codec.encode(" ring")[0]
+    if gapped:
+        assert found == [*ring, codec.gap_id] * 4  # gaps stay ordinary places: they neither end a text nor fill it up
+        assert one.decode(found) == " ring" * 4
+    else:
+        assert found == [*ring, *[one.eot_id], *[one.eos_id] * 6]
+    counts = response_counts(found, one.special)
+    assert counts["tokens"] == (4 if gapped else 1)
+    assert counts.get("gaps") == (4 if gapped else None)
+    assert counts["inner_eos"] == 0
+
+
+def test_a_corrected_draft_in_a_batch(codec: Codec) -> None:
+    """Flawed is the draft and response the corrected text, whatever was removed and put in."""
+    text, right = "A a small ring is red.", "A small blue ring is red."
+    record = correction(codec, text, Edit("A a", "A"), Edit("small", "small blue"))
+    row = draft_row(record).fit(16, codec.eos_id)
+    assert codec.decode(row.flawed) == text
+    assert codec.decode(row.response) == right
+    assert [a != b for a, b in zip(row.flawed, row.response, strict=True)] == [n > 0 for n in row.span]
+    assert sorted(set(row.span)) == [0, 1, 2]
+
+
+def test_a_stretched_draft_is_cut_at_the_canvas(codec: Codec) -> None:
+    """What goes over it is lost, its end included, and a correction that the cut goes through is none."""
+    text = "A small ring is red."
+    ids = [*codec.encode(text)[0], codec.eot_id]
+    inside = draft_row(correction(codec, text, Edit("A", "A A")))
+    assert len(inside.response) == len(ids) + 1
+    cut = inside.fit(len(ids), codec.eos_id)
+    assert codec.decode(cut.response) == "A A small ring is red."
+    assert codec.eot_id not in cut.response
+    through = draft_row(correction(codec, text, Edit("red", "red small blue"))).fit(len(ids) - 1, codec.eos_id)
+    assert not any(through.span)
+    assert through.flawed == through.response
+
+
+def spans_with_gaps(codec: Codec, rows: int = 400) -> Batch:
+    """Four spans a row: one that removes, one that replaces, one that removes, one that puts in."""
+    text = "A a small red ring is is red."
+    edits = Edit("A a", "A"), Edit("red ring", "blue ring"), Edit("is is", "is"), Edit("red.", "red red.")
+    row = draft_row(correction(codec, text, *edits)).fit(16, codec.eos_id)
+    response, flawed, span = (torch.tensor([part] * rows) for part in (row.response, row.flawed, row.span))
+    keys = [f"k{number}" for number in range(rows)]
+    everywhere = torch.ones_like(span, dtype=torch.bool)
+    return Batch({}, response, everywhere, flawed, span, torch.ones(rows, dtype=torch.bool), keys)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, share: float) -> None:
+    assert codec.gap_id is not None
+    batch = spans_with_gaps(codec)
+    first = start(batch, torch.ones(len(batch)))
+    shown = Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT)(batch, first, Noise(batch.keys, seed=0))
+    state = Settle(gap=codec.gap_id, share=share)(batch, shown, Noise(batch.keys, seed=1))
+    assert torch.equal(state.kind, shown.kind)  # they are still what the term of the mistakes looks at
+    made = {}
+    for number in (1, 2, 3, 4):
+        where = batch.span == number
+        right = (state.tokens == batch.response) | ~where
+        wrong = (state.tokens == batch.flawed) | ~where
+        assert (right.all(1) | wrong.all(1)).all()  # a correction is shown as a whole
+        made[number] = right.all(1).float()
+    assert made[2].sum() == made[4].sum() == 0
+    assert abs(made[1].mean() - share) < 0.08
+    assert abs(made[3].mean() - share) < 0.08
+    if share == 0.5:
+        assert abs(torch.stack([made[1], made[3]]).corrcoef()[0, 1]) < 0.15  # each by itself
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_of_settled_corrections_is_one(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share of settled spans must be within 0\.\.1"):
+        Settle(gap=2, share=share)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    Scenes(
+        out=str(out), image_size=48, vocab_size=300, canvas=CANVAS, prompt="Describe the picture.", num_train=NUM,
+        num_val=1, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
+    ).run()  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def drafts(data: Path) -> Path:
+    out = data.parent / "drafts"
+    src.draft.main([
+        "conf=draft", f"model.path={BASE}", f"data.path={data}", f"out={out}", "tokens_per_step=[16]",
+    ])  # fmt: skip
+    return out
+
+
+def revise(drafts: Path, out: Path, tokenizer: Path, *settings: str) -> dict[str, Any]:
+    places = [f"drafts={drafts}", f"out={out}", f"tokenizer={tokenizer}"]
+    src.revise.main(["conf=revise,expert/scenes", *places, *settings])
+    return read_manifest(out)
+
+
+def test_a_round_with_a_gap_places_what_a_round_without_drops(drafts: Path, tmp_path: Path, codec: Codec) -> None:
+    any_length = "expert.lengths=any"
+    same = revise(drafts, tmp_path / "same", BASE)
+    dropped = revise(drafts, tmp_path / "dropped", BASE, any_length)
+    gapped = revise(drafts, tmp_path / "gapped", BASE, any_length, f"gap={BOS}")
+    assert not same["rejected"]
+    unequal = dropped["rejected"]["unequal_length"]
+    assert unequal > 0
+    assert not gapped["rejected"]
+    assert gapped["counts"]["edits"] == dropped["counts"]["edits"] + unequal
+    assert gapped["counts"]["stretched"] + gapped["counts"]["shortened"] == unequal
+    assert not {"stretched", "shortened"} & (same["counts"].keys() | dropped["counts"].keys())
+    said = {draft.key: draft for chunk in read_drafts(drafts) for draft in chunk}
+    for shard in gapped["shards"]:
+        for sample in read_shard(tmp_path / "gapped" / shard["name"]):
+            record, before = sample["json"], said[sample["json"]["key"]]
+            ids = record["draft_ids"]
+            assert codec.decode(ids) == record["text"] == before.text
+            assert [token for token in ids if token != codec.gap_id] == before.token_ids
+            row = draft_row(record)
+            assert row.flawed == ids
+            assert row.response == apply_spans(ids, [TokenSpan(**span) for span in record["spans"]])
+
+
+def refused(train: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit):
+        src.train.main(train)
+    return capsys.readouterr().err
+
+
+def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Train with it: the model's folder has it, for drafting, revising, captions and evaluation."""
+    monkeypatch.chdir(tmp_path)
+    revise(drafts, tmp_path / "round", BASE, "expert.lengths=any", f"gap={BOS}")
+    train = [
+        "conf=stage2", f"data.rounds=[{tmp_path / 'round'}]", "callbacks.self_correction=null", "run_dir=run",
+        "data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "trainer.limit_val_batches=0",
+        "callbacks.samples=null", "objective.training.warmup_steps=1", f"model.path={BASE}", f"tokenizer={BASE}",
+        f"data.path={data}",
+    ]  # fmt: skip
+    assert f"{tmp_path / 'round'} was made with a gap, and there is none here: set gap=TOKEN" in refused(train, capsys)
+    src.train.main([*train, f"gap={BOS}"])
+    model = tmp_path / "run" / "model"
+    assert yaml.safe_load((model / "prompt.yaml").read_text())["gap"] == BOS
+    assert Codec.load(model).gap_id is not None
+    (Path("run") / "finished.json").unlink()
+    assert "holds a run with other settings (gap)" in refused(train, capsys)
+
+    again = ["conf=draft", f"model.path={model}", f"data.path={data}", "out=drafts", "tokens_per_step=[16]", "num=4"]
+    src.draft.main(again)
+    assert read_manifest("drafts")["settings"]["gap"] == BOS
+    assert "gap" not in read_manifest(drafts)["settings"]
+    made = revise(tmp_path / "drafts", tmp_path / "next", model, "expert.lengths=any")
+    assert "unequal_length" not in made["rejected"]
+    src.generate.main([
+        "conf=generate", f"model.path={model}", f"images={data / 'test'}", "out=captions.jsonl", "tokens_per_step=16",
+    ])  # fmt: skip
+    src.evaluate.main([
+        "conf=evaluate", f"evaluate.models.mask={BASE}", f"evaluate.models.stage1={model}", "evaluate.out=table",
+        "evaluate.models.stage2=null", "evaluate.samplers.plain=null", "evaluate.tokens_per_step=[16]",
+        f"evaluate.data.path={data}", "evaluate.num=2",
+    ])  # fmt: skip
+    found = read_json(Path("table/results.json"))["methods"]
+    assert ["gaps" in found[name]["refine"]["16"] for name in ("mask", "stage1")] == [
+        False,
+        True,
+    ]  # each model with its own gap
+
+
+def test_random_edits_of_drafts_with_gaps_train_on_the_right_text(codec: Codec) -> None:
+    """Several rounds: what was corrected, gaps and all, is a draft again."""
+    rng, texts = Random(3), ["A small red ring is in the upper left.", "There is a cross, large and blue."]
+    for _ in range(40):
+        text = rng.choice(texts)
+        ids = [*codec.encode(text)[0], codec.eot_id]
+        for _ in range(6):
+            words = text.rstrip(".").split(" ")
+            place = rng.randrange(len(words))
+            new = " ".join(rng.choices(["red", "blue", "ring", "small"], k=rng.randint(1, 3)))
+            char = len(" ".join(words[:place])) + (place > 0)
+            aligned = locate(codec, ids, [Edit(words[place], new, char)])
+            words[place] = new
+            if aligned.rejected:
+                assert set(aligned.rejected) == {"no_change"}
+                continue
+            assert codec.decode(aligned.ids) == text
+            ids, text = apply_spans(aligned.ids, aligned.spans), " ".join(words) + "."
+            assert codec.decode(ids) == text
+            assert ids[-1] == codec.eot_id
+
+
+def test_data_without_rounds_need_no_gap(data: Path, codec: Codec) -> None:
+    for one in (codec, codec.with_format(gap="")):
+        made = CaptionData(path=str(data), codec=one, batch_size=4, canvas=CANVAS, image_size=48)
+        assert made.index("train").count == NUM
