@@ -28,12 +28,12 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import write_whole_files
-from src.batch import Batch, Expert, Round
+from src.batch import Batch, Expert, FailedRound, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
 from src.parallel import Team, gathered, summed
 from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
-from src.snapshots import remove
+from src.snapshots import is_whole, remove
 from src.stop import Stop
 from src.tally import summary, yields
 from src.tokenizer import Codec
@@ -77,7 +77,7 @@ class SelfCorrection(L.Callback):
                  learn nothing new
     patience_minutes: how long to wait for an expert that gives no answer at all
     deadline_minutes: how long the expert may go on once all is drawn (None: until it has answered everything); the
-                      other drafts are asked about again in the next round, as are those that failed in a way that passes
+                      next round asks about the other drafts again, and about those that failed in a way that may pass
     train_from: `newest` goes on with the weights that training has come to; `start` goes back, after each round but the
                 first, to those before the first round, and trains them on all rounds. The newest weights draft
     stop: signals; they need not wait for the end of a round, which goes on where it was
@@ -157,6 +157,12 @@ class SelfCorrection(L.Callback):
             charge(self.expert, made.manifest.get("usage", {}), self._team)
             self._add(trainer, made)
 
+        if self.train_from == "start" and 0 < self.num_done < self.rounds and not is_whole(self._checkpoint(1)):
+            raise FailedRound(
+                f"{self._checkpoint(1)} is gone or damaged: with train_from=start the next round needs it; "
+                "resume=false begins anew"
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if getattr(_datamodule(trainer), "epoch_batches", None):  # otherwise each round changes the length
             self.check_length(
@@ -222,6 +228,10 @@ class SelfCorrection(L.Callback):
     def _go_back(self, trainer: L.Trainer) -> None:
         """Take the weights and the state of the optimizer from before the first round; the learning rate stays."""
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():  # a checkpoint from before the first step may hold none
+                for value in state.values():
+                    value.zero_()
         before = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
         trainer.strategy.load_model_state_dict(before, strict=True)
         trainer.strategy.load_optimizer_state_dict(before)
@@ -242,6 +252,8 @@ class SelfCorrection(L.Callback):
         self.num_done = number
         if number > 1 and self.train_from == "start":
             self._go_back(trainer)
+            if self._team.first:
+                logger.info("training goes on from the weights before the first round")
         metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
@@ -342,7 +354,8 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
     metrics |= {f"round/{name}": value for name, value in {**yields(manifest), **manifest.get(LOOKED, {})}.items()}
     if seconds := manifest["drawing"]["seconds"]:
         metrics["round/drafts_per_s"] = manifest["drawing"]["drawn"] / seconds
-        metrics["round/overhead"] = metrics["round/waited_s"] / seconds
+        if manifest["drawing"]["drawn"] == counts["drafted"]:  # the seconds are those of the process that finished
+            metrics["round/overhead"] = metrics["round/waited_s"] / seconds
     return metrics
 
 

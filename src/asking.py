@@ -18,7 +18,7 @@ from threading import Thread
 
 from tqdm import tqdm
 
-from src.batch import DEADLINE, Draft, Expert, Failure
+from src.batch import DEADLINE, Draft, Expert, FailedRound, Failure
 from src.journal import Answer, Journal
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,8 @@ LEAVE = 5.0  # seconds for an expert to let go of what it waits for
 LAST = 15.0  # seconds for replies that are under way when a signal ends the round
 LONGEST = 600.0  # the same for an error
 LOOK = 0.25  # seconds between two looks at how long an expert has been silent
+WAITING = 64  # answers that may wait for the journal
 SILENCE = 60.0  # seconds without an answer after which it is told that there is none
-
-
-class FailedRound(ValueError):
-    """A round that cannot be made, or is of no use, for a reason that the user can mend."""
 
 
 class SilentExpert(FailedRound):
@@ -57,6 +54,7 @@ class ExpertThread:
         self._heard = self._told = time.monotonic()
         self._over = False  # no more is asked: the deadline has passed, or
         self._broken = False  # something went wrong
+        self._wrong: OSError | None = None  # the journal cannot be written
         self._asked: list[Future] = []
         self._open: set[str] = set()  # questions that are under way
         self._fresh: list[tuple[Draft, Answer]] = []  # answers on their way to the journal
@@ -74,11 +72,18 @@ class ExpertThread:
                 ends = time.monotonic() + self.deadline
                 for future in self._asked:
                     self._wait(future, ends)
+        except BaseException as wrong:
+            error = type(wrong)
+            raise
         finally:
             self._end(error)
+        if self._wrong:
+            raise self._wrong
 
     def ask(self, drafts: Sequence[Draft]) -> None:
         """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
+        if self._wrong:
+            raise self._wrong
         for future in self._asked:
             if future.done():
                 future.result()
@@ -158,7 +163,7 @@ class ExpertThread:
         unsettled = {draft.key: draft for draft in drafts if self._is_new(draft)}
         self._open.update(map(self.journal.request, unsettled.values()))
         self.bar.update(len(drafts) - len(unsettled))
-        if not unsettled:
+        if not unsettled or self._over:
             return
         async for key, answer in self.expert.revise(list(unsettled.values())):
             if key not in unsettled:
@@ -166,6 +171,8 @@ class ExpertThread:
             draft = unsettled.pop(key)
             if not (self._broken and isinstance(answer, Failure) and answer.reason == DEADLINE):
                 self._keep(draft, answer)
+            if self._writing is not None and len(self._fresh) >= WAITING:
+                await asyncio.shield(self._writing)
         if self._writing is not None:
             await asyncio.shield(self._writing)
 
@@ -173,19 +180,19 @@ class ExpertThread:
         return not self.journal.is_settled(draft) and self.journal.request(draft) not in self._open
 
     def _keep(self, draft: Draft, answer: Answer) -> None:
-        """Hand an answer to the journal, which syncs all that have come while it was busy at once.
-
-        Raises what went wrong with earlier ones.
-        """
+        """Hand an answer to the journal, which syncs all that have come while it was busy at once."""
         self._fresh.append((draft, answer))
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
         if self._writing is None or self._writing.done():
             self._writing = self._loop.create_task(self._write())
 
     async def _write(self) -> None:
         while self._fresh:
             some, self._fresh = self._fresh, []
-            await asyncio.to_thread(self.journal.add_all, some)
+            try:
+                await asyncio.to_thread(self.journal.add_all, some)
+            except OSError as error:  # the disk is full, perhaps: nothing more is asked, but what comes is tried
+                self._wrong, self._broken = self._wrong or error, True
+                self._finish()
+                continue
             self._heard = time.monotonic()
             self.bar.update(len(some))

@@ -213,6 +213,10 @@ class Failure:
     attempts: int = 1
 
 
+class FailedRound(ValueError):
+    """A round that cannot be made, or is of no use, for a reason that the user can mend; what there is is kept."""
+
+
 @dataclass
 class Round:
     """One finished online round on disk: its folder and the manifest (counts, sha256 of each shard)."""

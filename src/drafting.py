@@ -184,17 +184,23 @@ def _finish(folder: Path, parts: list[tuple[list[dict], int, float]], *, tokeniz
     write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
 
 
-def read_drafts(folder: Path, team: Team | None = None) -> Iterator[list[Draft]]:
+def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -> Iterator[list[Draft]]:
     """The chunks of a finished folder of drafts, in order; of several ranks each reads its own.
 
-    Raises DamagedDrafts where a shard is not whole.
+    Raises DamagedDrafts where a shard is not whole, or tells it and goes on (skip).
     """
     shards = read_drafts_index(folder)["shards"]
     for shard in shards[team.rank :: team.size] if team else shards:
         path = folder / shard["name"]
-        drafts = _read_chunk(path)
-        if not _is_intact(path, shard):
-            raise DamagedDrafts(path, NOT_AS_WRITTEN)
+        try:
+            drafts = _read_chunk(path)
+            if not _is_intact(path, shard):
+                raise DamagedDrafts(path, NOT_AS_WRITTEN)
+        except DamagedDrafts as error:
+            if not skip:
+                raise
+            logger.warning("left out: %s", error)
+            continue
         yield drafts
 
 

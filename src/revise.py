@@ -39,7 +39,7 @@ from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
 from src.parallel import Team
 from src.processes import explained, launched_first, together
-from src.rounds import Revising, reopen, revise_round
+from src.rounds import Revising, check_drafts, reopen, revise_round
 from src.tally import yields
 from src.tokenizer import Codec
 
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
             if cfg.again or cfg.reread:
-                team.alone(lambda: reopen(out, always=cfg.reread))
+                team.alone(lambda: _reopen(out, drafts, codec, always=cfg.reread))
             if cfg.results:
                 team.alone(lambda: _read(cfg, out, drafts, codec))
             ask = not (cfg.results or cfg.reread)
@@ -80,12 +80,26 @@ def main(argv: list[str]) -> None:
 
 
 def _how(cfg: DictConfig, codec: Codec, team: Team) -> Revising:
-    minutes = {"patience": cfg.patience_minutes, "deadline": cfg.deadline_minutes}
-    for name, value in minutes.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}_minutes must be more than 0, got {value}")
-    limits = {name: value if value is None else 60 * value for name, value in minutes.items()}
-    return Revising(expert=build(cfg.expert, codec=codec), codec=codec, per_shard=cfg.per_shard, team=team, **limits)
+    for name in ("patience_minutes", "deadline_minutes"):
+        if cfg[name] is not None and cfg[name] <= 0:
+            raise ValueError(f"{name} must be more than 0, got {cfg[name]}")
+    return Revising(
+        expert=build(cfg.expert, codec=codec),
+        codec=codec,
+        per_shard=cfg.per_shard,
+        patience=60 * cfg.patience_minutes,
+        deadline=None if cfg.deadline_minutes is None else 60 * cfg.deadline_minutes,
+        team=team,
+    )
+
+
+def _reopen(out: Path, drafts: Path, codec: Codec, *, always: bool) -> None:
+    if drafts.resolve().is_relative_to(out.resolve()):
+        raise ValueError(
+            f"{out} is a round of a training, which needs it as it is; copy its drafts to revise them again"
+        )
+    check_drafts(drafts, codec)  # or the round would be gone for nothing
+    reopen(out, always=always)
 
 
 def _read(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:

@@ -33,10 +33,9 @@ from typing import Any
 from tqdm import tqdm
 
 from src.align import Aligned
-from src.asking import ExpertThread, FailedRound
-from src.batch import Batch, Draft, Expert, Revision, Round
+from src.asking import ExpertThread
+from src.batch import Batch, Draft, Expert, FailedRound, Revision, Round
 from src.drafting import (
-    DamagedDrafts,
     DraftsBatch,
     describe,
     differences,
@@ -95,6 +94,7 @@ def run_round(
         return drop_stale(drafts, settings)
 
     if made := how.team.alone(prepare):
+        charge(how.expert, made.manifest.get("usage", {}), how.team)
         return made
     drawn = draw_drafts(
         drafts, batches, draft,
@@ -109,7 +109,7 @@ def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool =
     ask: false makes do with the answers that are in the journal; reread: their replies are read once more, with the
     code and the tokenizer as they are now
     """
-    folder, index = Path(folder), _checked(drafts, how.codec)
+    folder, index = Path(folder), check_drafts(drafts, how.codec)
     settings, total = index["settings"], index["counts"]["written"]
     if made := how.team.alone(lambda: _same_round(folder, settings, how) if _is_finished(folder) else None):
         return made
@@ -214,8 +214,8 @@ def identity(expert: Expert) -> dict[str, Any]:
 
 def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
     """Tell an expert that counts what it may spend what the run has used before: of several ranks each its share."""
-    if usage and hasattr(expert, "charge"):
-        expert.charge({name: value / team.size for name, value in usage.items()})
+    if hasattr(expert, "charge"):
+        expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
 
 
 def _bar(total: int, team: Team) -> tqdm:
@@ -226,7 +226,7 @@ def _bar(total: int, team: Team) -> tqdm:
 def _late(folder: Path | None, how: Revising, team: Team | None) -> Iterator[list[Draft]]:
     """The drafts of a finished round about which asking again may help: this rank's, or without a team all.
 
-    None where they cannot be read, or where another expert was asked, who has answered none of them.
+    None where another expert was asked, who has answered none of them; shards that cannot be read are left out.
     """
     if folder is None or not (folder / "drafts" / INDEX).is_file():
         return
@@ -234,17 +234,14 @@ def _late(folder: Path | None, how: Revising, team: Team | None) -> Iterator[lis
     if not manifest.get("again") or differences(manifest["expert"], identity(how.expert)):
         return
     known = Answers(sorted(folder.glob("journal-rank-*.jsonl")), expert=_told(how.expert))
-    try:
-        for chunk in read_drafts(folder / "drafts", team):
-            yield [draft for draft in chunk if not known.is_settled(draft)]
-    except DamagedDrafts as error:
-        logger.warning("late drafts are left out: %s", error)
+    for chunk in read_drafts(folder / "drafts", team, skip=True):
+        yield [draft for draft in chunk if not known.is_settled(draft)]
 
 
 def _write(
     work: Path, drafts: Path, journal: Journal, how: Revising, *, waited: float, late: Path | None, reread: bool
 ) -> None:
-    index, tally = _checked(drafts, how.codec), Tally()
+    index, tally = check_drafts(drafts, how.codec), Tally()
     write_shards(
         work,
         _samples(drafts, journal, how, tally, late=late, reread=reread),
@@ -255,6 +252,7 @@ def _write(
         counts=tally.counts,
         extra={
             "expert": identity(how.expert),
+            "lengths": _lengths(how.codec),
             **tally.manifest,
             "usage": journal.usage,
             "waited": round(waited, 3),  # seconds for the expert, when everything was drawn
@@ -294,7 +292,7 @@ def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
     return {"__key__": key, "json": content, **image}
 
 
-def _checked(drafts: Path, codec: Codec) -> dict:
+def check_drafts(drafts: Path, codec: Codec) -> dict:
     """The index of drafts. Raises ValueError where they were written with another tokenizer."""
     index = read_drafts_index(drafts)
     if index["tokenizer"] != codec.fingerprint:
@@ -326,5 +324,10 @@ def _same_round(folder: Path, settings: Mapping[str, Any], how: Revising) -> Rou
 
 def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], how: Revising) -> list[str]:
     """Names of what a round was made with that differs."""
-    found = {"expert": manifest["expert"], **manifest["settings"]}
-    return differences(found, {"expert": identity(how.expert), **settings})
+    found = {"expert": manifest["expert"], "lengths": manifest.get("lengths", "same"), **manifest["settings"]}
+    return differences(found, {"expert": identity(how.expert), "lengths": _lengths(how.codec), **settings})
+
+
+def _lengths(codec: Codec) -> str:
+    """How edits that change the number of tokens are placed: not at all, or with this token."""
+    return codec.prompt_format.gap or "same"

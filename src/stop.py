@@ -79,6 +79,8 @@ class Stop:
     def at_once(self) -> Iterator[None]:
         """In the block a signal raises, also one that has come before: nothing is lost there."""
         held, self.held = self.held, False
+        if self._before and not self._left.is_set():
+            self.catch()  # others may have put handlers in front, which wait for other processes
         try:
             self.check()
             yield

@@ -41,9 +41,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from datamodules.shards import Sample
-from src.asking import FailedRound
 from src.assembly import OFFERS, assemble, check_stops, codec_of, data_and_objective, offered, outlined, quiet
-from src.batch import Batch
+from src.batch import Batch, FailedRound
 from src.components import ConfigError, check, plain
 from src.config import load_config, main_guard, path_of
 from src.importers.images import MAX_PIXELS
@@ -157,8 +156,14 @@ def _mistakes(cfg: DictConfig, trainer: L.Trainer, began: Event, *, first: bool)
         if began.is_set() and not isinstance(error, FailedRound):  # what is wrong by now is no mistake of the user's
             raise
         if first and not isinstance(error, FailedRound):
-            restore(path_of(cfg, "run_dir"))
+            _take_back(path_of(cfg, "run_dir"))
         raise ConfigError(str(error)) from error
+
+
+def _take_back(run_dir: Path) -> None:
+    """Have the run again that this one was to replace, unless an expert was paid for this one already."""
+    answered = any(path.stat().st_size for path in run_dir.glob("rounds/*/journal-*.jsonl"))
+    (forget if answered else restore)(run_dir)
 
 
 def _leave(trainer: L.Trainer, stopped: Stopped, run_dir: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
+import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from src.experts.openai import OpenAIExpert
 from src.experts.scenes import ScenesExpert
 from src.journal import Journal
 from src.shards import read_shard
+from src.stop import Stop, Stopped
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
 
@@ -121,9 +125,10 @@ def test_damaged_late_drafts_are_left_out(case, tmp_path, caplog):
     damaged = sorted((tmp_path / "round-0001" / "drafts").glob("*.tar"))[0]
     damaged.write_bytes(damaged.read_bytes()[:1500])
     second = following(case, tmp_path, Slow(tmp_path / "asked-2"))
-    assert second["counts"]["late"] == 0
-    assert second["counts"]["revised"] == NUM
-    assert "late drafts are left out" in caplog.text
+    missing = NUM - len(asked(tmp_path / "asked-1"))
+    assert second["counts"]["late"] == missing - 1  # s02; s00 of this shard was answered
+    assert second["counts"]["revised"] == NUM + missing - 1
+    assert "left out" in caplog.text
 
 
 # --- the OpenAI expert --------------------------------------------------------------------------------------------
@@ -273,3 +278,91 @@ def test_an_error_in_the_end_leaves_what_is_under_way_its_time(case, tmp_path):
         made = case.run(tmp_path / "round", an_expert(case, server.url))
         assert len(server.requests) == NUM - len(kept)
     assert made.manifest["counts"]["revised"] == NUM
+
+
+@pytest.mark.parametrize("ending", ["error", "signal"])
+def test_what_is_under_way_is_kept_also_while_all_wait(case, tmp_path, ending):
+    """All chunks are asked, the first one ends the round, and replies about others take longer."""
+
+    def answer(request: Request) -> Http:
+        if ending == "error" and request.number == 0:
+            return replace(error(401, "revoked"), delay=0.5)
+        return reply("right", delay=2.0)
+
+    def stopped() -> None:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if ending == "signal":
+        threading.Thread(target=stopped).start()
+    with Scripted(answer) as server, Stop() as stop, stop.at_once(), pytest.raises((ExpertError, Stopped)):
+        case.run(tmp_path / "round", an_expert(case, server.url, concurrency=64))
+    assert len(server.requests) == NUM
+    kept = [json.loads(line) for line in next((tmp_path / ".round.partial").glob("journal*")).open()]
+    assert len(kept) == NUM - (ending == "error")
+    assert all("revision" in line for line in kept)
+
+
+def test_a_trouble_before_a_pause_is_none_after_it(case, tmp_path):
+    """A round that ends while the server refuses all; after a pause one more 429 is only a 429."""
+    refusing = [True]
+
+    def answer(request: Request) -> Http:
+        if refusing[0] or request.number % 5 == 0:
+            return error(429, retry_after="0.01")
+        return reply("right")
+
+    with Scripted(answer) as server:
+        expert = an_expert(case, server.url, give_up_s=2.0)
+        case.run(tmp_path / "round-0001", expert, deadline=0.5)
+        time.sleep(2.0)
+        refusing[0] = False
+        assert following(case, tmp_path, expert)["counts"]["revised"] == 2 * NUM
+
+
+def test_a_round_taken_up_again_counts_what_it_took(case, tmp_path):
+    """Finished, but the checkpoint after it is lost: the same limit then holds for both."""
+    with Scripted(lambda request: reply("right")) as server:
+        case.run(tmp_path / "round-0001", an_expert(case, server.url))
+        expert = an_expert(case, server.url, max_requests=NUM + 3)
+        case.run(tmp_path / "round-0001", expert)
+        assert following(case, tmp_path, expert)["failures"] == {"budget": NUM - 3}
+        assert len(server.requests) == NUM + 3
+
+
+def test_a_disk_that_is_full_stops_the_questions(case, tmp_path, monkeypatch):
+    """At the third sync; what was under way by then is all that was asked beyond."""
+    syncs, real = [], os.fsync
+
+    def full(handle: int) -> None:
+        syncs.append(handle)
+        if len(syncs) > 2:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    drafts = [draft for chunk in chunks(case, tmp_path) for draft in chunk]
+    with Scripted(lambda request: reply("right", delay=0.1)) as server:
+        monkeypatch.setattr("os.fsync", full)
+        with (
+            pytest.raises(OSError, match="No space left"),
+            Journal(tmp_path / "j", expert="e") as journal,
+            ExpertThread(an_expert(case, server.url), journal, Bar(), patience=60) as thread,
+        ):
+            thread.ask(drafts)
+        assert len(server.requests) <= 6 + 2 < NUM
+
+
+def test_answers_that_nobody_takes_stop_the_questions(case, tmp_path):
+    """So that a kill loses few, however slow the disk is: two for each request that may be under way."""
+
+    async def slowly() -> int:
+        taken = 0
+        async for _ in an_expert(case, server.url, concurrency=2).revise(drafts):
+            await asyncio.sleep(0.1)
+            taken += 1
+            assert len(server.requests) <= taken + 4
+        return taken
+
+    drafts = [draft for chunk in chunks(case, tmp_path) for draft in chunk]
+    with Scripted(lambda request: reply("right")) as server:
+        assert asyncio.run(slowly()) == NUM

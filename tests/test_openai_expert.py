@@ -458,7 +458,10 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
     assert sum(isinstance(answer, Revision) for answer in asked.answers.values()) == 11
 
 
-@pytest.mark.parametrize(("wait", "told"), [("0.05", "refused all requests for"), ("7200", "asks to wait 7200 s, longer than limits.deadline_s=900")])
+@pytest.mark.parametrize(
+    ("wait", "told"),
+    [("0.05", "refused all requests for"), ("7200", "asks to wait 7200 s, longer than limits.deadline_s=900")],
+)
 def test_a_server_that_only_refuses_is_an_error_that_says_so(codec, wait: str, told: str) -> None:
     with pytest.raises(ServerDown, match=told):
         Asked(codec, lambda request: error(429, retry_after=wait), 20, limits=replace(QUICK, give_up_s=0.5))

@@ -140,7 +140,10 @@ def test_messages_hold_all_that_is_known_once() -> None:
     assert picture["image_url"]["detail"] == "low"
     for part in (draft.prompt, draft.reference, draft.text):
         assert text["text"].count(part) == 1
-    assert "token" in system["content"]
+    assert "has as many tokens" in system["content"]
+    free = first(Words.load(any_length=True), draft, picture=None, detail=None)[0]["content"]
+    assert "token" not in free
+    assert "may be shorter or longer" in free
     assert "$" not in text["text"].replace("$red", "")
     plain = first(Words.load(), _draft(reference=""), picture=None, detail=None)
     assert [part["type"] for part in plain[1]["content"]] == ["text"]
@@ -162,7 +165,7 @@ def test_another_wording_has_another_digest(tmp_path) -> None:
     other.write_text(FILE.read_text().replace("careful", "strict"))
     assert Words.load(other).digest != Words.load().digest
     other.write_text("# System\nhello\n")
-    with pytest.raises(ValueError, match="must have the sections System, Question, Repair, got System"):
+    with pytest.raises(ValueError, match="must have the sections System, Same, Any, Question, Repair, got System"):
         Words.load(other)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import src.draft
 import src.revise
+import src.train
 from src.experts.limits import Limits
 from src.prepare import Scenes
 from src.scenes.graph import COLOURS
@@ -259,3 +261,76 @@ def test_a_line_that_is_no_result_is_named(drafts, tmp_path, capsys):
     with Scripted(corrects) as server, pytest.raises(SystemExit):
         revise(drafts, tmp_path / "round", server, f"results={tmp_path}/results.jsonl")
     assert "results.jsonl: line 1 is no result of a batch" in capsys.readouterr().err
+
+
+def test_a_round_of_a_training_is_not_taken_apart(drafts, tmp_path, capsys):
+    """Its drafts lie inside it; and nothing is taken apart for drafts that are not there."""
+    out = tmp_path / "round"
+    with Scripted(corrects) as server:
+        revise(drafts, out, server)
+        before = digests(out)
+        shutil.copytree(drafts, out / "drafts")
+        for folder, told in ((out / "drafts", "is a round of a training"), (tmp_path / "none", "no finished drafts")):
+            for way in ("again=true", "reread=true"):
+                with pytest.raises(SystemExit):
+                    revise(folder, out, server, way)
+                assert told.split()[0] in capsys.readouterr().err
+                assert digests(out) == before
+
+
+def training(drafts: Path, run_dir: Path, server: Scripted) -> list[str]:
+    """Two rounds of six drafts, two steps after each."""
+    data = [f"data.path={drafts.parent}/data", f"tokenizer={BASE}", f"model.path={BASE}", "data.batch_size=4"]
+    quick = ["callbacks.samples=null", "callbacks.progress=null", "callbacks.throughput=null", "data.workers=0"]
+    rounds = [
+        f"callbacks.self_correction.{name}" for name in ("rounds=2", "drafts_per_round=6", "tokens_per_step=[16]")
+    ]
+    steps = ["trainer.max_steps=4", "data.epoch_batches=2", "objective.training.warmup_steps=1", "trainer.devices=1"]
+    steps += ["trainer.accelerator=cpu", "trainer.limit_val_batches=0", "callbacks.self_correction.allow_empty=true"]
+    expert = [f"expert.base_url={server.url}", "expert.key_env=null", "expert.model=some", "expert.repair=0"]
+    conf = "conf=stage2,expert/openai"
+    return [conf, f"run_dir={run_dir}", *data, *quick, *rounds, *steps, *expert, "expert.limits.concurrency=2"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_expert_that_refuses_in_a_training_loses_nothing(drafts, tmp_path, capsys, number):
+    """In the first round of a run that replaces another, and in the second: one line, and the answers are kept."""
+    folder = tmp_path / "run"
+    asked = []
+
+    def until_empty(request: Request) -> Http:
+        asked.append(request)
+        return error(402, "no money") if len(asked) > 4 + 6 * number else corrects(request)
+
+    with Scripted(until_empty) as server:
+        argv = training(drafts, folder, server)
+        if not number:
+            with Scripted(corrects) as other:
+                src.train.main([*training(drafts, folder, other), "callbacks.self_correction.rounds=1"])
+            argv += ["resume=false"]
+        with pytest.raises(SystemExit) as ended:
+            src.train.main(argv)
+    assert ended.value.code == 2
+    assert "error: the account is empty" in capsys.readouterr().err
+    (journal,) = (folder / "rounds" / f".round-000{number + 1}.partial").glob("journal*")
+    answered = len(journal.read_text().splitlines())
+    assert answered >= 2
+    with Scripted(corrects) as server:
+        src.train.main(training(drafts, folder, server))
+        assert len(server.requests) == 6 * (2 - number) - answered
+
+
+def test_replies_that_were_lost_count_after_a_restart(drafts, tmp_path):
+    """All are cut; the next command has what is left of the budget, which then is nothing."""
+    few = ["expert.limits.attempts=1", "expert.limits.pause_after=100", "expert.limits.give_up_s=60"]
+    tokens = [*few, "expert.max_completion_tokens=100", f"expert.limits.max_tokens={NUM * 2000}"]
+    with Scripted(lambda request: b"HTTP/1.1 200 X\r\ncontent-length: 50\r\n\r\n{") as server:
+        revise(drafts, tmp_path / "round", server, *tokens)
+    usage = read_manifest(tmp_path / "round")["usage"]
+    assert usage["lost_completion_tokens"] == 100 * usage["requests"] > 0
+    used = usage["lost_completion_tokens"] + usage["lost_prompt_tokens"]
+    with Scripted(corrects) as server:
+        revise(drafts, tmp_path / "round", server, *tokens[:-1], f"expert.limits.max_tokens={used + 1}", "again=true")
+        assert not server.requests
+        revise(drafts, tmp_path / "round", server, *tokens, "again=true")
+        assert server.requests

@@ -72,8 +72,11 @@ class Budget:
         return {"requests": self.max_requests, "tokens": self.max_tokens, "cost": self.max_cost}
 
     def _sums(self, usage: Mapping[str, float]) -> dict[str, float]:
-        tokens = usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
-        return {"tokens": tokens, "cost": self.prices.cost(usage) if self.prices else 0.0}
+        """Tokens and dollars; of lost replies what they may have been."""
+        lost = {name: usage.get(f"lost_{name}", 0) for name in ("prompt_tokens", "completion_tokens")}
+        parts = [usage, lost]
+        tokens = sum(part.get(name, 0) for part in parts for name in lost)
+        return {"tokens": tokens, "cost": sum(map(self.prices.cost, parts)) if self.prices else 0.0}
 
     def _add(self, more: Mapping[str, float]) -> None:
         for name, value in more.items():

@@ -18,9 +18,8 @@ import asyncio
 import os
 import re
 import ssl
-import statistics
 from base64 import b64encode
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ import aiohttp
 import openai
 from aiohttp.http_exceptions import HttpProcessingError
 
-from src.batch import DEADLINE
+from src.batch import DEADLINE, FailedRound
 from src.experts.budget import Budget
 from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
 from src.experts.replies import Trouble, Unanswered, read_body, read_error
@@ -44,12 +43,11 @@ NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
 AGAIN = (408, 409, 425)  # of the 4xx, those that may be tried again
 DOWN = (502, 503, 504)
 TRIES = 3  # requests that a server may refuse before it has answered any
-LATENCIES = 10_000  # of which percentiles are taken
 _MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
 _LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
 
 
-class ExpertError(ValueError):
+class ExpertError(FailedRound):
     """What no further request can mend."""
 
 
@@ -114,7 +112,6 @@ class Client:
         )
         self.budget = Budget(limits.max_requests, limits.max_tokens, limits.max_cost, limits.prices)
         self.counts: Counter[str] = Counter()
-        self._latencies: deque[float] = deque(maxlen=LATENCIES)
         self._row = self._closings = 0  # since the last answer: 429s, and how often all had to wait
         self._row_began = 0.0
         self._link: Link | None = None
@@ -130,9 +127,10 @@ class Client:
         """Connections, shared by all who are in a session of this event loop, and closed by the last one."""
         loop = asyncio.get_running_loop()
         if self._link is None or self._loop is not loop:
-            self._limits.check_processes()  # not before, as an expert may be made before the processes meet
             self._link, self._loop, self._users = self._connect(), loop, 0
             self._over, self._hopeless = False, None
+            self._row = self._closings = 0  # what came before a pause says nothing of now
+            self._breaker.answered()
         self._users += 1
         try:
             yield
@@ -159,6 +157,8 @@ class Client:
             task.uncancel()
             raise self._reason() from None
         except (ExpertError, ServerDown) as error:
+            if self._over and not self._hopeless:
+                raise Unanswered(DEADLINE, retry=True) from None
             self._hopeless = self._hopeless or error
             self.finish()
             raise
@@ -202,16 +202,18 @@ class Client:
                 raise Unanswered(found.reason, retry=True)
             await self._clock.sleep(wait)
 
+    def check_processes(self) -> None:
+        """Raise ValueError where there is less of something than processes that share it."""
+        self._limits.check_processes()
+
+    @property
+    def at_once(self) -> int:
+        """Requests of this process that may be under way at once."""
+        return max(1, self._limits.concurrency // world())
+
     @cached_property
     def _gate(self) -> Gate:
-        return Gate(self._limits.concurrency // world())  # at the first request: the processes are known by then
-
-    def percentiles(self) -> dict[str, float]:
-        """Seconds from sending a request to its reply."""
-        if len(self._latencies) < 2:
-            return {}
-        cuts = statistics.quantiles(self._latencies, n=100, method="inclusive")
-        return {name: round(cuts[number - 1], 3) for name, number in (("p50", 50), ("p90", 90), ("p99", 99))}
+        return Gate(self.at_once)  # at the first request: the processes are known by then
 
     @property
     def _where(self) -> str:
@@ -266,12 +268,12 @@ class Client:
             call.add({**usage, "seconds": round(seconds, 3)} | self._cost(usage))
             call.model = reply.model or call.model
             call.replies.append(reply.text)
-            self._latencies.append(seconds)
             self._answered(headers)
             return reply.checked()
         except Trouble as trouble:
             # a reply that was lost on the way may have to be paid all the same
             usage = request.expected if trouble.billed else {}
+            call.add({f"lost_{name}": tokens for name, tokens in usage.items()})
             if trouble.unsent:
                 sent = False
                 call.attempts -= 1

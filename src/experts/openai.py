@@ -30,6 +30,7 @@ from src.experts.replies import Trouble, Unanswered, read_body
 from src.tokenizer import Codec
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator
+AHEAD = 2  # drafts that are under way for each request that may be
 IN_THREAD = 100_000  # bytes of an image from which on it is made smaller outside the event loop
 REPLY_TOKENS = 150  # of an average reply, for a dry run
 THOUGHT_TOKENS = 1000  # hidden tokens before it, of a model that thinks
@@ -87,7 +88,8 @@ class OpenAIExpert:
             raise ValueError(f"repair must be 0 or 1, got {repair}")
         self._codec, self._model, self._repair = codec, model, repair
         self._image_side, self._detail = image_side, detail
-        self._words, self._profile, self._reply_limit = Words.load(), choose(profile, model), max_completion_tokens
+        self._words = Words.load(any_length=codec.gap_id is not None)
+        self._profile, self._reply_limit = choose(profile, model), max_completion_tokens
         self._given, self._extra = {"temperature": temperature, "effort": effort, "seed": seed}, dict(extra or {})
         self._chosen = self._profile.parameters(limit=max_completion_tokens, given=self._given) | self._extra
         self._client = Client(base_url=base_url, key_env=key_env, model=model, limits=limits or Limits())
@@ -109,20 +111,36 @@ class OpenAIExpert:
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
         """Yield (key, answer) for every draft, as they come. Raises ExpertError, ServerDown."""
         async with self._client.session():
-            asked = [asyncio.create_task(self._answer(draft)) for draft in drafts]
-            wrong: ExpertError | ServerDown | None = None
+            room = asyncio.Semaphore(AHEAD * self._client.at_once)  # answers that nobody takes stop the questions
+            done: asyncio.Queue[asyncio.Task] = asyncio.Queue()
+            asked: set[asyncio.Task] = set()
+
+            async def ask_all() -> None:
+                for draft in drafts:
+                    await room.acquire()
+                    task = asyncio.create_task(self._answer(draft))
+                    asked.add(task)
+                    task.add_done_callback(done.put_nowait)
+
+            asking, wrong = asyncio.create_task(ask_all()), None
             try:
-                for done in asyncio.as_completed(asked):
-                    try:
-                        yield await done
-                    except (ExpertError, ServerDown) as error:
-                        wrong = wrong or error  # the others that are under way are paid: they come to their end
+                for _ in drafts:
+                    task = await done.get()
+                    asked.discard(task)
+                    if task.exception() is None:
+                        yield task.result()
+                    elif isinstance(task.exception(), ExpertError | ServerDown):
+                        wrong = wrong or task.exception()  # others that are under way are paid: they come to their end
+                    else:
+                        task.result()
+                    room.release()
                 if wrong:
                     raise wrong
             finally:
-                for task in asked:
+                rest = [asking, *asked]
+                for task in rest:
                     task.cancel()
-                await asyncio.gather(*asked, return_exceptions=True)
+                await asyncio.gather(*rest, return_exceptions=True)
 
     def finish(self) -> None:
         """Ask no more in this round; drafts without an answer fail with `deadline`. In the loop of `revise` only."""
@@ -134,13 +152,16 @@ class OpenAIExpert:
         return self._client.trouble
 
     def charge(self, usage: Mapping[str, float]) -> None:
-        """Count what an earlier process of this run used; `usage` of an answer, or of a manifest."""
+        """Count what an earlier process of this run used; `usage` of an answer, or of a manifest.
+
+        Raises ValueError where a limit is too low to be shared by the processes, which are known by now.
+        """
+        self._client.check_processes()
         self._client.budget.charge(usage)
 
     def report(self) -> dict[str, Any]:
-        """What this process did so far: requests by outcome, what was spent, seconds of a request."""
-        spent = dict(self._client.budget.spent)
-        return {"counts": dict(self._client.counts), "spent": spent, "seconds": self._client.percentiles()}
+        """What this process did so far: requests by outcome, and what was spent."""
+        return {"counts": dict(self._client.counts), "spent": dict(self._client.budget.spent)}
 
     def estimate(self, drafts: Sequence[Draft], *, total: int | None = None) -> Estimate:
         """What asking about `total` drafts like these would take. Nothing is sent."""
@@ -220,13 +241,15 @@ class OpenAIExpert:
                 messages, picture = asked[0]
                 return self._request(again(self._words, messages, replies[0], told), picture)
 
+            call.add({"returned": len(found.problems)})
             try:
                 replies.append(await self._client.ask(repair, call, first=True))
                 found = read_replies(self._codec, draft, replies)
             except (Unanswered, ExpertError, ServerDown):
                 call.add({"repair_failed": 1})  # the first answer counts; what is wrong will be met again
         call.add(found.counts)
-        return Revision(found.edits, BETWEEN.join(replies), call.model or self._model, call.usage, call.attempts)
+        raw = BETWEEN.join(call.replies)  # also of a repair that was cut short
+        return Revision(found.edits, raw, call.model or self._model, call.usage, call.attempts)
 
     def _request(self, messages: Messages, picture: Picture | None) -> Request:
         body = json.dumps({"model": self._model, "messages": messages, **self._chosen})
@@ -274,7 +297,7 @@ def read_replies(codec: Codec, draft: Draft, replies: Sequence[str]) -> Found:
         except UnreadableReply:
             better = usable
         repaired = better[len(usable) :][: len(problems)]
-        counts.update(returned=len(problems), repaired=len(repaired))
+        counts.update(repaired=len(repaired))
         usable, problems = [*usable, *repaired], problems[len(repaired) :]
     return Found(usable, problems, +counts)
 

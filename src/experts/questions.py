@@ -24,7 +24,7 @@ from src.batch import Draft, Edit
 from src.experts.parsing import SCHEMA
 
 FILE = Path(__file__).with_name("revise.md")
-SECTIONS = ("System", "Question", "Repair")
+SECTIONS = ("System", "Same", "Any", "Question", "Repair")
 PLAIN_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}  # what every server reads
 QUALITY = 90  # of a JPEG that was made smaller
 CHARS_PER_TOKEN = 3.5  # of English and JSON; on the safe side
@@ -65,15 +65,16 @@ class Words:
     digest: str
 
     @classmethod
-    def load(cls, path: str | Path = FILE) -> Words:
-        """Read a file with the sections System, Question and Repair, in this order."""
+    def load(cls, path: str | Path = FILE, *, any_length: bool = False) -> Words:
+        """Read a file with the sections of SECTIONS. any_length: whether an edit may change the number of tokens."""
         text = Path(path).read_text(encoding="utf-8")
         parts = re.split(r"^# (\w+)\n", text, flags=re.MULTILINE)[1:]
         if tuple(parts[::2]) != SECTIONS:
             raise ValueError(f"{path} must have the sections {', '.join(SECTIONS)}, got {', '.join(parts[::2])}")
-        system, question, repair = (part.strip() for part in parts[1::2])
-        told = hashlib.sha256("\0".join((system, question, repair, json.dumps(SCHEMA))).encode()).hexdigest()[:16]
-        return cls(system, Template(question), Template(repair), told)
+        told, same, free, question, repair = (part.strip() for part in parts[1::2])
+        system = Template(told).substitute(lengths=free if any_length else same)
+        digest = hashlib.sha256("\0".join((system, question, repair, json.dumps(SCHEMA))).encode()).hexdigest()[:16]
+        return cls(system, Template(question), Template(repair), digest)
 
 
 def first(words: Words, draft: Draft, *, picture: Picture | None, detail: str | None) -> Messages:

@@ -6,8 +6,8 @@
 
 A sentence keeps its template, and with `lengths: same` its number of words:
 
-1. A sentence that the grammar rejects is read as the nearest template of equally many words, or with `lengths: any` as
-   the nearest by word edit distance; where too many words differ, it is left alone.
+1. A sentence that the grammar rejects is read as the nearest template of equally many words; where too many words
+   differ, with `lengths: any` as the nearest by word edit distance; where too many differ even so, it is left alone.
 2. Object sentences are given objects one to one. First, as many objects as possible are described; then, a
    sentence stays with the object at the place that it names; then, as few words as possible change. Surplus
    sentences are made true where they stand.
@@ -21,6 +21,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from math import inf
 from typing import Any
 
 from src.batch import Draft, Edit, Failure, Revision
@@ -211,26 +212,28 @@ def _readings(text: str, lengths: str) -> Iterator[_Reading]:
 
 
 def _nearest_template(words: list[str], lengths: str) -> tuple[list[str], str, int, dict[str, str]] | None:
-    """(words, kind, index, legible fields) of the template with the fewest misfit words, if they are few enough."""
-    if lengths == "same" and "" in words:  # a double blank: there is no word to replace
-        return None
-    found = []
-    for kind, templates in TEMPLATES.items():
-        for index in range(len(templates)):
-            template = template_words(kind, index)
-            other = len(template) != len(words)
-            if lengths == "any" or not other:
-                wrong, slots = align(words, template) if lengths == "any" else (_misfits(words, template), words)
-                found.append((wrong, other, len(found), (slots, kind, index, _fields(slots, template))))
-    wrong, *_, nearest = min(found, default=(len(words), None))
-    return nearest if wrong <= MAX_MISMATCH * len(words) else None
+    """(words, kind, index, legible fields) of the template with the fewest misfit words, if they are few enough.
+
+    One that is near enough word for word goes first: to move words is harder to learn than to replace them.
+    """
+    known = [(kind, index, template_words(kind, index)) for kind in TEMPLATES for index in range(len(TEMPLATES[kind]))]
+    for compare in (_in_place, align)[: LENGTHS.index(lengths) + 1]:
+        found = [(compare(words, template), (kind, index, template)) for kind, index, template in known]
+        (wrong, slots), (kind, index, template) = min(found, key=lambda reading: reading[0][0])
+        if wrong <= MAX_MISMATCH * len(words):
+            return slots, kind, index, _fields(slots, template)
+    return None
 
 
-def _misfits(words: list[str], template: list[Slot]) -> int:
-    """The number of words that do not fit a template of equally many."""
-    return sum(
-        not fits(word, slot, first=not place) for place, (word, slot) in enumerate(zip(words, template, strict=True))
-    )
+def _in_place(words: list[str], template: list[Slot]) -> tuple[float, list[str]]:
+    """How many words do not fit, and the words; all are too many where they are not one for one.
+
+    Nor is there a word to replace between two blanks.
+    """
+    if len(words) != len(template) or "" in words:
+        return inf, words
+    pairs = enumerate(zip(words, template, strict=True))
+    return sum(not fits(word, slot, first=not place) for place, (word, slot) in pairs), words
 
 
 def _fields(words: list[str], template: list[Slot]) -> dict[str, str]:
