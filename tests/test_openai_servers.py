@@ -21,7 +21,16 @@ from src.experts.client import ExpertError
 from src.experts.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert
 from src.tokenizer import Codec
-from tests.servers.real import free_port, haproxy, llmock, missing, tell, tiny_vision_model, transformers_serve
+from tests.servers.real import (
+    free_port,
+    haproxy,
+    llmock,
+    missing,
+    read_log,
+    tell,
+    tiny_vision_model,
+    transformers_serve,
+)
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
 LIMITS = Limits(concurrency=16, timeout_s=3, attempts=8, pause_after=6, pause_s=0.2, give_up_s=60)
@@ -225,6 +234,34 @@ def test_haproxy_breaks_http(codec, tmp_path: Path) -> None:
     counts = expert.report()["counts"]
     assert len({"malformed_body", "no_choices", "rate_limited", "connection", "server_error"} & counts.keys()) >= 4
     assert len(seen) == 100
+
+
+CUT = r"""
+  http-response set-var(txn.fault) str(half) if { rand(100) lt 12 }
+  http-response set-var(txn.fault) str(truncated) if !{ var(txn.fault) -m found } { rand(100) lt 12 }
+  http-response return status 200 content-type application/json string '{"choices": [' if { var(txn.fault) -m str half }
+  http-response set-header content-length 5000 if { var(txn.fault) -m str truncated }
+  http-response set-header connection close if { var(txn.fault) -m str truncated }
+"""
+
+
+@needs_haproxy
+def test_haproxy_breaks_replies_that_were_paid(codec, tmp_path: Path) -> None:
+    """Each of them, and no other, is asked for again: by the record of the server and that of the proxy."""
+    with llmock() as url:
+        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
+        with haproxy(tmp_path, CUT, to=url) as front:
+            expert = expert_of(codec, front, limits=replace(LIMITS, attempts=20))
+            assert kinds(ask(expert, drafts_of(codec, 60))) == {"revised": 60}
+        paid = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
+    passed = read_log(tmp_path)
+    whole = Counter(one.draft for one in passed if one.whole)
+    broken = Counter(one.fault for one in passed if one.fault)
+    assert whole == dict.fromkeys(map(str, range(60)), 1)
+    assert len(paid) == len(passed) == 60 + broken.total()
+    assert expert.report()["counts"] == {
+        "answered": 60, "malformed_body": broken["half"], "connection": broken["truncated"],
+    }  # fmt: skip
 
 
 @needs_haproxy

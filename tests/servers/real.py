@@ -2,7 +2,7 @@
 
     with llmock() as url: ...                            url: up to /v1, for `base_url`
     with transformers_serve() as url: ...
-    with haproxy(config, to=url) as url: ...
+    with haproxy(folder, rules, to=url) as url: ...      and `read_log(folder)`: what it noted of each request
 
 `pip install -e '.[experts-test]'` brings the first two; HAProxy is a package of the system.
 """
@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ def tell(url: str, path: str, body: dict[str, Any] | None = None, *, method: str
 
 
 @contextmanager
-def transformers_serve(log: Path) -> Iterator[str]:
+def transformers_serve(log: Path, *, port: int = 0) -> Iterator[str]:
     """`transformers serve`, which loads a model when a request names its folder."""
-    port = free_port()
+    port = port or free_port()
     code = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -75,18 +76,65 @@ def transformers_serve(log: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
 
 
+HAPROXY = """global
+  tune.bufsize 1048576
+defaults
+  mode http
+  retries 0
+  option abortonclose
+  option http-buffer-request
+  timeout connect 2s
+  timeout client 30s
+  timeout server 30s
+  log stdout format raw local0
+  log-format "%HM %[date(0,ms)] %Ta %ST %ts %[var(txn.draft)] %[var(txn.fault)]"
+frontend front
+  bind 127.0.0.1:{port}
+  http-request return status 200 if METH_GET
+  http-request set-var(txn.draft) 'req.body,regsub("^.*Picture ([0-9]+)[.].*$","\\1")' if METH_POST
+{rules}
+  default_backend back
+backend back
+  server one {behind}
+"""
+
+
 @contextmanager
-def haproxy(folder: Path, rules: str, *, to: str) -> Iterator[str]:
-    """HAProxy in front of a server; rules: lines of its `frontend` section."""
-    port, behind = free_port(), to.removeprefix("http://").removesuffix("/v1")
+def haproxy(folder: Path, rules: str, *, to: str, port: int = 0) -> Iterator[str]:
+    """HAProxy in front of a server; rules: lines of its `frontend` section, which may set `txn.fault` for the log."""
+    port, behind = port or free_port(), to.removeprefix("http://").removesuffix("/v1")
     config = folder / "haproxy.cfg"
-    config.write_text(
-        "defaults\n  mode http\n  retries 0\n  timeout connect 2s\n  timeout client 30s\n  timeout server 30s\n"
-        f"frontend front\n  bind 127.0.0.1:{port}\n{rules}\n  default_backend back\n"
-        f"backend back\n  server one {behind}\n"
-    )
-    with _running([str(find("haproxy")), "-f", str(config), "-db"], f"http://127.0.0.1:{port}/"):
+    config.write_text(HAPROXY.format(port=port, rules=rules, behind=behind))
+    command = [str(find("haproxy")), "-f", str(config), "-db"]
+    with _running(command, f"http://127.0.0.1:{port}/", log=folder / "haproxy.log"):
         yield f"http://127.0.0.1:{port}/v1"
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A request as HAProxy noted it at its end.
+
+    began: seconds of `time.time`; draft: the last `Picture NUMBER.` in its body; fault: what a rule did to it
+    whole: neither a fault nor a client that hung up, as far as HAProxy can tell
+    """
+
+    began: float
+    status: int
+    draft: str
+    fault: str
+    whole: bool
+
+
+def read_log(folder: Path) -> list[Passed]:
+    """What the HAProxys of a folder noted of requests, in the order of their ends."""
+    found = []
+    for line in (folder / "haproxy.log").read_text(encoding="utf-8").splitlines():
+        if line.startswith("POST "):
+            _, at, took, status, ended, draft, fault = line.split(" ")
+            seconds, fault = int(at) / 1000, fault.strip("-")
+            began, whole = seconds - int(took) / 1000, not fault and ended == "--"
+            found.append(Passed(began, int(status), draft, fault, whole))
+    return found
 
 
 @contextmanager
@@ -94,7 +142,7 @@ def _running(
     command: Sequence[str], ready: str, *, env: dict[str, str] | None = None, log: Path | None = None
 ) -> Iterator[None]:
     """A process, from its first answer at an address on."""
-    with open(log or os.devnull, "w", encoding="utf-8") as stream:
+    with open(log or os.devnull, "a", encoding="utf-8") as stream:
         process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
         try:
             _wait(process, ready, log)
