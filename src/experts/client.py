@@ -15,6 +15,7 @@ attribute or log of ours.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import ssl
@@ -131,6 +132,7 @@ class Client:
             self._over, self._hopeless = False, None
             self._row = self._closings = 0  # what came before a pause says nothing of now
             self._breaker.answered()
+            gc.freeze()  # a collection that looks at all of PyTorch's objects stops the answers for a quarter second
         self._users += 1
         try:
             yield
@@ -138,6 +140,7 @@ class Client:
             self._users -= 1
             if not self._users:
                 link, self._link = self._link, None
+                gc.unfreeze()
                 await link.close()
 
     async def ask(self, make: Callable[[], Awaitable[Request]], call: Call, *, first: bool = False) -> str:

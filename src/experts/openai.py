@@ -16,7 +16,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.align import locate
@@ -31,6 +31,7 @@ from src.tokenizer import Codec
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator
 AHEAD = 2  # drafts that are under way for each request that may be
+MARK = "\0picture"
 IN_THREAD = 100_000  # bytes of an image from which on it is made smaller outside the event loop
 REPLY_TOKENS = 150  # of an average reply, for a dry run
 THOUGHT_TOKENS = 1000  # hidden tokens before it, of a model that thinks
@@ -229,7 +230,8 @@ class OpenAIExpert:
             large = len(draft.image) > IN_THREAD
             shown = (show, draft.image, self._image_side)
             picture = await asyncio.to_thread(*shown) if large else show(*shown[1:])
-            asked.append((first(self._words, draft, picture=picture, detail=self._detail), picture))
+            mark = picture and replace(picture, url=MARK)
+            asked.append((first(self._words, draft, picture=mark, detail=self._detail), picture))
             return self._request(*asked[0])
 
         replies = [await self._client.ask(question, call)]
@@ -252,7 +254,9 @@ class OpenAIExpert:
         return Revision(found.edits, raw, call.model or self._model, call.usage, call.attempts)
 
     def _request(self, messages: Messages, picture: Picture | None) -> Request:
+        """messages: with MARK in the place of the picture, as what needs no escaping need not be looked through."""
         body = json.dumps({"model": self._model, "messages": messages, **self._chosen})
+        body = body.replace(json.dumps(MARK), f'"{picture.url}"', 1) if picture else body
         expected = {"prompt_tokens": tokens_of(messages, picture), "completion_tokens": self._reply_limit}
         return Request(body.encode(), expected)
 

@@ -128,7 +128,7 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, server: Scripted) -> None:
-        self.server, self.buffer = server, b""
+        self.server, self.buffer, self.began = server, b"", 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -139,6 +139,7 @@ class Connection(asyncio.Protocol):
         self.server._open.discard(self)
 
     def data_received(self, data: bytes) -> None:
+        self.began = self.began if self.buffer else self.server._loop.time()
         self.buffer += data
         head, found, rest = self.buffer.partition(END)
         if not found:
@@ -157,7 +158,7 @@ class Connection(asyncio.Protocol):
         server.most = max(server.most, server.active)
         answer = server.script(request)
         delay = answer.delay if isinstance(answer, Http) else 0.0
-        server._loop.call_later(delay, self._send, answer)
+        server._loop.call_at(self.began + delay, self._send, answer)  # so the server's own work is part of the delay
 
     def _send(self, answer: Http | bytes) -> None:
         self.server.active -= 1
