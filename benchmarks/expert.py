@@ -8,7 +8,7 @@ of the whole, with the wait for the last refused ones at its end, and that of th
 baseline is the `openai` client as its README shows it: `asyncio.gather`, a semaphore, and the SDK's own retries. Both
 sides ask about the same drafts with the same image, in turn. Each draft names its number, which the reply has to
 contain: a lost, doubled or exchanged answer is an error. The CPU time of a request is told too: one thread does all the
-work, so its inverse is the most that a side can do, and unlike the rate it hardly depends on what else the machine does.
+work, so its inverse is the most that a side can do, and unlike the rate it hardly depends on what else runs.
 """
 
 from __future__ import annotations

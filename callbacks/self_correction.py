@@ -17,6 +17,7 @@ long as the round takes (`src.parallel.gathered`); drafts and rounds are those o
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -105,11 +106,12 @@ class SelfCorrection(L.Callback):
     ) -> None:
         super().__init__()
         for name, minutes in {"patience_minutes": patience_minutes, "deadline_minutes": deadline_minutes}.items():
-            if minutes is not None and minutes <= 0:
+            if minutes is not None and not 0 < minutes < math.inf:
                 raise ValueError(f"{name} must be more than 0, got {minutes}")
         if train_from not in ("newest", "start"):
             raise ValueError(f"train_from must be newest or start, got {train_from!r}")
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
+        numbers["per_shard"] = per_shard
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -89,12 +89,14 @@ def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(id, response) of each line. Raises ValueError, with its number, for a line of something else."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
             try:
                 entry = json.loads(line)
                 name, response = entry["custom_id"], entry.get("response") or {"status_code": 0, "body": entry["error"]}
                 if not (isinstance(name, str) and isinstance(response, dict)):
                     raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{file}: line {number} is no result of a batch: {line[:80]!r}") from None
             yield name, response
 
@@ -102,5 +104,5 @@ def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _answer(expert: Any, draft: Draft, response: Mapping[str, Any]) -> Revision | Failure:
     status, body = response.get("status_code"), response.get("body")
     if status != 200 or not isinstance(body, dict):
-        return Failure(f"status_{status}" if status else "not_processed", retry=True)
+        return Failure(f"status_{status}" if isinstance(status, int) and status else "not_processed", retry=True)
     return _able(expert).read(draft, body)

@@ -71,7 +71,7 @@ class Answers:
                     self.usage.update(_numbers(answer.usage))
                     if not _is_settled(self._answers.get(request)):  # of another process, maybe
                         self._answers[request] = answer
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 broken.append(f"line {number} ({error!r})")
         if broken:
             logger.warning(
@@ -91,14 +91,13 @@ class Journal(Answers):
         self.path = Path(path)
         super().__init__((other for other in also if other != self.path), expert=expert)
         self._restore()
-        self._stream = self.path.open("ab")
+        self._stream = self.path.open("ab", buffering=0)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with naming(self.path):  # what could not be written before is tried once more
-            self._stream.close()
+        self._stream.close()
 
     def add(self, draft: Draft, answer: Answer) -> None:
         """Append an answer; when this returns it is on disk."""
@@ -112,12 +111,21 @@ class Journal(Answers):
             line = {"request": self.request(draft), "key": draft.key, kind: asdict(answer)}
             lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         with naming(self.path):
-            self._stream.write(b"".join(lines))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            self._append(b"".join(lines))
         for draft, answer in answers:
             self._answers[self.request(draft)] = answer
             self.usage.update(_numbers(answer.usage))
+
+    def _append(self, data: bytes) -> None:
+        """Write and sync; what can be written only in part is not written at all, as more may follow."""
+        before, rest = os.fstat(self._stream.fileno()).st_size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            os.fsync(self._stream.fileno())
+        except OSError:
+            os.ftruncate(self._stream.fileno(), before)
+            raise
 
     def _restore(self) -> None:
         """Read the journal of an earlier process and cut off a torn last line."""

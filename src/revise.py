@@ -21,6 +21,7 @@ with the model.path, data.path and tokenizer of the drafts, where these are not 
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -39,10 +40,14 @@ from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
 from src.parallel import Team
 from src.processes import explained, launched_first, together
-from src.rounds import Revising, check_drafts, reopen, revise_round
+from src.rounds import Revising, check_reopens, reopen, revise_round
 from src.tally import yields
 from src.tokenizer import Codec
 
+HINTS = {
+    "budget": "raise max_requests, max_tokens or max_cost of expert.limits first",
+    "length": "raise expert.max_completion_tokens first",
+}
 SAMPLE = 8  # chunks that stand for all in a dry run
 
 
@@ -57,6 +62,8 @@ def main(argv: list[str]) -> None:
         if cfg.dry:
             sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
             return
+        if cfg.requests and cfg.results:
+            raise ValueError("requests= writes questions and results= reads answers: give one of them")
         if cfg.requests:
             with locked(out):
                 if out.exists() and not (cfg.again and reopen(out)):
@@ -67,12 +74,14 @@ def main(argv: list[str]) -> None:
             return
         lock = locked(out) if launched_first() else nullcontext()
         with lock, explained(), together() as team:
+            how = _how(cfg, codec, team)
             if cfg.again or cfg.reread:
-                team.alone(lambda: _reopen(out, drafts, codec, always=cfg.reread))
+                team.alone(lambda: check_reopens(out, drafts, how))
+                team.alone(lambda: reopen(out, always=cfg.reread))
             if cfg.results:
                 team.alone(lambda: _read(cfg, out, drafts, codec))
             ask = not (cfg.results or cfg.reread)
-            made = revise_round(out, drafts, how=_how(cfg, codec, team), ask=ask, reread=cfg.reread)
+            made = revise_round(out, drafts, how=how, ask=ask, reread=cfg.reread)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if team.first:
@@ -81,8 +90,11 @@ def main(argv: list[str]) -> None:
 
 def _how(cfg: DictConfig, codec: Codec, team: Team) -> Revising:
     for name in ("patience_minutes", "deadline_minutes"):
-        if cfg[name] is not None and cfg[name] <= 0:
-            raise ValueError(f"{name} must be more than 0, got {cfg[name]}")
+        minutes = cfg[name]
+        if minutes is None and name == "deadline_minutes":
+            continue
+        if not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
+            raise ValueError(f"{name} must be a number above 0, got {minutes}")
     return Revising(
         expert=build(cfg.expert, codec=codec),
         codec=codec,
@@ -91,15 +103,6 @@ def _how(cfg: DictConfig, codec: Codec, team: Team) -> Revising:
         deadline=None if cfg.deadline_minutes is None else 60 * cfg.deadline_minutes,
         team=team,
     )
-
-
-def _reopen(out: Path, drafts: Path, codec: Codec, *, always: bool) -> None:
-    if drafts.resolve().is_relative_to(out.resolve()):
-        raise ValueError(
-            f"{out} is a round of a training, which needs it as it is; copy its drafts to revise them again"
-        )
-    check_drafts(drafts, codec)  # or the round would be gone for nothing
-    reopen(out, always=always)
 
 
 def _read(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:
@@ -138,6 +141,7 @@ def report(made: Round) -> str:
         lines.append(f"yield: {after} of the edits could be placed; {before} before the expert repaired some")
     if again := made.manifest.get("again"):
         lines.append(f"again=true asks about {sum(again.values())} of them once more{_reasons(again)}")
+        lines += [f"{reason}: {hint}" for reason, hint in HINTS.items() if reason in again]
     if not counts["written"]:
         return "\n".join([*lines, "no draft was corrected: there is nothing to train on"])
     settings = [f"data.rounds=[{made.path}]", "callbacks.self_correction=null"]

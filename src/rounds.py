@@ -69,6 +69,10 @@ class Revising:
     team: Team
     deadline: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.per_shard < 1:
+            raise ValueError(f"per_shard must be at least 1, got {self.per_shard}")
+
 
 def run_round(
     folder: str | Path,
@@ -115,6 +119,21 @@ def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool =
         return made
     drawn = read_drafts(drafts, how.team) if ask else ()
     return _make(folder, drafts, drawn, settings, how, total, reread=reread)
+
+
+def check_reopens(folder: Path, drafts: Path, how: Revising) -> None:
+    """Raise ValueError where a round is not there, or not of these drafts and this expert: it would be made without.
+
+    Or where it is a training's, whose drafts lie in it: a training may need it as it is.
+    """
+    if drafts.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} is a round of a training, which needs it as it is; copy its drafts to revise them")
+    settings = check_drafts(drafts, how.codec)["settings"]
+    if not folder.exists() and not _partial(folder).exists():
+        raise ValueError(f"there is no round {folder}")
+    changed = _changed(read_round(folder).manifest, settings, how) if _is_finished(folder) else []
+    if changed not in ([], ["lengths"]):  # a gap is taken up by reading again
+        raise ValueError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
 
 
 def reopen(folder: str | Path, *, always: bool = False) -> bool:

@@ -8,6 +8,7 @@ The greatest possible use of a request is put aside while it is under way, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +22,12 @@ class Prices:
     input: float
     output: float
     cached: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("input", "output", "cached"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"prices.{name} must be at least 0, got {value}")
 
     def cost(self, usage: Mapping[str, float]) -> float:
         """Dollars for `prompt_tokens` and `completion_tokens`, of which `cached_tokens` of the prompt."""
@@ -43,7 +50,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in self._limits().items():
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"max_{name} must be above 0 or null, got {value}")
         if self.max_cost is not None and self.prices is None:
             raise ValueError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")

@@ -18,31 +18,28 @@ import asyncio
 import gc
 import os
 import re
-import ssl
-from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
-from typing import Any, NoReturn
-from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import NoReturn
 
 import aiohttp
-import openai
 from aiohttp.http_exceptions import HttpProcessingError
 
 from src.batch import DEADLINE, FailedRound
 from src.experts.budget import Budget
 from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
+from src.experts.link import Link, body_of, check_address
 from src.experts.replies import Trouble, Unanswered, read_body, read_error
 from src.parallel import world
 
 NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
 AGAIN = (408, 409, 425)  # of the 4xx, those that may be tried again
 DOWN = (502, 503, 504)
+SECRET = 12  # characters of the shortest key that is kept out of texts
 TRIES = 3  # requests that a server may refuse before it has answered any
 _MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
 _LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
@@ -74,23 +71,6 @@ class Call:
             self.usage[name] = self.usage.get(name, 0) + value
 
 
-@dataclass(frozen=True, repr=False)
-class Link:
-    """Connections with the key, the address and the headers of the SDK, whose request layers take twice as long.
-
-    settings: of each request
-    """
-
-    sdk: openai.AsyncOpenAI
-    connections: aiohttp.ClientSession
-    url: str
-    settings: dict[str, Any]
-
-    async def close(self) -> None:
-        await self.connections.close()
-        await self.sdk.close()
-
-
 class Client:
     """One server, one model. `counts`: replies, and troubles by reason; `budget.spent`: what was used so far."""
 
@@ -102,8 +82,8 @@ class Client:
         key = os.environ.get(key_env, "") if key_env else ""
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"the key in {key_env} holds characters that no key has, such as the end of a line")
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}")
+        if base_url is not None:
+            check_address(base_url)
         self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
         self._clock, self._random = Clock(), Random()
         self._requests = Pace(limits.requests_per_minute, self._clock)
@@ -128,7 +108,7 @@ class Client:
         """Connections, shared by all who are in a session of this event loop, and closed by the last one."""
         loop = asyncio.get_running_loop()
         if self._link is None or self._loop is not loop:
-            self._link, self._loop, self._users = self._connect(), loop, 0
+            self._link, self._loop, self._users = Link.open(self._base_url, self._key), loop, 0
             self._over, self._hopeless = False, None
             self._row = self._closings = 0  # what came before a pause says nothing of now
             self._breaker.answered()
@@ -224,30 +204,6 @@ class Client:
         proxies = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
         return f"{self._base_url or 'the default server'}{''.join(f', {name} is set' for name in proxies)}; "
 
-    def _connect(self) -> Link:
-        key = os.environ[self._key_env] if self._key_env else NO_KEY
-        sdk = openai.AsyncOpenAI(api_key=key, base_url=self._base_url, max_retries=0)
-        headers = {
-            "Authorization": f"Bearer {key}",
-            "Content-Type": "application/json",
-            "OpenAI-Organization": sdk.organization,
-            "OpenAI-Project": sdk.project,
-        }
-        url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
-        # headers of the session would go to the proxy too
-        sent = {name: value for name, value in headers.items() if value}
-        settings: dict[str, Any] = {"headers": sent, "proxy_headers": {}}
-        proxy, through = proxy_of(url)
-        if proxy:
-            settings["proxy"] = proxy
-            settings["proxy_headers" if url.startswith("https:") else "headers"] |= through
-        connections = aiohttp.ClientSession(
-            # as many as the gate lets in, and the certificates that the environment names now
-            connector=aiohttp.TCPConnector(limit=0, ssl=ssl.create_default_context()),
-            timeout=aiohttp.ClientTimeout(),  # `_send` has one of its own, for the whole request
-        )
-        return Link(sdk, connections, url, settings)
-
     async def _attempt(self, request: Request, call: Call) -> str:
         """One HTTP request, within budget and pace. Raises Trouble, Unanswered, ExpertError."""
         while (aside := self.budget.reserve(request.expected)) is None:
@@ -265,7 +221,7 @@ class Client:
             call.add({"requests": 1})
             data, headers = await self._send(request.body)
             seconds = self._clock.now() - began
-            reply = read_body(data)
+            reply = read_body(self._redacted(data.decode("utf-8", "replace")).encode())
             guessed = {**request.expected, "completion_tokens": len(reply.text) // 3}  # where the server does not count
             usage = reply.usage or guessed
             call.add({**usage, "seconds": round(seconds, 3)} | self._cost(usage))
@@ -300,10 +256,10 @@ class Client:
         try:
             async with asyncio.timeout(self._limits.timeout_s):
                 found = await self._link.connections.post(self._link.url, data=body, **self._link.settings)
-                data = await found.read()
+                data = await body_of(found)
         except TimeoutError:
             raise Trouble("timeout", billed=True) from None
-        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError) as error:
             unsent, why = isinstance(error, aiohttp.ClientConnectorError), self._redacted(" ".join(str(error).split()))
             raise Trouble("connection", elsewhere=True, billed=not unsent, unsent=unsent, why=why) from None
         finally:
@@ -337,7 +293,7 @@ class Client:
         self.counts["bad_request"] += 1
         if not self.counts["answered"] and self.counts["bad_request"] >= TRIES:
             raise ExpertError(f"no request is understood by {where}; see `profile`")
-        raise Unanswered("bad_request")
+        raise Unanswered("bad_request", retry=not self.counts["answered"])  # else it is about this draft
 
     def _answered(self, headers: Mapping[str, str]) -> None:
         self.counts["answered"] += 1
@@ -360,7 +316,7 @@ class Client:
         self._row_began = self._row_began if self._row else now
         self._row += 1
         if trouble.wait > self._limits.deadline_s:
-            asks = f"asks to wait {trouble.wait:.0f} s, longer than limits.deadline_s={self._limits.deadline_s:.0f}"
+            asks = f"asks to wait {trouble.wait:.5g} s, longer than limits.deadline_s={self._limits.deadline_s:.0f}"
             raise ServerDown(f"the expert's server {asks}")
         if now - self._row_began > self._limits.give_up_s:
             raise ServerDown(f"the expert's server has refused all requests for {now - self._row_began:.0f} s")
@@ -369,19 +325,11 @@ class Client:
             self._requests.close(trouble.wait or backoff(self._closings, self._random))
         return False
 
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self._key_env, NO_KEY) if self._key_env else NO_KEY
+
     def _redacted(self, text: str) -> str:
-        key = os.environ.get(self._key_env) if self._key_env else None
-        return text.replace(key, "***") if key else text
-
-
-def proxy_of(url: str) -> tuple[str, dict[str, str]]:
-    """The proxy that the environment names for an address, without its password, and the headers for it; "": none."""
-    parts, proxies = urlsplit(url), getproxies()
-    found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or proxy_bypass(parts.netloc):
-        return "", {}
-    proxy, headers = urlsplit(found if "://" in found else f"http://{found}"), {}
-    if proxy.username:
-        told = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-        headers["Proxy-Authorization"] = f"Basic {b64encode(told.encode()).decode()}"
-    return proxy._replace(netloc=proxy.netloc.rpartition("@")[2]).geturl(), headers
+        """Without the key, which servers may echo; a short one is no secret, and may be a word."""
+        key = self._key
+        return text.replace(key, "***") if len(key) >= SECRET else text

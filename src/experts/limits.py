@@ -73,8 +73,10 @@ class Limits:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("timeout_s", "deadline_s", "pause_s", "give_up_s"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # so nan is refused, too
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.prices is not None and not isinstance(self.prices, Prices):
+            raise ValueError("prices need a target: {target: src.experts.budget.Prices, input: 1.1, output: 4.4}")
 
 
 class ServerDown(ConnectionError):
@@ -148,7 +150,7 @@ class Pace:
     """
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
-        if per_minute is not None and per_minute <= 0:
+        if per_minute is not None and not 0 < per_minute < math.inf:
             raise ValueError(f"a rate per minute must be above 0, got {per_minute}")
         self._clock, self._per_minute = clock, per_minute
         self._level, self._seen, self._closed = math.inf, clock.now(), -math.inf

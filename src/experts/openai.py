@@ -30,6 +30,7 @@ from src.experts.replies import Trouble, Unanswered, read_body
 from src.tokenizer import Codec
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator
+OURS = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "response_format"}  # of a request
 AHEAD = 2  # drafts that are under way for each request that may be
 MARK = "\0picture"
 IN_THREAD = 100_000  # bytes of an image from which on it is made smaller outside the event loop
@@ -87,6 +88,10 @@ class OpenAIExpert:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if repair not in (0, 1):
             raise ValueError(f"repair must be 0 or 1, got {repair}")
+        if not model:
+            raise ValueError("model must name one, got an empty text")
+        if taken := OURS & set(extra or ()):
+            raise ValueError(f"extra must not hold {', '.join(sorted(taken))}: limits and answers depend on it")
         self._codec, self._model, self._repair = codec, model, repair
         self._image_side, self._detail = image_side, detail
         self._words = Words.load(any_length=codec.gap_id is not None)
@@ -130,10 +135,9 @@ class OpenAIExpert:
                     asked.discard(task)
                     if task.exception() is None:
                         yield task.result()
-                    elif isinstance(task.exception(), ExpertError | ServerDown):
-                        wrong = wrong or task.exception()  # others that are under way are paid: they come to their end
                     else:
-                        task.result()
+                        wrong = wrong or task.exception()
+                        self._client.finish()  # what is under way is paid: it comes to its end
                     room.release()
                 if wrong:
                     raise wrong

@@ -46,6 +46,7 @@ SCHEMA = {
 }
 LONGEST = 100_000  # characters of a reply that are looked at
 MOST_STARTS = 1000  # brackets that are tried as the start of a JSON value
+MOST_EDITS = 100  # of a reply that are looked at; the others count as malformed
 LONGEST_REASON = 200  # characters
 _RIGHT = re.compile(r"\W*right\W*", re.IGNORECASE)
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
@@ -80,7 +81,7 @@ def read_reply(text: str) -> Reading:
         raise UnreadableReply("wrong_schema" if values else "malformed")
     answer = known[-1]
     items = answer if isinstance(answer, list) else answer.get("edits", [])
-    edits = tuple(edit for item in items if (edit := _edit(item)))
+    edits = tuple(edit for item in items[:MOST_EDITS] if (edit := _edit(item)))
     if items and not edits:
         raise UnreadableReply("wrong_schema")
     said_right = answer.get("right") if isinstance(answer, dict) else None

@@ -76,6 +76,6 @@ def choose(profile: str | Profile, model: str) -> Profile:
         return profile
     if profile == "auto":
         return PROFILES["reasoning" if _THINKS.search(model) else "chat"]
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise ValueError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]

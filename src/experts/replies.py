@@ -12,6 +12,7 @@ from typing import Any
 
 from src.experts.parsing import clean
 
+MOST_TOKENS = 10**8  # that a usage may tell of; more is a mistake
 LONGEST_MESSAGE = 300  # characters of a server's message
 DETAILS = {"cached_tokens": "prompt_tokens_details", "reasoning_tokens": "completion_tokens_details"}
 
@@ -129,4 +130,4 @@ def _usage(given: Any) -> dict[str, int]:
 
 def _count(given: Any, name: str) -> int:
     value = given.get(name) if isinstance(given, Mapping) else None
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value <= MOST_TOKENS else 0
