@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import src.draft
 import src.revise
@@ -334,3 +336,23 @@ def test_replies_that_were_lost_count_after_a_restart(drafts, tmp_path):
         assert not server.requests
         revise(drafts, tmp_path / "round", server, *tokens, "again=true")
         assert server.requests
+
+
+def test_a_training_does_not_wait_longer_than_its_deadline_and_asks_again_later(drafts, tmp_path):
+    """Two at once, a second a reply: the first round has a few of its six drafts, the second takes the others up."""
+    slow = lambda request: replace(corrects(request), delay=1.0 if request.number < 4 else 0.0)  # noqa: E731
+    folder = tmp_path / "run"
+    with Scripted(slow) as server:
+        argv = [*training(drafts, folder, server), "callbacks.self_correction.deadline_minutes=0.02"]
+        src.train.main([*argv, "callbacks.self_correction.train_from=start"])
+        requests = len(server.requests)
+    first, second = (read_manifest(folder / "rounds" / f"round-000{number}") for number in (1, 2))
+    late = first["failures"]["deadline"]
+    assert 0 < late < 6
+    assert second["counts"]["late"] == late
+    assert second["counts"]["revised"] + second["counts"]["failed"] == 6 + late
+    assert requests == first["usage"]["requests"] + second["usage"]["requests"]
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    tags = {"round/late", "round/failures/deadline", "round/waited_s", "round/yield", "round/usage/requests"}
+    assert tags <= set(found.Tags()["scalars"])
+    assert [event.value for event in found.Scalars("round/late")] == [0, late]
