@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from contextlib import AsyncExitStack
 from threading import Thread
 
 from tqdm import tqdm
@@ -59,6 +60,7 @@ class ExpertThread:
         self._open: set[str] = set()  # questions that are under way
         self._fresh: list[tuple[Draft, Answer]] = []  # answers on their way to the journal
         self._writing: asyncio.Task | None = None
+        self._session: AsyncExitStack | None = None  # of an expert that has one: connections for the whole round
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
 
@@ -157,6 +159,8 @@ class ExpertThread:
         if self._writing is not None:
             await asyncio.gather(self._writing, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
+        if self._session is not None:
+            await self._session.aclose()
         await self._loop.shutdown_default_executor()
 
     async def _collect(self, drafts: Sequence[Draft]) -> None:
@@ -165,6 +169,9 @@ class ExpertThread:
         self.bar.update(len(drafts) - len(unsettled))
         if not unsettled or self._over:
             return
+        if self._session is None and (session := getattr(self.expert, "session", None)):
+            self._session = AsyncExitStack()
+            await self._session.enter_async_context(session())
         async for key, answer in self.expert.revise(list(unsettled.values())):
             if key not in unsettled:
                 raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")

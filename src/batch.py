@@ -278,9 +278,10 @@ class Expert(Protocol):
     What its answers depend on is its name and its public attributes, or a dict `settings` where it has one; an
     answer is never reused after these have changed.
 
-    It may also have: `finish()`, to ask no more at a deadline, and `trouble`, its last one (src/asking.py);
-    `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer read once more
-    (src/rounds.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file (src/batches.py).
+    It may also have: `session()`, connections for a round, `finish()`, to ask no more at a deadline, and `trouble`, its
+    last one (src/asking.py); `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer
+    read once more (src/rounds.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file
+    (src/batches.py).
     """
 
     name: str

@@ -16,6 +16,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,6 +147,10 @@ class OpenAIExpert:
                 for task in rest:
                     task.cancel()
                 await asyncio.gather(*rest, return_exceptions=True)
+
+    def session(self) -> AbstractAsyncContextManager[None]:
+        """Connections that several calls of `revise` share; without, each call opens its own."""
+        return self._client.session()
 
     def finish(self) -> None:
         """Ask no more in this round; drafts without an answer fail with `deadline`. In the loop of `revise` only."""
