@@ -104,17 +104,17 @@ def numbers(run_dir: Path) -> set[int]:
 @pytest.mark.parametrize(
     ("rank", "what", "number", "most"),
     [
-        pytest.param(1, DRAFT, 1, AT_ONCE, id="drafting"),
+        pytest.param(1, DRAFT, 1, AT_ONCE, marks=SLOW, id="drafting"),
         pytest.param(0, QUESTION, 3, AT_ONCE, marks=SLOW, id="before a request is sent"),
         pytest.param(1, READ, 2, AT_ONCE, id="a reply has come"),
         pytest.param(0, KEEP, 1, AT_ONCE, id="before the journal"),
         pytest.param(0, "src.rounds:write_shards", 0, 0, marks=SLOW, id="all answered"),
-        pytest.param(0, "src.shards:write_shard", 1, 0, id="second shard of a round"),
+        pytest.param(0, "src.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
         pytest.param(0, "src.shards:write_index", 0, 0, id="before the manifest"),
         pytest.param(0, "src.rounds:publish", 1, 0, id="before the rename, second round"),
         pytest.param(0, "src.rounds:read_round", 0, 0, marks=SLOW, id="after the rename"),
         pytest.param(1, STEP, 0, 0, marks=SLOW, id="first step"),
-        pytest.param(0, STEP, 2, 0, id="first step after the second round"),
+        pytest.param(0, STEP, 2, 0, marks=SLOW, id="first step after the second round"),
         pytest.param(1, READ, 8, AT_ONCE, marks=SLOW, id="a reply has come, second round"),
     ],
 )

@@ -119,7 +119,7 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
 
 
-@pytest.mark.parametrize("parallel", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("parallel", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, scenes, whole, tmp_path, parallel):
     """Killed twice right after the second round, which newer weights have drafted; as if it had not been."""
     argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction.train_from=start", parallel=parallel)
