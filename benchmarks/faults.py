@@ -1,7 +1,7 @@
 """What the expert loses and doubles when servers and processes fail, by the records of the servers.
 
     python -m benchmarks.faults --out results/expert              all scenarios: some ten minutes
-    python -m benchmarks.faults --out /tmp/faults --only kill 5   those whose names begin so
+    python -m benchmarks.faults --out faults --only kill 5   those whose names begin so
 
 `src.revise` runs as a user would start it, over the same drafts in every scenario, and is repeated until its round is
 whole. Behind it are servers that we did not write (extra `experts-test`, and HAProxy): HAProxy notes every request that
