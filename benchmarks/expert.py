@@ -33,11 +33,11 @@ from random import Random
 import openai
 from PIL import Image
 
-from src.batch import Draft, Failure
 from src.experts.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.experts.questions import Words, first, show
 from src.tokenizer import Codec
+from src.types import Draft, Failure
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."

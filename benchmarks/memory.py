@@ -28,12 +28,12 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from src.batch import Batch, SpecialIds
 from src.models.llada_v import LLaDAV
 from src.objectives.revision import Revision
 from src.objectives.training import Training
 from src.plan import PARAMETERS, TYPES, measure
 from src.tiling import anyres
+from src.types import Batch, SpecialIds
 
 MIB = 1 << 20
 SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1), vocab_size=283)

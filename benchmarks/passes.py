@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import MID, SPECIAL
-from src.batch import Batch, Loss, SpecialIds
 from src.ledger import Live
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
 from src.objectives.training import Training
+from src.types import Batch, Loss, SpecialIds
 
 MIB = 1 << 20
 VOCABULARY = MID["vocab_size"]

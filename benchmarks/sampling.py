@@ -17,9 +17,9 @@ import time
 
 import torch
 
-from src.batch import SpecialIds
 from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
+from src.types import SpecialIds
 
 
 def main() -> None:

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from src.batch import Batch, Draft
 from src.drafting import draw_drafts
 from src.experts.openai import BETWEEN
 from src.parallel import Team
 from src.shards import read_manifest
 from src.tokenizer import Codec
+from src.types import Batch, Draft
 from tests.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve
 
 ROOT = Path(__file__).parents[1]

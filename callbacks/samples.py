@@ -23,12 +23,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 
-from src.batch import Backbone, Batch, Sampled
 from src.diffusion.sampler import Sampler
 from src.drafting import evaluating
 from src.drawing import Colour, Piece, enlarge, layout, paint
 from src.parallel import gathered
 from src.tokenizer import Codec
+from src.types import Backbone, Batch, Sampled
 
 OLD: Colour = (250, 190, 190)
 NEW: Colour = (190, 235, 190)

@@ -29,7 +29,6 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import write_whole_files
-from src.batch import Batch, Expert, FailedRound, Round
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
 from src.parallel import Team, gathered, summed
@@ -38,6 +37,7 @@ from src.snapshots import is_whole, remove
 from src.stop import Stop
 from src.tally import summary, yields
 from src.tokenizer import Codec
+from src.types import Batch, Expert, FailedRound, Round
 
 logger = logging.getLogger(__name__)
 LOOKS = 8  # batches of a finished round that are looked at

@@ -22,7 +22,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.batch import Batch
+from src.types import Batch
 
 GIB = 1 << 30
 

@@ -26,9 +26,9 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
 from src.align import RESIZED
-from src.batch import Batch
 from src.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
+from src.types import Batch
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)

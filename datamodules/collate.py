@@ -19,9 +19,9 @@ from torch import Tensor
 from datamodules.loader import Notes
 from datamodules.records import misfit
 from datamodules.shards import Sample
-from src.batch import Batch
 from src.tiling import Layout
 from src.tokenizer import Codec
+from src.types import Batch
 
 
 @dataclass

@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.shards import Reader, Sample, Stream
-from src.batch import Batch
+from src.types import Batch
 
 log = logging.getLogger(__name__)
 

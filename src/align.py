@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from src.batch import Edit
 from src.tokenizer import Codec
+from src.types import Edit
 
 RESIZED = ("stretched", "shortened", "filled")  # what edits with gaps do, see `Aligned`
 

@@ -19,8 +19,8 @@ from threading import Thread
 
 from tqdm import tqdm
 
-from src.batch import DEADLINE, Draft, Expert, FailedRound, Failure
 from src.journal import Answer, Journal
+from src.types import DEADLINE, Draft, Expert, FailedRound, Failure
 
 logger = logging.getLogger(__name__)
 LEAVE = 5.0  # seconds for an expert to let go of what it waits for

@@ -26,7 +26,6 @@ from omegaconf import DictConfig
 
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
-from src.batch import Kind
 from src.components import ConfigError, build, plain
 from src.drafting import warn_of_canvas
 from src.models.outline import Deferred
@@ -34,6 +33,7 @@ from src.stop import Stop
 from src.strategy import DDP, FSDP2
 from src.tiling import check_layout
 from src.tokenizer import Codec
+from src.types import Kind
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
 STORED = "src.models.checkpoint.from_pretrained"

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from src.batch import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 from src.models.checkpoint import fingerprint
 from src.parallel import Team
 from src.shards import (
@@ -41,6 +40,7 @@ from src.shards import (
     write_shard,
 )
 from src.tokenizer import Codec
+from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"

@@ -32,7 +32,6 @@ from PIL import Image
 from torchmetrics import Metric
 from tqdm import tqdm
 
-from src.batch import Backbone, Batch
 from src.components import ConfigError, build, check, fits, nodes, plain
 from src.config import load_config, load_part, main_guard
 from src.curve import budget_table, plot_curve, points_of, to_dict
@@ -49,6 +48,7 @@ from src.report import Example, Panel, Scores, Table, markdown_report, picture, 
 from src.results import Cell, Ledger, code_hash, signature
 from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
+from src.types import Backbone, Batch
 
 TASKS = Path(__file__).resolve().parents[1] / "conf" / "task"  # layers for data without images
 PACKAGES = ("torch", "transformers", "torchmetrics")

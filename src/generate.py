@@ -34,7 +34,6 @@ from tqdm import tqdm
 from datamodules.collate import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from datamodules.text import TextData
-from src.batch import Batch, Prefix, Sampled
 from src.components import ConfigError, build, check, plain
 from src.config import load_config, load_part, main_guard, path_of
 from src.diffusion.flow import AnySampler
@@ -47,6 +46,7 @@ from src.prompts.format import IMAGE
 from src.shards import INDEX
 from src.tiling import Layout, Square
 from src.tokenizer import Codec
+from src.types import Batch, Prefix, Sampled
 
 logger = logging.getLogger(__name__)
 SHOWN = 20  # captions printed at the end; all of them are in the file

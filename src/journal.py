@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from src.batch import Draft, Edit, Failure, Revision
 from src.shards import naming
+from src.types import Draft, Edit, Failure, Revision
 
 logger = logging.getLogger(__name__)
 Answer = Revision | Failure

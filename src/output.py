@@ -18,9 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from src.batch import Sampled
 from src.components import ConfigError
 from src.tokenizer import Codec
+from src.types import Sampled
 
 START = b'{"key": "'  # of every line
 

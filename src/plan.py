@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from src.batch import Batch, Corrupted
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
 from src.ledger import LOOKED, Live, Shapes
 from src.objectives.base import Objective
+from src.types import Batch, Corrupted
 
 # Precision of the trainer -> type that parameters are turned into, and lower type of a mixed one.
 TYPES = {

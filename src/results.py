@@ -22,7 +22,7 @@ from src.metrics.caption import Stat
 from src.shards import read_json, sha256, write_bytes, write_json
 
 CODE = (  # what makes kept results stale when it changes
-    *("src/batch.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
+    *("src/types.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
     *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
 )
 LONGEST = 120  # characters of a cell's file name

@@ -32,7 +32,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.batch import Round
 from src.batches import read_results, write_requests
 from src.components import ConfigError, build, check
 from src.config import load_config, main_guard, path_of
@@ -43,6 +42,7 @@ from src.processes import explained, launched_first, together
 from src.rounds import Revising, check_reopens, reopen, revise_round
 from src.tally import yields
 from src.tokenizer import Codec
+from src.types import Round
 
 HINTS = {
     "budget": "raise max_requests, max_tokens or max_cost of expert.limits first",

@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from src.align import Aligned
 from src.asking import ExpertThread
-from src.batch import Batch, Draft, Expert, FailedRound, Revision, Round
 from src.drafting import (
     DraftsBatch,
     describe,
@@ -49,6 +48,7 @@ from src.parallel import Team, world
 from src.shards import INDEX, image_name, publish, read_manifest, write_json, write_shards
 from src.tally import Tally
 from src.tokenizer import Codec
+from src.types import Batch, Draft, Expert, FailedRound, Revision, Round
 
 logger = logging.getLogger(__name__)
 

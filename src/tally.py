@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.align import Aligned, locate
-from src.batch import Draft, Edit, Failure, Revision
 from src.journal import Answer
 from src.tokenizer import Codec
+from src.types import Draft, Edit, Failure, Revision
 
 COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswered", "edits")
 

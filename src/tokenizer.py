@@ -23,9 +23,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from src.batch import SpecialIds
 from src.hub import local_folder
 from src.prompts.format import IMAGE, PromptFormat
+from src.types import SpecialIds
 
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"

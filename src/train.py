@@ -42,7 +42,6 @@ from PIL import Image
 
 from datamodules.shards import Sample
 from src.assembly import OFFERS, assemble, check_stops, codec_of, data_and_objective, offered, outlined, quiet
-from src.batch import Batch, FailedRound
 from src.components import ConfigError, check, plain
 from src.config import load_config, main_guard, path_of
 from src.importers.images import MAX_PIXELS
@@ -56,6 +55,7 @@ from src.shards import write_json
 from src.stop import BY_FILE, SIGNALLED, Stop, Stopped
 from src.strategy import FSDP2
 from src.tokenizer import Codec
+from src.types import Batch, FailedRound
 
 STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes
 MISTAKES = (ValueError, MisconfigurationException)

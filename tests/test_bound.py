@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from src.batch import Batch, Prefix, SpecialIds
 from src.diffusion.noise import Noise
 from src.metrics.bound import LEAST, Bound, hide_count, response_nats
 from src.models.llada_v import LLaDAV
+from src.types import Batch, Prefix, SpecialIds
 
 MASK, WIDTH = 4, 7  # a head that is wider than the vocabulary of five tokens
 SPECIAL = SpecialIds(mask=MASK, eos=0, eot=1, banned=(MASK,), vocab_size=5)

@@ -18,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks.samples import KEPT, NEW, OLD, PAD, REWRITTEN, SIDE, Samples, table
 from callbacks.throughput import Throughput, peak_memory
 from datamodules.captions import CaptionData
-from src.batch import Sampled, TraceStep
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
@@ -26,6 +25,7 @@ from src.objectives.mask import MaskPrediction
 from src.objectives.training import Training
 from src.prepare import Scenes
 from src.tokenizer import Codec
+from src.types import Sampled, TraceStep
 
 CANVAS, BATCH = 48, 4
 

@@ -11,12 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.batch import Prefix, SpecialIds
 from src.diffusion.corrector import Corrector
 from src.diffusion.noise import Noise
 from src.diffusion.sampler import Sampler
 from src.diffusion.unmask import Bernoulli, Threshold
 from src.models.llada_v import LLaDAV
+from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, BAD, V, LENGTH = 0, 1, 2, 3, 24, 12
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=V, banned=(BAD,), vocab_size=V)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.batch import Batch, Kind, SpecialIds
 from src.diffusion.corruption import (
     OPERATIONS,
     Absorb,
@@ -20,6 +19,7 @@ from src.diffusion.corruption import (
     start,
 )
 from src.diffusion.noise import Noise
+from src.types import Batch, Kind, SpecialIds
 
 SPECIAL = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 3), vocab_size=40, unwritten=(4,))
 ORDINARY = sorted(set(range(40)) - {0, 1, 2, 3, 4})

@@ -17,11 +17,11 @@ import src.draft
 import src.revise
 from datamodules.captions import CaptionData
 from datamodules.records import misfit
-from src.batch import Draft, Failure
 from src.experts.scenes import ScenesExpert
 from src.prepare import Photos, Scenes
 from src.shards import INDEX, read_json, read_manifest, read_shard, write_shard
 from src.tokenizer import Codec
+from src.types import Draft, Failure
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from src.batch import Prefix, SpecialIds
 from src.diffusion.editing import ThresholdEdit, TokenToMask
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.diffusion.unmask import Threshold
+from src.types import Prefix, SpecialIds
 
 MASK, EOS, BAD, V, LENGTH = 0, 1, 3, 16, 12
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=V, banned=(BAD,), vocab_size=V)

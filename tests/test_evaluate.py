@@ -16,7 +16,6 @@ import yaml
 from PIL import Image, ImageDraw
 
 import src.evaluate
-from src.batch import Batch
 from src.components import build
 from src.config import load_config, load_part
 from src.diffusion.sampler import Sampler
@@ -44,6 +43,7 @@ from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.shards import read_manifest, read_shard
 from src.tokenizer import Codec
+from src.types import Batch
 
 CANVAS, NUM = 48, 5
 
@@ -315,7 +315,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
 @pytest.mark.parametrize(
     "path",
     [
-        "src/batch.py",
+        "src/types.py",
         "src/evaluate.py",
         "src/tokenizer.py",
         "src/shards.py",

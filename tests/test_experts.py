@@ -11,7 +11,6 @@ from random import Random
 import pytest
 
 from src.align import apply_spans, locate
-from src.batch import Draft, Edit, Expert, Failure, Revision
 from src.drafting import describe
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert, correct
@@ -29,6 +28,7 @@ from src.scenes.grammar import (
 from src.scenes.graph import Scene, SceneObject, draw_scene
 from src.scenes.score import score_caption
 from src.tokenizer import BOS, Codec
+from src.types import Draft, Edit, Expert, Failure, Revision
 
 WORDS = sorted({w for words in LEXICON.values() for w in words} | {"A", "the", "is", "in", "of", "xx", "there", "On"})
 

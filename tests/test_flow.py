@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from src.batch import Prefix, SpecialIds
 from src.diffusion.flow import Jumps, Posterior, pick
+from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, BOS, ROLE = 0, 1, 2, 3, 8
 V = 9

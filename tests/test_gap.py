@@ -20,7 +20,6 @@ from datamodules.captions import CaptionData
 from datamodules.collate import draft_row
 from src.align import Span as TokenSpan
 from src.align import apply_spans, locate
-from src.batch import Batch, Edit, Kind, Prefix
 from src.diffusion.corruption import Only, Settle, Span, start
 from src.diffusion.noise import Noise
 from src.diffusion.revisers import OverwriteAll
@@ -30,6 +29,7 @@ from src.metrics.text import response_counts
 from src.prepare import Scenes
 from src.shards import read_json, read_manifest, read_shard
 from src.tokenizer import BOS, Codec
+from src.types import Batch, Edit, Kind, Prefix
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"

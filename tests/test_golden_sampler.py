@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.batch import Prefix, Sampled, SpecialIds
 from src.diffusion.corrector import Corrector
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.diffusion.unmask import Threshold
+from src.types import Prefix, Sampled, SpecialIds
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 TRACES = json.loads((FOLDER / "sampler_traces.json").read_text())

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from src.batch import Batch, Corrupted, Kind, Prefix, SpecialIds
 from src.components import build
 from src.config import load_config
 from src.diffusion.corruption import Absorb, Chain, Replace, start
@@ -23,6 +22,7 @@ from src.diffusion.noise import Noise
 from src.models.formats import LlamaStyle
 from src.objectives.mask import MaskPrediction
 from src.objectives.training import Training
+from src.types import Batch, Corrupted, Kind, Prefix, SpecialIds
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 RESULTS = json.loads((FOLDER / "train_results.json").read_text())

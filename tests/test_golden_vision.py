@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.collate import image_inputs
-from src.batch import Prefix
 from src.models.llada_v import LLaDAV
+from src.types import Prefix
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 NAMES = sorted(path.stem.removeprefix("vision_") for path in FOLDER.glob("vision_*.npz"))

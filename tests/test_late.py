@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from src.asking import SILENCE, ExpertThread, SilentExpert
-from src.batch import Failure, Revision
 from src.drafting import read_drafts
 from src.experts.client import ExpertError
 from src.experts.limits import Limits
@@ -25,6 +24,7 @@ from src.experts.scenes import ScenesExpert
 from src.journal import Journal
 from src.shards import read_shard
 from src.stop import Stop, Stopped
+from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
 

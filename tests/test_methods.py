@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from src.batch import Batch, SpecialIds
 from src.diffusion.corrector import Corrector
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
@@ -20,6 +19,7 @@ from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
 from src.objectives.training import Training
+from src.types import Batch, SpecialIds
 from tests.test_train import arguments, run, write_scenes
 
 SAMPLERS = {

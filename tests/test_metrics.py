@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from src.batch import Prefix, SpecialIds
 from src.metrics.caption import Mark, summarise
 from src.metrics.fixing import count_fixes
 from src.metrics.scenes import SceneQuality
 from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
+from src.types import Prefix, SpecialIds
 from tests.test_corruption import make_batch
 
 SCENE = {

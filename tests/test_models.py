@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from src.batch import Prefix
 from src.ledger import Live
 from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.tokenizer import Codec
+from src.types import Prefix
 
 VISION = {
     "hidden_size": 32,

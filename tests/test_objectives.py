@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.losses import Term, denominator, term_loss
 from src.models.llada_v import LLaDAV
 from src.objectives.mask import MaskPrediction
@@ -19,6 +18,7 @@ from src.objectives.revision import Revision
 from src.objectives.tower import TowerLabels
 from src.objectives.training import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
+from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from tests.test_corruption import SPECIAL, make_batch
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from src.align import locate
-from src.batch import Draft, Edit, Failure, Revision
 from src.components import ConfigError, build
 from src.drafting import describe
 from src.experts.budget import Prices
@@ -25,6 +24,7 @@ from src.experts.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert, read_raw
 from src.journal import Journal
 from src.tokenizer import Codec
+from src.types import Draft, Edit, Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import src.revise
-from src.batch import Failure, Revision
 from src.experts.budget import Budget, Prices
 from src.experts.limits import Limits
 from src.experts.parsing import MOST_EDITS, read_reply
 from src.experts.profiles import choose
 from src.journal import Journal
 from src.shards import read_manifest
+from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
 from tests.test_openai_round import BASE, NUM, corrects, drafts, revise  # noqa: F401
 from tests.test_rounds import a_draft, digests

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.batch import Draft, Edit
 from src.experts.parsing import LONGEST, SCHEMA, UnreadableReply, read_reply
 from src.experts.profiles import PROFILES, Profile, choose
 from src.experts.questions import FILE, BadImage, Words, again, first, show, tokens_of
+from src.types import Draft, Edit
 
 EDITS = [{"org": "red", "target": "blue", "reason": "it is blue"}, {"org": "two", "target": "three", "reason": ""}]
 TOLD = json.dumps({"right": False, "edits": EDITS})

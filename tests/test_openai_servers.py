@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from src.align import locate
-from src.batch import Draft, Failure, Revision
 from src.experts.client import ExpertError
 from src.experts.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert
 from src.tokenizer import Codec
+from src.types import Draft, Failure, Revision
 from tests.servers.real import (
     free_port,
     haproxy,

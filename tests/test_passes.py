@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.batch import Batch, Corrupted, Kind
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import term_loss
 from src.ledger import Live
@@ -21,6 +20,7 @@ from src.objectives.mask import MaskPrediction
 from src.objectives.proseco import ProSeCo
 from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
+from src.types import Batch, Corrupted, Kind
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import TRAINING, Oracle, batch_with_prompt, make, tiny_backbone, token_losses, total
 

@@ -16,7 +16,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from src.batch import Batch, SpecialIds
 from src.components import ConfigError
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
@@ -45,6 +44,7 @@ from src.plan import (
 from src.tiling import anyres
 from src.tokenizer import Codec
 from src.train import main
+from src.types import Batch, SpecialIds
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, MLP, LAYERS, HEADS, KEY_HEADS = 50, 24, 40, 3, 4, 2

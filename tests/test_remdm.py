@@ -11,11 +11,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.batch import Prefix, SpecialIds
 from src.diffusion.remdm import Cap, Confident, KeepSurest, Loop, RemaskLowest, Rescale
 from src.diffusion.sampler import Sampler
 from src.diffusion.unmask import Bernoulli, Threshold
 from src.models.llada_v import LLaDAV
+from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, V = 0, 1, 2, 12
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK,), vocab_size=V)

@@ -23,7 +23,6 @@ import torch
 import webdataset as wds
 from torch import nn
 
-from src.batch import Batch, Draft, Edit, Failure, Prefix, Revision
 from src.diffusion.sampler import Sampler
 from src.drafting import describe, draft_batch, draw_drafts, read_drafts, settings_of
 from src.experts.reference import ReferenceExpert
@@ -37,6 +36,7 @@ from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.shards import write_shards
 from src.tokenizer import Codec
+from src.types import Batch, Draft, Edit, Failure, Prefix, Revision
 
 NUM, CANVAS, RIGHT = 11, 64, {"s03", "s07"}  # the drafts of RIGHT hold no mistake
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.batch import SpecialIds
 from src.components import build
 from src.config import load_part
 from src.models.llada_v import LLaDAV
+from src.types import SpecialIds
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_BUDGET = ("flow", "uniform")  # every step of theirs is one call

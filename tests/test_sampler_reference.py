@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from src.batch import SpecialIds
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
+from src.types import SpecialIds
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24

@@ -32,7 +32,6 @@ import src.draft
 import src.revise
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import CaptionData
-from src.batch import Edit, Revision
 from src.diffusion.sampler import Sampler
 from src.models.checkpoint import save_pretrained
 from src.models.tiny import tiny
@@ -43,6 +42,7 @@ from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.shards import read_manifest, write_shards
 from src.tokenizer import Codec
+from src.types import Edit, Revision
 
 NUM, CANVAS, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from datamodules.loader import Loader, Part, share
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.batch import Batch
 from src.shards import read_shard, read_tar, write_shards
+from src.types import Batch
 
 
 def png(value: int) -> bytes:

@@ -34,11 +34,11 @@ VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise"
 # Which of our modules a layer may import, besides itself.
 LAYERS: dict[str, set[str]] = {
     "src": set(),
-    "src.batch": set(),
+    "src.types": set(),
     "src.components": set(),
     "src.config": {"src.components", "src.stop"},
     "src.lock": {"src.components"},
-    "src.output": {"src.batch", "src.components", "src.tokenizer"},
+    "src.output": {"src.types", "src.components", "src.tokenizer"},
     "src.parallel": set(),
     "src.snapshots": {"src.parallel", "src.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.parallel", "src.snapshots"},
@@ -51,43 +51,43 @@ LAYERS: dict[str, set[str]] = {
     "src.scenes": set(),
     "src.prompts": set(),
     "src.hub": set(),
-    "src.tokenizer": {"src.batch", "src.hub", "src.prompts"},
+    "src.tokenizer": {"src.types", "src.hub", "src.prompts"},
     "src.dataset": {"src.importers", "src.lock", "src.shards", "src.tokenizer"},
     "src.texts": {"src.dataset", "src.importers", "src.prompts", "src.tokenizer"},
-    "src.journal": {"src.batch", "src.shards"},
-    "src.diffusion": {"src.batch"},
-    "src.align": {"src.batch", "src.tokenizer"},
+    "src.journal": {"src.types", "src.shards"},
+    "src.diffusion": {"src.types"},
+    "src.align": {"src.types", "src.tokenizer"},
     "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
-    "src.metrics": {"src.batch", "src.diffusion", "src.scenes", "src.shards", "src.tokenizer"},
-    "src.models": {"src.batch", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
-    "src.experts": {"src.batch", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
-    "src.drafting": {"src.batch", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
-    "src.asking": {"src.batch", "src.journal"},
-    "src.tally": {"src.align", "src.batch", "src.journal", "src.tokenizer"},
+    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.shards", "src.tokenizer"},
+    "src.models": {"src.types", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
+    "src.experts": {"src.types", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
+    "src.drafting": {"src.types", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
+    "src.asking": {"src.types", "src.journal"},
+    "src.tally": {"src.align", "src.types", "src.journal", "src.tokenizer"},
     "src.rounds": {
-        *("src.batch", "src.align", "src.parallel", "src.tokenizer"),
+        *("src.types", "src.align", "src.parallel", "src.tokenizer"),
         *("src.asking", "src.drafting", "src.journal", "src.shards", "src.tally"),  # the parts of a round
     },
-    "src.batches": {"src.batch", "src.drafting", "src.journal", "src.rounds", "src.shards"},
-    "src.objectives": {"src.batch", "src.diffusion", "src.parallel"},
-    "src.objectives.tower": {"src.batch", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
+    "src.batches": {"src.types", "src.drafting", "src.journal", "src.rounds", "src.shards"},
+    "src.objectives": {"src.types", "src.diffusion", "src.parallel"},
+    "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),
-    "src.plan": {"src.batch", "src.diffusion", "src.ledger", "src.objectives"},
+    "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
     "src.runs": {"src.components", "src.config", "src.hub", "src.models", "src.shards", "src.snapshots"},
     "src.assembly": {
-        *("src.batch", "src.components", "src.drafting", "src.models", "src.stop", "src.strategy"),
+        *("src.types", "src.components", "src.drafting", "src.models", "src.stop", "src.strategy"),
         *("src.tiling", "src.tokenizer", "callbacks", "datamodules"),
     },
     "src.curve": {"src.metrics", "src.report"},
     "src.grid": {"src.components"},
     "src.results": {"src.components", "src.metrics", "src.shards"},
     "datamodules": {
-        *("src.batch", "src.align", "src.prompts", "src.scenes"),
+        *("src.types", "src.align", "src.prompts", "src.scenes"),
         *("src.shards", "src.tiling", "src.tokenizer"),
     },
     "callbacks": {
-        *("src.batch", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
+        *("src.types", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
         *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.stop", "src.tally", "src.tokenizer"),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
@@ -207,7 +207,7 @@ def test_layers(path: Path) -> None:
 
 
 def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
-    assert forbidden("src.diffusion.losses", ["torch", "src.batch.Kind", "src.diffusion.noise.Noise"]) == []
+    assert forbidden("src.diffusion.losses", ["torch", "src.types.Kind", "src.diffusion.noise.Noise"]) == []
     assert forbidden("src.diffusion.losses", ["lightning", "src.tokenizer.Codec", "src.batches"]) == [
         "lightning",
         "src.tokenizer.Codec",

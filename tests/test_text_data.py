@@ -14,7 +14,6 @@ import yaml
 
 from datamodules.shards import Reader, Sample, Stream, read_index
 from datamodules.text import TextCollate, TextData
-from src.batch import Batch
 from src.diffusion.predictor import hidden_prefix
 from src.evaluate import main as evaluate
 from src.generate import main as generate
@@ -24,6 +23,7 @@ from src.prepare import main as prepare
 from src.shards import write_shards
 from src.tokenizer import Codec
 from src.train import main as train
+from src.types import Batch
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL = [f"model.decoder.{name}={value}" for name, value in SIZES.items()]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src import batch as nouns
+from src import types as nouns
 from src.objectives.revision import Revision
 from src.prepare import Scenes
 from src.shards import INDEX, read_manifest, read_tar, write_shard

@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.batch import Prefix, SpecialIds
 from src.diffusion.noise import Noise
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
@@ -23,6 +22,7 @@ from src.diffusion.unmask import (
     margin,
     negative_entropy,
 )
+from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, V, L = 0, 1, 2, 12, 16
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK,), vocab_size=V)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from src.batch import Batch, Corrupted, Corruption, Kind, SpecialIds
 from src.diffusion.noise import Noise
+from src.types import Batch, Corrupted, Corruption, Kind, SpecialIds
 
 
 def start(batch: Batch, rate: Tensor) -> Corrupted:

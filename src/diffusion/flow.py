@@ -21,12 +21,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from src.batch import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 from src.diffusion.noise import Noise
 from src.diffusion.predictor import Predictor
 from src.diffusion.sampler import Sampler, end_text
 from src.diffusion.schedule import Schedule
 from src.diffusion.unmask import PART
+from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.batch import Corrupted, Kind, Loss
+from src.types import Corrupted, Kind, Loss
 
 WEIGHTS = ("one", "inverse_rate")
 REDUCTIONS = ("kind_mean", "answer_len", "tokens", "batch_tokens")

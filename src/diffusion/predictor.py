@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.batch import Backbone, Prefix, SpecialIds
 from src.diffusion.revisers import Prediction
+from src.types import Backbone, Prefix, SpecialIds
 
 
 class Predictor:

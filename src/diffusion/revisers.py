@@ -20,10 +20,10 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from src.batch import SpecialIds
 from src.diffusion.noise import Noise
 from src.diffusion.schedule import Schedule
 from src.diffusion.unmask import SCORES, top
+from src.types import SpecialIds
 
 
 @dataclass

@@ -24,12 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.batch import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 from src.diffusion.noise import Noise
 from src.diffusion.predictor import Predictor
 from src.diffusion.revisers import Prediction, Reviser, Settled, State
 from src.diffusion.schedule import Progress, Schedule
 from src.diffusion.unmask import TopK, Unmask, draw, keep_nucleus
+from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
 DRAWS = ("sampler", "unmask", "score", "reviser")  # noise of tokens, of policies, of the random score, of revisers
 Score = Literal["probability", "margin", "entropy", "random"]

@@ -29,12 +29,12 @@ from typing import NoReturn
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
-from src.batch import DEADLINE, FailedRound
 from src.experts.budget import Budget
 from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
 from src.experts.link import Link, body_of, check_address
 from src.experts.replies import Trouble, Unanswered, read_body, read_error
 from src.parallel import world
+from src.types import DEADLINE, FailedRound
 
 NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
 AGAIN = (408, 409, 425)  # of the 4xx, those that may be tried again

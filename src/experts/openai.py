@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from src.align import locate
-from src.batch import Draft, Edit, Failure, Revision
 from src.experts.client import Call, Client, ExpertError, Request
 from src.experts.limits import Limits, ServerDown
 from src.experts.parsing import UNREADABLE, UnreadableReply, read_reply
@@ -29,6 +28,7 @@ from src.experts.profiles import Profile, choose
 from src.experts.questions import BadImage, Messages, Picture, Words, again, first, show, tokens_of
 from src.experts.replies import Trouble, Unanswered, read_body
 from src.tokenizer import Codec
+from src.types import Draft, Edit, Failure, Revision
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator
 OURS = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "response_format"}  # of a request

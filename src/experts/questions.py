@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.batch import Draft, Edit
 from src.experts.parsing import SCHEMA
+from src.types import Draft, Edit
 
 FILE = Path(__file__).with_name("revise.md")
 SECTIONS = ("System", "Same", "Any", "Question", "Repair")

@@ -15,7 +15,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from difflib import SequenceMatcher
 
-from src.batch import Draft, Edit, Failure, Revision
+from src.types import Draft, Edit, Failure, Revision
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 Words = list[re.Match[str]]

@@ -24,7 +24,6 @@ from itertools import permutations
 from math import inf
 from typing import Any
 
-from src.batch import Draft, Edit, Failure, Revision
 from src.experts.slots import Slot, align, fits
 from src.scenes.grammar import (
     FACT_OF_FIELD,
@@ -38,6 +37,7 @@ from src.scenes.grammar import (
 )
 from src.scenes.graph import Scene, SceneObject
 from src.scenes.score import score_caption
+from src.types import Draft, Edit, Failure, Revision
 
 LENGTHS = ("same", "any")
 MAX_MISMATCH = 0.45  # share of the words of an ungrammatical sentence that may differ from a template

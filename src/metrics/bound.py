@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.batch import Backbone, Batch, Prefix, SpecialIds
 from src.diffusion.noise import Noise
 from src.metrics.caption import Stat
+from src.types import Backbone, Batch, Prefix, SpecialIds
 
 Estimator = Literal["count", "iid"]
 LEAST = 1e-3  # t of the plain estimator, as in LLaDA's training: 1/t would have no finite variance from 0 on

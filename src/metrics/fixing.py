@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from src.batch import Backbone, Batch
+from src.types import Backbone, Batch
 
 
 @torch.no_grad()

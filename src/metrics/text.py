@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torchmetrics.text import BLEUScore
 
-from src.batch import SpecialIds
 from src.metrics.caption import CaptionMetric, Stat
+from src.types import SpecialIds
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from src.batch import Prefix
+from src.types import Prefix
 
 KeyValue = tuple[Tensor, Tensor]
 KEPT = (  # with selective checkpointing: what is dear to compute again

@@ -17,15 +17,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src.batch import Prefix
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
 from src.models.sizes import check_sizes, check_vision
 from src.models.vision import VisionPath
 from src.tiling import AnyRes, Layout, Size
+from src.types import Prefix
 
 
 class LLaDAV(nn.Module):
-    """Backbone (see `src.batch.Backbone`).
+    """Backbone (see `src.types.Backbone`).
 
     decoder: fields of `DecoderConfig`; vision: of transformers' `SiglipVisionConfig`, None for text only
     image_id: marks the places of images in `prompt_ids`

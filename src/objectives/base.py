@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from src.batch import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
 from src.objectives.training import Training
 from src.parallel import Sharding, average_gradients, gather, is_sharded, rank, summed, whole, world
+from src.types import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
 WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
@@ -58,7 +58,7 @@ class Objective(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.backbone: Any = backbone()  # an nn.Module that obeys `src.batch.Backbone`
+        self.backbone: Any = backbone()  # an nn.Module that obeys `src.types.Backbone`
         self._fill: Callable[[nn.Module], None] | None = getattr(backbone, "fill", None)
         if not terms:
             raise ValueError("the objective trains nothing: all coefficients are 0")

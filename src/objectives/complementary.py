@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from src.batch import Batch, Corrupted, Kind
 from src.objectives.mask import MaskPrediction
+from src.types import Batch, Corrupted, Kind
 
 
 class ComplementaryMasks(MaskPrediction):

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.corruption import OPERATIONS, Absorb, Edit, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
 from src.objectives.base import Objective
 from src.objectives.training import Training
+from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 
 class EditNoise(Objective):

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.batch import Kind, SpecialIds
 from src.diffusion.corruption import Hybrid
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.training import Training
+from src.types import Kind, SpecialIds
 
 
 class HybridNoise(Objective):

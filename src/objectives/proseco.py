@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src.batch import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from src.diffusion.corruption import Absorb, Replace
 from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
 from src.diffusion.unmask import draw
 from src.objectives.base import Objective
 from src.objectives.training import Training
+from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 FILLS = ("all", "masked")
 PICKS = ("argmax", "sample")

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.batch import Corruption, Kind, SpecialIds
 from src.diffusion.corruption import Chain, Choose, Only, Settle, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.revision import stage_one, stage_one_terms
 from src.objectives.training import Training
+from src.types import Corruption, Kind, SpecialIds
 
 
 class Refine(Objective):

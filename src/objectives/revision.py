@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.batch import Corruption, Kind, SpecialIds
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.training import Training
+from src.types import Corruption, Kind, SpecialIds
 
 
 def stage_one(

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.batch import Batch, Corrupted, Kind, Loss, SpecialIds
 from src.diffusion.corruption import Chain
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.training import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
+from src.types import Batch, Corrupted, Kind, Loss, SpecialIds
 
 SIDE = len(ROWS)
 CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), "background": len(BACKGROUNDS)}

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.batch import SpecialIds
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.training import Training
+from src.types import SpecialIds
 
 
 class UniformNoise(Objective):
