@@ -33,7 +33,7 @@ from random import Random
 import openai
 from PIL import Image
 
-from src.experts.limits import Limits
+from src.chat.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.experts.questions import Words, first, show
 from src.tokenizer import Codec

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 from datamodules.captions import CaptionData
+from src.chat.limits import Limits
 from src.diffusion.sampler import Sampler
 from src.drafting import draft_batch, draw_drafts, settings_of
-from src.experts.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.models.checkpoint import from_pretrained
 from src.parallel import Team

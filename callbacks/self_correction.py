@@ -29,12 +29,12 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import write_whole_files
+from src.cli.signals import Stop
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
 from src.parallel import Team, gathered, summed
 from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
 from src.snapshots import is_whole, remove
-from src.stop import Stop
 from src.tally import summary, yields
 from src.tokenizer import Codec
 from src.types import Batch, Expert, FailedRound, Round

@@ -19,9 +19,9 @@ from typing import Any
 import lightning as L
 
 from callbacks.checkpoint import write_whole_files
+from src.cli.signals import Stop
 from src.parallel import Team
 from src.snapshots import remove
-from src.stop import Stop
 
 
 class SaveAndStop(L.Callback):

@@ -19,7 +19,7 @@ from threading import Thread
 
 from tqdm import tqdm
 
-from src.journal import Answer, Journal
+from src.chat.journal import Answer, Journal
 from src.types import DEADLINE, Draft, Expert, FailedRound, Failure
 
 logger = logging.getLogger(__name__)

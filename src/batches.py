@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.chat.journal import Journal
 from src.drafting import read_drafts
-from src.journal import Journal
 from src.rounds import journal_of
 from src.shards import write_bytes
 from src.types import Draft, Failure, Revision

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from src.components import ConfigError, build, check
-from src.config import load_config, main_guard, path_of
+from src.cli.config import load_config, path_of
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check
 from src.drafting import capped, draft_batch, draw_drafts, settings_of, warn_of_canvas
 from src.lock import locked
 from src.parallel import Team

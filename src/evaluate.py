@@ -32,8 +32,9 @@ from PIL import Image
 from torchmetrics import Metric
 from tqdm import tqdm
 
-from src.components import ConfigError, build, check, fits, nodes, plain
-from src.config import load_config, load_part, main_guard
+from src.cli.config import load_config, load_part
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check, fits, nodes, plain
 from src.curve import budget_table, plot_curve, points_of, to_dict
 from src.diffusion.flow import AnySampler
 from src.drafting import warn_of_canvas

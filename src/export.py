@@ -30,8 +30,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from src.components import ConfigError, build, check, plain
-from src.config import load_config, main_guard, path_of
+from src.cli.config import load_config, path_of
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check, plain
 from src.hub import local_folder
 from src.models.checkpoint import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
 from src.models.formats import FORMATS, Description, Format

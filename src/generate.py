@@ -34,8 +34,9 @@ from tqdm import tqdm
 from datamodules.collate import Collate
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from datamodules.text import TextData
-from src.components import ConfigError, build, check, plain
-from src.config import load_config, load_part, main_guard, path_of
+from src.cli.config import load_config, load_part, path_of
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check, plain
 from src.diffusion.flow import AnySampler
 from src.drafting import describe
 from src.importers.images import ImageProblem, fit, load

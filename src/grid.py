@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from src.components import ConfigError, arguments, dotted, fits, hint, is_node, walk
+from src.cli.instantiate import ConfigError, arguments, dotted, fits, hint, is_node, walk
 
 SPEED = "tokens_per_step"
 

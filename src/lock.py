@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 
 log = logging.getLogger(__name__)
 

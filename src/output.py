@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.tokenizer import Codec
 from src.types import Sampled
 

@@ -39,8 +39,9 @@ from random import Random
 
 from tqdm import tqdm
 
-from src.components import ConfigError, build
-from src.config import load_config, main_guard
+from src.cli.config import load_config
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build
 from src.dataset import SPLITS, Dataset, check_splits, write_split
 from src.importers.counts import Counts, table
 from src.importers.images import ENCODINGS, ImageProblem, convert, load

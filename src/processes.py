@@ -26,7 +26,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.parallel import Elsewhere, Team, rank
 from src.strategy import DDP, FSDP2
 

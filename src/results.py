@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.metrics.caption import Stat
 from src.shards import read_json, sha256, write_bytes, write_json
 

@@ -33,8 +33,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from src.batches import read_results, write_requests
-from src.components import ConfigError, build, check
-from src.config import load_config, main_guard, path_of
+from src.cli.config import load_config, path_of
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check
 from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
 from src.parallel import Team

@@ -1,7 +1,7 @@
 """Draft -> revise -> shards on disk: the work of the online loop, for the callback and for the `revise` verb.
 
     batches -> draw_drafts -> drafts/                        one shard for each chunk (src/drafting.py)
-            -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/journal.py)
+            -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/chat/journal.py)
             -> src.align.locate -> round-000000.tar, ... -> index.json, the manifest
 
     how = Revising(expert=expert, codec=codec, ...)
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from src.align import Aligned
 from src.asking import ExpertThread
+from src.chat.journal import Answers, Journal
 from src.drafting import (
     DraftsBatch,
     describe,
@@ -43,7 +44,6 @@ from src.drafting import (
     read_drafts,
     read_drafts_index,
 )
-from src.journal import Answers, Journal
 from src.parallel import Team, world
 from src.shards import INDEX, image_name, publish, read_manifest, write_json, write_shards
 from src.tally import Tally

@@ -22,8 +22,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.components import ConfigError, one_line, plain
-from src.config import save_config
+from src.cli.config import save_config
+from src.cli.instantiate import ConfigError, one_line, plain
 from src.hub import local_folder
 from src.models.checkpoint import fingerprint
 from src.models.weights import is_model_folder

@@ -36,8 +36,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.assembly import OFFERS, STORED, check_stops, rehearse
-from src.components import ConfigError, build, check, is_node, nodes, plain
-from src.config import load_config, main_guard, path_of
+from src.cli.config import load_config, path_of
+from src.cli.entrypoint import main_guard
+from src.cli.instantiate import ConfigError, build, check, is_node, nodes, plain
 from src.lock import locked
 from src.models.weights import is_model_folder
 from src.runs import CONFIG, begin, check_folder, is_complete, restore

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.align import Aligned, locate
-from src.journal import Answer
+from src.chat.journal import Answer
 from src.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 

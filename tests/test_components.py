@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import src
-from src.components import ConfigError, arguments, build, check, nodes
+from src.cli.instantiate import ConfigError, arguments, build, check, nodes
 
 PARTS = '''
 from __future__ import annotations

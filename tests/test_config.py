@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 import src
-from src.components import ConfigError
-from src.config import help_text, load_config, load_part, save_config
+from src.cli.config import load_config, load_part, save_config
+from src.cli.entrypoint import help_text
+from src.cli.instantiate import ConfigError
 
 BASE = """
 seed: 0
@@ -429,8 +430,8 @@ VERB = '''"""Add numbers.
     python add.py conf=base
 """
 import sys
-from src.components import build, check
-from src.config import load_config, main_guard
+from src.cli.instantiate import build, check
+from src.cli.config import load_config, main_guard
 
 @main_guard
 def main(argv):

@@ -16,8 +16,8 @@ import yaml
 from PIL import Image, ImageDraw
 
 import src.evaluate
-from src.components import build
-from src.config import load_config, load_part
+from src.cli.config import load_config, load_part
+from src.cli.instantiate import build
 from src.diffusion.sampler import Sampler
 from src.drawing import Piece, layout, paint
 from src.evaluate import complete, main

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from datamodules.collate import image_inputs
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.generate import main, memory_of

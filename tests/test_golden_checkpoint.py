@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
-from src.components import build, check
-from src.config import load_config
+from src.cli.config import load_config
+from src.cli.instantiate import build, check
 from src.models.checkpoint import ModelFolder, build_empty, fingerprint, from_pretrained
 from src.models.formats import FORMATS
 

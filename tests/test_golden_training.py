@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from src.components import build
-from src.config import load_config
+from src.cli.config import load_config
+from src.cli.instantiate import build
 from src.diffusion.corruption import Absorb, Chain, Replace, start
 from src.diffusion.losses import Term, term_loss
 from src.diffusion.noise import Noise

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from src.asking import SILENCE, ExpertThread, SilentExpert
+from src.chat.client import ExpertError
+from src.chat.journal import Journal
+from src.chat.limits import Limits
+from src.cli.signals import Stop, Stopped
 from src.drafting import read_drafts
-from src.experts.client import ExpertError
-from src.experts.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.experts.scenes import ScenesExpert
-from src.journal import Journal
 from src.shards import read_shard
-from src.stop import Stop, Stopped
 from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import src.draft
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.lock import locked
 from src.prepare import Scenes
 

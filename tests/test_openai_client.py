@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from src.experts.client import Call, Client, Request
-from src.experts.limits import Limits, ServerDown
+from src.chat.client import Call, Client, Request
+from src.chat.limits import Limits, ServerDown
 from tests.servers.scripted import Http, Scripted, completion, reply
 
 KEY = "sk-very-secret-0123456789"

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from src.align import locate
-from src.components import ConfigError, build
+from src.chat.budget import Prices
+from src.chat.client import ExpertError
+from src.chat.journal import Journal
+from src.chat.limits import Limits, ServerDown
+from src.cli.instantiate import ConfigError, build
 from src.drafting import describe
-from src.experts.budget import Prices
-from src.experts.client import ExpertError
-from src.experts.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert, read_raw
-from src.journal import Journal
 from src.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
@@ -186,7 +186,7 @@ def test_a_missing_key_is_told_before_anything_is_asked(codec, monkeypatch) -> N
     node = {"target": "src.experts.openai.OpenAIExpert", "model": "m", "key_env": "EXPERT_KEY"}
     with pytest.raises(ConfigError, match="environment variable EXPERT_KEY holds no key"):
         build(node, codec=codec)
-    node = {**node, "key_env": None, "limits": {"target": "src.experts.limits.Limits", "concurrency": 2}}
+    node = {**node, "key_env": None, "limits": {"target": "src.chat.limits.Limits", "concurrency": 2}}
     assert build(node, codec=codec).name == "openai"
 
 

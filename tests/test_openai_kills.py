@@ -29,7 +29,7 @@ SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; f
 DRAFT = "callbacks.self_correction:draft_batch"
 QUESTION = "src.experts.openai:OpenAIExpert._request"
 READ = "src.experts.openai:read_replies"
-KEEP = "src.journal:Journal.add_all"
+KEEP = "src.chat.journal:Journal.add_all"
 STEP = "src.objectives.base:Objective.training_step"
 SLOW = pytest.mark.slow
 

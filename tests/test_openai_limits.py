@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from src.experts.budget import Budget, Prices
-from src.experts.limits import Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after, seconds_of
+from src.chat.budget import Budget, Prices
+from src.chat.limits import Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after, seconds_of
 
 
 class Jumping(Clock):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.chat.profiles import PROFILES, Profile, choose
 from src.experts.parsing import LONGEST, SCHEMA, UnreadableReply, read_reply
-from src.experts.profiles import PROFILES, Profile, choose
 from src.experts.questions import FILE, BadImage, Words, again, first, show, tokens_of
 from src.types import Draft, Edit
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import src.draft
 import src.revise
 import src.train
-from src.experts.limits import Limits
+from src.chat.limits import Limits
 from src.prepare import Scenes
 from src.scenes.graph import COLOURS
 from src.shards import read_manifest
@@ -47,7 +47,7 @@ def corrects(request: Request) -> Http:
 
 def revise(drafts: Path, out: Path, server: Scripted, *more: str) -> None:
     expert = [f"expert.base_url={server.url}", "expert.key_env=null", "expert.model=some", "expert.repair=0"]
-    prices = "expert.limits.prices={target: src.experts.budget.Prices, input: 1000, output: 1000}"
+    prices = "expert.limits.prices={target: src.chat.budget.Prices, input: 1000, output: 1000}"
     expert += [prices, "expert.limits.attempts=2"]
     folders = [f"drafts={drafts}", f"out={out}", f"tokenizer={BASE}"]
     src.revise.main(["conf=revise,expert/openai", *folders, *expert, *more])
@@ -179,7 +179,7 @@ def test_edits_are_counted_by_kind(drafts, tmp_path, capsys):
 
 
 def test_fewer_requests_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("src.experts.limits.world", lambda: 4)
+    monkeypatch.setattr("src.chat.limits.world", lambda: 4)
     for name in ("concurrency", "max_requests"):
         with pytest.raises(ValueError, match=rf"limits.{name}=3 is shared by 4 processes"):
             Limits(**{name: 3}).check_processes()

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from src.align import locate
-from src.experts.client import ExpertError
-from src.experts.limits import Limits, ServerDown
+from src.chat.client import ExpertError
+from src.chat.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert
 from src.tokenizer import Codec
 from src.types import Draft, Failure, Revision

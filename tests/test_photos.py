@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from src.config import help_text
+from src.cli.entrypoint import help_text
 from src.importers import counts as reasons
 from src.importers.counts import Counts, table
 from src.importers.photos import Photo, fill_splits, hashed_share, split_of

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
 from src.models.checkpoint import save_pretrained

@@ -20,7 +20,7 @@ from PIL import Image
 
 from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.components import ConfigError
+from src.cli.instantiate import ConfigError
 from src.importers.counts import Counts
 from src.importers.images import ImageProblem, convert, fit, load
 from src.importers.photos import Album, hashed_share, split_of

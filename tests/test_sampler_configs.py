@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.components import build
-from src.config import load_part
+from src.cli.config import load_part
+from src.cli.instantiate import build
 from src.models.llada_v import LLaDAV
 from src.types import SpecialIds
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.cli.signals import Stop, Stopped
 from src.prepare import Scenes
-from src.stop import Stop, Stopped
 from src.train import main
 
 ROOT = Path(__file__).parents[1]

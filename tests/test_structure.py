@@ -21,8 +21,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from src.components import ConfigError, check
-from src.config import load_config
+from src.cli.config import load_config
+from src.cli.instantiate import ConfigError, check
 from src.train import OFFERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,15 +35,15 @@ VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise"
 LAYERS: dict[str, set[str]] = {
     "src": set(),
     "src.types": set(),
-    "src.components": set(),
-    "src.config": {"src.components", "src.stop"},
-    "src.lock": {"src.components"},
-    "src.output": {"src.types", "src.components", "src.tokenizer"},
+    "src.cli.instantiate": set(),
+    "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
+    "src.lock": {"src.cli.instantiate"},
+    "src.output": {"src.types", "src.cli.instantiate", "src.tokenizer"},
     "src.parallel": set(),
     "src.snapshots": {"src.parallel", "src.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.parallel", "src.snapshots"},
-    "src.processes": {"src.components", "src.parallel", "src.strategy"},
-    "src.stop": set(),
+    "src.processes": {"src.cli.instantiate", "src.parallel", "src.strategy"},
+    "src.cli.signals": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
     "src.drawing": set(),
@@ -54,7 +54,7 @@ LAYERS: dict[str, set[str]] = {
     "src.tokenizer": {"src.types", "src.hub", "src.prompts"},
     "src.dataset": {"src.importers", "src.lock", "src.shards", "src.tokenizer"},
     "src.texts": {"src.dataset", "src.importers", "src.prompts", "src.tokenizer"},
-    "src.journal": {"src.types", "src.shards"},
+    "src.chat.journal": {"src.types", "src.shards"},
     "src.diffusion": {"src.types"},
     "src.align": {"src.types", "src.tokenizer"},
     "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
@@ -62,33 +62,33 @@ LAYERS: dict[str, set[str]] = {
     "src.models": {"src.types", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
     "src.experts": {"src.types", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
     "src.drafting": {"src.types", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
-    "src.asking": {"src.types", "src.journal"},
-    "src.tally": {"src.align", "src.types", "src.journal", "src.tokenizer"},
+    "src.asking": {"src.types", "src.chat.journal"},
+    "src.tally": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
     "src.rounds": {
         *("src.types", "src.align", "src.parallel", "src.tokenizer"),
-        *("src.asking", "src.drafting", "src.journal", "src.shards", "src.tally"),  # the parts of a round
+        *("src.asking", "src.drafting", "src.chat.journal", "src.shards", "src.tally"),  # the parts of a round
     },
-    "src.batches": {"src.types", "src.drafting", "src.journal", "src.rounds", "src.shards"},
+    "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.shards"},
     "src.objectives": {"src.types", "src.diffusion", "src.parallel"},
     "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),
     "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
-    "src.runs": {"src.components", "src.config", "src.hub", "src.models", "src.shards", "src.snapshots"},
+    "src.runs": {"src.cli.instantiate", "src.cli.config", "src.hub", "src.models", "src.shards", "src.snapshots"},
     "src.assembly": {
-        *("src.types", "src.components", "src.drafting", "src.models", "src.stop", "src.strategy"),
+        *("src.types", "src.cli.instantiate", "src.drafting", "src.models", "src.cli.signals", "src.strategy"),
         *("src.tiling", "src.tokenizer", "callbacks", "datamodules"),
     },
     "src.curve": {"src.metrics", "src.report"},
-    "src.grid": {"src.components"},
-    "src.results": {"src.components", "src.metrics", "src.shards"},
+    "src.grid": {"src.cli.instantiate"},
+    "src.results": {"src.cli.instantiate", "src.metrics", "src.shards"},
     "datamodules": {
         *("src.types", "src.align", "src.prompts", "src.scenes"),
         *("src.shards", "src.tiling", "src.tokenizer"),
     },
     "callbacks": {
         *("src.types", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
-        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.stop", "src.tally", "src.tokenizer"),
+        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.cli.signals", "src.tally", "src.tokenizer"),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
 }
@@ -99,15 +99,21 @@ ONLY_IN: dict[str, set[str]] = {
         *("src.assembly", "src.processes", "src.strategy", "src.train"),
         *("src.objectives", "src.objectives.tower", "callbacks", "datamodules"),
     },
-    "omegaconf": {"src.assembly", "src.components", "src.config", "src.runs", *(f"src.{verb}" for verb in VERBS)},
+    "omegaconf": {
+        "src.assembly",
+        "src.cli.instantiate",
+        "src.cli.config",
+        "src.runs",
+        *(f"src.{verb}" for verb in VERBS),
+    },
     "transformers": {"src.metrics", "src.models", "src.tokenizer"},
     "rdkit": {"src.metrics"},
     "openai": {"src.experts"},
     "matplotlib": {"src.curve", "src.report"},
 }
 WITHOUT_TORCH = (
-    *("src.align", "src.components", "src.config", "src.drawing"),
-    *("src.importers", "src.journal", "src.scenes", "src.shards", "src.tiling"),
+    *("src.align", "src.cli.instantiate", "src.cli.config", "src.drawing"),
+    *("src.importers", "src.chat.journal", "src.scenes", "src.shards", "src.tiling"),
 )
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
@@ -213,9 +219,9 @@ def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
         "src.tokenizer.Codec",
         "src.batches",
     ]
-    assert forbidden("datamodules.captions", ["callbacks.samples", "src.config", "datamodules.shards"]) == [
+    assert forbidden("datamodules.captions", ["callbacks.samples", "src.cli.config", "datamodules.shards"]) == [
         "callbacks.samples",
-        "src.config",
+        "src.cli.config",
     ]
     assert forbidden("src.scenes.graph", ["random", "torch"]) == ["torch"]
     assert forbidden("src.train", ["src.models.checkpoint", "callbacks.samples"]) == ["callbacks.samples"]
@@ -223,7 +229,7 @@ def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
 
 def test_imports_sees_every_way_to_import() -> None:
     found = list(imports(Path(__file__)))
-    assert {"ast", "src.components.check", "src.train.OFFERS", "pathlib.Path"} <= set(found)
+    assert {"ast", "src.cli.instantiate.check", "src.train.OFFERS", "pathlib.Path"} <= set(found)
 
 
 def test_no_print() -> None:

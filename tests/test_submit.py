@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from src.config import load_config
+from src.cli.config import load_config
 from src.prepare import Scenes
 from src.submit import CODE, Cluster, main, script, seconds
 from tests.test_stop import ROOT, arguments, scenes  # noqa: F401

@@ -19,8 +19,8 @@ import torch
 import yaml
 from PIL import Image
 
-from src.components import ConfigError
-from src.config import load_config
+from src.cli.config import load_config
+from src.cli.instantiate import ConfigError
 from src.curve import Point, budget_table, budgets_of, front_of, lines_of, plot_curve, points_of, to_dict
 from src.evaluate import complete, main
 from src.grid import expand

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from src.components import build, check
+from src.cli.instantiate import build, check
 from src.metrics.answer import ExactMatch, answer_of
 from src.metrics.perplexity import GenerativePerplexity
 from src.metrics.smiles import Smiles

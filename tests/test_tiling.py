@@ -14,8 +14,8 @@ from PIL import Image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from src.components import ConfigError, build, check
-from src.config import load_config
+from src.cli.config import load_config
+from src.cli.instantiate import ConfigError, build, check
 from src.models.vision import VisionPath
 from src.tiling import AnyRes, Square, anyres
 from src.train import OFFERS

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from src.align import locate
-from src.experts.client import Call, Client, ExpertError, Request
-from src.experts.limits import Limits, ServerDown
+from src.chat.client import Call, Client, ExpertError, Request
+from src.chat.limits import Limits, ServerDown
+from src.chat.profiles import Profile, choose
+from src.chat.replies import Trouble, Unanswered, read_body
 from src.experts.parsing import UNREADABLE, UnreadableReply, read_reply
-from src.experts.profiles import Profile, choose
 from src.experts.questions import BadImage, Messages, Picture, Words, again, first, show, tokens_of
-from src.experts.replies import Trouble, Unanswered, read_body
 from src.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 
@@ -57,7 +57,7 @@ class OpenAIExpert:
 
     base_url: null for the address that the `openai` package chooses (OPENAI_BASE_URL, or its maker's)
     key_env: the environment variable that holds the key; null for a server that wants none
-    profile: what the model accepts, see src/experts/profiles.py; effort: of models that think, `low` for example
+    profile: what the model accepts, see src/chat/profiles.py; effort: of models that think, `low` for example
     image_side, detail: the longer side of the image in pixels, and the server's own hint (`low`, `high`)
     extra: more fields of a request, for one server only, such as {chat_template_kwargs: {enable_thinking: false}}
     max_completion_tokens: longer replies are a failure, `length`, which a later round asks about again

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from src.chat.client import clean
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes; revise.md explains them
@@ -88,11 +89,6 @@ def read_reply(text: str) -> Reading:
     if said_right is not None and said_right != (not edits):
         raise UnreadableReply("contradiction")
     return Reading(edits, len(items) - len(edits))
-
-
-def clean(text: str) -> str:
-    """Without halves of characters, which JSON can spell but no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _json_values(text: str) -> Iterator[Any]:

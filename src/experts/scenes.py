@@ -24,7 +24,7 @@ from itertools import permutations
 from math import inf
 from typing import Any
 
-from src.experts.slots import Slot, align, fits
+from src.chat.slots import Slot, align, fits
 from src.scenes.grammar import (
     FACT_OF_FIELD,
     LEXICON,

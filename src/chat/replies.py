@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.experts.parsing import clean
+from src.chat.client import clean
 
 MOST_TOKENS = 10**8  # that a usage may tell of; more is a mistake
 LONGEST_MESSAGE = 300  # characters of a server's message

@@ -18,7 +18,7 @@ Mappings merge, lists replace, and a mapping whose `target:` changes is replaced
 the keys of the top level. `???` marks what has to be given.
 
     load_config(argv, verb="src.train", needs=["trainer"]) -> DictConfig
-    -> `src.components`: check(config, offers=...), build(config.node, **offers)
+    -> `src.cli.instantiate`: check(config, offers=...), build(config.node, **offers)
 
 WARN: `${oc.env:NAME}` is resolved like any other interpolation, so its value is written to the saved config.
 For a secret give a component the *name* of the variable and let it read the environment.
@@ -26,11 +26,9 @@ For a secret give a component the *name* of the variable and let it read the env
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,14 +37,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.components import SCALARS, ConfigError, arguments, dotted, fits, hint, is_node, one_line, plain, walk
-from src.stop import SIGNALLED, Stop, Stopped
+from src.cli.instantiate import SCALARS, ConfigError, arguments, dotted, fits, hint, is_node, one_line, plain, walk
 
 PRINT = "--print"
-USAGE = """\
-arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
-    NAME may be the path of a .yaml file; +key=value adds a key to a mapping; --print prints the config and stops
-"""
 
 
 def load_config(
@@ -102,58 +95,12 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
     temporary.replace(path)
 
 
-def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
-    """What a verb prints for --help: its own docstring, the arguments and the configurations there are."""
-    return f"{(verb_doc or '').strip()}\n\n{USAGE}configurations: {', '.join(_available(_folder(root)))}\n"
-
-
-def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
-    """Decorator of a verb's `main(argv)`: --help, and one line instead of a traceback where nothing is wrong with it.
-
-    Exit code 2 for a ConfigError, 1 where the system cannot read or write, and 128 + number for a signal.
-    """
-
-    @functools.wraps(main)
-    def guarded(argv: list[str] | None = None) -> None:
-        argv = sys.argv[1:] if argv is None else argv
-        if {"-h", "--help"} & set(argv):
-            sys.stdout.write(help_text(sys.modules[main.__module__].__doc__))
-            return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        try:
-            with Stop():
-                main(argv)
-        except ConfigError as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(2)
-        except Stopped as stopped:
-            sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
-            sys.exit(SIGNALLED + stopped.signal)
-        except Exception as error:
-            told = _told_by_system(error)
-            if told is None:
-                raise
-            sys.stderr.write(f"\nerror: {told}; once that is mended, the same command continues\n")
-            sys.exit(1)
-
-    return guarded
-
-
 def path_of(cfg: DictConfig, key: str) -> Path:
     """The path under a key. Raises ConfigError where there is none."""
     value = OmegaConf.select(cfg, key)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{key}: expected a path, got {value!r}")
     return Path(value)
-
-
-def _told_by_system(error: Exception) -> str | None:
-    """What the system refused, and where. None for any other error."""
-    text = (str(error).strip().splitlines() or [""])[-1]  # of an error in a worker, behind its traceback
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or text or type(error).__name__}"
-    return text if "(os error " in text else None  # of a library in Rust, which keeps the system's words
 
 
 def _chooses(tree: dict, key: str, value: Any, root: Path) -> bool:

@@ -29,10 +29,10 @@ from typing import NoReturn
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
-from src.experts.budget import Budget
-from src.experts.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
-from src.experts.link import Link, body_of, check_address
-from src.experts.replies import Trouble, Unanswered, read_body, read_error
+from src.chat.budget import Budget
+from src.chat.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
+from src.chat.link import Link, body_of, check_address
+from src.chat.replies import Trouble, Unanswered, read_body, read_error
 from src.parallel import world
 from src.types import DEADLINE, FailedRound
 
@@ -333,3 +333,8 @@ class Client:
         """Without the key, which servers may echo; a short one is no secret, and may be a word."""
         key = self._key
         return text.replace(key, "***") if len(key) >= SECRET else text
+
+
+def clean(text: str) -> str:
+    """Without halves of characters, which JSON can spell but no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
 """What a model behind an OpenAI-compatible server accepts in a request.
 
     expert: {profile: vllm}                                          one of PROFILES
-    expert: {profile: {target: src.experts.profiles.Profile, limit: max_tokens, temperature: true}}
+    expert: {profile: {target: src.chat.profiles.Profile, limit: max_tokens, temperature: true}}
 
 `auto` chooses by the name of the model: models that think before they answer take no temperature. A server that
 knows less than its profile says refuses the request, and its message names the parameter.

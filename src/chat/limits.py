@@ -6,7 +6,7 @@
     backoff    how long to wait before another attempt
 
 None of them is bound to an event loop, so they last from one round to the next. Limits are those of the whole run:
-each of its processes takes an equal share, of what src/experts/budget.py counts too.
+each of its processes takes an equal share, of what src/chat/budget.py counts too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
-from src.experts.budget import Prices
+from src.chat.budget import Prices
 from src.parallel import world
 
 BURST_S = 1.0  # seconds' worth of a rate that may go out at once: servers enforce shorter windows than a minute
@@ -76,7 +76,7 @@ class Limits:
             if not 0 < getattr(self, name) < math.inf:  # so nan is refused, too
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.prices is not None and not isinstance(self.prices, Prices):
-            raise ValueError("prices need a target: {target: src.experts.budget.Prices, input: 1.1, output: 4.4}")
+            raise ValueError("prices need a target: {target: src.chat.budget.Prices, input: 1.1, output: 4.4}")
 
 
 class ServerDown(ConnectionError):

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import openai
 
-from src.experts.replies import Trouble
+from src.chat.replies import Trouble
 
 LONGEST_BODY = 1 << 24  # bytes of a response
 

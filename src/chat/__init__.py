@@ -1,0 +1,1 @@
+"""Client of OpenAI-compatible servers: requests, limits, budget, journal. Experts and judges share it."""
