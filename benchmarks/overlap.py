@@ -32,10 +32,10 @@ import torch.distributed as dist
 from datamodules.captions import CaptionData
 from src.chat.limits import Limits
 from src.diffusion.sampler import Sampler
+from src.distributed.parallel import Team
 from src.drafting import draft_batch, draw_drafts, settings_of
 from src.experts.openai import OpenAIExpert
 from src.models.checkpoint import from_pretrained
-from src.parallel import Team
 from src.prepare import Scenes
 from src.rounds import Revising, revise_round, run_round
 from src.scenes.graph import COLOURS

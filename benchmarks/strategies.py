@@ -26,13 +26,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.memory import MIB, SPECIAL, TEXT, make_batch, resident
+from src.distributed.parallel import Sharding
 from src.models.checkpoint import from_pretrained
 from src.models.llada_v import LLaDAV
 from src.models.outline import Deferred
 from src.models.weights import write_weights
 from src.objectives.revision import Revision
 from src.objectives.training import Training
-from src.parallel import Sharding
 from src.processes import meet
 from src.strategy import DDP, FSDP2
 

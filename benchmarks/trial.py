@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from src.distributed.parallel import Team
 from src.drafting import draw_drafts
 from src.experts.openai import BETWEEN
-from src.parallel import Team
 from src.shards import read_manifest
 from src.tokenizer import Codec
 from src.types import Batch, Draft

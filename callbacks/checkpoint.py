@@ -5,7 +5,7 @@
     RUN/checkpoints/epoch=E-step=S.ckpt     the newest `keep`; one damaged costs the steps since the one before
     RUN/checkpoints/last.ckpt               a link to the newest of them
 
-A checkpoint is a file, or, where processes share a model (FSDP2), a folder: see `src/snapshots.py`.
+A checkpoint is a file, or, where processes share a model (FSDP2), a folder: see `src/distributed/checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
+from src.distributed.checkpoints import REFUSED, link, read_whole, remove
 from src.shards import naming, publish
-from src.snapshots import REFUSED, link, read_whole, remove
 
 LAST = "last.ckpt"
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")

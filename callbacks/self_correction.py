@@ -11,7 +11,7 @@ The random state of training is left as it was. Needs `Trainer(reload_dataloader
 `max_epochs=-1` where `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
 
 Of several ranks each drafts for its own images and asks about its own drafts, with the whole model in its memory for as
-long as the round takes (`src.parallel.gathered`); drafts and rounds are those of one process.
+long as the round takes (`src.distributed.parallel.gathered`); drafts and rounds are those of one process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import write_whole_files
 from src.cli.signals import Stop
+from src.distributed.checkpoints import is_whole, remove
+from src.distributed.parallel import Team, gathered, summed
 from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
 from src.metrics.fixing import count_fixes
-from src.parallel import Team, gathered, summed
 from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
-from src.snapshots import is_whole, remove
 from src.tally import summary, yields
 from src.tokenizer import Codec
 from src.types import Batch, Expert, FailedRound, Round

@@ -20,8 +20,8 @@ import lightning as L
 
 from callbacks.checkpoint import write_whole_files
 from src.cli.signals import Stop
-from src.parallel import Team
-from src.snapshots import remove
+from src.distributed.checkpoints import remove
+from src.distributed.parallel import Team
 
 
 class SaveAndStop(L.Callback):

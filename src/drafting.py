@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from src.distributed.parallel import Team
 from src.models.checkpoint import fingerprint
-from src.parallel import Team
 from src.shards import (
     INDEX,
     image_name,

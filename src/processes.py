@@ -27,7 +27,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from src.cli.instantiate import ConfigError
-from src.parallel import Elsewhere, Team, rank
+from src.distributed.parallel import Elsewhere, Team, rank
 from src.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one

@@ -36,9 +36,9 @@ from src.batches import read_results, write_requests
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
+from src.distributed.parallel import Team
 from src.drafting import read_drafts, read_drafts_index
 from src.lock import locked
-from src.parallel import Team
 from src.processes import explained, launched_first, together
 from src.rounds import Revising, check_reopens, reopen, revise_round
 from src.tally import yields

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from src.align import Aligned
 from src.asking import ExpertThread
 from src.chat.journal import Answers, Journal
+from src.distributed.parallel import Team, world
 from src.drafting import (
     DraftsBatch,
     describe,
@@ -44,7 +45,6 @@ from src.drafting import (
     read_drafts,
     read_drafts_index,
 )
-from src.parallel import Team, world
 from src.shards import INDEX, image_name, publish, read_manifest, write_json, write_shards
 from src.tally import Tally
 from src.tokenizer import Codec

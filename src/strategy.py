@@ -4,7 +4,7 @@
       strategy: {target: src.strategy.FSDP2}      all processes share one copy of the model
       strategy: {target: src.strategy.DDP}        every process has a copy
 
-What FSDP2 shards, and how, is `src.parallel.Sharding` (objective.training.sharding).
+What FSDP2 shards, and how, is `src.distributed.parallel.Sharding` (objective.training.sharding).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from src.parallel import gather
-from src.snapshots import REFUSED, check_sizes, entries, named, read_whole, replace_folder, write_manifest
+from src.distributed.checkpoints import REFUSED, check_sizes, entries, named, read_whole, replace_folder, write_manifest
+from src.distributed.parallel import gather
 
 
 class DDP(DDPStrategy):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.distributed.checkpoints import read_whole
 from src.drafting import read_drafts
 from src.export import main as export
 from src.prepare import Scenes
 from src.shards import read_shard, write_shard
-from src.snapshots import read_whole
 from tests.ranks import RENAME, ROOT, Ranks
 from tests.test_rounds import digests, journaled
 
@@ -194,7 +194,7 @@ BOTH = (0, 1)
         ((0,), "src.rounds:_write", 1),
         ((0,), "callbacks.checkpoint:link", 1),
         ((0,), "src.train:save_pretrained", 0),
-        ((0,), "src.snapshots:publish", 3),
+        ((0,), "src.distributed.checkpoints:publish", 3),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(ranks, scenes, whole, tmp_path, who, what, number):

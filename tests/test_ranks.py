@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from src.distributed.parallel import Sharding, whole
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
@@ -24,7 +25,6 @@ from src.objectives.refine import Refine
 from src.objectives.revision import Revision
 from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
-from src.parallel import Sharding, whole
 from src.strategy import FSDP2
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import QUIET, batch_with_prompt, make, tiny_backbone
@@ -91,7 +91,7 @@ import os, sys
 from functools import partial
 sys.path.insert(0, {root!r})
 import torch
-from src.parallel import Sharding, whole
+from src.distributed.parallel import Sharding, whole
 from src.strategy import FSDP2
 from tests.test_corruption import SPECIAL
 from src.strategy import DDP, FSDP2

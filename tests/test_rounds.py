@@ -25,11 +25,11 @@ from torch import nn
 
 from src.chat.journal import Journal
 from src.diffusion.sampler import Sampler
+from src.distributed.parallel import Team
 from src.drafting import describe, draft_batch, draw_drafts, read_drafts, settings_of
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
 from src.models.checkpoint import fingerprint
-from src.parallel import Team
 from src.rounds import Revising, read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene

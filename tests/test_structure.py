@@ -39,10 +39,10 @@ LAYERS: dict[str, set[str]] = {
     "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
     "src.lock": {"src.cli.instantiate"},
     "src.output": {"src.types", "src.cli.instantiate", "src.tokenizer"},
-    "src.parallel": set(),
-    "src.snapshots": {"src.parallel", "src.shards"},  # checkpoints as files and folders
-    "src.strategy": {"src.parallel", "src.snapshots"},
-    "src.processes": {"src.cli.instantiate", "src.parallel", "src.strategy"},
+    "src.distributed.parallel": set(),
+    "src.distributed.checkpoints": {"src.distributed.parallel", "src.shards"},  # checkpoints as files and folders
+    "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
+    "src.processes": {"src.cli.instantiate", "src.distributed.parallel", "src.strategy"},
     "src.cli.signals": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
@@ -59,22 +59,37 @@ LAYERS: dict[str, set[str]] = {
     "src.align": {"src.types", "src.tokenizer"},
     "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
     "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.shards", "src.tokenizer"},
-    "src.models": {"src.types", "src.align", "src.hub", "src.parallel", "src.scenes", "src.tiling", "src.tokenizer"},
-    "src.experts": {"src.types", "src.align", "src.parallel", "src.scenes", "src.tokenizer"},
-    "src.drafting": {"src.types", "src.models", "src.parallel", "src.shards", "src.tokenizer"},
+    "src.models": {
+        "src.types",
+        "src.align",
+        "src.hub",
+        "src.distributed.parallel",
+        "src.scenes",
+        "src.tiling",
+        "src.tokenizer",
+    },
+    "src.experts": {"src.types", "src.align", "src.distributed.parallel", "src.scenes", "src.tokenizer"},
+    "src.drafting": {"src.types", "src.models", "src.distributed.parallel", "src.shards", "src.tokenizer"},
     "src.asking": {"src.types", "src.chat.journal"},
     "src.tally": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
     "src.rounds": {
-        *("src.types", "src.align", "src.parallel", "src.tokenizer"),
+        *("src.types", "src.align", "src.distributed.parallel", "src.tokenizer"),
         *("src.asking", "src.drafting", "src.chat.journal", "src.shards", "src.tally"),  # the parts of a round
     },
     "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.shards"},
-    "src.objectives": {"src.types", "src.diffusion", "src.parallel"},
+    "src.objectives": {"src.types", "src.diffusion", "src.distributed.parallel"},
     "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),
     "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
     "src.report": {"src.drawing", "src.metrics"},
-    "src.runs": {"src.cli.instantiate", "src.cli.config", "src.hub", "src.models", "src.shards", "src.snapshots"},
+    "src.runs": {
+        "src.cli.instantiate",
+        "src.cli.config",
+        "src.hub",
+        "src.models",
+        "src.shards",
+        "src.distributed.checkpoints",
+    },
     "src.assembly": {
         *("src.types", "src.cli.instantiate", "src.drafting", "src.models", "src.cli.signals", "src.strategy"),
         *("src.tiling", "src.tokenizer", "callbacks", "datamodules"),
@@ -88,7 +103,15 @@ LAYERS: dict[str, set[str]] = {
     },
     "callbacks": {
         *("src.types", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
-        *("src.parallel", "src.rounds", "src.shards", "src.snapshots", "src.cli.signals", "src.tally", "src.tokenizer"),
+        *(
+            "src.distributed.parallel",
+            "src.rounds",
+            "src.shards",
+            "src.distributed.checkpoints",
+            "src.cli.signals",
+            "src.tally",
+            "src.tokenizer",
+        ),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
 }

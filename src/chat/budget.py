@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from src.parallel import world
+from src.distributed.parallel import world
 
 
 @dataclass(frozen=True, kw_only=True)

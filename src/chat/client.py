@@ -33,7 +33,7 @@ from src.chat.budget import Budget
 from src.chat.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
 from src.chat.link import Link, body_of, check_address
 from src.chat.replies import Trouble, Unanswered, read_body, read_error
-from src.parallel import world
+from src.distributed.parallel import world
 from src.types import DEADLINE, FailedRound
 
 NO_KEY = "none"  # for servers that ask for no key; the SDK wants one

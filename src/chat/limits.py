@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from random import Random
 
 from src.chat.budget import Prices
-from src.parallel import world
+from src.distributed.parallel import world
 
 BURST_S = 1.0  # seconds' worth of a rate that may go out at once: servers enforce shorter windows than a minute
 RECHECK_S = 0.1  # how often a waiting request looks whether tokens were given back

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from src.distributed.parallel import gather, is_sharded, rank, whole
 from src.hub import hub_name, local_folder
 from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
 from src.models.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
-from src.parallel import gather, is_sharded, rank, whole
 from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"

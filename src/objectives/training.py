@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from src.parallel import Sharding
+from src.distributed.parallel import Sharding
 
 
 @dataclass(frozen=True, kw_only=True)

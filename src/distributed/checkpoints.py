@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from src.parallel import gather, rank
+from src.distributed.parallel import gather, rank
 from src.shards import publish, sync_path, write_json
 
 MANIFEST, META, PLAN = "files.json", "meta.pt", ".metadata"
