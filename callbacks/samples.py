@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from src.diffusion.sampler import Sampler
 from src.distributed.parallel import gathered
 from src.drafting import evaluating
-from src.drawing import Colour, Piece, enlarge, layout, paint
+from src.evaluation.drawing import Colour, Piece, enlarge, layout, paint
 from src.tokenizer import Codec
 from src.types import Backbone, Batch, Sampled
 

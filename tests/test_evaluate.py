@@ -19,15 +19,9 @@ import src.evaluate
 from src.cli.config import load_config, load_part
 from src.cli.instantiate import build
 from src.diffusion.sampler import Sampler
-from src.drawing import Piece, layout, paint
 from src.evaluate import complete, main
-from src.generate import choose_sampler
-from src.metrics.caption import Mark
-from src.metrics.text import ReferenceOverlap
-from src.models.checkpoint import from_pretrained, save_pretrained
-from src.models.llada_v import LLaDAV
-from src.prepare import Photos, Scenes
-from src.report import (
+from src.evaluation.drawing import Piece, layout, paint
+from src.evaluation.report import (
     FILL,
     Example,
     Panel,
@@ -38,7 +32,13 @@ from src.report import (
     plot,
     text_report,
 )
-from src.results import Cell, Ledger, code_hash
+from src.evaluation.results import Cell, Ledger, code_hash
+from src.generate import choose_sampler
+from src.metrics.caption import Mark
+from src.metrics.text import ReferenceOverlap
+from src.models.checkpoint import from_pretrained, save_pretrained
+from src.models.llada_v import LLaDAV
+from src.prepare import Photos, Scenes
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.shards import read_manifest, read_shard

@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "src.cli.signals": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
     "src.shards": set(),  # the file format; both ends of it use this one
-    "src.drawing": set(),
+    "src.evaluation.drawing": set(),
     "src.importers": set(),
     "src.scenes": set(),
     "src.prompts": set(),
@@ -81,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
     "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),
     "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
-    "src.report": {"src.drawing", "src.metrics"},
+    "src.evaluation.report": {"src.evaluation.drawing", "src.metrics"},
     "src.runs": {
         "src.cli.instantiate",
         "src.cli.config",
@@ -94,15 +94,15 @@ LAYERS: dict[str, set[str]] = {
         *("src.types", "src.cli.instantiate", "src.drafting", "src.models", "src.cli.signals", "src.strategy"),
         *("src.tiling", "src.tokenizer", "callbacks", "datamodules"),
     },
-    "src.curve": {"src.metrics", "src.report"},
-    "src.grid": {"src.cli.instantiate"},
-    "src.results": {"src.cli.instantiate", "src.metrics", "src.shards"},
+    "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
+    "src.evaluation.grid": {"src.cli.instantiate"},
+    "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.shards"},
     "datamodules": {
         *("src.types", "src.align", "src.prompts", "src.scenes"),
         *("src.shards", "src.tiling", "src.tokenizer"),
     },
     "callbacks": {
-        *("src.types", "src.diffusion", "src.drafting", "src.drawing", "src.metrics"),
+        *("src.types", "src.diffusion", "src.drafting", "src.evaluation.drawing", "src.metrics"),
         *(
             "src.distributed.parallel",
             "src.rounds",
@@ -132,10 +132,10 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"src.metrics", "src.models", "src.tokenizer"},
     "rdkit": {"src.metrics"},
     "openai": {"src.experts"},
-    "matplotlib": {"src.curve", "src.report"},
+    "matplotlib": {"src.evaluation.pareto", "src.evaluation.report"},
 }
 WITHOUT_TORCH = (
-    *("src.align", "src.cli.instantiate", "src.cli.config", "src.drawing"),
+    *("src.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
     *("src.importers", "src.chat.journal", "src.scenes", "src.shards", "src.tiling"),
 )
 

@@ -21,14 +21,14 @@ from PIL import Image
 
 from src.cli.config import load_config
 from src.cli.instantiate import ConfigError
-from src.curve import Point, budget_table, budgets_of, front_of, lines_of, plot_curve, points_of, to_dict
 from src.evaluate import complete, main
-from src.grid import expand
+from src.evaluation.grid import expand
+from src.evaluation.pareto import Point, budget_table, budgets_of, front_of, lines_of, plot_curve, points_of, to_dict
+from src.evaluation.results import Cell
 from src.metrics.bound import response_nats
 from src.models.checkpoint import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.prepare import Scenes
-from src.results import Cell
 from src.texts import Pairs
 from src.tokenizer import Codec
 

@@ -18,8 +18,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from src.evaluation.report import Scores, paired_difference, stat_text
 from src.metrics.caption import Stat
-from src.report import Scores, paired_difference, stat_text
 
 MARKERS = "osD^vP*Xh<>"
 STYLES = ("-", "--", "-.", ":")

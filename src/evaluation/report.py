@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from src.drawing import Colour, Piece, Placed, enlarge, font, layout, paint
+from src.evaluation.drawing import Colour, Piece, Placed, enlarge, font, layout, paint
 from src.metrics.caption import Mark, Stat, summarise
 
 Row = tuple[str, str]
