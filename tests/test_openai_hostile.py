@@ -12,7 +12,7 @@ from src.chat.budget import Budget, Prices
 from src.chat.journal import Journal
 from src.chat.limits import Limits
 from src.chat.profiles import choose
-from src.experts.parsing import MOST_EDITS, read_reply
+from src.experts.reply import MOST_EDITS, read_reply
 from src.shards import read_manifest
 from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply

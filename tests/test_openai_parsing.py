@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from src.chat.profiles import PROFILES, Profile, choose
-from src.experts.parsing import LONGEST, SCHEMA, UnreadableReply, read_reply
-from src.experts.questions import FILE, BadImage, Words, again, first, show, tokens_of
+from src.experts.prompt import FILE, BadImage, Words, again, first, show, tokens_of
+from src.experts.reply import LONGEST, SCHEMA, UnreadableReply, read_reply
 from src.types import Draft, Edit
 
 EDITS = [{"org": "red", "target": "blue", "reason": "it is blue"}, {"org": "two", "target": "three", "reason": ""}]

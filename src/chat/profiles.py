@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.experts.parsing import SCHEMA
+from src.experts.reply import SCHEMA
 
 OUTPUTS: dict[str, dict[str, Any]] = {
     "json_schema": {"type": "json_schema", "json_schema": {"name": "revision", "strict": True, "schema": SCHEMA}},

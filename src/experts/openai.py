@@ -25,8 +25,8 @@ from src.chat.client import Call, Client, ExpertError, Request
 from src.chat.limits import Limits, ServerDown
 from src.chat.profiles import Profile, choose
 from src.chat.replies import Trouble, Unanswered, read_body
-from src.experts.parsing import UNREADABLE, UnreadableReply, read_reply
-from src.experts.questions import BadImage, Messages, Picture, Words, again, first, show, tokens_of
+from src.experts.prompt import BadImage, Messages, Picture, Words, again, first, show, tokens_of
+from src.experts.reply import UNREADABLE, UnreadableReply, read_reply
 from src.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 

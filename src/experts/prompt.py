@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.experts.parsing import SCHEMA
+from src.experts.reply import SCHEMA
 from src.types import Draft, Edit
 
 FILE = Path(__file__).with_name("revise.md")
