@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "src.cli.instantiate": set(),
     "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
     "src.lock": {"src.cli.instantiate"},
-    "src.output": {"src.types", "src.cli.instantiate", "src.tokenizer"},
+    "src.generation.writer": {"src.types", "src.cli.instantiate", "src.tokenizer"},
     "src.distributed.parallel": set(),
     "src.distributed.checkpoints": {"src.distributed.parallel", "src.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},

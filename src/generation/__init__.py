@@ -1,0 +1,1 @@
+"""What generate, serve and demo share: requests in, lines of captions out."""
