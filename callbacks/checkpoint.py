@@ -21,7 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from src.distributed.checkpoints import REFUSED, link, read_whole, remove
-from src.shards import naming, publish
+from src.io.files import naming, publish
 
 LAST = "last.ckpt"
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")

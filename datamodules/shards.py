@@ -9,7 +9,7 @@
 
 Damaged samples (truncated tar, broken JSON or image) are counted. In training they do not change how many
 samples a range yields: the next readable one of the shard stands in. Where each sample must come at most
-once, in evaluation and for drafts, they are left out. `src.shards` is the writing side.
+once, in evaluation and for drafts, they are left out. `src.io.shards` is the writing side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from src.shards import INDEX, read_manifest, read_tar, sha256
+from src.io.files import sha256
+from src.io.shards import INDEX, read_manifest, read_tar
 
 IMAGES = ("png", "jpg")
 log = logging.getLogger(__name__)

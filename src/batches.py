@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from src.chat.journal import Journal
 from src.drafting import read_drafts
+from src.io.files import write_bytes
 from src.rounds import journal_of
-from src.shards import write_bytes
 from src.types import Draft, Failure, Revision
 
 URL = "/v1/chat/completions"

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from src.importers.counts import table
-from src.lock import locked
-from src.shards import DATASET, FORMAT, INDEX, naming, publish, read_json, write_json, write_shards
+from src.io.files import naming, publish, read_json, write_json
+from src.io.lock import locked
+from src.io.shards import DATASET, FORMAT, INDEX, write_shards
 from src.tokenizer import Codec
 
 SPLITS = ("train", "val", "test")

@@ -10,14 +10,13 @@ share of a batch, and is named by the number of that batch: several ranks, howev
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,19 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from src.distributed.parallel import Team
+from src.io.files import read_json, sha256, write_json
+from src.io.settings import _plain, describe, differences
+from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
 from src.models.checkpoint import fingerprint
-from src.shards import (
-    INDEX,
-    image_name,
-    read_json,
-    read_manifest,
-    read_shard,
-    sha256,
-    shard_entry,
-    write_index,
-    write_json,
-    write_shard,
-)
 from src.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
@@ -229,30 +219,6 @@ def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
         shutil.rmtree(folder)
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ."""
-    wanted = _plain(wanted)
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-
-
-def describe(value: Any) -> Any:
-    """A component as plain data: its class and its settings, which are its public attributes or its `settings`.
-
-    Raises ValueError for a setting that is neither plain nor a component.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Codec):
-        return value.fingerprint
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(name): describe(item) for name, item in value.items()}
-    return {"class": type(value).__name__, **{name: describe(item) for name, item in _public_settings(value).items()}}
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode, after which every submodule is again in the mode it was in."""
@@ -263,18 +229,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-def _public_settings(component: Any) -> Mapping[str, Any]:
-    if hasattr(component, "settings"):
-        return component.settings
-    if is_dataclass(component):
-        names = [f.name for f in fields(component)]
-    elif hasattr(component, "__dict__"):
-        names = sorted(vars(component))
-    else:
-        raise ValueError(f"{component!r} is no setting: keep it under a name that starts with _, or define `settings`")
-    return {name: getattr(component, name) for name in names if not name.startswith("_")}
 
 
 def _parts(batches: Iterable[tuple[int, Batch]], tokens_per_step: Sequence[int]) -> Iterator[tuple[str, Batch, int]]:
@@ -372,8 +326,3 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict], 
 def _settings_in(folder: Path) -> dict | None:
     path = folder / SETTINGS
     return read_json(path) if path.is_file() else None
-
-
-def _plain(settings: Mapping[str, Any]) -> dict:
-    """As JSON returns it: tuples become lists."""
-    return json.loads(json.dumps(dict(settings)))

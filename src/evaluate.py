@@ -41,13 +41,13 @@ from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
 from src.evaluation.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
 from src.evaluation.results import Cell, Ledger, code_hash, signature
-from src.lock import locked
+from src.io.files import sha256, write_bytes, write_json
+from src.io.lock import locked
 from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.checkpoint import fingerprint, from_pretrained
 from src.models.weights import is_model_folder
-from src.shards import sha256, write_bytes, write_json
 from src.tokenizer import Codec
 from src.types import Backbone, Batch
 

@@ -44,9 +44,9 @@ from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build
 from src.dataset import SPLITS, Dataset, check_splits, write_split
 from src.importers.counts import Counts, table
-from src.importers.images import ENCODINGS, ImageProblem, convert, load
 from src.importers.photos import Album, Photo, fill_splits
 from src.importers.records import Caption, read_entries
+from src.io.images import ENCODINGS, ImageProblem, convert, load
 from src.scenes.grammar import LEXICON, Swap, swaps, write_brief, write_caption
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render

@@ -38,7 +38,7 @@ from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
 from src.distributed.parallel import Team
 from src.drafting import read_drafts, read_drafts_index
-from src.lock import locked
+from src.io.lock import locked
 from src.processes import explained, launched_first, together
 from src.rounds import Revising, check_reopens, reopen, revise_round
 from src.tally import yields

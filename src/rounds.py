@@ -36,16 +36,10 @@ from src.align import Aligned
 from src.asking import ExpertThread
 from src.chat.journal import Answers, Journal
 from src.distributed.parallel import Team, world
-from src.drafting import (
-    DraftsBatch,
-    describe,
-    differences,
-    draw_drafts,
-    drop_stale,
-    read_drafts,
-    read_drafts_index,
-)
-from src.shards import INDEX, image_name, publish, read_manifest, write_json, write_shards
+from src.drafting import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.io.files import publish, write_json
+from src.io.settings import describe, differences
+from src.io.shards import INDEX, image_name, read_manifest, write_shards
 from src.tally import Tally
 from src.tokenizer import Codec
 from src.types import Batch, Draft, Expert, FailedRound, Revision, Round

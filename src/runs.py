@@ -25,10 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from src.cli.config import save_config
 from src.cli.instantiate import ConfigError, one_line, plain
 from src.distributed.checkpoints import is_whole, recover
-from src.hub import local_folder
+from src.io.files import read_json, sha256, write_json
+from src.io.hub import local_folder
+from src.io.shards import INDEX
 from src.models.checkpoint import fingerprint
 from src.models.weights import is_model_folder
-from src.shards import INDEX, read_json, sha256, write_json
 
 ASIDE = ".replaced"  # in the folder of the run, what was there before
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"

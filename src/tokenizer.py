@@ -23,7 +23,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from src.hub import local_folder
+from src.io.hub import local_folder
 from src.prompts.format import IMAGE, PromptFormat
 from src.types import SpecialIds
 

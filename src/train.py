@@ -46,14 +46,14 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, check, plain
 from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
-from src.importers.images import MAX_PIXELS
-from src.lock import locked
+from src.io.files import write_json
+from src.io.images import MAX_PIXELS
+from src.io.lock import locked
 from src.models.checkpoint import save_pretrained
 from src.objectives.base import Diverged
 from src.plan import measure
 from src.processes import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet
 from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
-from src.shards import write_json
 from src.strategy import FSDP2
 from src.tokenizer import Codec
 from src.types import Batch, FailedRound

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from src.hub import local_folder
+from src.io.hub import local_folder
 from src.models.checkpoint import fingerprint, from_pretrained, load_weights, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.models.outline import outline
@@ -336,7 +336,9 @@ def test_paths_are_no_names(path):
 
 
 def test_the_hub_is_not_imported_for_local_folders(sharded):
-    code = f"import sys, src.hub; src.hub.local_folder({str(sharded)!r}); sys.exit('huggingface_hub' in sys.modules)"
+    code = (
+        f"import sys, src.io.hub; src.io.hub.local_folder({str(sharded)!r}); sys.exit('huggingface_hub' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

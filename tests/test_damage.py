@@ -18,8 +18,9 @@ import src.revise
 from datamodules.captions import CaptionData
 from datamodules.records import misfit
 from src.experts.scenes import ScenesExpert
+from src.io.files import read_json
+from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.prepare import Photos, Scenes
-from src.shards import INDEX, read_json, read_manifest, read_shard, write_shard
 from src.tokenizer import Codec
 from src.types import Draft, Failure
 

@@ -34,6 +34,7 @@ from src.evaluation.report import (
 )
 from src.evaluation.results import Cell, Ledger, code_hash
 from src.generate import choose_sampler
+from src.io.shards import read_manifest, read_shard
 from src.metrics.caption import Mark
 from src.metrics.text import ReferenceOverlap
 from src.models.checkpoint import from_pretrained, save_pretrained
@@ -41,7 +42,6 @@ from src.models.llada_v import LLaDAV
 from src.prepare import Photos, Scenes
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
-from src.shards import read_manifest, read_shard
 from src.tokenizer import Codec
 from src.types import Batch
 
@@ -318,7 +318,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
         "src/types.py",
         "src/evaluate.py",
         "src/tokenizer.py",
-        "src/shards.py",
+        "src/io/shards.py",
         "src/tiling.py",
         "src/prompts/format.py",
         "src/metrics/text.py",

@@ -12,9 +12,9 @@ import pytest
 
 from src.align import apply_spans, locate
 from src.chat.slots import align, fits
-from src.drafting import describe
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert, correct
+from src.io.settings import describe
 from src.scenes.grammar import (
     LEXICON,
     NUMBERS,

@@ -25,9 +25,10 @@ from src.diffusion.noise import Noise
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.drafting import read_drafts
+from src.io.files import read_json
+from src.io.shards import read_manifest, read_shard
 from src.metrics.text import response_counts
 from src.prepare import Scenes
-from src.shards import read_json, read_manifest, read_shard
 from src.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
 

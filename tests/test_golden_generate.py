@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from src.generate import main
-from src.shards import write_shards
+from src.io.shards import write_shards
 from src.tokenizer import Codec
 
 UNLIKE = {"stop_ids", "suffix_ids", "fake_ans"}  # what the command line cannot say: they are ids

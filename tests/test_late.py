@@ -23,7 +23,7 @@ from src.cli.signals import Stop, Stopped
 from src.drafting import read_drafts
 from src.experts.openai import OpenAIExpert
 from src.experts.scenes import ScenesExpert
-from src.shards import read_shard
+from src.io.shards import read_shard
 from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename

@@ -13,7 +13,7 @@ import pytest
 
 import src.draft
 from src.cli.instantiate import ConfigError
-from src.lock import locked
+from src.io.lock import locked
 from src.prepare import Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Holds a lock, and so does not the child that outlives it.
 HOLDING = """
 import os, sys, time
-from src.lock import locked
+from src.io.lock import locked
 
 with locked(sys.argv[1]):
     if not os.fork():

@@ -15,8 +15,8 @@ from PIL import Image
 import src.draft
 import src.revise
 import src.train
+from src.io.shards import read_manifest
 from src.prepare import Photos, Scenes
-from src.shards import read_manifest
 from src.types import Round
 
 ROOT = Path(__file__).resolve().parents[1]

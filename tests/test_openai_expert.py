@@ -21,8 +21,8 @@ from src.chat.client import ExpertError
 from src.chat.journal import Journal
 from src.chat.limits import Limits, ServerDown
 from src.cli.instantiate import ConfigError, build
-from src.drafting import describe
 from src.experts.openai import OpenAIExpert, read_raw
+from src.io.settings import describe
 from src.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply

@@ -13,7 +13,7 @@ from src.chat.journal import Journal
 from src.chat.limits import Limits
 from src.chat.profiles import choose
 from src.experts.reply import MOST_EDITS, read_reply
-from src.shards import read_manifest
+from src.io.shards import read_manifest
 from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
 from tests.test_openai_round import BASE, NUM, corrects, drafts, revise  # noqa: F401

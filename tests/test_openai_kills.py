@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from src.io.shards import read_manifest
 from src.prepare import Scenes
-from src.shards import read_manifest
 from tests.ranks import ROOT, Done, Kill, Ranks
 from tests.servers.scripted import Http, Request, Scripted, reply
 from tests.test_processes import NUM, common, rounds, same
@@ -109,8 +109,8 @@ def numbers(run_dir: Path) -> set[int]:
         pytest.param(1, READ, 2, AT_ONCE, id="a reply has come"),
         pytest.param(0, KEEP, 1, AT_ONCE, id="before the journal"),
         pytest.param(0, "src.rounds:write_shards", 0, 0, marks=SLOW, id="all answered"),
-        pytest.param(0, "src.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
-        pytest.param(0, "src.shards:write_index", 0, 0, id="before the manifest"),
+        pytest.param(0, "src.io.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
+        pytest.param(0, "src.io.shards:write_index", 0, 0, id="before the manifest"),
         pytest.param(0, "src.rounds:publish", 1, 0, id="before the rename, second round"),
         pytest.param(0, "src.rounds:read_round", 0, 0, marks=SLOW, id="after the rename"),
         pytest.param(1, STEP, 0, 0, marks=SLOW, id="first step"),

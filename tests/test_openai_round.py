@@ -15,9 +15,9 @@ import src.draft
 import src.revise
 import src.train
 from src.chat.limits import Limits
+from src.io.shards import read_manifest
 from src.prepare import Scenes
 from src.scenes.graph import COLOURS
-from src.shards import read_manifest
 from tests.ranks import ROOT
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import digests, journaled

@@ -16,9 +16,9 @@ from src.importers import counts as reasons
 from src.importers.counts import Counts, table
 from src.importers.photos import Photo, fill_splits, hashed_share, split_of
 from src.importers.records import read_entries
+from src.io.shards import read_shard
 from src.prepare import Photos, main
 from src.prepare import __doc__ as prepare_help
-from src.shards import read_shard
 
 SPLITS = ("train", "val", "test")
 FILE = "image-{}.png"

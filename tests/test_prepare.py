@@ -22,9 +22,9 @@ from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
 from src.cli.instantiate import ConfigError
 from src.importers.counts import Counts
-from src.importers.images import ImageProblem, convert, fit, load
 from src.importers.photos import Album, hashed_share, split_of
 from src.importers.records import Entry, read_entries
+from src.io.images import ImageProblem, convert, fit, load
 from src.prepare import Photos, Scenes, main
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render

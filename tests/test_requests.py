@@ -13,9 +13,9 @@ from PIL import Image
 
 from src.diffusion.sampler import Sampler
 from src.generate import main
+from src.io.shards import write_shards
 from src.models.checkpoint import save_pretrained
 from src.models.llada_v import LLaDAV
-from src.shards import write_shards
 from src.tokenizer import Codec
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}

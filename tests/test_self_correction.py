@@ -33,6 +33,7 @@ import src.revise
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import CaptionData
 from src.diffusion.sampler import Sampler
+from src.io.shards import read_manifest, write_shards
 from src.models.checkpoint import save_pretrained
 from src.models.tiny import tiny
 from src.objectives.refine import Refine
@@ -40,7 +41,6 @@ from src.objectives.training import Training
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
-from src.shards import read_manifest, write_shards
 from src.tokenizer import Codec
 from src.types import Edit, Revision
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from datamodules.loader import Loader, Part, share
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.shards import read_shard, read_tar, write_shards
+from src.io.shards import read_shard, read_tar, write_shards
 from src.types import Batch
 
 
@@ -287,7 +287,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from tests.test_shards import sample
-from src.shards import write_shards
+from src.io.shards import write_shards
 
 def samples():
     for number in range(25):

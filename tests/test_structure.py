@@ -37,46 +37,46 @@ LAYERS: dict[str, set[str]] = {
     "src.types": set(),
     "src.cli.instantiate": set(),
     "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
-    "src.lock": {"src.cli.instantiate"},
+    "src.io.lock": {"src.cli.instantiate"},
     "src.generation.writer": {"src.types", "src.cli.instantiate", "src.tokenizer"},
     "src.distributed.parallel": set(),
-    "src.distributed.checkpoints": {"src.distributed.parallel", "src.shards"},  # checkpoints as files and folders
+    "src.distributed.checkpoints": {"src.distributed.parallel", "src.io.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
     "src.processes": {"src.cli.instantiate", "src.distributed.parallel", "src.strategy"},
     "src.cli.signals": set(),
     "src.tiling": set(),  # how images are cut, for data and model alike
-    "src.shards": set(),  # the file format; both ends of it use this one
+    "src.io.shards": set(),  # the file format; both ends of it use this one
     "src.evaluation.drawing": set(),
     "src.importers": set(),
     "src.scenes": set(),
     "src.prompts": set(),
-    "src.hub": set(),
-    "src.tokenizer": {"src.types", "src.hub", "src.prompts"},
-    "src.dataset": {"src.importers", "src.lock", "src.shards", "src.tokenizer"},
+    "src.io.hub": set(),
+    "src.tokenizer": {"src.types", "src.io.hub", "src.prompts"},
+    "src.dataset": {"src.importers", "src.io.lock", "src.io.shards", "src.tokenizer"},
     "src.texts": {"src.dataset", "src.importers", "src.prompts", "src.tokenizer"},
-    "src.chat.journal": {"src.types", "src.shards"},
+    "src.chat.journal": {"src.types", "src.io.shards"},
     "src.diffusion": {"src.types"},
     "src.align": {"src.types", "src.tokenizer"},
     "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
-    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.shards", "src.tokenizer"},
+    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.io.shards", "src.tokenizer"},
     "src.models": {
         "src.types",
         "src.align",
-        "src.hub",
+        "src.io.hub",
         "src.distributed.parallel",
         "src.scenes",
         "src.tiling",
         "src.tokenizer",
     },
     "src.experts": {"src.types", "src.align", "src.distributed.parallel", "src.scenes", "src.tokenizer"},
-    "src.drafting": {"src.types", "src.models", "src.distributed.parallel", "src.shards", "src.tokenizer"},
+    "src.drafting": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.tokenizer"},
     "src.asking": {"src.types", "src.chat.journal"},
     "src.tally": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
     "src.rounds": {
         *("src.types", "src.align", "src.distributed.parallel", "src.tokenizer"),
-        *("src.asking", "src.drafting", "src.chat.journal", "src.shards", "src.tally"),  # the parts of a round
+        *("src.asking", "src.drafting", "src.chat.journal", "src.io.shards", "src.tally"),  # the parts of a round
     },
-    "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.shards"},
+    "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.io.shards"},
     "src.objectives": {"src.types", "src.diffusion", "src.distributed.parallel"},
     "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
     "src.ledger": set(),
@@ -85,9 +85,9 @@ LAYERS: dict[str, set[str]] = {
     "src.runs": {
         "src.cli.instantiate",
         "src.cli.config",
-        "src.hub",
+        "src.io.hub",
         "src.models",
-        "src.shards",
+        "src.io.shards",
         "src.distributed.checkpoints",
     },
     "src.assembly": {
@@ -96,17 +96,17 @@ LAYERS: dict[str, set[str]] = {
     },
     "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
     "src.evaluation.grid": {"src.cli.instantiate"},
-    "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.shards"},
+    "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.io.shards"},
     "datamodules": {
         *("src.types", "src.align", "src.prompts", "src.scenes"),
-        *("src.shards", "src.tiling", "src.tokenizer"),
+        *("src.io.shards", "src.tiling", "src.tokenizer"),
     },
     "callbacks": {
         *("src.types", "src.diffusion", "src.drafting", "src.evaluation.drawing", "src.metrics"),
         *(
             "src.distributed.parallel",
             "src.rounds",
-            "src.shards",
+            "src.io.shards",
             "src.distributed.checkpoints",
             "src.cli.signals",
             "src.tally",
@@ -136,7 +136,7 @@ ONLY_IN: dict[str, set[str]] = {
 }
 WITHOUT_TORCH = (
     *("src.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
-    *("src.importers", "src.chat.journal", "src.scenes", "src.shards", "src.tiling"),
+    *("src.importers", "src.chat.journal", "src.scenes", "src.io.shards", "src.tiling"),
 )
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.

@@ -17,10 +17,10 @@ from datamodules.text import TextCollate, TextData
 from src.diffusion.predictor import hidden_prefix
 from src.evaluate import main as evaluate
 from src.generate import main as generate
+from src.io.shards import write_shards
 from src.models.checkpoint import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
-from src.shards import write_shards
 from src.tokenizer import Codec
 from src.train import main as train
 from src.types import Batch

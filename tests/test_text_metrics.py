@@ -14,11 +14,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from src.cli.instantiate import build, check
+from src.io.shards import write_shards
 from src.metrics.answer import ExactMatch, answer_of
 from src.metrics.perplexity import GenerativePerplexity
 from src.metrics.smiles import Smiles
 from src.metrics.variety import Variety, unigram_entropy
-from src.shards import write_shards
 from src.tokenizer import Codec
 
 with_rdkit = pytest.mark.skipif(find_spec("rdkit") is None, reason="rdkit is not installed (the extra `smiles`)")

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from src.io.shards import read_shard
 from src.prepare import main
 from src.prompts.format import IMAGE
-from src.shards import read_shard
 from src.texts import Packed, Pairs, Smiles
 from src.tokenizer import EOS, SPECIAL, Codec, _pieces
 

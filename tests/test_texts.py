@@ -14,8 +14,8 @@ import pytest
 from src.importers.counts import Counts
 from src.importers.lines import read_documents, read_records
 from src.importers.smiles import count_rings
+from src.io.shards import read_shard
 from src.prepare import main
-from src.shards import read_shard
 from src.texts import Packed, Pairs, Smiles, Texts
 from src.tokenizer import BOS, EOS, Codec
 

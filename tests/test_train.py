@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import types as nouns
+from src.io.shards import INDEX, read_manifest, read_tar, write_shard
 from src.objectives.revision import Revision
 from src.prepare import Scenes
-from src.shards import INDEX, read_manifest, read_tar, write_shard
 from src.train import main
 
 ROOT = Path(__file__).parents[1]

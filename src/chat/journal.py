@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from src.shards import naming
+from src.io.files import naming
 from src.types import Draft, Edit, Failure, Revision
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from src.distributed.parallel import gather, rank
-from src.shards import publish, sync_path, write_json
+from src.io.files import publish, sync_path, write_json
 
 MANIFEST, META, PLAN = "files.json", "meta.pt", ".metadata"
 REFUSED = re.compile("inline_container|PytorchStreamWriter|unexpected pos")  # PyTorch drops the words of the system

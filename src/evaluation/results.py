@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from src.cli.instantiate import ConfigError
+from src.io.files import read_json, sha256, write_bytes, write_json
 from src.metrics.caption import Stat
-from src.shards import read_json, sha256, write_bytes, write_json
 
 CODE = (  # what makes kept results stale when it changes
-    *("src/types.py", "src/evaluate.py", "src/shards.py", "src/tiling.py", "src/tokenizer.py"),
+    *("src/types.py", "src/evaluate.py", "src/io/shards.py", "src/tiling.py", "src/tokenizer.py"),
     *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
 )
 LONGEST = 120  # characters of a cell's file name

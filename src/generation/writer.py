@@ -33,7 +33,7 @@ class Output:
 
     Raises ValueError where the path is of something else. Entering raises ConfigError when a line of the file is broken
     and when its captions were made with other settings, and OSError when it cannot be written. Without any line no file
-    is left. NOTE: one process at a time (`src.lock`).
+    is left. NOTE: one process at a time (`src.io.lock`).
     """
 
     def __init__(self, path: Path, *, settings: dict[str, Any], trace: bool) -> None:

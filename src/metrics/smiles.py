@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from src.io.shards import read_manifest, read_shard
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import references_of
-from src.shards import read_manifest, read_shard
 
 Property = Literal["qed", "rings", "logp", "weight"]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.distributed.parallel import gather, is_sharded, rank, whole
-from src.hub import hub_name, local_folder
+from src.io.hub import hub_name, local_folder
 from src.models.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision

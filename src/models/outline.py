@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.hub import local_folder
+from src.io.hub import local_folder
 from src.models.checkpoint import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
 from src.models.formats import recognise
 from src.models.llada_v import LLaDAV

@@ -12,11 +12,8 @@ index.json is unfinished: writing it again removes what an interrupted run left 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,8 @@ from typing import Any
 from webdataset.handlers import ignore_and_continue, reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
+
+from src.io.files import _rename, _sync, _temporary, naming, read_json, sha256, write_json
 
 FORMAT = 1
 INDEX = "index.json"
@@ -99,64 +98,6 @@ def write_index(
     return index
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    temporary = _temporary(path)
-    with naming(path), temporary.open("wb") as stream:
-        stream.write(data)
-        _sync(stream)
-    _rename(temporary, path)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an error of the system in the block, as of a full disk, the file that it is about if it names none."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file that holds a mapping. Raises ValueError, with its name, for one that does not."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, or make it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); make it again")
-    return content
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Sync a file, or a folder and the files in it, to disk and rename it to its final name."""
-    for item in [*temporary.rglob("*"), temporary]:
-        sync_path(item)
-    _rename(temporary, path)
-
-
-def sync_path(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def image_name(data: bytes) -> str:
     """`png` or `jpg`: the file name ending of an encoded image."""
     if data.startswith(b"\x89PNG"):
@@ -223,17 +164,3 @@ def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encode_value(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    sync_path(path.parent)

@@ -1,0 +1,52 @@
+"""TODO-DOC"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from src.tokenizer import Codec
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ."""
+    wanted = _plain(wanted)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def describe(value: Any) -> Any:
+    """A component as plain data: its class and its settings, which are its public attributes or its `settings`.
+
+    Raises ValueError for a setting that is neither plain nor a component.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Codec):
+        return value.fingerprint
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): describe(item) for name, item in value.items()}
+    return {"class": type(value).__name__, **{name: describe(item) for name, item in _public_settings(value).items()}}
+
+
+def _public_settings(component: Any) -> Mapping[str, Any]:
+    if hasattr(component, "settings"):
+        return component.settings
+    if is_dataclass(component):
+        names = [f.name for f in fields(component)]
+    elif hasattr(component, "__dict__"):
+        names = sorted(vars(component))
+    else:
+        raise ValueError(f"{component!r} is no setting: keep it under a name that starts with _, or define `settings`")
+    return {name: getattr(component, name) for name in names if not name.startswith("_")}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict:
+    """As JSON returns it: tuples become lists."""
+    return json.loads(json.dumps(dict(settings)))
