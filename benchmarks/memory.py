@@ -29,10 +29,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from src.models.llada_v import LLaDAV
+from src.models.tiling import anyres
 from src.objectives.revision import Revision
 from src.objectives.training import Training
 from src.plan import PARAMETERS, TYPES, measure
-from src.tiling import anyres
 from src.types import Batch, SpecialIds
 
 MIB = 1 << 20

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 
 from src.diffusion.sampler import Sampler
 from src.distributed.parallel import gathered
-from src.drafting import evaluating
 from src.evaluation.drawing import Colour, Piece, enlarge, layout, paint
+from src.models.inference import evaluating
 from src.tokenizer import Codec
 from src.types import Backbone, Batch, Sampled
 

@@ -32,8 +32,9 @@ from callbacks.checkpoint import write_whole_files
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_whole, remove
 from src.distributed.parallel import Team, gathered, summed
-from src.drafting import Drawing, capped, draft_batch, evaluating, settings_of
+from src.drafting import Drawing, capped, draft_batch, settings_of
 from src.metrics.fixing import count_fixes
+from src.models.inference import evaluating
 from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
 from src.tally import summary, yields
 from src.tokenizer import Codec

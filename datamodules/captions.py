@@ -26,7 +26,7 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
 from src.align import RESIZED
-from src.tiling import AnyRes, Layout, Square
+from src.models.tiling import AnyRes, Layout, Square
 from src.tokenizer import Codec
 from src.types import Batch
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.loader import Notes
 from datamodules.records import misfit
 from datamodules.shards import Sample
-from src.tiling import Layout
+from src.models.tiling import Layout
 from src.tokenizer import Codec
 from src.types import Batch
 

@@ -28,10 +28,10 @@ from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
 from src.cli.instantiate import ConfigError, build, plain
 from src.cli.signals import Stop
-from src.drafting import warn_of_canvas
+from src.models.inference import warn_of_canvas
 from src.models.outline import Deferred
+from src.models.tiling import check_layout
 from src.strategy import DDP, FSDP2
-from src.tiling import check_layout
 from src.tokenizer import Codec
 from src.types import Kind
 

@@ -27,10 +27,11 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
 from src.distributed.parallel import Team
-from src.drafting import capped, draft_batch, draw_drafts, settings_of, warn_of_canvas
+from src.drafting import capped, draft_batch, draw_drafts, settings_of
 from src.io.lock import locked
+from src.models.inference import warn_of_canvas
+from src.models.tiling import check_layout
 from src.processes import explained, launched_first, together
-from src.tiling import check_layout
 from src.tokenizer import Codec
 
 

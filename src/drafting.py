@@ -15,7 +15,6 @@ import shutil
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,13 +87,6 @@ def capped(num: int, count: int, *, name: str) -> int:
     if num > count:
         logger.warning("%s=%d is more than the %d training images: each of them is drafted once", name, num, count)
     return min(num, count)
-
-
-def warn_of_canvas(backbone: nn.Module, canvas: int, *, name: str) -> None:
-    """Warn where responses are to be of another length than those that the model was trained with."""
-    trained = getattr(backbone, "canvas", None)
-    if trained and trained != canvas:
-        logger.warning("%s=%d, but the model was trained with canvas %d: it writes best at that", name, canvas, trained)
 
 
 def settings_of(
@@ -217,18 +209,6 @@ def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
     if found is not None and found != _plain(settings):
         logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(found, settings)))
         shutil.rmtree(folder)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, after which every submodule is again in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _parts(batches: Iterable[tuple[int, Batch]], tokens_per_step: Sequence[int]) -> Iterator[tuple[str, Batch, int]]:

@@ -36,7 +36,6 @@ from src.cli.config import load_config, load_part
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check, fits, nodes, plain
 from src.diffusion.flow import AnySampler
-from src.drafting import warn_of_canvas
 from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
 from src.evaluation.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
@@ -47,6 +46,7 @@ from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.checkpoint import fingerprint, from_pretrained
+from src.models.inference import warn_of_canvas
 from src.models.weights import is_model_folder
 from src.tokenizer import Codec
 from src.types import Backbone, Batch

@@ -17,8 +17,8 @@ from PIL import Image
 from datamodules.captions import CaptionData
 from datamodules.collate import image_inputs
 from src.io.shards import write_shards
+from src.models.tiling import Square, anyres
 from src.models.tiny import tiny
-from src.tiling import Square, anyres
 from src.tokenizer import Codec
 
 TEXTS = ("A red ring.", "A blue cross is here.")

@@ -319,7 +319,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
         "src/evaluate.py",
         "src/tokenizer.py",
         "src/io/shards.py",
-        "src/tiling.py",
+        "src/models/tiling.py",
         "src/prompts/format.py",
         "src/metrics/text.py",
         "src/diffusion/sampler.py",

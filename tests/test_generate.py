@@ -21,7 +21,7 @@ from src.generate import main, memory_of
 from src.io.shards import write_shards
 from src.models.checkpoint import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
-from src.tiling import Square
+from src.models.tiling import Square
 from src.tokenizer import Codec
 
 TEXTS = ["A small red ring is in the top left.", "There is a large blue square below it."]

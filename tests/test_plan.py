@@ -22,6 +22,7 @@ from src.diffusion.noise import Noise
 from src.models.checkpoint import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.models.outline import outline
+from src.models.tiling import anyres
 from src.objectives.mask import MaskPrediction
 from src.objectives.revision import Revision
 from src.objectives.training import Training
@@ -41,7 +42,6 @@ from src.plan import (
     Plan,
     measure,
 )
-from src.tiling import anyres
 from src.tokenizer import Codec
 from src.train import main
 from src.types import Batch, SpecialIds
@@ -353,7 +353,7 @@ def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
         assert found
         return int(found[1])
 
-    tiles = "{target: src.tiling.anyres, size: 48}"
+    tiles = "{target: src.models.tiling.anyres, size: 48}"
     small, large = (
         prefix(f"data.tiling={tiles}", f"model.tiling={tiles}", f"plan.image={image}")
         for image in ("[48, 48]", "[190, 60]")

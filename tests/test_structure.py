@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
     "src.processes": {"src.cli.instantiate", "src.distributed.parallel", "src.strategy"},
     "src.cli.signals": set(),
-    "src.tiling": set(),  # how images are cut, for data and model alike
+    "src.models.tiling": set(),  # how images are cut, for data and model alike
     "src.io.shards": set(),  # the file format; both ends of it use this one
     "src.evaluation.drawing": set(),
     "src.importers": set(),
@@ -65,7 +65,7 @@ LAYERS: dict[str, set[str]] = {
         "src.io.hub",
         "src.distributed.parallel",
         "src.scenes",
-        "src.tiling",
+        "src.models.tiling",
         "src.tokenizer",
     },
     "src.experts": {"src.types", "src.align", "src.distributed.parallel", "src.scenes", "src.tokenizer"},
@@ -92,14 +92,14 @@ LAYERS: dict[str, set[str]] = {
     },
     "src.assembly": {
         *("src.types", "src.cli.instantiate", "src.drafting", "src.models", "src.cli.signals", "src.strategy"),
-        *("src.tiling", "src.tokenizer", "callbacks", "datamodules"),
+        *("src.models.tiling", "src.tokenizer", "callbacks", "datamodules"),
     },
     "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
     "src.evaluation.grid": {"src.cli.instantiate"},
     "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.io.shards"},
     "datamodules": {
         *("src.types", "src.align", "src.prompts", "src.scenes"),
-        *("src.io.shards", "src.tiling", "src.tokenizer"),
+        *("src.io.shards", "src.models.tiling", "src.tokenizer"),
     },
     "callbacks": {
         *("src.types", "src.diffusion", "src.drafting", "src.evaluation.drawing", "src.metrics"),
@@ -136,7 +136,7 @@ ONLY_IN: dict[str, set[str]] = {
 }
 WITHOUT_TORCH = (
     *("src.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
-    *("src.importers", "src.chat.journal", "src.scenes", "src.io.shards", "src.tiling"),
+    *("src.importers", "src.chat.journal", "src.scenes", "src.io.shards", "src.models.tiling"),
 )
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.

@@ -16,8 +16,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from src.cli.config import load_config
 from src.cli.instantiate import ConfigError, build, check
+from src.models.tiling import AnyRes, Square, anyres
 from src.models.vision import VisionPath
-from src.tiling import AnyRes, Square, anyres
 from src.train import OFFERS
 
 RELEASED = anyres(384)  # LLaDA-V: 36 grids, a tower of 27 x 27 features
@@ -145,22 +145,22 @@ def test_a_square_is_the_whole_image() -> None:
 
 
 def test_layouts_come_from_the_config_and_go_into_one() -> None:
-    made = build({"target": "src.tiling.anyres", "size": 384})
+    made = build({"target": "src.models.tiling.anyres", "size": 384})
     assert made == RELEASED
     assert made.grids[:7] == (*((384, 384 * n) for n in range(1, 7)), (768, 384))
-    spelt = build({"target": "src.tiling.AnyRes", "size": 8, "grids": [[8, 16], [16, 8]]})
+    spelt = build({"target": "src.models.tiling.AnyRes", "size": 8, "grids": [[8, 16], [16, 8]]})
     assert spelt == AnyRes(8, [(8, 16), (16, 8)])
     assert AnyRes(**spelt.to_dict()) == spelt
     assert anyres(8, max_tiles=9).num_tokens((48, 48), side=2) > anyres(8).num_tokens((48, 48), side=2)
     with pytest.raises(ConfigError, match="grids"):
-        build({"target": "src.tiling.AnyRes", "size": 8, "grids": 16})
+        build({"target": "src.models.tiling.AnyRes", "size": 8, "grids": 16})
 
 
 @pytest.mark.parametrize(
     "tiling",
     [
-        "{target: src.tiling.AnyRes, size: 384, grids: [[384, 768], [768, 384]]}",
-        "{target: src.tiling.anyres, size: 384, columns: 2, rows: 3}",
+        "{target: src.models.tiling.AnyRes, size: 384, grids: [[384, 768], [768, 384]]}",
+        "{target: src.models.tiling.anyres, size: 384, columns: 2, rows: 3}",
     ],
 )
 def test_a_training_config_takes_a_tiling(tiling: str) -> None:

@@ -18,8 +18,8 @@ from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from datamodules.text import TextData
 from src.io.images import ImageProblem, fit, load
 from src.io.shards import INDEX
+from src.models.tiling import Layout, Square
 from src.prompts.format import IMAGE
-from src.tiling import Layout, Square
 
 Entry = tuple[str, Callable[[], Sample]]  # key of an image or question, and what reads it or raises ImageProblem
 

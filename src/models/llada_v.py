@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
 from src.models.sizes import check_sizes, check_vision
+from src.models.tiling import AnyRes, Layout, Size
 from src.models.vision import VisionPath
-from src.tiling import AnyRes, Layout, Size
 from src.types import Prefix
 
 
@@ -29,7 +29,7 @@ class LLaDAV(nn.Module):
 
     decoder: fields of `DecoderConfig`; vision: of transformers' `SiglipVisionConfig`, None for text only
     image_id: marks the places of images in `prompt_ids`
-    tiling: arguments of `src.tiling.AnyRes`; None is one square tile an image
+    tiling: arguments of `src.models.tiling.AnyRes`; None is one square tile an image
 
     Raises ValueError where a row of a batch has more or fewer image marks than images, or tiles of another layout.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from src.models.llada_v import LLaDAV
-from src.tiling import AnyRes
+from src.models.tiling import AnyRes
 from src.tokenizer import Codec
 
 

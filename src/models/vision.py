@@ -3,7 +3,7 @@
 tiles (N, 3, S, S) uint8 of some images -> [-1, 1] -> tower -> last hidden states, no final norm (N, n, W)
   -> projector (N, n, D) -> tokens of each image
 
-`src.tiling` says how images are cut into tiles and which features are kept. A Square image is its one tile's features.
+`src.models.tiling` says how images are cut into tiles and which features are kept. A Square image is its one tile's features.
 Of an AnyRes image the features of the grid are put together, freed of the black bars and shrunk to the budget; a
 newline vector ends each row; the features of the whole image come first.
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from src.tiling import AnyRes, Layout, Size, Square
+from src.models.tiling import AnyRes, Layout, Size, Square
 
 
 class VisionPath(nn.Module):
