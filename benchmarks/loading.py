@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from src.models.checkpoint import build_empty, fingerprint, from_pretrained, save_pretrained
-from src.models.formats import Description
+from src.models.hf.folder import build_empty, fingerprint, from_pretrained, save_pretrained
+from src.models.hf.formats import Description
+from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
-from src.models.weights import weight_files
 from src.tokenizer import Codec
 
 LAYER = 12 * 1024**2  # parameters of a layer of the sizes below

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.memory import MIB, SPECIAL, TEXT, make_batch, resident
 from src.distributed.parallel import Sharding
-from src.models.checkpoint import from_pretrained
+from src.models.hf.folder import from_pretrained
+from src.models.hf.meta import Deferred
+from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
-from src.models.outline import Deferred
-from src.models.weights import write_weights
 from src.objectives.revision import Revision
 from src.objectives.training import Training
 from src.processes import meet
@@ -75,8 +75,8 @@ def main() -> None:
 
 def write_model(folder: Path) -> None:
     """Random weights as a model folder; no tokenizer is needed to read them."""
-    from src.models.checkpoint import describe, write_config
-    from src.models.formats import FORMATS
+    from src.models.hf.folder import describe, write_config
+    from src.models.hf.formats import FORMATS
 
     torch.manual_seed(0)
     model = LLaDAV(**TEXT)

@@ -28,15 +28,15 @@ from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
 from src.cli.instantiate import ConfigError, build, plain
 from src.cli.signals import Stop
+from src.models.hf.meta import Deferred
 from src.models.inference import warn_of_canvas
-from src.models.outline import Deferred
 from src.models.tiling import check_layout
 from src.strategy import DDP, FSDP2
 from src.tokenizer import Codec
 from src.types import Kind
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
-STORED = "src.models.checkpoint.from_pretrained"
+STORED = "src.models.hf.folder.from_pretrained"
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +104,7 @@ def outlined(node: DictConfig, codec: Codec) -> Any:
     """The model of a config on the meta device."""
     with torch.device("meta"):
         if node.target == STORED:
-            return build({**plain(node), "target": "src.models.outline.outline"}, codec=codec)
+            return build({**plain(node), "target": "src.models.hf.meta.outline"}, codec=codec)
         return build(node, codec=codec)
 
 

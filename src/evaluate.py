@@ -45,9 +45,9 @@ from src.io.lock import locked
 from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
-from src.models.checkpoint import fingerprint, from_pretrained
+from src.models.hf.folder import fingerprint, from_pretrained
+from src.models.hf.weights import is_model_folder
 from src.models.inference import warn_of_canvas
-from src.models.weights import is_model_folder
 from src.tokenizer import Codec
 from src.types import Backbone, Batch
 

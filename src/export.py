@@ -36,10 +36,10 @@ from src.cli.instantiate import ConfigError, build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_whole, read_whole
 from src.io.files import publish
 from src.io.hub import local_folder
-from src.models.checkpoint import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
-from src.models.formats import FORMATS, Description, Format
-from src.models.stored import Stored, in_checkpoint, in_folder, is_checkpoint
-from src.models.weights import check_finite, write_weights
+from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
+from src.models.hf.formats import FORMATS, Description, Format
+from src.models.hf.stored import Stored, in_checkpoint, in_folder, is_checkpoint
+from src.models.hf.weights import check_finite, write_weights
 from src.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 LIGHTNING = "lightning"  # a format that is no model folder

@@ -39,7 +39,7 @@ from src.generation.writer import Output
 from src.io.images import ImageProblem
 from src.io.lock import locked
 from src.io.settings import describe
-from src.models.checkpoint import ModelFolder, check_vocabulary, sketch
+from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.tokenizer import Codec
 from src.types import Batch, Prefix, Sampled
 

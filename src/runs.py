@@ -28,8 +28,8 @@ from src.distributed.checkpoints import is_whole, recover
 from src.io.files import read_json, sha256, write_json
 from src.io.hub import local_folder
 from src.io.shards import INDEX
-from src.models.checkpoint import fingerprint
-from src.models.weights import is_model_folder
+from src.models.hf.folder import fingerprint
+from src.models.hf.weights import is_model_folder
 
 ASIDE = ".replaced"  # in the folder of the run, what was there before
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"

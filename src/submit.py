@@ -40,7 +40,7 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check, is_node, nodes, plain
 from src.io.lock import locked
-from src.models.weights import is_model_folder
+from src.models.hf.weights import is_model_folder
 from src.runs import CONFIG, begin, check_folder, is_complete, restore
 from src.train import MISTAKES, REQUEUE, STOP
 

@@ -49,7 +49,7 @@ from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
 from src.io.files import write_json
 from src.io.images import MAX_PIXELS
 from src.io.lock import locked
-from src.models.checkpoint import save_pretrained
+from src.models.hf.folder import save_pretrained
 from src.objectives.base import Diverged
 from src.plan import measure
 from src.processes import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet

@@ -85,7 +85,7 @@ def golden_folder_text(golden, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def golden_model(golden, golden_folder_v):
     """The multimodal model in float32. It is shared: leave its weights and its mode as they are."""
-    from src.models.checkpoint import from_pretrained
+    from src.models.hf.folder import from_pretrained
 
     return from_pretrained(golden_folder_v, dtype="float32", vision=golden.meta["vision_config"]).eval()
 
@@ -93,6 +93,6 @@ def golden_model(golden, golden_folder_v):
 @pytest.fixture(scope="session")
 def golden_text_model(golden_folder_text):
     """The text model in float32. It is shared: leave its weights and its mode as they are."""
-    from src.models.checkpoint import from_pretrained
+    from src.models.hf.folder import from_pretrained
 
     return from_pretrained(golden_folder_text, dtype="float32").eval()

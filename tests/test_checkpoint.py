@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from src.io.hub import local_folder
-from src.models.checkpoint import fingerprint, from_pretrained, load_weights, save_pretrained
+from src.models.hf.folder import fingerprint, from_pretrained, load_weights, save_pretrained
+from src.models.hf.meta import outline
+from src.models.hf.weights import INDEX, Weights, is_model_folder, weight_files
 from src.models.llada_v import LLaDAV
-from src.models.outline import outline
 from src.models.tiny import tiny
-from src.models.weights import INDEX, Weights, is_model_folder, weight_files
 from src.runs import inputs
 from src.tokenizer import Codec
 
@@ -351,7 +351,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from src.models.checkpoint import ModelFolder, from_pretrained, load_weights
+from src.models.hf.folder import ModelFolder, from_pretrained, load_weights
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}.store", world_size=2, rank=rank)

@@ -37,7 +37,7 @@ from src.generate import choose_sampler
 from src.io.shards import read_manifest, read_shard
 from src.metrics.caption import Mark
 from src.metrics.text import ReferenceOverlap
-from src.models.checkpoint import from_pretrained, save_pretrained
+from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.prepare import Photos, Scenes
 from src.scenes.graph import Scene

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from src.export import main
-from src.models.checkpoint import describe, fingerprint, from_pretrained, save_pretrained
+from src.models.hf.folder import describe, fingerprint, from_pretrained, save_pretrained
+from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
-from src.models.weights import weight_files
 from src.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +287,7 @@ def trained(backbone: LLaDAV, checkpoint: Path) -> LLaDAV:
 def test_a_checkpoint_is_exported_with_what_its_run_started_from(golden, golden_folder_v, run, tmp_path):
     heads = golden.meta["vision_config"]["num_attention_heads"]
     node = {"path": str(golden_folder_v), "vision": {"num_attention_heads": heads}, "dtype": "float32"}
-    checkpoint = run(target="src.models.checkpoint.from_pretrained", **node)
+    checkpoint = run(target="src.models.hf.folder.from_pretrained", **node)
     model = trained(from_pretrained(golden_folder_v, dtype="float32", vision=node["vision"]), checkpoint)
     export(model=checkpoint, out=tmp_path / "out")
     again = from_pretrained(tmp_path / "out")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.models.checkpoint import build_empty, describe, from_pretrained
-from src.models.formats import FORMATS, MODEL_TYPE, Description, LlamaStyle, OlmoStyle, recognise
+from src.models.hf.folder import build_empty, describe, from_pretrained
+from src.models.hf.formats import FORMATS, MODEL_TYPE, Description, LlamaStyle, OlmoStyle, recognise
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 

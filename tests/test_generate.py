@@ -19,7 +19,7 @@ from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
 from src.generate import main, memory_of
 from src.io.shards import write_shards
-from src.models.checkpoint import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
+from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
 from src.models.tiling import Square
 from src.tokenizer import Codec

@@ -13,8 +13,8 @@ from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from src.cli.config import load_config
 from src.cli.instantiate import build, check
-from src.models.checkpoint import ModelFolder, build_empty, fingerprint, from_pretrained
-from src.models.formats import FORMATS
+from src.models.hf.folder import ModelFolder, build_empty, fingerprint, from_pretrained
+from src.models.hf.formats import FORMATS
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 LOGITS = 1e-3  # tolerance of the golden set

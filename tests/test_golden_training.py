@@ -19,7 +19,7 @@ from src.cli.instantiate import build
 from src.diffusion.corruption import Absorb, Chain, Replace, start
 from src.diffusion.losses import Term, term_loss
 from src.diffusion.noise import Noise
-from src.models.formats import LlamaStyle
+from src.models.hf.formats import LlamaStyle
 from src.objectives.mask import MaskPrediction
 from src.objectives.training import Training
 from src.types import Batch, Corrupted, Kind, Prefix, SpecialIds

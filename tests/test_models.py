@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from src.ledger import Live
-from src.models.checkpoint import fingerprint, from_pretrained, save_pretrained
+from src.models.hf.folder import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny

@@ -14,7 +14,7 @@ import torch
 
 from src.export import main as export
 from src.generate import main
-from src.models.checkpoint import fingerprint, save_pretrained
+from src.models.hf.folder import fingerprint, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.tokenizer import Codec
 

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from src.cli.instantiate import ConfigError
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
-from src.models.checkpoint import save_pretrained
+from src.models.hf.folder import save_pretrained
+from src.models.hf.meta import outline
 from src.models.llada_v import LLaDAV
-from src.models.outline import outline
 from src.models.tiling import anyres
 from src.objectives.mask import MaskPrediction
 from src.objectives.revision import Revision

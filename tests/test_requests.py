@@ -14,7 +14,7 @@ from PIL import Image
 from src.diffusion.sampler import Sampler
 from src.generate import main
 from src.io.shards import write_shards
-from src.models.checkpoint import save_pretrained
+from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.tokenizer import Codec
 

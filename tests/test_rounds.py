@@ -31,7 +31,7 @@ from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
 from src.io.settings import describe
 from src.io.shards import write_shards
-from src.models.checkpoint import fingerprint
+from src.models.hf.folder import fingerprint
 from src.rounds import Revising, read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene

@@ -81,7 +81,7 @@ def test_a_mistake_beside_resume_false_costs_nothing(scenes, copied, capsys, cha
 def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, copied, capsys):
     (copied / "notes.txt").write_text("mine")
     before = contents(copied)
-    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {copied}/model}}"
+    model = f"model={{target: src.models.hf.folder.from_pretrained, path: {copied}/model}}"
     error = refusal([f"conf={copied}/config.yaml", f"run_dir={copied}", "resume=false", model], capsys)
     assert f"error: model.path={copied}/model is of {copied}, which resume=false would remove" in error
     assert contents(copied) == before
@@ -209,7 +209,7 @@ def test_the_online_loop_needs_an_expert_from_the_start(scenes, tmp_path, capsys
 def test_what_is_rarely_meant_is_told(scenes, finished, tmp_path, caplog):
     """The second stage without a round, and responses of another length than the model has learned."""
     more = ["callbacks.self_correction=null", "trainer.max_steps=1", "data.canvas=48"]
-    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {finished}/model}}"
+    model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     conf, *rest = arguments(scenes, tmp_path / "run", *more, conf="stage2")
     main([conf.split(",")[0], *(setting for setting in rest if not setting.startswith("model.")), model, *more])
     assert "the objective corrects drafts, but there are none: give data.rounds=[...]" in caplog.text

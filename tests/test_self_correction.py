@@ -34,7 +34,7 @@ from callbacks.self_correction import SelfCorrection
 from datamodules.captions import CaptionData
 from src.diffusion.sampler import Sampler
 from src.io.shards import read_manifest, write_shards
-from src.models.checkpoint import save_pretrained
+from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.objectives.refine import Refine
 from src.objectives.training import Training

@@ -249,7 +249,7 @@ def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path): 
     """Also while that is stopped and queued again; and for nothing when it fails. The folder's name is an odd one."""
     first, then, never = (tmp_path / "50% of mine" / name for name in ("first", "then", "never"))
     job = submit(slurm, tmp_path, arguments(scenes, first, "trainer.max_steps=200", ALONE))
-    follow = [f"model={{target: src.models.checkpoint.from_pretrained, path: {first}/model}}", ALONE]
+    follow = [f"model={{target: src.models.hf.folder.from_pretrained, path: {first}/model}}", ALONE]
     follow = [argument for argument in arguments(scenes, then, *follow) if not argument.startswith("model.")]
     second = submit(slurm, tmp_path, [*follow, f"cluster.after={job}"])
     until(has(first, "checkpoints/epoch=*"), seconds=300)

@@ -247,7 +247,7 @@ def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
         "src.cli.config",
     ]
     assert forbidden("src.scenes.graph", ["random", "torch"]) == ["torch"]
-    assert forbidden("src.train", ["src.models.checkpoint", "callbacks.samples"]) == ["callbacks.samples"]
+    assert forbidden("src.train", ["src.models.hf.folder", "callbacks.samples"]) == ["callbacks.samples"]
 
 
 def test_imports_sees_every_way_to_import() -> None:

@@ -371,7 +371,7 @@ def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):  
 
 
 def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, capsys):  # noqa: F811
-    first, node = tmp_path / "first", '{target: src.models.checkpoint.from_pretrained, path: "PATH"}'
+    first, node = tmp_path / "first", '{target: src.models.hf.folder.from_pretrained, path: "PATH"}'
     beside = "${run_dir}/../first/model"  # as in conf/stage2.yaml, where run_dir is not there yet
     then = job_arguments(scenes, tmp_path / "then", f"model={node.replace('PATH', beside)}")
     then = [argument for argument in then if not argument.startswith("model.")]

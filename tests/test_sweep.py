@@ -26,7 +26,7 @@ from src.evaluation.grid import expand
 from src.evaluation.pareto import Point, budget_table, budgets_of, front_of, lines_of, plot_curve, points_of, to_dict
 from src.evaluation.results import Cell
 from src.metrics.bound import response_nats
-from src.models.checkpoint import from_pretrained, save_pretrained
+from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.prepare import Scenes
 from src.texts import Pairs

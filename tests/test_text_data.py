@@ -18,7 +18,7 @@ from src.diffusion.predictor import hidden_prefix
 from src.evaluate import main as evaluate
 from src.generate import main as generate
 from src.io.shards import write_shards
-from src.models.checkpoint import save_pretrained
+from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
 from src.tokenizer import Codec

@@ -314,7 +314,7 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     shutil.copytree(scenes, data)
     shutil.copytree(finished / "model", model)
     argv = [f"conf={finished}/config.yaml", f"run_dir={run_dir}", f"data.path={data}", "trainer.max_steps=1"]
-    argv.append(f"model={{target: src.models.checkpoint.from_pretrained, path: {model}}}")
+    argv.append(f"model={{target: src.models.hf.folder.from_pretrained, path: {model}}}")
     run(argv)
     run(argv)
     state = load_file(model / "model.safetensors")
@@ -333,7 +333,7 @@ def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(sce
     """conf/stage2.yaml names its start `run_dir/../stage1/model`, at a time when there is no run_dir yet."""
     shutil.copytree(finished / "model", tmp_path / "stage1" / "model")
     argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/stage2", f"data.path={scenes}", "trainer.max_steps=1"]
-    argv.append(f"model={{target: src.models.checkpoint.from_pretrained, path: {tmp_path}/stage2/../stage1/model}}")
+    argv.append(f"model={{target: src.models.hf.folder.from_pretrained, path: {tmp_path}/stage2/../stage1/model}}")
     run(argv)
     first = json.loads((tmp_path / "stage2" / "inputs.json").read_text())
     assert set(first) == {"model.path", "data.path"}
@@ -365,7 +365,7 @@ def test_checkpoints_are_written_beside_their_place(scenes, tmp_path, monkeypatc
 def test_a_model_of_another_tokenizer_is_refused(scenes, finished, tmp_path, capsys):
     data = tmp_path / "other"
     write_scenes(data, vocab_size=200, canvas=60, num_train=8)
-    model = f"model={{target: src.models.checkpoint.from_pretrained, path: {finished}/model}}"
+    model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/run", f"tokenizer={data}/tokenizer"]
     error = refusal([*argv, f"data.path={data}", "data.canvas=60", model], capsys)
     assert f"the model in {finished}/model was trained with another tokenizer than {data}/tokenizer" in error

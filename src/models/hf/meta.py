@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from src.io.hub import local_folder
-from src.models.checkpoint import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
-from src.models.formats import recognise
+from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
+from src.models.hf.formats import recognise
+from src.models.hf.weights import explained, is_model_folder
 from src.models.llada_v import LLaDAV
-from src.models.weights import explained, is_model_folder
 from src.tokenizer import NEEDED, Codec
 
 

@@ -4,7 +4,7 @@ model = from_pretrained("runs/mask/model")          or a name on the hub, such a
 save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
 load_weights(model, folder)                         into a model that is there, also one that FSDP2 has sharded
 
-    config.json -> layout (src/models/formats.py) -> empty model -> tensors one at a time (src/models/weights.py)
+    config.json -> layout (src/models/hf/formats.py) -> empty model -> tensors one at a time (src/models/hf/weights.py)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from src.distributed.parallel import gather, is_sharded, rank, whole
 from src.io.hub import hub_name, local_folder
-from src.models.formats import FORMATS, Description, Format, qualify, recognise
+from src.models.hf.formats import FORMATS, Description, Format, qualify, recognise
+from src.models.hf.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
-from src.models.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
 from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from src.models.checkpoint import ModelFolder
+from src.models.hf.folder import ModelFolder
 
 BACKBONE = "backbone."  # the model's name within an objective
 DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, CheckpointException)

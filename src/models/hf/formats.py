@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from src.models.hf.vision_tower import Shapes, StoredTower
 from src.models.sizes import check_sizes
-from src.models.towers import Shapes, StoredTower
 
 MODEL_TYPE = "rediff_llada_v"
 

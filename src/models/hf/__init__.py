@@ -1,0 +1,1 @@
+"""Hugging Face model folders, released and our own, in and out."""
