@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
+from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.objectives.training import Training
 from src.plan import PARAMETERS, TYPES, measure
 from src.types import Batch, SpecialIds
 

@@ -25,8 +25,8 @@ from src.ledger import Live
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
-from src.objectives.training import Training
 from src.types import Batch, Loss, SpecialIds
 
 MIB = 1 << 20

@@ -31,8 +31,8 @@ from src.models.hf.folder import from_pretrained
 from src.models.hf.meta import Deferred
 from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
+from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.objectives.training import Training
 from src.processes import meet
 from src.strategy import DDP, FSDP2
 

@@ -21,7 +21,7 @@ from src.diffusion.losses import Term, term_loss
 from src.diffusion.noise import Noise
 from src.models.hf.formats import LlamaStyle
 from src.objectives.mask import MaskPrediction
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Kind, Prefix, SpecialIds
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
@@ -136,7 +136,7 @@ def objective_of(name: str, found: SimpleNamespace, model: nn.Module):
     preset = "stage1,objective/rediff_released"
     if found.batch.drafted.all():
         preset = "stage2,objective/rediff_released,objective/rediff_released_stage2"
-    settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.training.Training, lr: 1.0}"]
+    settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.optim.Training, lr: 1.0}"]
     more = ["model.path=none", "run_dir=none"] if preset.startswith("stage2") else []
     node = load_config([f"conf={preset}", *settings, *more]).objective
     return build(node, backbone=backbone, special=found.special, seed=0)

@@ -17,8 +17,8 @@ from src.generate import main as generate
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
-from src.objectives.training import Training
 from src.types import Batch, SpecialIds
 from tests.test_train import arguments, run, write_scenes
 

@@ -13,10 +13,10 @@ from torch import nn
 from src.diffusion.losses import Term, denominator, term_loss
 from src.models.llada_v import LLaDAV
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
-from src.objectives.tower import TowerLabels
-from src.objectives.training import Training
+from src.objectives.scene_labels import TowerLabels
 from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 from tests.test_corruption import SPECIAL, make_batch

@@ -14,11 +14,11 @@ from src.diffusion.losses import term_loss
 from src.ledger import Live
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
-from src.objectives.edits import EditNoise
+from src.objectives.edit_noise import EditNoise
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
-from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
 from src.types import Batch, Corrupted, Kind
 from tests.test_corruption import SPECIAL

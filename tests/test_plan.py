@@ -24,8 +24,8 @@ from src.models.hf.meta import outline
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.objectives.training import Training
 from src.plan import (
     CAST,
     DECODER,

@@ -17,13 +17,13 @@ from src.distributed.parallel import Sharding, whole
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
-from src.objectives.edits import EditNoise
+from src.objectives.edit_noise import EditNoise
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
+from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
-from src.objectives.training import Training
 from src.objectives.uniform import UniformNoise
 from src.strategy import FSDP2
 from tests.test_corruption import SPECIAL

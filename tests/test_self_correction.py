@@ -36,8 +36,8 @@ from src.diffusion.sampler import Sampler
 from src.io.shards import read_manifest, write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
+from src.objectives.optim import Training
 from src.objectives.refine import Refine
-from src.objectives.training import Training
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render

@@ -78,7 +78,12 @@ LAYERS: dict[str, set[str]] = {
     },
     "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.io.shards"},
     "src.objectives": {"src.types", "src.diffusion", "src.distributed.parallel"},
-    "src.objectives.tower": {"src.types", "src.diffusion", "src.objectives", "src.scenes"},  # labels are of scenes
+    "src.objectives.scene_labels": {
+        "src.types",
+        "src.diffusion",
+        "src.objectives",
+        "src.scenes",
+    },  # labels are of scenes
     "src.ledger": set(),
     "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
     "src.evaluation.report": {"src.evaluation.drawing", "src.metrics"},
@@ -120,7 +125,7 @@ LAYERS: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "lightning": {
         *("src.assembly", "src.processes", "src.strategy", "src.train"),
-        *("src.objectives", "src.objectives.tower", "callbacks", "datamodules"),
+        *("src.objectives", "src.objectives.scene_labels", "callbacks", "datamodules"),
     },
     "omegaconf": {
         "src.assembly",

@@ -26,7 +26,7 @@ from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
 from src.distributed.parallel import Sharding, average_gradients, gather, is_sharded, rank, summed, whole, world
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)

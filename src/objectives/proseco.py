@@ -21,7 +21,7 @@ from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
 from src.diffusion.unmask import draw
 from src.objectives.base import Objective
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 FILLS = ("all", "masked")

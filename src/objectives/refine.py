@@ -13,8 +13,8 @@ from torch import nn
 from src.diffusion.corruption import Chain, Choose, Only, Settle, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
+from src.objectives.optim import Training
 from src.objectives.revision import stage_one, stage_one_terms
-from src.objectives.training import Training
 from src.types import Corruption, Kind, SpecialIds
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.types import Corruption, Kind, SpecialIds
 
 

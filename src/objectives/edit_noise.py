@@ -15,7 +15,7 @@ from src.diffusion.corruption import OPERATIONS, Absorb, Edit, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
 from src.objectives.base import Objective
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from src.diffusion.corruption import Chain
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
-from src.objectives.training import Training
+from src.objectives.optim import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
 from src.types import Batch, Corrupted, Kind, Loss, SpecialIds
 

@@ -1,6 +1,6 @@
 """How an objective is trained, whatever it is: AdamW, its schedule, how a step is cut up and shared among devices.
 
-objective: {training: {target: src.objectives.training.Training, lr: 5.0e-4, ...}}
+objective: {training: {target: src.objectives.optim.Training, lr: 5.0e-4, ...}}
 """
 
 from __future__ import annotations
