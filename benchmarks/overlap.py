@@ -36,7 +36,7 @@ from src.distributed.parallel import Team
 from src.drafting import draft_batch, draw_drafts, settings_of
 from src.experts.openai import OpenAIExpert
 from src.models.hf.folder import from_pretrained
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.rounds import Revising, revise_round, run_round
 from src.scenes.graph import COLOURS
 from src.tokenizer import Codec

@@ -23,7 +23,7 @@ from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.tokenizer import Codec
 from src.types import Sampled, TraceStep
 

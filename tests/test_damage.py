@@ -20,7 +20,8 @@ from datamodules.records import misfit
 from src.experts.scenes import ScenesExpert
 from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
-from src.prepare import Photos, Scenes
+from src.preparation.photos import Photos
+from src.preparation.scenes import Scenes
 from src.tokenizer import Codec
 from src.types import Draft, Failure
 

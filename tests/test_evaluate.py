@@ -39,7 +39,8 @@ from src.metrics.caption import Mark
 from src.metrics.text import ReferenceOverlap
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
-from src.prepare import Photos, Scenes
+from src.preparation.photos import Photos
+from src.preparation.scenes import Scenes
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.tokenizer import Codec

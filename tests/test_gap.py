@@ -28,7 +28,7 @@ from src.drafting import read_drafts
 from src.io.files import read_json
 from src.io.shards import read_manifest, read_shard
 from src.metrics.text import response_counts
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
 

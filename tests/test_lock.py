@@ -14,7 +14,7 @@ import pytest
 import src.draft
 from src.cli.instantiate import ConfigError
 from src.io.lock import locked
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"

@@ -16,7 +16,8 @@ import src.draft
 import src.revise
 import src.train
 from src.io.shards import read_manifest
-from src.prepare import Photos, Scenes
+from src.preparation.photos import Photos
+from src.preparation.scenes import Scenes
 from src.types import Round
 
 ROOT = Path(__file__).resolve().parents[1]

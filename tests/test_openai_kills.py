@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from src.io.shards import read_manifest
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from tests.ranks import ROOT, Done, Kill, Ranks
 from tests.servers.scripted import Http, Request, Scripted, reply
 from tests.test_processes import NUM, common, rounds, same

@@ -16,7 +16,7 @@ import src.revise
 import src.train
 from src.chat.limits import Limits
 from src.io.shards import read_manifest
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.scenes.graph import COLOURS
 from tests.ranks import ROOT
 from tests.servers.scripted import Http, Request, Scripted, error, reply

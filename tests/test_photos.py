@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from src.cli.entrypoint import help_text
-from src.importers import counts as reasons
-from src.importers.counts import Counts, table
-from src.importers.photos import Photo, fill_splits, hashed_share, split_of
-from src.importers.records import read_entries
 from src.io.shards import read_shard
-from src.prepare import Photos, main
+from src.preparation import counts as reasons
+from src.preparation.annotations import read_entries
+from src.preparation.counts import Counts, table
+from src.preparation.photos import Photo, Photos
+from src.preparation.splits import fill_splits, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
+from src.prepare import main
 
 SPLITS = ("train", "val", "test")
 FILE = "image-{}.png"

@@ -21,11 +21,13 @@ from PIL import Image
 from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
 from src.cli.instantiate import ConfigError
-from src.importers.counts import Counts
-from src.importers.photos import Album, hashed_share, split_of
-from src.importers.records import Entry, read_entries
 from src.io.images import ImageProblem, convert, fit, load
-from src.prepare import Photos, Scenes, main
+from src.preparation.annotations import Entry, read_entries
+from src.preparation.counts import Counts
+from src.preparation.photos import Album, Photos
+from src.preparation.scenes import Scenes
+from src.preparation.splits import hashed_share, split_of
+from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption

@@ -15,7 +15,7 @@ from src.distributed.checkpoints import read_whole
 from src.drafting import read_drafts
 from src.export import main as export
 from src.io.shards import read_shard, write_shard
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from tests.ranks import RENAME, ROOT, Ranks
 from tests.test_rounds import digests, journaled
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from tests.slurm import Slurm, missing, until
 from tests.test_stop import ROOT, arguments, same_weights, scenes  # noqa: F401
 

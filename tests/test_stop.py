@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.cli.signals import Stop, Stopped
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.train import main
 
 ROOT = Path(__file__).parents[1]

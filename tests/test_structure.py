@@ -47,17 +47,17 @@ LAYERS: dict[str, set[str]] = {
     "src.models.tiling": set(),  # how images are cut, for data and model alike
     "src.io.shards": set(),  # the file format; both ends of it use this one
     "src.evaluation.drawing": set(),
-    "src.importers": set(),
+    "src.preparation": set(),
     "src.scenes": set(),
     "src.prompts": set(),
     "src.io.hub": set(),
     "src.tokenizer": {"src.types", "src.io.hub", "src.prompts"},
-    "src.dataset": {"src.importers", "src.io.lock", "src.io.shards", "src.tokenizer"},
-    "src.texts": {"src.dataset", "src.importers", "src.prompts", "src.tokenizer"},
+    "src.preparation.builder": {"src.preparation", "src.io.lock", "src.io.shards", "src.tokenizer"},
+    "src.preparation.text": {"src.preparation.builder", "src.preparation", "src.prompts", "src.tokenizer"},
     "src.chat.journal": {"src.types", "src.io.shards"},
     "src.diffusion": {"src.types"},
     "src.align": {"src.types", "src.tokenizer"},
-    "src.swaps": {"src.align", "src.scenes", "src.tokenizer"},
+    "src.preparation.swaps": {"src.align", "src.scenes", "src.tokenizer"},
     "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.io.shards", "src.tokenizer"},
     "src.models": {
         "src.types",
@@ -141,7 +141,7 @@ ONLY_IN: dict[str, set[str]] = {
 }
 WITHOUT_TORCH = (
     *("src.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
-    *("src.importers", "src.chat.journal", "src.scenes", "src.io.shards", "src.models.tiling"),
+    *("src.preparation", "src.chat.journal", "src.scenes", "src.io.shards", "src.models.tiling"),
 )
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.

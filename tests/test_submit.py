@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from src.cli.config import load_config
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.submit import CODE, Cluster, main, script, seconds
 from tests.test_stop import ROOT, arguments, scenes  # noqa: F401
 

@@ -28,8 +28,8 @@ from src.evaluation.results import Cell
 from src.metrics.bound import response_nats
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
-from src.prepare import Scenes
-from src.texts import Pairs
+from src.preparation.scenes import Scenes
+from src.preparation.text import Pairs
 from src.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]

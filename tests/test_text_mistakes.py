@@ -14,9 +14,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from src.io.shards import read_shard
+from src.preparation.smiles import Smiles
+from src.preparation.text import Packed, Pairs
 from src.prepare import main
 from src.prompts.format import IMAGE
-from src.texts import Packed, Pairs, Smiles
 from src.tokenizer import EOS, SPECIAL, Codec, _pieces
 
 

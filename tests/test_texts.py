@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.importers.counts import Counts
-from src.importers.lines import read_documents, read_records
-from src.importers.smiles import count_rings
 from src.io.shards import read_shard
+from src.preparation.counts import Counts
+from src.preparation.jsonl import read_documents, read_records
+from src.preparation.smiles import Smiles, count_rings
+from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
-from src.texts import Packed, Pairs, Smiles, Texts
 from src.tokenizer import BOS, EOS, Codec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

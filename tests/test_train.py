@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src import types as nouns
 from src.io.shards import INDEX, read_manifest, read_tar, write_shard
 from src.objectives.revision import Revision
-from src.prepare import Scenes
+from src.preparation.scenes import Scenes
 from src.train import main
 
 ROOT = Path(__file__).parents[1]

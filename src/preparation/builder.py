@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src.importers.counts import table
 from src.io.files import naming, publish, read_json, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
+from src.preparation.counts import table
 from src.tokenizer import Codec
 
 SPLITS = ("train", "val", "test")

@@ -25,12 +25,11 @@ from typing import ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from src.dataset import SPLITS, Dataset, check_splits, write_split
-from src.importers.counts import Counts
-from src.importers.lines import note, read_documents, read_records, text_of
-from src.importers.photos import fill_splits, hashed_share, split_of
-from src.importers.records import Skip
-from src.importers.smiles import count_rings
+from src.preparation.annotations import Skip
+from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
+from src.preparation.counts import Counts
+from src.preparation.jsonl import note, read_documents, read_records, text_of
+from src.preparation.splits import fill_splits, hashed_share, split_of
 from src.prompts.format import IMAGE
 from src.tokenizer import Codec
 
@@ -254,80 +253,6 @@ class Pairs(Texts):
             raise Skip("prompts too long")
         if len(codec.encode(item.text)[0]) >= self.canvas:
             raise Skip("responses too long")
-
-
-@dataclass(kw_only=True)
-class Smiles(Texts):
-    """Molecules with the class 1 where a property reaches a percentile of it over the training split, else 0.
-
-    The class is the prompt, so that guidance (`cfg_scale`) can ask for it; the property is kept in the sample.
-    A new tokenizer has one token for each character (a `vocab_size` of 0 leaves no room for others).
-
-    field: the column of the SMILES; value: the column of the property, null: the number of rings
-    """
-
-    alphabet: ClassVar[str] = "seen"
-    words: ClassVar[Sequence[str]] = ("0", "1")
-
-    field: str = "smiles"
-    value: str | None = None
-    percentile: float = 90.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.percentile <= 100:
-            raise ValueError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
-        if self.value is not None:
-            check_name("prepare.value", self.value)
-
-    def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, record in read_records(path, skipped):
-            try:
-                text = text_of(record, self.field).strip()
-                yield place, "", text, self._property(text, record)
-            except Skip as reason:
-                note(skipped, reason, place, record)
-
-    def _property(self, smiles: str, record: dict) -> dict:
-        try:
-            rings = count_rings(smiles)
-        except ValueError:
-            raise Skip("broken_smiles") from None
-        if self.value is None:
-            return {"rings": rings}
-        if record.get(self.value) is None:
-            raise Skip("missing_field")
-        try:
-            number = float(record[self.value])
-        except (TypeError, ValueError):
-            raise Skip("not_a_number") from None
-        if not np.isfinite(number):
-            raise Skip("not_a_number")
-        return {self.value: number}
-
-    def check(self, item: Item, codec: Codec) -> None:
-        super().check(item, codec)
-        if len(codec.encode(item.text)[0]) >= self.canvas:
-            raise Skip("responses too long")
-
-    def divide(
-        self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Iterable[dict]], dict]:
-        name = self.value or "rings"
-        trained = [item.more[name] for item in items if item.split == "train"]
-        threshold = float(np.percentile(trained, self.percentile)) if trained else 0.0
-        for item in items:
-            item.prompt = str(int(item.more[name] >= threshold))
-            counts[item.split]["class_1"] += item.prompt == "1"
-        classes = {item.prompt for item in items if item.split == "train"}
-        if len(classes) == 1:
-            log.warning(
-                "all molecules of train are of class %s, as the percentile %g of %s is %g: guidance by the class has "
-                "nothing to learn; change prepare.percentile or prepare.value",
-                classes.pop(), self.percentile, name, threshold,
-            )  # fmt: skip
-        found, _ = super().divide(items, codec, counts)
-        return found, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}
 
 
 def pack(items: Sequence[Item], codec: Codec, size: int) -> tuple[np.ndarray, int]:

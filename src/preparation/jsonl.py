@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from src.importers.counts import Counts
-from src.importers.records import Skip
+from src.preparation.annotations import Skip
+from src.preparation.counts import Counts
 
 END = "<|endoftext|>"  # between the documents of a .txt file
 ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv")

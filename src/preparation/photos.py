@@ -1,0 +1,225 @@
+"""Entries of annotation files to photos: images found, records of one image merged, splits fixed.
+
+    Album("images/").add(entry) ... -> .photos() -> fill_splits(photos, usable)
+
+One photo is one image under one prompt, with all captions that any record gives for it. All photos of an
+image are in one split, also where it has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from src.io.images import ENCODINGS, ImageProblem, convert, load
+from src.preparation.annotations import Caption, Entry, Skip, read_entries
+from src.preparation.builder import Dataset, check_splits, write_split
+from src.preparation.counts import Counts
+from src.preparation.scenes import CHAT_WORDS, make_codec
+from src.preparation.splits import SPLITS, fill_splits, hashed_share, split_of
+from src.preparation.swaps import SwapLocator
+from src.scenes.grammar import Swap
+from src.tokenizer import Codec
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+_COCO_PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")
+_ID_DIGITS = 12  # COCO pads ids so in file names
+
+
+@dataclass
+class Photo:
+    """One sample to be: where its image is, its prompt, captions by text, and its split.
+
+    name: of the image, without COCO's prefix; share: its hash in 0..1, None where a record decides the split instead
+    """
+
+    key: str
+    path: Path
+    prompt: str
+    split: str
+    name: str
+    share: float | None
+    captions: dict[str, Caption] = field(default_factory=dict)
+
+
+class Album:
+    """Collects entries whose images lie under `folder`. `counts` gets what is left out, by reason."""
+
+    def __init__(self, folder: Path, *, prompt: str, seed: int, counts: Counts) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"no image folder {folder}")
+        self.folder, self.prompt, self.seed, self.counts = folder, prompt, seed, counts
+        self._photos: dict[tuple[Path, str], Photo] = {}
+        self._splits: dict[str, tuple[str, float | None]] = {}
+
+    def photos(self) -> list[Photo]:
+        return list(self._photos.values())
+
+    def add(self, entry: Entry) -> None:
+        """File an entry under its image and prompt."""
+        try:
+            path = self._find(entry.image)
+        except Skip as reason:
+            self.counts.note(str(reason), entry.image)
+            return
+        prompt = entry.prompt or self.prompt
+        photo = self._photos.get((path, prompt))
+        if photo is None:
+            name = _COCO_PREFIX.sub("", path.stem)
+            place = self._split(name, entry.split)
+            photo = self._photos[path, prompt] = Photo(self._key(path, prompt), path, prompt, place[0], name, place[1])
+        else:
+            self.counts["merged"] += 1
+        self._merge(photo, entry)
+
+    def _merge(self, photo: Photo, entry: Entry) -> None:
+        for caption in entry.captions:
+            known = photo.captions.setdefault(caption.text, caption)
+            if known is not caption:
+                new = [swap for swap in caption.swaps if swap not in known.swaps]
+                known.swaps.extend(new)
+                self.counts["duplicate_caption"] += not new
+
+    def _find(self, name: str) -> Path:
+        """The file that a name means: with all of its folders or fewer, or under COCO's other name."""
+        parts = [p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", ".", "..")]
+        for first in range(len(parts)):
+            for candidate in _names(self.folder.joinpath(*parts[first:])):
+                if os.path.isfile(candidate):  # unlike Path.is_file, false for impossible names too
+                    return candidate
+        raise Skip("missing_image")
+
+    def _key(self, path: Path, prompt: str) -> str:
+        name = path.relative_to(self.folder).as_posix()
+        digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).hexdigest()
+        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
+
+    def _split(self, name: str, given: str | None) -> tuple[str, float | None]:
+        """What the image's first record says, else by a hash of its name; the hash, if that decides."""
+        if given and given.lower() not in SPLITS:
+            self.counts.note("unknown_split", name)
+        known = SPLITS.get(given.lower()) if given else None
+        share = hashed_share(name, self.seed)
+        return self._splits.setdefault(name, (known, None) if known else (split_of(share), share))
+
+
+def _names(path: Path) -> list[Path]:
+    plain = path.with_name(_COCO_PREFIX.sub("", path.name))
+    if path.name.isdecimal():
+        plain = plain.with_name(plain.name.zfill(_ID_DIGITS))
+    bare = [] if path.suffix.lower() in ENDINGS else [p.with_name(p.name + e) for p in (path, plain) for e in ENDINGS]
+    return [path, plain, *bare]
+
+
+@dataclass(kw_only=True)
+class Photos(Dataset):
+    """Photographs with captions, from annotation files in any format that `src.preparation.annotations` reads.
+
+    images:      folder that the image names in the annotations are relative to
+    annotations: one file or several: JSON, JSONL, CSV or TSV
+    image_size:  side of the stored square image: the whole picture, on grey; encoding: jpg or png
+    square:      false stores images in their own shape, the longer side at most `image_size`, to be cut into tiles
+    tokenizer:   folder of a tokenizer to use; null trains one on the captions, which can write any text
+    canvas:      captions of more than canvas - 1 tokens are left out; the `data.canvas` of training should be as large
+    prompt:      the question, for records that have none
+    max_images:  use only the first so many photos; null means all
+    """
+
+    image_size: int
+    vocab_size: int
+    prompt: str
+    images: str
+    annotations: str | Sequence[str]
+    encoding: str = "jpg"
+    square: bool = True
+    max_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+
+    @property
+    def sources(self) -> Sequence[str]:
+        return [self.images, *self._files]
+
+    @property
+    def _files(self) -> Sequence[str]:
+        return [self.annotations] if isinstance(self.annotations, str) else self.annotations
+
+    def write(self, folder: Path) -> dict:
+        skipped = Counts()
+        photos = self._collect(skipped)
+        codec = make_codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
+        fill_splits(photos, lambda photo: self._is_usable(photo, codec))
+        read = {reason: number for reason, number in skipped.items() if number}
+        counts, examples = {"records": read}, {"records": skipped.examples}
+        with tqdm(total=len(photos), desc="photos", unit="image", disable=None) as bar:
+            for split in SPLITS:
+                mine = [photo for photo in photos if photo.split == split]
+                found = Counts()
+                samples = self._samples(mine, codec, found, bar)
+                counts[split] = write_split(folder, split, samples, codec, self.per_shard, found)
+                examples[split] = found.examples
+        remedy = ("take `split` out of the records", "a `split` to the records")
+        check_splits(counts, examples, noun="image", remedy=remedy)
+        return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples}
+
+    def _collect(self, skipped: Counts) -> list[Photo]:
+        album = Album(Path(self.images), prompt=self.prompt, seed=self.seed, counts=skipped)
+        for file in self._files:
+            for entry in read_entries(Path(file), skipped):
+                album.add(entry)
+        return album.photos()[: self.max_images]
+
+    def _texts(self, photos: list[Photo]) -> Iterator[str]:
+        yield f"{self.prompt} {CHAT_WORDS}"
+        for photo in photos:
+            yield photo.prompt
+            for caption in photo.captions.values():
+                yield caption.text
+                yield from (swap.wrong for swap in caption.swaps)
+
+    def _is_usable(self, photo: Photo, codec: Codec) -> bool:
+        """Whether the photo would become a sample."""
+        if all(self._is_long(text, codec) for text in photo.captions):
+            return False
+        try:
+            load(photo.path, size=self.image_size)
+        except ImageProblem:
+            return False
+        return True
+
+    def _is_long(self, text: str, codec: Codec) -> bool:
+        return len(codec.encode(text)[0]) >= self.canvas
+
+    def _samples(self, photos: list[Photo], codec: Codec, counts: Counts, bar: tqdm) -> Iterator[dict]:
+        locate = SwapLocator(codec)
+        for photo in photos:
+            bar.update()
+            file = photo.path.relative_to(self.images).as_posix()
+            captions = [c for c in (self._caption(c, file, locate, counts) for c in photo.captions.values()) if c]
+            if not captions:
+                counts.note("no_usable_caption", file)
+                continue
+            try:
+                data = convert(photo.path, size=self.image_size, encoding=self.encoding, square=self.square)
+            except ImageProblem as reason:
+                counts.note(str(reason), file)
+                continue
+            record = {"key": photo.key, "prompt": photo.prompt, "captions": captions}
+            yield {"__key__": photo.key, "json": record, self.encoding: data}
+
+    def _caption(self, caption: Caption, file: str, locate: SwapLocator, counts: Counts) -> dict | None:
+        if self._is_long(caption.text, locate.codec):
+            counts.note("captions too long", file)
+            return None
+        found = [Swap(s.start, s.start + len(s.right), s.right, s.wrong, "phrase") for s in caption.swaps]
+        return {"text": caption.text, "swaps": locate(caption.text, found, counts)}
