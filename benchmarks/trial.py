@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 from src.distributed.parallel import Team
-from src.drafting import draw_drafts
 from src.experts.openai import BETWEEN
 from src.io.shards import read_manifest
+from src.rounds.drafts import draw_drafts
 from src.tokenizer import Codec
 from src.types import Batch, Draft
 from tests.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve

@@ -2,7 +2,7 @@
 
     callbacks: [{target: callbacks.self_correction.SelfCorrection, rounds: 2, drafts_per_round: 4096, ...}]
 
-    checkpoint -> datamodule.draft_dataloader(round, num) -> run_round (src/rounds.py) -> rounds/round-0001
+    checkpoint -> datamodule.draft_dataloader(round, num) -> run_round (src/rounds/round.py) -> rounds/round-0001
                -> datamodule.add_round -> the next epoch trains on it
 
 Which rounds are due follows from the epoch alone, so a run that resumes makes the missing ones: in
@@ -32,11 +32,11 @@ from callbacks.checkpoint import write_whole_files
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_whole, remove
 from src.distributed.parallel import Team, gathered, summed
-from src.drafting import Drawing, capped, draft_batch, settings_of
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
-from src.rounds import EmptyRound, Revising, charge, note, read_round, reopen, run_round
-from src.tally import summary, yields
+from src.rounds.drafts import Drawing, capped, draft_batch, settings_of
+from src.rounds.round import EmptyRound, Revising, charge, note, read_round, reopen, run_round
+from src.rounds.stats import summary, yields
 from src.tokenizer import Codec
 from src.types import Batch, Expert, FailedRound, Round
 

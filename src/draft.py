@@ -4,7 +4,7 @@
     python -m src.draft conf=draft model.path=... data.path=... out=drafts num=4096 tokens_per_step=[1,4]
     torchrun --nproc-per-node 8 -m src.draft conf=draft ...          or srun, on many nodes: each draws its share
 
-    model, images -> draw_drafts (src/drafting.py) -> out/drafts-000000-00.tar, ..., out/index.json
+    model, images -> draw_drafts (src/rounds/drafts.py) -> out/drafts-000000-00.tar, ..., out/index.json
 
 A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that
 the online callback draws for the round of the same number and seed. No image is drafted twice in a round, so a `num`
@@ -27,11 +27,11 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
 from src.distributed.parallel import Team
-from src.drafting import capped, draft_batch, draw_drafts, settings_of
 from src.io.lock import locked
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
 from src.processes import explained, launched_first, together
+from src.rounds.drafts import capped, draft_batch, draw_drafts, settings_of
 from src.tokenizer import Codec
 
 

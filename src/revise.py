@@ -32,16 +32,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.batches import read_results, write_requests
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
 from src.distributed.parallel import Team
-from src.drafting import read_drafts, read_drafts_index
 from src.io.lock import locked
 from src.processes import explained, launched_first, together
-from src.rounds import Revising, check_reopens, reopen, revise_round
-from src.tally import yields
+from src.rounds.batch_api import read_results, write_requests
+from src.rounds.drafts import read_drafts, read_drafts_index
+from src.rounds.round import Revising, check_reopens, reopen, revise_round
+from src.rounds.stats import yields
 from src.tokenizer import Codec
 from src.types import Round
 

@@ -279,9 +279,9 @@ class Expert(Protocol):
     answer is never reused after these have changed.
 
     It may also have: `session()`, connections for a round, `finish()`, to ask no more at a deadline, and `trouble`, its
-    last one (src/asking.py); `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer
-    read once more (src/rounds.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file
-    (src/batches.py).
+    last one (src/rounds/expert_thread.py); `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer
+    read once more (src/rounds/round.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file
+    (src/rounds/batch_api.py).
     """
 
     name: str

@@ -24,11 +24,11 @@ from src.diffusion.corruption import Only, Settle, Span, start
 from src.diffusion.noise import Noise
 from src.diffusion.revisers import OverwriteAll
 from src.diffusion.sampler import Sampler
-from src.drafting import read_drafts
 from src.io.files import read_json
 from src.io.shards import read_manifest, read_shard
 from src.metrics.text import response_counts
 from src.preparation.scenes import Scenes
+from src.rounds.drafts import read_drafts
 from src.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
 

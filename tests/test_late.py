@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from src.asking import SILENCE, ExpertThread, SilentExpert
 from src.chat.client import ExpertError
 from src.chat.journal import Journal
 from src.chat.limits import Limits
 from src.cli.signals import Stop, Stopped
-from src.drafting import read_drafts
 from src.experts.openai import OpenAIExpert
 from src.experts.scenes import ScenesExpert
 from src.io.shards import read_shard
+from src.rounds.drafts import read_drafts
+from src.rounds.expert_thread import SILENCE, ExpertThread, SilentExpert
 from src.types import Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
@@ -202,7 +202,7 @@ class Bar:
 
 
 def test_silence_is_told_with_the_last_trouble(case, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("src.asking.SILENCE", SILENCE / 200)
+    monkeypatch.setattr("src.rounds.expert_thread.SILENCE", SILENCE / 200)
     chunk = next(iter(chunks(case, tmp_path)))
     with (
         caplog.at_level(logging.WARNING),

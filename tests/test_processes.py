@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from src.distributed.checkpoints import read_whole
-from src.drafting import read_drafts
 from src.export import main as export
 from src.io.shards import read_shard, write_shard
 from src.preparation.scenes import Scenes
+from src.rounds.drafts import read_drafts
 from tests.ranks import RENAME, ROOT, Ranks
 from tests.test_rounds import digests, journaled
 
@@ -172,7 +172,7 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
 
 STEP = "src.objectives.base:Objective.training_step"
 DRAFT = "callbacks.self_correction:draft_batch"
-ANSWER = "src.asking:ExpertThread._keep"  # right before an answer goes to the journal
+ANSWER = "src.rounds.expert_thread:ExpertThread._keep"  # right before an answer goes to the journal
 BOTH = (0, 1)
 
 
@@ -191,7 +191,7 @@ BOTH = (0, 1)
         *(((0,), RENAME, number) for number in (4, 12, 15, 20)),  # drafts, rounds, manifests, checkpoints
         ((1,), "src.strategy:entries", 1),  # in the middle of a checkpoint
         ((0,), "src.strategy:write_manifest", 2),
-        ((0,), "src.rounds:_write", 1),
+        ((0,), "src.rounds.round:_write", 1),
         ((0,), "callbacks.checkpoint:link", 1),
         ((0,), "src.train:save_pretrained", 0),
         ((0,), "src.distributed.checkpoints:publish", 3),

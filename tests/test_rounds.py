@@ -26,13 +26,13 @@ from torch import nn
 from src.chat.journal import Journal
 from src.diffusion.sampler import Sampler
 from src.distributed.parallel import Team
-from src.drafting import draft_batch, draw_drafts, read_drafts, settings_of
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
 from src.io.settings import describe
 from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
-from src.rounds import Revising, read_round, revise_round, run_round
+from src.rounds.drafts import draft_batch, draw_drafts, read_drafts, settings_of
+from src.rounds.round import Revising, read_round, revise_round, run_round
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render

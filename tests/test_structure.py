@@ -69,14 +69,20 @@ LAYERS: dict[str, set[str]] = {
         "src.tokenizer",
     },
     "src.experts": {"src.types", "src.align", "src.distributed.parallel", "src.scenes", "src.tokenizer"},
-    "src.drafting": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.tokenizer"},
-    "src.asking": {"src.types", "src.chat.journal"},
-    "src.tally": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
-    "src.rounds": {
+    "src.rounds.drafts": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.tokenizer"},
+    "src.rounds.expert_thread": {"src.types", "src.chat.journal"},
+    "src.rounds.stats": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
+    "src.rounds.round": {
         *("src.types", "src.align", "src.distributed.parallel", "src.tokenizer"),
-        *("src.asking", "src.drafting", "src.chat.journal", "src.io.shards", "src.tally"),  # the parts of a round
+        *(
+            "src.rounds.expert_thread",
+            "src.rounds.drafts",
+            "src.chat.journal",
+            "src.io.shards",
+            "src.rounds.stats",
+        ),  # the parts of a round
     },
-    "src.batches": {"src.types", "src.drafting", "src.chat.journal", "src.rounds", "src.io.shards"},
+    "src.rounds.batch_api": {"src.types", "src.rounds.drafts", "src.chat.journal", "src.rounds.round", "src.io.shards"},
     "src.objectives": {"src.types", "src.diffusion", "src.distributed.parallel"},
     "src.objectives.scene_labels": {
         "src.types",
@@ -96,7 +102,7 @@ LAYERS: dict[str, set[str]] = {
         "src.distributed.checkpoints",
     },
     "src.assembly": {
-        *("src.types", "src.cli.instantiate", "src.drafting", "src.models", "src.cli.signals", "src.strategy"),
+        *("src.types", "src.cli.instantiate", "src.rounds.drafts", "src.models", "src.cli.signals", "src.strategy"),
         *("src.models.tiling", "src.tokenizer", "callbacks", "datamodules"),
     },
     "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
@@ -107,14 +113,14 @@ LAYERS: dict[str, set[str]] = {
         *("src.io.shards", "src.models.tiling", "src.tokenizer"),
     },
     "callbacks": {
-        *("src.types", "src.diffusion", "src.drafting", "src.evaluation.drawing", "src.metrics"),
+        *("src.types", "src.diffusion", "src.rounds.drafts", "src.evaluation.drawing", "src.metrics"),
         *(
             "src.distributed.parallel",
-            "src.rounds",
+            "src.rounds.round",
             "src.io.shards",
             "src.distributed.checkpoints",
             "src.cli.signals",
-            "src.tally",
+            "src.rounds.stats",
             "src.tokenizer",
         ),
     },
@@ -242,10 +248,10 @@ def test_layers(path: Path) -> None:
 
 def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
     assert forbidden("src.diffusion.losses", ["torch", "src.types.Kind", "src.diffusion.noise.Noise"]) == []
-    assert forbidden("src.diffusion.losses", ["lightning", "src.tokenizer.Codec", "src.batches"]) == [
+    assert forbidden("src.diffusion.losses", ["lightning", "src.tokenizer.Codec", "src.rounds.batch_api"]) == [
         "lightning",
         "src.tokenizer.Codec",
-        "src.batches",
+        "src.rounds.batch_api",
     ]
     assert forbidden("datamodules.captions", ["callbacks.samples", "src.cli.config", "datamodules.shards"]) == [
         "callbacks.samples",

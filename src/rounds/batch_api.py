@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from src.chat.journal import Journal
-from src.drafting import read_drafts
 from src.io.files import write_bytes
-from src.rounds import journal_of
+from src.rounds.drafts import read_drafts
+from src.rounds.round import journal_of
 from src.types import Draft, Failure, Revision
 
 URL = "/v1/chat/completions"

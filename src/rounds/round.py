@@ -1,6 +1,6 @@
 """Draft -> revise -> shards on disk: the work of the online loop, for the callback and for the `revise` verb.
 
-    batches -> draw_drafts -> drafts/                        one shard for each chunk (src/drafting.py)
+    batches -> draw_drafts -> drafts/                        one shard for each chunk (src/rounds/drafts.py)
             -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/chat/journal.py)
             -> src.align.locate -> round-000000.tar, ... -> index.json, the manifest
 
@@ -33,14 +33,14 @@ from typing import Any
 from tqdm import tqdm
 
 from src.align import Aligned
-from src.asking import ExpertThread
 from src.chat.journal import Answers, Journal
 from src.distributed.parallel import Team, world
-from src.drafting import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
-from src.tally import Tally
+from src.rounds.drafts import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.rounds.expert_thread import ExpertThread
+from src.rounds.stats import Tally
 from src.tokenizer import Codec
 from src.types import Batch, Draft, Expert, FailedRound, Revision, Round
 

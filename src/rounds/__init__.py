@@ -1,0 +1,1 @@
+"""Rounds of the online loop: drafts -> expert -> shards."""
