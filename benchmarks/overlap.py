@@ -31,13 +31,13 @@ import torch.distributed as dist
 
 from datamodules.captions import CaptionData
 from src.chat.limits import Limits
-from src.diffusion.sampler import Sampler
 from src.distributed.parallel import Team
 from src.experts.openai import OpenAIExpert
 from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
 from src.rounds.drafts import draft_batch, draw_drafts, settings_of
 from src.rounds.round import Revising, revise_round, run_round
+from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
 from src.tokenizer import Codec
 from tests.servers.scripted import Http, Request, Scripted, reply

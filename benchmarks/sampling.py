@@ -17,8 +17,8 @@ import time
 
 import torch
 
-from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
+from src.samplers.sampler import Sampler
 from src.types import SpecialIds
 
 

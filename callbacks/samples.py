@@ -23,10 +23,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw
 
-from src.diffusion.sampler import Sampler
 from src.distributed.parallel import gathered
 from src.evaluation.drawing import Colour, Piece, enlarge, layout, paint
 from src.models.inference import evaluating
+from src.samplers.sampler import Sampler
 from src.tokenizer import Codec
 from src.types import Backbone, Batch, Sampled
 

@@ -35,7 +35,6 @@ from tqdm import tqdm
 from src.cli.config import load_config, load_part
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check, fits, nodes, plain
-from src.diffusion.flow import AnySampler
 from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
 from src.evaluation.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
@@ -48,6 +47,7 @@ from src.metrics.text import response_counts
 from src.models.hf.folder import fingerprint, from_pretrained
 from src.models.hf.weights import is_model_folder
 from src.models.inference import warn_of_canvas
+from src.samplers.uniform import AnySampler
 from src.tokenizer import Codec
 from src.types import Backbone, Batch
 

@@ -33,13 +33,13 @@ from datamodules.shards import Sample
 from src.cli.config import load_config, load_part, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check, plain
-from src.diffusion.flow import AnySampler
 from src.generation.requests import Entry, _is_split, find_entries
 from src.generation.writer import Output
 from src.io.images import ImageProblem
 from src.io.lock import locked
 from src.io.settings import describe
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
+from src.samplers.uniform import AnySampler
 from src.tokenizer import Codec
 from src.types import Batch, Prefix, Sampled
 

@@ -18,12 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 from callbacks.samples import KEPT, NEW, OLD, PAD, REWRITTEN, SIDE, Samples, table
 from callbacks.throughput import Throughput, peak_memory
 from datamodules.captions import CaptionData
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.preparation.scenes import Scenes
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
 from src.tokenizer import Codec
 from src.types import Sampled, TraceStep
 

@@ -290,10 +290,10 @@ def test_a_typo_suggests_the_nearest_full_name(conf, setting, nearest):
 NODES = """
 outer:
   samplers:
-  - target: src.diffusion.sampler.Sampler
+  - target: src.samplers.sampler.Sampler
     length: 8
-    reviser: {target: src.diffusion.revisers.OverwriteAll}
-broken: {target: src.diffusion.sampler.Smapler}
+    reviser: {target: src.samplers.rediff.OverwriteAll}
+broken: {target: src.samplers.sampler.Smapler}
 later: {target: '???'}
 names: {a: one, b: two}
 """
@@ -308,7 +308,7 @@ names: {a: one, b: two}
 def test_an_argument_of_a_target_need_not_stand_in_the_yaml(conf, setting, place, value):
     sampler = load_config(["conf=base", setting, "later.target=a.B"], root=conf(base=NODES)).outer.samplers[0]
     assert OmegaConf.select(sampler, place) == value
-    assert (sampler.length, sampler.reviser.target) == (8, "src.diffusion.revisers.OverwriteAll")
+    assert (sampler.length, sampler.reviser.target) == (8, "src.samplers.rediff.OverwriteAll")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_an_argument_of_a_target_need_not_stand_in_the_yaml(conf, setting, place
       "'outer.samplers.0.reviser.scope'?"),
      ("outer.samplers.0.max_forward.x=1", "unknown key 'outer.samplers.0.max_forward.x'; did you mean "
       "'outer.samplers.0.max_forwards'?"),
-     ("broken.length=1", "broken.target: src.diffusion.sampler has no 'Smapler'; did you mean 'Sampler'?"),
+     ("broken.length=1", "broken.target: src.samplers.sampler has no 'Smapler'; did you mean 'Sampler'?"),
      ("later.length=1", "unknown key 'later.length'; did you mean 'outer.samplers.0.length'?")],
 )  # fmt: skip
 def test_an_argument_that_a_target_lacks_is_an_error(conf, setting, expected):

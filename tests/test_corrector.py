@@ -11,11 +11,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.diffusion.corrector import Corrector
 from src.diffusion.noise import Noise
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import Bernoulli, Threshold
 from src.models.llada_v import LLaDAV
+from src.samplers.proseco import Corrector
+from src.samplers.sampler import Sampler
+from src.samplers.unmask import Bernoulli, Threshold
 from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, BAD, V, LENGTH = 0, 1, 2, 3, 24, 12

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from src.diffusion.editing import ThresholdEdit, TokenToMask
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import Threshold
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
+from src.samplers.token_edit import ThresholdEdit, TokenToMask
+from src.samplers.unmask import Threshold
 from src.types import Prefix, SpecialIds
 
 MASK, EOS, BAD, V, LENGTH = 0, 1, 3, 16, 12

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw
 import src.evaluate
 from src.cli.config import load_config, load_part
 from src.cli.instantiate import build
-from src.diffusion.sampler import Sampler
 from src.evaluate import complete, main
 from src.evaluation.drawing import Piece, layout, paint
 from src.evaluation.report import (
@@ -41,6 +40,7 @@ from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
+from src.samplers.sampler import Sampler
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.tokenizer import Codec
@@ -84,8 +84,8 @@ def write_model(path, codec, *, seed):
 @pytest.fixture
 def conf(data, models, tmp_path):
     """A function: settings of the evaluation -> path of its yaml."""
-    plain = {"target": "src.diffusion.sampler.Sampler", "length": CANVAS}
-    reviser = {"target": "src.diffusion.revisers.OverwriteAll"}
+    plain = {"target": "src.samplers.sampler.Sampler", "length": CANVAS}
+    reviser = {"target": "src.samplers.rediff.OverwriteAll"}
     base = {
         "models": {name: str(models / name) for name in ("mask", "stage2")},
         "samplers": {"plain": plain, "refine": {**plain, "reviser": reviser, "post_steps": 2}},
@@ -222,19 +222,15 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
             {"models": {"mask": "nowhere/sft/mask/model"}},
             "nowhere/sft/mask/model: make it with `python -m src.train conf=mask,task/sft`",
         ),
-        ({"samplers": {"plain": {"target": "src.diffusion.unmask.TopK"}}}, "evaluate.samplers.plain: src.diffusion."),
+        ({"samplers": {"plain": {"target": "src.samplers.unmask.TopK"}}}, "evaluate.samplers.plain: src.diffusion."),
         (
-            {
-                "samplers": {
-                    "plain": {"target": "src.diffusion.sampler.Sampler", "length": 4, "reviser": "OverwriteAll"}
-                }
-            },
+            {"samplers": {"plain": {"target": "src.samplers.sampler.Sampler", "length": 4, "reviser": "OverwriteAll"}}},
             "samplers.plain.reviser: expected",
         ),
         ({"headline": ["qualty"]}, "no metric qualty; there are coverage"),
         ({"headline": []}, "evaluate.headline: name at least one metric, for example [quality]"),
         ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
-        ({"samplers": {"plain": {"target": "src.diffusion.sampler.Sampler"}}}, "length"),
+        ({"samplers": {"plain": {"target": "src.samplers.sampler.Sampler"}}}, "length"),
         ({"num": 0}, "evaluate.num must be at least 1, got 0"),
         ({"tokens_per_step": 16}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got 16"),
         ({"tokens_per_step": []}, "such as [1, 8], got []"),
@@ -323,7 +319,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
         "src/models/tiling.py",
         "src/prompts/format.py",
         "src/metrics/text.py",
-        "src/diffusion/sampler.py",
+        "src/samplers/sampler.py",
         "src/models/llada.py",
         "src/scenes/score.py",
         "datamodules/captions.py",

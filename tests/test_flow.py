@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from src.diffusion.flow import Jumps, Posterior, pick
+from src.samplers.uniform import Jumps, Posterior, pick
 from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, BOS, ROLE = 0, 1, 2, 3, 8

@@ -22,13 +22,13 @@ from src.align import Span as TokenSpan
 from src.align import apply_spans, locate
 from src.diffusion.corruption import Only, Settle, Span, start
 from src.diffusion.noise import Noise
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
 from src.io.files import read_json
 from src.io.shards import read_manifest, read_shard
 from src.metrics.text import response_counts
 from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
 from src.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
 

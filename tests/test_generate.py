@@ -15,13 +15,13 @@ from PIL import Image
 
 from datamodules.collate import image_inputs
 from src.cli.instantiate import ConfigError
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
 from src.generate import main, memory_of
 from src.io.shards import write_shards
 from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
 from src.models.tiling import Square
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
 from src.tokenizer import Codec
 
 TEXTS = ["A small red ring is in the top left.", "There is a large blue square below it."]
@@ -277,7 +277,7 @@ def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsy
         run(model, photos, out, ask(), "seed=1", "temperature=0.5")
     assert "made with another temperature, seed" in capsys.readouterr().err
     mine = tmp_path / "refine.yaml"  # what the lines do not name one by one
-    reviser = "{target: src.diffusion.revisers.OverwriteAll, scope: all}"
+    reviser = "{target: src.samplers.rediff.OverwriteAll, scope: all}"
     mine.write_text(f"base: sampler/refine\nsampler: {{reviser: {reviser}}}\n")
     first = tmp_path / "first.jsonl"
     run(model, photos, first, ask(), f"sampler={mine}")

@@ -51,14 +51,14 @@ def released(case: dict, path: Path) -> Path:
     """The sampler of a golden case as a file."""
     reviser = {"share": case.get("revise_topk", 1.0), "begin": case.get("revise_start", 1.0)}
     settings = {
-        "target": "src.diffusion.sampler.Sampler",
+        "target": "src.samplers.sampler.Sampler",
         "length": case["gen_length"],
         "steps": case["steps"],
         "blocks": case["gen_length"] // case["block_length"],
         "cfg_scale": case.get("cfg_scale", 0.0),
     }
     if case["revise"]:
-        settings["reviser"] = {"target": "src.diffusion.revisers.OverwriteAll", **reviser}
+        settings["reviser"] = {"target": "src.samplers.rediff.OverwriteAll", **reviser}
     path.write_text(yaml.safe_dump({"sampler": settings}))
     return path
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.diffusion.corrector import Corrector
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import Threshold
+from src.samplers.proseco import Corrector
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
+from src.samplers.unmask import Threshold
 from src.types import Prefix, Sampled, SpecialIds
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from src.diffusion.corrector import Corrector
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
 from src.generate import main as generate
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
+from src.samplers.proseco import Corrector
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
 from src.types import Batch, SpecialIds
 from tests.test_train import arguments, run, write_scenes
 

@@ -11,10 +11,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.diffusion.remdm import Cap, Confident, KeepSurest, Loop, RemaskLowest, Rescale
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import Bernoulli, Threshold
 from src.models.llada_v import LLaDAV
+from src.samplers.remdm import Cap, Confident, KeepSurest, Loop, RemaskLowest, Rescale
+from src.samplers.sampler import Sampler
+from src.samplers.unmask import Bernoulli, Threshold
 from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, V = 0, 1, 2, 12

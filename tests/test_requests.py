@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from src.diffusion.sampler import Sampler
 from src.generate import main
 from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
+from src.samplers.sampler import Sampler
 from src.tokenizer import Codec
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -177,8 +177,8 @@ def test_a_question_is_a_text_whatever_yaml_reads_in_it(text, model, codec, tmp_
     ("content", "words"),
     [
         ("sampler: plain", "sampler: expected a mapping with `target:`, got 'plain'"),
-        ("sampler: {target: src.diffusion.unmask.TopK}", "src.diffusion.unmask.TopK is no sampler"),
-        ("sampler: {target: src.diffusion.sampler.Sampler, length: 8, reviser: OverwriteAll}", "reviser: expected"),
+        ("sampler: {target: src.samplers.unmask.TopK}", "src.samplers.unmask.TopK is no sampler"),
+        ("sampler: {target: src.samplers.sampler.Sampler, length: 8, reviser: OverwriteAll}", "reviser: expected"),
     ],
 )
 def test_mistakes_in_the_file_of_a_sampler(content, words, model, tmp_path, capsys):

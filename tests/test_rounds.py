@@ -24,7 +24,6 @@ import webdataset as wds
 from torch import nn
 
 from src.chat.journal import Journal
-from src.diffusion.sampler import Sampler
 from src.distributed.parallel import Team
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
@@ -33,6 +32,7 @@ from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
 from src.rounds.drafts import draft_batch, draw_drafts, read_drafts, settings_of
 from src.rounds.round import Revising, read_round, revise_round, run_round
+from src.samplers.sampler import Sampler
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.diffusion.remdm import KeepSurest, RemaskLowest
-from src.diffusion.revisers import OverwriteAll, Reviser
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import PART, Bernoulli, Factor, Threshold, low_confidence
+from src.samplers.rediff import OverwriteAll
+from src.samplers.remdm import KeepSurest, RemaskLowest
+from src.samplers.reviser import Reviser
+from src.samplers.sampler import Sampler
+from src.samplers.unmask import PART, Bernoulli, Factor, Threshold, low_confidence
 from src.types import Prefix, SpecialIds
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
 from src.models.llada_v import LLaDAV
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
 from src.types import SpecialIds
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3

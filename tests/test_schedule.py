@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src.diffusion.schedule import Progress, Schedule
+from src.samplers.schedule import Progress, Schedule
 
 MASK, EOT = 0, 2
 

@@ -32,12 +32,12 @@ import src.draft
 import src.revise
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import CaptionData
-from src.diffusion.sampler import Sampler
 from src.io.shards import read_manifest, write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.objectives.optim import Training
 from src.objectives.refine import Refine
+from src.samplers.sampler import Sampler
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render

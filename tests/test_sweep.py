@@ -34,8 +34,8 @@ from src.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 CANVAS, NUM = 48, 4
-PLAIN = {"target": "src.diffusion.sampler.Sampler", "length": CANVAS}
-PROSECO = {**PLAIN, "reviser": {"target": "src.diffusion.corrector.Corrector", "every": 1}}
+PLAIN = {"target": "src.samplers.sampler.Sampler", "length": CANVAS}
+PROSECO = {**PLAIN, "reviser": {"target": "src.samplers.proseco.Corrector", "every": 1}}
 GRID = {"proseco": {"reviser": {"passes": [1, 2]}}}
 
 
@@ -111,12 +111,12 @@ def test_a_grid_makes_every_combination_in_order():
         reviser = {**PROSECO["reviser"], "every": every, "passes": passes}
         assert found[name] == {**PROSECO, "reviser": reviser, "temperature": 0.5}
     assert set(map(tuple, speeds.values())) == {(1, 8)}
-    assert PROSECO["reviser"] == {"target": "src.diffusion.corrector.Corrector", "every": 1}  # as it was
+    assert PROSECO["reviser"] == {"target": "src.samplers.proseco.Corrector", "every": 1}  # as it was
 
 
 def test_options_may_be_dotted_null_or_end_alike_and_speeds_are_apart():
-    node = {**PROSECO, "unmask": {"target": "src.diffusion.unmask.Threshold", "tau": 0.9}}
-    node["reviser"] = {"target": "src.diffusion.editing.ThresholdEdit", "tau": 0.5}
+    node = {**PROSECO, "unmask": {"target": "src.samplers.unmask.Threshold", "tau": 0.9}}
+    node["reviser"] = {"target": "src.samplers.token_edit.ThresholdEdit", "tau": 0.5}
     grid = {"a": {"unmask.tau": [0.5, 1], "reviser": {"tau": [0.2, 0.3]}, "tokens_per_step": [8, 2], "eos_last": None}}
     found, speeds = expand({"a": node, "b": node}, grid, [1], known={"gone"})
     names = [f"a[unmask.tau={a},reviser.tau={b}]" for a, b in product([0.5, 1], [0.2, 0.3])]

@@ -14,13 +14,13 @@ import yaml
 
 from datamodules.shards import Reader, Sample, Stream, read_index
 from datamodules.text import TextCollate, TextData
-from src.diffusion.predictor import hidden_prefix
 from src.evaluate import main as evaluate
 from src.generate import main as generate
 from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
+from src.samplers.predictor import hidden_prefix
 from src.tokenizer import Codec
 from src.train import main as train
 from src.types import Batch

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from src.diffusion.noise import Noise
-from src.diffusion.revisers import OverwriteAll
-from src.diffusion.sampler import Sampler
-from src.diffusion.unmask import (
+from src.samplers.rediff import OverwriteAll
+from src.samplers.sampler import Sampler
+from src.samplers.unmask import (
     PART,
     SCORES,
     Bernoulli,
@@ -308,7 +308,7 @@ def test_what_is_reused_gives_the_steps_of_asking_again(monkeypatch):
     rows = range(6)
     sampler = Sampler(length=L, steps=L, unmask=Bernoulli(), temperature=1.0, reviser=OverwriteAll())
     found = run(sampler, Fixed(6), rows)
-    monkeypatch.setattr("src.diffusion.predictor.Predictor.keep", lambda *_: None)
+    monkeypatch.setattr("src.samplers.predictor.Predictor.keep", lambda *_: None)
     asking = run(sampler, Fixed(6), rows)
     assert [[s.tokens for s in t] for t in found.traces] == [[s.tokens for s in t] for t in asking.traces]
     assert (found.forwards < asking.forwards).all()

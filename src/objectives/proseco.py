@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from src.diffusion.corruption import Absorb, Replace
 from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
-from src.diffusion.unmask import draw
 from src.objectives.base import Objective
 from src.objectives.optim import Training
+from src.samplers.unmask import draw
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 FILLS = ("all", "masked")

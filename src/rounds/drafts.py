@@ -37,7 +37,7 @@ NOT_AS_WRITTEN = "it is not as it was written"
 
 
 class Drawing(Protocol):
-    """What drafting needs of a sampler (see `src/diffusion/sampler.py`)."""
+    """What drafting needs of a sampler (see `src/samplers/sampler.py`)."""
 
     @property
     def schedule(self) -> Any: ...

@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.diffusion.corrector import Corrected
-from src.diffusion.revisers import Predict, Prediction, Reviser, State
+from src.samplers.reviser import Corrected, Predict, Prediction, Reviser, State
 
 
 class ThresholdEdit(Reviser):

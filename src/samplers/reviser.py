@@ -15,14 +15,14 @@ and the loop in `sampler.py` stays as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
-from src.diffusion.schedule import Schedule
-from src.diffusion.unmask import SCORES, top
+from src.samplers.schedule import Schedule
+from src.samplers.unmask import SCORES
 from src.types import SpecialIds
 
 
@@ -148,49 +148,19 @@ class Reviser:
         return torch.zeros_like(state.visible)
 
 
-class OverwriteAll(Reviser):
-    """ReDiff: every token that was visible before the step becomes its argmax (arXiv 2510.19871).
+@dataclass
+class Corrected(Prediction):
+    """A prediction that further calls have brought up to date, and the draft (B, L) that they led to."""
 
-    scope: `block` leaves the other blocks alone, `all` does not. Post steps always revise every block.
-    share: only this part of them is rewritten, rounded down: where the model is most sure of what it would write
-    begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
-    """
+    draft: Tensor
 
-    def __init__(self, *, scope: Literal["block", "all"] = "block", share: float = 1.0, begin: float = 1.0) -> None:
-        if scope not in ("block", "all"):
-            raise ValueError(f"scope must be 'block' or 'all', got {scope!r}")
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {share}")
-        if not 0 <= begin <= 1:
-            raise ValueError(f"begin must be within 0..1, got {begin}")
-        self.scope, self.share, self.begin = scope, share, begin
+    @classmethod
+    def of(cls, prediction: Prediction, draft: Tensor) -> Corrected:
+        """A prediction that may be changed without harm to the one it comes from."""
+        return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
 
-    def editable(self, state: State) -> Tensor:
-        begun = state.left <= (state.steps.double() * self.begin).ceil()  # (B,)
-        visible = state.visible & begun[:, None]
-        return visible if self.scope == "all" else visible & state.block
-
-    def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        if self.share == 1:
-            return prediction.best
-        where = self.editable(state) & prediction.where
-        count = (where.sum(1).double() * self.share).long()
-        sure = top(prediction.confidence(where, prediction.best), where, count)
-        return torch.where(sure, prediction.best, state.tokens)
-
-
-class Settled:
-    """Remembers the full responses of each row, to tell that one has come back: a fixed point or a cycle.
-
-    Greedy revision may swing between two texts for ever; from a state seen before it can only repeat itself.
-    """
-
-    def __init__(self, tokens: Tensor, *, passes: int) -> None:
-        self.states = tokens.new_full((len(tokens), passes + 1, tokens.shape[1]), -1)
-        self.states[:, 0] = tokens
-
-    def update(self, tokens: Tensor, passes: Tensor) -> Tensor:
-        """(B,) bool: whether `tokens` (B, L) were seen before; notes them as the state after `passes`."""
-        known = (self.states == tokens[:, None]).all(-1).any(1)
-        self.states[torch.arange(len(tokens), device=tokens.device), passes] = tokens
-        return known
+    def ask(self, predict: Predict, where: Tensor) -> None:
+        """One call with the draft, for the true places of `where` (B, L)."""
+        found = predict(self.draft, where)
+        self.logits[where[self.where]] = found.logits
+        self.best = torch.where(where, found.best, self.best)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.diffusion.revisers import Prediction
+from src.samplers.reviser import Prediction
 from src.types import Backbone, Prefix, SpecialIds
 
 

@@ -15,37 +15,18 @@ released code drops it there, so that its scale has no effect where every step c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from src.diffusion.revisers import Predict, Prediction, Reviser, State
-from src.diffusion.schedule import Schedule
-from src.diffusion.unmask import draw, top
+from src.samplers.reviser import Corrected, Predict, Prediction, Reviser, State
+from src.samplers.schedule import Schedule
+from src.samplers.unmask import draw, top
 
 SCOPES = ("written", "block")
 PICKS = ("argmax", "sample", "edit")
 COUNTS = ("block", "text")
-
-
-@dataclass
-class Corrected(Prediction):
-    """A prediction that further calls have brought up to date, and the draft (B, L) that they led to."""
-
-    draft: Tensor
-
-    @classmethod
-    def of(cls, prediction: Prediction, draft: Tensor) -> Corrected:
-        """A prediction that may be changed without harm to the one it comes from."""
-        return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
-
-    def ask(self, predict: Predict, where: Tensor) -> None:
-        """One call with the draft, for the true places of `where` (B, L)."""
-        found = predict(self.draft, where)
-        self.logits[where[self.where]] = found.logits
-        self.best = torch.where(where, found.best, self.best)
 
 
 class Corrector(Reviser):

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from src.diffusion.revisers import Prediction, Reviser, State
-from src.diffusion.schedule import Schedule, ceil_divide
-from src.diffusion.unmask import top
+from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.schedule import Schedule, ceil_divide
+from src.samplers.unmask import top
 
 
 class Remasking(Reviser):

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
-from src.diffusion.predictor import Predictor
-from src.diffusion.revisers import Prediction, Reviser, Settled, State
-from src.diffusion.schedule import Progress, Schedule
-from src.diffusion.unmask import TopK, Unmask, draw, keep_nucleus
+from src.samplers.predictor import Predictor
+from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.schedule import Progress, Schedule
+from src.samplers.unmask import TopK, Unmask, draw, keep_nucleus
 from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
 DRAWS = ("sampler", "unmask", "score", "reviser")  # noise of tokens, of policies, of the random score, of revisers
@@ -335,3 +335,20 @@ def end_text(tokens: Tensor, special: SpecialIds) -> Tensor:
     """`tokens` (B, L) with end-of-text everywhere behind the first eot of a row."""
     eot = (tokens == special.eot).long()
     return tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
+
+
+class Settled:
+    """Remembers the full responses of each row, to tell that one has come back: a fixed point or a cycle.
+
+    Greedy revision may swing between two texts for ever; from a state seen before it can only repeat itself.
+    """
+
+    def __init__(self, tokens: Tensor, *, passes: int) -> None:
+        self.states = tokens.new_full((len(tokens), passes + 1, tokens.shape[1]), -1)
+        self.states[:, 0] = tokens
+
+    def update(self, tokens: Tensor, passes: Tensor) -> Tensor:
+        """(B,) bool: whether `tokens` (B, L) were seen before; notes them as the state after `passes`."""
+        known = (self.states == tokens[:, None]).all(-1).any(1)
+        self.states[torch.arange(len(tokens), device=tokens.device), passes] = tokens
+        return known

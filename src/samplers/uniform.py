@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
-from src.diffusion.predictor import Predictor
-from src.diffusion.sampler import Sampler, end_text
-from src.diffusion.schedule import Schedule
-from src.diffusion.unmask import PART
+from src.samplers.predictor import Predictor
+from src.samplers.sampler import Sampler, end_text
+from src.samplers.schedule import Schedule
+from src.samplers.unmask import PART
 from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
 

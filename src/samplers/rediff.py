@@ -1,0 +1,42 @@
+"""TODO-DOC"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.unmask import top
+
+
+class OverwriteAll(Reviser):
+    """ReDiff: every token that was visible before the step becomes its argmax (arXiv 2510.19871).
+
+    scope: `block` leaves the other blocks alone, `all` does not. Post steps always revise every block.
+    share: only this part of them is rewritten, rounded down: where the model is most sure of what it would write
+    begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
+    """
+
+    def __init__(self, *, scope: Literal["block", "all"] = "block", share: float = 1.0, begin: float = 1.0) -> None:
+        if scope not in ("block", "all"):
+            raise ValueError(f"scope must be 'block' or 'all', got {scope!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share}")
+        if not 0 <= begin <= 1:
+            raise ValueError(f"begin must be within 0..1, got {begin}")
+        self.scope, self.share, self.begin = scope, share, begin
+
+    def editable(self, state: State) -> Tensor:
+        begun = state.left <= (state.steps.double() * self.begin).ceil()  # (B,)
+        visible = state.visible & begun[:, None]
+        return visible if self.scope == "all" else visible & state.block
+
+    def overwrite(self, state: State, prediction: Prediction) -> Tensor:
+        if self.share == 1:
+            return prediction.best
+        where = self.editable(state) & prediction.where
+        count = (where.sum(1).double() * self.share).long()
+        sure = top(prediction.confidence(where, prediction.best), where, count)
+        return torch.where(sure, prediction.best, state.tokens)
