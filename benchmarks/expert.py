@@ -36,7 +36,7 @@ from PIL import Image
 from src.chat.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.experts.prompt import Words, first, show
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Draft, Failure
 from tests.servers.scripted import Http, Request, Scripted, error, reply
 

@@ -26,7 +26,7 @@ from src.models.hf.folder import build_empty, fingerprint, from_pretrained, save
 from src.models.hf.formats import Description
 from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 LAYER = 12 * 1024**2  # parameters of a layer of the sizes below
 

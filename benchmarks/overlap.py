@@ -39,7 +39,7 @@ from src.rounds.drafts import draft_batch, draw_drafts, settings_of
 from src.rounds.round import Revising, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from tests.servers.scripted import Http, Request, Scripted, reply
 
 BASE = Path(__file__).parents[1] / "assets" / "base"

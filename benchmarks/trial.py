@@ -29,7 +29,7 @@ from src.distributed.parallel import Team
 from src.experts.openai import BETWEEN
 from src.io.shards import read_manifest
 from src.rounds.drafts import draw_drafts
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch, Draft
 from tests.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve
 

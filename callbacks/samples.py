@@ -27,7 +27,7 @@ from src.distributed.parallel import gathered
 from src.evaluation.drawing import Colour, Piece, enlarge, layout, paint
 from src.models.inference import evaluating
 from src.samplers.sampler import Sampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Sampled
 
 OLD: Colour = (250, 190, 190)

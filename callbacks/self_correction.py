@@ -37,7 +37,7 @@ from src.models.inference import evaluating
 from src.rounds.drafts import Drawing, capped, draft_batch, settings_of
 from src.rounds.round import EmptyRound, Revising, charge, note, read_round, reopen, run_round
 from src.rounds.stats import summary, yields
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch, Expert, FailedRound, Round
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ import lightning as L
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
-from src.align import RESIZED
 from src.models.tiling import AnyRes, Layout, Square
-from src.tokenizer import Codec
+from src.text.align import RESIZED
+from src.text.tokenizer import Codec
 from src.types import Batch
 
 SPLITS = ("train", "val", "test")

@@ -20,7 +20,7 @@ from datamodules.loader import Notes
 from datamodules.records import misfit
 from datamodules.shards import Sample
 from src.models.tiling import Layout
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from src.prompts.format import IMAGE
+from src.text.prompt_format import IMAGE
 
 Count = Callable[[str], int]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datamodules.captions import ShardData
 from datamodules.collate import Collate, choice
 from datamodules.shards import Index, Sample
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 PARTS = 2**32  # of a probability
 

@@ -32,7 +32,7 @@ from src.models.hf.meta import Deferred
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
 from src.strategy import DDP, FSDP2
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Kind
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")

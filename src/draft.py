@@ -32,7 +32,7 @@ from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
 from src.processes import explained, launched_first, together
 from src.rounds.drafts import capped, draft_batch, draw_drafts, settings_of
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 
 @main_guard

@@ -48,7 +48,7 @@ from src.models.hf.folder import fingerprint, from_pretrained
 from src.models.hf.weights import is_model_folder
 from src.models.inference import warn_of_canvas
 from src.samplers.uniform import AnySampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Backbone, Batch
 
 TASKS = Path(__file__).resolve().parents[1] / "conf" / "task"  # layers for data without images

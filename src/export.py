@@ -40,7 +40,7 @@ from src.models.hf.folder import ModelFolder, build_empty, check_tensors, descri
 from src.models.hf.formats import FORMATS, Description, Format
 from src.models.hf.stored import Stored, in_checkpoint, in_folder, is_checkpoint
 from src.models.hf.weights import check_finite, write_weights
-from src.tokenizer import FILES, NEEDED, PROMPT, Codec
+from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 LIGHTNING = "lightning"  # a format that is no model folder
 logger = logging.getLogger(__name__)

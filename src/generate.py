@@ -40,7 +40,7 @@ from src.io.lock import locked
 from src.io.settings import describe
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.samplers.uniform import AnySampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch, Prefix, Sampled
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
     python -m src.revise conf=revise drafts=drafts out=rounds/round-0001 tokenizer=runs/stage1/model
     torchrun --nproc-per-node 4 -m src.revise conf=revise ...        or srun: each asks about its share
 
-    drafts -> expert -> edits aligned to tokens (src/align.py) -> out/round-000000.tar, ... out/index.json
+    drafts -> expert -> edits aligned to tokens (src/text/align.py) -> out/round-000000.tar, ... out/index.json
 
     python -m src.revise ... requests=requests.jsonl      writes them for a batch API, and asks nothing
     python -m src.revise ... results=results.jsonl        reads its results, and makes the round
@@ -42,7 +42,7 @@ from src.rounds.batch_api import read_results, write_requests
 from src.rounds.drafts import read_drafts, read_drafts_index
 from src.rounds.round import Revising, check_reopens, reopen, revise_round
 from src.rounds.stats import yields
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Round
 
 HINTS = {

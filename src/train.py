@@ -55,7 +55,7 @@ from src.plan import measure
 from src.processes import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet
 from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
 from src.strategy import FSDP2
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch, FailedRound
 
 STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes

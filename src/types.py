@@ -36,7 +36,7 @@ class SpecialIds:
     """Token ids that the maths needs; they come from the tokenizer.
 
     banned: may never be written into a response; unwritten: other special ids, which no random replacement draws
-    gap: stands for nothing in a response (`src.prompts.format.PromptFormat`); None: there is no such token
+    gap: stands for nothing in a response (`src.text.prompt_format.PromptFormat`); None: there is no such token
     """
 
     mask: int

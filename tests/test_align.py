@@ -8,10 +8,10 @@ from random import Random
 
 import pytest
 
-from src.align import Aligned, _borders, apply_spans, locate, locate_swap
 from src.scenes.grammar import LEXICON, swaps, write_caption
 from src.scenes.graph import draw_scene
-from src.tokenizer import BOS, Codec
+from src.text.align import Aligned, _borders, apply_spans, locate, locate_swap
+from src.text.tokenizer import BOS, Codec
 from src.types import Edit
 
 ODD = "Häuser naïve 東京タワー 🙂🙃 isn't e\u0301 co-op “quoted” tab\there  two  blanks\nline ½"

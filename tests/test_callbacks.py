@@ -24,7 +24,7 @@ from src.objectives.optim import Training
 from src.preparation.scenes import Scenes
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
 
 CANVAS, BATCH = 48, 4

@@ -19,7 +19,7 @@ from datamodules.collate import image_inputs
 from src.io.shards import write_shards
 from src.models.tiling import Square, anyres
 from src.models.tiny import tiny
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 TEXTS = ("A red ring.", "A blue cross is here.")
 WORDS = "Describe the picture. Which? user assistant red blue green ring cross A is here."

@@ -22,7 +22,7 @@ from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Draft, Failure
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -43,7 +43,7 @@ from src.preparation.scenes import Scenes
 from src.samplers.sampler import Sampler
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch
 
 CANVAS, NUM = 48, 5
@@ -314,10 +314,10 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
     [
         "src/types.py",
         "src/evaluate.py",
-        "src/tokenizer.py",
+        "src/text/tokenizer.py",
         "src/io/shards.py",
         "src/models/tiling.py",
-        "src/prompts/format.py",
+        "src/text/prompt_format.py",
         "src/metrics/text.py",
         "src/samplers/sampler.py",
         "src/models/llada.py",

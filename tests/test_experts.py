@@ -10,7 +10,6 @@ from random import Random
 
 import pytest
 
-from src.align import apply_spans, locate
 from src.chat.slots import align, fits
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert, correct
@@ -27,7 +26,8 @@ from src.scenes.grammar import (
 )
 from src.scenes.graph import Scene, SceneObject, draw_scene
 from src.scenes.score import score_caption
-from src.tokenizer import BOS, Codec
+from src.text.align import apply_spans, locate
+from src.text.tokenizer import BOS, Codec
 from src.types import Draft, Edit, Expert, Failure, Revision
 
 WORDS = sorted({w for words in LEXICON.values() for w in words} | {"A", "the", "is", "in", "of", "xx", "there", "On"})

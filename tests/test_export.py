@@ -19,7 +19,7 @@ from src.models.hf.folder import describe, fingerprint, from_pretrained, save_pr
 from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = {
@@ -343,7 +343,7 @@ def test_a_sharded_checkpoint_of_several_processes(codec, run, tmp_path):
         RUN
         + f"""
 from lightning.pytorch.strategies import ModelParallelStrategy
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 model = tiny(Codec.load({str(tmp_path / "tokenizer")!r}), decoder={DECODER}, vision=None, seed=5)
 strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 model = fit(model, {str(tmp_path / "run")!r}, devices=2, strategy=strategy)

@@ -18,8 +18,6 @@ import src.revise
 import src.train
 from datamodules.captions import CaptionData
 from datamodules.collate import draft_row
-from src.align import Span as TokenSpan
-from src.align import apply_spans, locate
 from src.diffusion.corruption import Only, Settle, Span, start
 from src.diffusion.noise import Noise
 from src.io.files import read_json
@@ -29,7 +27,9 @@ from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
-from src.tokenizer import BOS, Codec
+from src.text.align import Span as TokenSpan
+from src.text.align import apply_spans, locate
+from src.text.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
 
 ROOT = Path(__file__).resolve().parents[1]

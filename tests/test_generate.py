@@ -22,7 +22,7 @@ from src.models.llada_v import LLaDAV
 from src.models.tiling import Square
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 TEXTS = ["A small red ring is in the top left.", "There is a large blue square below it."]
 PROMPT = "Describe the picture."

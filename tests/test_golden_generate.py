@@ -11,7 +11,7 @@ from PIL import Image
 
 from src.generate import main
 from src.io.shards import write_shards
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 UNLIKE = {"stop_ids", "suffix_ids", "fake_ans"}  # what the command line cannot say: they are ids
 

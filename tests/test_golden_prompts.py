@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from src.prompts.format import IMAGE
-from src.tokenizer import BOS, EOT, HEADER_END, HEADER_START, Codec
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import BOS, EOT, HEADER_END, HEADER_START, Codec
 
 
 @pytest.fixture(scope="module")

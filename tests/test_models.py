@@ -15,7 +15,7 @@ from src.models.hf.folder import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Prefix
 
 VISION = {

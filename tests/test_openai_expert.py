@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.align import locate
 from src.chat.budget import Prices
 from src.chat.client import ExpertError
 from src.chat.journal import Journal
@@ -23,7 +22,8 @@ from src.chat.limits import Limits, ServerDown
 from src.cli.instantiate import ConfigError, build
 from src.experts.openai import OpenAIExpert, read_raw
 from src.io.settings import describe
-from src.tokenizer import Codec
+from src.text.align import locate
+from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
 

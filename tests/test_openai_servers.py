@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.align import locate
 from src.chat.client import ExpertError
 from src.chat.limits import Limits, ServerDown
 from src.experts.openai import OpenAIExpert
-from src.tokenizer import Codec
+from src.text.align import locate
+from src.text.tokenizer import Codec
 from src.types import Draft, Failure, Revision
 from tests.servers.real import (
     free_port,

@@ -16,7 +16,7 @@ from src.export import main as export
 from src.generate import main
 from src.models.hf.folder import fingerprint, save_pretrained
 from src.models.llada_v import LLaDAV
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

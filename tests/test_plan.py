@@ -42,7 +42,7 @@ from src.plan import (
     Plan,
     measure,
 )
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.train import main
 from src.types import Batch, SpecialIds
 

@@ -31,7 +31,7 @@ from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -16,7 +16,7 @@ from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.samplers.sampler import Sampler
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 VISION = {**SIZES, "image_size": 16, "patch_size": 8}

@@ -36,7 +36,7 @@ from src.samplers.sampler import Sampler
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Batch, Draft, Edit, Failure, Prefix, Revision
 
 NUM, CANVAS, RIGHT = 11, 64, {"s03", "s07"}  # the drafts of RIGHT hold no mistake

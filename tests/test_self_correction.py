@@ -41,7 +41,7 @@ from src.samplers.sampler import Sampler
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Edit, Revision
 
 NUM, CANVAS, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round

@@ -55,7 +55,7 @@ STEP = "src.objectives.revision:Revision/training_step"
 READING = """
 import multiprocessing, sys
 from datamodules.captions import CaptionData
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 codec = Codec.load(f"{sys.argv[1]}/tokenizer")
 data = CaptionData(path=sys.argv[1], codec=codec, batch_size=16, canvas=40, image_size=48, workers=1)

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "src.cli.instantiate": set(),
     "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
     "src.io.lock": {"src.cli.instantiate"},
-    "src.generation.writer": {"src.types", "src.cli.instantiate", "src.tokenizer"},
+    "src.generation.writer": {"src.types", "src.cli.instantiate", "src.text.tokenizer"},
     "src.distributed.parallel": set(),
     "src.distributed.checkpoints": {"src.distributed.parallel", "src.io.shards"},  # checkpoints as files and folders
     "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
@@ -49,31 +49,31 @@ LAYERS: dict[str, set[str]] = {
     "src.evaluation.drawing": set(),
     "src.preparation": set(),
     "src.scenes": set(),
-    "src.prompts": set(),
+    "src.text": set(),
     "src.io.hub": set(),
-    "src.tokenizer": {"src.types", "src.io.hub", "src.prompts"},
-    "src.preparation.builder": {"src.preparation", "src.io.lock", "src.io.shards", "src.tokenizer"},
-    "src.preparation.text": {"src.preparation.builder", "src.preparation", "src.prompts", "src.tokenizer"},
+    "src.text.tokenizer": {"src.types", "src.io.hub", "src.text"},
+    "src.preparation.builder": {"src.preparation", "src.io.lock", "src.io.shards", "src.text.tokenizer"},
+    "src.preparation.text": {"src.preparation.builder", "src.preparation", "src.text", "src.text.tokenizer"},
     "src.chat.journal": {"src.types", "src.io.shards"},
     "src.diffusion": {"src.types"},
-    "src.align": {"src.types", "src.tokenizer"},
-    "src.preparation.swaps": {"src.align", "src.scenes", "src.tokenizer"},
-    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.io.shards", "src.tokenizer"},
+    "src.text.align": {"src.types", "src.text.tokenizer"},
+    "src.preparation.swaps": {"src.text.align", "src.scenes", "src.text.tokenizer"},
+    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.io.shards", "src.text.tokenizer"},
     "src.models": {
         "src.types",
-        "src.align",
+        "src.text.align",
         "src.io.hub",
         "src.distributed.parallel",
         "src.scenes",
         "src.models.tiling",
-        "src.tokenizer",
+        "src.text.tokenizer",
     },
-    "src.experts": {"src.types", "src.align", "src.distributed.parallel", "src.scenes", "src.tokenizer"},
-    "src.rounds.drafts": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.tokenizer"},
+    "src.experts": {"src.types", "src.text.align", "src.distributed.parallel", "src.scenes", "src.text.tokenizer"},
+    "src.rounds.drafts": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.text.tokenizer"},
     "src.rounds.expert_thread": {"src.types", "src.chat.journal"},
-    "src.rounds.stats": {"src.align", "src.types", "src.chat.journal", "src.tokenizer"},
+    "src.rounds.stats": {"src.text.align", "src.types", "src.chat.journal", "src.text.tokenizer"},
     "src.rounds.round": {
-        *("src.types", "src.align", "src.distributed.parallel", "src.tokenizer"),
+        *("src.types", "src.text.align", "src.distributed.parallel", "src.text.tokenizer"),
         *(
             "src.rounds.expert_thread",
             "src.rounds.drafts",
@@ -103,14 +103,14 @@ LAYERS: dict[str, set[str]] = {
     },
     "src.assembly": {
         *("src.types", "src.cli.instantiate", "src.rounds.drafts", "src.models", "src.cli.signals", "src.strategy"),
-        *("src.models.tiling", "src.tokenizer", "callbacks", "datamodules"),
+        *("src.models.tiling", "src.text.tokenizer", "callbacks", "datamodules"),
     },
     "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
     "src.evaluation.grid": {"src.cli.instantiate"},
     "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.io.shards"},
     "datamodules": {
-        *("src.types", "src.align", "src.prompts", "src.scenes"),
-        *("src.io.shards", "src.models.tiling", "src.tokenizer"),
+        *("src.types", "src.text.align", "src.text", "src.scenes"),
+        *("src.io.shards", "src.models.tiling", "src.text.tokenizer"),
     },
     "callbacks": {
         *("src.types", "src.diffusion", "src.rounds.drafts", "src.evaluation.drawing", "src.metrics"),
@@ -121,7 +121,7 @@ LAYERS: dict[str, set[str]] = {
             "src.distributed.checkpoints",
             "src.cli.signals",
             "src.rounds.stats",
-            "src.tokenizer",
+            "src.text.tokenizer",
         ),
     },
     **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
@@ -140,13 +140,13 @@ ONLY_IN: dict[str, set[str]] = {
         "src.runs",
         *(f"src.{verb}" for verb in VERBS),
     },
-    "transformers": {"src.metrics", "src.models", "src.tokenizer"},
+    "transformers": {"src.metrics", "src.models", "src.text.tokenizer"},
     "rdkit": {"src.metrics"},
     "openai": {"src.experts"},
     "matplotlib": {"src.evaluation.pareto", "src.evaluation.report"},
 }
 WITHOUT_TORCH = (
-    *("src.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
+    *("src.text.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
     *("src.preparation", "src.chat.journal", "src.scenes", "src.io.shards", "src.models.tiling"),
 )
 
@@ -248,9 +248,9 @@ def test_layers(path: Path) -> None:
 
 def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
     assert forbidden("src.diffusion.losses", ["torch", "src.types.Kind", "src.diffusion.noise.Noise"]) == []
-    assert forbidden("src.diffusion.losses", ["lightning", "src.tokenizer.Codec", "src.rounds.batch_api"]) == [
+    assert forbidden("src.diffusion.losses", ["lightning", "src.text.tokenizer.Codec", "src.rounds.batch_api"]) == [
         "lightning",
-        "src.tokenizer.Codec",
+        "src.text.tokenizer.Codec",
         "src.rounds.batch_api",
     ]
     assert forbidden("datamodules.captions", ["callbacks.samples", "src.cli.config", "datamodules.shards"]) == [

@@ -30,7 +30,7 @@ from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.preparation.scenes import Scenes
 from src.preparation.text import Pairs
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 CANVAS, NUM = 48, 4

@@ -21,7 +21,7 @@ from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
 from src.samplers.predictor import hidden_prefix
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.train import main as train
 from src.types import Batch
 

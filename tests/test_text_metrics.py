@@ -19,7 +19,7 @@ from src.metrics.answer import ExactMatch, answer_of
 from src.metrics.perplexity import GenerativePerplexity
 from src.metrics.smiles import Smiles
 from src.metrics.variety import Variety, unigram_entropy
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 with_rdkit = pytest.mark.skipif(find_spec("rdkit") is None, reason="rdkit is not installed (the extra `smiles`)")
 

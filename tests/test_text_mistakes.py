@@ -17,8 +17,8 @@ from src.io.shards import read_shard
 from src.preparation.smiles import Smiles
 from src.preparation.text import Packed, Pairs
 from src.prepare import main
-from src.prompts.format import IMAGE
-from src.tokenizer import EOS, SPECIAL, Codec, _pieces
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import EOS, SPECIAL, Codec, _pieces
 
 
 def write_jsonl(path: Path, lines: list[dict]) -> Path:

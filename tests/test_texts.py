@@ -17,7 +17,7 @@ from src.preparation.jsonl import read_documents, read_records
 from src.preparation.smiles import Smiles, count_rings
 from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
-from src.tokenizer import BOS, EOS, Codec
+from src.text.tokenizer import BOS, EOS, Codec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the folder of real data is not there")

@@ -16,8 +16,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from src.prompts.format import FOLDER, IMAGE, PromptFormat
-from src.tokenizer import BOS, EOS, EOT, HEADER_END, HEADER_START, MASK, SPECIAL, Codec
+from src.text.prompt_format import FOLDER, IMAGE, PromptFormat
+from src.text.tokenizer import BOS, EOS, EOT, HEADER_END, HEADER_START, MASK, SPECIAL, Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION, ANSWER = "Describe the picture.", "A small red ring."

@@ -135,7 +135,7 @@ def _build(value: Any, offers: dict, name: str = "") -> Any:
 
 
 def _locate(target: Any) -> Callable:
-    """Import what `target:` names: a class or function, or a method such as `src.tokenizer.Codec.load`."""
+    """Import what `target:` names: a class or function, or a method such as `src.text.tokenizer.Codec.load`."""
     parts = str(target).split(".")
     if parts[0] not in PACKAGES:
         raise ConfigError(f"{target!r} is not in the packages {', '.join(PACKAGES)}")

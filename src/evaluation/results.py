@@ -22,7 +22,7 @@ from src.io.files import read_json, sha256, write_bytes, write_json
 from src.metrics.caption import Stat
 
 CODE = (  # what makes kept results stale when it changes
-    *("src/types.py", "src/evaluate.py", "src/io/shards.py", "src/models/tiling.py", "src/tokenizer.py"),
+    *("src/types.py", "src/evaluate.py", "src/io/shards.py", "src/models/tiling.py", "src/text/tokenizer.py"),
     *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
 )
 LONGEST = 120  # characters of a cell's file name

@@ -3,7 +3,7 @@
     expert: {target: src.experts.openai.OpenAIExpert, model: o4-mini, profile: reasoning}
 
     draft -> messages (revise.md, image) -> client (limits, retries) -> reply -> edits
-          -> those that cannot be placed (src/align.py) are sent back once -> Revision | Failure
+          -> those that cannot be placed (src/text/align.py) are sent back once -> Revision | Failure
 
 An answer keeps the model's words in `raw`, so `read_raw` reads it again without a call. Edits that stay useless remain
 in it: the round drops and counts them by reason. `usage` sums all requests of a draft; besides tokens, cost and seconds
@@ -20,14 +20,14 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from src.align import locate
 from src.chat.client import Call, Client, ExpertError, Request
 from src.chat.limits import Limits, ServerDown
 from src.chat.profiles import Profile, choose
 from src.chat.replies import Trouble, Unanswered, read_body
 from src.experts.prompt import BadImage, Messages, Picture, Words, again, first, show, tokens_of
 from src.experts.reply import UNREADABLE, UnreadableReply, read_reply
-from src.tokenizer import Codec
+from src.text.align import locate
+from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 
 BETWEEN = "\x1e"  # the replies in `raw`: ASCII's record separator

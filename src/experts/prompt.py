@@ -88,7 +88,7 @@ def first(words: Words, draft: Draft, *, picture: Picture | None, detail: str | 
 
 
 def again(words: Words, messages: Messages, reply: str, problems: Sequence[tuple[Edit, str, str]]) -> Messages:
-    """The messages that send edits back. problems: (edit, reason as in src/align.py, what else helps)"""
+    """The messages that send edits back. problems: (edit, reason as in src/text/align.py, what else helps)"""
     told = [
         f"{number}. {_quoted(edit)}: {WHY.get(reason, reason)}{more}"
         for number, (edit, reason, more) in enumerate(problems, 1)

@@ -19,7 +19,7 @@ from datamodules.text import TextData
 from src.io.images import ImageProblem, fit, load
 from src.io.shards import INDEX
 from src.models.tiling import Layout, Square
-from src.prompts.format import IMAGE
+from src.text.prompt_format import IMAGE
 
 Entry = tuple[str, Callable[[], Sample]]  # key of an image or question, and what reads it or raises ImageProblem
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from src.cli.instantiate import ConfigError
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Sampled
 
 START = b'{"key": "'  # of every line

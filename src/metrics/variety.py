@@ -15,7 +15,7 @@ import torch
 
 from src.metrics.caption import CaptionMetric, Stat
 from src.metrics.text import words_of
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 
 class Variety(CaptionMetric):

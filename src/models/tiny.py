@@ -6,7 +6,7 @@ import torch
 
 from src.models.llada_v import LLaDAV
 from src.models.tiling import AnyRes
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 
 def tiny(codec: Codec, *, decoder: dict, vision: dict | None, tiling: AnyRes | None = None, seed: int = 0) -> LLaDAV:

@@ -20,7 +20,7 @@ from src.io.files import naming, publish, read_json, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
 from src.preparation.counts import table
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)

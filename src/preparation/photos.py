@@ -25,7 +25,7 @@ from src.preparation.scenes import CHAT_WORDS, make_codec
 from src.preparation.splits import SPLITS, fill_splits, hashed_share, split_of
 from src.preparation.swaps import SwapLocator
 from src.scenes.grammar import Swap
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 _COCO_PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")

@@ -16,7 +16,7 @@ from src.preparation.swaps import SwapLocator
 from src.scenes.grammar import LEXICON, swaps, write_brief, write_caption
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 CHAT_WORDS = "system user assistant"  # roles that the chat template writes
 

@@ -22,7 +22,7 @@ from src.preparation.annotations import Skip
 from src.preparation.counts import Counts
 from src.preparation.jsonl import note, read_records, text_of
 from src.preparation.text import Item, Texts, check_name
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 
 # A bracket atom, whose digits are no ring numbers; a ring number; a branch; a dot.
 TOKEN = re.compile(r"(?P<atom>\[[^\[\]]*\])|%\((?P<long>\d+)\)|%(?P<two>\d\d)|(?P<one>\d)|(?P<other>[()\[\]%.])")

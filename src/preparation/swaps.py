@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from src.align import locate_swap
 from src.scenes.grammar import Swap, split_sentences
-from src.tokenizer import Codec
+from src.text.align import locate_swap
+from src.text.tokenizer import Codec
 
 CACHE_SIZE = 200_000  # texts, of some hundred bytes each
 

@@ -30,8 +30,8 @@ from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
 from src.preparation.counts import Counts
 from src.preparation.jsonl import note, read_documents, read_records, text_of
 from src.preparation.splits import fill_splits, hashed_share, split_of
-from src.prompts.format import IMAGE
-from src.tokenizer import Codec
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import Codec
 
 KIND = "text"
 OWN = ("key", "source", "prompt", "captions")  # of a sample

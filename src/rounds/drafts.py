@@ -28,7 +28,7 @@ from src.io.files import read_json, sha256, write_json
 from src.io.settings import _plain, describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
 from src.models.hf.folder import fingerprint
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
     batches -> draw_drafts -> drafts/                        one shard for each chunk (src/rounds/drafts.py)
             -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/chat/journal.py)
-            -> src.align.locate -> round-000000.tar, ... -> index.json, the manifest
+            -> src.text.align.locate -> round-000000.tar, ... -> index.json, the manifest
 
     how = Revising(expert=expert, codec=codec, ...)
     run_round("rounds/round-0001", batches, partial(draft_batch, ...), how=how, ...)      draft and revise
@@ -32,7 +32,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.align import Aligned
 from src.chat.journal import Answers, Journal
 from src.distributed.parallel import Team, world
 from src.io.files import publish, write_json
@@ -41,7 +40,8 @@ from src.io.shards import INDEX, image_name, read_manifest, write_shards
 from src.rounds.drafts import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
 from src.rounds.stats import Tally
-from src.tokenizer import Codec
+from src.text.align import Aligned
+from src.text.tokenizer import Codec
 from src.types import Batch, Draft, Expert, FailedRound, Revision, Round
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from src.align import Aligned, locate
 from src.chat.journal import Answer
-from src.tokenizer import Codec
+from src.text.align import Aligned, locate
+from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
 
 COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswered", "edits")

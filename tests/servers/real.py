@@ -180,7 +180,7 @@ def tiny_vision_model(folder: Path) -> Path:
         LlavaProcessor,
     )
 
-    from src.tokenizer import Codec
+    from src.text.tokenizer import Codec
 
     tokenizer = Codec.train(
         ["A red ring is in the upper left corner. right wrong"], vocab_size=500, alphabet="bytes"

@@ -29,7 +29,7 @@ from src.models.hf.formats import FORMATS, Description, Format, qualify, recogni
 from src.models.hf.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
-from src.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
+from src.text.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"
 SHOWN = 12  # names of tensors in an error

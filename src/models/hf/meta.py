@@ -21,7 +21,7 @@ from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weig
 from src.models.hf.formats import recognise
 from src.models.hf.weights import explained, is_model_folder
 from src.models.llada_v import LLaDAV
-from src.tokenizer import NEEDED, Codec
+from src.text.tokenizer import NEEDED, Codec
 
 
 def outline(

@@ -30,7 +30,7 @@ class PromptFormat:
     suppress: tokens that a sampler never writes, besides mask and image marks; null: all special ones but end of turn
         and end of text
     gap:      a special token that stands for nothing: a sampler may write it, and decoding strips it, so that a text
-        can lose or gain tokens without moving the others (src/align.py); null: there is none
+        can lose or gain tokens without moving the others (src/text/align.py); null: there is none
     """
 
     template: str

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from src.tokenizer import Codec
+from src.text.tokenizer import Codec
 from src.types import Edit
 
 RESIZED = ("stretched", "shortened", "filled")  # what edits with gaps do, see `Aligned`

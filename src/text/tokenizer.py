@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from src.io.hub import local_folder
-from src.prompts.format import IMAGE, PromptFormat
+from src.text.prompt_format import IMAGE, PromptFormat
 from src.types import SpecialIds
 
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"

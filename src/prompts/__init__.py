@@ -1,1 +1,0 @@
-"""How questions are put to a model: one yaml file for each format, read by `src.prompts.format`."""
