@@ -1,4 +1,4 @@
-"""Is the plan of memory (`src.plan`) true? Real training steps, measured, beside what was planned for them.
+"""Is the plan of memory (`src.training.memory_plan`) true? Real training steps, measured, beside what was planned for them.
 
     python -m benchmarks.memory                    all cases on the CPU, one thread, each in a fresh process
     python -m benchmarks.memory mid "mid, mixed"   some of them
@@ -32,7 +32,7 @@ from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
 from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.plan import PARAMETERS, TYPES, measure
+from src.training.memory_plan import PARAMETERS, TYPES, measure
 from src.types import Batch, SpecialIds
 
 MIB = 1 << 20

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import MID, SPECIAL
-from src.ledger import Live
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
+from src.training.memory_tracker import Live
 from src.types import Batch, Loss, SpecialIds
 
 MIB = 1 << 20

@@ -33,8 +33,8 @@ from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
 from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.processes import meet
-from src.strategy import DDP, FSDP2
+from src.training.launch import meet
+from src.training.strategy import DDP, FSDP2
 
 WAYS = ("alone", "copies", "shares", "shares, not resharded", "shares, bfloat16", "shares, checkpointing")
 STOOD_FOR = {"shares, not resharded": Sharding(reshard=False), "shares, bfloat16": Sharding(compute="bfloat16")}

@@ -30,9 +30,9 @@ from src.distributed.parallel import Team
 from src.io.lock import locked
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
-from src.processes import explained, launched_first, together
 from src.rounds.drafts import capped, draft_batch, draw_drafts, settings_of
 from src.text.tokenizer import Codec
+from src.training.launch import explained, launched_first, together
 
 
 @main_guard

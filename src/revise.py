@@ -37,12 +37,12 @@ from src.cli.entrypoint import main_guard
 from src.cli.instantiate import ConfigError, build, check
 from src.distributed.parallel import Team
 from src.io.lock import locked
-from src.processes import explained, launched_first, together
 from src.rounds.batch_api import read_results, write_requests
 from src.rounds.drafts import read_drafts, read_drafts_index
 from src.rounds.round import Revising, check_reopens, reopen, revise_round
 from src.rounds.stats import yields
 from src.text.tokenizer import Codec
+from src.training.launch import explained, launched_first, together
 from src.types import Round
 
 HINTS = {

@@ -25,9 +25,8 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -35,31 +34,44 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
-from PIL import Image
 
-from datamodules.shards import Sample
-from src.assembly import OFFERS, assemble, check_stops, codec_of, data_and_objective, offered, outlined, quiet
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, check, plain
+from src.cli.instantiate import ConfigError, check
 from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
 from src.io.files import write_json
-from src.io.images import MAX_PIXELS
 from src.io.lock import locked
 from src.models.hf.folder import save_pretrained
 from src.objectives.base import Diverged
-from src.plan import measure
-from src.processes import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet
-from src.runs import FINISHED, MODEL, begin, check_folder, checkpoints, forget, is_complete, newest, restore
-from src.strategy import FSDP2
 from src.text.tokenizer import Codec
-from src.types import Batch, FailedRound
+from src.training.build import (
+    MISTAKES,
+    OFFERS,
+    assemble,
+    check_stops,
+    codec_of,
+    quiet,
+)
+from src.training.launch import check_started, end_now, explained, is_lost, launched_first, leave_with_parent, meet
+from src.training.memory_plan import plan
+from src.training.run_dir import (
+    FINISHED,
+    MODEL,
+    REQUEUE,
+    STOP,
+    begin,
+    check_folder,
+    checkpoints,
+    forget,
+    is_complete,
+    newest,
+    restore,
+)
+from src.training.strategy import FSDP2
+from src.types import FailedRound
 
-STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes
-MISTAKES = (ValueError, MisconfigurationException)
 BEGAN = time.time()
 log = logging.getLogger(__name__)
 
@@ -222,50 +234,6 @@ def _way_on(*, saved: bool) -> str:
         "no checkpoint was saved on the way, so the same command would do the same again: raise or unset what ended it "
         "(trainer.max_epochs, max_time, limit_train_batches), or lower callbacks.checkpoint.every_n_train_steps"
     )
-
-
-def plan(cfg: DictConfig, *, gpus: int) -> str:
-    """The memory that a step takes of each of some GPUs that share the model, as a table. Reads no weights or data."""
-    if type(gpus) is not int or gpus < 1:
-        raise ConfigError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
-    quiet()
-    try:
-        codec = codec_of(cfg)
-        data, objective = data_and_objective(
-            cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
-        )
-        micro = objective.options.micro_batch or cfg.data.batch_size
-        batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
-        found = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
-    except MISTAKES as error:
-        raise ConfigError(str(error)) from error
-    except KeyError as error:
-        raise ConfigError(f"no plan: the objective needs {error} of the records, and no data are read") from error
-    return (
-        f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
-        f"{objective.options.views} x {cfg.data.canvas} tokens behind a prefix of {found.prefix}; "
-        f"{cfg.trainer.precision}\n{found.parameters:,} parameters, {found.trained:,} of them trained\n\n"
-        f"{found.table()}\nat most {found.shown(found.peak)} on each GPU; docs/memory.md says what comes on top\n"
-    )
-
-
-def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
-    """A batch as the data would make it of black pictures of the size of `plan.image`."""
-    size = plain(cfg.plan.image)
-    if size is not None and not _is_size(size):
-        most = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
-        raise ConfigError(f"plan.image: expected [width, height] or null, got {size} ({most})")
-    if not isinstance(cfg.plan.prompt, str):
-        raise ConfigError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
-    image: Any = size and Image.new("RGB", (size[0], size[1]))
-    record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
-    return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
-
-
-def _is_size(size: Any) -> bool:
-    if not isinstance(size, list) or len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
-        return False
-    return size[0] * size[1] <= MAX_PIXELS
 
 
 if __name__ == "__main__":

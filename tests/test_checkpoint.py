@@ -23,8 +23,8 @@ from src.models.hf.meta import outline
 from src.models.hf.weights import INDEX, Weights, is_model_folder, weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
-from src.runs import inputs
 from src.text.tokenizer import Codec
+from src.training.run_dir import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.ledger import LOOKED, Live, Shapes
+from src.training.memory_tracker import LOOKED, Live, Shapes
 
 KIB = 1 << 10
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from src.ledger import Live
 from src.models.hf.folder import fingerprint, from_pretrained, save_pretrained
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
+from src.training.memory_tracker import Live
 from src.types import Prefix
 
 VISION = {

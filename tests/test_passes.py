@@ -11,7 +11,6 @@ import torch
 
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import term_loss
-from src.ledger import Live
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edit_noise import EditNoise
@@ -20,6 +19,7 @@ from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
 from src.objectives.uniform import UniformNoise
+from src.training.memory_tracker import Live
 from src.types import Batch, Corrupted, Kind
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import TRAINING, Oracle, batch_with_prompt, make, tiny_backbone, token_losses, total

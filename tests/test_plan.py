@@ -26,7 +26,9 @@ from src.models.tiling import anyres
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.revision import Revision
-from src.plan import (
+from src.text.tokenizer import Codec
+from src.train import main
+from src.training.memory_plan import (
     CAST,
     DECODER,
     GATHERED,
@@ -42,8 +44,6 @@ from src.plan import (
     Plan,
     measure,
 )
-from src.text.tokenizer import Codec
-from src.train import main
 from src.types import Batch, SpecialIds
 
 ROOT = Path(__file__).parents[1]

@@ -189,8 +189,8 @@ BOTH = (0, 1)
         ((0,), ANSWER, 6),
         ((1,), RENAME, 1),  # of a shard of drafts
         *(((0,), RENAME, number) for number in (4, 12, 15, 20)),  # drafts, rounds, manifests, checkpoints
-        ((1,), "src.strategy:entries", 1),  # in the middle of a checkpoint
-        ((0,), "src.strategy:write_manifest", 2),
+        ((1,), "src.training.strategy:entries", 1),  # in the middle of a checkpoint
+        ((0,), "src.training.strategy:write_manifest", 2),
         ((0,), "src.rounds.round:_write", 1),
         ((0,), "callbacks.checkpoint:link", 1),
         ((0,), "src.train:save_pretrained", 0),

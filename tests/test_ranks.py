@@ -25,7 +25,7 @@ from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
 from src.objectives.revision import Revision
 from src.objectives.uniform import UniformNoise
-from src.strategy import FSDP2
+from src.training.strategy import FSDP2
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import QUIET, batch_with_prompt, make, tiny_backbone
 
@@ -92,9 +92,9 @@ from functools import partial
 sys.path.insert(0, {root!r})
 import torch
 from src.distributed.parallel import Sharding, whole
-from src.strategy import FSDP2
+from src.training.strategy import FSDP2
 from tests.test_corruption import SPECIAL
-from src.strategy import DDP, FSDP2
+from src.training.strategy import DDP, FSDP2
 from tests.test_ranks import run
 
 rank = int(os.environ.get("LOCAL_RANK", 0))

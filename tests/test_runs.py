@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.runs import is_whole
 from src.train import main
+from src.training.run_dir import is_whole
 from tests.test_train import STAGE_TWO, arguments, refusal, write_scenes
 
 

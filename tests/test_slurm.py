@@ -28,7 +28,7 @@ STEPS, EPOCH, DRAFTS = 40, 20, 64
 BASE = "assets/base"
 CLUSTER = """\
 cluster:
-  target: src.submit.Cluster
+  target: src.training.slurm.Cluster
   nodes: 2
   gpus_per_node: 0
   cpus_per_task: 1

@@ -41,8 +41,8 @@ LAYERS: dict[str, set[str]] = {
     "src.generation.writer": {"src.types", "src.cli.instantiate", "src.text.tokenizer"},
     "src.distributed.parallel": set(),
     "src.distributed.checkpoints": {"src.distributed.parallel", "src.io.shards"},  # checkpoints as files and folders
-    "src.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
-    "src.processes": {"src.cli.instantiate", "src.distributed.parallel", "src.strategy"},
+    "src.training.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
+    "src.training.launch": {"src.cli.instantiate", "src.distributed.parallel", "src.training.strategy"},
     "src.cli.signals": set(),
     "src.models.tiling": set(),  # how images are cut, for data and model alike
     "src.io.shards": set(),  # the file format; both ends of it use this one
@@ -90,10 +90,10 @@ LAYERS: dict[str, set[str]] = {
         "src.objectives",
         "src.scenes",
     },  # labels are of scenes
-    "src.ledger": set(),
-    "src.plan": {"src.types", "src.diffusion", "src.ledger", "src.objectives"},
+    "src.training.memory_tracker": set(),
+    "src.training.memory_plan": {"src.types", "src.diffusion", "src.training.memory_tracker", "src.objectives"},
     "src.evaluation.report": {"src.evaluation.drawing", "src.metrics"},
-    "src.runs": {
+    "src.training.run_dir": {
         "src.cli.instantiate",
         "src.cli.config",
         "src.io.hub",
@@ -101,8 +101,15 @@ LAYERS: dict[str, set[str]] = {
         "src.io.shards",
         "src.distributed.checkpoints",
     },
-    "src.assembly": {
-        *("src.types", "src.cli.instantiate", "src.rounds.drafts", "src.models", "src.cli.signals", "src.strategy"),
+    "src.training.build": {
+        *(
+            "src.types",
+            "src.cli.instantiate",
+            "src.rounds.drafts",
+            "src.models",
+            "src.cli.signals",
+            "src.training.strategy",
+        ),
         *("src.models.tiling", "src.text.tokenizer", "callbacks", "datamodules"),
     },
     "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
@@ -130,14 +137,14 @@ LAYERS: dict[str, set[str]] = {
 # Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
 ONLY_IN: dict[str, set[str]] = {
     "lightning": {
-        *("src.assembly", "src.processes", "src.strategy", "src.train"),
+        *("src.training.build", "src.training.launch", "src.training.strategy", "src.train"),
         *("src.objectives", "src.objectives.scene_labels", "callbacks", "datamodules"),
     },
     "omegaconf": {
-        "src.assembly",
+        "src.training.build",
         "src.cli.instantiate",
         "src.cli.config",
-        "src.runs",
+        "src.training.run_dir",
         *(f"src.{verb}" for verb in VERBS),
     },
     "transformers": {"src.metrics", "src.models", "src.text.tokenizer"},

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from src.cli.config import load_config
 from src.preparation.scenes import Scenes
-from src.submit import CODE, Cluster, main, script, seconds
+from src.submit import main
+from src.training.slurm import CODE, Cluster, script, seconds
 from tests.test_stop import ROOT, arguments, scenes  # noqa: F401
 
 SIZES = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 12, "time": "1-00:00:00", "stop_before": 600}
@@ -332,14 +333,14 @@ def refusal(argv: list[str], capsys) -> str:
         (["objective.rate=often"], "error: objective.rate: expected float, got 'often'\n"),
         (["data.path=/nowhere"], "error: no such folder"),
         (["trainer.devices=2"], "error: trainer.devices=2, but the job of this cluster has 1; set it to that\n"),
-        (["cluster.time=soon"], "error: src.submit.Cluster: time must be"),
+        (["cluster.time=soon"], "error: src.training.slurm.Cluster: time must be"),
         (["callbacks.stop=null"], "error: no callback is callbacks.stop.SaveAndStop"),
         (["plan.gpus=2"], "error: plan.gpus=2 prints a plan"),
         (["trainer.max_steps=0"], "error: trainer.max_steps must be at least 1, got 0"),
         (["name=bash"], "error: name=bash: Lightning takes a job of that name for a session"),
         (["cluster.nodes=2", "trainer.strategy=fsdp"], "error: trainer.strategy: 2 processes need parallel/ddp or"),
         (
-            ["cluster.nodes=2", "trainer.strategy={target: src.strategy.FSDP2, replicas: 3}"],
+            ["cluster.nodes=2", "trainer.strategy={target: src.training.strategy.FSDP2, replicas: 3}"],
             "error: trainer.strategy.replicas=3 does not divide the 2 processes\n",
         ),
     ],

@@ -24,7 +24,7 @@ class Training:
     checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` computes them a
         second time, `selective` keeps only results of matrix products and attention
     compile: compile the model's blocks (torch.compile): slower to start, faster from then on
-    sharding: how FSDP2 shares the model, where the trainer's strategy is `src.strategy.FSDP2`
+    sharding: how FSDP2 shares the model, where the trainer's strategy is `src.training.strategy.FSDP2`
     max_skipped: steps in a row that are skipped because their gradients are not finite; one more ends the training
     """
 

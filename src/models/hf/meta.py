@@ -1,4 +1,4 @@
-"""The model of a folder without its weights, on the meta device: what `src.plan` plans the memory of.
+"""The model of a folder without its weights, on the meta device: what `src.training.memory_plan` plans the memory of.
 
 outline("runs/mask/model")          of the weights only names, shapes and types are read
 outline("GSAI-ML/LLaDA-8B-Base")    of a name on the hub no weights are downloaded

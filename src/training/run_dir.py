@@ -218,3 +218,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from src.cli.instantiate import ConfigError
 from src.distributed.parallel import Elsewhere, Team, rank
-from src.strategy import DDP, FSDP2
+from src.training.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
 MARGIN = 10.0  # seconds that a rank waits for the others beyond what its strategy does

@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
@@ -31,8 +32,8 @@ from src.cli.signals import Stop
 from src.models.hf.meta import Deferred
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
-from src.strategy import DDP, FSDP2
 from src.text.tokenizer import Codec
+from src.training.strategy import DDP, FSDP2
 from src.types import Kind
 
 OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
@@ -183,3 +184,6 @@ def _log_interval(cfg: DictConfig) -> int:
     """Steps between two points of the log: a run that is shorter has one at its end."""
     interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
     return min(interval, steps) if steps > 0 else interval
+
+
+MISTAKES = (ValueError, MisconfigurationException)

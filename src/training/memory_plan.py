@@ -3,7 +3,7 @@
     python -m src.train conf=stage1 plan.gpus=8
     measure(objective, batch, gpus=8, precision="bf16-mixed")
 
-    objective and batch -> its own losses, backward pass and optimizer step on tensors without data (`src.ledger`)
+    objective and batch -> its own losses, backward pass and optimizer step on tensors without data (`src.training.memory_tracker`)
       -> every storage that is made and freed on the way -> the fullest moment of each phase
 
 There is no formula of any layer in here: what is counted is what the real step keeps alive.
@@ -25,19 +25,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from datamodules.shards import Sample
+from src.cli.instantiate import ConfigError, plain
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
-from src.ledger import LOOKED, Live, Shapes
+from src.io.images import MAX_PIXELS
 from src.objectives.base import Objective
+from src.training.build import MISTAKES, codec_of, data_and_objective, offered, outlined, quiet
+from src.training.memory_tracker import LOOKED, Live, Shapes
 from src.types import Batch, Corrupted
 
 # Precision of the trainer -> type that parameters are turned into, and lower type of a mixed one.
@@ -253,3 +260,47 @@ def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> 
     for phase in ("forward", "backward"):
         phases[phase][GATHERED] = sum(sorted(weights.values())[-2:])
     phases["backward"][REDUCED] = max(gradients.values())
+
+
+def plan(cfg: DictConfig, *, gpus: int) -> str:
+    """The memory that a step takes of each of some GPUs that share the model, as a table. Reads no weights or data."""
+    if type(gpus) is not int or gpus < 1:
+        raise ConfigError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
+    quiet()
+    try:
+        codec = codec_of(cfg)
+        data, objective = data_and_objective(
+            cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
+        )
+        micro = objective.options.micro_batch or cfg.data.batch_size
+        batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
+        found = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
+    except MISTAKES as error:
+        raise ConfigError(str(error)) from error
+    except KeyError as error:
+        raise ConfigError(f"no plan: the objective needs {error} of the records, and no data are read") from error
+    return (
+        f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
+        f"{objective.options.views} x {cfg.data.canvas} tokens behind a prefix of {found.prefix}; "
+        f"{cfg.trainer.precision}\n{found.parameters:,} parameters, {found.trained:,} of them trained\n\n"
+        f"{found.table()}\nat most {found.shown(found.peak)} on each GPU; docs/memory.md says what comes on top\n"
+    )
+
+
+def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
+    """A batch as the data would make it of black pictures of the size of `plan.image`."""
+    size = plain(cfg.plan.image)
+    if size is not None and not _is_size(size):
+        most = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
+        raise ConfigError(f"plan.image: expected [width, height] or null, got {size} ({most})")
+    if not isinstance(cfg.plan.prompt, str):
+        raise ConfigError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
+    image: Any = size and Image.new("RGB", (size[0], size[1]))
+    record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
+    return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
+
+
+def _is_size(size: Any) -> bool:
+    if not isinstance(size, list) or len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
+        return False
+    return size[0] * size[1] <= MAX_PIXELS

@@ -1,8 +1,8 @@
 """Lightning's strategies as this project uses them; each has a layer, as in `conf=stage1,parallel/fsdp2`.
 
     trainer:
-      strategy: {target: src.strategy.FSDP2}      all processes share one copy of the model
-      strategy: {target: src.strategy.DDP}        every process has a copy
+      strategy: {target: src.training.strategy.FSDP2}      all processes share one copy of the model
+      strategy: {target: src.training.strategy.DDP}        every process has a copy
 
 What FSDP2 shards, and how, is `src.distributed.parallel.Sharding` (objective.training.sharding).
 """
