@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
 OUT := runs/quickstart$(if $(filter-out 0,$(seed)),-seed$(seed))
-CODE := src callbacks datamodules benchmarks tests
+CODE := src callbacks datamodules benchmarks testing tests
 
 ifneq ($(filter-out 0 1,$(fresh)),)
 $(error fresh must be 0 or 1, got $(fresh))

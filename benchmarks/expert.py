@@ -38,7 +38,7 @@ from src.experts.openai import OpenAIExpert
 from src.experts.prompt import Words, first, show
 from src.text.tokenizer import Codec
 from src.types import Draft, Failure
-from tests.servers.scripted import Http, Request, Scripted, error, reply
+from testing.servers.scripted import Http, Request, Scripted, error, reply
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
 ATTEMPTS = 8  # of both sides

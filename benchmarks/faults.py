@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trial import AT_ONCE, GOOD, LIMITS, Scenario, Trial
-from tests.servers.real import find, missing
+from testing.servers.real import find, missing
 
 COLUMNS = ["drafts", "sent", "reached", "counted", "paid", "kept", "broken", "lost", "doubled", "answered"]
 

@@ -40,7 +40,7 @@ from src.rounds.round import Revising, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
 from src.text.tokenizer import Codec
-from tests.servers.scripted import Http, Request, Scripted, reply
+from testing.servers.scripted import Http, Request, Scripted, reply
 
 BASE = Path(__file__).parents[1] / "assets" / "base"
 SPEEDS = [1, 4, 8]  # tokens per step

@@ -31,7 +31,7 @@ from src.io.shards import read_manifest
 from src.rounds.drafts import draw_drafts
 from src.text.tokenizer import Codec
 from src.types import Batch, Draft
-from tests.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve
+from testing.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "assets" / "base"

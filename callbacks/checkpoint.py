@@ -21,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from src.distributed.checkpoints import REFUSED, link, read_whole, remove
+from src.io.errors import UserError
 from src.io.files import naming, publish
 
 LAST = "last.ckpt"
@@ -33,7 +34,7 @@ class Checkpoint(LightningCheckpoint):
     def __init__(self, *, run_dir: str | Path, every_n_train_steps: int, keep: int = 2) -> None:
         for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.folder, self.every_n_train_steps, self.keep = Path(run_dir) / "checkpoints", every_n_train_steps, keep
         self.last_step = 0  # the step saved last, as a skipped batch does not count as one
 

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from src.distributed.parallel import gathered
 from src.evaluation.drawing import Colour, Piece, enlarge, layout, paint
+from src.io.errors import UserError
 from src.models.inference import evaluating
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
@@ -43,7 +44,7 @@ class Samples(L.Callback):
 
     sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with one seed.
     Without validation samples there is nothing to write about.
-    Raises ValueError when the trainer has no TensorBoard logger or no datamodule.
+    Raises UserError when the trainer has no TensorBoard logger or no datamodule.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Samples(L.Callback):
         super().__init__()
         for name, value in {"every_n_steps": every_n_steps, "num": num}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.samplers = {"draft": sampler_plain, "refined": sampler_refine}
         self.codec, self.every_n_steps, self.num, self.seed = codec, every_n_steps, num, seed
         self.last_step = 0  # the step logged last, so that a resumed run does not log it twice
@@ -134,7 +135,7 @@ def first_samples(trainer: L.Trainer, num: int) -> Batch | None:
     """The first `num` validation samples of the trainer's datamodule, at most one batch of them; None without any."""
     data = getattr(trainer, "datamodule", None)
     if data is None:
-        raise ValueError("samples are written about validation images: the trainer needs a datamodule")
+        raise UserError("samples are written about validation images: the trainer needs a datamodule")
     batch = next(iter(data.val_dataloader()), None)
     return batch and batch.rows(slice(0, num))
 
@@ -194,4 +195,4 @@ def _writer(trainer: L.Trainer) -> Any:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             return logger.experiment
-    raise ValueError("samples are logged to TensorBoard: the trainer needs a TensorBoardLogger")
+    raise UserError("samples are logged to TensorBoard: the trainer needs a TensorBoardLogger")

@@ -32,6 +32,7 @@ from callbacks.checkpoint import write_whole_files
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_whole, remove
 from src.distributed.parallel import Team, gathered, summed
+from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
 from src.rounds.drafts import Drawing, capped, draft_batch, settings_of
@@ -108,18 +109,18 @@ class SelfCorrection(L.Callback):
         super().__init__()
         for name, minutes in {"patience_minutes": patience_minutes, "deadline_minutes": deadline_minutes}.items():
             if minutes is not None and not 0 < minutes < math.inf:
-                raise ValueError(f"{name} must be more than 0, got {minutes}")
+                raise UserError(f"{name} must be more than 0, got {minutes}")
         if train_from not in ("newest", "start"):
-            raise ValueError(f"train_from must be newest or start, got {train_from!r}")
+            raise UserError(f"train_from must be newest or start, got {train_from!r}")
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
         numbers["per_shard"] = per_shard
         for name, value in numbers.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         if expert is None:
-            raise ValueError("no expert is given: set expert=scenes, expert=reference or expert=openai")
+            raise UserError("no expert is given: set expert=scenes, expert=reference or expert=openai")
         if not tokens_per_step:
-            raise ValueError("tokens_per_step must name at least one speed, got an empty list")
+            raise UserError("tokens_per_step must name at least one speed, got an empty list")
         for speed in tokens_per_step:
             sampler.with_steps(tokens_per_step=speed)  # wrong numbers fail here, not at the first round
         self.expert, self.sampler, self.codec, self.run_dir = expert, sampler, codec, Path(run_dir)
@@ -143,11 +144,11 @@ class SelfCorrection(L.Callback):
             return
         found = vars(trainer)["reload_dataloaders_every_n_epochs"]
         if found != 1:
-            raise ValueError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {found}")
+            raise UserError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {found}")
         for name in ("draft_dataloader", "draft_settings", "add_round"):
             if not hasattr(_datamodule(trainer), name):
                 found = type(_datamodule(trainer)).__name__
-                raise ValueError(f"online rounds need a datamodule with {name}, got {found}")
+                raise UserError(f"online rounds need a datamodule with {name}, got {found}")
 
         write_whole_files(trainer)
         self._team = Team()
@@ -190,15 +191,15 @@ class SelfCorrection(L.Callback):
             logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
 
     def check_length(self, *, max_epochs: int | None, max_steps: int, steps: int) -> None:
-        """Raise ValueError for a training that ends before the last round is due. steps: of an epoch."""
+        """Raise UserError for a training that ends before the last round is due. steps: of an epoch."""
         epochs = (self.rounds - self.at_start) * self.every_n_epochs  # before the last round
         if max_epochs is not None and 0 <= max_epochs <= epochs:
-            raise ValueError(
+            raise UserError(
                 f"{self.rounds} rounds need more than {epochs} epochs, but max_epochs={max_epochs}; "
                 "raise trainer.max_epochs, or lower rounds"
             )
         if max_steps != -1 and epochs * steps >= max_steps:
-            raise ValueError(
+            raise UserError(
                 f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
                 f"max_steps={max_steps}; {_shorter(max_steps // (epochs + 1))}lower rounds"
             )

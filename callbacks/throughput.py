@@ -22,6 +22,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.types import Batch
 
 GIB = 1 << 30
@@ -33,7 +34,7 @@ class Throughput(L.Callback):
     def __init__(self, *, every_n_steps: int = 50) -> None:
         super().__init__()
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+            raise UserError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.tokens_seen = self.samples_seen = 0  # up to the last point
         self.last_step = 0

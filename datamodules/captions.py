@@ -25,6 +25,7 @@ import lightning as L
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
+from src.io.errors import UserError
 from src.models.tiling import AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
@@ -72,19 +73,19 @@ class ShardData(L.LightningDataModule):
         for name, value in sizes.items():
             least = 2 if name == "canvas" else 1  # a token and the end of the text
             if value < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+                raise UserError(f"data.{name} must be at least {least}, got {value}")
         if workers < 0:
-            raise ValueError(f"data.workers must be at least 0, got {workers}")
+            raise UserError(f"data.workers must be at least 0, got {workers}")
         if not 0 <= data_share < 1:
-            raise ValueError(f"data_share must be at least 0 and less than 1, got {data_share}")
+            raise UserError(f"data_share must be at least 0 and less than 1, got {data_share}")
         self.path, self.codec, self.batch_size, self.seed = Path(path), codec, batch_size, seed
         self.workers, self.data_share, self.epoch_batches = workers, data_share, epoch_batches
         self.restart_epoch = restart_epoch
         self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if any(number < 0 for number in self.limit.values()):
-            raise ValueError(f"data.limit must be at least 0, got {limit}")
+            raise UserError(f"data.limit must be at least 0, got {limit}")
         if unknown := set(self.limit) - set(SPLITS):
-            raise ValueError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
+            raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         self.collate = collate
         self.rounds: list[Index] = []
         self._told = False  # that there is nothing to validate on
@@ -95,7 +96,7 @@ class ShardData(L.LightningDataModule):
     def add_round(self, path: str | Path) -> None:
         """Train on a finished round from the next train_dataloader() on; adding it again changes nothing."""
         if not Path(path).is_dir():
-            raise ValueError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
+            raise UserError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
         index = _filled(self._checked(read_index(path, image=self.image), kind="round"))
         if index.digest not in {known.digest for known in self.rounds}:
             self.rounds.append(index)
@@ -109,7 +110,7 @@ class ShardData(L.LightningDataModule):
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
-                raise ValueError(f"{saved['path']} is not the round that the checkpoint knows: its index.json differs")
+                raise UserError(f"{saved['path']} is not the round that the checkpoint knows: its index.json differs")
 
     def train_dataloader(self) -> Loader:
         """Cheap and lazy, as Lightning calls it twice on resume; the epoch is read at the first batch."""
@@ -146,7 +147,7 @@ class ShardData(L.LightningDataModule):
         """
         index = self.index("train")
         if not 1 <= num <= index.count:
-            raise ValueError(f"a round can draft for 1 to {index.count} images, got {num}")
+            raise UserError(f"a round can draft for 1 to {index.count} images, got {num}")
         turn, place = divmod(round_number - 1, index.count // num)
         rank, world = self._place()
         batches = -(-num // self.batch_size)
@@ -173,7 +174,7 @@ class ShardData(L.LightningDataModule):
         }
 
     def index(self, split: str) -> Index:
-        """The data folder of a split, cut to `limit`. Raises ValueError where it is empty."""
+        """The data folder of a split, cut to `limit`. Raises UserError where it is empty."""
         return _filled(self._read(split))
 
     def _read(self, split: str) -> Index:
@@ -215,7 +216,7 @@ class ShardData(L.LightningDataModule):
     def _one_pass(self, stream: Stream, rows: int) -> int:
         """Batches in one pass over a stream, `rows` being what all ranks together take for one."""
         if stream.count < rows and not self.rounds:
-            raise ValueError(
+            raise UserError(
                 f"{stream.count} training samples do not fill one batch of {rows} rows on all ranks; "
                 "lower batch_size, or set epoch_batches to go round the data"
             )
@@ -229,15 +230,15 @@ class ShardData(L.LightningDataModule):
 
     def _checked(self, index: Index, *, kind: str) -> Index:
         if index.kind != kind:
-            raise ValueError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
+            raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
             again = "src.draft and src.revise" if kind == "round" else "src.prepare"
-            raise ValueError(
+            raise UserError(
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the model has "
                 f"{self.codec.fingerprint}; make it again by {again} with this tokenizer"
             )
         if self.codec.gap_id is None and any(index.content.get("counts", {}).get(name) for name in RESIZED):
-            raise ValueError(f"{index.path} was made with a gap, and there is none here: set gap=TOKEN")
+            raise UserError(f"{index.path} was made with a gap, and there is none here: set gap=TOKEN")
         return index
 
 
@@ -270,9 +271,9 @@ class CaptionData(ShardData):
         restart_epoch: bool = False,
     ) -> None:
         if image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
+            raise UserError(f"image_size must be at least 1, got {image_size}")
         if tiling and tiling.size != image_size:
-            raise ValueError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
+            raise UserError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
         self.layout: Layout = tiling or Square(image_size)
         super().__init__(
             path=path,
@@ -295,5 +296,5 @@ class CaptionData(ShardData):
 
 def _filled(index: Index) -> Index:
     if not index.count:
-        raise ValueError(f"{index.path} holds no samples")
+        raise UserError(f"{index.path} holds no samples")
     return index

@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.shards import Reader, Sample, Stream
+from src.io.errors import UserError
 from src.types import Batch
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Loader:
     collate: (samples, epoch) -> (Batch, notes); notes: counts what went wrong, for all loaders
     restart: start an epoch anew where it cannot be entered at the place that a checkpoint has left it
 
-    Raises ValueError at the first batch of an epoch that cannot be entered there: with other data, batches, ranks or
+    Raises UserError at the first batch of an epoch that cannot be entered there: with other data, batches, ranks or
     workers the place means other samples.
     """
 
@@ -120,7 +121,7 @@ class Loader:
                 yield batch
             elif self.world > 1:  # the others would wait for ever
                 damaged = ", ".join(sorted({where for where, reason in self.notes if reason != "cut"}))
-                raise ValueError(f"no sample of a batch could be read ({damaged}); copy or make the data again")
+                raise UserError(f"no sample of a batch could be read ({damaged}); copy or make the data again")
 
     def numbered(self, first: int) -> Iterator[tuple[int, Batch]]:
         """(number, batch), counted from `first`. One of damaged samples only has a number too, but does not come."""
@@ -157,7 +158,7 @@ class Loader:
             return self._resume["batches"]
         told = f"the checkpoint is from the middle of epoch {epoch}, with {self._difference(self._resume)}"
         if not self.restart:
-            raise ValueError(
+            raise UserError(
                 f"{told}: go on as it was, or set data.restart_epoch=true to start that epoch anew, on samples that it "
                 "has seen before"
             )

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.shards import INDEX, read_manifest, read_tar
 
@@ -86,13 +87,11 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"no data folder {folder}; make it with `python -m src.prepare`")
+        raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
     content = read_manifest(folder)
     shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again"
-        )
+        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
     sizes = [entry.get("bytes") for entry in content["shards"]]  # their hashes would take too long to compare
     changed = [s.path.name for s, size in zip(shards, sizes, strict=True) if size not in (None, s.path.stat().st_size)]
     if changed:
@@ -192,9 +191,7 @@ class Reader:
                 sample = decode(raws[(place + step) % len(raws)], image=other.image)
                 if sample and not self.misfit(sample):
                     return sample
-        raise ValueError(
-            f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again"
-        )
+        raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
 
 
 def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datamodules.captions import ShardData
 from datamodules.collate import Collate, choice
 from datamodules.shards import Index, Sample
+from src.io.errors import UserError
 from src.text.tokenizer import Codec
 
 PARTS = 2**32  # of a probability
@@ -45,7 +46,7 @@ class TextData(ShardData):
         restart_epoch: bool = False,
     ) -> None:
         if not 0 <= prompt_dropout <= 1:
-            raise ValueError(f"prompt_dropout must be within 0..1, got {prompt_dropout}")
+            raise UserError(f"prompt_dropout must be within 0..1, got {prompt_dropout}")
         super().__init__(
             path=path,
             codec=codec,
@@ -64,7 +65,7 @@ class TextData(ShardData):
         index = super()._read(split)
         row = index.content.get("row", self.collate.canvas)
         if row != self.collate.canvas:
-            raise ValueError(
+            raise UserError(
                 f"{index.path} holds rows of {row} tokens, but canvas is {self.collate.canvas}; "
                 f"set data.canvas={row}, or prepare the text again with prepare.canvas={self.collate.canvas}"
             )

@@ -25,8 +25,9 @@ from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check
+from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
+from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
@@ -40,14 +41,11 @@ def main(argv: list[str]) -> None:
     """Draw the drafts that the config asks for."""
     cfg = load_config(argv, verb="src.draft", needs=["data", "num", "round", "sampler"])
     check(cfg, offers=("codec", "seed"))
-    try:
-        if cfg.round < 1:
-            raise ValueError(f"round must be at least 1, got {cfg.round}")
-        lock = locked(path_of(cfg, "out")) if launched_first() else nullcontext()
-        with lock, explained(), together() as team:
-            found = team.gather(_draw(cfg, team))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if cfg.round < 1:
+        raise UserError(f"round must be at least 1, got {cfg.round}")
+    lock = locked(path_of(cfg, "out")) if launched_first() else nullcontext()
+    with lock, explained(), together() as team:
+        found = team.gather(_draw(cfg, team))
     if not team.first:
         return
     num, scenes, damaged = (

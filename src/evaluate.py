@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 from src.cli.config import load_config, load_part
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check, fits, nodes, plain
+from src.cli.instantiate import build, check, fits, nodes, plain
 from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
 from src.evaluation.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
 from src.evaluation.results import Cell, Ledger, code_hash, signature
+from src.io.errors import UserError
 from src.io.files import sha256, write_bytes, write_json
 from src.io.lock import locked
 from src.metrics.bound import Bound
@@ -79,10 +80,7 @@ class Sampling:
 def main(argv: list[str]) -> None:
     """Run the evaluation that the config describes."""
     cfg = load_config(argv, verb="src.evaluate", needs=["evaluate"])
-    try:
-        evaluate(complete(cfg.evaluate))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    evaluate(complete(cfg.evaluate))
 
 
 def evaluate(settings: DictConfig) -> None:
@@ -122,11 +120,11 @@ def complete(settings: DictConfig) -> DictConfig:
     spread over the samplers; `speeds` are the numbers of tokens a step of each.
     """
     if settings.num < 1:
-        raise ConfigError(f"evaluate.num must be at least 1, got {settings.num}")
+        raise UserError(f"evaluate.num must be at least 1, got {settings.num}")
     if not settings.headline:
-        raise ConfigError("evaluate.headline: name at least one metric, for example [quality]")
+        raise UserError("evaluate.headline: name at least one metric, for example [quality]")
     if settings.split not in STAGES:
-        raise ConfigError(f"evaluate.split must be train, val or test, got {settings.split!r}")
+        raise UserError(f"evaluate.split must be train, val or test, got {settings.split!r}")
     tree = plain(settings)
     tree = {**tree, "curve": _curve(tree.get("curve")), "bound": _bound(tree.get("bound"))}
     speeds = check_speeds(tree["tokens_per_step"], "evaluate.tokens_per_step")
@@ -137,7 +135,7 @@ def complete(settings: DictConfig) -> DictConfig:
     tree["samplers"], tree["speeds"] = expand(samplers, tree.get("grid"), speeds, known=set(given))
     tree["models"] = {str(name): folder for name, folder in (tree["models"] or {}).items() if folder is not None}
     if empty := [part for part in ("models", "samplers") if not tree[part]]:
-        raise ConfigError(f"evaluate.{empty[0]}: there are none left to evaluate")
+        raise UserError(f"evaluate.{empty[0]}: there are none left to evaluate")
     return OmegaConf.create(tree)
 
 
@@ -147,7 +145,7 @@ def _curve(given: Any) -> dict | None:
         return None
     curve = {"best": "highest", **given} if isinstance(given, dict) else {}
     if set(curve) != {"metric", "best"} or not isinstance(curve["metric"], str) or curve["best"] not in BEST:
-        raise ConfigError(f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {given!r}")
+        raise UserError(f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {given!r}")
     return curve
 
 
@@ -155,7 +153,7 @@ def _bound(given: Any) -> dict | None:
     """`bound`, checked: the number of draws and the estimator; None where there is nothing to draw."""
     bound = {"draws": None, "estimator": "count", **(given or {})} if given is None or isinstance(given, dict) else {}
     if set(bound) != {"draws", "estimator"} or not fits(bound["draws"], int | None):
-        raise ConfigError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {given!r}")
+        raise UserError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {given!r}")
     return None if bound["draws"] is None else bound
 
 
@@ -166,15 +164,15 @@ def _samplers(settings: DictConfig) -> dict[Cell, AnySampler]:
         place, short = f"evaluate.samplers.{name}", family(str(name))
         try:
             sampler = build(node)
-        except ValueError as error:
-            raise ConfigError(f"{place}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
         if not isinstance(sampler, AnySampler):
-            raise ConfigError(f"{place}: {node.target} is no sampler")
+            raise UserError(f"{place}: {node.target} is no sampler")
         for count in settings.speeds[name]:
             try:
                 found[name, count] = sampler.with_steps(tokens_per_step=count)
-            except ValueError as error:
-                raise ConfigError(
+            except UserError as error:
+                raise UserError(
                     f"{place} at {count} tokens/step: {error}; leave it out with evaluate.samplers.{short}=null, or "
                     f"give it speeds of its own in evaluate.grid.{short}.{SPEED}"
                 ) from error
@@ -279,7 +277,7 @@ def _count(loader: Any, settings: DictConfig, metrics: list[Metric]) -> dict[str
         for record in batch.records:
             _scores(metrics, "", record)
     if not taken:
-        raise ConfigError(f"the split {settings.split} has no images to evaluate")
+        raise UserError(f"the split {settings.split} has no images to evaluate")
     if taken < settings.num:
         logger.warning(
             "evaluate.num=%d, but the split %s has %d images: took those", settings.num, settings.split, taken
@@ -293,7 +291,7 @@ def _count(loader: Any, settings: DictConfig, metrics: list[Metric]) -> dict[str
 def _shared_codec(folders: dict[str, Path]) -> Codec:
     codecs = {name: Codec.load(folder) for name, folder in folders.items()}
     if len({codec.fingerprint for codec in codecs.values()}) > 1:
-        raise ConfigError(f"the models of evaluate.models differ in their tokenizers: {', '.join(codecs)}")
+        raise UserError(f"the models of evaluate.models differ in their tokenizers: {', '.join(codecs)}")
     return next(iter(codecs.values()))
 
 
@@ -301,14 +299,14 @@ def _check_headline(stats: dict[str, Stat], settings: DictConfig) -> None:
     curve = [settings.curve.metric] if settings.curve else []
     for place, names in (("headline", settings.headline), ("curve", curve)):
         if unknown := [name for name in names if name not in stats]:
-            raise ConfigError(f"evaluate.{place}: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
+            raise UserError(f"evaluate.{place}: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
 
 
 def _check_model(method: str, folder: Path) -> None:
     if not is_model_folder(folder):
         task = folder.parent.parent.name  # as in runs/sft/mask/model
         layers = f"{method},task/{task}" if (TASKS / f"{task}.yaml").is_file() else method
-        raise ConfigError(
+        raise UserError(
             f"no model of {method!r} in {folder}: make it with `python -m src.train conf={layers}`, or name "
             f"another model folder in evaluate.models.{method} (`make quickstart` makes those of the quickstart)"
         )

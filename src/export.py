@@ -32,8 +32,9 @@ from torch import Tensor
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check, plain
+from src.cli.instantiate import build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_whole, read_whole
+from src.io.errors import UserError
 from src.io.files import publish
 from src.io.hub import local_folder
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
@@ -51,23 +52,20 @@ def main(argv: list[str]) -> None:
     """Export as the config says."""
     cfg = load_config(argv, verb="src.export", needs=["format", "like"])
     check(cfg)
-    try:
-        export(cfg)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+    export(cfg)
 
 
 def export(cfg: DictConfig) -> None:
     """Write the model that the config names to the folder `out`."""
     out = path_of(cfg, "out")
     if out.exists():
-        raise ValueError(f"out={out} exists already; choose another folder or remove it")
+        raise UserError(f"out={out} exists already; choose another folder or remove it")
     if cfg.format == LIGHTNING:
         _join(path_of(cfg, "model"), out)
         return
     form = _format(cfg.format)
     if Path(cfg.model).resolve() in out.resolve().parents:
-        raise ValueError(f"out={out} is in the model folder {cfg.model}, which the export must not change")
+        raise UserError(f"out={out} is in the model folder {cfg.model}, which the export must not change")
     stored, description, tokenizer, origin = _source(cfg)
     model = build_empty(description)
     check_tensors(model, {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}, cfg.model)
@@ -100,7 +98,7 @@ def export(cfg: DictConfig) -> None:
 def _join(path: Path, out: Path) -> None:
     """Write a checkpoint of several processes as the one file that a single process would have written."""
     if not is_checkpoint(path):
-        raise ValueError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is none")
+        raise UserError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is none")
     _check_whole(path)
     content = read_whole(path)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +109,9 @@ def _join(path: Path, out: Path) -> None:
 
 
 def _check_whole(path: Path) -> None:
-    """Raise ValueError for a checkpoint that is not as it was written."""
+    """Raise UserError for a checkpoint that is not as it was written."""
     if (path.is_file() or (path / MANIFEST).is_file()) and not is_whole(path):
-        raise ValueError(f"{path} is damaged: it is not as it was written; take another checkpoint of the run")
+        raise UserError(f"{path} is damaged: it is not as it was written; take another checkpoint of the run")
 
 
 def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
@@ -125,13 +123,13 @@ def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
         of_like = like and (like.describe(vision=vision), like.path, like.path)
         description, tokenizer, origin = of_like or _of_run(path, vision)
         if not (tokenizer / "tokenizer.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"there is no tokenizer in {tokenizer}, and {path} is of no use without: set like=DIR to a model "
                 "folder that has it"
             )
         return in_checkpoint(path), description, tokenizer, origin
     if like:
-        raise ValueError(
+        raise UserError(
             f"like={cfg.like} is for checkpoints of a run, but {path} is none: a model folder describes itself"
         )
     folder = ModelFolder.open(cfg.model)
@@ -142,9 +140,7 @@ def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
     """What the run of a checkpoint, RUN/checkpoints/NAME, started from: the model, and the folders as in `_source`."""
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
-        raise ValueError(
-            f"{path} is in no run's folder (no {config}): set like=DIR to the model folder it started from"
-        )
+        raise UserError(f"{path} is in no run's folder (no {config}): set like=DIR to the model folder it started from")
     run = OmegaConf.load(config)
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
     tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
@@ -170,7 +166,7 @@ def _with_programs(config: dict, origin: Path) -> tuple[dict, list[Path]]:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join([*FORMATS, LIGHTNING])}, got {name!r}")
+        raise UserError(f"format must be one of {', '.join([*FORMATS, LIGHTNING])}, got {name!r}")
     return FORMATS[name]
 
 

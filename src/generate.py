@@ -32,9 +32,10 @@ from datamodules.collate import Collate
 from datamodules.shards import Sample
 from src.cli.config import load_config, load_part, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check, plain
+from src.cli.instantiate import build, check, plain
 from src.generation.requests import Entry, _is_split, find_entries
 from src.generation.writer import Output
+from src.io.errors import UserError
 from src.io.images import ImageProblem
 from src.io.lock import locked
 from src.io.settings import describe
@@ -63,12 +64,11 @@ def main(argv: list[str]) -> None:
     """Caption the images that the config names."""
     cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"], texts=TEXTS)
     path = path_of(cfg, "out")
-    with _mistakes():
-        sampler = choose_sampler(cfg)
-        codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
-        codec = codec.with_format(system=cfg.system, join=cfg.join)
-        _check_request(cfg, codec, sampler)
-        out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
+    sampler = choose_sampler(cfg)
+    codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
+    codec = codec.with_format(system=cfg.system, join=cfg.join)
+    _check_request(cfg, codec, sampler)
+    out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
     with locked(path), out:  # before the model is loaded, as it can be refused
         _write(cfg, sampler, codec, out)
 
@@ -76,8 +76,7 @@ def main(argv: list[str]) -> None:
 def _write(cfg: DictConfig, sampler: AnySampler, codec: Codec, out: Output) -> None:
     """Load the model and write what is still to be written, batch by batch."""
     backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    with _mistakes():
-        count, entries = find_entries(cfg, backbone.layout)
+    count, entries = find_entries(cfg, backbone.layout)
     collate = Collate(codec, canvas=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
     tally, device = Tally(), next(backbone.parameters()).device
     positions = ModelFolder.open(cfg.model.path).positions
@@ -88,15 +87,6 @@ def _write(cfg: DictConfig, sampler: AnySampler, codec: Codec, out: Output) -> N
             tally.texts += out.add(batch.keys, sampled, codec)
             bar.update(len(batch))
     _print(tally, out.path)
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """What is wrong with the request, as an error for the user."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def choose_sampler(cfg: DictConfig) -> AnySampler:
@@ -112,7 +102,7 @@ def choose_sampler(cfg: DictConfig) -> AnySampler:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
     sampler = build({**node, **given})
     if not isinstance(sampler, AnySampler):
-        raise ConfigError(f"sampler={cfg.sampler}: {node['target']} is no sampler")
+        raise UserError(f"sampler={cfg.sampler}: {node['target']} is no sampler")
     return sampler
 
 
@@ -143,7 +133,7 @@ def memory_of(batch_size: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
         told = f"a batch of {batch_size} does not fit into memory; lower batch_size, or length"
-        raise ConfigError(f"{told}; the same command then goes on behind the lines that are written") from error
+        raise UserError(f"{told}; the same command then goes on behind the lines that are written") from error
 
 
 def _warn_if_long(keys: list[str], prefix: Prefix, length: int, limit: int | None) -> None:
@@ -199,28 +189,28 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
     if cfg.images is not None:
         path_of(cfg, "images")
     if cfg.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {cfg.batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
     folder = ModelFolder.open(cfg.model.path)
     check_vocabulary(folder, codec)
     prompt = cfg.prompt
     question = None if prompt is None or prompt.endswith(".jsonl") or _is_split(prompt) else str(prompt)
     if cfg.images is not None and prompt is not None and question is None:
-        raise ValueError(f"prompt={prompt} is no question: with images it is one for all of them")
+        raise UserError(f"prompt={prompt} is no question: with images it is one for all of them")
     # its image marks are looked at
     asked = [] if question is None else codec.prompt_ids(question, images=0 if cfg.images is None else 1)
     length = _length_behind(sampler, codec, cfg)
     if folder.positions is not None and len(asked) + length > folder.positions:
-        raise ValueError(
+        raise UserError(
             f"{len(asked)} tokens of prompt and {length} behind it are more than the {folder.positions} positions that "
             f"the model is for (config.json): lower length={sampler.length}, or shorten the prompt"
         )
     if cfg.caption is None:
         return
     if not sampler.post_steps:
-        raise ValueError(f"sampler={cfg.sampler} has no post_steps to correct a caption; take sampler=refine")
+        raise UserError(f"sampler={cfg.sampler} has no post_steps to correct a caption; take sampler=refine")
     ids = codec.encode(cfg.caption)[0]
     if len(ids) >= sampler.length:
-        raise ValueError(f"the caption has {len(ids)} tokens, a response has room for {sampler.length - 1}")
+        raise UserError(f"the caption has {len(ids)} tokens, a response has room for {sampler.length - 1}")
     if codec.decode(ids) != cfg.caption:
         logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
 

@@ -33,18 +33,14 @@ import sys
 
 from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build
+from src.cli.instantiate import build
 from src.preparation.counts import table
 
 
 @main_guard
 def main(argv: list[str]) -> None:
     config = load_config(argv, verb="src.prepare", needs=["prepare"])
-    dataset = build(config.prepare)
-    try:
-        index = dataset.run()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    index = build(config.prepare).run()
     sys.stdout.write(table(index["counts"], index.get("examples", {})) + "\n")
 
 

@@ -34,8 +34,9 @@ from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check
+from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
+from src.io.errors import UserError
 from src.io.lock import locked
 from src.rounds.batch_api import read_results, write_requests
 from src.rounds.drafts import read_drafts, read_drafts_index
@@ -57,34 +58,31 @@ def main(argv: list[str]) -> None:
     """Write the round that the config asks for and say what became of the drafts."""
     cfg = load_config(argv, verb="src.revise", needs=["drafts", "expert"])
     check(cfg, offers=("codec",))
-    try:
-        out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
-        codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
-        if cfg.dry:
-            sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
-            return
-        if cfg.requests and cfg.results:
-            raise ValueError("requests= writes questions and results= reads answers: give one of them")
-        if cfg.requests:
-            with locked(out):
-                if out.exists() and not (cfg.again and reopen(out)):
-                    raise ValueError(f"{out} is there already; again=true takes it up where asking again may help")
-                written, without = write_requests(Path(cfg.requests), out, drafts, build(cfg.expert, codec=codec))
-            lost = f"; {without} drafts cannot be asked about" if without else ""
-            sys.stdout.write(f"{cfg.requests}: {written} requests{lost}\n")
-            return
-        lock = locked(out) if launched_first() else nullcontext()
-        with lock, explained(), together() as team:
-            how = _how(cfg, codec, team)
-            if cfg.again or cfg.reread:
-                team.alone(lambda: check_reopens(out, drafts, how))
-                team.alone(lambda: reopen(out, always=cfg.reread))
-            if cfg.results:
-                team.alone(lambda: _read(cfg, out, drafts, codec))
-            ask = not (cfg.results or cfg.reread)
-            made = revise_round(out, drafts, how=how, ask=ask, reread=cfg.reread)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
+    codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
+    if cfg.dry:
+        sys.stdout.write(expected(build(cfg.expert, codec=codec), drafts))
+        return
+    if cfg.requests and cfg.results:
+        raise UserError("requests= writes questions and results= reads answers: give one of them")
+    if cfg.requests:
+        with locked(out):
+            if out.exists() and not (cfg.again and reopen(out)):
+                raise UserError(f"{out} is there already; again=true takes it up where asking again may help")
+            written, without = write_requests(Path(cfg.requests), out, drafts, build(cfg.expert, codec=codec))
+        lost = f"; {without} drafts cannot be asked about" if without else ""
+        sys.stdout.write(f"{cfg.requests}: {written} requests{lost}\n")
+        return
+    lock = locked(out) if launched_first() else nullcontext()
+    with lock, explained(), together() as team:
+        how = _how(cfg, codec, team)
+        if cfg.again or cfg.reread:
+            team.alone(lambda: check_reopens(out, drafts, how))
+            team.alone(lambda: reopen(out, always=cfg.reread))
+        if cfg.results:
+            team.alone(lambda: _read(cfg, out, drafts, codec))
+        ask = not (cfg.results or cfg.reread)
+        made = revise_round(out, drafts, how=how, ask=ask, reread=cfg.reread)
     if team.first:
         sys.stdout.write(f"{made.path}: {report(made)}\n")
 
@@ -95,7 +93,7 @@ def _how(cfg: DictConfig, codec: Codec, team: Team) -> Revising:
         if minutes is None and name == "deadline_minutes":
             continue
         if not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
-            raise ValueError(f"{name} must be a number above 0, got {minutes}")
+            raise UserError(f"{name} must be a number above 0, got {minutes}")
     return Revising(
         expert=build(cfg.expert, codec=codec),
         codec=codec,

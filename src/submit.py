@@ -31,9 +31,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, build, check, is_node, nodes, plain
+from src.cli.instantiate import build, check, is_node, nodes, plain
+from src.io.errors import UserError
 from src.models.hf.weights import is_model_folder
-from src.training.build import MISTAKES, OFFERS, STORED, check_stops, rehearse
+from src.training.build import OFFERS, STORED, check_stops, rehearse
 from src.training.run_dir import CONFIG, check_folder, is_complete
 from src.training.slurm import Cluster, script, submit
 
@@ -67,34 +68,34 @@ def _checked(argv: Sequence[str]) -> DictConfig:
     """A config that `src.train` takes, and that its cluster can run."""
     cfg = load_config(argv, verb="src.submit", needs=["cluster", "objective", "trainer", "callbacks", "plan"])
     if cfg.cluster is None:
-        raise ConfigError("no cluster is given; conf=stage2,cluster/NAME takes conf/cluster/NAME.yaml")
+        raise UserError("no cluster is given; conf=stage2,cluster/NAME takes conf/cluster/NAME.yaml")
     check(cfg, offers=OFFERS, sections=["callbacks"])
     if cfg.cluster.get("target") != TARGET:
-        raise ConfigError(f"cluster.target must be {TARGET}, got {cfg.cluster.get('target')!r}")
+        raise UserError(f"cluster.target must be {TARGET}, got {cfg.cluster.get('target')!r}")
     _check_processes(cfg, build(cfg.cluster))
     if cfg.plan.gpus is not None:
-        raise ConfigError(f"plan.gpus={cfg.plan.gpus} prints a plan and trains nothing; use src.train for it")
+        raise UserError(f"plan.gpus={cfg.plan.gpus} prints a plan and trains nothing; use src.train for it")
     if cfg.name in UNSEEN:
-        raise ConfigError(f"name={cfg.name}: Lightning takes a job of that name for a session; choose another")
+        raise UserError(f"name={cfg.name}: Lightning takes a job of that name for a session; choose another")
     if not any(node["target"] == SAVES for node in nodes(cfg.callbacks, "callbacks").values()):
-        raise ConfigError(f"no callback is {SAVES}: the job would lose what it did since the last checkpoint")
+        raise UserError(f"no callback is {SAVES}: the job would lose what it did since the last checkpoint")
     check_stops(cfg)
     return cfg
 
 
 def _check_processes(cfg: DictConfig, cluster: Cluster) -> None:
-    """Raise ConfigError where the trainer counts on other processes than the job starts, or cannot run so many."""
+    """Raise UserError where the trainer counts on other processes than the job starts, or cannot run so many."""
     for key, wanted in {"num_nodes": cluster.nodes, "devices": cluster.tasks_per_node}.items():
         if (found := cfg.trainer.get(key, 1)) != wanted and (key, found) != ("devices", "auto"):
-            raise ConfigError(f"trainer.{key}={found}, but the job of this cluster has {wanted}; set it to that")
+            raise UserError(f"trainer.{key}={found}, but the job of this cluster has {wanted}; set it to that")
     if (processes := cluster.nodes * cluster.tasks_per_node) == 1:
         return
     strategy = plain(cfg.trainer).get("strategy", "auto")
     name = strategy["target"] if is_node(strategy) else str(strategy)
     if name != "auto" and not name.startswith(("ddp", "src.training.strategy.")):
-        raise ConfigError(f"trainer.strategy: {processes} processes need parallel/ddp or parallel/fsdp2, got {name}")
+        raise UserError(f"trainer.strategy: {processes} processes need parallel/ddp or parallel/fsdp2, got {name}")
     if is_node(strategy) and processes % (replicas := strategy.get("replicas", 1)):
-        raise ConfigError(f"trainer.strategy.replicas={replicas} does not divide the {processes} processes")
+        raise UserError(f"trainer.strategy.replicas={replicas} does not divide the {processes} processes")
 
 
 def _rehearse(cfg: DictConfig, *, world: int, waits: bool) -> None:
@@ -104,12 +105,9 @@ def _rehearse(cfg: DictConfig, *, world: int, waits: bool) -> None:
         model["path"] = os.path.normpath(model["path"])  # `run_dir/../stage1/model`, before there is run_dir
     if waits:
         model = _origin(model)
-    try:
-        rehearse(OmegaConf.create({**cfg, "model": model}), world=world)
-    except MISTAKES as error:
-        raise ConfigError(str(error)) from error
+    rehearse(OmegaConf.create({**cfg, "model": model}), world=world)
     if model["target"] == STORED and Path(model["path"]).is_dir() and not is_model_folder(model["path"]):
-        raise ConfigError(f"model.path: {model['path']} holds no weights")
+        raise UserError(f"model.path: {model['path']} holds no weights")
 
 
 def _origin(model: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def _origin(model: dict[str, Any]) -> dict[str, Any]:
         known.add(model["path"])
         source = Path(model["path"]).parent / CONFIG
         if not source.is_file():
-            raise ConfigError(
+            raise UserError(
                 f"model.path={model['path']} is not there, nor a run that would make it ({source}): submit that first"
             )
         made = plain(OmegaConf.load(source).model)
@@ -128,12 +126,9 @@ def _origin(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_open(cfg: DictConfig) -> bool:
-    """Whether there is something left to do. Raises ConfigError where the folder is not this run's."""
+    """Whether there is something left to do. Raises UserError where the folder is not this run's."""
     run_dir = path_of(cfg, "run_dir")
-    try:
-        check_folder(cfg, run_dir)
-    except MISTAKES as error:
-        raise ConfigError(str(error)) from error
+    check_folder(cfg, run_dir)
     return not (cfg.resume and is_complete(run_dir))
 
 

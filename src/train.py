@@ -34,20 +34,20 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
-from src.cli.instantiate import ConfigError, check
+from src.cli.instantiate import check
 from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
+from src.io.errors import UserError
 from src.io.files import write_json
 from src.io.lock import locked
 from src.models.hf.folder import save_pretrained
-from src.objectives.base import Diverged
 from src.text.tokenizer import Codec
 from src.training.build import (
-    MISTAKES,
     OFFERS,
     assemble,
     check_stops,
@@ -98,16 +98,13 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
     run_dir = path_of(cfg, "run_dir")
     stop, began = Stop(run_dir / STOP), Event()
     quiet()
-    try:
-        if first:
-            check_folder(cfg, run_dir)
-        if cfg.resume and is_complete(run_dir):
-            log.info("%s is finished already; resume=false would start it afresh", run_dir)
-            return
-        codec, data, objective, trainer = _build(cfg, run_dir, stop, began, first=first)
-        start, before = _open(cfg, run_dir, trainer) if first else (None, 0)
-    except MISTAKES as error:
-        raise ConfigError(str(error)) from error
+    if first:
+        check_folder(cfg, run_dir)
+    if cfg.resume and is_complete(run_dir):
+        log.info("%s is finished already; resume=false would start it afresh", run_dir)
+        return
+    codec, data, objective, trainer = _build(cfg, run_dir, stop, began, first=first)
+    start, before = _open(cfg, run_dir, trainer) if first else (None, 0)
     try:
         stop.held = trainer.world_size > 1  # alone a rank would leave the others waiting: all stop at the same step
         with stop, _mistakes(cfg, trainer, began, first=first):
@@ -121,7 +118,7 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
         _leave(trainer, Stopped(BY_FILE), run_dir)  # another rank has left a round before this one could
         end_now(0)
     if trainer.global_step < cfg.trainer.max_steps:
-        raise ConfigError(f"{_where(trainer)}; {_way_on(saved=_saved_at(run_dir) > before)}")
+        raise UserError(f"{_where(trainer)}; {_resume_hint(saved=_saved_at(run_dir) > before)}")
     objective.backbone.canvas = cfg.data.canvas
     save_pretrained(objective.backbone, codec, run_dir / MODEL)
     if trainer.is_global_zero:
@@ -155,26 +152,25 @@ def _open(cfg: DictConfig, run_dir: Path, trainer: L.Trainer) -> tuple[Path | No
 
 @contextmanager
 def _mistakes(cfg: DictConfig, trainer: L.Trainer, began: Event, *, first: bool) -> Iterator[None]:
-    """What training raises about the user's settings, as ConfigError."""
+    """Before the first step a mistake in the settings restores the run that this one was to replace.
+
+    Lightning's error about its settings, and a device without memory left, become UserError.
+    """
     try:
         yield
-    except Diverged as error:
-        raise ConfigError(str(error)) from error
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         traceback.clear_frames(error.__traceback__)  # the plan needs some memory, too
-        raise ConfigError(_out_of_memory(cfg, trainer)) from None
-    except MISTAKES as error:
-        if began.is_set() and not isinstance(error, FailedRound):  # what is wrong by now is no mistake of the user's
-            raise
-        if first and not isinstance(error, FailedRound):
-            _take_back(path_of(cfg, "run_dir"))
-        raise ConfigError(str(error)) from error
+        raise UserError(_out_of_memory(cfg, trainer)) from None
+    except (UserError, MisconfigurationException) as error:
+        if first and not began.is_set() and not isinstance(error, FailedRound):
+            _restore_previous_run(path_of(cfg, "run_dir"))
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
 
-def _take_back(run_dir: Path) -> None:
-    """Have the run again that this one was to replace, unless an expert was paid for this one already."""
+def _restore_previous_run(run_dir: Path) -> None:
+    """Restore the run that this one was to replace, unless an expert was paid for this one already."""
     answered = any(path.stat().st_size for path in run_dir.glob("rounds/*/journal-*.jsonl"))
     (forget if answered else restore)(run_dir)
 
@@ -226,7 +222,7 @@ def _saved_at(run_dir: Path) -> int:
     return max((path.stat().st_mtime_ns for path in checkpoints(run_dir)), default=0)
 
 
-def _way_on(*, saved: bool) -> str:
+def _resume_hint(*, saved: bool) -> str:
     """What to do about a training that its trainer has ended early."""
     if saved:
         return "the same command continues"

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.export import register_dataclass
 
+from src.io.errors import UserError
+
 
 class Kind(IntEnum):
     """What a response position is, as a corruption leaves it. An objective is a table over kinds."""
@@ -213,7 +215,7 @@ class Failure:
     attempts: int = 1
 
 
-class FailedRound(ValueError):
+class FailedRound(UserError):
     """A round that cannot be made, or is of no use, for a reason that the user can mend; what there is is kept."""
 
 

@@ -86,7 +86,8 @@ class Recorder:
 
     def write(self, name: str, content: Any) -> None:
         (self.out / f"{name}.json").write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-        print(name, flush=True)
+        sys.stdout.write(f"{name}\n")
+        sys.stdout.flush()
 
     # 1. data
 
@@ -281,10 +282,12 @@ def compare(before: Path, after: Path) -> int:
             lines = list(differences(*(json.loads((folder / name).read_bytes()) for folder in (before, after))))
         total += len(lines)
         for line in lines[:12]:
-            print(f"{name}: {line}")
+            sys.stdout.write(f"{name}: {line}" + "\n")
         if len(lines) > 12:
-            print(f"{name}: ... and {len(lines) - 12} more")
-    print(f"{len(names)} recordings, {total} differences" if total else f"{len(names)} recordings: equal")
+            sys.stdout.write(f"{name}: ... and {len(lines) - 12} more" + "\n")
+    sys.stdout.write(
+        f"{len(names)} recordings, {total} differences" if total else f"{len(names)} recordings: equal" + "\n"
+    )
     return total
 
 

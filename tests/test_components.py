@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import src
-from src.cli.instantiate import ConfigError, arguments, build, check, nodes
+from src.cli.instantiate import arguments, build, check, nodes
+from src.io.errors import UserError
 
 PARTS = '''
 from __future__ import annotations
@@ -72,7 +73,7 @@ def parts(tmp_path, monkeypatch):
 
 
 def failure(function, *args, **kwargs) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     return str(caught.value)
 

@@ -13,7 +13,7 @@ from omegaconf.errors import ReadonlyConfigError
 import src
 from src.cli.config import load_config, load_part, save_config
 from src.cli.entrypoint import help_text
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 
 BASE = """
 seed: 0
@@ -44,7 +44,7 @@ def plain(cfg: DictConfig) -> dict:
 
 
 def failure(function, *args, **kwargs) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     return str(caught.value)
 

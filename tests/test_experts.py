@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from src.chat.slots import align, fits
 from src.experts.reference import ReferenceExpert
+from src.experts.scene_template import align, fits
 from src.experts.scenes import ScenesExpert, correct
 from src.io.settings import describe
 from src.scenes.grammar import (

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from datamodules.collate import image_inputs
-from src.cli.instantiate import ConfigError
 from src.generate import main, memory_of
+from src.io.errors import UserError
 from src.io.shards import write_shards
 from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
@@ -431,9 +431,9 @@ def test_early_stop_can_be_chosen(text_model, tmp_path):
 
 
 def test_too_little_memory_is_told_and_other_errors_are_not_hidden():
-    with pytest.raises(ConfigError, match="a batch of 3 does not fit into memory; lower batch_size"), memory_of(3):
+    with pytest.raises(UserError, match="a batch of 3 does not fit into memory; lower batch_size"), memory_of(3):
         torch.empty(10**15)
-    with pytest.raises(ConfigError, match="lower batch_size"), memory_of(3):
+    with pytest.raises(UserError, match="lower batch_size"), memory_of(3):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_of(3):
         torch.ones(2, 3) @ torch.ones(2, 3)

@@ -25,7 +25,7 @@ from src.io.shards import read_shard
 from src.rounds.drafts import read_drafts
 from src.rounds.expert_thread import SILENCE, ExpertThread, SilentExpert
 from src.types import Failure, Revision
-from tests.servers.scripted import Http, Request, Scripted, error, reply
+from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import src.draft
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 from src.io.lock import locked
 from src.preparation.scenes import Scenes
 
@@ -67,7 +67,7 @@ def test_a_lock_is_held_by_one_process_and_given_up_when_that_is_killed(tmp_path
     path = tmp_path / "deep" / "run"
     process = holder(path)
     try:
-        with pytest.raises(ConfigError, match=rf"run is in use by process {process.pid},"), locked(path):
+        with pytest.raises(UserError, match=rf"run is in use by process {process.pid},"), locked(path):
             raise AssertionError("not reached")
         process.kill()
         process.wait()
@@ -84,7 +84,7 @@ def test_a_lock_is_of_the_folder_and_not_of_the_name(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     process = holder(tmp_path / "link")
     try:
-        with pytest.raises(ConfigError, match="in use"), locked(tmp_path / "x" / ".." / "real"):
+        with pytest.raises(UserError, match="in use"), locked(tmp_path / "x" / ".." / "real"):
             raise AssertionError("not reached")
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ import pytest
 
 from src.chat.client import Call, Client, Request
 from src.chat.limits import Limits, ServerDown
-from tests.servers.scripted import Http, Scripted, completion, reply
+from testing.servers.scripted import Http, Scripted, completion, reply
 
 KEY = "sk-very-secret-0123456789"
 QUICK = Limits(timeout_s=5, attempts=3, pause_s=0.02, give_up_s=0.2, pause_after=3)

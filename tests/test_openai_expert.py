@@ -19,13 +19,14 @@ from src.chat.budget import Prices
 from src.chat.client import ExpertError
 from src.chat.journal import Journal
 from src.chat.limits import Limits, ServerDown
-from src.cli.instantiate import ConfigError, build
+from src.cli.instantiate import build
 from src.experts.openai import OpenAIExpert, read_raw
+from src.io.errors import UserError
 from src.io.settings import describe
 from src.text.align import locate
 from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
-from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
+from testing.servers.scripted import Http, Request, Scripted, completion, error, reply
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
 KEY = "sk-very-secret-0123456789"
@@ -184,7 +185,7 @@ def test_the_key_is_nowhere(codec, caplog, monkeypatch, tmp_path) -> None:
 def test_a_missing_key_is_told_before_anything_is_asked(codec, monkeypatch) -> None:
     monkeypatch.delenv("EXPERT_KEY")
     node = {"target": "src.experts.openai.OpenAIExpert", "model": "m", "key_env": "EXPERT_KEY"}
-    with pytest.raises(ConfigError, match="environment variable EXPERT_KEY holds no key"):
+    with pytest.raises(UserError, match="environment variable EXPERT_KEY holds no key"):
         build(node, codec=codec)
     node = {**node, "key_env": None, "limits": {"target": "src.chat.limits.Limits", "concurrency": 2}}
     assert build(node, codec=codec).name == "openai"

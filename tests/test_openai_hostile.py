@@ -15,7 +15,7 @@ from src.chat.profiles import choose
 from src.experts.reply import MOST_EDITS, read_reply
 from src.io.shards import read_manifest
 from src.types import Failure, Revision
-from tests.servers.scripted import Http, Request, Scripted, completion, error, reply
+from testing.servers.scripted import Http, Request, Scripted, completion, error, reply
 from tests.test_openai_round import BASE, NUM, corrects, drafts, revise  # noqa: F401
 from tests.test_rounds import a_draft, digests
 

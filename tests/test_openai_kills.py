@@ -17,8 +17,8 @@ import pytest
 
 from src.io.shards import read_manifest
 from src.preparation.scenes import Scenes
+from testing.servers.scripted import Http, Request, Scripted, reply
 from tests.ranks import ROOT, Done, Kill, Ranks
-from tests.servers.scripted import Http, Request, Scripted, reply
 from tests.test_processes import NUM, common, rounds, same
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

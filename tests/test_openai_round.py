@@ -18,8 +18,8 @@ from src.chat.limits import Limits
 from src.io.shards import read_manifest
 from src.preparation.scenes import Scenes
 from src.scenes.graph import COLOURS
+from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.ranks import ROOT
-from tests.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import digests, journaled
 
 BASE = ROOT / "assets" / "base"

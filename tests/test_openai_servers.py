@@ -21,7 +21,7 @@ from src.experts.openai import OpenAIExpert
 from src.text.align import locate
 from src.text.tokenizer import Codec
 from src.types import Draft, Failure, Revision
-from tests.servers.real import (
+from testing.servers.real import (
     free_port,
     haproxy,
     llmock,

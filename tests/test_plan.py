@@ -16,9 +16,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from src.cli.instantiate import ConfigError
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.models.hf.folder import save_pretrained
 from src.models.hf.meta import outline
 from src.models.llada_v import LLaDAV
@@ -378,13 +378,13 @@ def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
     ],
 )
 def test_the_command_tells_mistakes(tmp_path, setting, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         main.__wrapped__(arguments(tmp_path, "plan.gpus=1", setting))
 
 
 @pytest.mark.parametrize(("gpus", "told"), [("1.5", "1.5"), ("true", "True"), ("eight", "'eight'"), ("", "''")])
 def test_a_number_of_gpus_is_a_number(tmp_path, gpus, told):
-    with pytest.raises(ConfigError, match=rf"plan.gpus: a plan is for at least 1 GPU, got {told}; plan.gpus=null"):
+    with pytest.raises(UserError, match=rf"plan.gpus: a plan is for at least 1 GPU, got {told}; plan.gpus=null"):
         main.__wrapped__(arguments(tmp_path, f"plan.gpus={gpus}"))
 
 
@@ -397,13 +397,13 @@ def test_the_question_of_a_plan_may_be_empty(tmp_path, capsys):
 
 def test_a_plan_without_a_number_of_gpus_trains(tmp_path):
     """null is the default; here it fails for lack of data, which a plan does not read."""
-    with pytest.raises(ConfigError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         main.__wrapped__(arguments(tmp_path, "plan.gpus=null"))
 
 
 def test_what_needs_records_cannot_be_planned(tmp_path):
     argv = ["conf=base_phases/tower", f"tokenizer={ROOT}/assets/base", f"data.path={tmp_path}", "plan.gpus=1"]
-    with pytest.raises(ConfigError, match="the objective needs 'scene' of the records"):
+    with pytest.raises(UserError, match="the objective needs 'scene' of the records"):
         main.__wrapped__(argv)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.annotations import Entry, read_entries
 from src.preparation.counts import Counts
@@ -520,7 +520,7 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no image folder"):
         Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
-    with pytest.raises(ConfigError, match="encoding must be one of jpg, png, got 'gif'"):
+    with pytest.raises(UserError, match="encoding must be one of jpg, png, got 'gif'"):
         main.__wrapped__([  # type: ignore[attr-defined]
             "conf=photos", "prepare.images=x", "prepare.annotations=y", "prepare.encoding=gif",
         ])  # fmt: skip

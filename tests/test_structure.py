@@ -1,7 +1,4 @@
-"""The shape of the project: who imports whom, what files look like, and that configs, verbs and commands exist.
-
-The layers are those of `LAYERS`; a module belongs to the row with the longest name that fits it.
-"""
+"""The shape of the project: who imports whom, what files look like, and that configs, verbs and commands exist."""
 
 from __future__ import annotations
 
@@ -22,7 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from src.cli.config import load_config
-from src.cli.instantiate import ConfigError, check
+from src.cli.instantiate import check
+from src.io.errors import UserError
 from src.train import OFFERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,131 +29,52 @@ MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
 VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise", "export")
 
-# Which of our modules a layer may import, besides itself.
-LAYERS: dict[str, set[str]] = {
-    "src": set(),
-    "src.types": set(),
-    "src.cli.instantiate": set(),
-    "src.cli.config": {"src.cli.instantiate", "src.cli.signals"},
-    "src.io.lock": {"src.cli.instantiate"},
-    "src.generation.writer": {"src.types", "src.cli.instantiate", "src.text.tokenizer"},
-    "src.distributed.parallel": set(),
-    "src.distributed.checkpoints": {"src.distributed.parallel", "src.io.shards"},  # checkpoints as files and folders
-    "src.training.strategy": {"src.distributed.parallel", "src.distributed.checkpoints"},
-    "src.training.launch": {"src.cli.instantiate", "src.distributed.parallel", "src.training.strategy"},
-    "src.cli.signals": set(),
-    "src.models.tiling": set(),  # how images are cut, for data and model alike
-    "src.io.shards": set(),  # the file format; both ends of it use this one
-    "src.evaluation.drawing": set(),
-    "src.preparation": set(),
-    "src.scenes": set(),
-    "src.text": set(),
-    "src.io.hub": set(),
-    "src.text.tokenizer": {"src.types", "src.io.hub", "src.text"},
-    "src.preparation.builder": {"src.preparation", "src.io.lock", "src.io.shards", "src.text.tokenizer"},
-    "src.preparation.text": {"src.preparation.builder", "src.preparation", "src.text", "src.text.tokenizer"},
-    "src.chat.journal": {"src.types", "src.io.shards"},
-    "src.diffusion": {"src.types"},
-    "src.text.align": {"src.types", "src.text.tokenizer"},
-    "src.preparation.swaps": {"src.text.align", "src.scenes", "src.text.tokenizer"},
-    "src.metrics": {"src.types", "src.diffusion", "src.scenes", "src.io.shards", "src.text.tokenizer"},
-    "src.models": {
-        "src.types",
-        "src.text.align",
-        "src.io.hub",
-        "src.distributed.parallel",
-        "src.scenes",
-        "src.models.tiling",
-        "src.text.tokenizer",
-    },
-    "src.experts": {"src.types", "src.text.align", "src.distributed.parallel", "src.scenes", "src.text.tokenizer"},
-    "src.rounds.drafts": {"src.types", "src.models", "src.distributed.parallel", "src.io.shards", "src.text.tokenizer"},
-    "src.rounds.expert_thread": {"src.types", "src.chat.journal"},
-    "src.rounds.stats": {"src.text.align", "src.types", "src.chat.journal", "src.text.tokenizer"},
-    "src.rounds.round": {
-        *("src.types", "src.text.align", "src.distributed.parallel", "src.text.tokenizer"),
-        *(
-            "src.rounds.expert_thread",
-            "src.rounds.drafts",
-            "src.chat.journal",
-            "src.io.shards",
-            "src.rounds.stats",
-        ),  # the parts of a round
-    },
-    "src.rounds.batch_api": {"src.types", "src.rounds.drafts", "src.chat.journal", "src.rounds.round", "src.io.shards"},
-    "src.objectives": {"src.types", "src.diffusion", "src.distributed.parallel"},
-    "src.objectives.scene_labels": {
-        "src.types",
-        "src.diffusion",
-        "src.objectives",
-        "src.scenes",
-    },  # labels are of scenes
-    "src.training.memory_tracker": set(),
-    "src.training.memory_plan": {"src.types", "src.diffusion", "src.training.memory_tracker", "src.objectives"},
-    "src.evaluation.report": {"src.evaluation.drawing", "src.metrics"},
-    "src.training.run_dir": {
-        "src.cli.instantiate",
-        "src.cli.config",
-        "src.io.hub",
-        "src.models",
-        "src.io.shards",
-        "src.distributed.checkpoints",
-    },
-    "src.training.build": {
-        *(
-            "src.types",
-            "src.cli.instantiate",
-            "src.rounds.drafts",
-            "src.models",
-            "src.cli.signals",
-            "src.training.strategy",
-        ),
-        *("src.models.tiling", "src.text.tokenizer", "callbacks", "datamodules"),
-    },
-    "src.evaluation.pareto": {"src.metrics", "src.evaluation.report"},
-    "src.evaluation.grid": {"src.cli.instantiate"},
-    "src.evaluation.results": {"src.cli.instantiate", "src.metrics", "src.io.shards"},
-    "datamodules": {
-        *("src.types", "src.text.align", "src.text", "src.scenes"),
-        *("src.io.shards", "src.models.tiling", "src.text.tokenizer"),
-    },
-    "callbacks": {
-        *("src.types", "src.diffusion", "src.rounds.drafts", "src.evaluation.drawing", "src.metrics"),
-        *(
-            "src.distributed.parallel",
-            "src.rounds.round",
-            "src.io.shards",
-            "src.distributed.checkpoints",
-            "src.cli.signals",
-            "src.rounds.stats",
-            "src.text.tokenizer",
-        ),
-    },
-    **{f"src.{verb}": {"src", "datamodules"} for verb in VERBS},
+# Who may import whom: a room, and the rooms below it that it may use (docs/code.md has the same table).
+# `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
+ROOMS = {
+    row.split("<-")[0].strip(): set(row.split("<-")[1].split())
+    for row in """
+        root         <-
+        io           <-
+        scenes       <-
+        cli          <- io
+        types        <- io
+        diffusion    <- types
+        distributed  <- types io
+        text         <- types io
+        samplers     <- types diffusion
+        models       <- types io text distributed
+        metrics      <- types io diffusion text scenes
+        chat         <- types io distributed
+        objectives   <- types diffusion samplers distributed scenes
+        experts      <- types io text scenes chat
+        rounds       <- types io text distributed chat models
+        preparation  <- types io text scenes
+        datamodules  <- types io text models
+        generation   <- types io cli text models samplers datamodules
+        evaluation   <- types io cli text models samplers datamodules metrics generation
+        callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
+    """.strip().splitlines()
 }
+TRAINING, VERB = set(ROOMS), {*ROOMS, "training"}  # src/training stands on all rooms, a verb on that too
+FOR_ALL = "src.io.errors"
 
-# Packages that only some layers may use: the mathematics knows no Lightning, no config and no tokenizer.
+# Packages that only some rooms may use: the maths knows no Lightning, no config and no tokenizer.
 ONLY_IN: dict[str, set[str]] = {
-    "lightning": {
-        *("src.training.build", "src.training.launch", "src.training.strategy", "src.train"),
-        *("src.objectives", "src.objectives.scene_labels", "callbacks", "datamodules"),
-    },
-    "omegaconf": {
-        "src.training.build",
-        "src.cli.instantiate",
-        "src.cli.config",
-        "src.training.run_dir",
-        *(f"src.{verb}" for verb in VERBS),
-    },
-    "transformers": {"src.metrics", "src.models", "src.text.tokenizer"},
-    "rdkit": {"src.metrics"},
-    "openai": {"src.experts"},
-    "matplotlib": {"src.evaluation.pareto", "src.evaluation.report"},
+    "lightning": {"training", "objectives", "callbacks", "datamodules", "train"},
+    "omegaconf": {"cli", "generation", "training", *VERBS},
+    "transformers": {"metrics", "models", "text"},
+    "tokenizers": {"text"},
+    "rdkit": {"metrics"},
+    "openai": {"chat"},
+    "aiohttp": {"chat"},
+    "matplotlib": {"evaluation"},
+    "safetensors": {"models"},
+    "huggingface_hub": {"io"},
+    "webdataset": {"io"},
+    "torchmetrics": {"metrics", "evaluate"},
 }
-WITHOUT_TORCH = (
-    *("src.text.align", "src.cli.instantiate", "src.cli.config", "src.evaluation.drawing"),
-    *("src.preparation", "src.chat.journal", "src.scenes", "src.io.shards", "src.models.tiling"),
-)
+WITHOUT_TORCH = ("root", "io", "scenes", "cli", "chat", "preparation")
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
 SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
@@ -220,25 +139,21 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{start}.{alias.name}" for alias in node.names)
 
 
-def within(name: str, layer: str) -> bool:
-    return name == layer or name.startswith(f"{layer}.")
-
-
-def layer_of(module: str) -> str:
-    """The row of a module. Only `src/__init__.py` itself belongs to the row `src`."""
-    rows = [row for row in LAYERS if within(module, row) and (row != "src" or module == "src")]
-    assert rows, f"{module} has no row in LAYERS: say which of our modules it may import"
-    return max(rows, key=len)
+def room_of(module: str) -> str:
+    """The room of a module: its folder, or the name of a file that lies flat in src/."""
+    parts = module.split(".")
+    return parts[0] if parts[0] != "src" else parts[1] if len(parts) > 1 else "root"
 
 
 def forbidden(module: str, imported: list[str]) -> list[str]:
-    """Those of the imported names that the layer of a module may not use."""
-    own = layer_of(module)
+    """Those of the imported names that the room of a module may not use."""
+    own = room_of(module)
+    below = {own} | (VERB if own in VERBS else TRAINING if own == "training" else ROOMS[own])
     bad = []
     for name in imported:
         top = name.split(".")[0]
         if top in PACKAGES:
-            allowed = any(within(name, other) for other in {own, *LAYERS[own]})
+            allowed = room_of(name) in below or name.startswith(f"{FOR_ALL}.")
         elif top == "torch":
             allowed = own not in WITHOUT_TORCH
         else:
@@ -249,28 +164,55 @@ def forbidden(module: str, imported: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("path", source_files(), ids=short)
-def test_layers(path: Path) -> None:
+def test_rooms(path: Path) -> None:
     assert forbidden(module_name(path), list(imports(path))) == []
 
 
-def test_layer_rules_catch_what_they_should(tmp_path: Path) -> None:
+def test_rooms_catch_what_they_should() -> None:
     assert forbidden("src.diffusion.losses", ["torch", "src.types.Kind", "src.diffusion.noise.Noise"]) == []
-    assert forbidden("src.diffusion.losses", ["lightning", "src.text.tokenizer.Codec", "src.rounds.batch_api"]) == [
+    assert forbidden("src.diffusion.losses", ["lightning", "src.text.tokenizer.Codec", "src.io.errors.UserError"]) == [
         "lightning",
         "src.text.tokenizer.Codec",
-        "src.rounds.batch_api",
     ]
     assert forbidden("datamodules.captions", ["callbacks.samples", "src.cli.config", "datamodules.shards"]) == [
         "callbacks.samples",
         "src.cli.config",
     ]
     assert forbidden("src.scenes.graph", ["random", "torch"]) == ["torch"]
-    assert forbidden("src.train", ["src.models.hf.folder", "callbacks.samples"]) == ["callbacks.samples"]
+    assert forbidden("src.train", ["src.models.llada", "src.evaluate.main"]) == ["src.evaluate.main"]
+    assert forbidden("src.training.build", ["src.train.main", "callbacks.stop"]) == ["src.train.main"]
+
+
+def test_only_verbs_and_types_lie_flat() -> None:
+    flat = {path.stem for path in (ROOT / "src").glob("*.py")}
+    assert flat == {"__init__", "types", *VERBS}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Each level that is taken away imports nothing that is left; what stays goes in a circle."""
+    modules = {module_name(path) for path in source_files()}
+    uses = {module_name(path): {module_in(name, modules) for name in imports(path)} for path in source_files()}
+    left = {module: users - {None, module} for module, users in uses.items()}
+    while free := {module for module, needs in left.items() if not needs & left.keys()}:
+        left = {module: needs for module, needs in left.items() if module not in free}
+    assert left == {}
+
+
+def module_in(name: str, modules: set[str]) -> str | None:
+    """The module that an imported name is of, or is."""
+    parts = name.split(".")
+    return next((m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in modules), None)
+
+
+def test_benchmarks_do_not_import_tests() -> None:
+    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("testing/*.py")]
+    assert files
+    assert [name for path in files for name in imports(path) if name.split(".")[0] == "tests"] == []
 
 
 def test_imports_sees_every_way_to_import() -> None:
     found = list(imports(Path(__file__)))
-    assert {"ast", "src.cli.instantiate.check", "src.train.OFFERS", "pathlib.Path"} <= set(found)
+    assert {"ast", "src.cli.instantiate.check", "src.training.build.OFFERS", "pathlib.Path"} <= set(found)
 
 
 def test_no_print() -> None:
@@ -488,7 +430,7 @@ def readme_errors() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("command", "message"), readme_errors())
 def test_readme_error(command: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_verb(command, fill=False)
     assert str(error.value) == message
 

@@ -20,11 +20,11 @@ import yaml
 from PIL import Image
 
 from src.cli.config import load_config
-from src.cli.instantiate import ConfigError
 from src.evaluate import complete, main
 from src.evaluation.grid import expand
 from src.evaluation.pareto import Point, budget_table, budgets_of, front_of, lines_of, plot_curve, points_of, to_dict
 from src.evaluation.results import Cell
+from src.io.errors import UserError
 from src.metrics.bound import response_nats
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
@@ -466,5 +466,5 @@ def test_the_curve_names_a_metric_that_there_is(conf, capsys):
 
 
 def test_expand_does_not_accept_the_option_of_another_target():
-    with pytest.raises(ConfigError, match=r"no option 'reviser\.scope\.x'"):
+    with pytest.raises(UserError, match=r"no option 'reviser\.scope\.x'"):
         expand({"p": PROSECO}, {"p": {"reviser.scope.x": [1]}}, [1], known=set())

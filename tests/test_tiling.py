@@ -15,7 +15,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from src.cli.config import load_config
-from src.cli.instantiate import ConfigError, build, check
+from src.cli.instantiate import build, check
+from src.io.errors import UserError
 from src.models.tiling import AnyRes, Square, anyres
 from src.models.vision import VisionPath
 from src.train import OFFERS
@@ -152,7 +153,7 @@ def test_layouts_come_from_the_config_and_go_into_one() -> None:
     assert spelt == AnyRes(8, [(8, 16), (16, 8)])
     assert AnyRes(**spelt.to_dict()) == spelt
     assert anyres(8, max_tiles=9).num_tokens((48, 48), side=2) > anyres(8).num_tokens((48, 48), side=2)
-    with pytest.raises(ConfigError, match="grids"):
+    with pytest.raises(UserError, match="grids"):
         build({"target": "src.models.tiling.AnyRes", "size": 8, "grids": 16})
 
 
@@ -170,7 +171,7 @@ def test_a_training_config_takes_a_tiling(tiling: str) -> None:
     check(config, offers=OFFERS)
     assert build(config.data.tiling) == build(config.model.tiling)
     assert build(config.data.tiling).size == 384
-    with pytest.raises(ConfigError, match=r"data\.tiling\.sizes: .* has no argument 'sizes'"):
+    with pytest.raises(UserError, match=r"data\.tiling\.sizes: .* has no argument 'sizes'"):
         check(load_config([*settings[:2], settings[2].replace("size", "sizes")], root=root), offers=OFFERS)
 
 

@@ -305,7 +305,7 @@ def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(Revision, "corrupt", broken)
     with pytest.raises(ValueError, match="shapes differ") as caught:
         run(arguments(scenes, tmp_path / "run"))
-    assert caught.type is ValueError  # no ConfigError, which would end in one line
+    assert caught.type is ValueError  # no UserError, which would end in one line
 
 
 def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):

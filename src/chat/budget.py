@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from src.distributed.parallel import world
+from src.io.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Prices:
         for name in ("input", "output", "cached"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"prices.{name} must be at least 0, got {value}")
+                raise UserError(f"prices.{name} must be at least 0, got {value}")
 
     def cost(self, usage: Mapping[str, float]) -> float:
         """Dollars for `prompt_tokens` and `completion_tokens`, of which `cached_tokens` of the prompt."""
@@ -51,9 +52,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in self._limits().items():
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"max_{name} must be above 0 or null, got {value}")
+                raise UserError(f"max_{name} must be above 0 or null, got {value}")
         if self.max_cost is not None and self.prices is None:
-            raise ValueError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")
+            raise UserError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")
 
     def reserve(self, usage: Mapping[str, float]) -> dict[str, float] | None:
         """Put one request with this use aside; None where the budget does not allow it."""

@@ -34,6 +34,7 @@ from src.chat.limits import RECHECK_S, ROW, Breaker, Clock, Gate, Limits, Pace, 
 from src.chat.link import Link, body_of, check_address
 from src.chat.replies import Trouble, Unanswered, read_body, read_error
 from src.distributed.parallel import world
+from src.io.errors import UserError
 from src.types import DEADLINE, FailedRound
 
 NO_KEY = "none"  # for servers that ask for no key; the SDK wants one
@@ -76,12 +77,10 @@ class Client:
 
     def __init__(self, *, base_url: str | None, key_env: str | None, model: str, limits: Limits) -> None:
         if key_env is not None and not os.environ.get(key_env):
-            raise ValueError(
-                f"the environment variable {key_env} holds no key; key_env=null is for servers without one"
-            )
+            raise UserError(f"the environment variable {key_env} holds no key; key_env=null is for servers without one")
         key = os.environ.get(key_env, "") if key_env else ""
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"the key in {key_env} holds characters that no key has, such as the end of a line")
+            raise UserError(f"the key in {key_env} holds characters that no key has, such as the end of a line")
         if base_url is not None:
             check_address(base_url)
         self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
@@ -186,7 +185,7 @@ class Client:
             await self._clock.sleep(wait)
 
     def check_processes(self) -> None:
-        """Raise ValueError where there is less of something than processes that share it."""
+        """Raise UserError where there is less of something than processes that share it."""
         self._limits.check_processes()
 
     @property
@@ -333,8 +332,3 @@ class Client:
         """Without the key, which servers may echo; a short one is no secret, and may be a word."""
         key = self._key
         return text.replace(key, "***") if len(key) >= SECRET else text
-
-
-def clean(text: str) -> str:
-    """Without halves of characters, which JSON can spell but no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

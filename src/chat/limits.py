@@ -22,6 +22,7 @@ from random import Random
 
 from src.chat.budget import Prices
 from src.distributed.parallel import world
+from src.io.errors import UserError
 
 BURST_S = 1.0  # seconds' worth of a rate that may go out at once: servers enforce shorter windows than a minute
 RECHECK_S = 0.1  # how often a waiting request looks whether tokens were given back
@@ -60,23 +61,23 @@ class Limits:
     give_up_s: float = 300.0
 
     def check_processes(self) -> None:
-        """Raise ValueError where there is less of something than processes that share it."""
+        """Raise UserError where there is less of something than processes that share it."""
         for name in ("concurrency", "max_requests"):
             value = getattr(self, name)
             if value is not None and value < world():
-                raise ValueError(
+                raise UserError(
                     f"limits.{name}={value} is shared by {world()} processes: raise it, or use fewer processes"
                 )
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "attempts", "pause_after"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("timeout_s", "deadline_s", "pause_s", "give_up_s"):
             if not 0 < getattr(self, name) < math.inf:  # so nan is refused, too
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.prices is not None and not isinstance(self.prices, Prices):
-            raise ValueError("prices need a target: {target: src.chat.budget.Prices, input: 1.1, output: 4.4}")
+            raise UserError("prices need a target: {target: src.chat.budget.Prices, input: 1.1, output: 4.4}")
 
 
 class ServerDown(ConnectionError):
@@ -106,7 +107,7 @@ class Gate:
 
     def __init__(self, limit: int) -> None:
         if limit < 1:
-            raise ValueError(f"concurrency must be at least 1, got {limit}")
+            raise UserError(f"concurrency must be at least 1, got {limit}")
         self.most, self.limit, self.active = limit, float(limit), 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -151,7 +152,7 @@ class Pace:
 
     def __init__(self, per_minute: float | None, clock: Clock) -> None:
         if per_minute is not None and not 0 < per_minute < math.inf:
-            raise ValueError(f"a rate per minute must be above 0, got {per_minute}")
+            raise UserError(f"a rate per minute must be above 0, got {per_minute}")
         self._clock, self._per_minute = clock, per_minute
         self._level, self._seen, self._closed = math.inf, clock.now(), -math.inf
         self._turn = Gate(1)

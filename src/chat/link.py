@@ -18,6 +18,7 @@ import aiohttp
 import openai
 
 from src.chat.replies import Trouble
+from src.io.errors import UserError
 
 LONGEST_BODY = 1 << 24  # bytes of a response
 
@@ -76,7 +77,7 @@ async def body_of(found: aiohttp.ClientResponse) -> bytes:
 
 
 def check_address(base_url: str) -> None:
-    """Raise ValueError for an address that none can be."""
+    """Raise UserError for an address that none can be."""
     try:
         parts = urlsplit(base_url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -84,9 +85,9 @@ def check_address(base_url: str) -> None:
     except ValueError:
         whole, parts = False, None
     if not whole or parts is None:
-        raise ValueError(f"base_url must begin with http:// or https:// and name a host, got {base_url!r}")
+        raise UserError(f"base_url must begin with http:// or https:// and name a host, got {base_url!r}")
     if parts.username or parts.password:
-        raise ValueError("base_url must not hold a name or a password; the key goes into the variable of key_env")
+        raise UserError("base_url must not hold a name or a password; the key goes into the variable of key_env")
 
 
 def proxy_of(url: str) -> tuple[str, dict[str, str]]:

@@ -14,13 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.experts.reply import SCHEMA
+from src.io.errors import UserError
 
-OUTPUTS: dict[str, dict[str, Any]] = {
-    "json_schema": {"type": "json_schema", "json_schema": {"name": "revision", "strict": True, "schema": SCHEMA}},
-    "json_object": {"type": "json_object"},
-    "text": {},
-}
+OUTPUTS = ("json_schema", "json_object", "text")
 _THINKS = re.compile(r"(^|/)(o\d|gpt-5)", re.IGNORECASE)
 
 
@@ -42,22 +38,28 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.limit not in ("max_completion_tokens", "max_tokens"):
-            raise ValueError(f"limit must be 'max_completion_tokens' or 'max_tokens', got {self.limit!r}")
+            raise UserError(f"limit must be 'max_completion_tokens' or 'max_tokens', got {self.limit!r}")
         if self.output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+            raise UserError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
 
-    def parameters(self, *, limit: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    def parameters(self, *, limit: int, given: Mapping[str, Any], name: str, schema: dict[str, Any]) -> dict[str, Any]:
         """The part of a request besides model and messages. given: temperature, effort, seed; None is left out.
 
-        Raises ValueError for a value that the model does not accept.
+        name, schema: of the JSON object that the reply has to be
+
+        Raises UserError for a value that the model does not accept.
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         if refused := [name for name in chosen if not getattr(self, name)]:
-            raise ValueError(f"the profile of this model does not accept {', '.join(refused)}; set it to null")
+            raise UserError(f"the profile of this model does not accept {', '.join(refused)}; set it to null")
         if "effort" in chosen:
             chosen["reasoning_effort"] = chosen.pop("effort")
-        form = {"response_format": OUTPUTS[self.output]} if OUTPUTS[self.output] else {}
-        return {self.limit: limit, **chosen, **form}
+        if self.output == "json_schema":
+            strict = {"name": name, "strict": True, "schema": schema}
+            chosen["response_format"] = {"type": "json_schema", "json_schema": strict}
+        elif self.output == "json_object":
+            chosen["response_format"] = {"type": "json_object"}
+        return {self.limit: limit, **chosen}
 
 
 PROFILES = {
@@ -77,5 +79,5 @@ def choose(profile: str | Profile, model: str) -> Profile:
     if profile == "auto":
         return PROFILES["reasoning" if _THINKS.search(model) else "chat"]
     if not isinstance(profile, str) or profile not in PROFILES:
-        raise ValueError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
+        raise UserError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.chat.client import clean
-
 MOST_TOKENS = 10**8  # that a usage may tell of; more is a mistake
 LONGEST_MESSAGE = 300  # characters of a server's message
 DETAILS = {"cached_tokens": "prompt_tokens_details", "reasoning_tokens": "completion_tokens_details"}
@@ -131,3 +129,8 @@ def _usage(given: Any) -> dict[str, int]:
 def _count(given: Any, name: str) -> int:
     value = given.get(name) if isinstance(given, Mapping) else None
     return value if isinstance(value, int) and 0 < value <= MOST_TOKENS else 0
+
+
+def clean(text: str) -> str:
+    """Without halves of characters, which JSON can spell but no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -37,7 +37,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.cli.instantiate import SCALARS, ConfigError, arguments, dotted, fits, hint, is_node, one_line, plain, walk
+from src.cli.instantiate import SCALARS, arguments, dotted, fits, hint, is_node, one_line, plain, walk
+from src.io.errors import UserError
 
 PRINT = "--print"
 
@@ -58,11 +59,11 @@ def load_config(
 
     With --print among the arguments it is printed, and the process ends.
     """
-    argv, folder = list(argv), _folder(root)
+    argv, folder = list(argv), config_root(root)
     names, settings = _parse([argument for argument in argv if argument != PRINT], folder, set(texts))
     tree = _compose(_layers(names, folder))
     if lacking := [key for key in needs if key not in tree]:
-        raise ConfigError(f"conf={','.join(names)} is not for {verb}: it has no key {lacking[0]!r}; see --help")
+        raise UserError(f"conf={','.join(names)} is not for {verb}: it has no key {lacking[0]!r}; see --help")
     chosen = [(key, value) for key, value in settings if _chooses(tree, key, value, folder)]
     if chosen:
         tree = _compose(_layers([*names, *(_layer(key, value) for key, value in chosen)], folder))
@@ -79,7 +80,7 @@ def load_part(key: str, name: str, *, root: str | Path = "conf") -> dict:
     """The node that the layer ROOT/KEY/NAME.yaml, or the .yaml file of that name, holds under KEY, resolved."""
     part = plain(load_config([f"conf={_layer(key, name)}"], verb=key, needs=[key], root=root))[key]
     if not is_node(part):
-        raise ConfigError(f"{_layer(key, name)}: {key}: expected a mapping with `target:`, got {part!r}")
+        raise UserError(f"{_layer(key, name)}: {key}: expected a mapping with `target:`, got {part!r}")
     return part
 
 
@@ -96,10 +97,10 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
 
 
 def path_of(cfg: DictConfig, key: str) -> Path:
-    """The path under a key. Raises ConfigError where there is none."""
+    """The path under a key. Raises UserError where there is none."""
     value = OmegaConf.select(cfg, key)
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key}: expected a path, got {value!r}")
+        raise UserError(f"{key}: expected a path, got {value!r}")
     return Path(value)
 
 
@@ -116,21 +117,21 @@ def _layer(key: str, name: str) -> str:
 def _resolve(tree: dict) -> dict:
     """The tree with its interpolations resolved, once nothing is missing."""
     if missing := [name for name, value in walk(tree) if value == "???"]:
-        raise ConfigError(f"these keys must be given: {', '.join(missing)}")
+        raise UserError(f"these keys must be given: {', '.join(missing)}")
     try:
         resolved = plain(OmegaConf.create(tree))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {one_line(error)}") from error
+        raise UserError(f"{error.full_key}: {one_line(error)}") from error
     if escaped := [name for name, value in walk(resolved) if isinstance(value, str) and "${" in value]:
-        raise ConfigError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
+        raise UserError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
     return resolved
 
 
-def _folder(root: str | Path) -> Path:
-    return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[1] / root
+def config_root(root: str | Path) -> Path:
+    return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
 
 
-def _available(root: Path) -> list[str]:
+def available(root: Path) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
@@ -140,15 +141,15 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise ConfigError(f"expected key=value, got {argument!r}")
+            raise UserError(f"expected key=value, got {argument!r}")
         if key != "conf":
             settings.append((key, (_text if key in texts else _value)(key, text)))
         elif names is None:
             names = [name for name in text.split(",") if name]
         else:
-            raise ConfigError("conf= is given twice; stack layers with a comma: conf=a,b")
+            raise UserError("conf= is given twice; stack layers with a comma: conf=a,b")
     if not names:
-        raise ConfigError(f"conf=NAME is missing; available: {', '.join(_available(root))}")
+        raise UserError(f"conf=NAME is missing; available: {', '.join(available(root))}")
     return names, settings
 
 
@@ -159,13 +160,13 @@ def _value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
+        raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
 
 def _text(key: str, text: str) -> str | None:
     """The value of a key that is a text: as it stands, without the quotes where all of it is one text in quotes."""
     if "${" in text:
-        raise ConfigError(f"{key}: '${{' stands for the value of a key, so no text can hold it, got {text!r}")
+        raise UserError(f"{key}: '${{' stands for the value of a key, so no text can hold it, got {text!r}")
     if text[:1] in ("'", '"'):
         with suppress(yaml.YAMLError):
             node = yaml.compose(text)
@@ -180,14 +181,14 @@ def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
 
     def apply(name: str, *above: str) -> None:
         if name in above:
-            raise ConfigError(f"`base:` goes in a circle: {' -> '.join([*above[above.index(name) :], name])}")
+            raise UserError(f"`base:` goes in a circle: {' -> '.join([*above[above.index(name) :], name])}")
         path = _find(name, root)
         if path in found:
             return
         tree, bases = _read(path)
         lowest = next(iter(found.values()), ("", {}))[0]
         if bases and lowest.endswith(".yaml"):  # a complete config, such as the saved one of a run
-            raise ConfigError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
+            raise UserError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
         for base in bases:
             apply(base, *above, name)
         found[path] = (name, tree)
@@ -201,8 +202,8 @@ def _find(name: str, root: Path) -> Path:
     path = Path(name) if name.endswith(".yaml") else root / f"{name}.yaml"
     if path.is_file():
         return path.resolve()
-    known = _available(root)
-    raise ConfigError(f"no configuration {name!r}{hint(name, known)}; available: {', '.join(known)}")
+    known = available(root)
+    raise UserError(f"no configuration {name!r}{hint(name, known)}; available: {', '.join(known)}")
 
 
 def _read(path: Path) -> tuple[dict, list[str]]:
@@ -210,13 +211,13 @@ def _read(path: Path) -> tuple[dict, list[str]]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got a {type(tree).__name__}")
+        raise UserError(f"{path}: expected a mapping at the top, got a {type(tree).__name__}")
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not fits(bases, list[str]):
-        raise ConfigError(f"{path}: base: expected a list of names, got {bases!r}")
+        raise UserError(f"{path}: base: expected a list of names, got {bases!r}")
     return tree, bases
 
 
@@ -226,9 +227,9 @@ def _compose(layers: list[tuple[str, dict]]) -> dict:
     for name, layer in upper:
         if unknown := [str(key) for key in layer if key not in schema]:
             near = hint(unknown[0], map(str, schema))
-            raise ConfigError(f"{name}: {lowest} has no top-level key {unknown[0]!r}{near}")
+            raise UserError(f"{name}: {lowest} has no top-level key {unknown[0]!r}{near}")
         if wrong := next(_mistyped(tree, layer), None):
-            raise ConfigError(f"{name}: {wrong}")
+            raise UserError(f"{name}: {wrong}")
         tree = _merge(tree, layer)
     return tree
 
@@ -283,10 +284,10 @@ def _set(tree: dict, name: str, value: Any) -> None:
         _add(tree, chain, name, value)
         return
     if name.startswith("+"):
-        raise ConfigError(f"{name[1:]!r} exists already: set it without the +")
+        raise UserError(f"{name[1:]!r} exists already: set it without the +")
     owner, old = chain[-2:]
     if not any(map(is_node, chain[:-1])) and (wrong := next(_mistyped(old, value, name), None)):
-        raise ConfigError(wrong)
+        raise UserError(wrong)
     if old and value and isinstance(old, dict) and isinstance(value, dict) and not _retargets(old, value):
         for child, inner in value.items():
             _set(tree, f"{name}.{child}", inner)
@@ -309,7 +310,7 @@ def _add(tree: dict, chain: list[Any], name: str, value: Any) -> None:
         return
     adds = f" (+{name}=... adds it)" if is_owner and not is_node(owner) else ""
     near = hint(dotted(*parts), [*known, *(dotted(place, argument) for argument in taken)])
-    raise ConfigError(f"unknown key {dotted(*parts)!r}{near}{adds}")
+    raise UserError(f"unknown key {dotted(*parts)!r}{near}{adds}")
 
 
 def _arguments(owner: Any, place: str) -> list[str]:
@@ -318,8 +319,8 @@ def _arguments(owner: Any, place: str) -> list[str]:
         return []
     try:
         return arguments(owner)
-    except ConfigError as error:
-        raise ConfigError(f"{dotted(place, 'target')}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{dotted(place, 'target')}: {error}") from error
 
 
 def _chain(tree: dict, parts: list[str]) -> list[Any]:

@@ -1,4 +1,8 @@
-"""TODO-DOC"""
+"""What every verb's `main` shares: --help, one line for a user's mistake, exit codes of signals.
+
+@main_guard
+def main(argv): ...
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from src.cli.config import _available, _folder
-from src.cli.instantiate import ConfigError
+from src.cli.config import available, config_root
 from src.cli.signals import SIGNALLED, Stop, Stopped
+from src.io.errors import UserError
 
 USAGE = """\
 arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
@@ -20,13 +24,13 @@ arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
 
 def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
     """What a verb prints for --help: its own docstring, the arguments and the configurations there are."""
-    return f"{(verb_doc or '').strip()}\n\n{USAGE}configurations: {', '.join(_available(_folder(root)))}\n"
+    return f"{(verb_doc or '').strip()}\n\n{USAGE}configurations: {', '.join(available(config_root(root)))}\n"
 
 
 def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
     """Decorator of a verb's `main(argv)`: --help, and one line instead of a traceback where nothing is wrong with it.
 
-    Exit code 2 for a ConfigError, 1 where the system cannot read or write, and 128 + number for a signal.
+    Exit code 2 for a UserError, 1 where the system cannot read or write, and 128 + number for a signal.
     """
 
     @functools.wraps(main)
@@ -39,7 +43,7 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
         try:
             with Stop():
                 main(argv)
-        except ConfigError as error:
+        except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(2)
         except Stopped as stopped:

@@ -21,13 +21,11 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.io.errors import UserError
+
 PACKAGES = ("src", "callbacks", "datamodules", "torch", "lightning", "torchmetrics", "transformers")
 OWN = PACKAGES[:3]
 SCALARS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), type(None): (type(None),)}
-
-
-class ConfigError(ValueError):
-    """A mistake in the config or on the command line; the message is meant for the user."""
 
 
 def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = (), sections: Iterable[str] = ()) -> None:
@@ -35,7 +33,7 @@ def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = (), se
 
     offers: the names `build` will get; sections: keys of mappings in which every value is a node or null
 
-    Raises ConfigError with all problems, each with its dotted place in the config.
+    Raises UserError with all problems, each with its dotted place in the config.
     """
     tree: Any = plain(cfg)
     for section in sections:
@@ -43,7 +41,7 @@ def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = (), se
     names, there = set(offers), [(name, value) for name, value in walk(tree) if is_node(value)]
     found = [(dotted(name, key), text) for name, node in there for key, text in _problems(node, names)]
     if found:
-        raise ConfigError("\n  ".join(f"{place}: {text}" if place else text for place, text in found))
+        raise UserError("\n  ".join(f"{place}: {text}" if place else text for place, text in found))
 
 
 def build(node: Any, /, **offers: Any) -> Any:
@@ -54,27 +52,27 @@ def build(node: Any, /, **offers: Any) -> Any:
     """
     tree = plain(node)
     if not is_node(tree):
-        raise ConfigError(f"nothing to build: expected a mapping with `target:`, got {tree!r}")
+        raise UserError(f"nothing to build: expected a mapping with `target:`, got {tree!r}")
     check(tree, offers=offers)
     return _build(tree, offers)
 
 
 def nodes(section: Any, name: str) -> dict[str, dict]:
-    """The nodes of a mapping by key, without those that are null. ConfigError, with its place, for anything else.
+    """The nodes of a mapping by key, without those that are null. UserError, with its place, for anything else.
 
     name: the place of the mapping in the config
     """
     tree = plain(section)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name}: expected a mapping, got {tree!r}")
+        raise UserError(f"{name}: expected a mapping, got {tree!r}")
     found = {str(key): node for key, node in tree.items() if node is not None}
     if wrong := next((key for key, node in found.items() if not is_node(node)), None):
-        raise ConfigError(f"{dotted(name, wrong)}: expected a mapping with `target:` or null, got {found[wrong]!r}")
+        raise UserError(f"{dotted(name, wrong)}: expected a mapping with `target:` or null, got {found[wrong]!r}")
     return found
 
 
 def arguments(node: dict) -> list[str]:
-    """The arguments that the target of a node takes by name. ConfigError if the target cannot be imported."""
+    """The arguments that the target of a node takes by name. UserError if the target cannot be imported."""
     return list(_parameters(_locate(node["target"]))[0])
 
 
@@ -127,18 +125,22 @@ def _build(value: Any, offers: dict, name: str = "") -> Any:
     target = inner.pop("target")
     component = _locate(target)
     given = {key: offer for key, offer in offers.items() if key in _parameters(component)[0]} | inner
+    place = f"{name} ({target})" if name else target
     try:
         return component(**given)
-    except (ValueError, OSError) as error:
-        place = f"{name} ({target})" if name else target
-        raise ConfigError(f"{place}: {one_line(error)}") from error
+    except UserError as error:
+        raise UserError(f"{place}: {one_line(error)}") from error
+    except (ValueError, TypeError, OSError) as error:
+        if target.split(".")[0] in OWN:  # also a component that a user has added here: its traceback says more
+            raise
+        raise UserError(f"{place}: {one_line(error)}") from error
 
 
 def _locate(target: Any) -> Callable:
     """Import what `target:` names: a class or function, or a method such as `src.text.tokenizer.Codec.load`."""
     parts = str(target).split(".")
     if parts[0] not in PACKAGES:
-        raise ConfigError(f"{target!r} is not in the packages {', '.join(PACKAGES)}")
+        raise UserError(f"{target!r} is not in the packages {', '.join(PACKAGES)}")
     found: Any = _import(parts[0])
     for end, part in enumerate(parts[1:], start=1):
         owner, path = found, ".".join(parts[:end])
@@ -147,12 +149,12 @@ def _locate(target: Any) -> Callable:
             found = _import(f"{path}.{part}")
         if found is None:
             known = [*dir(owner), *(m.name for m in pkgutil.iter_modules(getattr(owner, "__path__", [])))]
-            raise ConfigError(f"{path} has no {part!r}{hint(part, known)}")
+            raise UserError(f"{path} has no {part!r}{hint(part, known)}")
     if inspect.ismodule(found) or not callable(found):
-        raise ConfigError(f"{target} is not a class or function")
+        raise UserError(f"{target} is not a class or function")
     home = getattr(found, "__module__", None) or parts[0]
     if home.split(".")[0] not in PACKAGES:
-        raise ConfigError(f"{target} is from {home}, which is not in the packages {', '.join(PACKAGES)}")
+        raise UserError(f"{target} is from {home}, which is not in the packages {', '.join(PACKAGES)}")
     return found
 
 
@@ -163,7 +165,7 @@ def _import(name: str) -> Any:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name and "." in name:
             return None
-        raise ConfigError(f"cannot import {name}: {error}") from error
+        raise UserError(f"cannot import {name}: {error}") from error
 
 
 def _parameters(component: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -181,7 +183,7 @@ def _problems(node: dict, offers: set[str]) -> Iterator[tuple[str, str]]:
     target = node["target"]
     try:
         component = _locate(target)
-    except ConfigError as error:
+    except UserError as error:
         yield "target", str(error)
         return
     parameters, takes_any = _parameters(component)

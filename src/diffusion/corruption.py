@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.types import Batch, Corrupted, Corruption, Kind, SpecialIds
 
 
@@ -52,9 +53,9 @@ class Replace:
 
     def __init__(self, *, special: SpecialIds, rate: float, source: str = "uniform", dynamic: bool = False) -> None:
         if not 0 <= rate <= 1:
-            raise ValueError(f"the replacement rate must be within 0..1, got {rate}")
+            raise UserError(f"the replacement rate must be within 0..1, got {rate}")
         if source not in ("uniform", "response"):
-            raise ValueError(f"source must be 'uniform' or 'response', got {source!r}")
+            raise UserError(f"source must be 'uniform' or 'response', got {source!r}")
         self.rate, self.source, self.dynamic = rate, source, dynamic
         forbidden = {*special.banned, *special.unwritten, special.mask, special.eos, special.eot}
         self.ordinary = torch.tensor([i for i in range(special.vocab_size) if i not in forbidden])
@@ -89,7 +90,7 @@ class Span:
 
     def __init__(self, *, num: int | None = 1, kind: Kind = Kind.HALLUCINATION) -> None:
         if num is not None and num < 1:
-            raise ValueError(f"num must be at least 1 or null, got {num}")
+            raise UserError(f"num must be at least 1 or null, got {num}")
         self.num, self.kind = num, kind
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
@@ -112,7 +113,7 @@ class Settle:
 
     def __init__(self, *, gap: int, share: float) -> None:
         if not 0 <= share <= 1:
-            raise ValueError(f"the share of settled spans must be within 0..1, got {share}")
+            raise UserError(f"the share of settled spans must be within 0..1, got {share}")
         self.gap, self.share = gap, share
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
@@ -143,7 +144,7 @@ class Hybrid:
 
     def __init__(self, *, special: SpecialIds, share: float) -> None:
         if not 0 <= share < 1:
-            raise ValueError(f"the share of random tokens must be at least 0 and less than 1, got {share}")
+            raise UserError(f"the share of random tokens must be at least 0 and less than 1, got {share}")
         self.share, self.mask_id = share, special.mask
         self.replace = Replace(special=special, rate=1.0)
 
@@ -173,11 +174,11 @@ class Edit:
         self, *, special: SpecialIds, rate: float, operations: Sequence[str] = OPERATIONS, window: int = 4
     ) -> None:
         if not 0 <= rate <= 1:
-            raise ValueError(f"the rate of edits must be within 0..1, got {rate}")
+            raise UserError(f"the rate of edits must be within 0..1, got {rate}")
         if not operations or set(operations) - set(OPERATIONS):
-            raise ValueError(f"operations must be some of {OPERATIONS}, got {list(operations)}")
+            raise UserError(f"operations must be some of {OPERATIONS}, got {list(operations)}")
         if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+            raise UserError(f"window must be at least 1, got {window}")
         self.rate, self.operations, self.window = rate, tuple(operations), window
         self.replace = Replace(special=special, rate=1.0)
 
@@ -243,9 +244,9 @@ class Choose:
 
     def __init__(self, *, when: str, then: Corruption, otherwise: Corruption, share: float = 1.0) -> None:
         if when not in ("drafted", "spans"):
-            raise ValueError(f"when must be 'drafted' or 'spans', got {when!r}")
+            raise UserError(f"when must be 'drafted' or 'spans', got {when!r}")
         if not 0 <= share <= 1:
-            raise ValueError(f"share must be within 0..1, got {share}")
+            raise UserError(f"share must be within 0..1, got {share}")
         self.when, self.then, self.otherwise, self.share = when, then, otherwise, share
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:

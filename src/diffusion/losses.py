@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.types import Corrupted, Kind, Loss
 
 WEIGHTS = ("one", "inverse_rate")
@@ -44,17 +45,17 @@ class Term:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+            raise UserError(f"form must be one of {FORMS}, got {self.form!r}")
         if self.only not in (None, "wrong", "right"):
-            raise ValueError(f"only must be 'wrong', 'right' or None, got {self.only!r}")
+            raise UserError(f"only must be 'wrong', 'right' or None, got {self.only!r}")
         if self.weight not in WEIGHTS:
-            raise ValueError(f"weight must be one of {WEIGHTS}, got {self.weight!r}")
+            raise UserError(f"weight must be one of {WEIGHTS}, got {self.weight!r}")
         if self.reduce not in REDUCTIONS:
-            raise ValueError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
+            raise UserError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
         if not 0 <= self.floor < 1:
-            raise ValueError(f"floor is a least noise level, at least 0 and less than 1, got {self.floor}")
+            raise UserError(f"floor is a least noise level, at least 0 and less than 1, got {self.floor}")
         if not 0 <= self.coef < math.inf:
-            raise ValueError(f"the coefficient of {self.name!r} must be at least 0, got {self.coef}")
+            raise UserError(f"the coefficient of {self.name!r} must be at least 0, got {self.coef}")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -27,6 +27,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from src.distributed.parallel import gather, rank
+from src.io.errors import UserError
 from src.io.files import publish, sync_path, write_json
 
 MANIFEST, META, PLAN = "files.json", "meta.pt", ".metadata"
@@ -116,15 +117,15 @@ def is_whole(path: Path) -> bool:
 
 
 def check_sizes(folder: Path) -> dict[str, dict[str, int]]:
-    """The files of a checkpoint folder. Raises ValueError where one is not there, or not as long as it was."""
+    """The files of a checkpoint folder. Raises UserError where one is not there, or not as long as it was."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         sizes = {name: entry["bytes"] for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read") from error
+        raise UserError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read") from error
     wrong = [name for name, size in sizes.items() if not (folder / name).is_file() or _size(folder / name) != size]
     if wrong:
-        raise ValueError(f"{folder} is damaged: {wrong[0]} is missing or not as long as it was")
+        raise UserError(f"{folder} is damaged: {wrong[0]} is missing or not as long as it was")
     return files
 
 

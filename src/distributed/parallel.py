@@ -25,6 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from src.io.errors import UserError
+
 T = TypeVar("T")
 BUCKET = 1 << 26  # bytes of gradients in a message
 
@@ -174,10 +176,10 @@ class Sharding:
 
     def __post_init__(self) -> None:
         if self.compute not in (None, "bfloat16"):
-            raise ValueError(f"compute must be bfloat16 or null, got {self.compute!r}")
+            raise UserError(f"compute must be bfloat16 or null, got {self.compute!r}")
 
     def apply(self, backbone: Any, mesh: DeviceMesh, *, precision: str = "32-true") -> None:
-        """Shard in place. Raises ValueError where a parameter belongs to no unit: it would differ among the ranks."""
+        """Shard in place. Raises UserError where a parameter belongs to no unit: it would differ among the ranks."""
         mixed = torch.bfloat16 if precision == "bf16-mixed" else None
         dtype = getattr(torch, self.compute) if self.compute else mixed
         # inputs stay as they are: activations have that type anyway, and rotary tables must not be rounded to it
@@ -189,7 +191,7 @@ class Sharding:
                 register_fsdp_forward_method(module, entry)
         loose = [name for name, p in backbone.named_parameters() if not isinstance(p, DTensor)]
         if loose:
-            raise ValueError(f"{', '.join(loose)}: in no unit of the backbone, so it would not be sharded")
+            raise UserError(f"{', '.join(loose)}: in no unit of the backbone, so it would not be sharded")
         backbone.sharding = self
 
 

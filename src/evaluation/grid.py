@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from src.cli.instantiate import ConfigError, arguments, dotted, fits, hint, is_node, walk
+from src.cli.instantiate import arguments, dotted, fits, hint, is_node, walk
+from src.io.errors import UserError
 
 SPEED = "tokens_per_step"
 
@@ -26,7 +27,7 @@ def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: se
     """(samplers by name, their numbers of tokens a step by name), in the order of `samplers`.
 
     samplers: nodes by name; grid: sampler -> options, as above; known: names that a grid may hold without effect, as
-    those samplers are left out. Raises ConfigError for what is no option of a sampler, with the nearest one.
+    those samplers are left out. Raises UserError for what is no option of a sampler, with the nearest one.
     """
     axes = _axes(grid or {}, known | set(samplers))
     expanded, own_speeds = {}, {}
@@ -53,18 +54,18 @@ def family(name: str) -> str:
 
 
 def check_speeds(counts: Any, place: str) -> list[int]:
-    """Numbers of tokens a step, ascending and each once. Raises ConfigError for anything else."""
+    """Numbers of tokens a step, ascending and each once. Raises UserError for anything else."""
     if not (counts and fits(counts, list[int]) and min(counts) > 0):
-        raise ConfigError(f"{place}: expected a list of whole numbers such as [1, 8], got {counts!r}")
+        raise UserError(f"{place}: expected a list of whole numbers such as [1, 8], got {counts!r}")
     return sorted(set(counts))
 
 
 def _axes(grid: Any, known: set[str]) -> dict[str, dict[str, list]]:
     """sampler -> {dotted option: values}."""
     if not isinstance(grid, dict):
-        raise ConfigError(f"evaluate.grid: expected a mapping of samplers to options, got {grid!r}")
+        raise UserError(f"evaluate.grid: expected a mapping of samplers to options, got {grid!r}")
     if unknown := [name for name in grid if name not in known]:
-        raise ConfigError(f"evaluate.grid: there is no sampler {unknown[0]!r}{hint(str(unknown[0]), known)}")
+        raise UserError(f"evaluate.grid: there is no sampler {unknown[0]!r}{hint(str(unknown[0]), known)}")
     return {name: dict(_leaves(options or {}, f"evaluate.grid.{name}", "")) for name, options in grid.items()}
 
 
@@ -78,7 +79,7 @@ def _leaves(options: Any, place: str, name: str) -> Iterator[tuple[str, list]]:
         return
     scalars = isinstance(options, list) and not any(isinstance(value, dict | list) for value in options)
     if not (scalars and options and len({_text(value) for value in options}) == len(options)):
-        raise ConfigError(f"{dotted(place, name)}: expected a list of different plain values, got {options!r}")
+        raise UserError(f"{dotted(place, name)}: expected a list of different plain values, got {options!r}")
     yield name, options
 
 
@@ -95,10 +96,10 @@ def _set(node: dict, option: str, value: Any, *, place: str) -> None:
     for part in above:
         owner = owner.get(part) if isinstance(owner, dict) else None
     if option == "steps":
-        raise ConfigError(f"{place}: the steps follow from {SPEED}, give that")
+        raise UserError(f"{place}: the steps follow from {SPEED}, give that")
     if not is_node(owner) or last not in arguments(owner):
         options = [dotted(inner, argument) for inner, at in walk(node) if is_node(at) for argument in arguments(at)]
-        raise ConfigError(f"{place}: the sampler has no option {option!r}{hint(option, options)}")
+        raise UserError(f"{place}: the sampler has no option {option!r}{hint(option, options)}")
     owner[last] = value
 
 

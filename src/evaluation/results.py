@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_bytes, write_json
 from src.metrics.caption import Stat
 
 CODE = (  # what makes kept results stale when it changes
-    *("src/types.py", "src/evaluate.py", "src/io/shards.py", "src/models/tiling.py", "src/text/tokenizer.py"),
-    *("src/diffusion", "src/metrics", "src/models", "src/prompts", "src/scenes", "datamodules"),
+    *("src/types.py", "src/evaluate.py", "src/io/shards.py"),
+    *("src/diffusion", "src/samplers", "src/metrics", "src/models", "src/text", "src/scenes", "datamodules"),
 )
 LONGEST = 120  # characters of a cell's file name
 
@@ -57,7 +57,7 @@ class Ledger:
     def __init__(self, out: Path, meta: dict, signatures: dict[Cell, str], bounds: dict[str, str]) -> None:
         self.out, self.meta, self.signatures, self.bound_signatures = out, meta, signatures, bounds
         if len({cell.file for cell in signatures}) < len(signatures):
-            raise ConfigError("two cells of the evaluation have the same name; rename a model or a sampler")
+            raise UserError("two cells of the evaluation have the same name; rename a model or a sampler")
         old = read_json(path) if (path := out / "results.json").is_file() else {}
         self.stats: dict[Cell, dict[str, Stat]] = {}
         self.hashes: dict[str, str] = {}

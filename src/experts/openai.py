@@ -25,7 +25,8 @@ from src.chat.limits import Limits, ServerDown
 from src.chat.profiles import Profile, choose
 from src.chat.replies import Trouble, Unanswered, read_body
 from src.experts.prompt import BadImage, Messages, Picture, Words, again, first, show, tokens_of
-from src.experts.reply import UNREADABLE, UnreadableReply, read_reply
+from src.experts.reply import SCHEMA, UNREADABLE, UnreadableReply, read_reply
+from src.io.errors import UserError
 from src.text.align import locate
 from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Failure, Revision
@@ -86,19 +87,21 @@ class OpenAIExpert:
     ) -> None:
         for name, value in {"image_side": image_side, "max_completion_tokens": max_completion_tokens}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         if repair not in (0, 1):
-            raise ValueError(f"repair must be 0 or 1, got {repair}")
+            raise UserError(f"repair must be 0 or 1, got {repair}")
         if not model:
-            raise ValueError("model must name one, got an empty text")
+            raise UserError("model must name one, got an empty text")
         if taken := OURS & set(extra or ()):
-            raise ValueError(f"extra must not hold {', '.join(sorted(taken))}: limits and answers depend on it")
+            raise UserError(f"extra must not hold {', '.join(sorted(taken))}: limits and answers depend on it")
         self._codec, self._model, self._repair = codec, model, repair
         self._image_side, self._detail = image_side, detail
         self._words = Words.load(any_length=codec.gap_id is not None)
         self._profile, self._reply_limit = choose(profile, model), max_completion_tokens
         self._given, self._extra = {"temperature": temperature, "effort": effort, "seed": seed}, dict(extra or {})
-        self._chosen = self._profile.parameters(limit=max_completion_tokens, given=self._given) | self._extra
+        limit = max_completion_tokens
+        parameters = self._profile.parameters(limit=limit, given=self._given, name="revision", schema=SCHEMA)
+        self._chosen = parameters | self._extra
         self._client = Client(base_url=base_url, key_env=key_env, model=model, limits=limits or Limits())
 
     @property
@@ -164,7 +167,7 @@ class OpenAIExpert:
     def charge(self, usage: Mapping[str, float]) -> None:
         """Count what an earlier process of this run used; `usage` of an answer, or of a manifest.
 
-        Raises ValueError where a limit is too low to be shared by the processes, which are known by now.
+        Raises UserError where a limit is too low to be shared by the processes, which are known by now.
         """
         self._client.check_processes()
         self._client.budget.charge(usage)
@@ -187,7 +190,7 @@ class OpenAIExpert:
         return Estimate(total, prompts, replies, cost, total * times, sum(most.values()), most_cost)
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """The body of the first request about a draft, for a batch file. Raises ValueError for a damaged image."""
+        """The body of the first request about a draft, for a batch file. Raises UserError for a damaged image."""
         if not draft.text.strip():
             raise ValueError("the draft is empty")
         picture = show(draft.image, self._image_side)

@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from src.experts.reply import SCHEMA
+from src.io.errors import UserError
 from src.types import Draft, Edit
 
 FILE = Path(__file__).with_name("revise.md")
@@ -70,7 +71,7 @@ class Words:
         text = Path(path).read_text(encoding="utf-8")
         parts = re.split(r"^# (\w+)\n", text, flags=re.MULTILINE)[1:]
         if tuple(parts[::2]) != SECTIONS:
-            raise ValueError(f"{path} must have the sections {', '.join(SECTIONS)}, got {', '.join(parts[::2])}")
+            raise UserError(f"{path} must have the sections {', '.join(SECTIONS)}, got {', '.join(parts[::2])}")
         told, same, free, question, repair = (part.strip() for part in parts[1::2])
         system = Template(told).substitute(lengths=free if any_length else same)
         digest = hashlib.sha256("\0".join((system, question, repair, json.dumps(SCHEMA))).encode()).hexdigest()[:16]

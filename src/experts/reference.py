@@ -15,6 +15,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from difflib import SequenceMatcher
 
+from src.io.errors import UserError
 from src.types import Draft, Edit, Failure, Revision
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -32,7 +33,7 @@ class ReferenceExpert:
 
     def __init__(self, *, max_words: int = 4) -> None:
         if max_words < 1:
-            raise ValueError(f"max_words must be at least 1, got {max_words}")
+            raise UserError(f"max_words must be at least 1, got {max_words}")
         self.max_words = max_words
 
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from src.chat.client import clean
+from src.chat.replies import clean
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes; revise.md explains them

@@ -24,7 +24,8 @@ from itertools import permutations
 from math import inf
 from typing import Any
 
-from src.chat.slots import Slot, align, fits
+from src.experts.scene_template import Slot, align, fits
+from src.io.errors import UserError
 from src.scenes.grammar import (
     FACT_OF_FIELD,
     LEXICON,
@@ -57,7 +58,7 @@ class ScenesExpert:
 
     def __init__(self, *, lengths: str = "same") -> None:
         if lengths not in LENGTHS:
-            raise ValueError(f"lengths must be one of {', '.join(LENGTHS)}, got {lengths!r}")
+            raise UserError(f"lengths must be one of {', '.join(LENGTHS)}, got {lengths!r}")
         self.lengths = lengths
 
     @property

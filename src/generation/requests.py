@@ -1,4 +1,10 @@
-"""TODO-DOC"""
+"""What to generate for: image files, a split of a dataset, or questions, as a count and a stream of entries.
+
+    count, entries = find_entries(cfg, layout)
+    for key, read in entries: sample = read()        raises ImageProblem where it cannot be read
+
+Nothing is opened before its `read` is called, so that a damaged file costs one entry and not the run.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +22,7 @@ from PIL import Image
 
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
 from datamodules.text import TextData
+from src.io.errors import UserError
 from src.io.images import ImageProblem, fit, load
 from src.io.shards import INDEX
 from src.models.tiling import Layout, Square
@@ -29,23 +36,23 @@ def find_entries(cfg: DictConfig, layout: Layout | None) -> tuple[int, Iterator[
     if cfg.images is None:
         return find_questions(cfg.prompt)
     if layout is None:
-        raise ValueError("the model has no vision path, so it cannot caption images; images=null asks without one")
+        raise UserError("the model has no vision path, so it cannot caption images; images=null asks without one")
     return find_images(Path(cfg.images), layout=layout, prompt=cfg.prompt)
 
 
 def find_questions(prompt: str | None) -> tuple[int, Iterator[Entry]]:
     """One question, those of a .jsonl file, {"key": ..., "prompt": ...} in each line, or of a split of texts."""
     if prompt is None:
-        raise ValueError("images=null needs a prompt: a question, a .jsonl file of them, or a split of a text dataset")
+        raise UserError("images=null needs a prompt: a question, a .jsonl file of them, or a split of a text dataset")
     if _is_split(prompt):
         index = read_index(prompt, image=False)
         if index.kind != TextData.kind:
-            raise ValueError(f"{prompt} holds {index.kind!r}, not texts; name it as images=")
+            raise UserError(f"{prompt} holds {index.kind!r}, not texts; name it as images=")
         return index.count, _in_shards(index, None, image=False)
     if not prompt.endswith(".jsonl"):
         return 1, iter([("prompt", partial(_asked, "prompt", prompt))])
     if not Path(prompt).is_file():
-        raise ValueError(f"prompt: no file {prompt}")
+        raise UserError(f"prompt: no file {prompt}")
     asked = _read_questions(Path(prompt))
     return len(asked), iter([(key, partial(_asked, key, question)) for key, question in asked.items()])
 
@@ -62,7 +69,7 @@ def _read_questions(file: Path) -> dict[str, str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt: {file} cannot be read: {error}") from error
+        raise UserError(f"prompt: {file} cannot be read: {error}") from error
     asked: dict[str, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -71,19 +78,19 @@ def _read_questions(file: Path) -> dict[str, str]:
             said = json.loads(line)
             key, question = said["key"], said["prompt"].strip()
         except (AttributeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'line {number} of {file} is no {{"key": "a", "prompt": "Why?"}}: {line}') from error
+            raise UserError(f'line {number} of {file} is no {{"key": "a", "prompt": "Why?"}}: {line}') from error
         if not isinstance(key, str):
-            raise ValueError(f'line {number} of {file}: the key must be a text, such as "{key}", got {key!r}')
+            raise UserError(f'line {number} of {file}: the key must be a text, such as "{key}", got {key!r}')
         if unknown := sorted(said.keys() - {"key", "prompt"}):
             hint = "; images=FOLDER takes images, and one prompt for all" if "image" in unknown else ""
-            raise ValueError(f"line {number} of {file} has {unknown[0]!r}, but only key and prompt are read{hint}")
+            raise UserError(f"line {number} of {file} has {unknown[0]!r}, but only key and prompt are read{hint}")
         if IMAGE in question:
-            raise ValueError(f"line {number} of {file} has an image mark, but there are no images")
+            raise UserError(f"line {number} of {file} has an image mark, but there are no images")
         if key in asked:
-            raise ValueError(f"line {number} of {file} repeats the key {key!r}")
+            raise UserError(f"line {number} of {file} repeats the key {key!r}")
         asked[key] = question
     if not asked:
-        raise ValueError(f"prompt: there is no question in {file}")
+        raise UserError(f"prompt: there is no question in {file}")
     return asked
 
 
@@ -100,12 +107,12 @@ def find_images(path: Path, *, layout: Layout, prompt: str | None) -> tuple[int,
         index = read_index(path)
         return index.count, _in_shards(index, prompt, image=True)
     if not path.exists():
-        raise ValueError(f"images: no file or folder {path}")
+        raise UserError(f"images: no file or folder {path}")
     if prompt is None:
-        raise ValueError('image files need a prompt, such as prompt="Describe the picture."')
+        raise UserError('image files need a prompt, such as prompt="Describe the picture."')
     root, files = (path, _image_files(path)) if path.is_dir() else (path.parent, [path])
     if not files:
-        raise ValueError(f"images: no image in {path}; of a dataset name one split, a folder with {INDEX}")
+        raise UserError(f"images: no image in {path}; of a dataset name one split, a folder with {INDEX}")
     named = [(file.relative_to(root).as_posix(), file) for file in files]
     return len(files), iter([(key, partial(_open, key, file, layout, prompt)) for key, file in named])
 

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 from src.text.tokenizer import Codec
 from src.types import Sampled
 
@@ -31,7 +31,7 @@ class Output:
     settings: what the captions depend on; part of every line
     trace: also write `steps`: the text after each, with _ for a mask, and the fields of `TraceStep`
 
-    Raises ValueError where the path is of something else. Entering raises ConfigError when a line of the file is broken
+    Raises UserError where the path is of something else. Entering raises UserError when a line of the file is broken
     and when its captions were made with other settings, and OSError when it cannot be written. Without any line no file
     is left. NOTE: one process at a time (`src.io.lock`).
     """
@@ -43,10 +43,10 @@ class Output:
         self._open: dict[Path, FileIO] = {}
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not above.is_dir():
-            raise ValueError(f"out={path} cannot be: {above} is no folder")
+            raise UserError(f"out={path} cannot be: {above} is no folder")
         for file in filter(None, (path, self.trace_path)):
             if file.exists() and not file.is_file():
-                raise ValueError(
+                raise UserError(
                     f"out={file} is {'a folder' if file.is_dir() else 'no file that keeps what it is given'}"
                 )
 
@@ -85,7 +85,7 @@ class Output:
         for line in lines:
             if changed := [name for name, value in self.settings.items() if line.get(name) != value]:
                 named = [name for name in changed if name != "options"] or ["sampler or model option"]
-                raise ConfigError(f"{self.path} was made with another {', '.join(named)}; choose another out")
+                raise UserError(f"{self.path} was made with another {', '.join(named)}; choose another out")
         self.keys = {line["key"] for line in lines}
         if self.trace_path:  # a trace is written before its caption, so a kill can leave one too many
             self._open[self.trace_path] = self.trace_path.open("ab", buffering=0)
@@ -145,7 +145,7 @@ def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> li
             if not isinstance(line, dict) or "key" not in line:
                 raise ValueError("no object with a key")
         except ValueError as error:
-            raise ConfigError(f"line {number} of {path} is broken ({error}); choose another out") from error
+            raise UserError(f"line {number} of {path} is broken ({error}); choose another out") from error
         if not keep(line):
             break
         lines.append(line)

@@ -1,4 +1,4 @@
-"""TODO-DOC"""
+"""Files written whole or not at all: under a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from src.io.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,13 +39,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds a mapping. Raises ValueError, with its name, for one that does not."""
+    """A JSON file that holds a mapping. Raises UserError, with its name, for one that does not."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, or make it again") from error
+        raise UserError(f"{path} is damaged ({error}); remove it, or make it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); make it again")
+        raise UserError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); make it again")
     return content
 
 

@@ -11,6 +11,8 @@ import functools
 import re
 from pathlib import Path
 
+from src.io.errors import UserError
+
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.yaml")  # no program text
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _revisions: dict[str, str] = {}  # all files of a process come from one
@@ -22,7 +24,7 @@ def hub_name(path: str | Path) -> str | None:
 
 
 def local_folder(path: str | Path, *, patterns: tuple[str, ...] = FILES) -> Path:
-    """The folder of a model. Raises ValueError where OWNER/NAME is neither a folder here nor can be downloaded.
+    """The folder of a model. Raises UserError where OWNER/NAME is neither a folder here nor can be downloaded.
 
     patterns: the files to download; others may be there or not
     """
@@ -40,7 +42,7 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
         return found
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"there is no folder {name} here, and the Hugging Face hub did not give it: {reason[:300]}; "
             "name a folder, or download the model first where there is a network"
         ) from error

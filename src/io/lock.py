@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold `path` until the end of the block. Raises ConfigError, with its id, where another process holds it."""
+    """Hold `path` until the end of the block. Raises UserError, with its id, where another process holds it."""
     place = Path(path).resolve()
     name = place.with_name(f".{place.name}.lock")
     try:
@@ -51,7 +51,7 @@ def _acquire(name: Path, path: str | Path) -> int:
         except (BlockingIOError, PermissionError):
             holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
             os.close(handle)
-            raise ConfigError(
+            raise UserError(
                 f"{path} is in use by process {holder}, which may be the same command: wait for it to end, or end it"
             ) from None
         if _is_named(handle, name):

@@ -1,4 +1,8 @@
-"""TODO-DOC"""
+"""Components as plain data, to compare the settings that a folder was made with to those of now.
+
+describe(sampler)                        {"class": "Sampler", "length": 64, ...}
+differences(stored, {"sampler": ...})    names of the settings that differ
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,21 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from src.text.tokenizer import Codec
-
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ."""
-    wanted = _plain(wanted)
+    wanted = as_json(wanted)
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 
 def describe(value: Any) -> Any:
     """A component as plain data: its class and its settings, which are its public attributes or its `settings`.
 
-    Raises ValueError for a setting that is neither plain nor a component.
+    Raises UserError for a setting that is neither plain nor a component.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Codec):
+    if hasattr(value, "fingerprint"):  # a tokenizer: its content, not its path
         return value.fingerprint
     if isinstance(value, Path):
         return str(value)
@@ -47,6 +49,6 @@ def _public_settings(component: Any) -> Mapping[str, Any]:
     return {name: getattr(component, name) for name in names if not name.startswith("_")}
 
 
-def _plain(settings: Mapping[str, Any]) -> dict:
+def as_json(settings: Mapping[str, Any]) -> dict:
     """As JSON returns it: tuples become lists."""
     return json.loads(json.dumps(dict(settings)))

@@ -22,6 +22,7 @@ from webdataset.handlers import ignore_and_continue, reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
+from src.io.errors import UserError
 from src.io.files import _rename, _sync, _temporary, naming, read_json, sha256, write_json
 
 FORMAT = 1
@@ -48,9 +49,9 @@ def write_shards(
     """
     folder = Path(folder)
     if per_shard < 1:
-        raise ValueError(f"per_shard must be at least 1, got {per_shard}")
+        raise UserError(f"per_shard must be at least 1, got {per_shard}")
     if (folder / INDEX).exists():
-        raise ValueError(f"{folder} is finished already; remove it or choose another folder")
+        raise UserError(f"{folder} is finished already; remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob(f"{prefix}-*.tar"), *folder.glob(f".{prefix}-*.tmp")]:
         stale.unlink()
@@ -122,22 +123,22 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The index.json of a finished data folder. Raises ValueError where there is none, or not one of ours."""
+    """The index.json of a finished data folder. Raises UserError where there is none, or not one of ours."""
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise ValueError(f"{folder} is not a finished data folder: it has no {INDEX}")
+        raise UserError(f"{folder} is not a finished data folder: it has no {INDEX}")
     content = read_json(path)
     if lacking := {"format", "kind"} - content.keys():
-        raise ValueError(f"{path} is damaged (it has no {lacking.pop()!r}); make the folder again")
+        raise UserError(f"{path} is damaged (it has no {lacking.pop()!r}); make the folder again")
     form, kind = content["format"], content["kind"]
     shards = content.get("shards")
     complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
     if kind == DATASET:
-        raise ValueError(f"{folder} is a whole dataset; name a split: {Path(folder) / 'test'}")
+        raise UserError(f"{folder} is a whole dataset; name a split: {Path(folder) / 'test'}")
     if form != FORMAT or not complete:
-        raise ValueError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
+        raise UserError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
     if wrong := [entry for entry in content["shards"] if not _is_entry(entry)]:
-        raise ValueError(f"{path} is damaged (no name and count of a shard in {wrong[0]!r}); make the folder again")
+        raise UserError(f"{path} is damaged (no name and count of a shard in {wrong[0]!r}); make the folder again")
     return content
 
 

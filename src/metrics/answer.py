@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric
 from src.metrics.text import references_of
 
@@ -30,7 +31,7 @@ class ExactMatch(CaptionMetric):
     """Per text `exact_match`, 1 where its answer is that of a reference, and `answered`, 1 where it has one.
 
     Numbers are compared by value: `1,000`, `1 000`, `$1000` and `1000.0` agree. References are the captions of the
-    record. Raises ValueError for a record without an answer.
+    record. Raises UserError for a record without an answer.
     """
 
     higher_is_better = True
@@ -39,6 +40,6 @@ class ExactMatch(CaptionMetric):
     def score(self, text: str, record: dict) -> dict[str, float]:
         right = {answer_of(reference) for reference in references_of(record)} - {None}
         if not right:
-            raise ValueError(f"the reference of record {record.get('key', '?')!r} has no answer behind ####")
+            raise UserError(f"the reference of record {record.get('key', '?')!r} has no answer behind ####")
         given = answer_of(text)
         return {"exact_match": float(given in right), "answered": float(given is not None)}

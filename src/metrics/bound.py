@@ -24,6 +24,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.metrics.caption import Stat
 from src.types import Backbone, Batch, Prefix, SpecialIds
 
@@ -86,7 +87,7 @@ class Bound(Metric):
     """The bound per token over all responses: `nelbo` in nats, `bits`, and `perplexity` = exp(nelbo).
 
     The sum of all bounds over the number of all tokens; standard errors are those of a ratio of means over responses,
-    by the delta method for the perplexity. States are sums. Raises ValueError for draws below 1.
+    by the delta method for the perplexity. States are sums. Raises UserError for draws below 1.
     """
 
     is_differentiable = False
@@ -98,9 +99,9 @@ class Bound(Metric):
     def __init__(self, *, special: SpecialIds, draws: int, seed: int = 0, estimator: Estimator = "count") -> None:
         super().__init__()
         if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
+            raise UserError(f"draws must be at least 1, got {draws}")
         if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+            raise UserError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
         self.special, self.draws, self.seed, self.estimator = special, draws, seed, estimator
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")  # s, n, s^2, sn, n^2
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from src.io.errors import UserError
 from src.metrics.bound import ratio_stat
 from src.metrics.caption import Stat
 
@@ -32,7 +33,7 @@ class GenerativePerplexity(Metric):
 
     model:      folder of a causal language model; nothing is downloaded
     batch_size: texts at once
-    Raises ValueError where the folder holds no such model, or no text has a token to score.
+    Raises UserError where the folder holds no such model, or no text has a token to score.
     """
 
     is_differentiable = False
@@ -44,7 +45,7 @@ class GenerativePerplexity(Metric):
     def __init__(self, *, model: str, batch_size: int = 16, max_length: int = 1024) -> None:
         super().__init__()
         if batch_size < 1 or max_length < 2:
-            raise ValueError(f"batch_size must be at least 1 and max_length 2, got {batch_size} and {max_length}")
+            raise UserError(f"batch_size must be at least 1 and max_length 2, got {batch_size} and {max_length}")
         self.batch_size, self.path = batch_size, model
         self.max_length = min(max_length, getattr(_load(model)[0].config, "max_position_embeddings", max_length))
         self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")  # s, n, s^2, sn, n^2
@@ -88,10 +89,10 @@ class GenerativePerplexity(Metric):
 def _load(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a folder, loaded once for all cells of an evaluation."""
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"no language model in {path!r}: name a local folder with its config, weights and tokenizer")
+        raise UserError(f"no language model in {path!r}: name a local folder with its config, weights and tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no causal language model with a tokenizer: {error}") from error
+        raise UserError(f"{path} is no causal language model with a tokenizer: {error}") from error
     return model.eval().requires_grad_(False), tokenizer

@@ -7,6 +7,7 @@ metric.compute()                   {"coverage": {"mean", "se", "n"}, ...}
 
 from __future__ import annotations
 
+from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Mark
 from src.scenes.grammar import Sentence, false_fields, read_caption
 from src.scenes.graph import Scene
@@ -14,7 +15,7 @@ from src.scenes.score import score_caption
 
 
 class SceneQuality(CaptionMetric):
-    """Means over captions. Raises ValueError for a record without a scene."""
+    """Means over captions. Raises UserError for a record without a scene."""
 
     higher_is_better = True
     names = ("coverage", "factuality", "syntax", "quality")
@@ -36,7 +37,7 @@ class SceneQuality(CaptionMetric):
 
 def _scene(record: dict) -> Scene:
     if "scene" not in record:
-        raise ValueError(f"record {record.get('key', '?')!r} has no scene; src.metrics.text can score it")
+        raise UserError(f"record {record.get('key', '?')!r} has no scene; src.metrics.text can score it")
     return Scene.from_dict(record["scene"])
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.io.shards import read_manifest, read_shard
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import references_of
@@ -29,7 +30,7 @@ class Smiles(CaptionMetric):
     the property (`qed`, `rings`, `logp`, `weight`): its mean over the different (with `train`: the new) molecules
 
     train: a folder as `src.prepare` writes it; the captions of its split `train` are the known molecules
-    Raises ValueError where rdkit is missing or `train` cannot be read.
+    Raises UserError where rdkit is missing or `train` cannot be read.
     """
 
     higher_is_better = True
@@ -40,10 +41,10 @@ class Smiles(CaptionMetric):
     def __init__(self, *, property: Property | None = None, train: str | None = None) -> None:
         super().__init__()
         if property is not None and property not in get_args(Property):
-            raise ValueError(f"property must be null or one of {', '.join(get_args(Property))}, got {property!r}")
+            raise UserError(f"property must be null or one of {', '.join(get_args(Property))}, got {property!r}")
         chemistry()  # fails here where rdkit is missing
         if train is not None and not (Path(train) / "train").is_dir():
-            raise ValueError(f"train={train!r} holds no split 'train'; name a folder that src.prepare wrote")
+            raise UserError(f"train={train!r} holds no split 'train'; name a folder that src.prepare wrote")
         self.property: Property | None = property
         self.train_path = train
         self.add_state("hashes", [], dist_reduce_fx="cat")  # of canonical SMILES: only tensors are reduced over ranks
@@ -82,11 +83,11 @@ class Smiles(CaptionMetric):
 
 @functools.cache
 def chemistry() -> Any:
-    """`rdkit.Chem`, which says no more what is wrong with each molecule. Raises ValueError where it is missing."""
+    """`rdkit.Chem`, which says no more what is wrong with each molecule. Raises UserError where it is missing."""
     try:
         from rdkit import Chem, RDLogger  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("SMILES are read by rdkit: pip install rediff-lightning[smiles]") from error
+        raise UserError("SMILES are read by rdkit: pip install rediff-lightning[smiles]") from error
     RDLogger.DisableLog("rdApp.*")  # pyright: ignore[reportAttributeAccessIssue]
     return Chem
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchmetrics.text import BLEUScore
 
+from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Stat
 from src.types import SpecialIds
 
@@ -124,10 +125,10 @@ class Bleu(BLEUScore):
 
 
 def references_of(record: dict) -> list[str]:
-    """All reference captions of a record. Raises ValueError where there is none."""
+    """All reference captions of a record. Raises UserError where there is none."""
     texts = [caption["text"] for caption in record.get("captions", ())]
     if not texts:
-        raise ValueError(f"record {record.get('key', '?')!r} has no captions to compare with")
+        raise UserError(f"record {record.get('key', '?')!r} has no captions to compare with")
     return texts
 
 

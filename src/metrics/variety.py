@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Stat
 from src.metrics.text import words_of
 from src.text.tokenizer import Codec
@@ -34,9 +35,9 @@ class Variety(CaptionMetric):
         codec: Codec | None = None,
     ) -> None:
         if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-            raise ValueError(f"sizes must be different whole numbers from 1 on, got {list(sizes)}")
+            raise UserError(f"sizes must be different whole numbers from 1 on, got {list(sizes)}")
         if unit not in ("words", "tokens") or (unit == "tokens" and codec is None):
-            raise ValueError(f"unit must be 'words', or 'tokens' with a codec, got {unit!r}")
+            raise UserError(f"unit must be 'words', or 'tokens' with a codec, got {unit!r}")
         self.start = "token_" if unit == "tokens" else ""
         self.names = tuple(f"{self.start}{name}" for name in ("entropy", *(f"repeat_{n}" for n in sizes)))
         super().__init__()

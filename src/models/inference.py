@@ -1,11 +1,14 @@
-"""TODO-DOC"""
+"""What drafting, generating and evaluating need of a model in eval mode."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def warn_of_canvas(backbone: nn.Module, canvas: int, *, name: str) -> None:

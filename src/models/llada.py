@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from src.io.errors import UserError
 from src.types import Prefix
 
 KeyValue = tuple[Tensor, Tensor]
@@ -53,11 +54,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         if self.attention not in ("full", "prefix"):
-            raise ValueError(f"attention must be 'full' or 'prefix', got {self.attention!r}")
+            raise UserError(f"attention must be 'full' or 'prefix', got {self.attention!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+            raise UserError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if self.num_attention_heads % self.kv_heads:
-            raise ValueError(f"{self.num_attention_heads} heads are not a multiple of {self.kv_heads} key/value heads")
+            raise UserError(f"{self.num_attention_heads} heads are not a multiple of {self.kv_heads} key/value heads")
 
     @property
     def kv_heads(self) -> int:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from src.io.errors import UserError
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
 from src.models.sizes import check_sizes, check_vision
 from src.models.tiling import AnyRes, Layout, Size
@@ -31,7 +32,7 @@ class LLaDAV(nn.Module):
     image_id: marks the places of images in `prompt_ids`
     tiling: arguments of `src.models.tiling.AnyRes`; None is one square tile an image
 
-    Raises ValueError where a row of a batch has more or fewer image marks than images, or tiles of another layout.
+    Raises UserError where a row of a batch has more or fewer image marks than images, or tiles of another layout.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class LLaDAV(nn.Module):
     ) -> None:
         super().__init__()
         if tiling and not vision:
-            raise ValueError("tiling is given, but the model has no vision path (vision is null)")
+            raise UserError("tiling is given, but the model has no vision path (vision is null)")
         check_sizes(decoder)
         check_vision(vision)
         self.config = DecoderConfig(**decoder)
@@ -83,10 +84,10 @@ class LLaDAV(nn.Module):
     def checkpoint(self, mode: str) -> None:
         """Whether activations of blocks are kept for the backward pass: `none`, `selective` or `full`; see `Decoder`.
 
-        The vision tower knows `full` only, and takes it for `selective` too. Raises ValueError for another mode.
+        The vision tower knows `full` only, and takes it for `selective` too. Raises UserError for another mode.
         """
         if mode not in CHECKPOINTING:
-            raise ValueError(f"checkpointing must be one of {CHECKPOINTING}, got {mode!r}")
+            raise UserError(f"checkpointing must be one of {CHECKPOINTING}, got {mode!r}")
         self.model.checkpointing = mode
         if self.vision:
             self.vision.checkpoint(mode != "none")
@@ -123,7 +124,7 @@ class LLaDAV(nn.Module):
         if "pixel_values" not in prefix:
             return [[] for _ in prefix["prompt_ids"]]
         if self.layout is None:
-            raise ValueError("the batch has images, but the model has no vision path (model.vision is null)")
+            raise UserError("the batch has images, but the model has no vision path (model.vision is null)")
         found = {name: len(prefix.get(name, ())) for name in ("prompt_ids", "pixel_values", "num_tiles", "image_sizes")}
         if len(set(found.values())) > 1:
             raise ValueError(f"the inputs of a batch must have equally many rows, got {found}")
@@ -156,7 +157,7 @@ class LLaDAV(nn.Module):
 
 
 def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: Layout) -> list[list[Size]]:
-    """Sizes of the images of each row. Raises ValueError where the tiles are not those that the layout cuts."""
+    """Sizes of the images of each row. Raises UserError where the tiles are not those that the layout cuts."""
     side = layout.size
     if pixels.dtype != torch.uint8 or pixels.shape[2:] != (3, side, side):
         given = f"{pixels.dtype} {tuple(pixels.shape)}"
@@ -167,7 +168,7 @@ def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: 
         for size, count in images:
             if count != layout.num_tiles(size):
                 given = f"row {row}: an image of {size[0]} x {size[1]} pixels comes as {count} tiles"
-                raise ValueError(f"{given}, but the model makes {layout.num_tiles(size)} of it (see data.tiling)")
+                raise UserError(f"{given}, but the model makes {layout.num_tiles(size)} of it (see data.tiling)")
         if sum(counts) > pixels.shape[1]:
             raise ValueError(f"row {row}: num_tiles adds up to {sum(counts)}, but there are {pixels.shape[1]} tiles")
         found.append([size for size, _ in images])
@@ -175,10 +176,10 @@ def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: 
 
 
 def _check_marks(marks: Tensor, sizes: list[list[Size]]) -> None:
-    """Raises ValueError where a row has more or fewer image marks (B, T) than images."""
+    """Raises UserError where a row has more or fewer image marks (B, T) than images."""
     for row, (places, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
         if places != len(images):
-            raise ValueError(f"row {row}: the prompt holds {places} image marks, but there are {len(images)} images")
+            raise UserError(f"row {row}: the prompt holds {places} image marks, but there are {len(images)} images")
 
 
 def _init(module: nn.Module, *, std: float) -> None:

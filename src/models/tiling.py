@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from src.io.errors import UserError
+
 Size = tuple[int, int]
 SLACK = 1.1  # features are shrunk only when their number exceeds the budget by more than the square of this
 
@@ -33,7 +35,7 @@ class Square:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"a tile needs at least 1 pixel on a side, got {self.size}")
+            raise UserError(f"a tile needs at least 1 pixel on a side, got {self.size}")
 
     def tiles(self, image: Image.Image) -> np.ndarray:
         """(1, S, S, 3) uint8."""
@@ -60,12 +62,12 @@ class AnyRes:
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.max_tiles < 1:
-            raise ValueError(f"size and max_tiles must be at least 1, got {self.size} and {self.max_tiles}")
+            raise UserError(f"size and max_tiles must be at least 1, got {self.size} and {self.max_tiles}")
         if not self.grids:
-            raise ValueError("grids is empty: name at least one (width, height) that images are fitted into")
+            raise UserError("grids is empty: name at least one (width, height) that images are fitted into")
         for grid in self.grids:
             if len(grid) != 2 or any(side < 1 or side % self.size for side in grid):
-                raise ValueError(f"grids holds {list(grid)}, no (width, height) in tiles of {self.size} pixels")
+                raise UserError(f"grids holds {list(grid)}, no (width, height) in tiles of {self.size} pixels")
         object.__setattr__(self, "grids", tuple((width, height) for width, height in self.grids))
 
     def to_dict(self) -> dict:
@@ -126,11 +128,11 @@ Layout = Square | AnyRes
 
 
 def check_layout(data: Layout, model: Layout | None) -> None:
-    """Raises ValueError where the data cut images into other tiles than the model takes."""
+    """Raises UserError where the data cut images into other tiles than the model takes."""
     if model is None:
-        raise ValueError("the data have images (data.image_size), but the model has no vision path (model.vision)")
+        raise UserError("the data have images (data.image_size), but the model has no vision path (model.vision)")
     if _shape(data) != _shape(model):
-        raise ValueError(
+        raise UserError(
             f"the data and the model cut images in different ways: data.image_size and data.tiling mean {_told(data)}, "
             f"model means {_told(model)}{_remedy(data, model)}"
         )
@@ -175,7 +177,7 @@ def _middle(length: int, kept: int) -> slice:
 
 
 def _resized(image: Image.Image, size: Size) -> Image.Image:
-    """Raises ValueError for an image that is not RGB: how transparency and the like become RGB is decided elsewhere."""
+    """Raises UserError for an image that is not RGB: how transparency and the like become RGB is decided elsewhere."""
     if image.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB images, got mode {image.mode!r}")
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

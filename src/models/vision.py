@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from src.io.errors import UserError
 from src.models.tiling import AnyRes, Layout, Size, Square
 
 
@@ -30,7 +31,7 @@ class VisionPath(nn.Module):
     chunk: tiles that go through the tower at once; changes memory, not the result
 
     NOTE: under FSDP2 this is one unit: the number of chunks differs between ranks, that of calls to `forward` does not.
-    Raises ValueError when the tiles are not of the tower's size.
+    Raises UserError when the tiles are not of the tower's size.
     """
 
     def __init__(self, tower: dict, hidden_size: int, *, tiling: AnyRes | None = None, chunk: int = 32) -> None:
@@ -38,14 +39,14 @@ class VisionPath(nn.Module):
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
         size, patch = self.config.image_size, self.config.patch_size
         if not (isinstance(size, int) and isinstance(patch, int)):
-            raise ValueError(f"tiles are square: image_size and patch_size must be numbers, got {size} and {patch}")
+            raise UserError(f"tiles are square: image_size and patch_size must be numbers, got {size} and {patch}")
         if size < patch:
-            raise ValueError(f"image_size {size} is less than patch_size {patch}")
+            raise UserError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)
         if self.layout.size != size:
-            raise ValueError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}")
+            raise UserError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}")
         if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 tile, got {chunk}")
+            raise UserError(f"chunk must be at least 1 tile, got {chunk}")
         self.chunk, self.side = chunk, size // patch
         self.vision_tower = SiglipVisionModel(self.config)
         self.vision_tower.post_layernorm.requires_grad_(False)  # stored by the original, never applied

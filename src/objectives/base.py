@@ -26,6 +26,7 @@ from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
 from src.distributed.parallel import Sharding, average_gradients, gather, is_sharded, rank, summed, whole, world
+from src.io.errors import UserError
 from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
 
@@ -33,8 +34,8 @@ log = logging.getLogger(__name__)
 WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
 
 
-class Diverged(RuntimeError):
-    """Training has left the numbers that it can compute with."""
+class Diverged(UserError):
+    """Raised after `max_skipped` consecutive steps with non-finite gradients."""
 
 
 class Objective(L.LightningModule):
@@ -61,13 +62,13 @@ class Objective(L.LightningModule):
         self.backbone: Any = backbone()  # an nn.Module that obeys `src.types.Backbone`
         self._fill: Callable[[nn.Module], None] | None = getattr(backbone, "fill", None)
         if not terms:
-            raise ValueError("the objective trains nothing: all coefficients are 0")
+            raise UserError("the objective trains nothing: all coefficients are 0")
         if training.checkpointing != "none":
             self.backbone.checkpoint(training.checkpointing)
         if training.compile:
             self.backbone.compile_blocks()
         if not 0 <= t_min < 1:
-            raise ValueError(f"t_min must be at least 0 and less than 1, got {t_min}")
+            raise UserError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
         self._counts: dict[str, Tensor] = {}  # hits and tries of what is logged as a share, since the last log
@@ -155,7 +156,7 @@ class Objective(L.LightningModule):
         mesh = replicas if mesh.size() == replicas.size() else mesh
         (self.options.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
         if loose := [name for name, parameter in self.named_parameters() if not isinstance(parameter, DTensor)]:
-            raise ValueError(f"{', '.join(loose)}: outside the backbone, so it would not be shared; use parallel/ddp")
+            raise UserError(f"{', '.join(loose)}: outside the backbone, so it would not be shared; use parallel/ddp")
         if self._fill:
             self.backbone.to_empty(device=self.device)
             self._fill(self.backbone)
@@ -187,9 +188,9 @@ class Objective(L.LightningModule):
         options, optimizer = self.options, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
-            raise ValueError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
+            raise UserError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
         if options.warmup_steps > total:
-            raise ValueError(
+            raise UserError(
                 f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
             )
         _fill_state(optimizer)
@@ -214,7 +215,7 @@ class Objective(L.LightningModule):
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
 
     def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
-        """Raise ValueError where a term divides by something else than was known before it ran."""
+        """Raise UserError where a term divides by something else than was known before it ran."""
         given_sums = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
         known = torch.stack([totals[name] for name in sums])
         for name, total, given in zip(sums, known.tolist(), given_sums.tolist(), strict=True):

@@ -14,6 +14,7 @@ from torch import nn
 from src.diffusion.corruption import OPERATIONS, Absorb, Edit, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.objectives.base import Objective
 from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
@@ -44,9 +45,9 @@ class EditNoise(Objective):
         seed: int = 0,
     ) -> None:
         if not 0 <= begin <= 1:
-            raise ValueError(f"begin must be within 0..1, got {begin}")
+            raise UserError(f"begin must be within 0..1, got {begin}")
         if reduce not in ("batch_tokens", "answer_len"):
-            raise ValueError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
+            raise UserError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
         self.masked = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
         self.edited = (Term("edit", None, "one", reduce, coef=edit),)
         super().__init__(

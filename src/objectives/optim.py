@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from src.distributed.parallel import Sharding
+from src.io.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +47,25 @@ class Training:
     def __post_init__(self) -> None:
         self._check_numbers()
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
-            raise ValueError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
+            raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
-            raise ValueError("antithetic noise levels are those of one sample: they need views of at least 2")
+            raise UserError("antithetic noise levels are those of one sample: they need views of at least 2")
         if self.compile and self.checkpointing == "selective":
-            raise ValueError("compiled blocks hide what selective checkpointing would keep: use checkpointing=full")
+            raise UserError("compiled blocks hide what selective checkpointing would keep: use checkpointing=full")
 
     def _check_numbers(self) -> None:
         least: dict[str, float | None] = {"lr": self.lr, "vision_lr": self.vision_lr, "clip_norm": self.clip_norm}
         least |= {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps, "max_skipped": self.max_skipped}
         for name, value in least.items():
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
+                raise UserError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
         for name, value, otherwise in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
             if value == 0:
-                raise ValueError(f"objective.training.{name} must be more than 0{otherwise}, got {value}")
+                raise UserError(f"objective.training.{name} must be more than 0{otherwise}, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
+            raise UserError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise ValueError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
+            raise UserError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
 
     def factor(self, step: int, total: int) -> float:
         """The learning rate's factor at an optimizer step of `total`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from src.diffusion.corruption import Absorb, Replace
 from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.objectives.base import Objective
 from src.objectives.optim import Training
 from src.samplers.unmask import draw
@@ -62,13 +63,13 @@ class ProSeCo(Objective):
         seed: int = 0,
     ) -> None:
         if fill not in FILLS:
-            raise ValueError(f"fill must be one of {FILLS}, got {fill!r}")
+            raise UserError(f"fill must be one of {FILLS}, got {fill!r}")
         if pick not in PICKS:
-            raise ValueError(f"pick must be one of {PICKS}, got {pick!r}")
+            raise UserError(f"pick must be one of {PICKS}, got {pick!r}")
         if reduce not in ("batch_tokens", "answer_len"):
-            raise ValueError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
+            raise UserError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
         if begin < 0:
-            raise ValueError(f"begin must be at least 0, got {begin}")
+            raise UserError(f"begin must be at least 0, got {begin}")
         self.denoising = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
         second = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
         if errors:

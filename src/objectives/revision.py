@@ -12,6 +12,7 @@ from torch import nn
 
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
+from src.io.errors import UserError
 from src.objectives.base import Objective
 from src.objectives.optim import Training
 from src.types import Corruption, Kind, SpecialIds
@@ -29,7 +30,7 @@ def stage_one(
         return Choose(when="spans", then=alone, otherwise=Chain(*noise), share=alone_share)
     if hallucination == "none":
         return Chain(*noise)
-    raise ValueError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
+    raise UserError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
 
 
 def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from src.diffusion.corruption import Chain
 from src.diffusion.losses import Term
+from src.io.errors import UserError
 from src.objectives.base import Objective
 from src.objectives.optim import Training
 from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
@@ -60,7 +61,7 @@ def _places(hidden: Tensor) -> Tensor:
     """Patch features (B, N, W) averaged over each of the nine places: (B, 9, W)."""
     side = round(hidden.shape[1] ** 0.5)
     if side * side != hidden.shape[1] or side % SIDE:
-        raise ValueError(f"a patch grid of {hidden.shape[1]} tokens does not divide into {SIDE} x {SIDE} places")
+        raise UserError(f"a patch grid of {hidden.shape[1]} tokens does not divide into {SIDE} x {SIDE} places")
     grid = hidden.unflatten(1, (SIDE, side // SIDE, SIDE, side // SIDE))
     return grid.mean((2, 4)).flatten(1, 2)
 

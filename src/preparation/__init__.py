@@ -1,1 +1,1 @@
-"""Other people's data: annotation files to entries, image files to small RGB images, both to photos."""
+"""Raw files -> shards: annotations, images and texts of many forms, and the embedded scenes."""

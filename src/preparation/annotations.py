@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from src.io.errors import UserError
+
 IMAGE_KEYS = ("image", "images", "image_path", "image_file", "file_name", "filename", "img", "image_id")
 CAPTION_KEYS = ("captions", "caption", "text", "output", "description")
 PROMPT_KEYS = ("prompt", "problem", "instruction", "question")
@@ -65,7 +67,7 @@ class Skip(Exception):
 
 
 def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
-    """The usable records of an annotation file. Raises ValueError where no record has a known format."""
+    """The usable records of an annotation file. Raises UserError where no record has a known format."""
     fitting, odd = 0, None
     seen: set[str] = set()
     for record in _records(path, counts):
@@ -85,7 +87,7 @@ def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
             counts[str(reason)] += 1
     if not fitting:
         keys = f"the first record has the keys {', '.join(map(str, odd))}" if odd else "it holds no records"
-        raise ValueError(
+        raise UserError(
             f"{path} has no known annotation format: {keys}. A record needs an image (one of {', '.join(IMAGE_KEYS)}) "
             f"and a caption ({', '.join(CAPTION_KEYS)}), {' or '.join(TURN_KEYS)}, or original_caption and "
             "changed_caption; `python -m src.prepare --help` shows each"
@@ -97,11 +99,11 @@ def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
 
 def _records(path: Path, counts: Counter[str]) -> Iterator[dict]:
     if not path.is_file():
-        raise ValueError(f"no annotation file {path}")
+        raise UserError(f"no annotation file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix.lower() in (".csv", ".tsv"):
         values: Iterable[Any] = _table(path, text)
     else:
@@ -118,7 +120,7 @@ def _table(path: Path, text: str) -> list[dict]:
     try:
         return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+        raise UserError(f"{path} cannot be read as a table: {error}") from error
 
 
 def _json_values(path: Path, text: str, counts: Counter[str]) -> Iterator[Any]:
@@ -126,7 +128,7 @@ def _json_values(path: Path, text: str, counts: Counter[str]) -> Iterator[Any]:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("["):
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+            raise UserError(f"{path} is not valid JSON: {error}") from error
         yield from _one_after_another(text, counts)
         return
     yield from whole if isinstance(whole, list) else _of_mapping(whole)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from src.io.errors import UserError
 from src.io.files import naming, publish, read_json, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
@@ -54,7 +55,7 @@ class Dataset(ABC):
     def _run(self, out: Path, partial: Path) -> dict:
         for path in self.sources:
             if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (out, partial)):
-                raise ValueError(f"prepare.out={out} would take the place of {path}, which is read: choose another one")
+                raise UserError(f"prepare.out={out} would take the place of {path}, which is read: choose another one")
         if out.exists():
             index = self._existing(out)
             if index:
@@ -87,16 +88,16 @@ class Dataset(ABC):
         if out.is_dir() and not any(out.iterdir()):
             return None
         if not (out / INDEX).is_file():
-            raise ValueError(f"{out} exists but is no finished dataset; remove it, or choose another `out`")
+            raise UserError(f"{out} exists but is no finished dataset; remove it, or choose another `out`")
         index = read_json(out / INDEX)
         if index.get("kind") != DATASET:
-            raise ValueError(f"{out} exists but is no dataset of `src.prepare`; remove it, or choose another `out`")
+            raise UserError(f"{out} exists but is no dataset of `src.prepare`; remove it, or choose another `out`")
         if self.overwrite:
             return None
         old, new = index.get("settings", {}), self.settings
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{out} was made with other settings ({', '.join(changed)}); "
                 "set overwrite=true to make it again, or choose another `out`"
             )
@@ -111,16 +112,16 @@ def check_splits(
     noun: str,
     remedy: tuple[str, str],
 ) -> None:
-    """Raise ValueError where there is nothing to train on; warn where there is nothing to validate or to test on.
+    """Raise UserError where there is nothing to train on; warn where there is nothing to validate or to test on.
 
     noun: what a sample is; remedy: what else helps, without and with something to train on
     """
     empty = [split for split in SPLITS if not counts[split]["written"]]
     if len(empty) == 3:
-        raise ValueError(f"nothing could be used; why, by reason:\n{table(counts, examples)}")
+        raise UserError(f"nothing could be used; why, by reason:\n{table(counts, examples)}")
     if "train" in empty:
         told = table(counts, examples)
-        raise ValueError(f"no {noun} is left for train; add some, or {remedy[0]}\n{told}")
+        raise UserError(f"no {noun} is left for train; add some, or {remedy[0]}\n{told}")
     if empty:
         log.warning("no %s is in %s; give more, or %s", noun, " and in ".join(empty), remedy[1])
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.counts import Counts
 
@@ -24,7 +25,7 @@ ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
 def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
-    """The records of a file, each with its place. Raises ValueError where the file is not there or of another kind."""
+    """The records of a file, each with its place. Raises UserError where the file is not there or of another kind."""
     _check(path)
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
@@ -34,7 +35,7 @@ def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
     elif ending == ".jsonl":
         values = _json_lines(path, counts)
     else:
-        raise ValueError(f"{path} has no records: they are read from {', '.join(ENDINGS[1:])} files")
+        raise UserError(f"{path} has no records: they are read from {', '.join(ENDINGS[1:])} files")
     for place, value in values:
         counts["records"] += 1
         if isinstance(value, dict):
@@ -93,9 +94,9 @@ def note(counts: Counts, reason: Skip, place: str, record: dict) -> None:
 
 def _check(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"no file {path}")
+        raise UserError(f"no file {path}")
     if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path}: texts are read from {', '.join(ENDINGS)} files")
+        raise UserError(f"{path}: texts are read from {', '.join(ENDINGS)} files")
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[int, str]]:
@@ -124,9 +125,9 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, list):
-        raise ValueError(f"{path} must hold a list of objects; a file with an object in each line ends in .jsonl")
+        raise UserError(f"{path} must hold a list of objects; a file with an object in each line ends in .jsonl")
     yield from ((f"{path.name}#{number}", value) for number, value in enumerate(values, start=1))
 
 

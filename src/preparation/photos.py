@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from src.io.errors import UserError
 from src.io.images import ENCODINGS, ImageProblem, convert, load
 from src.preparation.annotations import Caption, Entry, Skip, read_entries
 from src.preparation.builder import Dataset, check_splits, write_split
@@ -53,7 +54,7 @@ class Album:
 
     def __init__(self, folder: Path, *, prompt: str, seed: int, counts: Counts) -> None:
         if not folder.is_dir():
-            raise ValueError(f"no image folder {folder}")
+            raise UserError(f"no image folder {folder}")
         self.folder, self.prompt, self.seed, self.counts = folder, prompt, seed, counts
         self._photos: dict[tuple[Path, str], Photo] = {}
         self._splits: dict[str, tuple[str, float | None]] = {}
@@ -142,9 +143,9 @@ class Photos(Dataset):
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
-            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
+            raise UserError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
         if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
 
     @property
     def sources(self) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""TODO-DOC"""
+"""The embedded data: procedural scenes with true captions and hallucinated facts (`conf=scenes`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from random import Random
 
 from tqdm import tqdm
 
+from src.io.errors import UserError
 from src.preparation.builder import SPLITS, Dataset, write_split
 from src.preparation.swaps import SwapLocator
 from src.scenes.grammar import LEXICON, swaps, write_brief, write_caption
@@ -19,17 +20,9 @@ from src.scenes.render import render
 from src.text.tokenizer import Codec
 
 CHAT_WORDS = "system user assistant"  # roles that the chat template writes
-
-
 EVALUATION_SEED = 0  # of val and test scenes: they stay the same, whatever the seed of a dataset
-
-
 SMALLEST = 16  # pixels on the side of a scene
-
-
 RESERVED = 512  # scenes of val, and of test, that no training set holds, however few of them a dataset has
-
-
 MAX_DRAWS = 1000  # attempts at a new scene or a fitting caption before the settings count as impossible
 
 
@@ -60,11 +53,11 @@ class Scenes(Dataset):
     def __post_init__(self) -> None:
         for name in ("num_train", "num_val", "num_test", "captions_per_image", "per_shard"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size < SMALLEST:
-            raise ValueError(f"image_size must be at least {SMALLEST}, to tell shapes apart, got {self.image_size}")
+            raise UserError(f"image_size must be at least {SMALLEST}, to tell shapes apart, got {self.image_size}")
         if len(self.objects) != 2:
-            raise ValueError(f"objects must be [least, greatest], got {list(self.objects)}")
+            raise UserError(f"objects must be [least, greatest], got {list(self.objects)}")
 
     def write(self, folder: Path) -> dict:
         scenes = self._draw_scenes()
@@ -100,7 +93,7 @@ class Scenes(Dataset):
                 if split != "train":
                     taken.add(content)
                 return scene
-        raise ValueError(f"too few scenes differ with objects={list(self.objects)}; ask for fewer val and test")
+        raise UserError(f"too few scenes differ with objects={list(self.objects)}; ask for fewer val and test")
 
     def _texts(self, scenes: list[Scene]) -> Iterator[str]:
         """What a tokenizer for scenes has to know."""
@@ -131,14 +124,14 @@ class Scenes(Dataset):
             if len(locate.codec.encode(text)[0]) < self.canvas:
                 return {"text": text, "swaps": locate(text, swaps(scene, text, rng), counts)}
             counts["captions redrawn"] += 1
-        raise ValueError(f"no caption of a scene fits {self.canvas} tokens; set a larger canvas or fewer objects")
+        raise UserError(f"no caption of a scene fits {self.canvas} tokens; set a larger canvas or fewer objects")
 
 
 def make_codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
     """The given tokenizer or a new one, saved with the data."""
     codec = Codec.load(tokenizer) if tokenizer else Codec.train(texts, vocab_size=vocab_size, alphabet=alphabet)
     if not tokenizer and codec.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is too small: letters and special tokens alone take {codec.vocab_size}"
         )
     codec.save(folder / "tokenizer")

@@ -10,6 +10,7 @@ where ring numbers tie them together (C1.C1 is ethane).
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,21 @@ from typing import ClassVar
 
 import numpy as np
 
+from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.counts import Counts
 from src.preparation.jsonl import note, read_records, text_of
 from src.preparation.text import Item, Texts, check_name
 from src.text.tokenizer import Codec
 
+log = logging.getLogger(__name__)
+
 # A bracket atom, whose digits are no ring numbers; a ring number; a branch; a dot.
 TOKEN = re.compile(r"(?P<atom>\[[^\[\]]*\])|%\((?P<long>\d+)\)|%(?P<two>\d\d)|(?P<one>\d)|(?P<other>[()\[\]%.])")
 
 
 def count_rings(smiles: str) -> int:
-    """The number of rings. Raises ValueError where a bracket, a branch or a ring bond is left open."""
+    """The number of rings. Raises UserError where a bracket, a branch or a ring bond is left open."""
     opened: dict[int, int] = {}  # ring number -> the part in which it was opened
     parts, bonds, depth = [0], 0, 0  # parts[n]: another part that part n is tied to, or itself
     for found in TOKEN.finditer(smiles):
@@ -82,7 +86,7 @@ class Smiles(Texts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.percentile <= 100:
-            raise ValueError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
+            raise UserError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
         if self.value is not None:
             check_name("prepare.value", self.value)
 

@@ -1,4 +1,8 @@
-"""TODO-DOC"""
+"""Which split an image or a text belongs to: a hash of its name decides, so that splits do not depend on the order.
+
+split_of(hashed_share(name, seed))      train, val or test
+fill_splits(photos, usable)             afterwards every split has a usable image, where there are enough
+"""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from typing import ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
 from src.preparation.counts import Counts
@@ -64,7 +65,7 @@ class Texts(Dataset):
         hash of their content, 90 % train, 5 % val, 5 % test
     tokenizer:     folder of a tokenizer, which gets the special tokens that it lacks; null trains one
     vocab_size:    upper limit of a new tokenizer; 0: as many as its alphabet and the special tokens
-    prompt_format: a file in src/prompts; null: what the folder of the tokenizer says, or `tiny` for a new one
+    prompt_format: a file in src/text/prompts; null: what the folder of the tokenizer says, or `tiny` for a new one
     """
 
     remedy: ClassVar[str] = "name files for them"  # where a split has no row
@@ -77,9 +78,9 @@ class Texts(Dataset):
 
     def __post_init__(self) -> None:
         if self.canvas < 2:
-            raise ValueError(f"prepare.canvas must be at least 2, got {self.canvas}")
+            raise UserError(f"prepare.canvas must be at least 2, got {self.canvas}")
         if self.vocab_size < 0:
-            raise ValueError(f"prepare.vocab_size must be at least 0, got {self.vocab_size}")
+            raise UserError(f"prepare.vocab_size must be at least 0, got {self.vocab_size}")
 
     @property
     def sources(self) -> Sequence[str]:
@@ -123,7 +124,7 @@ class Texts(Dataset):
         """Items of all files, each once. Those of test and val come first: training does not get what repeats them."""
         named = dict(self.files) if isinstance(self.files, Mapping) else {"": self.files}
         if unknown := set(named) - {*SPLITS, ""}:
-            raise ValueError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
+            raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         items: dict[str, Item] = {}
         for split in ("test", "val", "train", ""):
             given = named.get(split) or []
@@ -144,7 +145,7 @@ class Texts(Dataset):
             texts, vocab_size=self.vocab_size, alphabet=self.alphabet, prompt_format=self.prompt_format or "tiny"
         )
         if 0 < self.vocab_size < codec.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone take "
                 f"{codec.vocab_size}"
             )
@@ -177,9 +178,9 @@ class Packed(Texts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split not in ("documents", "rows"):
-            raise ValueError(f"split must be 'documents' or 'rows', got {self.split!r}")
+            raise UserError(f"split must be 'documents' or 'rows', got {self.split!r}")
         if self.split == "rows" and isinstance(self.files, Mapping):
-            raise ValueError("split=rows is for files without a split of their own")
+            raise UserError("split=rows is for files without a split of their own")
 
     def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
         for place, text in read_documents(path, self.field, skipped):
@@ -227,7 +228,7 @@ class Pairs(Texts):
     def _collect(self, skipped: Counts) -> list[Item]:
         items = super()._collect(skipped)
         if items and (unknown := [name for name in self.keep if not any(name in item.more for item in items)]):
-            raise ValueError(f"prepare.keep: no record has a field {unknown[0]!r}")
+            raise UserError(f"prepare.keep: no record has a field {unknown[0]!r}")
         return items
 
     def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
@@ -276,7 +277,7 @@ def sample(key: str, prompt: str, caption: dict, **more: object) -> dict:
 def check_name(place: str, name: str) -> None:
     """Refuse a field to keep whose name a sample has for something else."""
     if name in OWN:
-        raise ValueError(f"{place}: a sample has {name!r} of its own; give the field another name in the file")
+        raise UserError(f"{place}: a sample has {name!r} of its own; give the field another name in the file")
 
 
 def lacks(codec: Codec, text: str) -> bool:

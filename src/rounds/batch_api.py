@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from src.chat.journal import Journal
+from src.io.errors import UserError
 from src.io.files import write_bytes
 from src.rounds.drafts import read_drafts
 from src.rounds.round import journal_of
@@ -33,7 +34,7 @@ class AsksByFile(Protocol):
     name: str
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """The body of the request about a draft. Raises ValueError where none can be made."""
+        """The body of the request about a draft. Raises UserError where none can be made."""
         ...
 
     def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
@@ -81,12 +82,12 @@ def _unsettled(drafts: Path, journal: Journal) -> Iterator[Draft]:
 
 def _able(expert: Any) -> AsksByFile:
     if not hasattr(expert, "body"):
-        raise ValueError(f"expert {expert.name} asks no server, so it has no requests to write; use expert=openai")
+        raise UserError(f"expert {expert.name} asks no server, so it has no requests to write; use expert=openai")
     return expert
 
 
 def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(id, response) of each line. Raises ValueError, with its number, for a line of something else."""
+    """(id, response) of each line. Raises UserError, with its number, for a line of something else."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -97,7 +98,7 @@ def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 if not (isinstance(name, str) and isinstance(response, dict)):
                     raise TypeError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{file}: line {number} is no result of a batch: {line[:80]!r}") from None
+                raise UserError(f"{file}: line {number} is no result of a batch: {line[:80]!r}") from None
             yield name, response
 
 

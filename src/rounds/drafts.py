@@ -24,8 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 from src.distributed.parallel import Team
+from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
-from src.io.settings import _plain, describe, differences
+from src.io.settings import as_json, describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
 from src.models.hf.folder import fingerprint
 from src.text.tokenizer import Codec
@@ -131,7 +132,7 @@ def draw_drafts(
     total: of all ranks, for the progress bar
     """
     if not tokens_per_step:
-        raise ValueError("tokens_per_step must name at least one speed, got an empty list")
+        raise UserError("tokens_per_step must name at least one speed, got an empty list")
     known, finished = team.alone(lambda: _claim(folder, settings))
     if finished:
         for name in list(known)[team.rank :: team.size]:
@@ -159,7 +160,7 @@ def _finish(folder: Path, parts: list[tuple[list[dict], int, float]], *, tokeniz
     """Write the index of the drafts of all ranks."""
     shards = sorted((shard for some, _, _ in parts for shard in some), key=lambda shard: shard["name"])
     if not shards:
-        raise ValueError(f"{folder}: nothing was drafted, as no training sample could be read; make the data again")
+        raise UserError(f"{folder}: nothing was drafted, as no training sample could be read; make the data again")
     seconds = round(max(seconds for _, _, seconds in parts), 3)
     drawing = {"drawn": sum(drawn for _, drawn, _ in parts), "seconds": seconds}  # by the processes that finished
     extra = {"settings": dict(settings), "drawing": drawing}
@@ -187,12 +188,12 @@ def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -
 
 
 def read_drafts_index(folder: Path) -> dict:
-    """The index.json of a finished folder of drafts. Raises ValueError where it holds something else."""
+    """The index.json of a finished folder of drafts. Raises UserError where it holds something else."""
     index = read_manifest(folder)
     if index["kind"] != "drafts":
-        raise ValueError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
+        raise UserError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
     if not all(isinstance(index.get(name), dict) for name in ("settings", "drawing", "counts")):
-        raise ValueError(f"{folder / INDEX} is damaged (it lacks settings, drawing or counts); make the drafts again")
+        raise UserError(f"{folder / INDEX} is damaged (it lacks settings, drawing or counts); make the drafts again")
     return index
 
 
@@ -206,7 +207,7 @@ class DamagedDrafts(ValueError):
 def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
     """Remove drafts that were drawn with other settings, by other weights for example."""
     found = _settings_in(folder)
-    if found is not None and found != _plain(settings):
+    if found is not None and found != as_json(settings):
         logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(found, settings)))
         shutil.rmtree(folder)
 
@@ -272,7 +273,7 @@ def _drawn_before(path: Path, keys: Sequence[str], entry: Mapping[str, Any] | No
         logger.warning("%s: drawing it again", error)
         return None
     if found != keys:
-        raise ValueError(f"{path} holds drafts of other samples; remove {path.parent} to draw again")
+        raise UserError(f"{path} holds drafts of other samples; remove {path.parent} to draw again")
     return drafts
 
 
@@ -295,7 +296,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict], 
         write_json(folder / SETTINGS, dict(settings))
     elif changed := differences(found, settings):
         names = ", ".join(changed)
-        raise ValueError(f"{folder} holds drafts made with another {names}; choose another folder")
+        raise UserError(f"{folder} holds drafts made with another {names}; choose another folder")
     known = _known(folder)
     finished = bool(known) and all(_is_intact(folder / name, entry) for name, entry in known.items())
     if not finished:

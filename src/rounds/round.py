@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from src.chat.journal import Answers, Journal
 from src.distributed.parallel import Team, world
+from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
@@ -65,7 +66,7 @@ class Revising:
 
     def __post_init__(self) -> None:
         if self.per_shard < 1:
-            raise ValueError(f"per_shard must be at least 1, got {self.per_shard}")
+            raise UserError(f"per_shard must be at least 1, got {self.per_shard}")
 
 
 def run_round(
@@ -116,18 +117,18 @@ def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool =
 
 
 def check_reopens(folder: Path, drafts: Path, how: Revising) -> None:
-    """Raise ValueError where a round is not there, or not of these drafts and this expert: it would be made without.
+    """Raise UserError where a round is not there, or not of these drafts and this expert: it would be made without.
 
     Or where it is a training's, whose drafts lie in it: a training may need it as it is.
     """
     if drafts.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder} is a round of a training, which needs it as it is; copy its drafts to revise them")
+        raise UserError(f"{folder} is a round of a training, which needs it as it is; copy its drafts to revise them")
     settings = check_drafts(drafts, how.codec)["settings"]
     if not folder.exists() and not _partial(folder).exists():
-        raise ValueError(f"there is no round {folder}")
+        raise UserError(f"there is no round {folder}")
     changed = _changed(read_round(folder).manifest, settings, how) if _is_finished(folder) else []
     if changed not in ([], ["lengths"]):  # a gap is taken up by reading again
-        raise ValueError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
+        raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
 
 
 def reopen(folder: str | Path, *, always: bool = False) -> bool:
@@ -147,7 +148,7 @@ def read_round(folder: str | Path) -> Round:
     """A finished round."""
     manifest = read_manifest(folder)
     if manifest["kind"] != "round":
-        raise ValueError(f"{folder} holds {manifest['kind']!r}, not a round")
+        raise UserError(f"{folder} holds {manifest['kind']!r}, not a round")
     return Round(Path(folder), manifest)
 
 
@@ -306,11 +307,11 @@ def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
 
 
 def check_drafts(drafts: Path, codec: Codec) -> dict:
-    """The index of drafts. Raises ValueError where they were written with another tokenizer."""
+    """The index of drafts. Raises UserError where they were written with another tokenizer."""
     index = read_drafts_index(drafts)
     if index["tokenizer"] != codec.fingerprint:
         found = index["tokenizer"]
-        raise ValueError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
+        raise UserError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
     return index
 
 
@@ -320,7 +321,7 @@ def _partial(folder: Path) -> Path:
 
 def _is_finished(folder: Path) -> bool:
     if folder.exists() and not (folder / INDEX).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is in the way: it is not a round (no {INDEX})")
+        raise UserError(f"{folder} is in the way: it is not a round (no {INDEX})")
     return (folder / INDEX).exists()
 
 
@@ -331,7 +332,7 @@ def _same_round(folder: Path, settings: Mapping[str, Any], how: Revising) -> Rou
     if changed == ["model"]:
         logger.warning("%s exists already; it was drafted by other weights", folder)
     elif changed:
-        raise ValueError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
+        raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
     return found
 
 

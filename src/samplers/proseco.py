@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.samplers.reviser import Corrected, Predict, Prediction, Reviser, State
 from src.samplers.schedule import Schedule
 from src.samplers.unmask import draw, top
@@ -52,24 +53,24 @@ class Corrector(Reviser):
         begin: int = 1,
     ) -> None:
         if every < 1 or passes < 0 or begin < 1:
-            raise ValueError(f"every and begin are at least 1 and passes at least 0, got {every}, {begin}, {passes}")
+            raise UserError(f"every and begin are at least 1 and passes at least 0, got {every}, {begin}, {passes}")
         for value, known in ((scope, SCOPES), (pick, PICKS), (counts, COUNTS)):
             if value not in known:
-                raise ValueError(f"expected one of {known}, got {value!r}")
+                raise UserError(f"expected one of {known}, got {value!r}")
         if (num_edits is not None) != (pick == "edit") or (num_edits is not None and num_edits < 1):
-            raise ValueError(f"num_edits is a number of at least 1 for pick=edit and null else, got {num_edits}")
+            raise UserError(f"num_edits is a number of at least 1 for pick=edit and null else, got {num_edits}")
         self.every, self.passes, self.scope = every, passes, scope
         self.pick, self.num_edits, self.counts, self.begin = pick, num_edits, counts, begin
         self.random = pick == "sample"
 
     def check(self, schedule: Schedule) -> None:
-        """Raises ValueError where no step is one that corrects."""
+        """Raises UserError where no step is one that corrects."""
         steps = schedule.block_steps * (1 if self.counts == "block" else schedule.blocks)
         if self.passes and steps // self.every * self.every < self.begin:
             what = f"a block has {steps} steps" if self.counts == "block" else f"the text has {steps} steps"
             told = f"every={self.every} begin={self.begin} never corrects where {what}"
             advice = ", counts=text" if self.counts == "block" and schedule.blocks > 1 else ""
-            raise ValueError(f"{told}: lower these, or take more steps{advice}, or passes=0 for no corrections")
+            raise UserError(f"{told}: lower these, or take more steps{advice}, or passes=0 for no corrections")
 
     def editable(self, state: State) -> Tensor:
         return self._region(state) & state.visible

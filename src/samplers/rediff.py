@@ -1,4 +1,4 @@
-"""TODO-DOC"""
+"""ReDiff's own decoding: every step also rewrites what is already written (arXiv 2510.19871)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.samplers.reviser import Prediction, Reviser, State
 from src.samplers.unmask import top
 
@@ -21,11 +22,11 @@ class OverwriteAll(Reviser):
 
     def __init__(self, *, scope: Literal["block", "all"] = "block", share: float = 1.0, begin: float = 1.0) -> None:
         if scope not in ("block", "all"):
-            raise ValueError(f"scope must be 'block' or 'all', got {scope!r}")
+            raise UserError(f"scope must be 'block' or 'all', got {scope!r}")
         if not 0 < share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {share}")
+            raise UserError(f"share must be above 0 and at most 1, got {share}")
         if not 0 <= begin <= 1:
-            raise ValueError(f"begin must be within 0..1, got {begin}")
+            raise UserError(f"begin must be within 0..1, got {begin}")
         self.scope, self.share, self.begin = scope, share, begin
 
     def editable(self, state: State) -> Tensor:

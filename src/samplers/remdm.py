@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.samplers.reviser import Prediction, Reviser, State
 from src.samplers.schedule import Schedule, ceil_divide
 from src.samplers.unmask import top
@@ -37,13 +38,13 @@ class Remasking(Reviser):
 
     def __init__(self, *, eta: float) -> None:
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be within 0..1, got {eta}")
+            raise UserError(f"eta must be within 0..1, got {eta}")
         self.eta = eta
 
     def check(self, schedule: Schedule) -> None:
-        """Raises ValueError for less than three steps a block: nothing is visible in the first, the last hides none."""
+        """Raises UserError for less than three steps a block: nothing is visible in the first, the last hides none."""
         if schedule.block_steps < 3:
-            raise ValueError(f"{type(self).__name__} needs 3 steps a block, this schedule has {schedule.block_steps}")
+            raise UserError(f"{type(self).__name__} needs 3 steps a block, this schedule has {schedule.block_steps}")
 
     def visible_share(self, t: Tensor) -> Tensor:
         """(B,) a(t), 0 at t = 1 and 1 at t = 0."""
@@ -129,14 +130,14 @@ class Loop(Remasking):
     def __init__(self, *, eta: float = 0.02, t_on: float = 0.55, t_off: float = 0.05, share: float = 0.9) -> None:
         super().__init__(eta=eta)
         if not 0 < t_off < t_on < 1 or not 0 < share < 1:
-            raise ValueError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {t_off=} {t_on=} {share=}")
+            raise UserError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {t_off=} {t_on=} {share=}")
         self.t_on, self.t_off, self.share = t_on, t_off, share
 
     def check(self, schedule: Schedule) -> None:
-        """Raises ValueError where no step begins in the middle phase."""
+        """Raises UserError where no step begins in the middle phase."""
         steps = schedule.block_steps
         if not any(self.t_off < left / steps <= self.t_on for left in range(2, steps)):
-            raise ValueError(f"of {steps} steps a block none begins between t_on={self.t_on} and t_off={self.t_off}")
+            raise UserError(f"of {steps} steps a block none begins between t_on={self.t_on} and t_off={self.t_off}")
 
     def visible_share(self, t: Tensor) -> Tensor:
         rising = self.share * (1 - t) / (1 - self.t_on)
@@ -164,20 +165,20 @@ class RemaskLowest(Reviser):
 
     def __init__(self, *, number: int = 1, share: float = 0.5, begin: float = 0.875) -> None:
         if number < 1:
-            raise ValueError(f"number must be at least 1, got {number}")
+            raise UserError(f"number must be at least 1, got {number}")
         if not (0 < share < 1 and 0 < begin <= 1):
-            raise ValueError(f"share must be within 0..1 and begin above 0 and at most 1, got {share=} {begin=}")
+            raise UserError(f"share must be within 0..1 and begin above 0 and at most 1, got {share=} {begin=}")
         self.number, self.share, self.begin = number, share, begin
 
     def check(self, schedule: Schedule) -> None:
-        """Raises ValueError where no step revises, or less than `number` tokens are written when the first does."""
+        """Raises UserError where no step revises, or less than `number` tokens are written when the first does."""
         steps, masks = schedule.block_steps, schedule.block_length
         revising, begin = (int(v) for v in self._phase(torch.tensor([steps])))
         if not revising:
-            raise ValueError(f"share={self.share} of {steps} steps a block is none")
+            raise UserError(f"share={self.share} of {steps} steps a block is none")
         writing = steps - revising
         if begin * (masks // writing) + min(begin, masks % writing) < self.number:
-            raise ValueError(f"number={self.number} is more than the tokens that {begin} steps have written")
+            raise UserError(f"number={self.number} is more than the tokens that {begin} steps have written")
 
     def count(self, state: State, count: Tensor) -> Tensor:
         revising, begin = self._phase(state.steps)

@@ -109,7 +109,7 @@ class Reviser:
     chooses: ClassVar[bool] = False
 
     def check(self, schedule: Schedule) -> None:
-        """Raise ValueError where the reviser can never act with such a schedule."""
+        """Raise UserError where the reviser can never act with such a schedule."""
 
     def count(self, state: State, count: Tensor) -> Tensor:
         """(B,) how many masks this step reveals; `count` (B,) is an even split over the steps that are left."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.samplers.predictor import Predictor
 from src.samplers.reviser import Prediction, Reviser, State
 from src.samplers.schedule import Progress, Schedule
@@ -78,42 +79,40 @@ class Sampler:
     def __post_init__(self) -> None:
         reviser = self.reviser or Reviser()
         if self.post_steps < 0 or (self.post_steps and self.reviser is None):
-            raise ValueError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
+            raise UserError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
         if self.post_steps and type(reviser).overwrite is Reviser.overwrite:
-            raise ValueError(f"post_steps only rewrite, which {type(reviser).__name__} never does: leave them 0")
+            raise UserError(f"post_steps only rewrite, which {type(reviser).__name__} never does: leave them 0")
         for name in ("temperature", "cfg_scale"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
-            raise ValueError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
+            raise UserError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
         if self.max_forwards is not None and self.max_forwards < self.step_forwards:
-            raise ValueError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
+            raise UserError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
         self._check_score()
         schedule = self.schedule  # wrong numbers fail here, not at the first batch
         idle = self.steps is not None and self.steps > self.length  # a step reveals a token, unless by chance
         if idle and (self.unmask or TopK()).scores and not reviser.patient:
-            raise ValueError(f"{self.steps} steps are more than the {self.length} tokens of the response")
+            raise UserError(f"{self.steps} steps are more than the {self.length} tokens of the response")
         counted = type(reviser).count is Reviser.count and not reviser.chooses
         if self.shift != 1 and not (counted and (self.unmask or TopK()).scheduled):
-            raise ValueError(f"shift={self.shift} is for samplers that reveal a scheduled number of the surest masks")
+            raise UserError(f"shift={self.shift} is for samplers that reveal a scheduled number of the surest masks")
         reviser.check(schedule)
 
     def _check_score(self) -> None:
         """Refuse a score that is unknown, or that the policy cannot work with, or would ignore."""
         policy, known = self.unmask or TopK(), TopK.scores
         if self.score not in known:
-            raise ValueError(f"score must be one of {known}, got {self.score!r}")
+            raise UserError(f"score must be one of {known}, got {self.score!r}")
         if policy.scores and self.score not in policy.scores:
-            raise ValueError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
+            raise UserError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
         if not policy.scores and (self.eos_last or self.score != "probability"):
             given = f"eos_last={self.eos_last} score={self.score!r}"
-            raise ValueError(f"{type(policy).__name__} reveals by chance, so leave eos_last and score, got {given}")
+            raise UserError(f"{type(policy).__name__} reveals by chance, so leave eos_last and score, got {given}")
         chooses = self.reviser is not None and self.reviser.chooses
         if chooses and (policy, self.score, self.eos_last) != (TopK(), "probability", False):
             what = f"{type(self.reviser).__name__} chooses what is revealed"
-            raise ValueError(
-                f"{what}, so leave unmask, score and eos_last, got {policy} {self.score!r} {self.eos_last}"
-            )
+            raise UserError(f"{what}, so leave unmask, score and eos_last, got {policy} {self.score!r} {self.eos_last}")
 
     @property
     def schedule(self) -> Schedule:

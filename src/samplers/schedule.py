@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -27,7 +29,7 @@ class Schedule:
     shift: after the share x of a block's steps shift * x / (1 + (shift - 1) * x) of it is revealed (LaViDa, arXiv
         2505.16839): 1 is an even split, above 1 reveals most in the first steps, below 1 in the last ones
 
-    Raises ValueError when the numbers do not fit together.
+    Raises UserError when the numbers do not fit together.
     """
 
     length: int
@@ -39,15 +41,15 @@ class Schedule:
     def __post_init__(self) -> None:
         tokens, steps, length, blocks = self.tokens_per_step, self.steps, self.length, self.blocks
         if (tokens is None) == (steps is None):
-            raise ValueError(f"give one of tokens_per_step and steps, got tokens_per_step={tokens} steps={steps}")
+            raise UserError(f"give one of tokens_per_step and steps, got tokens_per_step={tokens} steps={steps}")
         if length < 1 or blocks < 1 or length % blocks:
-            raise ValueError(f"a length of {length} tokens cannot be split into {blocks} equal blocks")
+            raise UserError(f"a length of {length} tokens cannot be split into {blocks} equal blocks")
         if steps is not None and (steps < 1 or steps % blocks):
-            raise ValueError(f"{steps} steps cannot be shared equally by {blocks} blocks")
+            raise UserError(f"{steps} steps cannot be shared equally by {blocks} blocks")
         if tokens is not None and not 1 <= tokens <= self.block_length:
-            raise ValueError(f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}")
+            raise UserError(f"tokens_per_step must be between 1 and the block's {self.block_length}, got {tokens}")
         if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift must be above 0, got {self.shift}")
+            raise UserError(f"shift must be above 0, got {self.shift}")
 
     @property
     def block_length(self) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from src.io.errors import UserError
 from src.samplers.reviser import Corrected, Predict, Prediction, Reviser, State
 
 
@@ -26,11 +27,11 @@ class ThresholdEdit(Reviser):
 
     def __init__(self, *, tau: float, scope: Literal["block", "all"] = "block", block_passes: int = 0) -> None:
         if not 0 <= tau <= 1:
-            raise ValueError(f"tau must be within 0..1, got {tau}")
+            raise UserError(f"tau must be within 0..1, got {tau}")
         if scope not in ("block", "all"):
-            raise ValueError(f"scope must be 'block' or 'all', got {scope!r}")
+            raise UserError(f"scope must be 'block' or 'all', got {scope!r}")
         if block_passes < 0:
-            raise ValueError(f"block_passes must be at least 0, got {block_passes}")
+            raise UserError(f"block_passes must be at least 0, got {block_passes}")
         self.tau, self.scope, self.block_passes = tau, scope, block_passes
 
     def editable(self, state: State) -> Tensor:
@@ -84,11 +85,11 @@ class TokenToMask(Reviser):
     ) -> None:
         for name, value in {"below": below, "differs": differs, "gap": gap}.items():
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be within 0..1 or null, got {value}")
+                raise UserError(f"{name} must be within 0..1 or null, got {value}")
         if below is None and differs is None and gap is None:
-            raise ValueError("below, differs and gap are all null, so that nothing is ever hidden")
+            raise UserError("below, differs and gap are all null, so that nothing is ever hidden")
         if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
+            raise UserError(f"limit must be at least 1, got {limit}")
         self.below, self.differs, self.gap, self.limit = below, differs, gap, limit
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.samplers.predictor import Predictor
 from src.samplers.sampler import Sampler, end_text
 from src.samplers.schedule import Schedule
@@ -48,9 +49,9 @@ class FromNoise:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+            raise UserError(f"temperature must be at least 0, got {self.temperature}")
         if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+            raise UserError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
         _ = self.schedule  # wrong numbers fail here, not at the first batch
 
     @property
@@ -81,7 +82,7 @@ class FromNoise:
         """
         began = time.perf_counter()
         if start is not None:
-            raise ValueError("this sampler starts from noise and cannot begin with a given text")
+            raise UserError("this sampler starts from noise and cannot begin with a given text")
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
         device = prefix.embeds.device

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 
 PART = 64  # rows of logits that are held in float64 at once
 
@@ -65,7 +66,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
-            raise ValueError(f"tau must be above 0 and at most 1, got {self.tau}")
+            raise UserError(f"tau must be above 0 and at most 1, got {self.tau}")
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:
@@ -86,7 +87,7 @@ class Factor:
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
-            raise ValueError(f"factor must be above 0, got {self.factor}")
+            raise UserError(f"factor must be above 0, got {self.factor}")
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:

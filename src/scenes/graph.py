@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from random import Random
 
+from src.io.errors import UserError
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white", "black", "cyan")
 SIZES = ("small", "large")
@@ -80,7 +82,7 @@ def relations(a: SceneObject, b: SceneObject) -> set[str]:
 def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float = 0.12) -> Scene:
     """A random scene with a number of objects from the closed range `objects`; centres move by up to `jitter` cells."""
     if not 1 <= objects[0] <= objects[1] <= len(ROWS) * len(COLUMNS):
-        raise ValueError(f"objects must be a range within 1..9, got {objects}")
+        raise UserError(f"objects must be a range within 1..9, got {objects}")
     cells = rng.sample([(r, c) for r in ROWS for c in COLUMNS], rng.randint(*objects))
     cells.sort(key=lambda cell: (ROWS.index(cell[0]), COLUMNS.index(cell[1])))
     found = tuple(

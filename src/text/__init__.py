@@ -1,1 +1,1 @@
-"""How questions are put to a model: one yaml file for each format, read by `src.text.prompt_format`."""
+"""Text to tokens and back, text edits to token spans, prompt formats."""

@@ -1,6 +1,6 @@
 """The format of prompts: chat template, system text, and how images and text are joined. One yaml file each.
 
-PromptFormat.load("llada_v")                 a file of this folder
+PromptFormat.load("llada_v")                 a file in src/text/prompts
 PromptFormat.load("formats/mine.yaml")       one of your own; its keys are the fields of `PromptFormat`
 format.messages("What is this?", images=1)   [{"role": ..., "content": ...}, ...], what the template takes
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import yaml
 
+from src.io.errors import UserError
+
 IMAGE = "<image>"  # the mark in a text that says where an image goes
 JOINS = ("keep", "upstream")
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "prompts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,37 +45,37 @@ class PromptFormat:
     def __post_init__(self) -> None:
         for name, kinds in {"template": str, "system": str | None, "image": str, "gap": str | None}.items():
             if not isinstance(getattr(self, name), kinds):
-                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be a text, got {getattr(self, name)!r}")
         if self.image.count(IMAGE) != 1:
-            raise ValueError(f"image must hold {IMAGE} once, got {self.image!r}")
+            raise UserError(f"image must hold {IMAGE} once, got {self.image!r}")
         if self.join not in JOINS:
-            raise ValueError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
+            raise UserError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
         if self.suppress is not None:
             if not isinstance(self.suppress, list | tuple) or {*map(type, self.suppress)} - {str}:
-                raise ValueError(f"suppress must be a list of tokens, got {self.suppress!r}")
+                raise UserError(f"suppress must be a list of tokens, got {self.suppress!r}")
             object.__setattr__(self, "suppress", tuple(self.suppress))
         object.__setattr__(self, "gap", self.gap or None)
 
     @classmethod
     def load(cls, name: str | Path) -> PromptFormat:
-        """The format of this name, or the one in a file whose path ends in .yaml. Raises ValueError for a bad one."""
+        """The format of this name, or the one in a file whose path ends in .yaml. Raises UserError for a bad one."""
         path = Path(name) if str(name).endswith(".yaml") else FOLDER / f"{name}.yaml"
         if not path.is_file():
             known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-            raise ValueError(f"no prompt format {str(name)!r}: take {', '.join(known)}, or the path of a .yaml file")
+            raise UserError(f"no prompt format {str(name)!r}: take {', '.join(known)}, or the path of a .yaml file")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls._of(content)
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
 
     @classmethod
     def _of(cls, content: object) -> PromptFormat:
         names = [field.name for field in fields(cls)]
         if not isinstance(content, dict) or "template" not in content:
-            raise ValueError(f"a prompt format needs a template; its keys are {', '.join(names)}")
+            raise UserError(f"a prompt format needs a template; its keys are {', '.join(names)}")
         if unknown := [str(key) for key in content if key not in names]:
-            raise ValueError(f"unknown key {unknown[0]!r}; the keys are {', '.join(names)}")
+            raise UserError(f"unknown key {unknown[0]!r}; the keys are {', '.join(names)}")
         return cls(**content)
 
     def save(self, path: Path) -> None:

@@ -5,7 +5,7 @@ codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `i
 codec.encode("A red ring.")                 ids and character offsets of a response, without eot
 codec.decode(ids)                           text up to the first eot, special tokens removed
 
-A model folder says what its prompts look like (src/prompts): in prompt.yaml, else by the model type in config.json,
+A model folder says what its prompts look like (src/text/prompts): in prompt.yaml, else by the model type in config.json,
 else by the chat template of its tokenizer.
 """
 
@@ -23,6 +23,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from src.io.errors import UserError
 from src.io.hub import local_folder
 from src.text.prompt_format import IMAGE, PromptFormat
 from src.types import SpecialIds
@@ -46,7 +47,7 @@ class Codec:
     """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
 
     `banned_ids`: special ids that a response never contains; `special` holds them with the other ids that the maths
-    needs; Raises ValueError when there is no chat template, when the tokenizer lacks the mask, end-of-text or eot
+    needs; Raises UserError when there is no chat template, when the tokenizer lacks the mask, end-of-text or eot
     token or one that the format suppresses, or when the format's gap is no special token that is free for it.
     `files`: those that the tokenizer was read from, name -> content; `save` writes them as they are, since other
     versions of transformers may not read what this one writes.
@@ -65,7 +66,7 @@ class Codec:
         vocabulary = tokenizer.get_vocab()
         needed = dict.fromkeys((MASK, EOS, EOT, *(self.prompt_format.suppress or ())))
         if missing := [token for token in needed if token not in vocabulary]:
-            raise ValueError(f"the tokenizer has no {', '.join(missing)} token")
+            raise UserError(f"the tokenizer has no {', '.join(missing)} token")
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
@@ -86,22 +87,22 @@ class Codec:
         """Read `tokenizer.json`, and what there is beside it, from a model folder or a name on the hub.
 
         prompt_format: a name or file for `PromptFormat.load`, in place of what the folder says
-        Raises ValueError, naming the file, when the chat template cannot make a prompt.
+        Raises UserError, naming the file, when the chat template cannot make a prompt.
         """
         path = local_folder(path, patterns=NEEDED)
         if not (path / "tokenizer.json").is_file():
-            raise ValueError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
+            raise UserError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
         tokenizer = _read(path)
         given = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
         files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
         try:
             codec = cls(tokenizer, given, files=files)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         try:
             codec.prompt_ids("Why?", images=0)
-        except ValueError as error:
-            raise ValueError(f"{_template_file(path, prompt_format)}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{_template_file(path, prompt_format)}: {error}") from error
         return codec
 
     def with_format(self, *, system: str | None = None, join: str | None = None, gap: str | None = None) -> Codec:
@@ -125,12 +126,12 @@ class Codec:
             bpe = _byte_level(models.BPE.from_file(*map(str, two)))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
         else:
-            raise ValueError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
+            raise UserError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
         if {MASK, EOS, EOT} <= tokenizer.get_vocab().keys() and (path / "tokenizer.json").is_file():
             return cls.load(path, prompt_format=prompt_format)
         tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": [EOT, HEADER_START, HEADER_END, IMAGE]})
         if prompt_format is None and not tokenizer.chat_template:
-            raise ValueError(f"{path} does not say what prompts look like: give a prompt_format, such as tiny or plain")
+            raise UserError(f"{path} does not say what prompts look like: give a prompt_format, such as tiny or plain")
         return cls(tokenizer, None if prompt_format is None else PromptFormat.load(prompt_format))
 
     @classmethod
@@ -142,9 +143,9 @@ class Codec:
         A `vocab_size` that leaves no room for merges gives each of their bytes a token of its own.
         """
         if alphabet not in ("seen", "bytes"):
-            raise ValueError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
+            raise UserError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
         if vocab_size < 0:
-            raise ValueError(f"vocab_size must be at least 0, got {vocab_size}")
+            raise UserError(f"vocab_size must be at least 0, got {vocab_size}")
         bpe = _byte_level(models.BPE())
         initial = pre_tokenizers.ByteLevel.alphabet() if alphabet == "bytes" else []
         trainer = trainers.BpeTrainer(
@@ -220,17 +221,17 @@ class Codec:
         return found if BROKEN not in joined and joined == self.decode(ids) else None
 
     def _gap(self, vocabulary: dict[str, int]) -> int | None:
-        """The id of the format's gap. Raises ValueError for a token that is unknown, not special or not free."""
+        """The id of the format's gap. Raises UserError for a token that is unknown, not special or not free."""
         token = self.prompt_format.gap
         if token is None:
             return None
         if token not in vocabulary:
-            raise ValueError(f"the tokenizer has no {token} token, which is to be the gap")
+            raise UserError(f"the tokenizer has no {token} token, which is to be the gap")
         added = self.tokenizer.added_tokens_decoder.get(vocabulary[token])
         if added is None or not added.special:
-            raise ValueError(f"{token} cannot be the gap: it is no special token, so it would be part of the text")
+            raise UserError(f"{token} cannot be the gap: it is no special token, so it would be part of the text")
         if token in NO_GAP:
-            raise ValueError(f"{token} cannot be the gap: it has a meaning already")
+            raise UserError(f"{token} cannot be the gap: it has a meaning already")
         return vocabulary[token]
 
     def _banned(self, vocabulary: dict[str, int]) -> list[int]:
@@ -248,7 +249,7 @@ class Codec:
         """Ids of a prompt up to where the response starts; `image_id` stands where an image goes.
 
         images: how many; a question without image marks gets them in front. turns: earlier (question, answer) pairs.
-        Raises ValueError when the texts hold image marks, but not as many as there are images, or when the chat
+        Raises UserError when the texts hold image marks, but not as many as there are images, or when the chat
         template fails.
         """
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
@@ -261,10 +262,10 @@ class Codec:
             )
         except (TemplateError, TypeError) as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise ValueError(f"the chat template fails{line}: {' '.join(str(error).split())}") from error
+            raise UserError(f"the chat template fails{line}: {' '.join(str(error).split())}") from error
         ids, *pieces = map(encode, str(prompt).split(IMAGE))
         if len(pieces) != images:
-            raise ValueError(f"{len(pieces)} image marks in {question!r}, but {images} images")
+            raise UserError(f"{len(pieces)} image marks in {question!r}, but {images} images")
         lost = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
         for piece in pieces:
             ids += [self.image_id, *piece[lost:]]
@@ -292,7 +293,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def read_backend(file: Path) -> Tokenizer:
-    """A tokenizer.json. Raises ValueError, naming the file, where it is damaged."""
+    """A tokenizer.json. Raises UserError, naming the file, where it is damaged."""
     with _explained(file):
         return Tokenizer.from_file(str(file))
 
@@ -304,7 +305,7 @@ def _explained(*files: Path) -> Iterator[None]:
         yield
     except Exception as error:  # the library of the tokenizers raises nothing narrower
         guilty = next((file for file in files if file.is_file() and not _is_object(file)), files[-1])
-        raise ValueError(f"{guilty} is damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"{guilty} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _is_object(file: Path) -> bool:
@@ -317,7 +318,7 @@ def _is_object(file: Path) -> bool:
 def _read(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder. Without a config its special tokens are those that tokenizer.json says are special.
 
-    Raises ValueError, naming the file, where it is damaged.
+    Raises UserError, naming the file, where it is damaged.
     """
     if (path / "tokenizer_config.json").is_file():
         beside = (path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
@@ -356,7 +357,7 @@ def _template_file(path: Path, prompt_format: str | Path | None) -> Path | str:
 
 def _own_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer has no chat template, and there is no {PROMPT} beside it")
+        raise UserError(f"the tokenizer has no chat template, and there is no {PROMPT} beside it")
     return PromptFormat(template=tokenizer.chat_template)  # type: ignore[arg-type]
 
 
@@ -366,4 +367,4 @@ def _model_type(config: Path) -> str | None:
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"{config} is damaged ({type(error).__name__}: {error})") from error

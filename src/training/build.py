@@ -27,8 +27,9 @@ from omegaconf import DictConfig
 
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
-from src.cli.instantiate import ConfigError, build, plain
+from src.cli.instantiate import build, plain
 from src.cli.signals import Stop
+from src.io.errors import UserError
 from src.models.hf.meta import Deferred
 from src.models.inference import warn_of_canvas
 from src.models.tiling import check_layout
@@ -66,7 +67,7 @@ def assemble(
 
 
 def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
-    """Build everything but weights and trainer, as on a machine without the devices. Raises ValueError as training.
+    """Build everything but weights and trainer, as on a machine without the devices. Raises UserError as training.
 
     world: number of processes of the run
     """
@@ -110,17 +111,17 @@ def outlined(node: DictConfig, codec: Codec) -> Any:
 
 
 def check_stops(cfg: DictConfig) -> None:
-    """Raise ConfigError for a trainer that would end before it has trained, or could not even be seeded."""
+    """Raise UserError for a trainer that would end before it has trained, or could not even be seeded."""
     if not 0 <= cfg.seed < 2**32:
-        raise ConfigError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
+        raise UserError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
     if cfg.trainer.get("precision") == "16-mixed":
-        raise ConfigError("trainer.precision: float16 needs its losses scaled, which is not done here; use bf16-mixed")
+        raise UserError("trainer.precision: float16 needs its losses scaled, which is not done here; use bf16-mixed")
     if cfg.trainer.max_steps == 0:
-        raise ConfigError("trainer.max_steps must be at least 1, got 0")
+        raise UserError("trainer.max_steps must be at least 1, got 0")
     if cfg.trainer.get("fast_dev_run"):
-        raise ConfigError("trainer.fast_dev_run saves nothing; for a trial set trainer.max_steps and another run_dir")
+        raise UserError("trainer.fast_dev_run saves nothing; for a trial set trainer.max_steps and another run_dir")
     if cfg.trainer.get("limit_train_batches") == 0:
-        raise ConfigError("trainer.limit_train_batches=0 leaves nothing to train on; set it higher, or to null")
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on; set it higher, or to null")
 
 
 def quiet() -> None:
@@ -161,14 +162,17 @@ def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: A
         node.setdefault("enable_progress_bar", False)  # else Lightning takes one of its own
     if node.get("strategy", "auto") in ("auto", "ddp") and (node.get("devices", 1), node.get("num_nodes", 1)) != (1, 1):
         node["strategy"] = DDP()
-    return build(
-        node,
-        logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-        callbacks=built,
-        # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
-        plugins=[SLURMEnvironment(auto_requeue=False)] if _by_slurm() else None,
-        default_root_dir=run_dir,
-    )
+    try:
+        return build(
+            node,
+            logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
+            callbacks=built,
+            # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
+            plugins=[SLURMEnvironment(auto_requeue=False)] if _by_slurm() else None,
+            default_root_dir=run_dir,
+        )
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def _by_slurm() -> bool:
@@ -184,6 +188,3 @@ def _log_interval(cfg: DictConfig) -> int:
     """Steps between two points of the log: a run that is shorter has one at its end."""
     interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
     return min(interval, steps) if steps > 0 else interval
-
-
-MISTAKES = (ValueError, MisconfigurationException)

@@ -26,8 +26,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from src.cli.instantiate import ConfigError
 from src.distributed.parallel import Elsewhere, Team, rank
+from src.io.errors import UserError
 from src.training.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # the process that has started this one
@@ -60,22 +60,22 @@ def leave_with_parent() -> None:
 
 
 def check_started(devices: Any, nodes: int) -> None:
-    """Raise ConfigError where torchrun has started another number of processes than the trainer is for."""
+    """Raise UserError where torchrun has started another number of processes than the trainer is for."""
     started = int(os.environ.get("WORLD_SIZE", 0))
     if started and type(devices) is int and started != devices * nodes:
-        raise ConfigError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
+        raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
 def meet(trainer: L.Trainer, told: Any, *, run: str) -> Any:
     """Start the other processes of the run, or wait for them; all of them get what rank 0 tells.
 
-    run: its folder. Raises ConfigError where the strategy is for one process only, or one of another run has come.
+    run: its folder. Raises UserError where the strategy is for one process only, or one of another run has come.
     """
     if trainer.world_size == 1:
         return told
     strategy, launcher = trainer.strategy, trainer.strategy.launcher
     if not isinstance(strategy, DDP | FSDP2):
-        raise ConfigError(
+        raise UserError(
             f"trainer.strategy: {type(strategy).__name__} is for one process; {trainer.world_size} need parallel/ddp "
             "or parallel/fsdp2, as in conf=stage1,parallel/fsdp2"
         )
@@ -91,7 +91,7 @@ def meet(trainer: L.Trainer, told: Any, *, run: str) -> Any:
     found = [(run, told)]
     dist.broadcast_object_list(found)
     if found[0][0] != run:
-        raise ConfigError("this process has met those of another run: two use the same MASTER_ADDR and MASTER_PORT")
+        raise UserError("this process has met those of another run: two use the same MASTER_ADDR and MASTER_PORT")
     return found[0][1]
 
 
@@ -118,7 +118,7 @@ def explained() -> Iterator[None]:
     """What goes wrong between processes in one line; the process then ends with exit code 1."""
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         if not (number := _number()):
             raise
         sys.stderr.write(f"rank {number}: error: {error}\n")

@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from datamodules.shards import Sample
-from src.cli.instantiate import ConfigError, plain
+from src.cli.instantiate import plain
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.io.images import MAX_PIXELS
 from src.objectives.base import Objective
-from src.training.build import MISTAKES, codec_of, data_and_objective, offered, outlined, quiet
+from src.training.build import codec_of, data_and_objective, offered, outlined, quiet
 from src.training.memory_tracker import LOOKED, Live, Shapes
 from src.types import Batch, Corrupted
 
@@ -107,20 +108,20 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, fo
     objective: its tensors lose their data; precision: of Lightning's trainer
     foreach: whether the optimizer works on all parameters at once, as it does on a GPU; false: one after the other
 
-    Raises ValueError for less than one GPU, for an unknown precision, and where what an objective does depends on
+    Raises UserError for less than one GPU, for an unknown precision, and where what an objective does depends on
     numbers that it computes.
     """
     if gpus < 1:
-        raise ValueError(f"a plan is for at least 1 GPU, got {gpus}")
+        raise UserError(f"a plan is for at least 1 GPU, got {gpus}")
     if precision not in TYPES:
-        raise ValueError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
+        raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
     turned, lower = TYPES[precision]
     step = Step(objective.to(device="meta", dtype=turned), gpus=gpus, lower=lower, foreach=foreach)
     micro = batch.split(objective.options.micro_batch or len(batch))
     try:
         step.run(micro[0], _all_masked(objective, micro[0]), last=len(micro) > 1)
     except LOOKED as error:
-        raise ValueError(f"no plan: what this objective does depends on numbers that it computes ({error})") from error
+        raise UserError(f"no plan: what this objective does depends on numbers that it computes ({error})") from error
     phases = {phase: Counter({row: step.live.peaks[phase].get(row, 0) for row in ROWS}) for phase in PHASES}
     if gpus > 1:
         _add_whole_blocks(phases, objective)
@@ -265,20 +266,19 @@ def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> 
 def plan(cfg: DictConfig, *, gpus: int) -> str:
     """The memory that a step takes of each of some GPUs that share the model, as a table. Reads no weights or data."""
     if type(gpus) is not int or gpus < 1:
-        raise ConfigError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
+        raise UserError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
     quiet()
+    codec = codec_of(cfg)
+    data, objective = data_and_objective(
+        cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
+    )
+    micro = objective.options.micro_batch or cfg.data.batch_size
+    batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
     try:
-        codec = codec_of(cfg)
-        data, objective = data_and_objective(
-            cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
-        )
-        micro = objective.options.micro_batch or cfg.data.batch_size
-        batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
         found = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
-    except MISTAKES as error:
-        raise ConfigError(str(error)) from error
     except KeyError as error:
-        raise ConfigError(f"no plan: the objective needs {error} of the records, and no data are read") from error
+        error.add_note("a plan reads no data: an objective that needs more of a record than its captions has none")
+        raise
     return (
         f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
         f"{objective.options.views} x {cfg.data.canvas} tokens behind a prefix of {found.prefix}; "
@@ -292,9 +292,9 @@ def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
     size = plain(cfg.plan.image)
     if size is not None and not _is_size(size):
         most = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
-        raise ConfigError(f"plan.image: expected [width, height] or null, got {size} ({most})")
+        raise UserError(f"plan.image: expected [width, height] or null, got {size} ({most})")
     if not isinstance(cfg.plan.prompt, str):
-        raise ConfigError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
+        raise UserError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
     image: Any = size and Image.new("RGB", (size[0], size[1]))
     record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
     return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.cli.config import save_config
-from src.cli.instantiate import ConfigError, one_line, plain
+from src.cli.instantiate import one_line, plain
 from src.distributed.checkpoints import is_whole, recover
+from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
 from src.io.hub import local_folder
 from src.io.shards import INDEX
@@ -59,18 +60,18 @@ log = logging.getLogger(__name__)
 
 
 def check_folder(cfg: DictConfig, run_dir: Path) -> None:
-    """Raise ConfigError where the folder is not this run's, or where `resume=false` would remove what the run reads."""
+    """Raise UserError where the folder is not this run's, or where `resume=false` would remove what the run reads."""
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
-        raise ConfigError(f"run_dir: {run_dir} is a file; name a folder")
+        raise UserError(f"run_dir: {run_dir} is a file; name a folder")
     if not (run_dir / CONFIG).exists():
         if any(not item.name.startswith(".") for item in run_dir.iterdir()):
-            raise ConfigError(f"{run_dir} is not a run's folder (no {CONFIG}): choose another run_dir")
+            raise UserError(f"{run_dir} is not a run's folder (no {CONFIG}): choose another run_dir")
         return
     old = _read_config(run_dir / CONFIG)
     if not {"model", "objective", "trainer", "run_dir"} <= set(old):
-        raise ConfigError(f"{run_dir} is not a run's folder ({CONFIG} is of something else): choose another run_dir")
+        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is of something else): choose another run_dir")
     if not cfg.resume:
         _check_outside(cfg, run_dir)
     elif is_finished(run_dir) or checkpoints(run_dir):
@@ -108,11 +109,11 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run is finished and its model there. Raises ConfigError where it is gone, and no checkpoint left."""
+    """Whether a run is finished and its model there. Raises UserError where it is gone, and no checkpoint left."""
     if not is_finished(run_dir) or is_model_folder(run_dir / MODEL):
         return is_finished(run_dir)
     if not checkpoints(run_dir):
-        raise ConfigError(f"{run_dir} is finished, but holds neither its model nor a checkpoint; {REMEDY}")
+        raise UserError(f"{run_dir} is finished, but holds neither its model nor a checkpoint; {REMEDY}")
     log.warning("%s is finished, but %s is gone: it is made again from the newest checkpoint", run_dir, MODEL)
     return False
 
@@ -155,16 +156,16 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
-    """Raise ConfigError if the run was made with other settings or from other files."""
+    """Raise UserError if the run was made with other settings or from other files."""
     changed = [key for key in FIXED if _fixed(old, key) != _fixed(cfg, key)]
     if changed:
-        raise ConfigError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
+        raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
     record = run_dir / INPUTS
     known = read_json(record) if record.exists() else {}
     now = inputs(cfg)
     changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in now if now[key] != known.get(key)]
     if changed:
-        raise ConfigError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
+        raise UserError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
 
 
 def _fixed(cfg: DictConfig, key: str) -> Any:
@@ -181,14 +182,14 @@ def _fixed(cfg: DictConfig, key: str) -> Any:
 
 
 def _check_outside(cfg: DictConfig, run_dir: Path) -> None:
-    """Raise ConfigError where the run reads what `resume=false` would remove first."""
+    """Raise UserError where the run reads what `resume=false` would remove first."""
     keys = ("model.path", "data.path", "tokenizer")
     named: list[tuple[str, Any]] = [(key, OmegaConf.select(cfg, key)) for key in keys]
     named += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
     own = [(run_dir / name).resolve() for name in OWN]
     for key, path in named:
         if isinstance(path, str) and path and _is_within(Path(path).resolve(), own):
-            raise ConfigError(f"{key}={path} is of {run_dir}, which resume=false would remove: copy it elsewhere first")
+            raise UserError(f"{key}={path} is of {run_dir}, which resume=false would remove: copy it elsewhere first")
 
 
 def _is_within(path: Path, folders: Iterable[Path]) -> bool:
@@ -199,9 +200,9 @@ def _read_config(path: Path) -> DictConfig:
     try:
         found = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {one_line(error)}; mend it, or choose another run_dir") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}; mend it, or choose another run_dir") from error
     if not isinstance(found, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping; mend it, or choose another run_dir")
+        raise UserError(f"{path}: expected a mapping; mend it, or choose another run_dir")
     return found
 
 

@@ -1,4 +1,10 @@
-"""TODO-DOC"""
+"""A training as a Slurm job: what it asks of the cluster, the batch script, and its submission.
+
+    text = script(cluster, name=..., run_dir=..., command=argv)
+    submit(text, runs, cluster)             writes each run's folder with the code as it is now, then calls sbatch
+
+`src.submit` says what the job does at its time limit and when it is preempted.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +21,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.cli.config import path_of
-from src.cli.instantiate import ConfigError
+from src.io.errors import UserError
 from src.io.lock import locked
 from src.training.run_dir import REQUEUE, STOP, begin, restore
 
 CODE = ("src", "callbacks", "datamodules", "conf")
-
-
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d{1,2}){0,2})")
-
-
 EARLY = 60  # seconds by which Slurm may send a signal before it is due (sbatch(1), --signal)
-
-
 TRIES = 5  # restarts in a row that a job may get no further
 
 
@@ -35,7 +35,7 @@ TRIES = 5  # restarts in a row that a job may get no further
 class Cluster:
     """What a job asks of Slurm; conf/cluster/example.yaml explains it.
 
-    Raises ValueError where Slurm would not take it, or would not stop the job in time.
+    Raises UserError where Slurm would not take it, or would not stop the job in time.
     """
 
     nodes: int
@@ -54,23 +54,23 @@ class Cluster:
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "stop_before"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.gpus_per_node < 0:
-            raise ValueError(f"gpus_per_node must be at least 0, got {self.gpus_per_node}")
+            raise UserError(f"gpus_per_node must be at least 0, got {self.gpus_per_node}")
         if self.stop_before + EARLY >= seconds(self.time):
-            raise ValueError(
+            raise UserError(
                 f"time={self.time} must be more than stop_before={self.stop_before} s and the {EARLY} s by which Slurm "
                 "may be early"
             )
         if self.after is not None and self.after < 1:
-            raise ValueError(f"after must be the number of a job, got {self.after}")
+            raise UserError(f"after must be the number of a job, got {self.after}")
         for name in ("partition", "account", "mem"):
             if (value := getattr(self, name)) is not None and not re.fullmatch(r"[\w.,:+-]+", value):
-                raise ValueError(f"{name} must be one word, got {value!r}")
+                raise UserError(f"{name} must be one word, got {value!r}")
         if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds must differ and be at least 0, got {list(self.seeds)}")
+            raise UserError(f"seeds must differ and be at least 0, got {list(self.seeds)}")
         if wrong := [line for line in self.extra if not line.startswith("--") or "\n" in line]:
-            raise ValueError(f"extra must hold options of sbatch that begin with --, got {wrong[0]!r}")
+            raise UserError(f"extra must hold options of sbatch that begin with --, got {wrong[0]!r}")
 
     @property
     def tasks_per_node(self) -> int:
@@ -172,17 +172,17 @@ exit $code
 
 
 def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
-    """Prepare the folders and call sbatch; returns what to tell the user. Raises ConfigError if it refuses."""
+    """Prepare the folders and call sbatch; returns what to tell the user. Raises UserError if it refuses."""
     if not shutil.which("sbatch"):
-        raise ConfigError("there is no sbatch here: submit from a login node of the cluster, or use dry=true")
+        raise UserError("there is no sbatch here: submit from a login node of the cluster, or use dry=true")
     if cluster.after and not _is_known(str(cluster.after)):
-        raise ConfigError(f"cluster.after={cluster.after}: Slurm knows no such job; leave it out if that is done")
+        raise UserError(f"cluster.after={cluster.after}: Slurm knows no such job; leave it out if that is done")
     folders = [path_of(cfg, "run_dir") for cfg in runs]
     with ExitStack() as held:
         for folder in folders:
             held.enter_context(locked(folder / "job.id"))
             if job := _job_of(folder):
-                raise ConfigError(f"{folder} belongs to job {job}, which is not done; `scancel {job}` ends it")
+                raise UserError(f"{folder} belongs to job {job}, which is not done; `scancel {job}` ends it")
         for cfg, folder in zip(runs, folders, strict=True):
             with locked(folder):  # as a training has it, which the job is to get
                 begin(cfg, folder)
@@ -194,7 +194,7 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
         if done.returncode:
             for folder in folders:
                 restore(folder)
-            raise ConfigError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
+            raise UserError(f"sbatch refuses the job: {' '.join(done.stderr.split())}")
         job = done.stdout.strip().partition(";")[0]
         for cfg, folder in zip(runs, folders, strict=True):
             (folder / "job.id").write_text(f"{job}_{cfg.seed}\n" if array else f"{job}\n", encoding="utf-8")
@@ -203,7 +203,7 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
 
 def keep_code(folder: Path) -> None:
     """Copy the program, and note its version."""
-    root, new = Path(__file__).resolve().parents[1], folder.with_name(f".{folder.name}.new")
+    root, new = Path(__file__).resolve().parents[2], folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     for name in CODE:
         if (root / name).is_dir():
@@ -217,7 +217,7 @@ def seconds(time: str) -> int:
     """Slurm's way to write a duration: minutes, mm:ss, hh:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss."""
     found = TIME.fullmatch(time)
     if not found:
-        raise ValueError(f"time must be written as d-hh:mm:ss, hh:mm:ss, mm:ss or minutes, got {time!r}")
+        raise UserError(f"time must be written as d-hh:mm:ss, hh:mm:ss, mm:ss or minutes, got {time!r}")
     parts = [int(part) for part in found["rest"].split(":")]
     if found["days"]:
         hours, minutes, rest = (*parts, 0, 0)[:3]

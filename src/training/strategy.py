@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from src.distributed.checkpoints import REFUSED, check_sizes, entries, named, read_whole, replace_folder, write_manifest
 from src.distributed.parallel import gather
+from src.io.errors import UserError
 
 
 class DDP(DDPStrategy):
@@ -76,14 +77,14 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(self, *, replicas: int = 1, timeout_minutes: float = 30.0) -> None:
         if replicas < 1:
-            raise ValueError(f"replicas must be at least 1, got {replicas}")
+            raise UserError(f"replicas must be at least 1, got {replicas}")
         super().__init__(timeout=_minutes(timeout_minutes))
         self._replicas = replicas
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
         if ranks % self._replicas or 1 < self._replicas == ranks:
-            raise ValueError(
+            raise UserError(
                 f"trainer.strategy.replicas={self._replicas} must divide the {ranks} processes, and be fewer: "
                 "parallel/ddp gives each of them a copy"
             )
@@ -128,7 +129,7 @@ class FSDP2(ModelParallelStrategy):
         return None
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """A folder, or the one file of a run with another strategy. Raises ValueError for a folder that is damaged."""
+        """A folder, or the one file of a run with another strategy. Raises UserError for a folder that is damaged."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             check_sizes(path)
@@ -162,7 +163,7 @@ def _agree(wrong: str | None, path: Path) -> None:
 
 def _minutes(number: float) -> timedelta:
     if number <= 0:
-        raise ValueError(f"timeout_minutes must be more than 0, got {number}")
+        raise UserError(f"timeout_minutes must be more than 0, got {number}")
     return timedelta(minutes=number)
 
 

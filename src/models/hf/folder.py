@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.distributed.parallel import gather, is_sharded, rank, whole
+from src.io.errors import UserError
 from src.io.hub import hub_name, local_folder
 from src.models.hf.formats import FORMATS, Description, Format, qualify, recognise
 from src.models.hf.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
@@ -72,7 +73,7 @@ def from_pretrained(
     dtype: of all weights, default as they are stored; device: where they go, default the CPU
     vision: fields of the vision tower that the config.json of an original lacks, such as num_attention_heads
 
-    Raises ValueError when the tokenizer is not the model's own, when files are missing or damaged, when the config asks
+    Raises UserError when the tokenizer is not the model's own, when files are missing or damaged, when the config asks
     for something that is not implemented, or when tensors are missing, unexpected, of another shape or not finite.
     """
     folder = ModelFolder.open(path)
@@ -88,7 +89,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Read the weights of a model folder into a model that has memory, in the dtype and place of its parameters.
 
     Of a parameter that is sharded (DTensor) each rank reads its own part; the ranks need not meet. A model made on the
-    meta device needs `to_empty` first. Raises ValueError as `from_pretrained` does.
+    meta device needs `to_empty` first. Raises UserError as `from_pretrained` does.
     """
     folder = ModelFolder.open(path)
     if bare := [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]:
@@ -144,11 +145,11 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
-        """Raises ValueError when files are missing or damaged, of an unknown layout, or hold quantized weights."""
+        """Raises UserError when files are missing or damaged, of an unknown layout, or hold quantized weights."""
         hub, path = hub_name(path), local_folder(path)
         absent = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
         if absent:
-            raise ValueError(f"{path} is not a model folder: {', '.join(absent)} not found")
+            raise UserError(f"{path} is not a model folder: {', '.join(absent)} not found")
         with _reading(path):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             form = recognise(config)
@@ -158,7 +159,7 @@ class ModelFolder:
         for name in names.values():
             if not weights.specs[name].dtype.is_floating_point:
                 told = f"{weights.specs[name].file}: {name} has dtype {weights.specs[name].dtype}"
-                raise ValueError(f"{told}; only weights in floating point are implemented, no quantized ones")
+                raise UserError(f"{told}; only weights in floating point are implemented, no quantized ones")
         return cls(path, form, config, weights, names, hub)
 
     @property
@@ -240,7 +241,7 @@ def check_tensors(model: nn.Module, found: dict[str, tuple[int, ...]], place: st
     }
     told = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
     if told:
-        raise ValueError(f"the model in {place} does not fit its config: {'; '.join(told)}")
+        raise UserError(f"the model in {place} does not fit its config: {'; '.join(told)}")
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def read_dtype(given: str | torch.dtype | None) -> torch.dtype | None:
     if given is None or isinstance(given, torch.dtype):
         return given
     if given not in KINDS:
-        raise ValueError(f"dtype must be one of {', '.join(KINDS)}, got {given!r}")
+        raise UserError(f"dtype must be one of {', '.join(KINDS)}, got {given!r}")
     return getattr(torch, given)
 
 
@@ -329,16 +330,16 @@ def _reading(path: Path) -> Iterator[None]:
             yield
         except DAMAGE:
             raise
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def check_vocabulary(folder: ModelFolder, codec: Codec) -> None:
-    """Raises ValueError where the tokenizer has ids that the model has no embedding of."""
+    """Raises UserError where the tokenizer has ids that the model has no embedding of."""
     num_ids = 1 + max(codec.tokenizer.get_vocab().values())
     num_rows = folder.shapes.get(EMBEDDING, (num_ids,))[0]
     if num_ids > num_rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has ids up to {num_ids - 1}, but the model in {folder.path} a vocabulary of {num_rows}: "
             "it is the tokenizer of another model"
         )
@@ -349,7 +350,7 @@ def _check_tokenizer(folder: ModelFolder, codec: Codec | None) -> None:
         return
     if Codec.load(folder.path).fingerprint != codec.fingerprint:
         given = codec.tokenizer.name_or_path or "the given one"
-        raise ValueError(
+        raise UserError(
             f"the model in {folder.path} was trained with another tokenizer than {given}: its token ids mean other "
             f"words; set tokenizer={folder.path}, and prepare the data with it"
         )

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from src.io.errors import UserError
 from src.models.hf.vision_tower import Shapes, StoredTower
 from src.models.sizes import check_sizes
 
@@ -43,7 +44,7 @@ class Format(Protocol):
     def recognises(self, config: dict) -> bool: ...
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
-        """The model of a config.json. Raises ValueError for what is missing or not implemented.
+        """The model of a config.json. Raises UserError for what is missing or not implemented.
 
         shapes: of the tensors in the files, under the names there; vision: fields of the tower that the config lacks;
         image_id: mark of an image in the prompt, where the config has none
@@ -59,7 +60,7 @@ class Format(Protocol):
         ...
 
     def config(self, description: Description) -> dict:
-        """Fields of config.json. Raises ValueError where the layout cannot express the model."""
+        """Fields of config.json. Raises UserError where the layout cannot express the model."""
         ...
 
 
@@ -73,7 +74,7 @@ class Own:
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
-            raise ValueError(f"vision={vision} is for original folders; this one describes its vision tower itself")
+            raise UserError(f"vision={vision} is for original folders; this one describes its vision tower itself")
         more = {key: config[key] for key in ("tiling", "canvas", "original") if key in config}
         return Description(config["decoder"], config["vision"], config["image_id"], **more)
 
@@ -138,7 +139,7 @@ class LlamaStyle:
         original = {"format": self.name, "fields": _without(config, self.used | self.computed)}
         if not config.get("mm_vision_tower"):
             if vision:
-                raise ValueError(f"vision={vision} is given, but config.json has no mm_vision_tower")
+                raise UserError(f"vision={vision} is given, but config.json has no mm_vision_tower")
             return Description(_decoder(sizes), None, image_id, original=original)
         _refuse(config, self.only_vision)
         grids = _grids(config, vision or {})
@@ -164,7 +165,7 @@ class LlamaStyle:
     def _vision(self, description: Description, fields: dict) -> dict:
         tower, tiling = description.vision or {}, description.tiling
         if not tiling:
-            raise ValueError("the model sees each image as one tile, but format=llada_v means any-resolution tiling")
+            raise UserError("the model sees each image as one tile, but format=llada_v means any-resolution tiling")
         constants = {"architectures": ["LlavaLLaDAModelLM"], "mm_vision_tower": "siglip", "use_mm_proj": True}
         constants |= {**_originals(self.only_vision), "mm_newline_position": "grid"}
         found = fields if "mm_vision_tower" in fields else {**fields, **constants}
@@ -214,7 +215,7 @@ class OlmoStyle:
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
-            raise ValueError(f"vision={vision} is given, but LLaDA-8B's layout holds text models only")
+            raise UserError(f"vision={vision} is given, but LLaDA-8B's layout holds text models only")
         _refuse(config, self.only)
         decoder = {ours: _need(config, theirs) for ours, theirs in self.sizes}
         decoder["vocab_size"] = config.get("embedding_size") or _need(config, "vocab_size")
@@ -236,7 +237,7 @@ class OlmoStyle:
     def config(self, description: Description) -> dict:
         _check_attention(description)
         if description.vision:
-            raise ValueError("format=llada holds text models only, and this model has a vision path: take llada_v")
+            raise UserError("format=llada holds text models only, and this model has a vision path: take llada_v")
         decoder = description.decoder
         constants = {"architectures": ["LLaDAModelLM"], **_originals(self.only), "rope_full_precision": True}
         constants |= {"max_sequence_length": 4096, "vocab_size": decoder["vocab_size"], "use_cache": False}
@@ -261,11 +262,11 @@ def qualify(auto_map: Mapping[str, Any], hub: str) -> dict[str, Any]:
 
 
 def recognise(config: dict) -> Format:
-    """The layout of a config.json. Raises ValueError if it is none of ours."""
+    """The layout of a config.json. Raises UserError if it is none of ours."""
     for form in FORMATS.values():
         if form.recognises(config):
             return form
-    raise ValueError(
+    raise UserError(
         f"a model of type {config.get('model_type')!r} with these fields is none of those known here: {MODEL_TYPE!r}, "
         "LLaDA-V ('llava_llada' with hidden_size) and LLaDA-8B ('llada' with d_model)"
     )
@@ -279,29 +280,29 @@ def _decoder(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _need(config: dict, name: str) -> Any:
     if config.get(name) is None:
-        raise ValueError(f"config.json lacks {name}")
+        raise UserError(f"config.json lacks {name}")
     return config[name]
 
 
 def _refuse(config: dict, only: Mapping[str, tuple]) -> None:
-    """Raise ValueError for all fields whose value is not implemented."""
+    """Raise UserError for all fields whose value is not implemented."""
     found = [
         f"{name} is {config.get(name)!r}, only {allowed[0]!r} is implemented"
         for name, allowed in only.items()
         if config.get(name) not in allowed
     ]
     if found:
-        raise ValueError(f"config.json: {'; '.join(found)}")
+        raise UserError(f"config.json: {'; '.join(found)}")
 
 
 def _rope_theta(config: dict) -> float:
-    """transformers 5 writes it into `rope_parameters`. Raises ValueError for scaled positions."""
+    """transformers 5 writes it into `rope_parameters`. Raises UserError for scaled positions."""
     parameters = config.get("rope_parameters") or {}
     for name in ("rope_parameters", "rope_scaling"):
         found = config.get(name) or {}
         kind = found.get("rope_type", found.get("type", "default"))
         if kind != "default" or found.keys() - {"rope_type", "type", "rope_theta"}:
-            raise ValueError(f"config.json: {name} is {found!r}, only positions without scaling are implemented")
+            raise UserError(f"config.json: {name} is {found!r}, only positions without scaling are implemented")
     return parameters["rope_theta"] if "rope_theta" in parameters else _need(config, "rope_theta")
 
 
@@ -315,14 +316,14 @@ def _grids(config: dict, vision: dict) -> list:
         return given
     ends = re.fullmatch(r"\((\d+)x(\d+)\)(?:.*\((\d+)x(\d+)\))?", given.replace(" ", ""))
     if not ends:
-        raise ValueError(
+        raise UserError(
             f"config.json: image_grid_pinpoints is {given!r}, neither a list of [width, height] nor '(1x1),...,(6x6)'"
         )
     wide, high, *last = (int(number or 0) for number in ends.groups())
     name = re.search(r"-(\d+)$", str(config["mm_vision_tower"]))
     size = vision.get("image_size") or (config.get("vision_config") or {}).get("image_size") or (name and int(name[1]))
     if not size:
-        raise ValueError(
+        raise UserError(
             f"config.json: image_grid_pinpoints is {given!r}, in tiles, and nothing says how many pixels a tile has: "
             "give it, for example with model.vision='{image_size: 384}' (src.export: vision=...)"
         )
@@ -335,16 +336,16 @@ def _max_tiles(config: dict) -> int:
     found = re.fullmatch(r"anyres_max_(\d+)", str(config.get("image_aspect_ratio")))
     if not found:
         value = config.get("image_aspect_ratio")
-        raise ValueError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
+        raise UserError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
     return int(found[1])
 
 
 def _check_attention(description: Description) -> None:
     attention = description.decoder["attention"]
     if attention != "full":
-        raise ValueError(f"the model has attention={attention!r}, but the original programs know 'full' only")
+        raise UserError(f"the model has attention={attention!r}, but the original programs know 'full' only")
     if description.decoder.get("shift"):
-        raise ValueError("the model has shift=true, which the original programs do not know")
+        raise UserError("the model has shift=true, which the original programs do not know")
 
 
 def _without(config: dict, names: Collection[str]) -> dict:
@@ -376,6 +377,6 @@ def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     names: dict[str, str] = {}
     for ours, theirs in pairs:
         if ours in names:
-            raise ValueError(f"the weights hold {theirs} and {names[ours]}, which are the same tensor")
+            raise UserError(f"the weights hold {theirs} and {names[ours]}, which are the same tensor")
         names[ours] = theirs
     return names

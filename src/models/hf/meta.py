@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from src.io.errors import UserError
 from src.io.hub import local_folder
 from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
 from src.models.hf.formats import recognise
@@ -35,7 +36,7 @@ def outline(
 ) -> LLaDAV:
     """What `from_pretrained` makes of the same arguments, without data, wherever `device` would put it.
 
-    Where there are no weights the types are `dtype` or float32, and the image mark is the codec's. Raises ValueError as
+    Where there are no weights the types are `dtype` or float32, and the image mark is the codec's. Raises UserError as
     `from_pretrained` does, and where config.json is not here or does not describe the model without the weights.
     """
     path = local_folder(path, patterns=NEEDED)
@@ -43,11 +44,11 @@ def outline(
         return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
     file = path / CONFIG
     if not file.is_file():
-        raise ValueError(f"a plan needs the model's {CONFIG}, and there is no {file}")
+        raise UserError(f"a plan needs the model's {CONFIG}, and there is no {file}")
     with explained(file):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("mm_vision_tower"):
-            raise ValueError(
+            raise UserError(
                 f"{file} names a vision tower, and only the weights tell its sizes: download the whole model first "
                 "(hf download OWNER/NAME), or plan with a folder of our own layout, such as docs/llada_v"
             )

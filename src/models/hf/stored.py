@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from src.io.errors import UserError
 from src.models.hf.folder import ModelFolder
 
 BACKBONE = "backbone."  # the model's name within an objective
@@ -48,11 +49,11 @@ def in_folder(folder: ModelFolder) -> Stored:
 
 
 def in_checkpoint(path: Path) -> Stored:
-    """Tensors of the model in a Lightning checkpoint. Raises ValueError where it is damaged or holds no model."""
+    """Tensors of the model in a Lightning checkpoint. Raises UserError where it is damaged or holds no model."""
     with _explained(path):
         stored = _in_file(path) if path.is_file() else _in_shards(path)
     if not stored.tensors:
-        raise ValueError(f"{path} holds no model: no tensor in it is called {BACKBONE}...")
+        raise UserError(f"{path} holds no model: no tensor in it is called {BACKBONE}...")
     return stored
 
 
@@ -91,4 +92,4 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is no whole checkpoint of a run ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path} is no whole checkpoint of a run ({type(error).__name__}: {reason})") from error

@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from src.io.errors import UserError
+
 Shapes = Mapping[str, tuple[int, ...]]
 KNOWN = {"so400m": {"num_attention_heads": 16, "num_hidden_layers": 27}}  # part of a tower's name -> what it means
 SHOWN = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "patch_size", "image_size")
@@ -50,16 +52,16 @@ class StoredTower:
         return {self.prefix + name for name in self.shapes if name.startswith("head.") or _layer(name) >= layers}
 
     def describe(self, given: Mapping[str, Any], grids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """All fields of the tower. Raises ValueError for what is unknown, and for what the tensors contradict."""
+        """All fields of the tower. Raises UserError for what is unknown, and for what the tensors contradict."""
         if unknown := sorted(given.keys() - set(FIELDS)):
-            raise ValueError(f"vision has no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
+            raise UserError(f"vision has no field {unknown[0]!r}; there are {', '.join(FIELDS)}")
         fields = {**self.fields, **given}
         sizes = self._sizes()
         _agree(fields, {**sizes, "num_hidden_layers": sizes["num_hidden_layers"] + 1})
         side = math.isqrt(self.shapes["embeddings.position_embedding.weight"][0])
         image_size = _image_size(fields.get("image_size"), grids, side=side, patch=sizes["patch_size"])
         if "num_attention_heads" not in fields:
-            raise ValueError(
+            raise UserError(
                 f"nothing says how many attention heads the vision tower {self.title!r} has: give it, for "
                 "example with model.vision='{num_attention_heads: 16}' (src.export: vision=...)"
             )
@@ -72,13 +74,13 @@ class StoredTower:
     def _sizes(self) -> dict[str, int]:
         patch = self.shapes.get("embeddings.patch_embedding.weight", ())
         if len(patch) != 4:
-            raise ValueError(
+            raise UserError(
                 f"config.json names the vision tower {self.title!r}, but the weights hold none that fits "
                 f"({self.prefix}embeddings.patch_embedding.weight must have 4 dimensions, it has {len(patch)})"
             )
         needed = ("embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
         if absent := [self.prefix + name for name in needed if name not in self.shapes]:
-            raise ValueError(f"the weights of the vision tower are incomplete: missing {', '.join(absent)}")
+            raise UserError(f"the weights of the vision tower are incomplete: missing {', '.join(absent)}")
         return {
             "hidden_size": patch[0],
             "intermediate_size": self.shapes[needed[1]][0],
@@ -102,7 +104,7 @@ def _agree(fields: Mapping[str, Any], stored: Mapping[str, int]) -> None:
     wrong = [f"{key} is {fields[key]}, but the weights have {value}" for key, value in stored.items()
              if fields.get(key, value) != value]  # fmt: skip
     if wrong:
-        raise ValueError(f"the vision tower: {'; '.join(wrong)} (num_hidden_layers counts the last layer, not stored)")
+        raise UserError(f"the vision tower: {'; '.join(wrong)} (num_hidden_layers counts the last layer, not stored)")
 
 
 def _image_size(given: int | None, grids: Iterable[Sequence[int]], *, side: int, patch: int) -> int:
@@ -112,7 +114,7 @@ def _image_size(given: int | None, grids: Iterable[Sequence[int]], *, side: int,
     fitting = [size for size in fitting if given in (None, size)]
     if not fitting:
         asked = "" if given is None else f" of {given} pixels"
-        raise ValueError(
+        raise UserError(
             f"image_grid_pinpoints cannot be made of tiles{asked} with {side} x {side} patches of {patch} pixels"
         )
     return fitting[-1]

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from src.io.errors import UserError
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -47,7 +49,7 @@ class Spec:
 
 
 class Weights:
-    """The tensors of a model folder. Raises ValueError, naming the file, where one is missing or damaged."""
+    """The tensors of a model folder. Raises UserError, naming the file, where one is missing or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
@@ -55,7 +57,7 @@ class Weights:
             with explained(file):
                 found = _header(file)
             if twice := sorted(found.keys() & self.specs.keys()):
-                raise ValueError(f"{file} holds {twice[0]}, and so does {self.specs[twice[0]].file.name}")
+                raise UserError(f"{file} holds {twice[0]}, and so does {self.specs[twice[0]].file.name}")
             self.specs |= found
 
     @property
@@ -86,11 +88,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ValueError(f"{index} is damaged: {outside[0]!r} is no name of a file in its folder")
+        raise UserError(f"{index} is damaged: {outside[0]!r} is no name of a file in its folder")
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(
-            f"{index} names {', '.join(absent)}, not found in {folder}: the download or copy is incomplete"
-        )
+        raise UserError(f"{index} names {', '.join(absent)}, not found in {folder}: the download or copy is incomplete")
     return [folder / name for name in names]
 
 
@@ -122,11 +122,11 @@ def write_weights(
 
 
 def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
-    """Raises ValueError, naming the tensor, where a number of it is NaN or infinite. One pass, without a copy."""
+    """Raises UserError, naming the tensor, where a number of it is NaN or infinite. One pass, without a copy."""
     if tensor.is_meta or not tensor.numel():
         return
     if not all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist()):
-        raise ValueError(
+        raise UserError(
             f"{name} of the model in {place} has NaN or infinite numbers as {str(tensor.dtype).removeprefix('torch.')}"
         )
 
@@ -137,7 +137,7 @@ def explained(file: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _header(file: Path) -> dict[str, Spec]:
@@ -151,14 +151,14 @@ def _header(file: Path) -> dict[str, Spec]:
 
 def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
-        raise ValueError(f"{file}: {name} has dtype {dtype}, which is not supported; there are {', '.join(DTYPES)}")
+        raise UserError(f"{file}: {name} has dtype {dtype}, which is not supported; there are {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def _plan(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
     """Names of the tensors of each shard."""
     if limit < 1:
-        raise ValueError(f"max_shard_bytes must be at least 1, got {limit}")
+        raise UserError(f"max_shard_bytes must be at least 1, got {limit}")
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
