@@ -66,7 +66,7 @@ golden: $(INSTALLED)
 base: $(INSTALLED)
 	$(RUN) src.prepare conf=scenes prepare.tokenizer=null
 	$(RUN) src.prepare conf=scenes prepare.out=data/scenes-brief prepare.brief=true \
-		prepare.captions_per_image=1 prepare.canvas=24 prepare.tokenizer=data/scenes/tokenizer
+		prepare.captions_per_image=1 prepare.response_length=24 prepare.tokenizer=data/scenes/tokenizer
 	$(RUN) src.train conf=base_phases/tower
 	$(RUN) src.train conf=base_phases/brief
 	$(RUN) src.train conf=base

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
 from src.objectives.optim import Training
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.training.memory_plan import PARAMETERS, TYPES, measure
 from src.types import Batch, SpecialIds
 
@@ -147,9 +147,9 @@ def train(case: dict, model: LLaDAV, device: str) -> None:
     trainer.fit(build(case, model), DataLoader([make_batch(case)] * 2, batch_size=None))  # type: ignore[arg-type]
 
 
-def build(case: dict, model: LLaDAV) -> Revision:
+def build(case: dict, model: LLaDAV) -> RevisionObjective:
     training = Training(lr=1e-4, **case.get("training", {}))
-    return Revision(backbone=lambda: model, special=SPECIAL, training=training, hallucination="none")
+    return RevisionObjective(backbone=lambda: model, special=SPECIAL, training=training, hallucination="none")
 
 
 def make_batch(case: dict) -> Batch:

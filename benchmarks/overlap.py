@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, served(options.latency) as url:
-        Scenes(out=f"{folder}/scenes", image_size=48, canvas=CANVAS, prompt="Describe the image in detail.",
+        Scenes(out=f"{folder}/scenes", image_size=48, response_length=CANVAS, prompt="Describe the image in detail.",
                num_train=options.drafts, num_val=8, num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0,
                per_shard=512, vocab_size=400, tokenizer=str(BASE)).run()  # fmt: skip
         context = multiprocessing.get_context("spawn")
@@ -109,7 +109,7 @@ class Bench:
     def __init__(self, folder: Path, url: str, options: argparse.Namespace) -> None:
         self.url, self.options, self.codec = url, options, Codec.load(BASE)
         self.data = CaptionData(
-            path=str(folder / "scenes"), codec=self.codec, batch_size=24, canvas=CANVAS, image_size=48, seed=0
+            path=str(folder / "scenes"), codec=self.codec, batch_size=24, response_length=CANVAS, image_size=48, seed=0
         )
         self.backbone, self.sampler = from_pretrained(BASE).eval(), Sampler(length=CANVAS, eos_last=True)
 

@@ -32,7 +32,7 @@ from src.models.hf.meta import Deferred
 from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
 from src.objectives.optim import Training
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.training.launch import meet
 from src.training.strategy import DDP, FSDP2
 
@@ -113,7 +113,7 @@ def train(way: str, steps: int, folder: Path) -> None:
     meet(trainer, None, run=str(folder))
     before = resident("VmRSS")
     backbone = Deferred(str(folder), {"codec": None}) if shares else lambda: from_pretrained(folder)
-    objective = Revision(backbone=backbone, special=SPECIAL, training=training)
+    objective = RevisionObjective(backbone=backbone, special=SPECIAL, training=training)
     batch = make_batch({"model": TEXT})
     trainer.fit(objective, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     most = resident("VmHWM") - before

@@ -35,7 +35,7 @@ from src.distributed.parallel import Team, gathered, summed
 from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
-from src.rounds.drafts import Drawing, capped, draft_batch, settings_of
+from src.rounds.drafts import DraftSampler, capped, draft_batch, settings_of
 from src.rounds.round import EmptyRound, Revising, charge, note, read_round, reopen, run_round
 from src.rounds.stats import summary, yields
 from src.text.tokenizer import Codec
@@ -90,7 +90,7 @@ class SelfCorrection(L.Callback):
         self,
         *,
         expert: Expert,
-        sampler: Drawing,
+        sampler: DraftSampler,
         codec: Codec,
         run_dir: str | Path,
         tokens_per_step: Sequence[int],
@@ -307,7 +307,7 @@ class SelfCorrection(L.Callback):
             if LOOKED in made.manifest:  # by the run that was killed right then
                 return made
             found = self._look(made, datamodule, pl_module)
-        self._team.alone(lambda: note(made.path, {LOOKED: found}))
+        self._team.on_rank0(lambda: note(made.path, {LOOKED: found}))
         return read_round(made.path)
 
     def _look(self, made: Round, datamodule: GivesDrafts, pl_module: L.LightningModule) -> dict[str, float]:
@@ -325,7 +325,7 @@ class SelfCorrection(L.Callback):
             return
         told = f"{made.path} holds no correction to train on ({summary(made.manifest)})"
         if not self.allow_empty:
-            self._team.alone(lambda: reopen(made.path))  # the same command then asks again, where that may help
+            self._team.on_rank0(lambda: reopen(made.path))  # the same command then asks again, where that may help
             raise EmptyRound(
                 f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
             )

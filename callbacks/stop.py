@@ -61,6 +61,6 @@ class SaveAndStop(L.Callback):
 
     def _agreed(self) -> bool:
         """Whether any rank was asked to stop; if so all of them are, by the same signal."""
-        if found := self._team.most(int(self.stop.asked or 0)):
+        if found := self._team.all_reduce_max(int(self.stop.asked or 0)):
             self.stop.asked = signal.Signals(found)
         return bool(found)

@@ -1,6 +1,6 @@
 """Images with captions, and online rounds, as `Batch`es. Texts without images are in `datamodules/text.py`.
 
-    data = CaptionData(path="data/scenes", codec=codec, batch_size=64, canvas=64, image_size=48)
+    data = CaptionData(path="data/scenes", codec=codec, batch_size=64, response_length=64, image_size=48)
     data.add_round("runs/x/rounds/round-0001")      the next train_dataloader() trains on its drafts as well
     for batch in data.train_dataloader(): ...
 
@@ -68,10 +68,10 @@ class ShardData(L.LightningDataModule):
         super().__init__()
         if workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        sizes = {"batch_size": batch_size, "canvas": collate.canvas}
+        sizes = {"batch_size": batch_size, "response_length": collate.response_length}
         sizes["epoch_batches"] = 1 if epoch_batches is None else epoch_batches
         for name, value in sizes.items():
-            least = 2 if name == "canvas" else 1  # a token and the end of the text
+            least = 2 if name == "response_length" else 1  # a token and the end of the text
             if value < least:
                 raise UserError(f"data.{name} must be at least {least}, got {value}")
         if workers < 0:
@@ -170,7 +170,7 @@ class ShardData(L.LightningDataModule):
             "data_count": index.count,
             "data_seed": self.seed,
             "batch_size": self.batch_size,
-            "canvas": self.collate.canvas,
+            "response_length": self.collate.response_length,
         }
 
     def index(self, split: str) -> Index:
@@ -245,7 +245,7 @@ class ShardData(L.LightningDataModule):
 class CaptionData(ShardData):
     """Images with captions, as `src.prepare` writes them.
 
-    canvas:     response length in tokens: filled with end of text behind eot; longer responses are cut
+    response_length:     response length in tokens: filled with end of text behind eot; longer responses are cut
     image_size: pixels on the side of what the vision tower sees; images are resized to it
     tiling:     cuts each image into tiles of `image_size` pixels instead, so that it keeps shape and resolution
     The rest: see `ShardData`.
@@ -259,7 +259,7 @@ class CaptionData(ShardData):
         path: str,
         codec: Codec,
         batch_size: int,
-        canvas: int,
+        response_length: int,
         image_size: int,
         tiling: AnyRes | None = None,
         seed: int = 0,
@@ -279,7 +279,7 @@ class CaptionData(ShardData):
             path=path,
             codec=codec,
             batch_size=batch_size,
-            collate=Collate(codec, canvas=canvas, layout=self.layout, seed=seed),
+            collate=Collate(codec, response_length=response_length, layout=self.layout, seed=seed),
             seed=seed,
             workers=workers,
             rounds=rounds,

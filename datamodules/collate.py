@@ -1,6 +1,6 @@
 """Samples of shards -> `Batch`: token ids, false spans, prompts and pixels.
 
-collate = Collate(codec, canvas=64, layout=Square(48), seed=0)
+collate = Collate(codec, response_length=64, layout=Square(48), seed=0)
 batch, notes = collate(samples, epoch)
 """
 
@@ -45,14 +45,16 @@ class Row:
             row.span[start:end] = [number] * (end - start)
         return row
 
-    def fit(self, canvas: int, fill: int) -> Row:
-        """Cut or filled to `canvas` tokens; spans that the cut goes through count no more."""
-        cut = set(self.span[canvas - 1 : canvas]) & set(self.span[canvas : canvas + 1]) - {0}
+    def fit(self, response_length: int, fill: int) -> Row:
+        """Cut or filled to `response_length` tokens; spans that the cut goes through count no more."""
+        cut = set(self.span[response_length - 1 : response_length]) & set(
+            self.span[response_length : response_length + 1]
+        ) - {0}
         span = [0 if number in cut else number for number in self.span]
         flawed = [w if number else r for r, w, number in zip(self.response, self.flawed, span, strict=True)]
-        more = canvas - len(span)
-        filled = lambda ids: ids[:canvas] + [fill] * more  # noqa: E731
-        return Row(filled(self.response), filled(flawed), span[:canvas] + [0] * more)
+        more = response_length - len(span)
+        filled = lambda ids: ids[:response_length] + [fill] * more  # noqa: E731
+        return Row(filled(self.response), filled(flawed), span[:response_length] + [0] * more)
 
 
 class Collate:
@@ -62,17 +64,19 @@ class Collate:
     first:  take the first caption of every image instead of one by hash
     """
 
-    def __init__(self, codec: Codec, *, canvas: int, layout: Layout | None, seed: int, first: bool = False) -> None:
-        self.codec, self.canvas, self.layout = codec, canvas, layout
+    def __init__(
+        self, codec: Codec, *, response_length: int, layout: Layout | None, seed: int, first: bool = False
+    ) -> None:
+        self.codec, self.response_length, self.layout = codec, response_length, layout
         self.seed, self.first = seed, first
 
     def with_first_caption(self) -> Collate:
-        return Collate(self.codec, canvas=self.canvas, layout=self.layout, seed=self.seed, first=True)
+        return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed, first=True)
 
     def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
         full = [self._row(sample, epoch) for sample in samples]
-        rows = [row.fit(self.canvas, self.codec.eos_id) for row in full]
-        cut = sum(len(row.span) > self.canvas for row in full)
+        rows = [row.fit(self.response_length, self.codec.eos_id) for row in full]
+        cut = sum(len(row.span) > self.response_length for row in full)
         response = torch.tensor([row.response for row in rows])  # (B, L)
         batch = Batch(
             prefix=self._prefix(samples, epoch),
@@ -86,7 +90,7 @@ class Collate:
             records=[sample.record for sample in samples],
             images=[sample.data for sample in samples],
         )
-        return batch, Counter({(str(self.canvas), "cut"): cut} if cut else {})
+        return batch, Counter({(str(self.response_length), "cut"): cut} if cut else {})
 
     def misfit(self, sample: Sample) -> str | None:
         """Why no row can be made of a sample."""

@@ -41,7 +41,7 @@ ADVICE = {
     "missing": "{where} ends too early: some samples are lost; copy or make it again",
     "damaged": "{where} holds damaged samples, which are not used; copy or make it again",
     "misfit": "{where}. Such samples are not used; make the data again",
-    "cut": "some responses are longer than the canvas of {where} tokens and were cut; set a larger canvas",
+    "cut": "some responses are longer than the response length of {where} tokens and were cut; set a larger response length",
 }
 
 

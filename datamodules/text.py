@@ -1,6 +1,6 @@
 """Texts without images as `Batch`es: packed rows, prompts with responses, molecules with a class.
 
-    data = TextData(path="data/smiles", codec=codec, batch_size=64, canvas=40, prompt_dropout=0.1)
+    data = TextData(path="data/smiles", codec=codec, batch_size=64, response_length=40, prompt_dropout=0.1)
 
 A packed row is taken by the ids that it was cut into, without eot behind it. Everything else is as for captions.
 """
@@ -21,7 +21,7 @@ PARTS = 2**32  # of a probability
 class TextData(ShardData):
     """Text shards under `path`, as `src.prepare` writes them (conf=text, conf=sft, conf=smiles).
 
-    canvas:         response length in tokens: filled with end of text behind eot; longer responses are cut. For packed
+    response_length:         response length in tokens: filled with end of text behind eot; longer responses are cut. For packed
         rows it has to be their length
     prompt_dropout: share of the prompts that training hides, so that the model can be guided (`cfg_scale`)
     The rest: see `ShardData`.
@@ -35,7 +35,7 @@ class TextData(ShardData):
         path: str,
         codec: Codec,
         batch_size: int,
-        canvas: int,
+        response_length: int,
         prompt_dropout: float = 0.0,
         seed: int = 0,
         workers: int = 0,
@@ -51,7 +51,7 @@ class TextData(ShardData):
             path=path,
             codec=codec,
             batch_size=batch_size,
-            collate=TextCollate(codec, canvas=canvas, seed=seed, prompt_dropout=prompt_dropout),
+            collate=TextCollate(codec, response_length=response_length, seed=seed, prompt_dropout=prompt_dropout),
             seed=seed,
             workers=workers,
             rounds=rounds,
@@ -63,11 +63,11 @@ class TextData(ShardData):
 
     def _read(self, split: str) -> Index:
         index = super()._read(split)
-        row = index.content.get("row", self.collate.canvas)
-        if row != self.collate.canvas:
+        row = index.content.get("row", self.collate.response_length)
+        if row != self.collate.response_length:
             raise UserError(
-                f"{index.path} holds rows of {row} tokens, but canvas is {self.collate.canvas}; "
-                f"set data.canvas={row}, or prepare the text again with prepare.canvas={self.collate.canvas}"
+                f"{index.path} holds rows of {row} tokens, but response length is {self.collate.response_length}; "
+                f"set data.response_length={row}, or prepare the text again with prepare.response_length={self.collate.response_length}"
             )
         return index
 
@@ -75,8 +75,8 @@ class TextData(ShardData):
 class TextCollate(Collate):
     """Hides the prompt of a sample with probability `prompt_dropout`, by a hash of (seed, epoch, key)."""
 
-    def __init__(self, codec: Codec, *, canvas: int, seed: int, prompt_dropout: float) -> None:
-        super().__init__(codec, canvas=canvas, layout=None, seed=seed)
+    def __init__(self, codec: Codec, *, response_length: int, seed: int, prompt_dropout: float) -> None:
+        super().__init__(codec, response_length=response_length, layout=None, seed=seed)
         self.prompt_dropout = prompt_dropout
 
     def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:

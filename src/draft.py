@@ -29,7 +29,7 @@ from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.lock import locked
-from src.models.inference import warn_of_canvas
+from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.rounds.drafts import capped, draft_batch, draw_drafts, settings_of
 from src.text.tokenizer import Codec
@@ -69,7 +69,7 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
     )
     backbone = build(cfg.model).eval().to(device)
     check_layout(data.layout, backbone.layout)
-    warn_of_canvas(backbone, cfg.data.canvas, name="data.canvas")
+    warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
     num = capped(cfg.num, data.draft_settings()["data_count"], name="num")
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
     settings = settings_of(

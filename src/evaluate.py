@@ -38,7 +38,7 @@ from src.cli.instantiate import build, check, fits, nodes, plain
 from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
 from src.evaluation.report import Example, Panel, Scores, Table, markdown_report, picture, plot, text_report
-from src.evaluation.results import Cell, Ledger, code_hash, signature
+from src.evaluation.results import Cell, ResultStore, code_hash, signature
 from src.io.errors import UserError
 from src.io.files import sha256, write_bytes, write_json
 from src.io.lock import locked
@@ -47,7 +47,7 @@ from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.hf.folder import fingerprint, from_pretrained
 from src.models.hf.weights import is_model_folder
-from src.models.inference import warn_of_canvas
+from src.models.inference import warn_if_length_differs
 from src.samplers.uniform import AnySampler
 from src.text.tokenizer import Codec
 from src.types import Backbone, Batch
@@ -108,7 +108,7 @@ def evaluate(settings: DictConfig) -> None:
     )
     bound = Bound(special=codec.special, seed=settings.seed, **settings.bound) if settings.bound else None
     with locked(settings.out):
-        ledger = Ledger(Path(settings.out), meta, *_signatures(settings, meta, list(samplers)))
+        ledger = ResultStore(Path(settings.out), meta, *_signatures(settings, meta, list(samplers)))
         _fill(ledger, sampling, settings, samplers, bound)
         _report(ledger, sampling, settings)
 
@@ -116,7 +116,7 @@ def evaluate(settings: DictConfig) -> None:
 def complete(settings: DictConfig) -> DictConfig:
     """The settings with named samplers read, without the models and samplers that are null, and with `speeds`.
 
-    A named sampler writes `data.canvas` tokens, as the models learned to, whatever length its file has. The grid is
+    A named sampler writes `data.response_length` tokens, as the models learned to, whatever length its file has. The grid is
     spread over the samplers; `speeds` are the numbers of tokens a step of each.
     """
     if settings.num < 1:
@@ -130,7 +130,9 @@ def complete(settings: DictConfig) -> DictConfig:
     speeds = check_speeds(tree["tokens_per_step"], "evaluate.tokens_per_step")
     given = tree["samplers"] or {}
     named = {name: sampler for name, sampler in given.items() if isinstance(sampler, str)}
-    read = {name: {**load_part("sampler", file), "length": tree["data"]["canvas"]} for name, file in named.items()}
+    read = {
+        name: {**load_part("sampler", file), "length": tree["data"]["response_length"]} for name, file in named.items()
+    }
     samplers = nodes({**given, **read}, "evaluate.samplers")
     tree["samplers"], tree["speeds"] = expand(samplers, tree.get("grid"), speeds, known=set(given))
     tree["models"] = {str(name): folder for name, folder in (tree["models"] or {}).items() if folder is not None}
@@ -180,7 +182,7 @@ def _samplers(settings: DictConfig) -> dict[Cell, AnySampler]:
 
 
 def _fill(
-    ledger: Ledger, sampling: Sampling, settings: DictConfig, samplers: dict[Cell, AnySampler], bound: Bound | None
+    ledger: ResultStore, sampling: Sampling, settings: DictConfig, samplers: dict[Cell, AnySampler], bound: Bound | None
 ) -> None:
     """Do every cell and bound that the ledger lacks; a model is loaded only where one of its own is missing."""
     missing = {method: ledger.missing(method) for method in settings.models}
@@ -190,7 +192,9 @@ def _fill(
             if not (cells or unbounded):
                 continue
             backbone = from_pretrained(settings.models[method]).to(sampling.device).eval()
-            warn_of_canvas(backbone, settings.data.canvas, name=f"{method}: evaluate.data.canvas")
+            warn_if_length_differs(
+                backbone, settings.data.response_length, name=f"{method}: evaluate.data.response_length"
+            )
             if bound is not None and unbounded:
                 bar.set_description(f"bound of {method}")
                 ledger.add_bound(method, evaluate_bound(backbone, bound, sampling, bar=bar))
@@ -339,7 +343,7 @@ def _signatures(settings: DictConfig, meta: dict, cells: list[Cell]) -> tuple[di
     return cell_signatures, {name: signature(*data, model[name], bound) for name in model} if bound else {}
 
 
-def _report(ledger: Ledger, sampling: Sampling, settings: DictConfig) -> None:
+def _report(ledger: ResultStore, sampling: Sampling, settings: DictConfig) -> None:
     """Print the table and write table.md, captions.png, and curve.json with curve.png or quality.png."""
     captions = {cell: ledger.captions(cell) for cell in ledger.signatures}
     scores = {}
@@ -359,7 +363,7 @@ def _report(ledger: Ledger, sampling: Sampling, settings: DictConfig) -> None:
         picture(examples, ledger.out / "captions.png")
 
 
-def _draw_curve(ledger: Ledger, scores: Scores, *, metric: str, lowest: bool) -> Table | None:
+def _draw_curve(ledger: ResultStore, scores: Scores, *, metric: str, lowest: bool) -> Table | None:
     """Write curve.json and curve.png; the table of the best within so many forward calls."""
     points = points_of(ledger.results, metric)
     if not points:

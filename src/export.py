@@ -144,13 +144,13 @@ def _of_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
     run = OmegaConf.load(config)
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
     tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
-    canvas = OmegaConf.select(run, "data.canvas")
+    response_length = OmegaConf.select(run, "data.response_length")
     if "path" not in node:
         found, origin = describe(build(node, codec=Codec.load(tokenizer))), tokenizer
     else:
         folder = ModelFolder.open(node["path"])
         found, origin = folder.describe(attention=node.get("attention"), vision=node.get("vision")), folder.path
-    return replace(found, canvas=canvas or found.canvas), tokenizer, origin
+    return replace(found, response_length=response_length or found.response_length), tokenizer, origin
 
 
 def _with_programs(config: dict, origin: Path) -> tuple[dict, list[Path]]:

@@ -51,7 +51,7 @@ SAMPLER = ("length", "post_steps", "temperature", "cfg_scale", "early_stop")  # 
 
 
 @dataclass
-class Tally:
+class Outcome:
     """What became of the images."""
 
     texts: list[tuple[str, str]] = field(default_factory=list)
@@ -77,8 +77,8 @@ def _write(cfg: DictConfig, sampler: AnySampler, codec: Codec, out: Output) -> N
     """Load the model and write what is still to be written, batch by batch."""
     backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
     count, entries = find_entries(cfg, backbone.layout)
-    collate = Collate(codec, canvas=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
-    tally, device = Tally(), next(backbone.parameters()).device
+    collate = Collate(codec, response_length=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
+    tally, device = Outcome(), next(backbone.parameters()).device
     positions = ModelFolder.open(cfg.model.path).positions
     with memory_of(cfg.batch_size), tqdm(total=count, unit="text", desc="generate") as bar:
         for samples in _batches(entries, cfg, out.keys, tally, bar):
@@ -95,8 +95,8 @@ def choose_sampler(cfg: DictConfig) -> AnySampler:
     Responses are as long as those that the model was trained on, where its folder tells.
     """
     node = load_part("sampler", cfg.sampler)
-    canvas = ModelFolder.open(cfg.model.path).config.get("canvas")
-    given = {"length": canvas} if canvas else {}
+    response_length = ModelFolder.open(cfg.model.path).config.get("response_length")
+    given = {"length": response_length} if response_length else {}
     given |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         given |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
@@ -145,7 +145,7 @@ def _warn_if_long(keys: list[str], prefix: Prefix, length: int, limit: int | Non
 
 
 def _batches(
-    entries: Iterator[Entry], cfg: DictConfig, done: set[str], tally: Tally, bar: tqdm
+    entries: Iterator[Entry], cfg: DictConfig, done: set[str], tally: Outcome, bar: tqdm
 ) -> Iterator[list[Sample]]:
     """Readable images that have no caption yet; the others are counted."""
     samples: list[Sample] = []
@@ -215,7 +215,7 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
         logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
 
 
-def _print(tally: Tally, out: Path) -> None:
+def _print(tally: Outcome, out: Path) -> None:
     """Captions to standard output, the summary to standard error; exit code 1 if no image could be read."""
     for key, text in tally.texts[:SHOWN]:
         sys.stdout.write(f"{key}: {text}\n")

@@ -77,10 +77,10 @@ def main(argv: list[str]) -> None:
     with lock, explained(), together() as team:
         how = _how(cfg, codec, team)
         if cfg.again or cfg.reread:
-            team.alone(lambda: check_reopens(out, drafts, how))
-            team.alone(lambda: reopen(out, always=cfg.reread))
+            team.on_rank0(lambda: check_reopens(out, drafts, how))
+            team.on_rank0(lambda: reopen(out, always=cfg.reread))
         if cfg.results:
-            team.alone(lambda: _read(cfg, out, drafts, codec))
+            team.on_rank0(lambda: _read(cfg, out, drafts, codec))
         ask = not (cfg.results or cfg.reread)
         made = revise_round(out, drafts, how=how, ask=ask, reread=cfg.reread)
     if team.first:

@@ -119,7 +119,7 @@ def train(cfg: DictConfig, *, first: bool = True) -> None:
         end_now(0)
     if trainer.global_step < cfg.trainer.max_steps:
         raise UserError(f"{_where(trainer)}; {_resume_hint(saved=_saved_at(run_dir) > before)}")
-    objective.backbone.canvas = cfg.data.canvas
+    objective.backbone.response_length = cfg.data.response_length
     save_pretrained(objective.backbone, codec, run_dir / MODEL)
     if trainer.is_global_zero:
         write_json(run_dir / FINISHED, {"steps": trainer.global_step})

@@ -34,7 +34,9 @@ CANVAS, BATCH = 48, 4
 def path(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "scenes"
     sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    Scenes(out=str(out), **sizes, image_size=48, vocab_size=300, canvas=CANVAS, prompt="Describe the picture.").run()
+    Scenes(
+        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=CANVAS, prompt="Describe the picture."
+    ).run()
     return out
 
 
@@ -67,7 +69,7 @@ def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trai
         log_every_n_steps=1,
         **options,
     )
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=CANVAS, image_size=48)
     trainer.fit(objective, datamodule=data, ckpt_path=ckpt)
     trainer.save_checkpoint(run / "last.ckpt")
     return trainer
@@ -108,7 +110,7 @@ def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
 
 
 def validation_batch(path, codec, num):
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, canvas=CANVAS, image_size=48)
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=CANVAS, image_size=48)
     return next(iter(data.val_dataloader())).rows(slice(0, num))
 
 

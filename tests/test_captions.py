@@ -92,7 +92,7 @@ def round_folder(tmp_path: Path, codec: Codec) -> Path:
 
 
 def data(folder: Path, codec: Codec, **changed: Any) -> CaptionData:
-    settings: dict[str, Any] = {"batch_size": 4, "canvas": CANVAS, "image_size": 4, "seed": 5}
+    settings: dict[str, Any] = {"batch_size": 4, "response_length": CANVAS, "image_size": 4, "seed": 5}
     return CaptionData(path=str(folder), codec=codec, **{**settings, **changed})
 
 
@@ -218,15 +218,15 @@ def test_too_long_responses_are_cut_and_reported_once(
 ) -> None:
     right, wrong = codec.encode("A red ring.")[0], codec.encode("A blue cross.")[0]
     changed = [i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
-    canvas = changed[-1]  # the cut goes through or before the second span
-    module = data(folder, codec, canvas=canvas)
+    response_length = changed[-1]  # the cut goes through or before the second span
+    module = data(folder, codec, response_length=response_length)
     with caplog.at_level(logging.WARNING):
         batches = [*module.val_dataloader(), *module.val_dataloader()]
-    assert batches[0].response.tolist() == [right[:canvas]] * 4
+    assert batches[0].response.tolist() == [right[:response_length]] * 4
     assert set(batches[0].span[0].tolist()) == {0, 1}
     assert torch.equal(batches[0].flawed != batches[0].response, batches[0].span > 0)
-    assert module.notes[str(canvas), "cut"] == 10
-    assert caplog.text.count("longer than the canvas") == 1
+    assert module.notes[str(response_length), "cut"] == 10
+    assert caplog.text.count("longer than the response length") == 1
 
 
 def test_rounds_are_mixed_in_by_share(folder: Path, round_folder: Path, codec: Codec) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
+from src.io.errors import UserError
 if TYPE_CHECKING:
     from nowhere import Unknown
 
@@ -25,7 +26,7 @@ class Inner:
     """What a nested node makes."""
     def __init__(self, size: int = 1) -> None:
         if size < 0:
-            raise ValueError(f"size must not be negative,\\n got {size}")
+            raise UserError(f"size must not be negative,\\n got {size}")
         self.size = size
 
 class Outer:
@@ -133,7 +134,7 @@ def test_required_arguments_come_from_the_yaml_or_the_offers():
      ("srcs.parts.Inner", "'srcs.parts.Inner' is not in the packages"), (3, "3 is not in the packages"),
      ("torch.os.system", "which is not in the packages"), ("src.parts.Path", "is from pathlib"),
      ("src.parts.Iner", "src.parts has no 'Iner'; did you mean 'Inner'?"),
-     ("src.batsh.Batch", "src has no 'batsh'; did you mean 'batch'?"),
+     ("src.tpyes.Batch", "src has no 'tpyes'; did you mean 'types'?"),
      ("src.parts.Outer.laod", "src.parts.Outer has no 'laod'; did you mean 'load'?"),
      ("src.parts", "src.parts is not a class or function"),
      ("src.parts.NUMBER", "src.parts.NUMBER is not a class or function"),
@@ -228,5 +229,11 @@ def test_building_checks_first_and_names_who_refused(tmp_path):
     assert failure(build, bad) == "src.parts.Inner: size must not be negative, got -1"
     nested = {"target": "src.parts.Outer", "name": "x", "parts": [bad]}
     assert failure(build, nested) == "parts.0 (src.parts.Inner): size must not be negative, got -1"
-    gone = str(tmp_path / "gone")
-    assert gone in failure(build, {"target": "src.parts.where", "path": gone})
+
+
+@pytest.mark.usefixtures("parts")
+def test_what_a_component_of_a_user_raises_keeps_its_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        build({"target": "src.parts.where", "path": str(tmp_path / "gone")})
+    conv = {"target": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 2, "kernel_size": 1, "groups": 2}
+    assert "torch.nn.Conv2d: in_channels must be divisible" in failure(build, conv)

@@ -431,7 +431,8 @@ VERB = '''"""Add numbers.
 """
 import sys
 from src.cli.instantiate import build, check
-from src.cli.config import load_config, main_guard
+from src.cli.config import load_config
+from src.cli.entrypoint import main_guard
 
 @main_guard
 def main(argv):

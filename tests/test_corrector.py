@@ -82,7 +82,7 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
     say, key, *, steps, blocks=1, every=1, passes=1, pick="argmax", num_edits=None, counts="block", begin=1,
     whole=False, temperature=0.0, scale=0.0,
 ):  # fmt: skip
-    """One row, as lists: (tokens after each step, forward calls). `whole` reveals by chance, as for MDLM."""
+    """One row, as lists: (tokens after each step, forward calls). `whole` unmasks by chance, as for MDLM."""
     streams = {name: Noise([key], seed=0, draw=name).generators[0] for name in ("sampler", "unmask", "reviser")}
     x, states, calls, total = [MASK] * LENGTH, [], 0, 0
     known = (None, None, set())  # a text, its logits, and the places where these were asked for
@@ -128,12 +128,12 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
             tokens = drawn(told, streams["sampler"]) if temperature else [best(row) for row in told]
             if whole:
                 chance = torch.rand(len(hidden), generator=streams["unmask"], dtype=torch.float32).tolist()
-                revealed = [n for n, u in enumerate(chance) if step == steps or u < 1 / (steps + 1 - step)]
+                unmasked = [n for n, u in enumerate(chance) if step == steps or u < 1 / (steps + 1 - step)]
             else:
                 order = sorted(range(len(hidden)), key=lambda n: -softmax(told[n])[tokens[n]])
-                revealed = order[: -(-len(hidden) // (steps // blocks + 1 - step))]
+                unmasked = order[: -(-len(hidden) // (steps // blocks + 1 - step))]
             x = list(x)
-            for n in revealed:
+            for n in unmasked:
                 x[hidden[n]] = tokens[n]
             states.append(list(x))
     return states, calls

@@ -10,7 +10,7 @@ from src.diffusion.corruption import (
     Absorb,
     Chain,
     Choose,
-    Edit,
+    EditNoise,
     Hybrid,
     Only,
     Replace,
@@ -243,7 +243,7 @@ def levenshtein(a: list[int], b: list[int]) -> int:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_each_edit_is_bounded_and_labelled(operation):
     batch = make_batch(300, 20)
-    out = run(Edit(special=SPECIAL, rate=0.3, operations=[operation], window=3), batch)
+    out = run(EditNoise(special=SPECIAL, rate=0.3, operations=[operation], window=3), batch)
     changed = out.tokens != batch.response
     assert torch.equal(changed, out.where(Kind.SYNTAX)) and not changed[~batch.editable].any()
     counts = []
@@ -276,7 +276,7 @@ def test_a_shift_moves_up_to_its_window_and_nothing_further_on():
     assert text[4:6] == [15, 15]
 
 
-@pytest.mark.parametrize("corruption", [Hybrid(special=SPECIAL, share=0.3), Edit(special=SPECIAL, rate=0.5)])
+@pytest.mark.parametrize("corruption", [Hybrid(special=SPECIAL, share=0.3), EditNoise(special=SPECIAL, rate=0.5)])
 def test_a_row_is_damaged_in_the_same_way_alone(corruption):
     batch = make_batch(6)
     whole = run(corruption, batch).tokens
@@ -288,4 +288,4 @@ def test_wrong_numbers_of_hybrid_noise_and_edits_are_refused():
         Hybrid(special=SPECIAL, share=1)
     for options in ({"rate": 2}, {"rate": 0.1, "operations": ["drop"]}, {"rate": 0.1, "window": 0}):
         with pytest.raises(ValueError, match=str(next(reversed(options.values())))[1:-1] or "got"):
-            Edit(special=SPECIAL, **options)
+            EditNoise(special=SPECIAL, **options)

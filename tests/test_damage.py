@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
 NUM = 8
 SIZES: dict[str, Any] = {
-    "image_size": 48, "vocab_size": 300, "canvas": 64, "prompt": "Describe.", "num_train": NUM, "num_val": 1,
+    "image_size": 48, "vocab_size": 300, "response_length": 64, "prompt": "Describe.", "num_train": NUM, "num_val": 1,
     "num_test": 1, "captions_per_image": 1, "objects": [1, 1], "noise": 2.0, "tokenizer": str(BASE),
 }  # fmt: skip
 
@@ -143,7 +143,7 @@ BAD: list[Callable[[dict], Any]] = [
 def test_samples_of_a_wrong_form_are_left_out_counted_and_named(scenes, tmp_path, caplog, change):
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     lost = rewrite(data, change, which=(1, 4))
-    made = CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, canvas=64, image_size=48)
+    made = CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48)
     train = [key for batch in made.train_dataloader() for key in batch.keys]
     assert len(train) == NUM  # others stand in
     assert not set(train) & set(lost)
@@ -167,10 +167,14 @@ def test_a_shard_of_another_size_than_the_index_says_is_told(scenes, tmp_path, c
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     (shard,) = (data / "train").glob("*.tar")
     with caplog.at_level(logging.WARNING):
-        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, canvas=64, image_size=48).index("train")
+        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48).index(
+            "train"
+        )
         assert not caplog.records
         shutil.copy(next((data / "test").glob("*.tar")), shard)
-        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, canvas=64, image_size=48).index("train")
+        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48).index(
+            "train"
+        )
     assert f"1 of 1 shards, such as {shard.name}, are not of the size that index.json says" in caplog.text
 
 
@@ -301,7 +305,7 @@ def photos(tmp_path) -> Path:
 
 def prepare(photos: Path, out: Path) -> None:
     Photos(
-        out=str(out), images=str(photos), annotations=str(photos / "a.json"), image_size=48, vocab_size=300, canvas=64,
+        out=str(out), images=str(photos), annotations=str(photos / "a.json"), image_size=48, vocab_size=300, response_length=64,
         prompt="What?", tokenizer=str(BASE), overwrite=True,
     ).run()  # fmt: skip
 

@@ -57,7 +57,7 @@ def best(share):
     return max((v for v in share if v != MASK), key=lambda v: share[v])
 
 
-def reveal(x, shares, hidden, tau):
+def unmask(x, shares, hidden, tau):
     """The masks that are surer than tau, or the surest one."""
     sure = {i: shares[i][best(shares[i])] for i in hidden}
     for i in [i for i in hidden if sure[i] >= tau] or [max(hidden, key=lambda i: sure[i])]:
@@ -65,7 +65,7 @@ def reveal(x, shares, hidden, tau):
 
 
 def edit_by_hand(say, *, blocks, tau_mask, tau_edit, most):
-    """LLaDA2.1: reveal and edit from the same logits; a full block is edited until nothing changes.
+    """LLaDA2.1: unmask and edit from the same logits; a full block is edited until nothing changes.
 
     Returns the text and the forward calls, where the one that finds nothing to change serves the next block as well.
     """
@@ -85,7 +85,7 @@ def edit_by_hand(say, *, blocks, tau_mask, tau_edit, most):
         while hidden := [i for i in places if x[i] == MASK]:
             said = shares()
             wrong = edited(said, [i for i in places if x[i] != MASK])
-            reveal(x, said, hidden, tau_mask)
+            unmask(x, said, hidden, tau_mask)
             for i in wrong:
                 x[i] = best(said[i])
         last = block + 1 == blocks

@@ -31,7 +31,7 @@ from src.evaluation.report import (
     plot,
     text_report,
 )
-from src.evaluation.results import Cell, Ledger, code_hash
+from src.evaluation.results import Cell, ResultStore, code_hash
 from src.generate import choose_sampler
 from src.io.shards import read_manifest, read_shard
 from src.metrics.caption import Mark
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
         image_size=48,
         noise=2.0,
         vocab_size=300,
-        canvas=CANVAS,
+        response_length=CANVAS,
         prompt="Describe the picture.",
     ).run()
     return out
@@ -93,7 +93,7 @@ def conf(data, models, tmp_path):
         "data": {
             "target": "datamodules.captions.CaptionData",
             "path": str(data),
-            "canvas": CANVAS,
+            "response_length": CANVAS,
             "image_size": 48,
         },
         "split": "test",
@@ -265,7 +265,7 @@ def settings_of(sampler: Sampler) -> dict:
     return {**vars(sampler), "reviser": reviser, "tokens_per_step": None, "steps": None}
 
 
-def test_a_sampler_by_name_is_that_of_generate_with_the_canvas_of_the_data(conf, models):
+def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_data(conf, models):
     cfg = load_config([conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released"])
     samplers = complete(cfg.evaluate).samplers
     for name, file in (("refine", "refine"), ("mine", "released")):
@@ -280,7 +280,7 @@ def test_a_sampler_by_name_is_that_of_generate_with_the_canvas_of_the_data(conf,
 def test_the_samplers_of_the_shipped_evaluation_are_those_of_generate(name):
     shipped = build(complete(load_config(["conf=evaluate"]).evaluate).samplers[name])
     assert settings_of(shipped) == settings_of(build(load_part("sampler", name)))
-    other = load_config(["conf=evaluate", "evaluate.data.canvas=32"]).evaluate.samplers[name]
+    other = load_config(["conf=evaluate", "evaluate.data.response_length=32"]).evaluate.samplers[name]
     assert build(other).length == 32
 
 
@@ -301,7 +301,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
     with tarfile.open(shard) as tar:
         at = tar.getmember(f"{second}.png").offset_data
     shard.write_bytes(shard.read_bytes()[:at] + bytes(64) + shard.read_bytes()[at + 64 :])
-    node = {"target": "datamodules.captions.CaptionData", "canvas": CANVAS, "image_size": 48}
+    node = {"target": "datamodules.captions.CaptionData", "response_length": CANVAS, "image_size": 48}
     main([conf(data={**node, "path": str(tmp_path / "data")}, tokens_per_step=[32], num=8)])
     names = [record["key"] for record in records(data) if record["key"] != second]
     assert [line["key"] for line in captions(tmp_path, "mask-plain-32")] == names
@@ -343,12 +343,12 @@ def test_fewer_captions_than_images_of_the_picture(conf, tmp_path):
     assert (tmp_path / "out" / "captions.png").is_file()
 
 
-def test_a_canvas_that_no_model_was_trained_with_is_said(conf, models, data, tmp_path, caplog):
+def test_a_response_length_that_no_model_was_trained_with_is_said(conf, models, data, tmp_path, caplog):
     model = from_pretrained(models / "mask")
-    model.canvas = 32
+    model.response_length = 32
     save_pretrained(model, Codec.load(data / "tokenizer"), tmp_path / "model")
     main([conf(models={"odd": str(tmp_path / "model")}, num=1, tokens_per_step=[48])])
-    assert "odd: evaluate.data.canvas=48, but the model was trained with canvas 32" in caplog.text
+    assert "odd: evaluate.data.response_length=48, but the model was trained with response length 32" in caplog.text
 
 
 def test_photographs_are_compared_with_their_captions(tmp_path):
@@ -362,7 +362,7 @@ def test_photographs_are_compared_with_their_captions(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     Photos(
         out=str(tmp_path / "photos"), images=str(tmp_path), annotations=str(tmp_path / "captions.jsonl"),
-        image_size=48, vocab_size=300, canvas=64, prompt="What is it?",
+        image_size=48, vocab_size=300, response_length=64, prompt="What is it?",
     ).run()  # fmt: skip
     codec = Codec.load(tmp_path / "photos" / "tokenizer")
     for seed, name in enumerate(["mask", "stage1", "stage2"]):
@@ -391,7 +391,9 @@ def test_the_captions_are_what_the_sampler_writes(conf, data, models, tmp_path):
 
     main([conf(tokens_per_step=[16])])
     codec = Codec.load(data / "tokenizer")
-    loader = CaptionData(path=str(data), codec=codec, batch_size=NUM, canvas=CANVAS, image_size=48).test_dataloader()
+    loader = CaptionData(
+        path=str(data), codec=codec, batch_size=NUM, response_length=CANVAS, image_size=48
+    ).test_dataloader()
     batch: Batch = next(iter(loader))
     backbone = from_pretrained(models / "mask").eval()
     prefix = backbone.encode_prefix(batch.prefix)
@@ -527,7 +529,7 @@ def test_paint_puts_ink_into_the_box():
 
 def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
     cell, nothing = Cell("m", "plain", 1), {"mean": math.nan, "se": None, "n": 0}
-    ledger = Ledger(tmp_path, {}, {cell: "s"}, {"m": "b"})
+    ledger = ResultStore(tmp_path, {}, {cell: "s"}, {"m": "b"})
     ledger.add(
         cell, {"rings": nothing}, [{"key": "a", "text": "C\u2028C", "scores": {"rings": math.nan, "valid": 1.0}}]
     )
@@ -537,7 +539,7 @@ def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
     assert written["methods"]["m"]["plain"]["1"]["rings"] == {"mean": None, "se": None, "n": 0}
     assert written["bounds"]["m"]["nelbo"]["mean"] is None
     assert strict((tmp_path / "captions" / f"{cell.file}.jsonl").read_text())["scores"]["rings"] is None
-    again = Ledger(tmp_path, {}, {cell: "s"}, {"m": "b"})
+    again = ResultStore(tmp_path, {}, {cell: "s"}, {"m": "b"})
     assert math.isnan(again.stats[cell]["rings"]["mean"]) and math.isnan(again.bounds["m"]["nelbo"]["mean"])
     (line,) = again.captions(cell)
     assert math.isnan(line["scores"]["rings"]) and line["scores"]["valid"] == 1.0 and line["text"] == "C\u2028C"

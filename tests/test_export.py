@@ -271,7 +271,7 @@ def run(codec, tmp_path):
     def make(**node) -> Path:
         codec.save(tmp_path / "tokenizer")
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        config = {"model": node, "tokenizer": str(tmp_path / "tokenizer"), "data": {"canvas": 96}}
+        config = {"model": node, "tokenizer": str(tmp_path / "tokenizer"), "data": {"response_length": 96}}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
         return tmp_path / "run" / "checkpoints" / "last.ckpt"
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_is_exported_with_what_its_run_started_from(golden, golden_
     assert same(again.state_dict(), model.state_dict())
     assert fingerprint(again) != fingerprint(from_pretrained(golden_folder_v, dtype="float32", vision=node["vision"]))
     export(model=checkpoint, out=tmp_path / "own", format="own")
-    assert config(tmp_path / "own")["canvas"] == 96  # of the data it was trained on, not of the start
+    assert config(tmp_path / "own")["response_length"] == 96  # of the data it was trained on, not of the start
     fields = {"torch_dtype": "float32", "vision_config": {"num_attention_heads": heads}}
     assert config(tmp_path / "out") == {**config(golden_folder_v), **fields}
 

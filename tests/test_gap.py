@@ -18,7 +18,7 @@ import src.revise
 import src.train
 from datamodules.captions import CaptionData
 from datamodules.collate import draft_row
-from src.diffusion.corruption import Only, Settle, Span, start
+from src.diffusion.corruption import Only, ShowGaps, Span, start
 from src.diffusion.noise import Noise
 from src.io.files import read_json
 from src.io.shards import read_manifest, read_shard
@@ -92,7 +92,7 @@ def test_a_corrected_draft_in_a_batch(codec: Codec) -> None:
     assert sorted(set(row.span)) == [0, 1, 2]
 
 
-def test_a_stretched_draft_is_cut_at_the_canvas(codec: Codec) -> None:
+def test_a_stretched_draft_is_cut_at_the_response_length(codec: Codec) -> None:
     """What goes over it is lost, its end included, and a correction that the cut goes through is none."""
     text = "A small ring is red."
     ids = [*codec.encode(text)[0], codec.eot_id]
@@ -123,7 +123,7 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
     batch = spans_with_gaps(codec)
     first = start(batch, torch.ones(len(batch)))
     shown = Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT)(batch, first, Noise(batch.keys, seed=0))
-    state = Settle(gap=codec.gap_id, share=share)(batch, shown, Noise(batch.keys, seed=1))
+    state = ShowGaps(gap=codec.gap_id, share=share)(batch, shown, Noise(batch.keys, seed=1))
     assert torch.equal(state.kind, shown.kind)  # they are still what the term of the mistakes looks at
     made = {}
     for number in (1, 2, 3, 4):
@@ -142,14 +142,14 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_of_settled_corrections_is_one(share: float) -> None:
     with pytest.raises(ValueError, match=r"share of settled spans must be within 0\.\.1"):
-        Settle(gap=2, share=share)
+        ShowGaps(gap=2, share=share)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
     Scenes(
-        out=str(out), image_size=48, vocab_size=300, canvas=CANVAS, prompt="Describe the picture.", num_train=NUM,
+        out=str(out), image_size=48, vocab_size=300, response_length=CANVAS, prompt="Describe the picture.", num_train=NUM,
         num_val=1, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
     ).run()  # fmt: skip
     return out
@@ -263,5 +263,5 @@ def test_random_edits_of_drafts_with_gaps_train_on_the_right_text(codec: Codec) 
 
 def test_data_without_rounds_need_no_gap(data: Path, codec: Codec) -> None:
     for one in (codec, codec.with_format(gap="")):
-        made = CaptionData(path=str(data), codec=one, batch_size=4, canvas=CANVAS, image_size=48)
+        made = CaptionData(path=str(data), codec=one, batch_size=4, response_length=CANVAS, image_size=48)
         assert made.index("train").count == NUM

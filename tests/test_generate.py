@@ -439,12 +439,12 @@ def test_too_little_memory_is_told_and_other_errors_are_not_hidden():
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_a_model_that_knows_its_canvas_decides_the_length(backbone, codec, photos, tmp_path):
+def test_a_model_that_knows_its_response_length_decides_the_length(backbone, codec, photos, tmp_path):
     """The sampler's file says 64; a length that is asked for goes first."""
     trained = copy.deepcopy(backbone)
-    trained.canvas = 20
+    trained.response_length = 20
     save_pretrained(trained, codec, tmp_path / "m")
-    assert from_pretrained(tmp_path / "m").canvas == 20
+    assert from_pretrained(tmp_path / "m").response_length == 20
     argv = ["conf=generate", f"model.path={tmp_path / 'm'}", f"images={photos}", ask(), "tokens_per_step=4"]
     for name, more, length in (("own", [], 20), ("asked", ["length=12"], 12)):
         main([*argv, f"out={tmp_path / name}", *more])

@@ -4,9 +4,9 @@
 on the image path. Ids that the released code suppresses are `banned`, and its stop string is our eot. The set was made
 with whole heads, so that `vocab_size` is here the head's: ids behind the tokenizer's last have a share of a confidence.
 
-Where it stops early its last step may have fewer masks left than it is scheduled to reveal. It then also "reveals"
+Where it stops early its last step may have fewer masks left than it is scheduled to unmask. It then also "unmasks"
 places without any confidence, and these fall on the prefix, whose embeddings it so overwrites; as the text is finished
-with that step, nothing comes of it. Our sampler reveals the masks that are left: the traces are equal all the same.
+with that step, nothing comes of it. Our sampler unmasks the masks that are left: the traces are equal all the same.
 """
 
 import json
@@ -77,9 +77,9 @@ def found(golden, golden_model):
 def test_each_step_is_that_of_the_released_code(found, traces, name):
     case, length = TRACES[name], TRACES[name]["gen_length"]
     (steps,) = found[name].traces
-    tokens, revealed, confidence = (traces[f"{name}/{part}"][:, :length] for part in ("x", "transfer", "conf"))
+    tokens, unmasked, confidence = (traces[f"{name}/{part}"][:, :length] for part in ("x", "transfer", "conf"))
     assert [step.tokens for step in steps] == tokens.tolist()
-    assert [step.unmasked for step in steps] == [row.nonzero()[0].tolist() for row in revealed]
+    assert [step.unmasked for step in steps] == [row.nonzero()[0].tolist() for row in unmasked]
     for step, row in zip(steps, confidence, strict=True):
         assert step.confidence == pytest.approx(row[step.unmasked].tolist(), rel=1e-3)
     assert len(steps) == case["steps_run"]

@@ -106,7 +106,7 @@ def data(tmp_path_factory) -> Path:
 
 
 SIZES = {
-    "image_size": 48, "vocab_size": 300, "canvas": 64, "num_train": 8, "num_val": 1, "num_test": 1,
+    "image_size": 48, "vocab_size": 300, "response_length": 64, "num_train": 8, "num_val": 1, "num_test": 1,
     "captions_per_image": 1, "objects": [1, 1],
 }  # fmt: skip
 

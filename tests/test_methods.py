@@ -34,7 +34,7 @@ SAMPLERS = {
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, canvas=40, num_train=24)
+    write_scenes(out, vocab_size=300, response_length=40, num_train=24)
     return out
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from src.diffusion.losses import Term, denominator, term_loss
+from src.io.errors import UserError
 from src.models.llada_v import LLaDAV
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.refine import Refine
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.objectives.scene_labels import TowerLabels
 from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
@@ -90,10 +91,10 @@ def make(cls, **options):
 CASES = {
     "llada": lambda: make(MaskPrediction),
     "mask-tokens": lambda: make(MaskPrediction, weight="one", reduce="tokens"),
-    "paper": lambda: make(Revision, rate=0.3),
-    "released": lambda: make(Revision, rate=0.05, hallucination="alone", floor=0.0),
-    "syntax-only": lambda: make(Revision, rate=0.3, hallucination="none"),
-    "hallucination-only": lambda: make(Revision, rate=0.0),
+    "paper": lambda: make(RevisionObjective, rate=0.3),
+    "released": lambda: make(RevisionObjective, rate=0.05, hallucination="alone", floor=0.0),
+    "syntax-only": lambda: make(RevisionObjective, rate=0.3, hallucination="none"),
+    "hallucination-only": lambda: make(RevisionObjective, rate=0.0),
     "stage2": lambda: make(Refine, rate=0.3, keep=0.5),
     "stage2-released": lambda: make(Refine, rate=0.3, hallucination="alone", mistake_weight="inverse_rate"),
 }
@@ -133,7 +134,7 @@ def test_stage_one_without_revision_is_llada():
     """Replacement rate 0, no spans, no clean term and the answer-length reduction: LLaDA SFT (spec equivalence d)."""
     batch = batch_with_prompt()
     llada = make(MaskPrediction)
-    plain = make(Revision, rate=0.0, hallucination="none", clean=0.0, reduce="answer_len", floor=0.0)
+    plain = make(RevisionObjective, rate=0.0, hallucination="none", clean=0.0, reduce="answer_len", floor=0.0)
     assert total(plain, batch).item() == pytest.approx(total(llada, batch).item(), rel=1e-6)
 
 
@@ -161,7 +162,7 @@ def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro
     batch = batch_with_prompt(6, padding=0)
     weights, rates = [], []
     for size in (None, micro):
-        objective = make(Revision, rate=0.3)
+        objective = make(RevisionObjective, rate=0.3)
         objective.options = Training(lr=1e-2, warmup_steps=2, decay=0.5, clip_norm=0.1, micro_batch=size)
         trainer = L.Trainer(
             max_steps=4,
@@ -174,7 +175,7 @@ def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro
         trainer.fit(objective, torch.utils.data.DataLoader([batch] * 4, batch_size=None))
         weights.append(torch.cat([p.detach().flatten() for p in objective.parameters()]))
         rates.append(objective.lr_schedulers().get_last_lr()[0])
-    start = torch.cat([p.detach().flatten() for p in make(Revision).parameters()])
+    start = torch.cat([p.detach().flatten() for p in make(RevisionObjective).parameters()])
     assert (weights[0] - start).abs().max() > 1e-3
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-5)
     assert rates == [0.0, 0.0]  # four steps done: warm-up 2, decay over the last two
@@ -186,7 +187,7 @@ def test_losses_that_are_not_finite_are_skipped_and_then_stop_the_training():
     objective.backbone.lm_head.weight.data[0, 0] = math.nan
     trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
     before = objective.backbone.model.norm.weight.clone()
-    with pytest.raises(RuntimeError, match=r"not finite after step 0 \(samples .*\), 4 times in a row"):
+    with pytest.raises(UserError, match=r"not finite after step 0 \(samples .*\), 4 times in a row"):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
     assert objective.num_skipped == 4
@@ -285,7 +286,7 @@ class Oracle(nn.Module):
         return logits if positions is None else logits[positions]
 
 
-@pytest.mark.parametrize("cls", [MaskPrediction, Revision, Refine])
+@pytest.mark.parametrize("cls", [MaskPrediction, RevisionObjective, Refine])
 def test_a_model_that_knows_the_answer_has_no_loss(cls):
     batch = batch_with_prompt()
     objective = cls(backbone=lambda: Oracle(batch.response), special=SPECIAL, training=TRAINING)
@@ -303,7 +304,7 @@ def test_the_schedule_warms_up_holds_and_decays():
 
 def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
     batch = batch_with_prompt(8, padding=0)
-    objective = make(Revision, rate=0.3)
+    objective = make(RevisionObjective, rate=0.3)
     objective.options = Training(lr=1e-2, warmup_steps=1, decay=0.0, micro_batch=3)
     before = total(objective, batch).detach()
     logged = {}
@@ -329,7 +330,7 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
 
 def test_special_ids_stay_out_of_random_replacements():
     special = SpecialIds(mask=39, eos=38, eot=37, banned=(39, 36), vocab_size=40)
-    objective = Revision(
+    objective = RevisionObjective(
         backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="none", t_min=0.01
     )
     batch = make_batch(200, 12)

@@ -29,7 +29,7 @@ NUM = 8
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
     Scenes(
-        out=str(out), image_size=48, vocab_size=300, canvas=64, prompt="Describe the picture.", num_train=NUM,
+        out=str(out), image_size=48, vocab_size=300, response_length=64, prompt="Describe the picture.", num_train=NUM,
         num_val=1, num_test=1, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
     ).run()  # fmt: skip
     return out
@@ -88,7 +88,7 @@ def test_drafts_of_photographs_go_to_the_reference_expert(tmp_path: Path, capsys
         Image.new("RGB", (8, 8), "red").save(tmp_path / record["image"])
     (tmp_path / "a.json").write_text(json.dumps(records))
     places = {"images": str(tmp_path), "annotations": str(tmp_path / "a.json"), "tokenizer": str(BASE)}
-    sizes = {"image_size": 48, "vocab_size": 300, "canvas": 64, "prompt": "Describe the picture."}
+    sizes = {"image_size": 48, "vocab_size": 300, "response_length": 64, "prompt": "Describe the picture."}
     Photos(out=str(tmp_path / "d"), **places, **sizes).run()
     draft(tmp_path / "d", tmp_path, "round=3", "num=1")
     assert next_command(capsys.readouterr().out, "revise") == [

@@ -13,7 +13,7 @@ from src.diffusion.corruption import Replace
 from src.diffusion.losses import term_loss
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
-from src.objectives.edit_noise import EditNoise
+from src.objectives.edit_noise import EditNoiseObjective
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
@@ -96,7 +96,7 @@ TWO_VIEWS = Training(lr=1e-3, views=2, antithetic=True)
 OBJECTIVES = {
     "proseco": lambda: make(ProSeCo, rate=0.1),
     "proseco-errors": lambda: make(ProSeCo, errors=True, pick="sample", fill="masked"),
-    "edits": lambda: make(EditNoise, rate=0.5),
+    "edits": lambda: make(EditNoiseObjective, rate=0.5),
     "complementary": lambda: make(ComplementaryMasks),
     "hybrid": lambda: make(HybridNoise, share=0.3),
     "uniform": lambda: make(UniformNoise),
@@ -229,7 +229,7 @@ def test_the_draft_error_rate_is_the_share_of_wrong_tokens():
 @pytest.mark.parametrize(("name", "options"), [("proseco", {"begin": 3}), ("edits", {"begin": 0.75})])
 def test_the_second_pass_begins_when_told(name, options):
     batch = batch_with_prompt()
-    objective = make({"proseco": ProSeCo, "edits": EditNoise}[name], **options)
+    objective = make({"proseco": ProSeCo, "edits": EditNoiseObjective}[name], **options)
     passes = []
     for step in range(5):
         trainer = SimpleNamespace(global_step=step, max_steps=4)
@@ -240,7 +240,7 @@ def test_the_second_pass_begins_when_told(name, options):
 
 def test_edit_noise_equals_the_written_out_loop():
     batch = batch_with_prompt()
-    objective = make(EditNoise, rate=0.5)
+    objective = make(EditNoiseObjective, rate=0.5)
     (state,) = objective.corrupt(batch)
     edited = drafts(objective, batch)[0]
     assert not (edited == SPECIAL.mask).any()

@@ -35,7 +35,14 @@ def dataset(folder: Path, records: list[dict], **settings: Any) -> Photos:
         else:
             Image.new("RGB", (4, 4), "red").save(file)
     (folder / "a.json").write_text(json.dumps(records))
-    plain = {"image_size": 4, "vocab_size": 300, "canvas": 16, "prompt": "What?", "encoding": "png", **settings}
+    plain = {
+        "image_size": 4,
+        "vocab_size": 300,
+        "response_length": 16,
+        "prompt": "What?",
+        "encoding": "png",
+        **settings,
+    }
     return Photos(out=str(folder / "out"), images=str(folder), annotations=str(folder / "a.json"), **plain)
 
 

@@ -25,7 +25,7 @@ from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.text.tokenizer import Codec
 from src.train import main
 from src.training.memory_plan import (
@@ -84,9 +84,9 @@ def make_model(*, vision: bool = False, attention: str = "full") -> LLaDAV:
     return LLaDAV(decoder={**DECODER_SIZES, "attention": attention}, image_id=IMAGE, **sees)
 
 
-def make_objective(model: LLaDAV, **training) -> Revision:
+def make_objective(model: LLaDAV, **training) -> RevisionObjective:
     options = Training(lr=1e-3, **training)
-    return Revision(backbone=lambda: model, special=SPECIAL, training=options, hallucination="none")
+    return RevisionObjective(backbone=lambda: model, special=SPECIAL, training=options, hallucination="none")
 
 
 def make_batch(rows: int = 1, *, vision: bool = False, prompt: int = PROMPT) -> Batch:
@@ -145,7 +145,7 @@ def test_activations_do_not_depend_on_the_number_of_gpus():
 # what a pass saves
 
 
-def really_kept(objective: Revision, batch: Batch) -> int:
+def really_kept(objective: RevisionObjective, batch: Batch) -> int:
     """Bytes that are alive between the passes of the last view of a real step, but for weights and the batch.
 
     What its forward pass saves, the prefix between its two graphs, and what earlier views said of that prefix.
@@ -328,7 +328,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     """A run of a small model with data that do not exist."""
     sizes = ["model.decoder.hidden_size=32", "model.decoder.num_hidden_layers=1", "model.vision.num_hidden_layers=1"]
     places = [f"run_dir={folder}/run", f"data.path={folder}/nowhere", f"tokenizer={ROOT}/assets/base"]
-    return ["conf=mask,model/tiny", *sizes, *places, "data.batch_size=3", "data.canvas=20", *more]
+    return ["conf=mask,model/tiny", *sizes, *places, "data.batch_size=3", "data.response_length=20", *more]
 
 
 def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):

@@ -38,10 +38,10 @@ SHARED = ROOT.parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real data is not there")
 SCENES: dict[str, Any] = {
     "num_train": 30, "num_val": 8, "num_test": 8, "captions_per_image": 2, "objects": [1, 2], "noise": 2.0,
-    "image_size": 24, "vocab_size": 300, "canvas": 64, "prompt": "Describe the picture.", "seed": 1,
+    "image_size": 24, "vocab_size": 300, "response_length": 64, "prompt": "Describe the picture.", "seed": 1,
     "per_shard": 16,
 }  # fmt: skip
-PHOTOS: dict[str, Any] = {"image_size": 16, "vocab_size": 400, "canvas": 64, "prompt": "What is there?"}
+PHOTOS: dict[str, Any] = {"image_size": 16, "vocab_size": 400, "response_length": 64, "prompt": "What is there?"}
 SPLITS = ("train", "val", "test")
 
 
@@ -123,7 +123,7 @@ def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes:
             score = score_caption(scene, text)
             assert (score.factuality, score.syntax) == (1, 1)
             ids = codec.encode(text)[0]
-            assert len(ids) < SCENES["canvas"]
+            assert len(ids) < SCENES["response_length"]
             for swap in caption["swaps"]:
                 facts[swap["fact"]] += 1
                 assert text[swap["start"] : swap["end"]] == swap["right"]
@@ -145,7 +145,7 @@ def test_images_show_the_scene(scenes: Path) -> None:
 
 def test_a_loader_takes_them(scenes: Path) -> None:
     codec = Codec.load(scenes / "tokenizer")
-    data = CaptionData(path=str(scenes), codec=codec, batch_size=10, canvas=64, image_size=24)
+    data = CaptionData(path=str(scenes), codec=codec, batch_size=10, response_length=64, image_size=24)
     for batch in data.train_dataloader():
         for row, record in enumerate(batch.records):
             assert codec.decode(batch.response[row].tolist()) in [c["text"] for c in record["captions"]]
@@ -156,7 +156,7 @@ def test_a_loader_takes_them(scenes: Path) -> None:
 def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path, scenes: Path) -> None:
     codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
     codec.save(tmp_path / "tokenizer")
-    settings = {**SCENES, "canvas": 400, "tokenizer": str(tmp_path / "tokenizer")}
+    settings = {**SCENES, "response_length": 400, "tokenizer": str(tmp_path / "tokenizer")}
     index = Scenes(out=str(tmp_path / "out"), **settings).run()
     assert index["tokenizer"] == codec.fingerprint == Codec.load(tmp_path / "out" / "tokenizer").fingerprint
     assert index["counts"]["train"]["swaps of unequal length"] > 0
@@ -189,7 +189,7 @@ def test_impossible_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_val must be at least 1, got 0"):
         Scenes(out=str(tmp_path / "a"), **{**SCENES, "num_val": 0})
     with pytest.raises(ValueError, match="no caption of a scene fits 10 tokens"):
-        Scenes(out=str(tmp_path / "a"), **{**SCENES, "canvas": 10}).run()
+        Scenes(out=str(tmp_path / "a"), **{**SCENES, "response_length": 10}).run()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -493,8 +493,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "records   1  empty captions (left out)",
         "train     5  samples written",
         "train     1  false spans of other token length (not used)",
-        "train     1  captions too long (left out), such as p0.jpg; to keep them raise prepare.canvas, "
-        "and data.canvas with it",
+        "train     1  captions too long (left out), such as p0.jpg; to keep them raise prepare.response_length, "
+        "and data.response_length with it",
         "train     1  image files that cannot be decoded (left out), such as bad.jpg",
         "val       1  samples written",
         "test      0  samples written",
@@ -508,7 +508,7 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert codec.decode(codec.encode("Ünseen 日本 text")[0]) == "Ünseen 日本 text"
     for swap in records["p2"].record["captions"][0]["swaps"]:
         assert (swap["right"], swap["wrong"]) == ("red", "blue")
-    data = CaptionData(path=str(out), codec=codec, batch_size=5, canvas=64, image_size=16)
+    data = CaptionData(path=str(out), codec=codec, batch_size=5, response_length=64, image_size=16)
     assert len(list(data.train_dataloader())) == 1
 
 
@@ -597,7 +597,7 @@ def test_real_pairs_agree_between_formats() -> None:
 @pytest.mark.parametrize("annotations", ["captions.jsonl", "llava_five_captions.json"])
 def test_real_photographs(tmp_path: Path, annotations: str) -> None:
     folder = SHARED / "coco_cc"
-    settings = {**PHOTOS, "canvas": 200, "images": str(folder), "annotations": str(folder / annotations)}
+    settings = {**PHOTOS, "response_length": 200, "images": str(folder), "annotations": str(folder / annotations)}
     index = Photos(out=str(tmp_path / "out"), max_images=12, **settings).run()
     assert sum(index["counts"][split]["written"] for split in SPLITS) == 12
     found = [s for split in SPLITS for s in samples(tmp_path / "out" / split)]

@@ -33,7 +33,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48, canvas=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
+    Scenes(out=str(out), image_size=48, response_length=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
            num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
            tokenizer=str(BASE)).run()  # fmt: skip
     return out

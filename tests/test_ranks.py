@@ -17,13 +17,13 @@ from src.distributed.parallel import Sharding, whole
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
-from src.objectives.edit_noise import EditNoise
+from src.objectives.edit_noise import EditNoiseObjective
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Training
 from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.objectives.uniform import UniformNoise
 from src.training.strategy import FSDP2
 from tests.test_corruption import SPECIAL
@@ -34,16 +34,16 @@ SETTINGS = {"lr": 1e-2, "warmup_steps": 2, "decay": 0.5, "clip_norm": 0.05}
 CASES = {
     "mask": (MaskPrediction, {"weight": "one", "reduce": "tokens"}, {}),
     "answers": (MaskPrediction, {}, {"micro_batch": 2}),
-    "revision": (Revision, {"rate": 0.3}, {"micro_batch": 2}),
+    "revision": (RevisionObjective, {"rate": 0.3}, {"micro_batch": 2}),
     "refine": (Refine, {"rate": 0.3, "keep": 0.5}, {}),
     "proseco": (ProSeCo, {"errors": True}, {"micro_batch": 2, "views": 2, "antithetic": True}),
-    "edits": (EditNoise, {"rate": 0.5, "begin": 0.5}, {}),
+    "edits": (EditNoiseObjective, {"rate": 0.5, "begin": 0.5}, {}),
     "complementary": (ComplementaryMasks, {}, {}),
     "hybrid": (HybridNoise, {"share": 0.3}, {}),
     "uniform": (UniformNoise, {"reduce": "batch_tokens"}, {"micro_batch": 1}),
     "checkpointed": (ProSeCo, {}, {"checkpointing": "full"}),
-    "compiled": (Revision, {"rate": 0.3}, {"micro_batch": 2, "compile": True}),
-    "selective": (Revision, {"rate": 0.3}, {"checkpointing": "selective"}),
+    "compiled": (RevisionObjective, {"rate": 0.3}, {"micro_batch": 2, "compile": True}),
+    "selective": (RevisionObjective, {"rate": 0.3}, {"checkpointing": "selective"}),
 }
 OPTIONS = {
     "full": {"attention": "full"},

@@ -72,7 +72,7 @@ def test_with_eta_0_each_step_is_that_of_the_ancestral_sampler(reviser, blocks):
 
 
 def test_conf_with_one_visible_token_is_rescale():
-    """The softmax over one token is 1; for one token the two differ in what they reveal, not in what they hide."""
+    """The softmax over one token is 1; for one token the two differ in what they unmask, not in what they hide."""
     conf, one = run(sampler(Confident(eta=0.5, compensate=True), length=1, steps=6), range(400))
     rescale, other = run(sampler(Rescale(eta=0.5), length=1, steps=6), range(400))
     assert conf.remasks.sum() > 0
@@ -115,7 +115,7 @@ def test_the_share_that_is_visible_is_that_of_the_schedule(reviser, length, rows
 
 
 def test_released_conf_lags_behind_its_schedule():
-    """Each step hides sigma_max tokens in the mean (a softmax sums to 1) and reveals one of `left` masks."""
+    """Each step hides sigma_max tokens in the mean (a softmax sums to 1) and unmasks one of `left` masks."""
     length, steps, rows = 1024, 256, 2
     _, texts = run(sampler(Confident(), length=length, steps=steps), range(rows))
     _, kept = run(sampler(Confident(compensate=True), length=length, steps=steps), range(rows))
@@ -154,7 +154,7 @@ def test_a_step_across_the_border_of_a_phase_ends_on_schedule():
 @pytest.mark.parametrize(
     "reviser", [Cap(eta=0.15), Rescale(eta=0.4), Loop(eta=0.15, **LOOP)], ids=lambda r: type(r).__name__
 )
-def test_a_step_hides_and_reveals_with_the_probabilities_of_the_paper(reviser):
+def test_a_step_hides_and_unmasks_with_the_probabilities_of_the_paper(reviser):
     length, steps, rows = 12, 8, 400
     backbone = Fixed(length)
     _, texts = run(sampler(reviser, length=length, steps=steps), range(rows), backbone)
@@ -186,7 +186,7 @@ def test_conf_hides_the_tokens_that_were_improbable(compensate):
     for step in range(1, steps):
         before, after = step / steps, (step + 1) / steps
         limit = eta * min(1.0, (1 - after) / before)
-        hidden, spread, revealed, noise = [0.0] * length, [0.0] * length, 0.0, 0.0
+        hidden, spread, unmasked, noise = [0.0] * length, [0.0] * length, 0.0, 0.0
         was = (texts[:, step] != MASK).tolist()
         for row in was:
             weights = [math.exp(-c) if v else 0.0 for c, v in zip(sure, row, strict=True)]
@@ -198,12 +198,12 @@ def test_conf_hides_the_tokens_that_were_improbable(compensate):
                 rho = min(max((length * after - kept) / masks, 0), 1)
             hidden = [h + s for h, s in zip(hidden, sigma, strict=True)]
             spread = [h + s * (1 - s) for h, s in zip(spread, sigma, strict=True)]
-            revealed, noise = revealed + masks * rho, noise + masks * rho * (1 - rho)
+            unmasked, noise = unmasked + masks * rho, noise + masks * rho * (1 - rho)
         now = texts[:, step + 1] != MASK
         old = torch.tensor(was)
         for found, expected, variance in zip((old & ~now).sum(0).tolist(), hidden, spread, strict=True):
             assert abs(found - expected) <= 4 * math.sqrt(variance) + 1e-6
-        assert abs(int((~old & now).sum()) - revealed) <= 4 * math.sqrt(noise) + 1e-6
+        assert abs(int((~old & now).sum()) - unmasked) <= 4 * math.sqrt(noise) + 1e-6
 
 
 # --- rows, ends, settings --------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        data = {"data": "d" * 64, "canvas": CANVAS, "image_size": 48}
+        data = {"data": "d" * 64, "response_length": CANVAS, "image_size": 48}
         fixed = {"codec": self.codec, "tokens_per_step": [4, 16], "num": NUM, "round_number": 1, "seed": 3}
         return settings_of(self.backbone, self.sampler, data=data, **fixed)
 
@@ -230,7 +230,7 @@ def test_manifest_adds_up(case, whole):
 
 
 def test_speeds_share_the_samples(whole):
-    """With 4 and 16 tokens a step a canvas of 64 takes 16 or 4 steps; each sample is drafted once."""
+    """With 4 and 16 tokens a step a response length of 64 takes 16 or 4 steps; each sample is drafted once."""
     keys = [draft.key for chunk in read_drafts(whole / "drafts") for draft in chunk]
     assert len({key.split("@")[0] for key in keys}) == len(keys) == NUM
     slow = sum(key.endswith("@s16") for key in keys)
@@ -368,7 +368,7 @@ def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
 
-@pytest.mark.parametrize("name", ["seed", "round", "data", "canvas", "image_size", "tokenizer"])
+@pytest.mark.parametrize("name", ["seed", "round", "data", "response_length", "image_size", "tokenizer"])
 def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name):
     with pytest.raises(ValueError, match=f"round made with another {name};"):
         case.run(whole, Diligent(tmp_path / "asked"), settings={**case.settings, name: "another"})
@@ -475,7 +475,7 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
     assert sum(map(len, chunks)) == NUM
     revise_round(tmp_path / "r", tmp_path / "drafts", how=case.how(Diligent(tmp_path / "asked")))
     assert digests(tmp_path / "r") == digests(whole)
-    for name in ("tokens_per_step", "data", "canvas", "round"):
+    for name in ("tokens_per_step", "data", "response_length", "round"):
         common["settings"] = {**case.settings, name: "another"}
         with pytest.raises(ValueError, match=f"drafts made with another {name};"):
             next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))

@@ -19,7 +19,7 @@ from tests.test_train import STAGE_TWO, arguments, refusal, write_scenes
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, canvas=40, num_train=48)
+    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
     return out
 
 
@@ -168,7 +168,7 @@ def test_a_finished_run_without_its_model_makes_it_again(scenes, finished, copie
             ]
         ),
         ("objective.training.betas=[0.9,1.5]", "objective.training.betas must be at least 0 and less than 1"),
-        ("data.canvas=1", "data.canvas must be at least 2, got 1"),
+        ("data.response_length=1", "data.response_length must be at least 2, got 1"),
         ("data.limit=-1", "data.limit must be at least 0, got -1"),
         ("data.workers=-1", "data.workers must be at least 0, got -1"),
         ("data.rounds=[/nope]", "data.rounds: no folder /nope; make a round with `python -m src.revise`"),
@@ -208,9 +208,9 @@ def test_the_online_loop_needs_an_expert_from_the_start(scenes, tmp_path, capsys
 
 def test_what_is_rarely_meant_is_told(scenes, finished, tmp_path, caplog):
     """The second stage without a round, and responses of another length than the model has learned."""
-    more = ["callbacks.self_correction=null", "trainer.max_steps=1", "data.canvas=48"]
+    more = ["callbacks.self_correction=null", "trainer.max_steps=1", "data.response_length=48"]
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     conf, *rest = arguments(scenes, tmp_path / "run", *more, conf="stage2")
     main([conf.split(",")[0], *(setting for setting in rest if not setting.startswith("model.")), model, *more])
     assert "the objective corrects drafts, but there are none: give data.rounds=[...]" in caplog.text
-    assert "data.canvas=48, but the model was trained with canvas 40" in caplog.text
+    assert "data.response_length=48, but the model was trained with response length 40" in caplog.text

@@ -108,12 +108,12 @@ def test_every_length_and_speed_ends(length, tokens_per_step):
 # --- what a step does, by hand ---------------------------------------------------------------------------
 
 
-def test_tokens_revealed_in_a_step_are_rewritten_only_by_the_next():
+def test_tokens_unmasked_in_a_step_are_rewritten_only_by_the_next():
     best = [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     heights = [[9, 8, 3, 2], [5, 5, 4, 6], [5, 5, 5, 5]]
     backbone = Scripted(lambda r, call, t: peaked(best[call], heights[call]))
     found = sample(Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True)
-    # step 1 reveals 0 and 1; step 2 rewrites these and reveals 2 and 3; the post step rewrites all
+    # step 1 unmasks 0 and 1; step 2 rewrites these and unmasks 2 and 3; the post step rewrites all
     assert [step.tokens for step in found.traces[0]] == [[4, 5, MASK, MASK], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert [step.rewritten for step in found.traces[0]] == [
         [], [(0, 4, 8), (1, 5, 9)], [(0, 8, 12), (1, 9, 13), (2, 10, 14), (3, 11, 15)],
@@ -142,7 +142,7 @@ def test_a_block_starts_only_when_the_one_before_is_full():
     assert [step.unmasked for step in found.traces[0]] == [[1, 2], [0], [4, 5], [3]]
 
 
-def test_threshold_reveals_what_is_sure_and_at_least_the_scheduled_number():
+def test_threshold_unmasks_what_is_sure_and_at_least_the_scheduled_number():
     def probability(p):  # the height that gives the peak probability p over the 22 ids that may be written
         return math.log(p / (1 - p) * 21)
 
@@ -255,7 +255,7 @@ def test_an_end_that_was_seen_is_not_undone():
     backbone = Scripted(lambda r, call, t: peaked(best[call], [[1, 1, 9, 8], [1, 9, 1, 1], [1, 1, 1, 1]][call]))
     sampler = Sampler(length=4, reviser=OverwriteAll(), early_stop=True)
     found = sample(sampler, backbone, trace=True)
-    # place 1 ends the text at the second step; the third reveals place 0 and rewrites the end, in vain
+    # place 1 ends the text at the second step; the third unmasks place 0 and rewrites the end, in vain
     assert [step.tokens for step in found.traces[0]] == [
         [MASK, MASK, 7, MASK], [MASK, EOT, 7, MASK], [4, 5, EOT, MASK],
     ]  # fmt: skip
@@ -432,7 +432,7 @@ def test_a_hook_alone_acts_on_the_visible_places_of_the_block():
     hidden = sample(Sampler(length=4, steps=4, reviser=HideFirst()), backbone, trace=True)
     assert [step.remasked for step in hidden.traces[0]] == [[], [0], [], []]
     written = sample(Sampler(length=4, blocks=2, reviser=Rewrite()), Scripted(backbone.script), trace=True)
-    # each block is written in two steps; the second one rewrites what the first revealed, in its own block only
+    # each block is written in two steps; the second one rewrites what the first unmasked, in its own block only
     assert [step.rewritten for step in written.traces[0]] == [[], [(0, 4, 5)], [], [(2, 6, 7)]]
     post = sample(Sampler(length=4, blocks=2, reviser=Rewrite(), post_steps=1), Scripted(backbone.script))
     assert post.ids.tolist() == [[8, 8, 8, 8]]
@@ -444,7 +444,7 @@ def test_a_hook_alone_acts_on_the_visible_places_of_the_block():
 def test_a_remasking_reviser_is_scheduled_and_counted():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4, [4, 3, 2, 1]))
     found = sample(Sampler(length=4, steps=4, reviser=RemaskOnce()), backbone, trace=True)
-    # step 2 reveals place 1 and hides place 0; three masks in two steps: 0 and 2 next, then 3
+    # step 2 unmasks place 1 and hides place 0; three masks in two steps: 0 and 2 next, then 3
     assert [step.unmasked for step in found.traces[0]] == [[0], [1], [0, 2], [3]]
     assert [step.remasked for step in found.traces[0]] == [[], [0], [], []]
     assert (found.ids.tolist(), found.remasks.tolist()) == ([[6, 5, 6, 7]], [1])
@@ -467,7 +467,7 @@ def test_a_refining_reviser_sees_filled_masks_and_its_passes_are_counted():
 
 
 class Tail(nn.Module):
-    """Sure of end-of-text at the end of the canvas, less sure of the words before it."""
+    """Sure of end-of-text at the end of the response length, less sure of the words before it."""
 
     def encode_prefix(self, prefix):
         raise AssertionError("the test makes the prefix")
@@ -511,6 +511,6 @@ def test_numbers_that_are_none_are_refused(name, value):
     ],
 )
 def test_a_shift_is_refused_where_no_schedule_is_kept_to(options):
-    with pytest.raises(ValueError, match="shift=3 is for samplers that reveal a scheduled number"):
+    with pytest.raises(ValueError, match="shift=3 is for samplers that unmask a scheduled number"):
         Sampler(length=8, shift=3, **options)
     Sampler(length=8, shift=3, unmask=Threshold(0.9))

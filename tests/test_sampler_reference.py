@@ -77,13 +77,13 @@ class ByHand:
         return [i for i in places if self.x[i] == MASK]
 
     def step(self, places, count, rewriting, share=1.0):
-        """Reveal `count` masks of `places`, or before the stop once there is one; rewrite `share` of `rewriting`."""
+        """Unmask `count` masks of `places`, or before the stop once there is one; rewrite `share` of `rewriting`."""
         best, sure = self.predict()
         chosen = self.hidden(range(self.stop) if self.stop < len(self.x) else places)
-        revealed = sorted(chosen, key=lambda i: -sure[i])[:count]
+        unmasked = sorted(chosen, key=lambda i: -sure[i])[:count]
         rewritten = sorted(rewriting, key=lambda i: -sure[i])[: int(len(rewriting) * share)]
         self.edits += sum(self.x[i] != best[i] for i in rewritten)
-        for i in revealed + rewritten:
+        for i in unmasked + rewritten:
             self.x[i] = best[i]
         if self.early and EOT in self.x:
             self.stop = min(self.stop, self.x.index(EOT))

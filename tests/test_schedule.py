@@ -1,4 +1,4 @@
-"""How many tokens a step reveals, and where a text ends."""
+"""How many tokens a step unmasks, and where a text ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MASK, EOT = 0, 2
 
 
 @pytest.mark.parametrize(("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n])
-def test_reveals_are_an_even_split_with_the_remainder_first(number, steps):
+def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     tokens = torch.full((1, number), MASK)
     progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, MASK)
     counts, left = [], []
@@ -49,17 +49,17 @@ def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
     tokens = torch.full((1, number), MASK)
     schedule = Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1, shift=shift)
     progress = Progress(schedule, tokens, MASK)
-    revealed = 0
+    unmasked = 0
     for step in range(1, steps + 1):
         progress.enter(tokens)
         count = int(progress.take(tokens))
-        assert count >= min(1, number - revealed)
+        assert count >= min(1, number - unmasked)
         expected = number * shift * (step / steps) / (1 + (shift - 1) * step / steps)
-        ahead = revealed - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)
-        revealed += count
-        assert expected - 1e-6 <= revealed < expected + max(ahead, 0) + 1 or count == 1
-        tokens[:, :revealed] = 5
-    assert revealed == number
+        ahead = unmasked - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)
+        unmasked += count
+        assert expected - 1e-6 <= unmasked < expected + max(ahead, 0) + 1 or count == 1
+        tokens[:, :unmasked] = 5
+    assert unmasked == number
 
 
 def test_an_even_split_is_the_shift_of_one():

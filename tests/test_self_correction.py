@@ -179,7 +179,7 @@ def trainer_for(run: Path, callbacks: list, **changed) -> L.Trainer:
 
 
 def data_for(data: Path, codec: Codec, kind: type[CaptionData] = CaptionData, **changed) -> CaptionData:
-    values = {"batch_size": 4, "canvas": CANVAS, "image_size": 48, "epoch_batches": STEPS_PER_EPOCH, "seed": 7}
+    values = {"batch_size": 4, "response_length": CANVAS, "image_size": 48, "epoch_batches": STEPS_PER_EPOCH, "seed": 7}
     return kind(path=str(data), codec=codec, **{**values, **changed})
 
 
@@ -478,7 +478,7 @@ def test_datamodule_that_takes_no_rounds_is_refused(codec, tmp_path):
 
 
 def draft_arguments(data: Path, model: Path, out: Path) -> list[str]:
-    sizes = [f"data.canvas={CANVAS}", "data.batch_size=4", f"num={NUM}", "tokens_per_step=[16,32]", "seed=7"]
+    sizes = [f"data.response_length={CANVAS}", "data.batch_size=4", f"num={NUM}", "tokens_per_step=[16,32]", "seed=7"]
     sizes.append("sampler.eos_last=false")
     return ["conf=draft", f"model.path={model}", f"data.path={data}", f"out={out}", *sizes]
 
@@ -515,7 +515,7 @@ def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (["data.canvas=32", "sampler.length=32"], "canvas, sampler"),
+        (["data.response_length=32", "sampler.length=32"], "response length, sampler"),
         (["round=2", "seed=6"], "data_seed, round"),
         (["data.batch_size=3"], "batch_size"),
     ],

@@ -58,7 +58,7 @@ from datamodules.captions import CaptionData
 from src.text.tokenizer import Codec
 
 codec = Codec.load(f"{sys.argv[1]}/tokenizer")
-data = CaptionData(path=sys.argv[1], codec=codec, batch_size=16, canvas=40, image_size=48, workers=1)
+data = CaptionData(path=sys.argv[1], codec=codec, batch_size=16, response_length=40, image_size=48, workers=1)
 batches = iter(data.train_dataloader())
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)
@@ -69,7 +69,7 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48, vocab_size=300, canvas=40, prompt="Describe.", num_train=48,
+    Scenes(out=str(out), image_size=48, vocab_size=300, response_length=40, prompt="Describe.", num_train=48,
            num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=9.0, per_shard=16).run()  # fmt: skip
     return out
 
@@ -77,7 +77,7 @@ def scenes(tmp_path_factory) -> Path:
 def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
     sizes = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=1"]
     model = [f"model.{part}.{size}" for part in ("decoder", "vision") for size in sizes]
-    data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=4", "data.canvas=40"]
+    data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=4", "data.response_length=40"]
     steps = ["trainer.max_steps=16", "objective.training.warmup_steps=1", "callbacks.checkpoint.every_n_train_steps=6"]
     rest = ["callbacks.samples=null", "trainer.limit_val_batches=2", "data.workers=1", f"run_dir={run_dir}"]
     return [f"conf={conf},model/tiny", *model, *data, *steps, *rest, *more]

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from src.cli.config import load_config
 from src.cli.instantiate import check
 from src.io.errors import UserError
-from src.train import OFFERS
+from src.training.build import OFFERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")

@@ -391,7 +391,7 @@ def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, 
 
 def test_a_model_without_weights_is_no_model(tmp_path, sbatch, capsys):
     data, model, base = tmp_path / "data", tmp_path / "model", ROOT / "assets" / "base"
-    Scenes(out=str(data), tokenizer=str(base), image_size=48, vocab_size=512, canvas=64, prompt="Describe.",
+    Scenes(out=str(data), tokenizer=str(base), image_size=48, vocab_size=512, response_length=64, prompt="Describe.",
            num_train=8, num_val=2, num_test=2, captions_per_image=1, objects=[1, 1], noise=9.0).run()  # fmt: skip
     model.mkdir()
     shutil.copy(base / "config.json", model)

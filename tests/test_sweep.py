@@ -43,7 +43,13 @@ GRID = {"proseco": {"reviser": {"passes": [1, 2]}}}
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "scenes"
     counts = {"num_train": 40, "num_val": 2, "num_test": 6, "captions_per_image": 1, "objects": [1, 2]}
-    settings = {"image_size": 48, "noise": 2.0, "vocab_size": 300, "canvas": CANVAS, "prompt": "Describe the picture."}
+    settings = {
+        "image_size": 48,
+        "noise": 2.0,
+        "vocab_size": 300,
+        "response_length": CANVAS,
+        "prompt": "Describe the picture.",
+    }
     Scenes(out=str(out), **counts, **settings).run()
     return out
 
@@ -70,7 +76,12 @@ def conf(data, model, tmp_path):
         "samplers": {"plain": PLAIN, "proseco": PROSECO},
         "grid": GRID,
         "tokens_per_step": [16, 24],
-        "data": {"target": "datamodules.captions.CaptionData", "path": str(data), "canvas": CANVAS, "image_size": 48},
+        "data": {
+            "target": "datamodules.captions.CaptionData",
+            "path": str(data),
+            "response_length": CANVAS,
+            "image_size": 48,
+        },
         "split": "test",
         "num": NUM,
         "batch_size": 4,
@@ -378,7 +389,9 @@ def test_the_bound_of_a_model_is_done_once(conf, data, model, tmp_path, capsys):
 
     main([conf(bound={"draws": 3})])
     codec, backbone = Codec.load(data / "tokenizer"), from_pretrained(model).eval()
-    loader = CaptionData(path=str(data), codec=codec, batch_size=NUM, canvas=CANVAS, image_size=48).test_dataloader()
+    loader = CaptionData(
+        path=str(data), codec=codec, batch_size=NUM, response_length=CANVAS, image_size=48
+    ).test_dataloader()
     with torch.no_grad():
         nats = response_nats(backbone, next(iter(loader)), special=codec.special, draws=3, seed=0)
     found = read(tmp_path)["bounds"]["m"]
@@ -409,7 +422,7 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
     folder = tmp_path / "sums"
     Pairs(
         out=str(folder), files=str(tmp_path / "sums.jsonl"), prompt="question", response="answer", keep=[],
-        max_prompt=64, canvas=CANVAS, tokenizer=None, vocab_size=300, prompt_format=None, seed=0, overwrite=False,
+        max_prompt=64, response_length=CANVAS, tokenizer=None, vocab_size=300, prompt_format=None, seed=0, overwrite=False,
     ).run()  # fmt: skip
     codec = Codec.load(folder / "tokenizer")
     write_model(tmp_path / "text", codec, vision=False)
@@ -422,7 +435,7 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
         {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
     ]
     settings = {"models": {"m": str(tmp_path / "text")}, "metrics": metrics, "headline": ["exact_match", "gen_nll"]}
-    node = {"target": "datamodules.text.TextData", "path": str(folder), "canvas": CANVAS}
+    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": CANVAS}
     curve = {"metric": "gen_nll", "best": "lowest"}
     main([conf(**settings, data=node, split="val", bound={"draws": 2}, curve=curve)])
     stats = read(tmp_path)["methods"]["m"]["proseco[passes=1]"]["16"]
@@ -442,9 +455,11 @@ def test_a_record_that_a_metric_cannot_use_stops_before_the_first_caption(conf, 
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
     folder = tmp_path / "data"
-    Pairs(out=str(folder), files=files, prompt="question", response="answer", canvas=CANVAS, vocab_size=300).run()
+    Pairs(
+        out=str(folder), files=files, prompt="question", response="answer", response_length=CANVAS, vocab_size=300
+    ).run()
     write_model(tmp_path / "text", Codec.load(folder / "tokenizer"), vision=False)
-    node = {"target": "datamodules.text.TextData", "path": str(folder), "canvas": CANVAS}
+    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": CANVAS}
     settings = {"metrics": [{"target": "src.metrics.answer.ExactMatch"}], "headline": ["answered"], "curve": None}
     with pytest.raises(SystemExit):
         main([conf(models={"m": str(tmp_path / "text")}, data=node, split="val", **settings)])

@@ -42,13 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "smiles.csv").write_text("smiles\n" + "".join(f"{text}\n" for text in molecules))
     for kind, ending in (("text", "txt"), ("sft", "jsonl"), ("smiles", "csv")):
         more = ["prepare.split=rows", "prepare.vocab_size=300"] if kind == "text" else []
-        sizes = [f"prepare.canvas={CANVAS[kind]}", "prepare.per_shard=16"]
+        sizes = [f"prepare.response_length={CANVAS[kind]}", "prepare.per_shard=16"]
         prepare([f"conf={kind}", f"prepare.files={path / kind}.{ending}", f"prepare.out={path / kind}", *sizes, *more])
     return path
 
 
 def data(folder: Path, kind: str, **changed: Any) -> TextData:
-    settings: dict[str, Any] = {"batch_size": 4, "canvas": CANVAS[kind], "seed": 5, **changed}
+    settings: dict[str, Any] = {"batch_size": 4, "response_length": CANVAS[kind], "seed": 5, **changed}
     return TextData(path=str(folder / kind), codec=Codec.load(folder / kind / "tokenizer"), **settings)
 
 
@@ -77,9 +77,9 @@ def test_packed_rows_come_as_they_were_cut(folder: Path) -> None:
     assert not module.notes
 
 
-def test_rows_of_another_length_than_the_canvas_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows of 12 tokens, but canvas is 16; set data\.canvas=12"):
-        data(folder, "text", canvas=16).train_dataloader()
+def test_rows_of_another_length_than_the_response_length_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"rows of 12 tokens, but response length is 16; set data\.response_length=12"):
+        data(folder, "text", response_length=16).train_dataloader()
 
 
 def test_responses_end_in_eot_behind_prompts_of_different_length(folder: Path) -> None:
@@ -124,7 +124,7 @@ def test_share_of_hidden_prompts(folder: Path) -> None:
     codec = Codec.load(folder / "smiles" / "tokenizer")
     (sample, *_) = stored(folder / "smiles" / "train")
     for share in (0.0, 0.1, 1.0):
-        collate = TextCollate(codec, canvas=8, seed=3, prompt_dropout=share)
+        collate = TextCollate(codec, response_length=8, seed=3, prompt_dropout=share)
         shown = codec.prompt_ids(sample.record["prompt"], images=0)
         found = [collate.prompt_ids(sample, epoch) for epoch in range(20_000)]
         assert {tuple(ids) for ids in found} <= {tuple(shown), (codec.mask_id,) * len(shown)}
@@ -205,12 +205,12 @@ def test_a_run_resumes_within_an_epoch(folder: Path, tmp_path: Path, kind: str, 
     ],
 )
 def test_each_kind_trains_and_samples(folder: Path, tmp_path: Path, kind: str, conf: str, more: list[str]) -> None:
-    model, canvas = tmp_path / "run" / "model", CANVAS[kind]
+    model, response_length = tmp_path / "run" / "model", CANVAS[kind]
     steps = ["trainer.max_steps=3", "objective.training.warmup_steps=1", "data.batch_size=8", "data.workers=0"]
-    where = [f"data.path={folder / kind}", f"run_dir={tmp_path / 'run'}", f"data.canvas={canvas}"]
+    where = [f"data.path={folder / kind}", f"run_dir={tmp_path / 'run'}", f"data.response_length={response_length}"]
     train([f"conf={conf},task/{kind}", *where, *steps, *SMALL, *more])
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 3}
-    assert json.loads((model / "config.json").read_text())["canvas"] == canvas
+    assert json.loads((model / "config.json").read_text())["response_length"] == response_length
 
     def sampled(prompt: str, *options: str) -> list[dict]:
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
@@ -232,7 +232,7 @@ def test_models_of_text_are_evaluated(folder: Path, tmp_path: Path, kind: str) -
     save_pretrained(tiny(codec, decoder=SIZES, vision=None), codec, tmp_path / "model")
     settings = {
         "models": {"mask": None, "stage1": None, "stage2": None, "mine": str(tmp_path / "model")},
-        "data": {"target": "datamodules.text.TextData", "path": str(folder / kind), "canvas": CANVAS[kind]},
+        "data": {"target": "datamodules.text.TextData", "path": str(folder / kind), "response_length": CANVAS[kind]},
         "metrics": [{"target": "src.metrics.text.TextHealth"}, {"target": "src.metrics.text.ReferenceOverlap"}],
         "headline": ["word_f1"], "tokens_per_step": [8], "num": 3, "out": str(tmp_path / "out"),
     }  # fmt: skip

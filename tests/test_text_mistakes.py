@@ -29,7 +29,12 @@ def write_jsonl(path: Path, lines: list[dict]) -> Path:
 def made(tmp_path: Path, lines: list[dict], **more: Any) -> tuple[dict, list[dict], Codec]:
     """What pairs of these lines, all of train, come to: counts of records, the rows, the tokenizer."""
     out, file = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", lines)
-    given: dict[str, Any] = {"files": {"train": str(file)}, "prompt": "question", "response": "answer", "canvas": 40}
+    given: dict[str, Any] = {
+        "files": {"train": str(file)},
+        "prompt": "question",
+        "response": "answer",
+        "response_length": 40,
+    }
     index = Pairs(out=str(out), **given, **{"vocab_size": 300, **more}).run()
     rows = [sample["json"] for path in sorted((out / "train").glob("*.tar")) for sample in read_shard(path)]
     return index["counts"]["records"], rows, Codec.load(out / "tokenizer")
@@ -70,8 +75,14 @@ def test_prompts_that_spell_out_special_tokens_are_left_out(tmp_path: Path) -> N
         ),
         (["conf=sft", "prepare.files=7"], "files: expected"),
         (["conf=sft", "prepare.files={train: 7}"], "files: expected"),
-        (["conf=text", "prepare.field=answer", "prepare.canvas=0"], "prepare.canvas must be at least 2, got 0"),
-        (["conf=text", "prepare.field=answer", "prepare.canvas=1"], "prepare.canvas must be at least 2, got 1"),
+        (
+            ["conf=text", "prepare.field=answer", "prepare.response_length=0"],
+            "prepare.response_length must be at least 2, got 0",
+        ),
+        (
+            ["conf=text", "prepare.field=answer", "prepare.response_length=1"],
+            "prepare.response_length must be at least 2, got 1",
+        ),
         (["conf=smiles", "prepare.field=answer", "prepare.value=key"], "prepare.value: a sample has 'key' of its own"),
         (["conf=smiles", "prepare.field=answer", "prepare.percentile=200"], "prepare.percentile must be from 0 to 100"),
     ],
@@ -89,14 +100,14 @@ def test_mistakes_are_one_line(
 def test_a_class_without_molecules_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "m.csv"
     file.write_text("smiles\n" + "".join("C" * n + "\n" for n in range(1, 30)))
-    Smiles(out=str(tmp_path / "out"), files=str(file), canvas=40, prompt_format="plain").run()
+    Smiles(out=str(tmp_path / "out"), files=str(file), response_length=40, prompt_format="plain").run()
     assert "all molecules of train are of class 1, as the percentile 90 of rings is 0" in caplog.text
 
 
 def test_one_document_is_told_how_to_make_three_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "book.txt").write_text("word " * 200)
     file, out = str(tmp_path / "book.txt"), str(tmp_path / "out")
-    Packed(out=out, files=file, canvas=16, vocab_size=320, prompt_format="plain").run()
+    Packed(out=out, files=file, response_length=16, vocab_size=320, prompt_format="plain").run()
     assert "no row is in val and in test" in caplog.text and "prepare.split=rows" in caplog.text
 
 

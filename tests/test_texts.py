@@ -53,7 +53,12 @@ def ids_of(rows: list[dict]) -> list[int]:
 
 
 def packed(tmp_path: Path, **changed: Any) -> Packed:
-    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "canvas": 16, "vocab_size": 320, "prompt_format": "plain"}
+    settings: dict[str, Any] = {
+        "out": str(tmp_path / "out"),
+        "response_length": 16,
+        "vocab_size": 320,
+        "prompt_format": "plain",
+    }
     return Packed(**{**settings, **changed})
 
 
@@ -102,8 +107,8 @@ def test_equal_settings_make_equal_bytes_and_a_second_run_does_nothing(tmp_path:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     file.unlink()
     assert one.run() == two.run()
-    with pytest.raises(ValueError, match=r"other settings \(canvas\)"):
-        packed(tmp_path, files=str(file), out=str(tmp_path / "a"), canvas=8).run()
+    with pytest.raises(ValueError, match=r"other settings \(response length\)"):
+        packed(tmp_path, files=str(file), out=str(tmp_path / "a"), response_length=8).run()
 
 
 def test_gpt2_is_read_from_two_files_and_keeps_its_ids(tmp_path: Path) -> None:
@@ -133,7 +138,12 @@ def test_gpt2_is_read_from_two_files_and_keeps_its_ids(tmp_path: Path) -> None:
 
 
 def pairs(tmp_path: Path, **changed: Any) -> Pairs:
-    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "canvas": 40, "vocab_size": 300, "max_prompt": 60}
+    settings: dict[str, Any] = {
+        "out": str(tmp_path / "out"),
+        "response_length": 40,
+        "vocab_size": 300,
+        "max_prompt": 60,
+    }
     return Pairs(**{**settings, "prompt": "question", "response": "answer", **changed})
 
 
@@ -262,7 +272,7 @@ def test_molecules_get_the_class_of_their_rings(tmp_path: Path) -> None:
     rings = ["C1CC1" + "C" * n for n in range(8)] + ["C1CC1C1CC1" + "C" * n for n in range(8)]
     file = tmp_path / "m.csv"
     file.write_text("smiles,id\n" + "".join(f"{s},1\n" for s in [*chains, *rings, "C1CC", "", rings[0], "C" * 50]))
-    dataset = Smiles(out=str(tmp_path / "out"), files=str(file), canvas=20, prompt_format="plain")
+    dataset = Smiles(out=str(tmp_path / "out"), files=str(file), response_length=20, prompt_format="plain")
     index, rows, codec = made(dataset)
     assert index["counts"]["records"] == {
         "records": len(chains) + 20, "broken_smiles": 1, "empty_text": 1, "duplicate_text": 1, "responses too long": 1
@@ -286,7 +296,9 @@ def test_a_column_may_decide_the_class(tmp_path: Path) -> None:
     file = tmp_path / "m.csv"
     values = ["0.5", "nan", "high", ""] + [str(n) for n in range(40)]
     file.write_text("smiles,qed\n" + "".join(f"{'C' * (n + 1)},{value}\n" for n, value in enumerate(values)))
-    index, rows, _ = made(Smiles(out=str(tmp_path / "out"), files={"train": str(file)}, canvas=60, value="qed"))
+    index, rows, _ = made(
+        Smiles(out=str(tmp_path / "out"), files={"train": str(file)}, response_length=60, value="qed")
+    )
     assert index["counts"]["records"] == {"records": 44, "not_a_number": 3}
     assert Counter(row["prompt"] for row in rows["train"]) == {
         "0": 36,
@@ -301,7 +313,9 @@ def test_a_column_may_decide_the_class(tmp_path: Path) -> None:
 @needs_real_data
 def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
     text = SHARED / "text"
-    mbpp = pairs(tmp_path, files=str(text / "mbpp.jsonl"), prompt="text", response="code", canvas=1000, max_prompt=None)
+    mbpp = pairs(
+        tmp_path, files=str(text / "mbpp.jsonl"), prompt="text", response="code", response_length=1000, max_prompt=None
+    )
     index, rows, _ = made(mbpp)
     lines = [json.loads(line) for line in (text / "mbpp.jsonl").read_text().splitlines()]
     assert index["counts"]["records"]["carriage_returns"] == sum("\r" in line["code"] for line in lines)
@@ -310,7 +324,7 @@ def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
     assert found <= {line["code"].replace("\r\n", "\n").replace("\r", "\n") for line in lines}
     assert index["counts"]["records"]["records"] == len(lines)
     evaluated = pairs(
-        tmp_path, files=str(text / "humaneval.jsonl"), prompt="prompt", response="canonical_solution", canvas=1000,
+        tmp_path, files=str(text / "humaneval.jsonl"), prompt="prompt", response="canonical_solution", response_length=1000,
         max_prompt=None, keep=["test", "entry_point"], out=str(tmp_path / "humaneval"),
     )  # fmt: skip
     _, rows, _ = made(evaluated)

@@ -98,21 +98,24 @@ def test_packed_tokens_equal_those_of_another_implementation() -> None:
 
 @pytest.mark.parametrize("size", [(100, 34), (34, 100), (60, 60), (61, 200), (7, 5), (300, 9), (129, 128)])
 def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
-    """The image lies in the middle of the black canvas, untouched on one side, and its features are those kept."""
+    """The image lies in the middle of the black response length, untouched on one side, and its features are those kept."""
     layout, side = anyres(16), 4
     tiles = layout.tiles(Image.new("RGB", size, "white"))
     columns, rows = layout.grid(size)
     assert (tiles[0] == 255).all()
-    canvas = np.zeros((16 * rows, 16 * columns), dtype=bool)
+    response_length = np.zeros((16 * rows, 16 * columns), dtype=bool)
     for number, tile in enumerate(tiles[1:]):
         top, left = 16 * (number // columns), 16 * (number % columns)
-        canvas[top : top + 16, left : left + 16] = (tile == 255).all(-1)
+        response_length[top : top + 16, left : left + 16] = (tile == 255).all(-1)
         assert np.isin(tile, (0, 255)).all()
-    found = [np.flatnonzero(canvas.any(1)), np.flatnonzero(canvas.any(0))]  # rows, columns
+    found = [np.flatnonzero(response_length.any(1)), np.flatnonzero(response_length.any(0))]  # rows, columns
     (top, bottom), (left, right) = ((int(places[0]), int(places[-1]) + 1) for places in found)
-    assert canvas[top:bottom, left:right].all()
-    assert (top, left) == ((canvas.shape[0] - bottom + top) // 2, (canvas.shape[1] - right + left) // 2)
-    assert bottom - top == canvas.shape[0] or right - left == canvas.shape[1]
+    assert response_length[top:bottom, left:right].all()
+    assert (top, left) == (
+        (response_length.shape[0] - bottom + top) // 2,
+        (response_length.shape[1] - right + left) // 2,
+    )
+    assert bottom - top == response_length.shape[0] or right - left == response_length.shape[1]
     assert abs((right - left) / (bottom - top) / (size[0] / size[1]) - 1) < 1 / min(bottom - top, right - left) + 0.02
     for kept, first, last in zip(layout.unpadded(size, side=side), (top, left), (bottom, right), strict=True):
         assert abs(kept.start - first / 16 * side) < 1

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src import types as nouns
 from src.io.shards import INDEX, read_manifest, read_tar, write_shard
-from src.objectives.revision import Revision
+from src.objectives.revision import RevisionObjective
 from src.preparation.scenes import Scenes
 from src.train import main
 
@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, canvas=40, num_train=48)
+    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
     return out
 
 
-def write_scenes(out: Path, *, vocab_size: int, canvas: int, num_train: int) -> None:
-    Scenes(out=str(out), image_size=48, vocab_size=vocab_size, canvas=canvas, prompt="Describe.", num_train=num_train,
+def write_scenes(out: Path, *, vocab_size: int, response_length: int, num_train: int) -> None:
+    Scenes(out=str(out), image_size=48, vocab_size=vocab_size, response_length=response_length, prompt="Describe.", num_train=num_train,
            num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=2.0, per_shard=16).run()  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> 
         f"data.path={scenes}",
         f"tokenizer={scenes}/tokenizer",
         "data.batch_size=8",
-        "data.canvas=40",
+        "data.response_length=40",
         "data.workers=0",
     ]
     quick = ["callbacks.samples=null", "objective.training.warmup_steps=1"]
@@ -67,9 +67,9 @@ def finished(scenes, tmp_path_factory) -> Path:
 def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
     assert json.loads((finished / "finished.json").read_text()) == {"steps": 10}
     assert {p.name for p in (finished / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads((finished / "model" / "config.json").read_text())["canvas"] == 40
+    assert json.loads((finished / "model" / "config.json").read_text())["response_length"] == 40
     assert list((finished / "tensorboard").glob("events*"))
-    assert "target: src.objectives.revision.Revision" in (finished / "config.yaml").read_text()
+    assert "target: src.objectives.revision.RevisionObjective" in (finished / "config.yaml").read_text()
 
 
 def test_checkpoints_hold_tensors_and_plain_containers_only(finished):
@@ -176,7 +176,7 @@ def logged(run_dir: Path, name: str) -> list[tuple[int, float]]:
 def test_terms_without_positions_are_not_logged(tmp_path):
     """Scenes always have false spans; these captions have lost theirs."""
     data = tmp_path / "data"
-    write_scenes(data, vocab_size=300, canvas=40, num_train=16)
+    write_scenes(data, vocab_size=300, response_length=40, num_train=16)
     for split in ("train", "val"):
         for shard in (data / split).glob("*.tar"):
             samples = [json.loads(s["json"]) | {"image": s["png"]} for s in read_tar(shard, strict=True)]
@@ -241,7 +241,7 @@ def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
 
 async def agrees(self, drafts):
     for draft in drafts:
-        yield draft.key, nouns.Revision(())
+        yield draft.key, nouns.RevisionObjective(())
 
 
 @pytest.mark.parametrize("start", ["true", "false"])
@@ -302,7 +302,7 @@ def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
     def broken(self, batch):
         raise ValueError("shapes differ")
 
-    monkeypatch.setattr(Revision, "corrupt", broken)
+    monkeypatch.setattr(RevisionObjective, "corrupt", broken)
     with pytest.raises(ValueError, match="shapes differ") as caught:
         run(arguments(scenes, tmp_path / "run"))
     assert caught.type is ValueError  # no UserError, which would end in one line
@@ -364,8 +364,8 @@ def test_checkpoints_are_written_beside_their_place(scenes, tmp_path, monkeypatc
 
 def test_a_model_of_another_tokenizer_is_refused(scenes, finished, tmp_path, capsys):
     data = tmp_path / "other"
-    write_scenes(data, vocab_size=200, canvas=60, num_train=8)
+    write_scenes(data, vocab_size=200, response_length=60, num_train=8)
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/run", f"tokenizer={data}/tokenizer"]
-    error = refusal([*argv, f"data.path={data}", "data.canvas=60", model], capsys)
+    error = refusal([*argv, f"data.path={data}", "data.response_length=60", model], capsys)
     assert f"the model in {finished}/model was trained with another tokenizer than {data}/tokenizer" in error

@@ -73,7 +73,7 @@ def test_scores_in_parts_are_the_formulas():
 
 
 @pytest.mark.parametrize("score", sorted(SCORES))
-def test_the_order_of_reveals_is_that_of_the_score(score):
+def test_the_order_of_unmasks_is_that_of_the_score(score):
     backbone = Fixed(1)
     found = run(Sampler(length=L, score=score), backbone)
     values = []
@@ -159,16 +159,16 @@ def test_the_factor_rule_by_enumeration():
     assert (scheduled.sum(1) >= eligible.sum(1).clamp(max=5)).all()
 
 
-def test_ancestral_sampling_reveals_each_mask_by_chance():
+def test_ancestral_sampling_unmasks_each_mask_by_chance():
     rows, steps = 500, 8
     found = run(Sampler(length=L, steps=steps, unmask=Bernoulli()), Fixed(rows), range(rows))
     for number in range(steps):
         masks = sum(
             trace[number - 1].tokens.count(MASK) if number else L for trace in found.traces if len(trace) > number
         )
-        revealed = sum(len(trace[number].unmasked) for trace in found.traces if len(trace) > number)
+        unmasked = sum(len(trace[number].unmasked) for trace in found.traces if len(trace) > number)
         chance = 1 / (steps - number)
-        assert abs(revealed - masks * chance) <= 4 * math.sqrt(masks * chance * (1 - chance)), number
+        assert abs(unmasked - masks * chance) <= 4 * math.sqrt(masks * chance * (1 - chance)), number
     assert MASK not in found.ids
 
 
@@ -207,8 +207,8 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_under_the_seed(settings):
         ({"score": "entropie"}, "'entropie'"),
         ({"score": "entropy", "unmask": Threshold(0.9)}, "Threshold needs a score of"),
         ({"score": "margin", "unmask": Factor(1.0)}, "Factor needs a score of"),
-        ({"score": "margin", "unmask": Bernoulli()}, "Bernoulli reveals by chance.*'margin'"),
-        ({"eos_last": True, "unmask": Bernoulli()}, "Bernoulli reveals by chance.*eos_last=True"),
+        ({"score": "margin", "unmask": Bernoulli()}, "Bernoulli unmasks by chance.*'margin'"),
+        ({"eos_last": True, "unmask": Bernoulli()}, "Bernoulli unmasks by chance.*eos_last=True"),
         ({"top_p": 0.9}, "1 at temperature 0, got 0.9"),
         ({"top_p": 0.0, "temperature": 1.0}, "got 0.0"),
         ({"top_p": 1.1, "temperature": 1.0}, "got 1.1"),
@@ -294,7 +294,7 @@ def test_calls_are_counted_as_they_are_made_and_no_text_is_asked_about_twice(cfg
     sampler = Sampler(length=8, steps=8, blocks=blocks, unmask=Bernoulli(), cfg_scale=cfg_scale, reviser=reviser)
     found = run(sampler, backbone, range(rows))
     assert found.forwards.tolist() == [len(asked) for asked in backbone.asked]
-    assert int(found.forwards.sum()) < sum(map(len, found.traces)) * each  # some steps revealed nothing
+    assert int(found.forwards.sum()) < sum(map(len, found.traces)) * each  # some steps unmasked nothing
     for row, trace in enumerate(found.traces):
         texts = backbone.asked[row][::each]
         again = sum(a == b for a, b in pairwise(texts))

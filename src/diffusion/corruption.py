@@ -105,7 +105,7 @@ class Span:
         return _within(batch, present & (order < self.num))
 
 
-class Settle:
+class ShowGaps:
     """Put some of the spans right again whose right tokens hold a gap: with probability `share` each.
 
     The next pass of a sampler sees the gaps that this one has written. Nothing else in the data shows that they stay.
@@ -161,7 +161,7 @@ class Hybrid:
 OPERATIONS = ("substitute", "swap", "duplicate", "shift")
 
 
-class Edit:
+class EditNoise:
     """Random edits of the text, one after the other (SEED Diffusion, arXiv 2508.02193). No masks.
 
     Of a text of n tokens floor(a n) edits are made, a uniform on [0, rate]: `substitute` a random token, `swap` two

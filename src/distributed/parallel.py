@@ -98,7 +98,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Elsewhere(RuntimeError):
+class RemoteRankError(RuntimeError):
     """What went wrong on another rank."""
 
 
@@ -128,7 +128,7 @@ class Team:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value."""
         if self.size == 1:
             return value
@@ -136,7 +136,7 @@ class Team:
         dist.broadcast_object_list(told, src=0, group=self._group)
         return told[0]
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The greatest value of any rank. Cheap enough for every step."""
         if self.size == 1:
             return value
@@ -144,7 +144,7 @@ class Team:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
         return int(found)
 
-    def alone(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, which alone does it; what it raises there stops all ranks."""
         wrong, found = None, None
         if self.first:
@@ -152,11 +152,11 @@ class Team:
                 found = work()
             except (ValueError, OSError) as error:
                 wrong = error
-        told, found = self.share((wrong and f"rank 0: {wrong}", found))
+        told, found = self.broadcast((wrong and f"rank 0: {wrong}", found))
         if wrong is not None:
             raise wrong
         if told is not None:
-            raise Elsewhere(told)
+            raise RemoteRankError(told)
         return found
 
 

@@ -48,7 +48,7 @@ class Cell:
         return plain if plain == self.name and not plain.startswith(".") else f"{plain.lstrip('.')}-{digest}"
 
 
-class Ledger:
+class ResultStore:
     """Entries are added one by one, and taken over from an earlier run where their signature is the same.
 
     signatures: of the cells, in the order of the table; bounds: of the models whose likelihood bound is asked for

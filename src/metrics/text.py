@@ -3,7 +3,7 @@
     TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the set (distinct-2)
     ReferenceOverlap   word F1 against the best reference
     Bleu               corpus BLEU-4 against all references
-    response_counts    tokens, whether the canvas cut the caption, masks and end-of-text ids left in it: facts of ids
+    response_counts    tokens, whether the response length cut the caption, masks and end-of-text ids left in it: facts of ids
 
 Quality metrics can look good while a text falls apart; these are cheap enough to be always on.
 """
@@ -36,7 +36,7 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
     """Facts of one response: `tokens`, `cut`, `leftover_masks` and `inner_eos`.
 
     `tokens` are those of the text, without gaps; with a gap `gaps` says how many there are in it.
-    `cut` is 1 where the text fills the canvas and nothing ends it. `inner_eos` is the share of end-of-text ids
+    `cut` is 1 where the text fills the response length and nothing ends it. `inner_eos` is the share of end-of-text ids
     among those before eot, or before the filler where there is no eot: they vanish in the text.
     """
     ids = list(ids)

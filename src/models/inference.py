@@ -11,11 +11,16 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-def warn_of_canvas(backbone: nn.Module, canvas: int, *, name: str) -> None:
+def warn_if_length_differs(backbone: nn.Module, response_length: int, *, name: str) -> None:
     """Warn where responses are to be of another length than those that the model was trained with."""
-    trained = getattr(backbone, "canvas", None)
-    if trained and trained != canvas:
-        logger.warning("%s=%d, but the model was trained with canvas %d: it writes best at that", name, canvas, trained)
+    trained = getattr(backbone, "response_length", None)
+    if trained and trained != response_length:
+        logger.warning(
+            "%s=%d, but the model was trained with response length %d: it writes best at that",
+            name,
+            response_length,
+            trained,
+        )
 
 
 @contextmanager

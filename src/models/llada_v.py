@@ -53,7 +53,7 @@ class LLaDAV(nn.Module):
         self.vision_config, self.tiling = vision, tiling
         self.original: dict = {}  # what an original config.json says beyond this, for an export in its layout
         self.image_id = image_id
-        self.canvas: int | None = None  # length of the responses that it was trained on
+        self.response_length: int | None = None  # length of the responses that it was trained on
         self.model = Decoder(self.config)
         layout = AnyRes(**tiling) if tiling else None
         self.vision = VisionPath(vision, self.config.hidden_size, tiling=layout) if vision else None

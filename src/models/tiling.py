@@ -77,9 +77,9 @@ class AnyRes:
     def tiles(self, image: Image.Image) -> np.ndarray:
         """(T, S, S, 3) uint8: the whole image squashed, then its grid row by row."""
         side, (columns, rows) = self.size, self.grid(image.size)
-        canvas = self._canvas(image).reshape(rows, side, columns, side, 3)
+        response_length = self._response_length(image).reshape(rows, side, columns, side, 3)
         whole = np.asarray(_resized(image, (side, side)))
-        return np.concatenate([whole[None], canvas.swapaxes(1, 2).reshape(-1, side, side, 3)])
+        return np.concatenate([whole[None], response_length.swapaxes(1, 2).reshape(-1, side, side, 3)])
 
     def grid(self, image_size: Size) -> Size:
         """(columns, rows) of the tiles: the grid that keeps most of the resolution, then the one that wastes least."""
@@ -110,7 +110,7 @@ class AnyRes:
         ratio = math.sqrt(height * width / (self.max_tiles * side**2))
         return (int(height // ratio), int(width // ratio)) if ratio > SLACK else (height, width)
 
-    def _canvas(self, image: Image.Image) -> np.ndarray:
+    def _response_length(self, image: Image.Image) -> np.ndarray:
         """(H, W, 3) uint8: the image in its grid, its shape kept, in the middle of black."""
         columns, rows = self.grid(image.size)
         width, height = columns * self.size, rows * self.size
@@ -119,9 +119,9 @@ class AnyRes:
             inner = width, min(math.ceil(image.height * across), height)
         else:
             inner = min(math.ceil(image.width * down), width), height
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(_resized(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
-        return np.asarray(canvas)
+        response_length = Image.new("RGB", (width, height))
+        response_length.paste(_resized(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        return np.asarray(response_length)
 
 
 Layout = Square | AnyRes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
-from src.diffusion.corruption import OPERATIONS, Absorb, Edit, start
+from src.diffusion.corruption import OPERATIONS, Absorb, EditNoise, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
@@ -20,10 +20,10 @@ from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 
 
-class EditNoise(Objective):
+class EditNoiseObjective(Objective):
     """Two terms, `mask` and `edit`.
 
-    rate, operations, window: of the edits (`Edit`); begin: share of the steps without them; edit: coefficient of the
+    rate, operations, window: of the edits (`EditNoise`); begin: share of the steps without them; edit: coefficient of the
     second term; weight, reduce, floor: see `Term`, weight and floor of the first term alone
     """
 
@@ -59,7 +59,7 @@ class EditNoise(Objective):
             t_min=t_min,
             seed=seed,
         )
-        self.begin, self.edits = begin, Edit(special=special, rate=rate, operations=operations, window=window)
+        self.begin, self.edits = begin, EditNoise(special=special, rate=rate, operations=operations, window=window)
 
     def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
         yield self.one_pass(batch, prefix, state, self.masked)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from src.diffusion.corruption import Chain, Choose, Only, Settle, Span
+from src.diffusion.corruption import Chain, Choose, Only, ShowGaps, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.optim import Training
@@ -22,7 +22,7 @@ class Refine(Objective):
     """Stage II with Stage I data mixed in.
 
     mistake: coefficient of the corrected spans; mistake_weight: `one` (paper) or `inverse_rate` (released code, which
-    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); settled: share of the
+    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); shown_gaps: share of the
     corrections with gaps, if the tokenizer has one, that are shown as made, so that gaps stay; the rest: `Revision`.
     """
 
@@ -36,7 +36,7 @@ class Refine(Objective):
         mistake: float = 1.0,
         mistake_weight: str = "one",
         keep: float = 0.0,
-        settled: float = 0.5,
+        shown_gaps: float = 0.5,
         rate: float = 0.10,
         source: str = "uniform",
         dynamic: bool = False,
@@ -65,7 +65,7 @@ class Refine(Objective):
         )
         drafts: Corruption = Span(num=None, kind=Kind.MISTAKE)
         if special.gap is not None:
-            drafts = Chain(drafts, Settle(gap=special.gap, share=settled))
+            drafts = Chain(drafts, ShowGaps(gap=special.gap, share=shown_gaps))
         damage = Choose(when="drafted", then=Only(drafts, rest=Kind.DRAFT), otherwise=data)
         super().__init__(
             backbone=backbone,

@@ -21,7 +21,7 @@ from src.types import Corruption, Kind, SpecialIds
 def stage_one(
     special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str, alone_share: float
 ) -> Corruption:
-    """The Stage I corruption. `hallucination`: see `Revision`."""
+    """The Stage I corruption. `hallucination`: see `RevisionObjective`."""
     noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
     if hallucination == "mixed":
         return Chain(*noise, Span())
@@ -39,7 +39,7 @@ def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, ha
     return tuple(Term(k.name.lower(), k, weight, reduce, coef=c, floor=floor) for k, c in rows if c)
 
 
-class Revision(Objective):
+class RevisionObjective(Objective):
     """Stage I.
 
     rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.

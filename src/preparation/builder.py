@@ -35,7 +35,7 @@ class Dataset(ABC):
     """
 
     out: str
-    canvas: int
+    response_length: int
     tokenizer: str | None = None
     seed: int = 0
     per_shard: int = 512

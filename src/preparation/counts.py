@@ -61,7 +61,7 @@ MEANING = {
     "class_1": "of them of class 1",
     "tokens_left": "tokens at the end that fill no row (left out)",
 }
-LONGER = "; to keep them raise prepare.canvas, and data.canvas with it"
+LONGER = "; to keep them raise prepare.response_length, and data.response_length with it"
 ADVICE = {
     "captions too long": LONGER,
     "responses too long": LONGER,

@@ -127,7 +127,7 @@ class Photos(Dataset):
     image_size:  side of the stored square image: the whole picture, on grey; encoding: jpg or png
     square:      false stores images in their own shape, the longer side at most `image_size`, to be cut into tiles
     tokenizer:   folder of a tokenizer to use; null trains one on the captions, which can write any text
-    canvas:      captions of more than canvas - 1 tokens are left out; the `data.canvas` of training should be as large
+    response_length:      captions of more than response_length - 1 tokens are left out; the `data.response_length` of training should be as large
     prompt:      the question, for records that have none
     max_images:  use only the first so many photos; null means all
     """
@@ -199,7 +199,7 @@ class Photos(Dataset):
         return True
 
     def _is_long(self, text: str, codec: Codec) -> bool:
-        return len(codec.encode(text)[0]) >= self.canvas
+        return len(codec.encode(text)[0]) >= self.response_length
 
     def _samples(self, photos: list[Photo], codec: Codec, counts: Counts, bar: tqdm) -> Iterator[dict]:
         locate = SwapLocator(codec)

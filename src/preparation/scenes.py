@@ -35,7 +35,7 @@ class Scenes(Dataset):
 
     objects:   least and greatest number of objects; noise: grey levels of sensor noise
     tokenizer: folder of a tokenizer to use; null trains one of `vocab_size` on the captions
-    canvas:    captions have at most canvas - 1 tokens, so that eot fits
+    response_length:    captions have at most response_length - 1 tokens, so that eot fits
     brief:     short lists of the objects instead of detailed captions
     """
 
@@ -121,10 +121,12 @@ class Scenes(Dataset):
     def _caption(self, scene: Scene, rng: Random, locate: SwapLocator, counts: Counter[str]) -> dict:
         for _ in range(MAX_DRAWS):
             text = write_brief(scene) if self.brief else write_caption(scene, rng)
-            if len(locate.codec.encode(text)[0]) < self.canvas:
+            if len(locate.codec.encode(text)[0]) < self.response_length:
                 return {"text": text, "swaps": locate(text, swaps(scene, text, rng), counts)}
             counts["captions redrawn"] += 1
-        raise UserError(f"no caption of a scene fits {self.canvas} tokens; set a larger canvas or fewer objects")
+        raise UserError(
+            f"no caption of a scene fits {self.response_length} tokens; set a larger response length or fewer objects"
+        )
 
 
 def make_codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:

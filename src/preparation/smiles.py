@@ -117,7 +117,7 @@ class Smiles(Texts):
 
     def check(self, item: Item, codec: Codec) -> None:
         super().check(item, codec)
-        if len(codec.encode(item.text)[0]) >= self.canvas:
+        if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
 
     def divide(

@@ -1,6 +1,6 @@
 """Datasets of texts without images: packed plain text, prompts with responses, molecules with a class label.
 
-    Packed   files of documents       -> rows of exactly `canvas` tokens, documents joined by end-of-text
+    Packed   files of documents       -> rows of exactly `response_length` tokens, documents joined by end-of-text
     Pairs    records with two fields  -> a prompt and the response to it
     Smiles   records with a SMILES    -> "1" or "0" for many or few rings as the prompt, the SMILES as the response
 
@@ -77,8 +77,8 @@ class Texts(Dataset):
     prompt_format: str | None = None
 
     def __post_init__(self) -> None:
-        if self.canvas < 2:
-            raise UserError(f"prepare.canvas must be at least 2, got {self.canvas}")
+        if self.response_length < 2:
+            raise UserError(f"prepare.response_length must be at least 2, got {self.response_length}")
         if self.vocab_size < 0:
             raise UserError(f"prepare.vocab_size must be at least 0, got {self.vocab_size}")
 
@@ -163,7 +163,7 @@ class Texts(Dataset):
 @dataclass(kw_only=True)
 class Packed(Texts):
     """Plain text without prompts. The documents of a split, each with end-of-text behind it, are one long sequence of
-    tokens, which is cut into rows of `canvas`; what fills no row is left out.
+    tokens, which is cut into rows of `response_length`; what fills no row is left out.
 
     field: of a record that holds the text, where a file is no .txt
     split: `documents` puts whole documents into splits; `rows` cuts the one sequence of all documents, as of a single
@@ -190,7 +190,7 @@ class Packed(Texts):
         self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
     ) -> tuple[dict[str, Iterable[dict]], dict]:
         if self.split == "rows":
-            rows, left = pack(items, codec, self.canvas)
+            rows, left = pack(items, codec, self.response_length)
             counts["test"]["tokens_left"] = left
             first, second = round(0.90 * len(rows)), round(0.95 * len(rows))
             parts = {"train": rows[:first], "val": rows[first:second], "test": rows[second:]}
@@ -198,8 +198,8 @@ class Packed(Texts):
             parts = {}
             for split in SPLITS:
                 mine = [item for item in items if item.split == split]
-                parts[split], counts[split]["tokens_left"] = pack(mine, codec, self.canvas)
-        return {split: self._rows(parts[split], split, codec) for split in SPLITS}, {"row": self.canvas}
+                parts[split], counts[split]["tokens_left"] = pack(mine, codec, self.response_length)
+        return {split: self._rows(parts[split], split, codec) for split in SPLITS}, {"row": self.response_length}
 
     def _rows(self, rows: np.ndarray, split: str, codec: Codec) -> Iterator[dict]:
         for number, ids in enumerate(rows.tolist()):
@@ -212,7 +212,7 @@ class Pairs(Texts):
 
     prompt, response: the fields of a record that hold them; keep: fields to keep in the sample, for metrics
     max_prompt:       tokens; records with a longer prompt are left out, as are those whose response has more than
-        canvas - 1 tokens, so that eot fits
+        response_length - 1 tokens, so that eot fits
     """
 
     prompt: str
@@ -252,7 +252,7 @@ class Pairs(Texts):
         super().check(item, codec)
         if self.max_prompt is not None and len(codec.prompt_ids(item.prompt, images=0)) > self.max_prompt:
             raise Skip("prompts too long")
-        if len(codec.encode(item.text)[0]) >= self.canvas:
+        if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
 
 

@@ -37,13 +37,13 @@ SETTINGS = "settings.json"
 NOT_AS_WRITTEN = "it is not as it was written"
 
 
-class Drawing(Protocol):
+class DraftSampler(Protocol):
     """What drafting needs of a sampler (see `src/samplers/sampler.py`)."""
 
     @property
     def schedule(self) -> Any: ...
 
-    def with_steps(self, *, tokens_per_step: int) -> Drawing: ...
+    def with_steps(self, *, tokens_per_step: int) -> DraftSampler: ...
 
     def __call__(
         self, backbone: Backbone, prefix: Prefix, *, special: SpecialIds, keys: list[str], seed: int
@@ -60,7 +60,7 @@ def draft_batch(
     backbone: Backbone,
     batch: Batch,
     *,
-    sampler: Drawing,
+    sampler: DraftSampler,
     codec: Codec,
     tokens_per_step: int,
     seed: int,
@@ -92,7 +92,7 @@ def capped(num: int, count: int, *, name: str) -> int:
 
 def settings_of(
     backbone: nn.Module,
-    sampler: Drawing,
+    sampler: DraftSampler,
     *,
     codec: Codec,
     tokens_per_step: Sequence[int],
@@ -133,7 +133,7 @@ def draw_drafts(
     """
     if not tokens_per_step:
         raise UserError("tokens_per_step must name at least one speed, got an empty list")
-    known, finished = team.alone(lambda: _claim(folder, settings))
+    known, finished = team.on_rank0(lambda: _claim(folder, settings))
     if finished:
         for name in list(known)[team.rank :: team.size]:
             yield _read_chunk(folder / name)
@@ -153,7 +153,7 @@ def draw_drafts(
             bar.update(len(drafts))
             yield drafts
     parts = team.gather((shards, num_drawn, seconds))
-    team.alone(lambda: _finish(folder, parts, tokenizer=tokenizer, settings=settings))
+    team.on_rank0(lambda: _finish(folder, parts, tokenizer=tokenizer, settings=settings))
 
 
 def _finish(folder: Path, parts: list[tuple[list[dict], int, float]], *, tokenizer: str, settings: Any) -> None:

@@ -52,7 +52,7 @@ class ExpertThread:
     ) -> None:
         self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
         self.deadline = math.inf if deadline is None else deadline
-        self._heard = self._told = time.monotonic()
+        self._last_answer_at = self._last_warning_at = time.monotonic()
         self._over = False  # no more is asked: the deadline has passed, or
         self._broken = False  # something went wrong
         self._wrong: OSError | None = None  # the journal cannot be written
@@ -90,7 +90,7 @@ class ExpertThread:
             if future.done():
                 future.result()
         if all(future.done() for future in self._asked):
-            self._heard = time.monotonic()  # nothing was asked of it until now
+            self._last_answer_at = time.monotonic()  # nothing was asked of it until now
         else:
             self._check_silence()
         self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
@@ -100,7 +100,7 @@ class ExpertThread:
             self._check_silence()
             if not self._over and time.monotonic() >= ends:
                 self._finish()
-            left = min(self._heard + self.patience, math.inf if self._over else ends) - time.monotonic()
+            left = min(self._last_answer_at + self.patience, math.inf if self._over else ends) - time.monotonic()
             wait([future], timeout=max(0.0, min(left, LOOK)) + 0.01)
         if not (self._over and future.cancelled()):
             future.result()
@@ -120,14 +120,14 @@ class ExpertThread:
     def _check_silence(self) -> None:
         """Tell of an expert that has not answered for a while. Raises SilentExpert after `patience`."""
         now = time.monotonic()
-        silent = now - self._heard
+        silent = now - self._last_answer_at
         if silent > self.patience:
             raise SilentExpert(
                 f"expert {self.expert.name} has not answered for {self.patience:.0f} s; its {len(self.journal)} "
                 "answers are kept, and the same command continues"
             )
-        if min(silent, now - self._told) > SILENCE:
-            self._told = now
+        if min(silent, now - self._last_warning_at) > SILENCE:
+            self._last_warning_at = now
             trouble = getattr(self.expert, "trouble", "")
             logger.warning(
                 "expert %s has not answered for %.0f s%s; its %d answers are kept, and a stop loses none of them",
@@ -139,7 +139,7 @@ class ExpertThread:
         if error is not None:
             self._broken = True
             self._finish()
-            left = self._heard + self.patience - time.monotonic()
+            left = self._last_answer_at + self.patience - time.monotonic()
             wait(self._asked, timeout=max(0.0, min(left, LONGEST if issubclass(error, Exception) else LAST)))
         try:
             asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=LEAVE)
@@ -201,5 +201,5 @@ class ExpertThread:
                 self._wrong, self._broken = self._wrong or error, True
                 self._finish()
                 continue
-            self._heard = time.monotonic()
+            self._last_answer_at = time.monotonic()
             self.bar.update(len(some))

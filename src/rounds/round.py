@@ -40,7 +40,7 @@ from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
 from src.rounds.drafts import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
-from src.rounds.stats import Tally
+from src.rounds.stats import RoundStats
 from src.text.align import Aligned
 from src.text.tokenizer import Codec
 from src.types import Batch, Draft, Expert, FailedRound, Revision, Round
@@ -92,7 +92,7 @@ def run_round(
             return _same_round(folder, settings, how)
         return drop_stale(drafts, settings)
 
-    if made := how.team.alone(prepare):
+    if made := how.team.on_rank0(prepare):
         charge(how.expert, made.manifest.get("usage", {}), how.team)
         return made
     drawn = draw_drafts(
@@ -110,7 +110,7 @@ def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool =
     """
     folder, index = Path(folder), check_drafts(drafts, how.codec)
     settings, total = index["settings"], index["counts"]["written"]
-    if made := how.team.alone(lambda: _same_round(folder, settings, how) if _is_finished(folder) else None):
+    if made := how.team.on_rank0(lambda: _same_round(folder, settings, how) if _is_finished(folder) else None):
         return made
     drawn = read_drafts(drafts, how.team) if ask else ()
     return _make(folder, drafts, drawn, settings, how, total, reread=reread)
@@ -199,10 +199,10 @@ def _make(
         with journal_of(folder, how.expert) as answers:
             _write(work, drafts, answers, how, waited=waited, late=late, reread=reread)
 
-    if not team.alone(prepare):
+    if not team.on_rank0(prepare):
         waited = max(team.gather(ask()))  # rank 0 writes the answers of all
-        team.alone(lambda: write(waited))
-    team.alone(lambda: publish(work, folder))
+        team.on_rank0(lambda: write(waited))
+    team.on_rank0(lambda: publish(work, folder))
     return read_round(folder)
 
 
@@ -255,7 +255,7 @@ def _late(folder: Path | None, how: Revising, team: Team | None) -> Iterator[lis
 def _write(
     work: Path, drafts: Path, journal: Journal, how: Revising, *, waited: float, late: Path | None, reread: bool
 ) -> None:
-    index, tally = check_drafts(drafts, how.codec), Tally()
+    index, tally = check_drafts(drafts, how.codec), RoundStats()
     write_shards(
         work,
         _samples(drafts, journal, how, tally, late=late, reread=reread),
@@ -277,7 +277,7 @@ def _write(
 
 
 def _samples(
-    drafts: Path, journal: Journal, how: Revising, tally: Tally, *, late: Path | None, reread: bool
+    drafts: Path, journal: Journal, how: Revising, tally: RoundStats, *, late: Path | None, reread: bool
 ) -> Iterator[dict[str, Any]]:
     """The drafts that have a placed edit, as samples of a round, in the order of the drafts; late ones last."""
     read = getattr(how.expert, "reread", None) if reread else None

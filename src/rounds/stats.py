@@ -22,7 +22,7 @@ COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswer
 
 
 @dataclass
-class Tally:
+class RoundStats:
     """Counts, each a key of the manifest.
 
     counts: drafted + late = revised + failed + unanswered, revised = right + written + unusable (no edit placed).

@@ -82,11 +82,11 @@ class Predictor:
             self.rows, self.selected = rows, [prefix.select(rows) for prefix in self.prefixes]
         suffix = self.suffix.expand(len(rows), -1)  # (n, S)
         tokens, where = torch.cat([tokens, suffix], 1), F.pad(where, (0, len(self.suffix)))  # (n, L + S)
-        said = [self.backbone(p, tokens, positions=where).float() for p in self.selected]
+        logits = [self.backbone(p, tokens, positions=where).float() for p in self.selected]
         if not self.scale:
-            return said[0]
-        told, blind = said
-        return told.sub_(blind).mul_(self.scale + 1).add_(blind)
+            return logits[0]
+        cond, uncond = logits
+        return cond.sub_(uncond).mul_(self.scale + 1).add_(uncond)
 
 
 def argmax_without(logits: Tensor, mask: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""ProSeCo's corrector: between two reveals the model reads its own full draft until it agrees (arXiv 2602.11590).
+"""ProSeCo's corrector: between two unmasks the model reads its own full draft until it agrees (arXiv 2602.11590).
 
     Corrector(every=2, passes=4)                     in blocks, as for LLaDA
     Corrector(every=2, passes=4, counts="text")      whole texts, with `unmask: Bernoulli`, as for MDLM
 
 The same network is a denoiser where it sees masks and a corrector where it sees none. A corrector step fills every
 mask with the best guess and runs the network on that draft up to `passes` times, each time changing the draft by what
-it says. Visible tokens take the last draft, and masks are revealed by the last logits.
+it says. Visible tokens take the last draft, and masks are unmasked by the last logits.
 
 Forward calls: at most T + floor(T / every) * passes for T steps. No call is made for tokens whose logits are known: a
 network that is told no time says the same again. So a text without masks (post steps) needs none for its first pass,

@@ -3,12 +3,12 @@
     Sampler(length=64, unmask=Bernoulli(), reviser=Cap(eta=0.008), temperature=1.0)
 
 A step goes from time t to s < t, and a_t = 1 - t is the share of the text that is visible at t. Each visible token is
-hidden with probability sigma, and each mask revealed with probability
+hidden with probability sigma, and each mask unmasked with probability
 
     rho = (a_s - (1 - sigma) a_t) / (1 - a_t),     sigma <= sigma_max = min(1, (1 - a_s) / a_t),
 
 so that the share visible at s is a_s for any sigma. `Cap`, `Rescale`, `Confident` and `Loop` differ in sigma. They
-were made for `unmask: Bernoulli`, which reveals by chance; with other policies the number revealed is what is expected.
+were made for `unmask: Bernoulli`, which unmasks by chance; with other policies the number unmasked is what is expected.
 Time is that of a block, and only what the sampler wrote itself is hidden: a given beginning stays.
 
 `RemaskLowest` and `KeepSurest` hide by confidence in place of chance, in numbers that are fixed.
@@ -33,8 +33,8 @@ class Remasking(Reviser):
     eta: how much is hidden; 0 is the ancestral sampler of MDLM
     """
 
-    looks: ClassVar[bool] = False
-    patient: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    uses_all_steps: ClassVar[bool] = True
 
     def __init__(self, *, eta: float) -> None:
         if not 0 <= eta <= 1:
@@ -73,7 +73,7 @@ class Remasking(Reviser):
         return self.visible_share(left / steps), self.visible_share((left - 1) / steps)
 
     def sigma_max(self, state: State) -> Tensor:
-        """(B,) the most that can be hidden so that revealing all masks makes up for it."""
+        """(B,) the most that can be hidden so that unmasking all masks makes up for it."""
         before, after = self.shares(state)
         return torch.where(before > 0, (1 - after) / before, 1.0).clamp(max=1)
 
@@ -93,10 +93,10 @@ class Rescale(Remasking):
 
 
 class Confident(Remasking):
-    """ReMDM-conf: sigma = eta sigma_max softmax(-c) over the visible tokens, c being their probability when revealed.
+    """ReMDM-conf: sigma = eta sigma_max softmax(-c) over the visible tokens, c being their probability when unmasked.
 
-    compensate: false as released: masks are revealed as if nothing were hidden, so that fewer tokens are visible than
-        the schedule says, until the last steps reveal the rest. True: rho = (n a_s - sum of (1 - sigma) over the
+    compensate: false as released: masks are unmasked as if nothing were hidden, so that fewer tokens are visible than
+        the schedule says, until the last steps unmask the rest. True: rho = (n a_s - sum of (1 - sigma) over the
         visible) / (number of masks), clipped to [0, 1], for the n places that the block has to write
     """
 
@@ -151,17 +151,17 @@ class Loop(Remasking):
 
 
 class RemaskLowest(Reviser):
-    """ReMDM for LLaDA: a part of a block's steps hides its least sure tokens again, as many as it reveals.
+    """ReMDM for LLaDA: a part of a block's steps hides its least sure tokens again, as many as it unmasks.
 
     Of the T steps of a block T_r = floor(T * share) only revise: before each of them the `number` written tokens that
-    were least probable when revealed are hidden, and the step reveals as many. The other steps share the masks evenly,
+    were least probable when unmasked are hidden, and the step unmasks as many. The other steps share the masks evenly,
     the first ceil(T_w * begin) of these T_w = T - T_r before that. The official port has T_r = T_w, and begins at 7/8
     of the block's *length*, which is only right for one token a step; here `begin` is a part of the steps.
     """
 
-    looks: ClassVar[bool] = False
-    patient: ClassVar[bool] = True
-    vetoes: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = False
+    uses_all_steps: ClassVar[bool] = True
+    can_veto: ClassVar[bool] = True
 
     def __init__(self, *, number: int = 1, share: float = 0.5, begin: float = 0.875) -> None:
         if number < 1:
@@ -214,8 +214,8 @@ class KeepSurest(Reviser):
     of the proposal where there is a mask, in the logits of this step.
     """
 
-    vetoes: ClassVar[bool] = True
-    chooses: ClassVar[bool] = True
+    can_veto: ClassVar[bool] = True
+    selects_positions: ClassVar[bool] = True
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
         places = state.block & state.sure.isfinite()  # all that was not given

@@ -1,10 +1,10 @@
-"""Revisers: what a sampler does, besides revealing masks, to tokens that are already visible.
+"""Revisers: what a sampler does, besides unmasking masks, to tokens that are already visible.
 
 A step of the sampler calls these hooks of its reviser, in this order:
 
-    count      how many masks a step reveals; chance: with which probability each, for policies that draw
+    count      how many masks a step unmasks; chance: with which probability each, for policies that draw
     refine     once the logits are there: may run further passes and return a better `Prediction`
-    overwrite  after the reveal: new ids for visible positions
+    overwrite  after the unmask: new ids for visible positions
     remask     last: visible positions to hide again
 
 Only positions that `editable` names, and that were visible before the step, can change: the block's, if a class
@@ -65,8 +65,8 @@ class State:
     made:     (B,) how many steps the block has had before, which without a schedule may be more than it was given; -1
               once no mask is left
     spare:    (B,) how many passes of its own the reviser may make in this step, by the sampler's `max_forwards`
-    sure:     (B, L) float64, the probability of a token when it was revealed; inf where none was: what was given, and
-              what is hidden. `remask` sees it with the tokens that this step reveals
+    sure:     (B, L) float64, the probability of a token when it was unmasked; inf where none was: what was given, and
+              what is hidden. `remask` sees it with the tokens that this step unmasks
     hidden:   (B, L) how often a position has been hidden again
     noise:    numbers for the reviser alone
     """
@@ -96,27 +96,27 @@ class Reviser:
     """Leaves visible tokens alone; the base of the others.
 
     random:  does not do the same again in the same state, so that a text that comes back is no reason to stop
-    looks:   needs logits of the positions that it may change
-    patient: rows use all steps of a block, also those that are left when no mask is: it may hide tokens again
-    vetoes:  `remask` may also name positions that the step is about to reveal; they then stay hidden
-    chooses: so every mask is proposed to it, and what is revealed is its choice alone
+    needs_logits:   needs logits of the positions that it may change
+    uses_all_steps: rows use all steps of a block, also those that are left when no mask is: it may hide tokens again
+    can_veto:  `remask` may also name positions that the step is about to unmask; they then stay hidden
+    selects_positions: so every mask is proposed to it, and what is unmasked is its choice alone
     """
 
     random: bool = False
-    looks: ClassVar[bool] = True
-    patient: ClassVar[bool] = False
-    vetoes: ClassVar[bool] = False
-    chooses: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = True
+    uses_all_steps: ClassVar[bool] = False
+    can_veto: ClassVar[bool] = False
+    selects_positions: ClassVar[bool] = False
 
     def check(self, schedule: Schedule) -> None:
         """Raise UserError where the reviser can never act with such a schedule."""
 
     def count(self, state: State, count: Tensor) -> Tensor:
-        """(B,) how many masks this step reveals; `count` (B,) is an even split over the steps that are left."""
+        """(B,) how many masks this step unmasks; `count` (B,) is an even split over the steps that are left."""
         return count
 
     def chance(self, state: State) -> Tensor:
-        """(B,) float64 probability with which each mask is revealed, where masks are revealed by chance.
+        """(B,) float64 probability with which each mask is unmasked, where masks are unmasked by chance.
 
         By default (a_s - a_t) / (1 - a_t) of the linear schedule a_t = 1 - t. It is 1 in the last step of a block.
         """

@@ -40,20 +40,20 @@ Score = Literal["probability", "margin", "entropy", "random"]
 class Sampler:
     """Writes responses of `length` tokens with a backbone.
 
-    tokens_per_step or steps: how fast masks are revealed, one of the two; neither means one token a step
+    tokens_per_step or steps: how fast masks are unmasked, one of the two; neither means one token a step
     blocks: the response is written in this many equal parts, left to right; `steps` are shared among them
     shift: how unevenly a block's steps share its masks, see `Schedule`
-    unmask: which masks to reveal (default `TopK()`)
+    unmask: which masks to unmask (default `TopK()`)
     score: what masks are chosen by: `probability` of the proposal, `margin` between the two best, (negative) `entropy`,
         or `random`, of the logits before temperature
     reviser: what happens to visible tokens (default nothing)
     post_steps: passes that only revise, once no mask is left; a row stops earlier when its text comes back
-    temperature: 0 takes the argmax, otherwise revealed tokens are drawn from softmax(logits / temperature)
+    temperature: 0 takes the argmax, otherwise unmasked tokens are drawn from softmax(logits / temperature)
     top_p: they are drawn from the smallest set of tokens that has this share, 1 is all
-    eos_last: proposals of eot and end-of-text are revealed after all others. They are the surest guesses of a canvas
-        that is all masks, and revealed first they make every text as short as it can be
+    eos_last: proposals of eot and end-of-text are unmasked after all others. They are the surest guesses of a response length
+        that is all masks, and unmasked first they make every text as short as it can be
     early_stop: the earliest eot ever seen after a step ends the text, even if it is rewritten later. The masks before
-        it are then revealed, those of other blocks as well, and the row is over; what is behind it is left alone.
+        it are then unmasked, those of other blocks as well, and the row is over; what is behind it is left alone.
         `block`: a row is over when a block is full and ends in end-of-text (LLaDA's evaluation, ProSeCo)
     cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u is said behind a prefix that is all
         masks. 0 is none; otherwise each step costs two forward calls
@@ -91,12 +91,12 @@ class Sampler:
             raise UserError(f"max_forwards must be at least {self.step_forwards}, got {self.max_forwards}")
         self._check_score()
         schedule = self.schedule  # wrong numbers fail here, not at the first batch
-        idle = self.steps is not None and self.steps > self.length  # a step reveals a token, unless by chance
-        if idle and (self.unmask or TopK()).scores and not reviser.patient:
+        idle = self.steps is not None and self.steps > self.length  # a step unmasks a token, unless by chance
+        if idle and (self.unmask or TopK()).scores and not reviser.uses_all_steps:
             raise UserError(f"{self.steps} steps are more than the {self.length} tokens of the response")
-        counted = type(reviser).count is Reviser.count and not reviser.chooses
+        counted = type(reviser).count is Reviser.count and not reviser.selects_positions
         if self.shift != 1 and not (counted and (self.unmask or TopK()).scheduled):
-            raise UserError(f"shift={self.shift} is for samplers that reveal a scheduled number of the surest masks")
+            raise UserError(f"shift={self.shift} is for samplers that unmask a scheduled number of the surest masks")
         reviser.check(schedule)
 
     def _check_score(self) -> None:
@@ -108,10 +108,10 @@ class Sampler:
             raise UserError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
         if not policy.scores and (self.eos_last or self.score != "probability"):
             given = f"eos_last={self.eos_last} score={self.score!r}"
-            raise UserError(f"{type(policy).__name__} reveals by chance, so leave eos_last and score, got {given}")
-        chooses = self.reviser is not None and self.reviser.chooses
-        if chooses and (policy, self.score, self.eos_last) != (TopK(), "probability", False):
-            what = f"{type(self.reviser).__name__} chooses what is revealed"
+            raise UserError(f"{type(policy).__name__} unmasks by chance, so leave eos_last and score, got {given}")
+        selects = self.reviser is not None and self.reviser.selects_positions
+        if selects and (policy, self.score, self.eos_last) != (TopK(), "probability", False):
+            what = f"{type(self.reviser).__name__} chooses what is unmasked"
             raise UserError(f"{what}, so leave unmask, score and eos_last, got {policy} {self.score!r} {self.eos_last}")
 
     @property
@@ -149,7 +149,7 @@ class Sampler:
         suffix: (S,) ids behind every response, which is written in sight of them; not part of what is returned.
         """
         began = time.perf_counter()
-        tokens = self._canvas(prefix, special, keys, start)
+        tokens = self._response_length(prefix, special, keys, start)
         predict = Predictor(backbone, prefix, special, cfg_scale=self.cfg_scale, suffix=suffix)
         noise = {draw: Noise(keys, seed=seed, draw=draw) for draw in DRAWS}
         run = _Run(self, tokens, predict, noise)
@@ -159,7 +159,7 @@ class Sampler:
         ids = end_text(run.text(), special)
         return Sampled(ids, run.predict.forwards, run.edits, run.remasks, time.perf_counter() - began, traces)
 
-    def _canvas(self, prefix: Prefix, special: SpecialIds, keys: list[str], start: Tensor | None) -> Tensor:
+    def _response_length(self, prefix: Prefix, special: SpecialIds, keys: list[str], start: Tensor | None) -> Tensor:
         rows, device = prefix.embeds.shape[0], prefix.embeds.device
         if rows != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {rows} rows")
@@ -173,7 +173,7 @@ class Sampler:
 
 @dataclass
 class _Step:
-    """What a step did, all (B, L): tokens after it, where it revealed, rewrote, hid again, and how surely."""
+    """What a step did, all (B, L): tokens after it, where it unmasked, rewrote, hid again, and how surely."""
 
     tokens: Tensor
     unmasked: Tensor
@@ -190,8 +190,8 @@ class _Run:
         self.mask_id = predict.special.mask
         self.unmask, self.reviser = sampler.unmask or TopK(), sampler.reviser or Reviser()
         self.tokens = tokens
-        self.progress = Progress(sampler.schedule, tokens, self.mask_id, patient=self.reviser.patient)
-        self.settled = Settled(tokens, passes=sampler.post_steps)
+        self.progress = Progress(sampler.schedule, tokens, self.mask_id, uses_all_steps=self.reviser.uses_all_steps)
+        self.settled = SeenStates(tokens, passes=sampler.post_steps)
         self.steps, self.passes, self.edits, self.remasks = (tokens.new_zeros(len(tokens)) for _ in range(4))
         self.sure = torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device)
         self.hidden = torch.zeros_like(tokens)
@@ -211,19 +211,19 @@ class _Run:
         hides = ~(post | last | (self.progress.steps_left == 0))[:, None]
 
         read = reviser.reads(state) & active[:, None]
-        asked = self.predict.next(before, eligible | read | editable if reviser.looks else eligible | read)
+        asked = self.predict.next(before, eligible | read | editable if reviser.needs_logits else eligible | read)
         prediction = reviser.refine(state, asked, self.predict)
         proposal, confidence = self._propose(prediction, eligible, drawn=eligible & ~last[:, None])
         score = self._score(prediction, eligible, proposal, confidence)
         unmasked = self.unmask.select(score, eligible, count, chance, self.noise["unmask"])
-        if reviser.chooses:
+        if reviser.selects_positions:
             unmasked = eligible
         written = reviser.overwrite(state, prediction)
         rewritten = editable & (written != before)
         state = replace(state, sure=torch.where(unmasked, confidence, self.sure))
         hidden = hides & reviser.remask(state, prediction)
         remasked = hidden & editable
-        if reviser.vetoes:
+        if reviser.can_veto:
             unmasked = unmasked & ~hidden
 
         tokens = torch.where(unmasked, proposal, torch.where(rewritten, written, before))
@@ -336,7 +336,7 @@ def end_text(tokens: Tensor, special: SpecialIds) -> Tensor:
     return tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
 
 
-class Settled:
+class SeenStates:
     """Remembers the full responses of each row, to tell that one has come back: a fixed point or a cycle.
 
     Greedy revision may swing between two texts for ever; from a state seen before it can only repeat itself.

@@ -1,10 +1,10 @@
-"""How many tokens a step reveals, and where.
+"""How many tokens a step unmasks, and where.
 
     schedule = Schedule(length=32, tokens_per_step=4, steps=None, blocks=2)
     progress = Progress(schedule, tokens, mask_id)
     progress.enter(tokens)        moves rows whose block is full to their next block
-    progress.take(tokens)         (B,) number to reveal in this step; one scheduled step is used up
-    progress.stop_at(tokens, eot) ends rows at their first eot, for good: masks behind it are never revealed
+    progress.take(tokens)         (B,) number to unmask in this step; one scheduled step is used up
+    progress.stop_at(tokens, eot) ends rows at their first eot, for good: masks behind it are never unmasked
 
 The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, right
 also when a reviser hides tokens again or a caption starts with few masks. At the last scheduled step of a
@@ -26,8 +26,8 @@ from src.io.errors import UserError
 class Schedule:
     """Blocks of a response of `length` tokens, and the steps of each: `steps` in all, or `tokens_per_step`.
 
-    shift: after the share x of a block's steps shift * x / (1 + (shift - 1) * x) of it is revealed (LaViDa, arXiv
-        2505.16839): 1 is an even split, above 1 reveals most in the first steps, below 1 in the last ones
+    shift: after the share x of a block's steps shift * x / (1 + (shift - 1) * x) of it is unmasked (LaViDa, arXiv
+        2505.16839): 1 is an even split, above 1 unmasks most in the first steps, below 1 in the last ones
 
     Raises UserError when the numbers do not fit together.
     """
@@ -67,7 +67,7 @@ class Schedule:
         return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
 
     def share(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
-        """(B,) how many of `masks` (B,) to reveal now, with `left` (B,) of a block's `steps` to come; rounded up."""
+        """(B,) how many of `masks` (B,) to unmask now, with `left` (B,) of a block's `steps` to come; rounded up."""
         left = left.clamp(min=1)
         if self.shift == 1:
             return ceil_divide(masks, left)
@@ -83,11 +83,11 @@ class Progress:
     steps:      (B,) how many steps this block was given; steps_left: how many of them are to come
     made:       (B,) how many it has had, which may be more where a policy does not keep to the schedule
     stop:       (B,) the place of the eot that ends its text, or the length of the response
-    patient:    a row stays in its block for all its steps, also where no mask is left in it before
+    uses_all_steps:    a row stays in its block for all its steps, also where no mask is left in it before
     """
 
-    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int, *, patient: bool = False) -> None:
-        self.schedule, self.mask_id, self.patient = schedule, mask_id, patient
+    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int, *, uses_all_steps: bool = False) -> None:
+        self.schedule, self.mask_id, self.uses_all_steps = schedule, mask_id, uses_all_steps
         self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
         self.end, self.steps, self.steps_left, self.made = (tokens.new_zeros(len(tokens)) for _ in range(4))
         self.stop = torch.full_like(self.end, schedule.length)
@@ -104,7 +104,7 @@ class Progress:
         self.made = self.made.masked_fill(full, 0)
 
     def take(self, tokens: Tensor) -> Tensor:
-        """(B,) how many masks before the end of the block to reveal now."""
+        """(B,) how many masks before the end of the block to unmask now."""
         masks = ((tokens == self.mask_id) & self.before_end).sum(1)
         count = self.schedule.share(masks, self.steps, self.steps_left)
         self.steps_left = (self.steps_left - 1).clamp(min=0)
@@ -122,7 +122,7 @@ class Progress:
         self.stop = torch.where(full & (last == eos), self.end.minimum(self.stop), self.stop)
 
     def wanted(self, tokens: Tensor) -> Tensor:
-        """(B, L) bool: the masks that have to be revealed before the row is over."""
+        """(B, L) bool: the masks that have to be unmasked before the row is over."""
         return (tokens == self.mask_id) & (self.place < self.stop[:, None])
 
     def busy(self, tokens: Tensor) -> Tensor:
@@ -132,11 +132,11 @@ class Progress:
     @property
     def _stays(self) -> Tensor:
         """(B,) bool: rows that do not leave their block yet."""
-        return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.patient
+        return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.uses_all_steps
 
     @property
     def reach(self) -> Tensor:
-        """(B, L) bool: where masks may be revealed. As in the released code a known end takes the block's place."""
+        """(B, L) bool: where masks may be unmasked. As in the released code a known end takes the block's place."""
         return self.place < torch.where(self.stop < self.schedule.length, self.stop, self.end)[:, None]
 
     @property

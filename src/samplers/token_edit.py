@@ -76,7 +76,7 @@ class TokenToMask(Reviser):
 
     below: its probability is lower than this
     differs: the argmax is another token, of a probability above this
-    gap: its probability has fallen by more than this since it was revealed (the paper compares with the step before)
+    gap: its probability has fallen by more than this since it was unmasked (the paper compares with the step before)
     limit: how often one position may be hidden again, so that a text on which the model cannot agree comes to an end
     """
 

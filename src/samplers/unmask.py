@@ -1,8 +1,8 @@
-"""Which masked tokens to reveal: scores, policies, and the draw of the tokens themselves.
+"""Which masked tokens to unmask: scores, policies, and the draw of the tokens themselves.
 
     proposal = draw(logits, temperature=0.7, noise=noise, counts=[3, 5])    (N,) token ids
     score = low_confidence(logits, rows, proposal)                          (M,) probability of each proposal
-    TopK().select(score, eligible, count)                                   (B, L) bool, what to reveal
+    TopK().select(score, eligible, count)                                   (B, L) bool, what to unmask
 
 N counts the eligible positions of all rows in row-major order. A score never sees the temperature,
 which would saturate it. All work in float64, a part at a time: a copy of all logits would take gigabytes.
@@ -28,7 +28,7 @@ class Unmask(Protocol):
 
     confidence: (B, L) float64, the score of each position
     count:      (B,) the scheduled number; more than the length in the last call of a budget, for all that is left
-    chance:     (B,) float64, the probability with which a position is to be revealed, for policies that draw
+    chance:     (B,) float64, the probability with which a position is to be unmasked, for policies that draw
     noise:      for such policies alone
     scores:     which of `Sampler.score` make sense here; none where positions are not chosen by a score
     scheduled:  whether `count` is kept to at all
@@ -78,7 +78,7 @@ class Threshold:
 class Factor:
     """The largest n for which (n + 1)(1 - c_n) < factor, c_n being the n-th confidence from above (Fast-dLLM).
 
-    At least one position. Like `Threshold`, it reveals the scheduled number at least unless `scheduled` is false.
+    At least one position. Like `Threshold`, it unmasks the scheduled number at least unless `scheduled` is false.
     """
 
     factor: float

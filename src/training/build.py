@@ -31,7 +31,7 @@ from src.cli.instantiate import build, plain
 from src.cli.signals import Stop
 from src.io.errors import UserError
 from src.models.hf.meta import Deferred
-from src.models.inference import warn_of_canvas
+from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.text.tokenizer import Codec
 from src.training.strategy import DDP, FSDP2
@@ -151,7 +151,7 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
         log.warning(
             "objective.begin=%d, but the run has %d steps: drafts are never corrected", begin, cfg.trainer.max_steps
         )
-    warn_of_canvas(objective.backbone, cfg.data.canvas, name="data.canvas")
+    warn_if_length_differs(objective.backbone, cfg.data.response_length, name="data.response_length")
 
 
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:

@@ -26,7 +26,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from src.distributed.parallel import Elsewhere, Team, rank
+from src.distributed.parallel import RemoteRankError, Team, rank
 from src.io.errors import UserError
 from src.training.strategy import DDP, FSDP2
 
@@ -158,7 +158,7 @@ def _explain(error: RuntimeError) -> str | None:
             f"only {joined[1]} of {joined[2]} processes have come to {address}, port {port}: start as many as "
             "trainer.devices times trainer.num_nodes"
         )
-    if isinstance(error, Elsewhere):
+    if isinstance(error, RemoteRankError):
         return text
     if is_lost(error):
         return (

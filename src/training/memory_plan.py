@@ -281,7 +281,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
         raise
     return (
         f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
-        f"{objective.options.views} x {cfg.data.canvas} tokens behind a prefix of {found.prefix}; "
+        f"{objective.options.views} x {cfg.data.response_length} tokens behind a prefix of {found.prefix}; "
         f"{cfg.trainer.precision}\n{found.parameters:,} parameters, {found.trained:,} of them trained\n\n"
         f"{found.table()}\nat most {found.shown(found.peak)} on each GPU; docs/memory.md says what comes on top\n"
     )

@@ -210,7 +210,7 @@ def describe(model: LLaDAV) -> Description:
         image_id=model.image_id,
         tiling=model.tiling,
         original=model.original,
-        canvas=model.canvas,
+        response_length=model.response_length,
     )
 
 
@@ -223,7 +223,7 @@ def build_empty(description: Description) -> LLaDAV:
             image_id=description.image_id,
             tiling=description.tiling,
         )
-    model.original, model.canvas = description.original, description.canvas
+    model.original, model.response_length = description.original, description.response_length
     return model
 
 

@@ -33,7 +33,7 @@ class Description:
     image_id: int
     tiling: dict[str, Any] | None = None
     original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": those that we do not use}
-    canvas: int | None = None  # length of the responses that it was trained on
+    response_length: int | None = None  # length of the responses that it was trained on
 
 
 class Format(Protocol):
@@ -75,7 +75,7 @@ class Own:
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
             raise UserError(f"vision={vision} is for original folders; this one describes its vision tower itself")
-        more = {key: config[key] for key in ("tiling", "canvas", "original") if key in config}
+        more = {key: config[key] for key in ("tiling", "response_length", "original") if key in config}
         return Description(config["decoder"], config["vision"], config["image_id"], **more)
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
@@ -85,7 +85,11 @@ class Own:
         return name
 
     def config(self, description: Description) -> dict:
-        optional = {"tiling": description.tiling, "canvas": description.canvas, "original": description.original}
+        optional = {
+            "tiling": description.tiling,
+            "response_length": description.response_length,
+            "original": description.original,
+        }
         return {
             "model_type": MODEL_TYPE,
             "decoder": description.decoder,
