@@ -36,7 +36,7 @@ from src.experts.openai import OpenAIExpert
 from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
 from src.rounds.drafts import draft_batch, draw_drafts, settings_of
-from src.rounds.round import Revising, revise_round, run_round
+from src.rounds.round import RoundOptions, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
 from src.text.tokenizer import Codec
@@ -121,11 +121,11 @@ class Bench:
 
     def overlapped(self, folder: Path) -> None:
         common = {"tokens_per_step": SPEEDS, "settings": self._settings, "total": self.options.drafts}
-        self._check(run_round(folder, self._batches, self._draft, how=self._how, **common))
+        self._check(run_round(folder, self._batches, self._draft, options=self._round_options, **common))
 
     def afterwards(self, folder: Path) -> None:
         self.drafts(folder / "drafts")
-        self._check(revise_round(folder / "round", folder / "drafts", how=self._how))
+        self._check(revise_round(folder / "round", folder / "drafts", options=self._round_options))
 
     def _check(self, made) -> None:
         if made.manifest["counts"]["revised"] != self.options.drafts:
@@ -146,7 +146,7 @@ class Bench:
         return partial(draft_batch, self.backbone, sampler=self.sampler, codec=self.codec, seed=1, fingerprint="f")
 
     @property
-    def _how(self) -> Revising:
+    def _round_options(self) -> RoundOptions:
         expert = OpenAIExpert(
             codec=self.codec,
             model="m",
@@ -156,7 +156,7 @@ class Bench:
             repair=0,
             limits=Limits(concurrency=self.options.at_once),
         )
-        return Revising(expert=expert, codec=self.codec, per_shard=512, patience=60.0, team=self.team)
+        return RoundOptions(expert=expert, codec=self.codec, per_shard=512, patience=60.0, team=self.team)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Lightning callbacks: one file each, with state of their own where they have any."""
+"""Lightning callbacks, one per file; each saves and loads its own state."""

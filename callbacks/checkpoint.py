@@ -1,11 +1,11 @@
-"""Checkpoints to resume from, in the folder of the run.
+"""Checkpoints to resume from, in the run folder.
 
     callbacks: {checkpoint: {target: callbacks.checkpoint.Checkpoint, every_n_train_steps: 250, keep: 2}}
 
-    RUN/checkpoints/epoch=E-step=S.ckpt     the newest `keep`; one damaged costs the steps since the one before
-    RUN/checkpoints/last.ckpt               a link to the newest of them
+    RUN/checkpoints/epoch=E-step=S.ckpt     the newest `keep`; a damaged one costs the steps since the previous one
+    RUN/checkpoints/last.ckpt               link to the newest one
 
-A checkpoint is a file, or, where processes share a model (FSDP2), a folder: see `src/distributed/checkpoints.py`.
+A checkpoint is a file, or a folder if the model is sharded (FSDP2): see `src/distributed/checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
 
 
 class Checkpoint(LightningCheckpoint):
-    """Saves every `every_n_train_steps` optimizer steps and at the end, and keeps the newest `keep`."""
+    """Saves every `every_n_train_steps` optimizer steps and at the end; keeps the newest `keep` checkpoints."""
 
     def __init__(self, *, run_dir: str | Path, every_n_train_steps: int, keep: int = 2) -> None:
         for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep}.items():
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.folder, self.every_n_train_steps, self.keep = Path(run_dir) / "checkpoints", every_n_train_steps, keep
-        self.last_step = 0  # the step saved last, as a skipped batch does not count as one
+        self.last_step = 0  # step saved last; a skipped batch ends at the same step and is not saved again
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self.last_step}
@@ -45,7 +45,7 @@ class Checkpoint(LightningCheckpoint):
         self.last_step = state_dict["last_step"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        write_whole_files(trainer)
+        write_atomically(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step % self.every_n_train_steps == 0:
@@ -63,30 +63,30 @@ class Checkpoint(LightningCheckpoint):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             link(path, self.folder / LAST)
-            for older in [*self._known()[self.keep :], *self.folder.glob("stopped*.ckpt")]:
+            for older in [*self._checkpoints()[self.keep :], *self.folder.glob("stopped*.ckpt")]:
                 remove(older)
 
-    def _known(self) -> list[Path]:
-        """Those of this callback, the newest first."""
-        found = [(int(match[2]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found, reverse=True)]
+    def _checkpoints(self) -> list[Path]:
+        """Checkpoints of this callback on disk, the newest first."""
+        by_step = [(int(match[2]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(by_step, reverse=True)]
 
 
-def write_whole_files(trainer: L.Trainer) -> None:
-    """Have all checkpoints of a trainer written so that a name never holds half of one."""
-    trainer.strategy.checkpoint_io = WholeFiles()
+def write_atomically(trainer: L.Trainer) -> None:
+    """Make a trainer write all of its checkpoints atomically."""
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes beside the target, syncs and renames. Reads folders too, which several processes have written.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes next to the target, syncs and renames, so no name ever holds half a checkpoint. Reads sharded folders too.
 
-    Lightning's own goes through the system's folder for temporary files, which may be small, or on another disk, from
-    where a file is copied and not renamed.
+    NOTE: Lightning's own writer uses the system's temporary folder, which may be small or on another disk, from where
+    a file is copied, not renamed.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
-            raise TypeError(f"storage options have no meaning for local files, got {storage_options!r}")
+            raise TypeError(f"local files take no storage options, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -102,7 +102,7 @@ class WholeFiles(TorchCheckpointIO):
             remove(path)
         publish(temporary, path)
 
-    def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_dir():
             return read_whole(Path(path))
-        return super().load_checkpoint(path, *options, **named)
+        return super().load_checkpoint(path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Samples: what the model writes about a few fixed validation images, in TensorBoard, as training goes on.
+"""Samples: drafts and refined captions of a few fixed validation images, logged to TensorBoard during training.
 
     callbacks: [{target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}]
 
@@ -6,8 +6,8 @@
       -> `samples/captions`: a table, changed words in **bold**
       -> `samples/tokens`: the images with the tokens of both in boxes
 
-TensorBoard shows no HTML colours in text, so the tokens are drawn into an image: red boxes are tokens of the draft
-that the refined caption lacks, green ones are new, and a blue edge marks a token that the reviser wrote.
+TensorBoard shows no HTML colours in text, so the tokens are drawn as an image: red boxes are draft tokens missing from
+the refined caption, green boxes are new tokens, and a blue edge marks a token edit by the reviser.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ SIDE, TEXT, PAD, WIDTH = 144, 13, 10, 460  # pixels
 class Samples(L.Callback):
     """Logs drafts and refined captions of `num` fixed images every `every_n_steps` optimizer steps.
 
-    sampler_plain writes the drafts, sampler_refine the refined captions; both start from masks with one seed.
-    Without validation samples there is nothing to write about.
-    Raises UserError when the trainer has no TensorBoard logger or no datamodule.
+    sampler_plain writes the drafts, sampler_refine the refined captions; both start fully masked with the same seed.
+    Logs nothing without validation samples. Raises UserError if the trainer has no TensorBoard logger or no datamodule.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Samples(L.Callback):
                 raise UserError(f"{name} must be at least 1, got {value}")
         self.samplers = {"draft": sampler_plain, "refined": sampler_refine}
         self.codec, self.every_n_steps, self.num, self.seed = codec, every_n_steps, num, seed
-        self.last_step = 0  # the step logged last, so that a resumed run does not log it twice
+        self.last_step = 0  # step logged last, so a resumed run does not log it twice
         self.batch: Batch | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,13 +80,13 @@ class Samples(L.Callback):
         if self.batch is None or step % self.every_n_steps or step == self.last_step:
             return
         self.last_step = step
-        with gathered(pl_module.backbone):  # by all ranks, so that rank 0 can sample without them
+        with gathered(pl_module.backbone):  # on all ranks, so that rank 0 can then sample alone
             if trainer.is_global_zero:
-                found = self.write(pl_module, self.batch.to(pl_module.device))
-                self.publish(_writer(trainer), self.batch, found, step)
+                sampled = self.write(pl_module, self.batch.to(pl_module.device))
+                self.publish(_writer(trainer), self.batch, sampled, step)
 
     def write(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Sampled]:
-        """Draft and refined responses of a batch."""
+        """Sample the `draft` and `refined` responses of a batch."""
         backbone: Backbone = pl_module.backbone  # type: ignore[assignment]
         special = self.codec.special
         with evaluating(pl_module), torch.no_grad():
@@ -97,56 +96,56 @@ class Samples(L.Callback):
                 for name, sampler in self.samplers.items()
             }
 
-    def publish(self, writer: Any, batch: Batch, found: dict[str, Sampled], step: int) -> None:
-        """Write the table and the picture of one step."""
-        texts = {name: [self.codec.decode(ids) for ids in sampled.ids.tolist()] for name, sampled in found.items()}
+    def publish(self, writer: Any, batch: Batch, sampled: dict[str, Sampled], step: int) -> None:
+        """Write the table and the image of one step to TensorBoard."""
+        texts = {name: [self.codec.decode(ids) for ids in rows.ids.tolist()] for name, rows in sampled.items()}
         references = [(record.get("captions") or [{"text": ""}])[0]["text"] for record in batch.records]
         writer.add_text("samples/captions", table(batch.keys, texts["draft"], texts["refined"], references), step)
-        sheets = [self._sheet(batch, found, row) for row in range(len(batch))]
+        sheets = [self._sheet(batch, sampled, row) for row in range(len(batch))]
         writer.add_image("samples/tokens", _stack(sheets), step, dataformats="HWC")
         writer.flush()
 
-    def _sheet(self, batch: Batch, found: dict[str, Sampled], row: int) -> Image.Image:
-        """One image with the tokens of its draft and of its refined caption."""
-        ids = {name: self._visible(sampled.ids[row].tolist()) for name, sampled in found.items()}
-        same = _matched(ids["draft"], ids["refined"])
-        edges = {name: _rewritten(sampled, row) for name, sampled in found.items()}
+    def _sheet(self, batch: Batch, sampled: dict[str, Sampled], row: int) -> Image.Image:
+        """One validation image beside the tokens of its draft and of its refined caption."""
+        ids = {name: self._visible(rows.ids[row].tolist()) for name, rows in sampled.items()}
+        common = _common(ids["draft"], ids["refined"])
+        edited = {name: _rewritten(rows, row) for name, rows in sampled.items()}
         texts = []
-        for name, other in (("draft", OLD), ("refined", NEW)):
-            kept = {pair[name == "refined"] for pair in same}
+        for name, changed in (("draft", OLD), ("refined", NEW)):
+            kept = {pair[name == "refined"] for pair in common}
             boxes = [
                 Piece(
                     self.codec.decode([token]).strip() or "\u00b7",
-                    fill=KEPT if place in kept else other,
-                    edge=REWRITTEN if place in edges[name] else None,
+                    fill=KEPT if position in kept else changed,
+                    edge=REWRITTEN if position in edited[name] else None,
                 )
-                for place, token in enumerate(ids[name])
+                for position, token in enumerate(ids[name])
             ]
             texts.append([Piece(f"{name}:", ink=LABEL), *boxes])
         return _draw(batch.images[row] if batch.images else None, texts)
 
     def _visible(self, ids: list[int]) -> list[int]:
-        """The tokens that make up the text: those before eot, without filler."""
+        """The tokens of the text: those before eot, without eos padding."""
         ids = ids[: ids.index(self.codec.eot_id)] if self.codec.eot_id in ids else ids
         return [token for token in ids if token != self.codec.eos_id]
 
 
 def first_samples(trainer: L.Trainer, num: int) -> Batch | None:
-    """The first `num` validation samples of the trainer's datamodule, at most one batch of them; None without any."""
+    """The first `num` validation samples of the trainer's datamodule, at most one batch; None if it has none."""
     data = getattr(trainer, "datamodule", None)
     if data is None:
-        raise UserError("samples are written about validation images: the trainer needs a datamodule")
+        raise UserError("samples are drawn for validation images: the trainer needs a datamodule")
     batch = next(iter(data.val_dataloader()), None)
     return batch and batch.rows(slice(0, num))
 
 
 def table(keys: Sequence[str], drafts: Sequence[str], refined: Sequence[str], references: Sequence[str]) -> str:
-    """A Markdown table of captions; words of draft and refined caption that the other lacks are in bold."""
+    """Markdown table of captions; words that only the draft or only the refined caption has are in bold."""
     lines = ["| image | draft | refined | reference |", "|---|---|---|---|"]
-    for key, draft, better, reference in zip(keys, drafts, refined, references, strict=True):
-        old, new = draft.split(), better.split()
-        same = _matched(old, new)
-        cells = [_bold(old, {a for a, _ in same}), _bold(new, {b for _, b in same}), _escape(reference)]
+    for key, draft, refinement, reference in zip(keys, drafts, refined, references, strict=True):
+        old, new = draft.split(), refinement.split()
+        common = _common(old, new)
+        cells = [_bold(old, {a for a, _ in common}), _bold(new, {b for _, b in common}), _escape(reference)]
         lines.append("| " + " | ".join([_escape(key), *cells]) + " |")
     return "\n".join(lines)
 
@@ -156,38 +155,38 @@ def _bold(words: list[str], kept: set[int]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that a Markdown table shows as it is."""
+    """Escape text for a cell of a Markdown table."""
     text = " ".join(text.split())
     return "".join(f"\\{c}" if c in "\\`*_|<>[]" else c for c in text)
 
 
-def _matched(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
-    """Places (in old, in new) of what both have in common, in order."""
+def _common(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[int, int]]:
+    """Positions (in old, in new) of the items that both have in common, in order."""
     blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks()
     return [(block.a + n, block.b + n) for block in blocks for n in range(block.size)]
 
 
 def _rewritten(sampled: Sampled, row: int) -> set[int]:
-    """Positions that the reviser changed at any step."""
+    """Positions of the token edits of all steps."""
     assert sampled.traces is not None
-    return {place for step in sampled.traces[row] for place, _, _ in step.rewritten}
+    return {position for step in sampled.traces[row] for position, _, _ in step.rewritten}
 
 
 def _draw(image: bytes | None, texts: Sequence[Sequence[Piece]]) -> Image.Image:
-    placed = [layout(pieces, width=WIDTH, size=TEXT) for pieces in texts]
-    height = max(SIDE, sum(text.height + PAD for text in placed))
+    layouts = [layout(pieces, width=WIDTH, size=TEXT) for pieces in texts]
+    height = max(SIDE, sum(text.height + PAD for text in layouts))
     sheet = Image.new("RGB", (SIDE + WIDTH + 3 * PAD, height + PAD), "white")
     if image:
         sheet.paste(enlarge(Image.open(io.BytesIO(image)).convert("RGB"), side=SIDE), (PAD, PAD))
     top = PAD
-    for text in placed:
+    for text in layouts:
         paint(ImageDraw.Draw(sheet), text, at=(SIDE + 2 * PAD, top), size=TEXT)
         top += text.height + PAD
     return sheet
 
 
 def _stack(sheets: list[Image.Image]) -> np.ndarray:
-    """(H, W, 3) uint8: equally wide sheets below each other."""
+    """Stack sheets of equal width: (H, W, 3) uint8."""
     return np.concatenate([np.asarray(sheet) for sheet in sheets])
 
 

@@ -1,17 +1,17 @@
-"""The online loop: at the start of training and between epochs, the model drafts and an expert revises.
+"""The online loop: before training and between epochs, the model drafts and an expert revises.
 
     callbacks: [{target: callbacks.self_correction.SelfCorrection, rounds: 2, drafts_per_round: 4096, ...}]
 
     checkpoint -> datamodule.draft_dataloader(round, num) -> run_round (src/rounds/round.py) -> rounds/round-0001
                -> datamodule.add_round -> the next epoch trains on it
 
-Which rounds are due follows from the epoch alone, so a run that resumes makes the missing ones: in
-`on_train_start`, or, if the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again.
-The random state of training is left as it was. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and
-`max_epochs=-1` where `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
+The epoch alone determines which rounds are due, so a resumed run makes up for missing ones: in `on_train_start`, or, if
+the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again. A round leaves the random state of
+training unchanged. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and `max_epochs=-1` if `max_steps` is set:
+Lightning counts an epoch twice when it resumes at its end.
 
-Of several ranks each drafts for its own images and asks about its own drafts, with the whole model in its memory for as
-long as the round takes (`src.distributed.parallel.gathered`); drafts and rounds are those of one process.
+Each rank drafts for its own images and asks about its own drafts, and holds the whole model in memory during the round
+(`src.distributed.parallel.gathered`). Drafts and rounds equal those of a single process.
 """
 
 from __future__ import annotations
@@ -28,42 +28,44 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from callbacks.checkpoint import write_whole_files
+from callbacks.checkpoint import write_atomically
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_whole, remove
 from src.distributed.parallel import Team, gathered, summed
 from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
-from src.rounds.drafts import DraftSampler, capped, draft_batch, settings_of
-from src.rounds.round import EmptyRound, Revising, charge, note, read_round, reopen, run_round
+from src.rounds.drafts import DraftSampler, cap_num_drafts, draft_batch, settings_of
+from src.rounds.round import EmptyRound, RoundOptions, charge, read_round, reopen, run_round, update_manifest
 from src.rounds.stats import summary, yields
 from src.text.tokenizer import Codec
 from src.types import Batch, Expert, FailedRound, Round
 
 logger = logging.getLogger(__name__)
-LOOKS = 8  # batches of a finished round that are looked at
-LOOKED = "one_look"  # what the manifest calls what was seen
+NUM_FIX_BATCHES = 8  # batches of a finished round on which P(fix) and P(break) are measured
+FIX_RATES = "one_look"  # their key in the manifest
 
 
-class GivesDrafts(Protocol):
-    """What the callback needs of a datamodule."""
+class OnlineDataModule(Protocol):
+    """The part of a datamodule that the callback uses."""
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterable[tuple[int, Batch]]:
-        """This rank's of the `num` training samples that a round drafts for, none twice, with `records` and `images`.
+        """(number, batch) of this rank, of the `num` training samples of a round, with `records` and `images`.
 
-        As (number, batch): the batches and their numbers are the same whatever the number of ranks.
+        No sample comes twice, and batches and their numbers are the same for any number of ranks.
         """
         ...
 
     def draft_settings(self) -> Mapping[str, Any]:
-        """What the drafts depend on there: the data, their order, how they are shown to the model.
+        """Everything in the datamodule that drafts depend on: the data, their order, their preprocessing.
 
-        `data_count` in it is how many samples there are to draft for.
+        `data_count` is the number of samples that can be drafted for.
         """
         ...
 
-    def add_round(self, path: str | Path) -> None: ...
+    def add_round(self, path: str | Path) -> None:
+        """Train on this round too, from the next epoch on."""
+        ...
 
     def round_dataloader(self, path: str | Path) -> Iterable[Batch]:
         """This rank's share of the corrected drafts of a round; ranks get equally many batches."""
@@ -71,19 +73,18 @@ class GivesDrafts(Protocol):
 
 
 class SelfCorrection(L.Callback):
-    """Makes `rounds` rounds of `drafts_per_round` drafts each, or of as many as there are images.
+    """Makes `rounds` rounds of `drafts_per_round` drafts each, at most one draft per training image.
 
     at_start: the first round comes before the first epoch; the others follow every `every_n_epochs` epochs
-    tokens_per_step: speeds at which drafts are drawn; the samples of a round are shared among them
+    tokens_per_step: speeds at which drafts are drawn; the samples of a round are split among them
     per_shard: samples in each shard of a round
-    allow_empty: go on where no draft of a round got a correction; else `EmptyRound` is raised, as training would
-                 learn nothing new
-    patience_minutes: how long to wait for an expert that gives no answer at all
-    deadline_minutes: how long the expert may go on once all is drawn (None: until it has answered everything); the
-                      next round asks about the other drafts again, and about those that failed in a way that may pass
-    train_from: `newest` goes on with the weights that training has come to; `start` goes back, after each round but the
-                first, to those before the first round, and trains them on all rounds. The newest weights draft
-    stop: signals; they need not wait for the end of a round, which goes on where it was
+    allow_empty: continue if no draft of a round was corrected; otherwise `EmptyRound` is raised
+    patience_minutes: give up on an expert that has not answered for this long
+    deadline_minutes: how long to wait for the expert after all drafts are drawn (None: until it has answered all); the
+                      next round asks again about unanswered drafts and those with a temporary failure
+    train_from: `newest` continues with the current weights; `start` restores, after each round but the first, the
+                weights before the first round and trains them on all rounds. The current weights draft either way
+    stop: signals interrupt a round at once; the same command continues it
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class SelfCorrection(L.Callback):
         if not tokens_per_step:
             raise UserError("tokens_per_step must name at least one speed, got an empty list")
         for speed in tokens_per_step:
-            sampler.with_steps(tokens_per_step=speed)  # wrong numbers fail here, not at the first round
+            sampler.with_steps(tokens_per_step=speed)  # a wrong value fails here, not at the first round
         self.expert, self.sampler, self.codec, self.run_dir = expert, sampler, codec, Path(run_dir)
         self.tokens_per_step, self.drafts_per_round = list(tokens_per_step), drafts_per_round
         self.rounds, self.every_n_epochs, self.at_start = rounds, every_n_epochs, at_start
@@ -131,7 +132,7 @@ class SelfCorrection(L.Callback):
         self.deadline = None if deadline_minutes is None else 60 * deadline_minutes
         self.train_from = train_from
         self.num_done = 0
-        self.saved_for = 0  # the round before which the newest checkpoint was saved
+        self.saved_for = 0  # round before which the newest checkpoint was saved
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_done": self.num_done, "saved_for": self.saved_for}
@@ -142,33 +143,34 @@ class SelfCorrection(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        found = vars(trainer)["reload_dataloaders_every_n_epochs"]
-        if found != 1:
-            raise UserError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {found}")
+        reload_every = vars(trainer)["reload_dataloaders_every_n_epochs"]
+        if reload_every != 1:
+            raise UserError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {reload_every}")
         for name in ("draft_dataloader", "draft_settings", "add_round"):
             if not hasattr(_datamodule(trainer), name):
-                found = type(_datamodule(trainer)).__name__
-                raise UserError(f"online rounds need a datamodule with {name}, got {found}")
+                kind = type(_datamodule(trainer)).__name__
+                raise UserError(f"online rounds need a datamodule with {name}, got {kind}")
 
-        write_whole_files(trainer)
+        write_atomically(trainer)
         self._team = Team()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         count = _datamodule(trainer).draft_settings()["data_count"]
-        self.drafts_per_round = capped(self.drafts_per_round, count, name="callbacks.self_correction.drafts_per_round")
-        for number in range(1, self.num_done + 1):  # before Lightning asks for the first loader
-            made = read_round(self._folder(number))
-            charge(self.expert, made.manifest.get("usage", {}), self._team)
-            self._add(trainer, made)
+        name = "callbacks.self_correction.drafts_per_round"
+        self.drafts_per_round = cap_num_drafts(self.drafts_per_round, count, name=name)
+        for number in range(1, self.num_done + 1):  # before Lightning requests the first loader
+            finished_round = read_round(self._folder(number))
+            charge(self.expert, finished_round.manifest.get("usage", {}), self._team)
+            self._add_to_training(trainer, finished_round)
 
         if self.train_from == "start" and 0 < self.num_done < self.rounds and not is_whole(self._checkpoint(1)):
             raise FailedRound(
-                f"{self._checkpoint(1)} is gone or damaged: with train_from=start the next round needs it; "
-                "resume=false begins anew"
+                f"{self._checkpoint(1)} is missing or damaged, but train_from=start needs it for the next round; "
+                "set resume=false to start over"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if getattr(_datamodule(trainer), "epoch_batches", None):  # otherwise each round changes the length
+        if getattr(_datamodule(trainer), "epoch_batches", None):  # otherwise each round changes the length of an epoch
             self.check_length(
                 max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, steps=int(trainer.num_training_batches)
             )
@@ -178,7 +180,7 @@ class SelfCorrection(L.Callback):
         for _ in range(missing):
             self._run(trainer, pl_module)
         with isolate_rng():
-            # Lightning has built the loader of this epoch already, without the round
+            # Lightning has already built the loader of this epoch, without the new round
             trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
             trainer.fit_loop.setup_data()
 
@@ -191,7 +193,7 @@ class SelfCorrection(L.Callback):
             logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
 
     def check_length(self, *, max_epochs: int | None, max_steps: int, steps: int) -> None:
-        """Raise UserError for a training that ends before the last round is due. steps: of an epoch."""
+        """Raise UserError if training ends before the last round is due. steps: optimizer steps in an epoch."""
         epochs = (self.rounds - self.at_start) * self.every_n_epochs  # before the last round
         if max_epochs is not None and 0 <= max_epochs <= epochs:
             raise UserError(
@@ -199,71 +201,74 @@ class SelfCorrection(L.Callback):
                 "raise trainer.max_epochs, or lower rounds"
             )
         if max_steps != -1 and epochs * steps >= max_steps:
+            longest = max_steps // (epochs + 1)  # steps in an epoch with which all rounds fit
+            shorter_epochs = f"set data.epoch_batches={longest}, or " if longest else ""
             raise UserError(
                 f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
-                f"max_steps={max_steps}; {_shorter(max_steps // (epochs + 1))}lower rounds"
+                f"max_steps={max_steps}; {shorter_epochs}lower rounds"
             )
 
     def _num_due(self, epochs: int) -> int:
-        """How many rounds there must be once `epochs` epochs are done."""
+        """Rounds that must be done after `epochs` epochs."""
         return min(self.rounds, self.at_start + epochs // self.every_n_epochs)
 
     def _folder(self, number: int) -> Path:
         return self.run_dir / "rounds" / f"round-{number:04d}"
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Save a checkpoint, as Lightning's own comes too late; it replaces that of the round before.
+        """Save a checkpoint before a round, in place of the one of the previous round; Lightning's own comes too late.
 
-        A run that resumed from it keeps it: what Lightning would save then has counted the epoch twice.
+        A run that resumed from it keeps it, as a new one would count the epoch twice.
         """
         if self.saved_for > self.num_done:
             return
         self.saved_for = self.num_done + 1
-        path, kept = self._checkpoint(self.saved_for), {self._checkpoint(1)} if self.train_from == "start" else set()
+        path, needed = self._checkpoint(self.saved_for), {self._checkpoint(1)} if self.train_from == "start" else set()
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path} - kept:
+            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path} - needed:
                 remove(older)
 
     def _checkpoint(self, number: int) -> Path:
-        """What is saved before a round."""
+        """Path of the checkpoint saved before a round."""
         return self.run_dir / "checkpoints" / f"pre-round-{number:04d}.ckpt"
 
-    def _go_back(self, trainer: L.Trainer) -> None:
-        """Take the weights and the state of the optimizer from before the first round; the learning rate stays."""
+    def _restore_start(self, trainer: L.Trainer) -> None:
+        """Restore weights and optimizer state from before the first round, and keep the current learning rate."""
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         for optimizer in trainer.optimizers:
-            for state in optimizer.state.values():  # a checkpoint from before the first step may hold none
+            for state in optimizer.state.values():  # a checkpoint from before the first step may hold no state
                 for value in state.values():
                     value.zero_()
-        before = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
-        trainer.strategy.load_model_state_dict(before, strict=True)
-        trainer.strategy.load_optimizer_state_dict(before)
-        for optimizer, found in zip(trainer.optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, found, strict=True):
+        checkpoint = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for optimizer, group_rates in zip(trainer.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
                 group["lr"] = rate
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the next round, log it, and train on it from now on."""
         self._save(trainer)
-        began = time.perf_counter()
+        start = time.perf_counter()
         number = self.num_done + 1
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
-            made = self._round(number, _datamodule(trainer), pl_module)
+            finished_round = self._round(number, _datamodule(trainer), pl_module)
         if self._team.first:
-            logger.info("%s: %s", made.path, summary(made.manifest))
-        self._add(trainer, made)
+            logger.info("%s: %s", finished_round.path, summary(finished_round.manifest))
+        self._add_to_training(trainer, finished_round)
         self.num_done = number
         if number > 1 and self.train_from == "start":
-            self._go_back(trainer)
+            self._restore_start(trainer)
             if self._team.first:
-                logger.info("training goes on from the weights before the first round")
-        metrics = round_metrics(made.manifest) | {"round/seconds": time.perf_counter() - began}
+                logger.info("training continues from the weights before the first round")
+        metrics = round_metrics(finished_round.manifest) | {"round/seconds": time.perf_counter() - start}
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
 
-    def _round(self, number: int, datamodule: GivesDrafts, pl_module: L.LightningModule) -> Round:
-        """The round; its manifest says what the model that has drafted it makes of the corrected drafts at one look."""
+    def _round(self, number: int, datamodule: OnlineDataModule, pl_module: L.LightningModule) -> Round:
+        """Make a round; its manifest then also has P(fix) and P(break) of the model that drafted it."""
         backbone: Any = pl_module.backbone
         seed = self.seed + number
         settings = settings_of(
@@ -285,7 +290,7 @@ class SelfCorrection(L.Callback):
             fingerprint=settings["model"],
             device=pl_module.device,
         )
-        how = Revising(
+        options = RoundOptions(
             expert=self.expert,
             codec=self.codec,
             per_shard=self.per_shard,
@@ -294,54 +299,55 @@ class SelfCorrection(L.Callback):
             team=self._team,
         )
         with gathered(backbone):
-            made = run_round(
+            finished_round = run_round(
                 self._folder(number),
                 datamodule.draft_dataloader(number, self.drafts_per_round),
                 draft,
-                how=how,
+                options=options,
                 tokens_per_step=self.tokens_per_step,
                 settings=settings,
                 total=self.drafts_per_round,
                 late=self._folder(number - 1) if number > 1 else None,
             )
-            if LOOKED in made.manifest:  # by the run that was killed right then
-                return made
-            found = self._look(made, datamodule, pl_module)
-        self._team.on_rank0(lambda: note(made.path, {LOOKED: found}))
-        return read_round(made.path)
+            if FIX_RATES in finished_round.manifest:  # measured by an earlier run that was killed right after
+                return finished_round
+            rates = self._fix_rates(finished_round, datamodule, pl_module)
+        self._team.on_rank0(lambda: update_manifest(finished_round.path, {FIX_RATES: rates}))
+        return read_round(finished_round.path)
 
-    def _look(self, made: Round, datamodule: GivesDrafts, pl_module: L.LightningModule) -> dict[str, float]:
-        if not made.manifest["counts"]["written"]:
+    def _fix_rates(
+        self, finished_round: Round, datamodule: OnlineDataModule, pl_module: L.LightningModule
+    ) -> dict[str, float]:
+        """P(fix) and P(break) of one forward call on (a sample of) the corrected drafts."""
+        if not finished_round.manifest["counts"]["written"]:
             return {}
-        batches = islice(datamodule.round_dataloader(made.path), LOOKS)
+        batches = islice(datamodule.round_dataloader(finished_round.path), NUM_FIX_BATCHES)
         backbone: Any = pl_module.backbone
         counts = summed(count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)).tolist()
         shares = {"p_fix": counts[:2], "p_break": counts[2:]}
         return {name: hits / tries for name, (hits, tries) in shares.items() if tries}
 
-    def _add(self, trainer: L.Trainer, made: Round) -> None:
-        if made.manifest["counts"]["written"]:
-            _datamodule(trainer).add_round(made.path)
+    def _add_to_training(self, trainer: L.Trainer, finished_round: Round) -> None:
+        """Add a round to the training data. Raises EmptyRound if it has no sample, unless `allow_empty`."""
+        if finished_round.manifest["counts"]["written"]:
+            _datamodule(trainer).add_round(finished_round.path)
             return
-        told = f"{made.path} holds no correction to train on ({summary(made.manifest)})"
+        message = f"{finished_round.path} has no corrected draft to train on ({summary(finished_round.manifest)})"
         if not self.allow_empty:
-            self._team.on_rank0(lambda: reopen(made.path))  # the same command then asks again, where that may help
+            self._team.on_rank0(
+                lambda: reopen(finished_round.path)
+            )  # the same command then asks again where that may help
             raise EmptyRound(
-                f"{told}; look at the expert, or set callbacks.self_correction.allow_empty=true to go on without"
+                f"{message}; check the expert, or set callbacks.self_correction.allow_empty=true to continue without it"
             )
         if self._team.first:
-            logger.warning("%s; training goes on without", told)
-
-
-def _shorter(steps: int) -> str:
-    """Advice to have epochs of so many steps, if that can be had."""
-    return f"set data.epoch_batches={steps}, or " if steps else ""
+            logger.warning("%s; training continues without it", message)
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
-    """The figures of a round for the logger.
+    """Metrics of a round for the logger.
 
-    waited_s: for the expert, when everything was drawn; overhead: the same as a share of the time for drawing
+    waited_s: seconds for the expert after the last draft was drawn; overhead: the same as a share of the drawing time
     """
     counts = manifest["counts"]
     revised = max(1, counts["revised"])
@@ -355,10 +361,12 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
         metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
     metrics["round/late"] = counts.get("late", 0)
     metrics["round/waited_s"] = manifest.get("waited", 0.0)
-    metrics |= {f"round/{name}": value for name, value in {**yields(manifest), **manifest.get(LOOKED, {})}.items()}
+    metrics |= {f"round/{name}": value for name, value in {**yields(manifest), **manifest.get(FIX_RATES, {})}.items()}
     if seconds := manifest["drawing"]["seconds"]:
         metrics["round/drafts_per_s"] = manifest["drawing"]["drawn"] / seconds
-        if manifest["drawing"]["drawn"] == counts["drafted"]:  # the seconds are those of the process that finished
+        if (
+            manifest["drawing"]["drawn"] == counts["drafted"]
+        ):  # no chunk is from an earlier, killed run, which is not timed
             metrics["round/overhead"] = metrics["round/waited_s"] / seconds
     return metrics
 
@@ -368,7 +376,7 @@ def _datamodule(trainer: L.Trainer) -> Any:
 
 
 def _is_last_epoch(trainer: L.Trainer) -> bool:
-    """Whether training ends with the epoch that has just ended."""
+    """Whether the epoch that has just ended is the last one."""
     epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return epochs or steps or trainer.should_stop

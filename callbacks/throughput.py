@@ -1,4 +1,4 @@
-"""Throughput: how fast training goes, and what it waits for, logged every n optimizer steps.
+"""Throughput: speed, data wait and memory of training, logged every n optimizer steps.
 
     callbacks: [{target: callbacks.throughput.Throughput, every_n_steps: 50}]
 
@@ -6,9 +6,9 @@
     perf/samples_per_s    samples, all ranks            perf/memory_gib   peak: of the GPU, else of the process
     perf/tokens_seen, perf/samples_seen                 since the first step, over restarts
 
-The clock stops for validation and between epochs. What lies between the end of a step and the start of the next one is
-counted as waiting for data; callbacks listed before this one do not add to it, those behind it (and the saving of
-checkpoints, which Lightning does last) do.
+The clock stops during validation and between epochs. All time between the end of a step and the start of the next one
+counts as waiting for data: that includes callbacks listed after this one and the saving of checkpoints (which Lightning
+does last), but not callbacks listed before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 class Throughput(L.Callback):
-    """Each point averages over the steps since the point before."""
+    """Logs throughput; each point averages over the steps since the previous one."""
 
     def __init__(self, *, every_n_steps: int = 50) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Throughput(L.Callback):
         self.tokens_seen = self.samples_seen = 0  # up to the last point
         self.last_step = 0
         self.waited = self.worked = 0.0  # seconds since the last point
-        self._tokens: Tensor | int = 0  # stays on the device: reading it would make every step wait
+        self._tokens: Tensor | int = 0  # stays on the device, as reading it would synchronize every step
         self._samples = 0
         self._world = 1
-        self._asked = self._began = 0.0  # when the trainer asked for the batch, and when it had it
+        self._requested_at = self._received_at = 0.0  # when the trainer requested the batch, and when it got it
 
     def state_dict(self) -> dict[str, Any]:
         tokens, samples = self._unlogged()
@@ -57,13 +57,13 @@ class Throughput(L.Callback):
         self._world = trainer.world_size
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._asked = time.perf_counter()
+        self._requested_at = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._began = time.perf_counter()
-        self.waited += self._began - self._asked
+        self._received_at = time.perf_counter()
+        self.waited += self._received_at - self._requested_at
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -72,22 +72,22 @@ class Throughput(L.Callback):
         self._samples += len(batch)
         step = trainer.global_step
         due = step % self.every_n_steps == 0 and step != self.last_step
-        counts = self._unlogged() if due else None  # waits for the device, so it comes before the clock is read
-        self.worked += time.perf_counter() - self._began
+        counts = self._unlogged() if due else None  # synchronizes the device, so read the clock after it
+        self.worked += time.perf_counter() - self._received_at
         if counts:
             self.last_step = step
             self._log(trainer, *counts, peak_memory(pl_module.device))
-        self._asked = time.perf_counter()
+        self._requested_at = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._asked = time.perf_counter()
+        self._requested_at = time.perf_counter()
 
     def _unlogged(self) -> tuple[int, int]:
         """Tokens and samples of all ranks since the last point."""
         return int(self._tokens) * self._world, self._samples * self._world
 
     def _log(self, trainer: L.Trainer, tokens: int, samples: int, memory: int) -> None:
-        """Log a point and start over."""
+        """Log a point and reset the counters."""
         self.tokens_seen, self.samples_seen = self.tokens_seen + tokens, self.samples_seen + samples
         seconds = self.waited + self.worked
         metrics = {
@@ -105,7 +105,7 @@ class Throughput(L.Callback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or the most that this process held."""
+    """Peak memory in bytes: allocated by tensors on a GPU, else resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

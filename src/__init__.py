@@ -22,19 +22,33 @@ def _check_neighbours() -> None:
         )
 
 
-def _end(number: int, _: object) -> None:
+def _stop_before_start(number: int, _: object) -> None:
     name = signal.Signals(number).name
     sys.stderr.write(f"\nstopped by {name} before it began; the same command begins\n")
     sys.stderr.flush()
     os._exit(128 + number)
 
 
-def _watch_imports() -> None:
-    """End in one line at a signal while a verb's imports run, which take seconds; `main_guard` takes over then."""
-    if sys.argv[:1] == ["-m"] and any(word.startswith("src.") for word in sys.orig_argv):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
+def _verb() -> str | None:
+    """The verb that `python -m src.VERB` is about to import; None where this package is imported otherwise."""
+    if sys.argv[:1] != ["-m"]:
+        return None
+    return next((word for word in sys.orig_argv if word.startswith("src.")), None)
 
 
-_watch_imports()
+def _before_imports() -> None:
+    """Answer --help and signals while a verb's imports, which take seconds, have not run; then `main_guard` does."""
+    verb = _verb()
+    if verb is None:
+        return
+    if {"-h", "--help"} & set(sys.orig_argv):
+        from src.cli.help import docstring, help_text
+
+        sys.stdout.write(help_text(verb, docstring(verb)))
+        sys.exit()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_before_start)
+
+
 _check_neighbours()
+_before_imports()

@@ -1,14 +1,14 @@
-"""Draft: let a model caption training images, for an expert to revise.
+"""Draft: caption training images with a model, for an expert to revise.
 
     python -m src.draft conf=draft model.path=runs/stage1/model data.path=data/scenes out=drafts
     python -m src.draft conf=draft model.path=... data.path=... out=drafts num=4096 tokens_per_step=[1,4]
-    torchrun --nproc-per-node 8 -m src.draft conf=draft ...          or srun, on many nodes: each draws its share
+    torchrun --nproc-per-node 8 -m src.draft conf=draft ...          or srun: each rank draws its share
 
     model, images -> draw_drafts (src/rounds/drafts.py) -> out/drafts-000000-00.tar, ..., out/index.json
 
-A killed run is continued by the same command; finished shards are not drawn again. The drafts are those that
-the online callback draws for the round of the same number and seed. No image is drafted twice in a round, so a `num`
-above the number of training images means all of them. At the end it prints the `src.revise` command for the drafts.
+The same command continues a killed run and draws no finished shard again. The drafts equal those of the online
+callback for a round of the same number and seed. No image is drafted twice in a round, so a `num` above the number of
+training images means all of them. At the end it prints the `src.revise` command for the drafts.
 """
 
 from __future__ import annotations
@@ -31,34 +31,32 @@ from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
-from src.rounds.drafts import capped, draft_batch, draw_drafts, settings_of
+from src.rounds.drafts import cap_num_drafts, draft_batch, draw_drafts, settings_of
 from src.text.tokenizer import Codec
 from src.training.launch import explained, launched_first, together
 
 
 @main_guard
 def main(argv: list[str]) -> None:
-    """Draw the drafts that the config asks for."""
+    """Draw the drafts of one round into `out`."""
     cfg = load_config(argv, verb="src.draft", needs=["data", "num", "round", "sampler"])
     check(cfg, offers=("codec", "seed"))
     if cfg.round < 1:
         raise UserError(f"round must be at least 1, got {cfg.round}")
     lock = locked(path_of(cfg, "out")) if launched_first() else nullcontext()
     with lock, explained(), together() as team:
-        found = team.gather(_draw(cfg, team))
+        per_rank = team.gather(_draw(cfg, team))
     if not team.first:
         return
-    num, scenes, damaged = (
-        sum(n for n, _, _ in found),
-        any(s for _, s, _ in found),
-        found[0][2] - sum(n for n, _, _ in found),
-    )
-    lost = f" ({damaged} images could not be read and have none)" if damaged else ""
-    sys.stdout.write(f"{cfg.out}: {num} drafts{lost}\nnext: {_next(cfg, scenes=scenes)}\n")
+    num_drafts = sum(count for count, _, _ in per_rank)
+    scenes = any(is_scene for _, is_scene, _ in per_rank)
+    unreadable = per_rank[0][2] - num_drafts
+    damaged = f" ({unreadable} images could not be read)" if unreadable else ""
+    sys.stdout.write(f"{cfg.out}: {num_drafts} drafts{damaged}\nnext: {_revise_command(cfg, scenes=scenes)}\n")
 
 
 def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
-    """How many drafts this process has, whether they are of scenes, and how many all were to draw."""
+    """Draw this rank's drafts. Returns (their number, whether they are of scenes, the drafts due on all ranks)."""
     codec = Codec.load(cfg.model.path)
     data = build(cfg.data, codec=codec, seed=cfg.seed)
     data.place = (team.rank, team.size)
@@ -70,7 +68,7 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
     backbone = build(cfg.model).eval().to(device)
     check_layout(data.layout, backbone.layout)
     warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
-    num = capped(cfg.num, data.draft_settings()["data_count"], name="num")
+    num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
     settings = settings_of(
         backbone,
@@ -101,17 +99,17 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
         total=num,
         team=team,
     )
-    drawn, scenes = 0, False
-    for chunk in chunks:  # each is on disk by now
-        drawn, scenes = drawn + len(chunk), "scene" in chunk[0].record
-    return drawn, scenes, num
+    num_drawn, scenes = 0, False
+    for chunk in chunks:  # already on disk
+        num_drawn, scenes = num_drawn + len(chunk), "scene" in chunk[0].record
+    return num_drawn, scenes, num
 
 
-def _next(cfg: DictConfig, *, scenes: bool) -> str:
-    """The command that revises the drafts; only scenes have an exact expert."""
+def _revise_command(cfg: DictConfig, *, scenes: bool) -> str:
+    """The command that revises the drafts: with the exact expert for scenes, else with the reference captions."""
     conf = "revise" if scenes else "revise,expert/reference"
-    named = {"drafts": cfg.out, "out": f"rounds/round-{cfg.round:04d}", "tokenizer": cfg.model.path}
-    return shlex.join(["python", "-m", "src.revise", f"conf={conf}", *(f"{k}={v}" for k, v in named.items())])
+    settings = {"drafts": cfg.out, "out": f"rounds/round-{cfg.round:04d}", "tokenizer": cfg.model.path}
+    return shlex.join(["python", "-m", "src.revise", f"conf={conf}", *(f"{k}={v}" for k, v in settings.items())])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.text.tokenizer import Codec
 from src.types import Batch
+from testing.files import read_jsonl
 
 CANVAS, NUM = 48, 5
 
@@ -118,7 +119,7 @@ def results(tmp_path) -> dict:
 
 
 def captions(tmp_path, name) -> list[dict]:
-    return [json.loads(line) for line in (tmp_path / "out" / "captions" / f"{name}.jsonl").read_text().splitlines()]
+    return read_jsonl(tmp_path / "out" / "captions" / f"{name}.jsonl")
 
 
 def records(data) -> list[dict]:

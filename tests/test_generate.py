@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from src.models.tiling import Square
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
+from testing.files import read_jsonl
 
 TEXTS = ["A small red ring is in the top left.", "There is a large blue square below it."]
 PROMPT = "Describe the picture."
@@ -74,7 +74,7 @@ def run(model, images, out, *settings):
 
 
 def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return read_jsonl(path)
 
 
 def ask(text=PROMPT):

@@ -12,6 +12,7 @@ from PIL import Image
 from src.generate import main
 from src.io.shards import write_shards
 from src.text.tokenizer import Codec
+from testing.files import read_jsonl
 
 UNLIKE = {"stop_ids", "suffix_ids", "fake_ans"}  # what the command line cannot say: they are ids
 
@@ -42,7 +43,7 @@ def command(golden, golden_folder_v, tmp_path):
              f"model.vision={json.dumps(golden.meta['vision_config'])}", f"images={images}", f"out={tmp_path / out}",
              *([f"prompt={json.dumps(prompt)}"] if prompt else []), f"system={json.dumps(case['system'])}", *settings]
         )  # fmt: skip
-        return [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+        return read_jsonl(tmp_path / out)
 
     return run
 
@@ -64,7 +65,7 @@ def released(case: dict, path: Path) -> Path:
 
 
 def final_ids(trace: Path) -> dict[str, list[int]]:
-    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    lines = read_jsonl(trace)
     return {line["key"]: line["steps"][-1]["tokens"] for line in lines}
 
 

@@ -25,6 +25,7 @@ from src.io.shards import read_shard
 from src.rounds.drafts import read_drafts
 from src.rounds.expert_thread import SILENCE, ExpertThread, SilentExpert
 from src.types import Failure, Revision
+from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
 
@@ -236,7 +237,7 @@ def test_many_answers_share_a_sync(case, tmp_path, monkeypatch):
     with Journal(tmp_path / "j", expert="e") as journal, ExpertThread(Quick(), journal, Bar(), patience=60) as thread:
         thread.ask(drafts)
     assert 1 < len(syncs) < len(drafts)
-    lines = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()]
+    lines = read_jsonl(tmp_path / "j")
     assert sorted(line["key"] for line in lines) == sorted(draft.key for draft in drafts)
     with Journal(tmp_path / "j", expert="e") as journal:
         assert all(journal.is_settled(draft) for draft in drafts)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.training.memory_tracker import LOOKED, Live, Shapes
+from src.training.memory_tracker import DATA_ACCESS_ERRORS, Live, Shapes
 
 KIB = 1 << 10
 
@@ -75,5 +75,5 @@ def test_code_runs_without_data_and_still_knows_masks_and_indices():
 
 def test_code_that_looks_at_numbers_is_told_so():
     shapes = Shapes()
-    with shapes, pytest.raises(LOOKED):
+    with shapes, pytest.raises(DATA_ACCESS_ERRORS):
         torch.ones(3).sum().item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from src.samplers.proseco import Corrector
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.types import Batch, SpecialIds
+from testing.files import read_jsonl
 from tests.test_train import arguments, run, write_scenes
 
 SAMPLERS = {
@@ -45,7 +45,7 @@ def test_a_method_trains_and_samples(conf, scenes, tmp_path):
     out = tmp_path / "captions.jsonl"
     model = f"model.path={tmp_path / 'run' / 'model'}"
     generate(["conf=generate", model, f"images={scenes}/test", f"out={out}", f"sampler={sampler}", "steps=4", *more])
-    assert len({json.loads(line)["key"] for line in out.read_text().splitlines()}) == 8
+    assert len({line["key"] for line in read_jsonl(out)}) == 8
 
 
 # a toy language of eight words, whose letters count up from any start: one wrong letter shows

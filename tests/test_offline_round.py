@@ -42,9 +42,9 @@ def draft(data: Path, folder: Path, *settings: str) -> None:
     ])  # fmt: skip
 
 
-def next_command(said: str, verb: str) -> list[str]:
+def next_command(printed: str, verb: str) -> list[str]:
     """The arguments of the command in the last line."""
-    words = shlex.split(said.splitlines()[-1])
+    words = shlex.split(printed.splitlines()[-1])
     assert words[:4] == ["next:", "python", "-m", f"src.{verb}"]
     return words[4:]
 
@@ -56,18 +56,18 @@ def test_each_verb_says_the_next_one(data: Path, tmp_path: Path, monkeypatch, ca
     assert [r.getMessage() for r in caplog.records if "num" in r.getMessage()] == [
         f"num=1024 is more than the {NUM} training images: each of them is drafted once"
     ]
-    said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path / 'drafts'}: {NUM} drafts\n")
-    src.revise.main(next_command(said, "revise"))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{tmp_path / 'drafts'}: {NUM} drafts\n")
+    src.revise.main(next_command(printed, "revise"))
     made = read_manifest("rounds/round-0001")
     assert made["counts"]["written"] > 0
-    asked = next_command(capsys.readouterr().out, "train")
-    assert asked == ["conf=stage2", "data.rounds=[rounds/round-0001]", "callbacks.self_correction=null"]
-    assert shlex.join(["python", "-m", "src.train", *asked]) in (src.revise.__doc__ or "")
+    arguments = next_command(capsys.readouterr().out, "train")
+    assert arguments == ["conf=stage2", "data.rounds=[rounds/round-0001]", "callbacks.self_correction=null"]
+    assert shlex.join(["python", "-m", "src.train", *arguments]) in (src.revise.__doc__ or "")
 
     small = ["data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
     small += ["callbacks.samples=null", "objective.training.warmup_steps=1", "run_dir=run"]
-    src.train.main([*asked, f"model.path={BASE}", f"tokenizer={BASE}", f"data.path={data}", *small])
+    src.train.main([*arguments, f"model.path={BASE}", f"tokenizer={BASE}", f"data.path={data}", *small])
     (last,) = Path("run/checkpoints").glob("last*.ckpt")
     kept = torch.load(last, weights_only=False).values()
     (rounds,) = (state["rounds"] for state in kept if isinstance(state, dict) and "rounds" in state)

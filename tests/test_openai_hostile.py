@@ -174,7 +174,7 @@ def test_results_of_any_kind_are_told_or_counted(drafts, tmp_path, capsys, line:
     if line.startswith("["):
         with pytest.raises(SystemExit):
             src.revise.main(command)
-        assert "line 1 is no result of a batch" in capsys.readouterr().err
+        assert "line 1 is not a batch result" in capsys.readouterr().err
     else:
         src.revise.main(command)
         assert read_manifest(tmp_path / "round")["counts"]["unanswered"] == NUM

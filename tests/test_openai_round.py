@@ -18,6 +18,7 @@ from src.chat.limits import Limits
 from src.io.shards import read_manifest
 from src.preparation.scenes import Scenes
 from src.scenes.graph import COLOURS
+from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.ranks import ROOT
 from tests.test_rounds import digests, journaled
@@ -121,7 +122,7 @@ def test_kept_replies_can_be_read_again_without_a_call(drafts, tmp_path, capsys)
         revise(drafts, tmp_path / "whole", server)
         revise(drafts, out, server)
         count, (journal,) = len(server.requests), out.glob("journal*")
-        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        lines = read_jsonl(journal)
         for line in lines:
             if line["revision"]["edits"]:
                 line["revision"]["edits"][0]["target"] = "nothing"
@@ -231,7 +232,7 @@ def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
         revise(drafts, tmp_path / "whole", server)
         asked = [request.body for request in server.requests]
         revise(drafts, tmp_path / "round", server, f"requests={tmp_path}/requests.jsonl")
-        lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+        lines = read_jsonl(tmp_path / "requests.jsonl")
         assert sorted(json.dumps(line["body"]) for line in lines) == sorted(map(json.dumps, asked))
         results = []
         for line in reversed(lines):
@@ -262,7 +263,7 @@ def test_a_line_that_is_no_result_is_named(drafts, tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text('{"id": 3}\n')
     with Scripted(corrects) as server, pytest.raises(SystemExit):
         revise(drafts, tmp_path / "round", server, f"results={tmp_path}/results.jsonl")
-    assert "results.jsonl: line 1 is no result of a batch" in capsys.readouterr().err
+    assert "results.jsonl: line 1 is not a batch result" in capsys.readouterr().err
 
 
 def test_a_round_of_a_training_is_not_taken_apart(drafts, tmp_path, capsys):
@@ -272,7 +273,7 @@ def test_a_round_of_a_training_is_not_taken_apart(drafts, tmp_path, capsys):
         revise(drafts, out, server)
         before = digests(out)
         shutil.copytree(drafts, out / "drafts")
-        for folder, told in ((out / "drafts", "is a round of a training"), (tmp_path / "none", "no finished drafts")):
+        for folder, told in ((out / "drafts", "belongs to a training run"), (tmp_path / "none", "no finished drafts")):
             for way in ("again=true", "reread=true"):
                 with pytest.raises(SystemExit):
                     revise(folder, out, server, way)

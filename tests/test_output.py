@@ -17,6 +17,7 @@ from src.generate import main
 from src.models.hf.folder import fingerprint, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import Codec
+from testing.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -47,7 +48,7 @@ def command(verb: str, arguments: list[str]) -> list[str]:
 
 
 def keys(out: Path) -> list[str]:
-    return [json.loads(line)["key"] for line in out.read_text().splitlines()]
+    return [line["key"] for line in read_jsonl(out)]
 
 
 def test_two_processes_do_not_write_one_file(model, tmp_path):

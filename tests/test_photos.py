@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from src.cli.entrypoint import help_text
+from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
 from src.preparation import counts as reasons
 from src.preparation.annotations import read_entries
@@ -185,7 +185,7 @@ HELP_RECORDS = [line.strip() for line in (prepare_help or "").splitlines() if li
 
 @pytest.mark.parametrize("line", HELP_RECORDS)
 def test_the_formats_in_the_help_are_read(line: str, tmp_path: Path) -> None:
-    assert line in help_text(prepare_help)
+    assert line in help_text("src.prepare", docstring("src.prepare"))
     shape, _ = json.JSONDecoder().raw_decode(line.replace("[...]", "[]"))
     (tmp_path / "a.json").write_text(json.dumps(shape))
     if "annotations" in shape:

@@ -292,7 +292,7 @@ def test_an_objective_that_looks_at_its_numbers_cannot_be_planned():
                 yield found if found["mask"].numerator.item() else {}
 
     objective = Looks(backbone=make_model, special=SPECIAL, training=Training(lr=1e-3))
-    with pytest.raises(ValueError, match="depends on numbers that it computes"):
+    with pytest.raises(ValueError, match="depends on computed values"):
         measure(objective, make_batch(), gpus=1, precision="32-true")
 
 
@@ -334,7 +334,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
     main(arguments(tmp_path, "plan.gpus=2", "objective.training.micro_batch=1", "objective.training.views=2"))
     text = capsys.readouterr().out
-    assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens behind a prefix of" in text
+    assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens after a prefix of" in text
     numbers = {line[:26].strip(): re.findall(r"[\d.]+(?= MiB)", line) for line in text.splitlines()}
     assert {PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, TOWER, DECODER, HEAD, "sum"} <= numbers.keys()
     rows = [

@@ -32,6 +32,7 @@ from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
 from src.text.tokenizer import Codec
+from testing.files import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -601,7 +602,7 @@ def test_real_photographs(tmp_path: Path, annotations: str) -> None:
     index = Photos(out=str(tmp_path / "out"), max_images=12, **settings).run()
     assert sum(index["counts"][split]["written"] for split in SPLITS) == 12
     found = [s for split in SPLITS for s in samples(tmp_path / "out" / split)]
-    known = {row["id"]: row for row in map(json.loads, (folder / "captions.jsonl").read_text().splitlines())}
+    known = {row["id"]: row for row in read_jsonl(folder / "captions.jsonl")}
     for s in found:
         row = known[s.key.split("-")[0]]
         texts = [c["text"] for c in s.record["captions"]]

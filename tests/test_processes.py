@@ -456,7 +456,7 @@ def test_a_rank_that_does_not_come_is_told(ranks, scenes, tmp_path):
     argv = stage2(scenes, tmp_path / "run", "trainer.strategy.timeout_minutes=0.1")
     done = ranks.run(argv, out=tmp_path, ranks=[0])
     assert done.codes == [1], done.printed
-    assert "rank 0: error: only 1 of 2 processes have come to 127.0.0.1, port" in done.printed[0]
+    assert "rank 0: error: only 1 of 2 processes connected to 127.0.0.1, port" in done.printed[0]
     assert "Traceback" not in done.printed[0]
 
 
@@ -465,6 +465,6 @@ def test_where_memory_runs_out_the_plan_says_what_a_step_takes(ranks, scenes, tm
     argv = [argument for argument in argv if not argument.startswith("callbacks.self_correction.")]
     done = ranks.run(argv, out=tmp_path, world=1, memory=1 << 30)
     assert done.codes == [2], done.printed
-    assert "error: out of memory at step 0. What a step is planned to take:" in done.printed[0]
+    assert "error: out of memory at step 0. Planned memory of a step:" in done.printed[0]
     assert "stage2: 512 rows on each of 1 GPUs" in done.printed[0]
     assert "objective.training.micro_batch" in done.printed[0].splitlines()[-1]

@@ -17,6 +17,7 @@ from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
+from testing.files import read_jsonl
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 VISION = {**SIZES, "image_size": 16, "patch_size": 8}
@@ -44,7 +45,7 @@ def photo(tmp_path) -> Path:
 
 def run(model: Path, out: Path, *settings: str) -> list[dict]:
     main(["conf=generate", f"model.path={model}", f"out={out}", "sampler=plain", "length=8", "steps=4", *settings])
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return read_jsonl(out)
 
 
 def refused(capsys, model: Path, out: Path, *settings: str) -> str:

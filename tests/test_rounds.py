@@ -31,7 +31,7 @@ from src.io.settings import describe
 from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
 from src.rounds.drafts import draft_batch, draw_drafts, read_drafts, settings_of
-from src.rounds.round import Revising, read_round, revise_round, run_round
+from src.rounds.round import RoundOptions, read_round, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
@@ -129,15 +129,15 @@ class Case:
         fixed = {"sampler": self.sampler, "codec": self.codec, "seed": 3, "fingerprint": self.settings["model"]}
         return partial(draft_batch, self.backbone, **fixed)
 
-    def how(self, expert, **changed) -> Revising:
+    def options(self, expert, **changed) -> RoundOptions:
         common = {"expert": expert, "codec": self.codec, "per_shard": 4, "patience": 60.0, "team": Team()}
-        return Revising(**{**common, **changed})
+        return RoundOptions(**{**common, **changed})
 
     def run(self, folder: Path, expert, **changed):
         common = {"tokens_per_step": [4, 16], "settings": self.settings, "total": NUM}
         draft, deadline = changed.pop("draft", self.draft), changed.pop("deadline", None)
-        batches, how = changed.pop("batches", self.batches()), self.how(expert, deadline=deadline)
-        return run_round(folder, enumerate(batches), draft, how=how, **{**common, **changed})
+        batches, options = changed.pop("batches", self.batches()), self.options(expert, deadline=deadline)
+        return run_round(folder, enumerate(batches), draft, options=options, **{**common, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -379,11 +379,11 @@ def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
         with pytest.raises(ValueError, match="round made with another expert;"):
             case.run(whole, expert)
         with pytest.raises(ValueError, match="round made with another expert;"):
-            revise_round(whole, whole / "drafts", how=case.how(expert))
-    revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=2)))
-    revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=2)))
+            revise_round(whole, whole / "drafts", options=case.options(expert))
+    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
+    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
     with pytest.raises(ValueError, match="another expert"):
-        revise_round(tmp_path / "r", whole / "drafts", how=case.how(ReferenceExpert(max_words=3)))
+        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=3)))
     manifest = json.loads((tmp_path / "r" / "index.json").read_text())
     assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
 
@@ -392,7 +392,7 @@ def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
 def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tmp_path):
     """Killed with all answers in the journal and the round written, right before it gets its name."""
     folder = tmp_path / "round-0001"
-    again = lambda expert: revise_round(folder, whole / "drafts", how=case.how(expert))  # noqa: E731
+    again = lambda expert: revise_round(folder, whole / "drafts", options=case.options(expert))  # noqa: E731
 
     def killed() -> None:
         kill_at_rename(4)  # 3 shards, their index, the round
@@ -473,7 +473,7 @@ def test_online_and_offline_write_the_same(case, whole, tmp_path):
     common["team"] = Team()
     chunks = list(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     assert sum(map(len, chunks)) == NUM
-    revise_round(tmp_path / "r", tmp_path / "drafts", how=case.how(Diligent(tmp_path / "asked")))
+    revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(Diligent(tmp_path / "asked")))
     assert digests(tmp_path / "r") == digests(whole)
     for name in ("tokens_per_step", "data", "response_length", "round"):
         common["settings"] = {**case.settings, name: "another"}
@@ -486,13 +486,13 @@ def test_unfinished_drafts_are_refused(case, tmp_path):
     common["team"] = Team()
     next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
-        revise_round(tmp_path / "r", tmp_path / "drafts", how=case.how(ScenesExpert()))
+        revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(ScenesExpert()))
 
 
 def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
     other = Codec.train(["one two three"], vocab_size=300)
     with pytest.raises(ValueError, match=other.fingerprint):
-        revise_round(tmp_path / "r", whole / "drafts", how=case.how(ScenesExpert(), codec=other))
+        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ScenesExpert(), codec=other))
 
 
 # --- journal ------------------------------------------------------------------------------------------------------

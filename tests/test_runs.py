@@ -83,7 +83,7 @@ def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, c
     before = contents(copied)
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {copied}/model}}"
     error = refusal([f"conf={copied}/config.yaml", f"run_dir={copied}", "resume=false", model], capsys)
-    assert f"error: model.path={copied}/model is of {copied}, which resume=false would remove" in error
+    assert f"error: model.path={copied}/model is in {copied}, which resume=false would remove" in error
     assert contents(copied) == before
     main([*arguments(scenes, copied), "resume=false", "trainer.max_steps=1"])
     assert json.loads((copied / "finished.json").read_text()) == {"steps": 1}
@@ -177,7 +177,7 @@ def test_a_finished_run_without_its_model_makes_it_again(scenes, finished, copie
         ("seed=4294967296", "seed must be at least 0"),
         ("trainer.fast_dev_run=true", "trainer.fast_dev_run saves nothing"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0 leaves nothing to train on"),
-        ("trainer.max_time=00:00:00:00", "no checkpoint was saved on the way, so the same command would do the same"),
+        ("trainer.max_time=00:00:00:00", "no checkpoint was saved, so the same command would stop there again"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):
@@ -212,5 +212,5 @@ def test_what_is_rarely_meant_is_told(scenes, finished, tmp_path, caplog):
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     conf, *rest = arguments(scenes, tmp_path / "run", *more, conf="stage2")
     main([conf.split(",")[0], *(setting for setting in rest if not setting.startswith("model.")), model, *more])
-    assert "the objective corrects drafts, but there are none: give data.rounds=[...]" in caplog.text
+    assert "the objective corrects drafts, but there are none: set data.rounds" in caplog.text
     assert "data.response_length=48, but the model was trained with response length 40" in caplog.text

@@ -515,7 +515,7 @@ def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (["data.response_length=32", "sampler.length=32"], "response length, sampler"),
+        (["data.response_length=32", "sampler.length=32"], "response_length, sampler"),
         (["round=2", "seed=6"], "data_seed, round"),
         (["data.batch_size=3"], "batch_size"),
     ],

@@ -50,7 +50,7 @@ def signalled(*args, **kwargs):
 setattr(holder, method, signalled)
 main(sys.argv[2:])
 """
-STEP = "src.objectives.revision:Revision/training_step"
+STEP = "src.objectives.revision:RevisionObjective/training_step"
 # Reads one batch, says which worker made it, and waits to be killed.
 READING = """
 import multiprocessing, sys
@@ -126,7 +126,7 @@ def whole(scenes, tmp_path_factory) -> Path:
         (f"{STEP}/3", signal.SIGINT, 3),
         (f"{STEP}/12", signal.SIGTERM, 12),  # the last step of an epoch
         (f"{STEP}/16", signal.SIGTERM, 16),  # the last of all
-        ("src.objectives.revision:Revision/validation_step/1", signal.SIGTERM, 12),  # the first of two batches
+        ("src.objectives.revision:RevisionObjective/validation_step/1", signal.SIGTERM, 12),  # the first of two batches
         ("callbacks.checkpoint:Checkpoint/on_train_epoch_end/1", signal.SIGTERM, 13),  # too late for the step before
     ],
 )

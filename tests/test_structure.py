@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise"
 ROOMS = {
     row.split("<-")[0].strip(): set(row.split("<-")[1].split())
     for row in """
-        root         <-
+        root         <- cli
         io           <-
         scenes       <-
         cli          <- io
@@ -331,26 +330,6 @@ def test_the_base_model_gets_a_tokenizer_of_its_own() -> None:
 
 # verbs
 
-HELP = """
-import contextlib, io, json, runpy, sys
-found = {}
-for verb in sys.argv[1:]:
-    sys.argv = [verb, "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        runpy.run_module(f"src.{verb}", run_name="__main__", alter_sys=True)
-    found[verb] = text.getvalue()
-sys.stdout.write(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def help_texts() -> dict[str, str]:
-    """What each verb prints for --help; one process for all, as most of the time goes into imports."""
-    command = [sys.executable, "-c", HELP, *VERBS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 def test_verbs_are_the_files_that_run() -> None:
     runnable = {path.stem for path in (ROOT / "src").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
@@ -358,12 +337,25 @@ def test_verbs_are_the_files_that_run() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_verb_has_main_and_help(verb: str, help_texts: dict[str, str]) -> None:
+def test_verb_answers_help_without_importing_torch(verb: str) -> None:
     tree = ast.parse((ROOT / "src" / f"{verb}.py").read_text(encoding="utf-8"))
     assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert (ast.get_docstring(tree) or "?").splitlines()[0] in help_texts[verb]
-    assert f"python -m src.{verb} conf=" in help_texts[verb]
-    assert "conf=NAME" in help_texts[verb]
+    command = [sys.executable, "-X", "importtime", "-m", f"src.{verb}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert {"yaml"} <= (imported := {line.split("|")[-1].strip() for line in done.stderr.splitlines()})
+    assert not imported & {"torch", "lightning", "transformers", f"src.{verb}"}
+    assert (ast.get_docstring(tree) or "?").splitlines()[0] in done.stdout
+    assert f"python -m src.{verb} conf=" in done.stdout
+    own = {name for name, row in SCHEMAS.items() if row[0] == ("train" if verb == "submit" else verb)}
+    others = {name for name, row in SCHEMAS.items() if row[0] != ("train" if verb == "submit" else verb)}
+    named = set(re.findall(r"(?m)^    ([\w/]+)", done.stdout.partition("configurations:")[2]))
+    assert own <= named and not others & named
+    assert all(config_names().count(name) == 1 for name in named)
+
+
+def test_every_config_says_in_its_first_line_what_it_is() -> None:
+    first = {path: path.read_text(encoding="utf-8").partition("\n")[0] for path in ROOT.glob("conf/**/*.yaml")}
+    assert [short(path) for path, line in first.items() if not re.match(r"# \S.{9,}", line)] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -47,7 +47,7 @@ rm -f "$run/STOP" "$run/REQUEUE"
 end=
 trap 'touch "$run/STOP"; end=${end:-$((SECONDS + 480))}' USR1  # all processes save a checkpoint and end
 
-# How far it has come: its checkpoints, and what is drafted and answered. Given up if it only ever starts.
+# Progress is a new checkpoint, draft or answer. Give up after several restarts without any.
 cd "$run" || exit
 mark=$({ find checkpoints -type f -not -path '*/.*' -printf '%p %T@\n'; find rounds -type f -printf '%p %s\n'; } \
     2>/dev/null | sort | cksum)
@@ -56,39 +56,39 @@ idle=0
 [[ $mark == "$before" ]] && idle=$((idle + 1)) || idle=0
 echo "$idle $mark" >.restarts
 if [[ $idle -ge 5 ]]; then
-    echo "error: given up after 5 restarts without a new checkpoint or draft: it needs a longer cluster.time," \
-        "a shorter cluster.stop_before, or checkpoints more often" >&2
+    echo "error: given up after 5 restarts without a new checkpoint or draft: set a longer cluster.time," \
+        "a shorter cluster.stop_before, or save checkpoints more often" >&2
     exit 1
 fi
 
 cd /home/me || exit
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000))
-while (: <>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do  # taken by somebody else
+while (: <>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do  # in use
     MASTER_PORT=$((MASTER_PORT + 1))
 done
 module load cuda
-export PYTHONPATH=$run/code PYTHONSAFEPATH=1  # the program as it was submitted, whatever has changed since
+export PYTHONPATH=$run/code PYTHONSAFEPATH=1  # the code as it was submitted
 
-# One process that fails, or ends much earlier, ends all.
+# A process that fails, or ends two minutes before the others, ends all.
 srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 \
     /opt/venv/bin/python -m src.train conf="$run/config.yaml" &
 while kill -0 $! 2>/dev/null; do
-    sleep 1  # and not `wait`: a signal is answered after each second
-    if [[ $end && $SECONDS -ge $end ]]; then  # not done in time: the newest checkpoint has to do
+    sleep 1  # not `wait`: the trap runs only between commands
+    if [[ $end && $SECONDS -ge $end ]]; then  # not done in time: continue from the newest checkpoint
         scontrol requeue "$job"
         exit 1
     fi
 done
 wait $!
 code=$?
-# Go on later, unless the job was cancelled. Slurm may also have taken the nodes away before anything could be saved.
+# Requeue, unless the job was cancelled. A preempted job may have lost its nodes before it could save.
 state=$(scontrol -o show job "$job")
 if [[ $state == *JobState=RUNNING* && ( -e $run/REQUEUE || ( $code != 0 && $state == *PreemptTime=2* ) ) ]]; then
     scontrol requeue "$job" && exit
-    echo "could not queue the job again; sbatch $run/job.sbatch continues it" >&2
+    echo "could not requeue the job; sbatch $run/job.sbatch continues it" >&2
 fi
-[[ -e $run/REQUEUE ]] && exit 1  # what waits for this job must not take it for done
+[[ -e $run/REQUEUE ]] && exit 1  # the run is not finished: dependent jobs must not start
 exit $code
 """
 # Stand in for Slurm's programs: what a job would see of them.
@@ -265,7 +265,7 @@ def test_a_job_that_slurm_does_not_queue_again_fails_and_says_so(tmp_path):
     job = Job(tmp_path, "touch {run}/REQUEUE", refuses=1)
     code, said = job.done()
     assert code == 1
-    assert said == f"could not queue the job again; sbatch {job.run}/job.sbatch continues it\n"
+    assert said == f"could not requeue the job; sbatch {job.run}/job.sbatch continues it\n"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_durations(time, expected):
         ({"gpus_per_node": -1}, "gpus_per_node must be at least 0, got -1"),
         ({"time": "soon"}, "time must be written as d-hh:mm:ss.*'soon'"),
         ({"time": "11:00"}, "time=11:00 must be more than stop_before=600 s and the 60 s"),
-        ({"after": 0}, "after must be the number of a job"),
+        ({"after": 0}, "after must be a job id"),
         ({"partition": "gpu --exclusive"}, "partition must be one word"),
         ({"extra": ["-C h100"]}, "extra must hold options"),
         ({"seeds": [1, 1]}, "seeds must differ"),
@@ -332,12 +332,12 @@ def refusal(argv: list[str], capsys) -> str:
         (["trainer.max_step=5"], "error: unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?\n"),
         (["objective.rate=often"], "error: objective.rate: expected float, got 'often'\n"),
         (["data.path=/nowhere"], "error: no such folder"),
-        (["trainer.devices=2"], "error: trainer.devices=2, but the job of this cluster has 1; set it to that\n"),
+        (["trainer.devices=2"], "error: trainer.devices=2, but the job of this cluster has 1; set it to 1\n"),
         (["cluster.time=soon"], "error: src.training.slurm.Cluster: time must be"),
         (["callbacks.stop=null"], "error: no callback is callbacks.stop.SaveAndStop"),
         (["plan.gpus=2"], "error: plan.gpus=2 prints a plan"),
         (["trainer.max_steps=0"], "error: trainer.max_steps must be at least 1, got 0"),
-        (["name=bash"], "error: name=bash: Lightning takes a job of that name for a session"),
+        (["name=bash"], "error: name=bash: Lightning treats a job of that name as interactive"),
         (["cluster.nodes=2", "trainer.strategy=fsdp"], "error: trainer.strategy: 2 processes need parallel/ddp or"),
         (
             ["cluster.nodes=2", "trainer.strategy={target: src.training.strategy.FSDP2, replicas: 3}"],
@@ -355,7 +355,7 @@ def test_a_wrong_config_is_one_error_and_nothing_is_written(scenes, tmp_path, sb
 def test_without_a_cluster_or_sbatch(scenes, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert "conf=stage2,cluster/NAME" in refusal(arguments(scenes, tmp_path / "run"), capsys)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "there is no sbatch here" in refusal(job_arguments(scenes, tmp_path / "run"), capsys)
+    assert "no sbatch on this machine" in refusal(job_arguments(scenes, tmp_path / "run"), capsys)
 
 
 def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):  # noqa: F811
@@ -378,9 +378,9 @@ def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, 
     then = [argument for argument in then if not argument.startswith("model.")]
     assert f"{first}/model" in refusal(then, capsys)
     said = refusal([*then, "cluster.after=42"], capsys)
-    assert f"nor a run that would make it ({first}/config.yaml): submit that first" in said
+    assert f"nor a run that trains it ({first}/config.yaml): submit that run first" in said
     main(job_arguments(scenes, first))
-    assert "cluster.after=42: Slurm knows no such job" in refusal([*then, "cluster.after=42"], capsys)
+    assert "cluster.after=42: no such job is queued or running" in refusal([*then, "cluster.after=42"], capsys)
     (sbatch / "queue").write_text("42 RUNNING\n")
     said = refusal([*then, "cluster.after=42", "data.image_size=96"], capsys)
     assert "mean one tile of 96" in said  # against the model that is to come
@@ -488,14 +488,14 @@ def test_seeds_get_folders_of_their_own_and_finished_ones_are_left_out(scenes, t
         finish(run)
     capsys.readouterr()
     main(argv)
-    assert capsys.readouterr().out == "nothing submitted: finished already; resume=false would start it afresh\n"
+    assert capsys.readouterr().out == "nothing submitted: already finished; resume=false starts over\n"
 
 
 def test_git_is_not_needed(tmp_path):
     """The program copied away from its repository submits as well."""
     for name in CODE:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    ask = "from pathlib import Path; from src.submit import keep_code; keep_code(Path('kept'))"
+    ask = "from pathlib import Path; from src.training.slurm import keep_code; keep_code(Path('kept'))"
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, env=env, check=True)
-    assert (tmp_path / "kept" / "VERSION").read_text() == "no commit: the program is not run from a git repository\n"
+    assert (tmp_path / "kept" / "VERSION").read_text() == "no commit: the code is not in a git repository\n"

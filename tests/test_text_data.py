@@ -24,6 +24,7 @@ from src.samplers.predictor import hidden_prefix
 from src.text.tokenizer import Codec
 from src.train import main as train
 from src.types import Batch
+from testing.files import read_jsonl
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL = [f"model.decoder.{name}={value}" for name, value in SIZES.items()]
@@ -216,7 +217,7 @@ def test_each_kind_trains_and_samples(folder: Path, tmp_path: Path, kind: str, c
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         given = [f"model.path={model}", "images=null", f"prompt={prompt}", f"out={out}", "sampler=plain", "steps=3"]
         generate(["conf=generate", *given, *options])
-        return [json.loads(line) for line in out.read_text().splitlines()]
+        return read_jsonl(out)
 
     keys = [sample.key for sample in stored(folder / kind / "test")]
     lines = sampled(str(folder / kind / "test"), "temperature=1")

@@ -18,6 +18,7 @@ from src.preparation.smiles import Smiles, count_rings
 from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
 from src.text.tokenizer import BOS, EOS, Codec
+from testing.files import read_jsonl
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the folder of real data is not there")
@@ -317,7 +318,7 @@ def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
         tmp_path, files=str(text / "mbpp.jsonl"), prompt="text", response="code", response_length=1000, max_prompt=None
     )
     index, rows, _ = made(mbpp)
-    lines = [json.loads(line) for line in (text / "mbpp.jsonl").read_text().splitlines()]
+    lines = read_jsonl(text / "mbpp.jsonl")
     assert index["counts"]["records"]["carriage_returns"] == sum("\r" in line["code"] for line in lines)
     found = {row["captions"][0]["text"] for split in SPLITS for row in rows[split]}
     assert not any("\r" in code for code in found)
@@ -328,7 +329,7 @@ def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
         max_prompt=None, keep=["test", "entry_point"], out=str(tmp_path / "humaneval"),
     )  # fmt: skip
     _, rows, _ = made(evaluated)
-    lines = [json.loads(line) for line in (text / "humaneval.jsonl").read_text().splitlines()]
+    lines = read_jsonl(text / "humaneval.jsonl")
     found = {(r["prompt"], r["captions"][0]["text"], r["test"]) for split in SPLITS for r in rows[split]}
     assert found == {(line["prompt"], line["canonical_solution"], line["test"]) for line in lines}
 
@@ -339,7 +340,7 @@ def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
     main(["conf=text", f"prepare.files={file}", f"prepare.out={out}", f"prepare.tokenizer={SHARED / 'tokenizer_gpt2'}"])
     codec = Codec.load(out / "tokenizer")
     assert (codec.eos_id, codec.encode("Hello world")[0]) == (50256, [15496, 995])  # as GPT-2's own tokenizer has it
-    documents = {json.loads(line)["text"].strip() for line in file.read_text().splitlines()}
+    documents = {line["text"].strip() for line in read_jsonl(file)}
     for split in SPLITS:
         pieces = codec.tokenizer.decode(ids_of(records(out / split))).split(EOS)
         assert {piece.strip() for piece in pieces[:-1]} <= documents and len(pieces) > 1

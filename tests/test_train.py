@@ -241,7 +241,7 @@ def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
 
 async def agrees(self, drafts):
     for draft in drafts:
-        yield draft.key, nouns.RevisionObjective(())
+        yield draft.key, nouns.Revision(())
 
 
 @pytest.mark.parametrize("start", ["true", "false"])
@@ -252,11 +252,11 @@ def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeyp
     argv.append(f"callbacks.self_correction.at_start={start}")
     for _ in range(2):
         error = refusal(argv, capsys).splitlines()[-1]
-        assert re.match(r"error: .*round-0001 holds no correction .* 8 revised, 8 right, .*allow_empty=true", error)
+        assert re.match(r"error: .*round-0001 has no corrected draft .* 8 revised, 8 right, .*allow_empty=true", error)
     shards = sorted((tmp_path / "run" / "rounds" / "round-0001" / "drafts").glob("*.tar"))
     stamps = [path.stat().st_mtime_ns for path in shards]
     run([*argv, "callbacks.self_correction.allow_empty=true"])
-    assert "training goes on without" in caplog.text
+    assert "training continues without it" in caplog.text
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
     assert [path.stat().st_mtime_ns for path in shards] == stamps
 

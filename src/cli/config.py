@@ -37,6 +37,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.cli.help import available, config_root
 from src.cli.instantiate import SCALARS, arguments, dotted, fits, hint, is_node, one_line, plain, walk
 from src.io.errors import UserError
 
@@ -127,21 +128,14 @@ def _resolve(tree: dict) -> dict:
     return resolved
 
 
-def config_root(root: str | Path) -> Path:
-    return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
-
-
-def available(root: Path) -> list[str]:
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-
-
 def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str], list[tuple[str, Any]]]:
     """The names after `conf=` and the (dotted name, value) of all other arguments."""
     names, settings = None, []
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise UserError(f"expected key=value, got {argument!r}")
+            near = f"; did you mean conf={argument}?" if (root / f"{argument}.yaml").is_file() else ""
+            raise UserError(f"expected key=value, got {argument!r}{near}")
         if key != "conf":
             settings.append((key, (_text if key in texts else _value)(key, text)))
         elif names is None:
@@ -149,7 +143,7 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
         else:
             raise UserError("conf= is given twice; stack layers with a comma: conf=a,b")
     if not names:
-        raise UserError(f"conf=NAME is missing; available: {', '.join(available(root))}")
+        raise UserError("conf=NAME is missing; --help lists the configurations")
     return names, settings
 
 
@@ -202,8 +196,7 @@ def _find(name: str, root: Path) -> Path:
     path = Path(name) if name.endswith(".yaml") else root / f"{name}.yaml"
     if path.is_file():
         return path.resolve()
-    known = available(root)
-    raise UserError(f"no configuration {name!r}{hint(name, known)}; available: {', '.join(known)}")
+    raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
 
 
 def _read(path: Path) -> tuple[dict, list[str]]:

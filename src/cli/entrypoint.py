@@ -6,38 +6,37 @@ def main(argv): ...
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from src.cli.config import available, config_root
+from src.cli.help import help_text
 from src.cli.signals import SIGNALLED, Stop, Stopped
 from src.io.errors import UserError
 
-USAGE = """\
-arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
-    NAME may be the path of a .yaml file; +key=value adds a key to a mapping; --print prints the config and stops
-"""
-
-
-def help_text(verb_doc: str | None, root: str | Path = "conf") -> str:
-    """What a verb prints for --help: its own docstring, the arguments and the configurations there are."""
-    return f"{(verb_doc or '').strip()}\n\n{USAGE}configurations: {', '.join(available(config_root(root)))}\n"
+NUMBER = re.compile(r"(?:\[Errno |os error )(\d+)")
+REFUSALS = {  # what a machine refuses whatever the code: space, quota, size, rights, a broken disk, too many open files
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.EMFILE, errno.ENFILE),
+}
 
 
 def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
-    """Decorator of a verb's `main(argv)`: --help, and one line instead of a traceback where nothing is wrong with it.
+    """Decorator of a verb's `main(argv)`: --help, exit codes, and one line for what the user can mend.
 
-    Exit code 2 for a UserError, 1 where the system cannot read or write, and 128 + number for a signal.
+    Exit code 2 for a UserError, 1 where the machine refuses to read or write, 128 + number for a signal. Every other
+    exception keeps its traceback.
     """
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         if {"-h", "--help"} & set(argv):
-            sys.stdout.write(help_text(sys.modules[main.__module__].__doc__))
+            module = sys.modules[main.__module__]
+            sys.stdout.write(help_text(module.__spec__.name if module.__spec__ else "", module.__doc__))
             return
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
@@ -50,19 +49,23 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
             sys.exit(SIGNALLED + stopped.signal)
         except Exception as error:
-            told = _told_by_system(error)
-            if told is None:
+            refusal = _refused_by_system(error)
+            if refusal is None:
                 raise
-            sys.stderr.write(f"\nerror: {told}; once that is mended, the same command continues\n")
+            sys.stderr.write(f"\nerror: {refusal}; once that is mended, the same command continues\n")
             sys.exit(1)
 
     return guarded
 
 
-def _told_by_system(error: Exception) -> str | None:
-    """What the system refused, and where. None for any other error."""
-    text = (str(error).strip().splitlines() or [""])[-1]  # of an error in a worker, behind its traceback
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or text or type(error).__name__}"
-    return text if "(os error " in text else None  # of a library in Rust, which keeps the system's words
+def _refused_by_system(error: Exception) -> str | None:
+    """What the machine refused and where, such as a full disk; None for an error that code may be to blame for."""
+    message = (str(error).strip().splitlines() or [""])[-1]  # from a worker process it comes behind a traceback
+    number = NUMBER.search(message)  # also in the words of a library in Rust, which raises no OSError
+    code = getattr(error, "errno", None) or (int(number[1]) if number else None)
+    if code not in REFUSALS:
+        return None
+    if isinstance(error, OSError) and error.errno:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or message}"
+    return message

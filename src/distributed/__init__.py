@@ -1,1 +1,1 @@
-"""Several processes: collectives, FSDP2 sharding, and checkpoints that are whole or not there."""
+"""Several processes: collectives, FSDP2 sharding, and atomic checkpoints."""

@@ -1,13 +1,13 @@
-"""The processes of a run: who is who, what they tell each other, and how they share a backbone (FSDP2).
+"""Collectives, and FSDP2 sharding of a backbone.
 
-    world(), rank()                  one process alone is rank 0 of 1, without any set-up
-    summed(tensor)                   the sum over all ranks, on all of them
-    Team().gather(value)             where ranks may wait for each other for hours
-    Sharding().apply(backbone, mesh) each rank keeps a part of every parameter, and gathers a unit while it is used
-    with gathered(backbone): ...     the whole of it on every rank, for generation: no rank waits for another in there
+    world(), rank()                  1 and 0 without a process group
+    summed(tensor)                   all-reduce: the sum over all ranks
+    Team().gather(value)             collectives with a timeout of hours
+    Sharding().apply(backbone, mesh) each rank keeps a shard of every parameter; units are gathered while in use
+    with gathered(backbone): ...     all parameters on every rank, for generation: no rank waits for another inside
 
-A backbone says what its units are: `units()` yields (module, names of its other entry points), inner ones first and
-itself last.
+The backbone defines its FSDP units: `units()` yields (module, names of its entry points besides `forward`), inner
+modules first and the backbone last.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from torch.distributed.tensor import DTensor
 from src.io.errors import UserError
 
 T = TypeVar("T")
-BUCKET = 1 << 26  # bytes of gradients in a message
+BUCKET = 1 << 26  # bytes of gradients in an all-reduce
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Rank of this process."""
     return dist.get_rank() if _distributed() else 0
 
 
 def world() -> int:
-    """The number of processes of the run."""
+    """Number of ranks."""
     return dist.get_world_size() if _distributed() else 1
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks; every rank has to ask, with the same shape."""
+    """The sum of `values` over all ranks. All ranks must call this, with the same shape."""
     if world() == 1:
         return values
     total = values.clone()
@@ -51,63 +51,63 @@ def summed(values: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, in their order; anything that can be pickled. For waits of hours there is `Team`."""
-    found: list[Any] = [value] * world()
+    """The values of all ranks, in rank order; any picklable object. `Team.gather` waits longer."""
+    values: list[Any] = [value] * world()
     if world() > 1:
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make each gradient its mean over all ranks, but for sharded parameters, whose gradients are means already.
+    """Average each gradient over all ranks, except those of sharded parameters, which FSDP2 averages.
 
-    A parameter without a gradient on some rank counts as zero there; without one on any, it keeps none.
+    A missing gradient counts as zero; a parameter without a gradient on any rank keeps none.
     """
-    copied = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-    if world() == 1 or not copied:
+    replicated = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    if world() == 1 or not replicated:
         return
-    there = summed(torch.tensor([p.grad is not None for p in copied], device=copied[0].device).long())
-    found = [parameter for parameter, count in zip(copied, there.tolist(), strict=True) if count]
-    for parameter in found:
+    counts = summed(torch.tensor([p.grad is not None for p in replicated], device=replicated[0].device).long())
+    with_gradient = [parameter for parameter, count in zip(replicated, counts.tolist(), strict=True) if count]
+    for parameter in with_gradient:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for part in _parts([parameter.grad for parameter in found if parameter.grad is not None]):
-        if len(part) == 1:
-            dist.all_reduce(part[0])
-            part[0] /= world()
+    for bucket in _buckets([parameter.grad for parameter in with_gradient if parameter.grad is not None]):
+        if len(bucket) == 1:
+            dist.all_reduce(bucket[0])
+            bucket[0] /= world()
             continue
-        mean = summed(torch.cat([gradient.flatten() for gradient in part])) / world()
-        for gradient, values in zip(part, mean.split([gradient.numel() for gradient in part]), strict=True):
+        mean = summed(torch.cat([gradient.flatten() for gradient in bucket])) / world()
+        for gradient, values in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(values.view_as(gradient))
 
 
-def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one type in a row, up to BUCKET bytes together: many small messages would take longer than a few."""
-    part: list[Tensor] = []
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of one dtype, up to BUCKET bytes in total: few large messages are faster than many small."""
+    bucket: list[Tensor] = []
     for tensor in tensors:
-        if part and (tensor.dtype != part[0].dtype or sum(some.nbytes for some in part) + tensor.nbytes > BUCKET):
-            yield part
-            part = []
-        part.append(tensor)
-    if part:
-        yield part
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one process would have it; of a sharded one every rank has to ask."""
+    """The full tensor of a sharded one; any other as it is. All ranks must call this for a sharded tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class RemoteRankError(RuntimeError):
-    """What went wrong on another rank."""
+    """An error that another rank raised."""
 
 
 class Team:
-    """All ranks where they may wait for each other for hours, as for an expert: apart from the group that trains.
+    """A process group of all ranks for long waits, such as for an expert; separate from the training group.
 
-    Every rank has to make one at the same place, and to call the same methods in the same order.
+    All ranks must construct it at the same point, and call the same methods in the same order.
 
-    hours: how long a rank waits for the others before it fails
+    hours: timeout of a collective call
     """
 
     def __init__(self, *, hours: float = 24.0) -> None:
@@ -118,57 +118,61 @@ class Team:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; anything that can be pickled."""
+        """The values of all ranks, in rank order; any picklable object."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value."""
+        """Rank 0's `value`, on all ranks; any picklable object."""
         if self.size == 1:
             return value
-        told = [value if self.first else None]
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        return told[0]
+        message = [value if self.first else None]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        return message[0]
 
     def all_reduce_max(self, value: int) -> int:
-        """The greatest value of any rank. Cheap enough for every step."""
+        """The maximum of `value` over all ranks. Cheap enough for every step."""
         if self.size == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        return int(found)
+        maximum = torch.tensor(value)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._group)
+        return int(maximum)
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, which alone does it; what it raises there stops all ranks."""
-        wrong, found = None, None
+        """Run `work` on rank 0 only; returns its result on all ranks.
+
+        A ValueError or OSError is raised again on rank 0, and as RemoteRankError on the others.
+        """
+        failure, result = None, None
         if self.first:
             try:
-                found = work()
+                result = work()
             except (ValueError, OSError) as error:
-                wrong = error
-        told, found = self.broadcast((wrong and f"rank 0: {wrong}", found))
-        if wrong is not None:
-            raise wrong
-        if told is not None:
-            raise RemoteRankError(told)
-        return found
+                failure = error
+        message, result = self.broadcast((failure and f"rank 0: {failure}", result))
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise RemoteRankError(message)
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How FSDP2 shares a backbone.
+    """How FSDP2 shards a backbone.
 
     reshard: free a unit's gathered parameters after its forward pass, and gather them again for the backward pass: less
-        memory, half as much traffic again
-    compute: type that parameters are gathered and computed in (`bfloat16`); null: the lower type of the trainer's
-        precision where it is mixed, else their own. The parameters stay as they are, and gradients are added over ranks
-        in float32 if they are of another type than the parameters
+        memory, 1.5 times the traffic
+    compute: dtype that parameters are gathered and computed in (`bfloat16`); null: the lower dtype of a mixed trainer
+        precision, else that of the parameters. The stored parameters keep their dtype; gradients in another dtype are
+        reduced over ranks in float32
     """
 
     reshard: bool = True
@@ -179,19 +183,19 @@ class Sharding:
             raise UserError(f"compute must be bfloat16 or null, got {self.compute!r}")
 
     def apply(self, backbone: Any, mesh: DeviceMesh, *, precision: str = "32-true") -> None:
-        """Shard in place. Raises UserError where a parameter belongs to no unit: it would differ among the ranks."""
+        """Shard in place. Raises UserError for a parameter in no unit, which would diverge between ranks."""
         mixed = torch.bfloat16 if precision == "bf16-mixed" else None
         dtype = getattr(torch, self.compute) if self.compute else mixed
-        # inputs stay as they are: activations have that type anyway, and rotary tables must not be rounded to it
-        reduced = torch.float32 if dtype else None
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+        reduce_dtype = torch.float32 if dtype else None
+        # inputs are not cast: activations have that dtype already, and rotary tables must not be rounded
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
         for module, entries in backbone.units():
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
             for entry in entries:
                 register_fsdp_forward_method(module, entry)
-        loose = [name for name, p in backbone.named_parameters() if not isinstance(p, DTensor)]
-        if loose:
-            raise UserError(f"{', '.join(loose)}: in no unit of the backbone, so it would not be sharded")
+        unsharded = [name for name, p in backbone.named_parameters() if not isinstance(p, DTensor)]
+        if unsharded:
+            raise UserError(f"{', '.join(unsharded)}: in no unit of the backbone, so not sharded")
         backbone.sharding = self
 
 
@@ -201,9 +205,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextmanager
 def gathered(backbone: Any) -> Iterator[None]:
-    """The whole backbone on every rank: in the block ranks may run it differently often. A rank alone changes nothing.
+    """Gather all parameters on every rank, so that ranks may run different numbers of forward calls in the block.
 
-    All ranks have to enter and to leave. It takes the memory of all parameters, in the type that they are computed in.
+    All ranks must enter and leave. Takes the memory of all parameters in the compute dtype. A backbone that is not
+    sharded stays as it is.
     """
     units = [part for part in backbone.modules() if isinstance(part, FSDPModule)]
     if not units:

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from src.io.errors import UserError
 from src.io.images import ENCODINGS, ImageProblem, convert, load
 from src.preparation.annotations import Caption, Entry, Skip, read_entries
-from src.preparation.builder import Dataset, check_splits, write_split
+from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
 from src.preparation.counts import Counts
 from src.preparation.scenes import CHAT_WORDS, make_codec
-from src.preparation.splits import SPLITS, fill_splits, hashed_share, split_of
+from src.preparation.splits import SPLIT_NAMES, fill_splits, hashed_share, split_of
 from src.preparation.swaps import SwapLocator
 from src.scenes.grammar import Swap
 from src.text.tokenizer import Codec
@@ -103,9 +103,9 @@ class Album:
 
     def _split(self, name: str, given: str | None) -> tuple[str, float | None]:
         """What the image's first record says, else by a hash of its name; the hash, if that decides."""
-        if given and given.lower() not in SPLITS:
+        if given and given.lower() not in SPLIT_NAMES:
             self.counts.note("unknown_split", name)
-        known = SPLITS.get(given.lower()) if given else None
+        known = SPLIT_NAMES.get(given.lower()) if given else None
         share = hashed_share(name, self.seed)
         return self._splits.setdefault(name, (known, None) if known else (split_of(share), share))
 

@@ -1,11 +1,11 @@
-"""An expert by files: questions as lines of a batch API, and its answers read back into the journal of a round.
+"""OpenAI Batch API: export unanswered requests, import results.
 
-    write_requests("requests.jsonl", out, drafts, expert)     one line for each draft without an answer
+    write_requests("requests.jsonl", out, drafts, expert)     one line per draft without an answer
     read_results("results.jsonl", out, drafts, expert)        into the journal; then `revise_round(..., ask=False)`
 
-A line is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`, a result
+A request is `{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}`, a result
 `{"custom_id": ..., "response": {"status_code": 200, "body": {...}}, "error": null}`. The id is the journal's hash of
-the question, so that results are of use only to the question that they answer; reading them twice changes nothing.
+the request, so a result only ever answers its own request; importing it twice changes nothing.
 """
 
 from __future__ import annotations
@@ -28,44 +28,47 @@ URL = "/v1/chat/completions"
 log = logging.getLogger(__name__)
 
 
-class AsksByFile(Protocol):
-    """An expert whose questions can be written down."""
+class BatchExpert(Protocol):
+    """An expert whose requests can be exported to a file."""
 
     name: str
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """The body of the request about a draft. Raises UserError where none can be made."""
+        """Body of the request about a draft. Raises UserError if none can be built."""
         ...
 
     def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
-        """The answer that the body of a response holds."""
+        """The answer in the body of a response."""
         ...
 
 
 def write_requests(file: Path, out: Path, drafts: Path, expert: Any) -> tuple[int, int]:
-    """How many drafts have a line now, and for how many none can be made."""
-    lines, without = [], 0
+    """Write a request per unanswered draft. Returns (requests written, drafts for which none could be built)."""
+    lines, num_skipped = [], 0
     with journal_of(out, expert) as journal:
         for draft in _unsettled(drafts, journal):
             try:
-                body = _able(expert).body(draft)
+                body = _batch_expert(expert).body(draft)
             except ValueError as error:
                 log.warning("%s: %s", draft.key, error)
-                without += 1
+                num_skipped += 1
                 continue
             line = {"custom_id": journal.request(draft), "method": "POST", "url": URL, "body": body}
             lines.append(json.dumps(line, ensure_ascii=False))
     write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
-    return len(lines), without
+    return len(lines), num_skipped
 
 
 def read_results(file: Path, out: Path, drafts: Path, expert: Any) -> Counter[str]:
-    """Add the answers of a file to the journal; how many were `answered`, `failed`, `known` before, or `unknown`."""
+    """Add the answers in `file` to the journal.
+
+    Returns counts: `answered`, `failed`, `known` (answered earlier), `unknown` (no such request).
+    """
     counts: Counter[str] = Counter()
     with journal_of(out, expert) as journal:
-        asked = {journal.request(draft): draft for chunk in read_drafts(drafts) for draft in chunk}
-        for name, response in _results(file):
-            draft = asked.get(name)
+        by_request = {journal.request(draft): draft for chunk in read_drafts(drafts) for draft in chunk}
+        for request, response in _results(file):
+            draft = by_request.get(request)
             if draft is None or journal.is_settled(draft):
                 counts["unknown" if draft is None else "known"] += 1
                 continue
@@ -80,14 +83,14 @@ def _unsettled(drafts: Path, journal: Journal) -> Iterator[Draft]:
         yield from (draft for draft in chunk if not journal.is_settled(draft))
 
 
-def _able(expert: Any) -> AsksByFile:
+def _batch_expert(expert: Any) -> BatchExpert:
     if not hasattr(expert, "body"):
-        raise UserError(f"expert {expert.name} asks no server, so it has no requests to write; use expert=openai")
+        raise UserError(f"expert {expert.name} uses no server, so it has no requests to export; use expert=openai")
     return expert
 
 
 def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(id, response) of each line. Raises UserError, with its number, for a line of something else."""
+    """(custom id, response) of each line. Raises UserError with the line number if a line is not a result."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -98,7 +101,7 @@ def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 if not (isinstance(name, str) and isinstance(response, dict)):
                     raise TypeError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"{file}: line {number} is no result of a batch: {line[:80]!r}") from None
+                raise UserError(f"{file}: line {number} is not a batch result: {line[:80]!r}") from None
             yield name, response
 
 
@@ -106,4 +109,4 @@ def _answer(expert: Any, draft: Draft, response: Mapping[str, Any]) -> Revision 
     status, body = response.get("status_code"), response.get("body")
     if status != 200 or not isinstance(body, dict):
         return Failure(f"status_{status}" if isinstance(status, int) and status else "not_processed", retry=True)
-    return _able(expert).read(draft, body)
+    return _batch_expert(expert).read(draft, body)

@@ -1,9 +1,11 @@
-"""Asking an expert in a thread of its own, while drafts are drawn.
+"""A background thread that asks the expert about drafts while further ones are drawn.
 
-with ExpertThread(expert, journal, bar, patience=3600) as thread:
-    for chunk in drawn:
-        thread.ask(chunk)
-# every answer is in the journal; with a `deadline`, those that came by then
+    with ExpertThread(expert, journal, bar, patience=3600) as thread:
+        for chunk in chunks:
+            thread.ask(chunk)
+    # every answer is in the journal; with a `deadline`, every answer that came in time
+
+ask -> _collect: expert.revise(unanswered drafts) -> _keep: answers in memory -> _write: journal, synced in groups
 """
 
 from __future__ import annotations
@@ -23,28 +25,29 @@ from src.chat.journal import Answer, Journal
 from src.types import DEADLINE, Draft, Expert, FailedRound, Failure
 
 logger = logging.getLogger(__name__)
-LEAVE = 5.0  # seconds for an expert to let go of what it waits for
-LAST = 15.0  # seconds for replies that are under way when a signal ends the round
-LONGEST = 600.0  # the same for an error
-LOOK = 0.25  # seconds between two looks at how long an expert has been silent
-WAITING = 64  # answers that may wait for the journal
-SILENCE = 60.0  # seconds without an answer after which it is told that there is none
+CANCEL_S = 5.0  # seconds for an expert to react to cancellation
+SIGNAL_GRACE_S = 15.0  # seconds for open requests when a signal ends the round
+ERROR_GRACE_S = 600.0  # the same when an error ends it
+POLL_S = 0.25  # seconds between two checks of how long an expert has been silent
+MAX_UNWRITTEN = 64  # answers in memory; with more, chunks wait for the journal
+SILENCE = 60.0  # seconds without an answer between two warnings
 
 
 class SilentExpert(FailedRound):
-    """An expert that does not answer any more."""
+    """Raised when an expert has not answered for `patience` seconds."""
 
 
 class ExpertThread:
-    """Asks an expert in a thread of its own; a context manager that ends when every answer is in the journal.
+    """Asks an expert in a background thread; a context manager that exits when every answer is in the journal.
 
-    The expert lives in one event loop for the whole round, so it may keep connections and limits of its own. Raises
-    SilentExpert where it has been asked, and `patience` seconds have gone by without an answer.
+    The expert runs in one event loop for the whole round, so it may keep connections and limits. Raises SilentExpert
+    if drafts are unanswered and no answer has come for `patience` seconds.
 
-    deadline: seconds from the last question, after which no more is asked. An expert that has a method `finish` then
-        ends with the requests that are under way, and fails with DEADLINE for all other drafts; others are left at once
+    deadline: seconds after the last call of `ask` at which asking ends. An expert with a method `finish` completes its
+        open requests and returns a DEADLINE failure for all other drafts; any other expert is cancelled at once
 
-    After an error, too, what is under way comes to its end and is kept; after a signal, what takes less than LAST.
+    After an error open requests complete too and their answers are kept, within ERROR_GRACE_S; after a signal,
+    within SIGNAL_GRACE_S.
     """
 
     def __init__(
@@ -53,14 +56,14 @@ class ExpertThread:
         self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
         self.deadline = math.inf if deadline is None else deadline
         self._last_answer_at = self._last_warning_at = time.monotonic()
-        self._over = False  # no more is asked: the deadline has passed, or
-        self._broken = False  # something went wrong
-        self._wrong: OSError | None = None  # the journal cannot be written
-        self._asked: list[Future] = []
-        self._open: set[str] = set()  # questions that are under way
-        self._fresh: list[tuple[Draft, Answer]] = []  # answers on their way to the journal
+        self._finished_asking = False  # the deadline has passed, or an error or a signal ends the round
+        self._failed = False  # an error or a signal ends the round
+        self._journal_error: OSError | None = None  # the journal cannot be written
+        self._chunks: list[Future] = []  # one per call of `ask`
+        self._requests: set[str] = set()  # journal ids of all requests so far
+        self._unwritten: list[tuple[Draft, Answer]] = []  # answers not yet in the journal
         self._writing: asyncio.Task | None = None
-        self._session: AsyncExitStack | None = None  # of an expert that has one: connections for the whole round
+        self._session: AsyncExitStack | None = None  # the expert's connections for the whole round, if it has any
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
 
@@ -71,54 +74,54 @@ class ExpertThread:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
             if error is None:
-                ends = time.monotonic() + self.deadline
-                for future in self._asked:
-                    self._wait(future, ends)
-        except BaseException as wrong:
-            error = type(wrong)
+                ends_at = time.monotonic() + self.deadline
+                for chunk in self._chunks:
+                    self._wait(chunk, ends_at)
+        except BaseException as raised:
+            error = type(raised)
             raise
         finally:
             self._end(error)
-        if self._wrong:
-            raise self._wrong
+        if self._journal_error:
+            raise self._journal_error
 
     def ask(self, drafts: Sequence[Draft]) -> None:
-        """Hand over drafts without waiting. Raises what the expert raised about earlier ones."""
-        if self._wrong:
-            raise self._wrong
-        for future in self._asked:
-            if future.done():
-                future.result()
-        if all(future.done() for future in self._asked):
-            self._last_answer_at = time.monotonic()  # nothing was asked of it until now
+        """Hand over drafts without waiting. Raises any error of earlier ones."""
+        if self._journal_error:
+            raise self._journal_error
+        for chunk in self._chunks:
+            if chunk.done():
+                chunk.result()
+        if all(chunk.done() for chunk in self._chunks):
+            self._last_answer_at = time.monotonic()  # the expert was idle until now
         else:
             self._check_silence()
-        self._asked.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
+        self._chunks.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
 
-    def _wait(self, future: Future, ends: float) -> None:
-        while not future.done():
+    def _wait(self, chunk: Future, ends_at: float) -> None:
+        while not chunk.done():
             self._check_silence()
-            if not self._over and time.monotonic() >= ends:
-                self._finish()
-            left = min(self._last_answer_at + self.patience, math.inf if self._over else ends) - time.monotonic()
-            wait([future], timeout=max(0.0, min(left, LOOK)) + 0.01)
-        if not (self._over and future.cancelled()):
-            future.result()
+            if not self._finished_asking and time.monotonic() >= ends_at:
+                self._finish_asking()
+            next_event = min(self._last_answer_at + self.patience, math.inf if self._finished_asking else ends_at)
+            wait([chunk], timeout=max(0.0, min(next_event - time.monotonic(), POLL_S)) + 0.01)
+        if not (self._finished_asking and chunk.cancelled()):
+            chunk.result()
 
-    def _finish(self) -> None:
-        """Ask no more."""
-        if self._over:
+    def _finish_asking(self) -> None:
+        """Send no further requests; an expert without `finish` is cancelled."""
+        if self._finished_asking:
             return
-        self._over = True
+        self._finished_asking = True
         finish = getattr(self.expert, "finish", None)
         if finish is not None:
             self._loop.call_soon_threadsafe(finish)
             return
-        for future in self._asked:
-            future.cancel()
+        for chunk in self._chunks:
+            chunk.cancel()
 
     def _check_silence(self) -> None:
-        """Tell of an expert that has not answered for a while. Raises SilentExpert after `patience`."""
+        """Warn about an expert that has not answered for SILENCE seconds. Raises SilentExpert after `patience`."""
         now = time.monotonic()
         silent = now - self._last_answer_at
         if silent > self.patience:
@@ -130,32 +133,33 @@ class ExpertThread:
             self._last_warning_at = now
             trouble = getattr(self.expert, "trouble", "")
             logger.warning(
-                "expert %s has not answered for %.0f s%s; its %d answers are kept, and a stop loses none of them",
+                "expert %s has not answered for %.0f s%s; its %d answers are kept, and stopping loses none of them",
                 self.expert.name, silent, trouble and f" ({trouble})", len(self.journal),
             )  # fmt: skip
 
     def _end(self, error: type[BaseException] | None) -> None:
-        """End the thread. One that its expert blocks is left behind, and ends with the process."""
+        """End the thread. WARN: a thread that the expert blocks is left behind and ends with the process."""
         if error is not None:
-            self._broken = True
-            self._finish()
-            left = self._last_answer_at + self.patience - time.monotonic()
-            wait(self._asked, timeout=max(0.0, min(left, LONGEST if issubclass(error, Exception) else LAST)))
+            self._failed = True
+            self._finish_asking()
+            patience_left = self._last_answer_at + self.patience - time.monotonic()
+            grace = ERROR_GRACE_S if issubclass(error, Exception) else SIGNAL_GRACE_S
+            wait(self._chunks, timeout=max(0.0, min(patience_left, grace)))
         try:
-            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=LEAVE)
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=CANCEL_S)
         except TimeoutError:
-            logger.warning("expert %s does not let go of its thread", self.expert.name)
+            logger.warning("expert %s blocks its thread, which is left behind", self.expert.name)
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _cancel(self) -> None:
-        """End what still runs; after an error, that is all chunks without answers. What came is kept."""
-        rest = asyncio.all_tasks() - {asyncio.current_task(), self._writing}
-        for task in rest:
+        """Cancel all running tasks but the writing of answers, wait for that, and close the session."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task(), self._writing}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._writing is not None:
             await asyncio.gather(self._writing, return_exceptions=True)
         await self._loop.shutdown_asyncgens()
@@ -164,42 +168,43 @@ class ExpertThread:
         await self._loop.shutdown_default_executor()
 
     async def _collect(self, drafts: Sequence[Draft]) -> None:
+        """Ask about the unanswered ones of a chunk of drafts and keep the answers."""
         unsettled = {draft.key: draft for draft in drafts if self._is_new(draft)}
-        self._open.update(map(self.journal.request, unsettled.values()))
+        self._requests.update(map(self.journal.request, unsettled.values()))
         self.bar.update(len(drafts) - len(unsettled))
-        if not unsettled or self._over:
+        if not unsettled or self._finished_asking:
             return
         if self._session is None and (session := getattr(self.expert, "session", None)):
             self._session = AsyncExitStack()
             await self._session.enter_async_context(session())
         async for key, answer in self.expert.revise(list(unsettled.values())):
             if key not in unsettled:
-                raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or without being asked")
+                raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or was not asked about it")
             draft = unsettled.pop(key)
-            if not (self._broken and isinstance(answer, Failure) and answer.reason == DEADLINE):
+            if not (self._failed and isinstance(answer, Failure) and answer.reason == DEADLINE):
                 self._keep(draft, answer)
-            if self._writing is not None and len(self._fresh) >= WAITING:
+            if self._writing is not None and len(self._unwritten) >= MAX_UNWRITTEN:
                 await asyncio.shield(self._writing)
         if self._writing is not None:
             await asyncio.shield(self._writing)
 
     def _is_new(self, draft: Draft) -> bool:
-        return not self.journal.is_settled(draft) and self.journal.request(draft) not in self._open
+        return not self.journal.is_settled(draft) and self.journal.request(draft) not in self._requests
 
     def _keep(self, draft: Draft, answer: Answer) -> None:
-        """Hand an answer to the journal, which syncs all that have come while it was busy at once."""
-        self._fresh.append((draft, answer))
+        """Queue an answer for the journal, which writes and syncs all queued ones together."""
+        self._unwritten.append((draft, answer))
         if self._writing is None or self._writing.done():
             self._writing = self._loop.create_task(self._write())
 
     async def _write(self) -> None:
-        while self._fresh:
-            some, self._fresh = self._fresh, []
+        while self._unwritten:
+            answers, self._unwritten = self._unwritten, []
             try:
-                await asyncio.to_thread(self.journal.add_all, some)
-            except OSError as error:  # the disk is full, perhaps: nothing more is asked, but what comes is tried
-                self._wrong, self._broken = self._wrong or error, True
-                self._finish()
+                await asyncio.to_thread(self.journal.add_all, answers)
+            except OSError as error:  # perhaps the disk is full: stop asking, but try to write later answers
+                self._journal_error, self._failed = self._journal_error or error, True
+                self._finish_asking()
                 continue
             self._last_answer_at = time.monotonic()
-            self.bar.update(len(some))
+            self.bar.update(len(answers))

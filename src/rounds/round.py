@@ -1,21 +1,23 @@
-"""Draft -> revise -> shards on disk: the work of the online loop, for the callback and for the `revise` verb.
+"""One round of the online loop, draft -> revise -> shards on disk, for the callback and for the `revise` verb.
 
-    batches -> draw_drafts -> drafts/                        one shard for each chunk (src/rounds/drafts.py)
-            -> expert, in a thread while the next chunk is drawn -> journal-rank-0000.jsonl (src/chat/journal.py)
-            -> src.text.align.locate -> round-000000.tar, ... -> index.json, the manifest
+    batches -> draw_drafts -> drafts/                        drawn: one shard per chunk (src/rounds/drafts.py)
+            -> ExpertThread.ask                              asked: in a thread, while the next chunk is drawn
+            -> journal-rank-0000.jsonl                       answered: edits or a failure (src/chat/journal.py)
+            -> src.text.align.locate                         placed: edits become token spans
+            -> round-000000.tar, ..., index.json             shards and the manifest
 
-    how = Revising(expert=expert, codec=codec, ...)
-    run_round("rounds/round-0001", batches, partial(draft_batch, ...), how=how, ...)      draft and revise
-    revise_round("rounds/round-0001", drafts, how=how)                                    drafts on disk
+    options = RoundOptions(expert=expert, codec=codec, ...)
+    run_round("rounds/round-0001", batches, partial(draft_batch, ...), options=options, ...)     draft and revise
+    revise_round("rounds/round-0001", drafts, options=options)                                   drafts on disk
 
-A round grows in `.round-0001.partial` and gets its name last. The call that was killed is simply repeated: it
-draws no finished chunk again, asks nothing that was answered, and returns a finished round as it is.
+A round is built in `.round-0001.partial` and renamed last. Repeat a call that was killed: it draws no finished chunk
+again, asks nothing that was answered, and returns a finished round unchanged.
 
-Drafts that a round has to do without, as the expert was late or failed in a way that may pass, are asked about again
-in the next one (`late`), and count there.
+The next round asks again about drafts without an answer, because of the deadline or a failure that may be temporary;
+they count as `late` there.
 
-Of several ranks each draws and asks about its own drafts; when all answers are there, rank 0 writes the round. Its
-shards are those of one process, byte by byte.
+Each rank draws and asks about its own drafts; when all are answered, rank 0 writes the round. Its shards are byte for
+byte those of a single process.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
-from src.rounds.drafts import DraftsBatch, draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.rounds.drafts import BatchDrafter, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
 from src.rounds.stats import RoundStats
 from src.text.align import Aligned
@@ -49,12 +51,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Revising:
-    """How drafts are revised and written.
+class RoundOptions:
+    """Who revises the drafts, for how long, and how the round is written.
 
     per_shard: samples in a shard of the round
-    patience: seconds without any answer after which an expert is given up
-    deadline: seconds from the last draft on, after which no more is asked; None: all is
+    patience: seconds without an answer after which the round fails
+    deadline: seconds after the last draft was drawn at which asking ends; None: when all drafts are answered
     """
 
     expert: Expert
@@ -72,69 +74,76 @@ class Revising:
 def run_round(
     folder: str | Path,
     batches: Iterable[tuple[int, Batch]],
-    draft: DraftsBatch,
+    draft: BatchDrafter,
     *,
-    how: Revising,
+    options: RoundOptions,
     tokens_per_step: Sequence[int],
     settings: Mapping[str, Any],
     total: int,
     late: Path | None = None,
 ) -> Round:
-    """Draft and revise into `folder`.
+    """Draft and revise into `folder`; a finished round is returned unchanged.
 
     batches: (number, batch) of this rank; settings: what the drafts depend on (model, sampler, seed, ...)
-    total: drafts of all ranks; late: the round before, whose late drafts are asked about again
+    total: drafts of all ranks; late: folder of the previous round, whose unanswered drafts are asked about again
     """
     folder, drafts = Path(folder), _partial(Path(folder)) / "drafts"
 
     def prepare() -> Round | None:
         if _is_finished(folder):
-            return _same_round(folder, settings, how)
+            return _same_round(folder, settings, options)
         return drop_stale(drafts, settings)
 
-    if made := how.team.on_rank0(prepare):
-        charge(how.expert, made.manifest.get("usage", {}), how.team)
-        return made
-    drawn = draw_drafts(
+    if finished_round := options.team.on_rank0(prepare):
+        charge(options.expert, finished_round.manifest.get("usage", {}), options.team)
+        return finished_round
+    chunks = draw_drafts(
         drafts, batches, draft,
-        tokens_per_step=tokens_per_step, tokenizer=how.codec.fingerprint, settings=settings, total=total, team=how.team,
+        tokens_per_step=tokens_per_step, tokenizer=options.codec.fingerprint, settings=settings, total=total,
+        team=options.team,
     )  # fmt: skip
-    return _make(folder, drafts, drawn, settings, how, total, late)
+    return _ask_and_write(folder, drafts, chunks, settings, options, total, late)
 
 
-def revise_round(folder: str | Path, drafts: Path, *, how: Revising, ask: bool = True, reread: bool = False) -> Round:
+def revise_round(
+    folder: str | Path, drafts: Path, *, options: RoundOptions, ask: bool = True, reread: bool = False
+) -> Round:
     """Ask the expert about the finished folder `drafts` and write the corrected ones as a round.
 
-    ask: false makes do with the answers that are in the journal; reread: their replies are read once more, with the
-    code and the tokenizer as they are now
+    ask: false uses only the answers in the journal; reread: parse their raw replies again, with the current code
+    and tokenizer
     """
-    folder, index = Path(folder), check_drafts(drafts, how.codec)
+    folder, index = Path(folder), check_drafts(drafts, options.codec)
     settings, total = index["settings"], index["counts"]["written"]
-    if made := how.team.on_rank0(lambda: _same_round(folder, settings, how) if _is_finished(folder) else None):
-        return made
-    drawn = read_drafts(drafts, how.team) if ask else ()
-    return _make(folder, drafts, drawn, settings, how, total, reread=reread)
+
+    def existing() -> Round | None:
+        return _same_round(folder, settings, options) if _is_finished(folder) else None
+
+    if finished_round := options.team.on_rank0(existing):
+        return finished_round
+    chunks = read_drafts(drafts, options.team) if ask else ()
+    return _ask_and_write(folder, drafts, chunks, settings, options, total, reread=reread)
 
 
-def check_reopens(folder: Path, drafts: Path, how: Revising) -> None:
-    """Raise UserError where a round is not there, or not of these drafts and this expert: it would be made without.
+def check_reopens(folder: Path, drafts: Path, options: RoundOptions) -> None:
+    """Raise UserError if `folder` is not a round of these drafts and this expert, and so cannot be reopened.
 
-    Or where it is a training's, whose drafts lie in it: a training may need it as it is.
+    Also raised for a round of a training run (its drafts lie inside it), which that run may need unchanged.
     """
     if drafts.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} is a round of a training, which needs it as it is; copy its drafts to revise them")
-    settings = check_drafts(drafts, how.codec)["settings"]
+        raise UserError(f"{folder} belongs to a training run, which may need it; copy its drafts to revise them")
+    settings = check_drafts(drafts, options.codec)["settings"]
     if not folder.exists() and not _partial(folder).exists():
         raise UserError(f"there is no round {folder}")
-    changed = _changed(read_round(folder).manifest, settings, how) if _is_finished(folder) else []
-    if changed not in ([], ["lengths"]):  # a gap is taken up by reading again
+    changed = _changed(read_round(folder).manifest, settings, options) if _is_finished(folder) else []
+    if changed not in ([], ["lengths"]):  # rereading applies another gap token
         raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
 
 
 def reopen(folder: str | Path, *, always: bool = False) -> bool:
-    """Make a finished round one under way again, if asking once more may help about some of its drafts, or `always`."""
+    """Turn a finished round back into an unfinished one if asking again may help for some drafts, or `always`."""
     folder = Path(folder)
-    (_partial(folder) / INDEX).unlink(missing_ok=True)  # of a call of this that was killed
+    (_partial(folder) / INDEX).unlink(missing_ok=True)  # left by an earlier call that was killed
     if not _is_finished(folder) or not (always or read_round(folder).manifest.get("again")):
         return False
     work = _partial(folder)
@@ -145,131 +154,131 @@ def reopen(folder: str | Path, *, always: bool = False) -> bool:
 
 
 def read_round(folder: str | Path) -> Round:
-    """A finished round."""
+    """Read a finished round. Raises UserError if the folder holds anything else."""
     manifest = read_manifest(folder)
     if manifest["kind"] != "round":
         raise UserError(f"{folder} holds {manifest['kind']!r}, not a round")
     return Round(Path(folder), manifest)
 
 
-def note(folder: Path, more: Mapping[str, Any]) -> None:
-    """Add to the manifest of a finished round what was found out about it since."""
-    write_json(folder / INDEX, {**read_round(folder).manifest, **more})
+def update_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Add entries to the manifest of a finished round."""
+    write_json(folder / INDEX, {**read_round(folder).manifest, **entries})
 
 
 class EmptyRound(FailedRound):
-    """A round that holds nothing to train on."""
+    """Raised for a round in which no draft was corrected, so there is nothing to train on."""
 
 
-def _make(
+def _ask_and_write(
     folder: Path,
     drafts: Path,
-    drawn: Iterable[list[Draft]],
+    chunks: Iterable[list[Draft]],
     settings: Mapping[str, Any],
-    how: Revising,
+    options: RoundOptions,
     total: int,
     late: Path | None = None,
     *,
     reread: bool = False,
 ) -> Round:
-    """Write a round; `drawn` yields the chunks of `drafts` that are this rank's, and may write them as it goes."""
-    work, team = _partial(folder), how.team
+    """Ask about all drafts, then write the round. chunks: this rank's of `drafts`, possibly drawn while iterating."""
+    work, team = _partial(folder), options.team
 
     def prepare() -> bool:
         work.mkdir(parents=True, exist_ok=True)
-        if (work / INDEX).exists() and _changed(read_manifest(work), settings, how):
+        if (work / INDEX).exists() and _changed(read_manifest(work), settings, options):
             (work / INDEX).unlink()
         return (work / INDEX).exists()
 
     def ask() -> float:
-        """Seconds that the answers took beyond the drawing."""
-        limits = {"patience": how.patience, "deadline": how.deadline}
+        """Ask about this rank's drafts; returns the seconds waited for answers after the last draft was drawn."""
+        limits = {"patience": options.patience, "deadline": options.deadline}
         with (
-            journal_of(folder, how.expert, team.rank) as answers,
+            journal_of(folder, options.expert, team.rank) as journal,
             _bar(total, team) as bar,
-            ExpertThread(how.expert, answers, bar, **limits) as thread,
+            ExpertThread(options.expert, journal, bar, **limits) as thread,
         ):
-            charge(how.expert, answers.usage, team)
-            for chunk in chain(_late(late, how, team), drawn):
+            charge(options.expert, journal.usage, team)
+            for chunk in chain(_late(late, options, team), chunks):
                 thread.ask(chunk)
-            began = time.monotonic()
-        return time.monotonic() - began
+            all_drawn_at = time.monotonic()
+        return time.monotonic() - all_drawn_at
 
     def write(waited: float) -> None:
-        with journal_of(folder, how.expert) as answers:
-            _write(work, drafts, answers, how, waited=waited, late=late, reread=reread)
+        with journal_of(folder, options.expert) as journal:
+            _write(work, drafts, journal, options, waited=waited, late=late, reread=reread)
 
     if not team.on_rank0(prepare):
-        waited = max(team.gather(ask()))  # rank 0 writes the answers of all
+        waited = max(team.gather(ask()))  # rank 0 then reads the answers of all ranks
         team.on_rank0(lambda: write(waited))
     team.on_rank0(lambda: publish(work, folder))
     return read_round(folder)
 
 
 def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
-    """The answers about the drafts of a round that is under way; new ones are of this rank."""
+    """The journal of an unfinished round: it holds the answers of all ranks and appends to this rank's file."""
     work = _partial(Path(folder))
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"journal-rank-{rank:04d}.jsonl"
-    # by name too: a listing of a folder on another machine may be older than what is in it
-    known = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world())}
-    others = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, known)}
-    return Journal(path, expert=_told(expert), also=sorted(others))
+    # NOTE: also by name, since the directory listing of a network file system may be stale
+    expected = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world())}
+    journals = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, expected)}
+    return Journal(path, expert=_identity_json(expert), also=sorted(journals))
 
 
-def _told(expert: Expert) -> str:
+def _identity_json(expert: Expert) -> str:
     return json.dumps(identity(expert), sort_keys=True)
 
 
 def identity(expert: Expert) -> dict[str, Any]:
-    """What the answers of an expert depend on: its name and its settings."""
+    """Name and settings of an expert, on which its answers depend."""
     return {"name": expert.name, **describe(expert)}
 
 
 def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
-    """Tell an expert that counts what it may spend what the run has used before: of several ranks each its share."""
+    """Count earlier usage of the run against the budget of an expert that has one; each rank takes an equal share."""
     if hasattr(expert, "charge"):
         expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
 
 
 def _bar(total: int, team: Team) -> tqdm:
-    """Of the answers that rank 0 waits for."""
+    """Progress bar over the drafts of rank 0."""
     return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.first)
 
 
-def _late(folder: Path | None, how: Revising, team: Team | None) -> Iterator[list[Draft]]:
-    """The drafts of a finished round about which asking again may help: this rank's, or without a team all.
+def _late(folder: Path | None, options: RoundOptions, team: Team | None) -> Iterator[list[Draft]]:
+    """The drafts of a finished round about which asking again may help: this rank's, or all without a team.
 
-    None where another expert was asked, who has answered none of them; shards that cannot be read are left out.
+    Empty if that round had another expert. Unreadable shards are left out.
     """
     if folder is None or not (folder / "drafts" / INDEX).is_file():
         return
     manifest = read_round(folder).manifest
-    if not manifest.get("again") or differences(manifest["expert"], identity(how.expert)):
+    if not manifest.get("again") or differences(manifest["expert"], identity(options.expert)):
         return
-    known = Answers(sorted(folder.glob("journal-rank-*.jsonl")), expert=_told(how.expert))
+    answers = Answers(sorted(folder.glob("journal-rank-*.jsonl")), expert=_identity_json(options.expert))
     for chunk in read_drafts(folder / "drafts", team, skip=True):
-        yield [draft for draft in chunk if not known.is_settled(draft)]
+        yield [draft for draft in chunk if not answers.is_settled(draft)]
 
 
 def _write(
-    work: Path, drafts: Path, journal: Journal, how: Revising, *, waited: float, late: Path | None, reread: bool
+    work: Path, drafts: Path, journal: Journal, options: RoundOptions, *, waited: float, late: Path | None, reread: bool
 ) -> None:
-    index, tally = check_drafts(drafts, how.codec), RoundStats()
+    index, stats = check_drafts(drafts, options.codec), RoundStats()
     write_shards(
         work,
-        _samples(drafts, journal, how, tally, late=late, reread=reread),
+        _samples(drafts, journal, options, stats, late=late, reread=reread),
         prefix="round",
-        per_shard=how.per_shard,
+        per_shard=options.per_shard,
         kind="round",
-        tokenizer=how.codec.fingerprint,
-        counts=tally.counts,
+        tokenizer=options.codec.fingerprint,
+        counts=stats.counts,
         extra={
-            "expert": identity(how.expert),
-            "lengths": _lengths(how.codec),
-            **tally.manifest,
+            "expert": identity(options.expert),
+            "lengths": _lengths(options.codec),
+            **stats.manifest,
             "usage": journal.usage,
-            "waited": round(waited, 3),  # seconds for the expert, when everything was drawn
+            "waited": round(waited, 3),  # seconds for the expert, after the last draft was drawn
             "settings": index["settings"],
             "drawing": index["drawing"],
         },
@@ -277,24 +286,24 @@ def _write(
 
 
 def _samples(
-    drafts: Path, journal: Journal, how: Revising, tally: RoundStats, *, late: Path | None, reread: bool
+    drafts: Path, journal: Journal, options: RoundOptions, stats: RoundStats, *, late: Path | None, reread: bool
 ) -> Iterator[dict[str, Any]]:
-    """The drafts that have a placed edit, as samples of a round, in the order of the drafts; late ones last."""
-    read = getattr(how.expert, "reread", None) if reread else None
+    """Drafts with at least one placed edit as samples of the round, in the order of the drafts; late ones last."""
+    parse_again = getattr(options.expert, "reread", None) if reread else None
     seen: set[str] = set()
-    for is_late, chunks in enumerate((read_drafts(drafts), _late(late, how, None))):
+    for is_late, chunks in enumerate((read_drafts(drafts), _late(late, options, None))):
         for draft in chain.from_iterable(chunks):
             if (request := journal.request(draft)) in seen:
-                continue  # a late draft that the model has written again
+                continue  # a late draft that the model drew again, word for word
             seen.add(request)
             answer = journal.answer(draft)
-            answer = read(draft, answer) if read and answer else answer
-            tally.add(answer, late=bool(is_late))
+            answer = parse_again(draft, answer) if parse_again and answer else answer
+            stats.add(answer, late=bool(is_late))
             edits = answer.edits if isinstance(answer, Revision) else ()
-            if edits and (aligned := tally.place(how.codec, draft, edits)).spans:
-                # the image may have a new draft
+            if edits and (aligned := stats.place(options.codec, draft, edits)).spans:
+                # the same image may have a new draft, with the plain key
                 yield _to_sample(draft, aligned, key=f"{draft.key}-late" if is_late else draft.key)
-    tally.close()
+    stats.close()
 
 
 def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
@@ -307,11 +316,10 @@ def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
 
 
 def check_drafts(drafts: Path, codec: Codec) -> dict:
-    """The index of drafts. Raises UserError where they were written with another tokenizer."""
+    """The index of drafts. Raises UserError if they were written with another tokenizer."""
     index = read_drafts_index(drafts)
     if index["tokenizer"] != codec.fingerprint:
-        found = index["tokenizer"]
-        raise UserError(f"{drafts} was written with tokenizer {found}, not with {codec.fingerprint}")
+        raise UserError(f"{drafts} was written with tokenizer {index['tokenizer']}, not with {codec.fingerprint}")
     return index
 
 
@@ -321,27 +329,27 @@ def _partial(folder: Path) -> Path:
 
 def _is_finished(folder: Path) -> bool:
     if folder.exists() and not (folder / INDEX).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is in the way: it is not a round (no {INDEX})")
+        raise UserError(f"{folder} already exists and is not a round (no {INDEX})")
     return (folder / INDEX).exists()
 
 
-def _same_round(folder: Path, settings: Mapping[str, Any], how: Revising) -> Round:
-    """A finished round, if it was made with the same settings; other weights alone are only reported."""
-    found = read_round(folder)
-    changed = _changed(found.manifest, settings, how)
+def _same_round(folder: Path, settings: Mapping[str, Any], options: RoundOptions) -> Round:
+    """The finished round. Raises UserError if made with other settings; other weights alone only cause a warning."""
+    finished_round = read_round(folder)
+    changed = _changed(finished_round.manifest, settings, options)
     if changed == ["model"]:
-        logger.warning("%s exists already; it was drafted by other weights", folder)
+        logger.warning("%s exists already; its drafts were drawn with other weights", folder)
     elif changed:
         raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
-    return found
+    return finished_round
 
 
-def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], how: Revising) -> list[str]:
-    """Names of what a round was made with that differs."""
-    found = {"expert": manifest["expert"], "lengths": manifest.get("lengths", "same"), **manifest["settings"]}
-    return differences(found, {"expert": identity(how.expert), "lengths": _lengths(how.codec), **settings})
+def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], options: RoundOptions) -> list[str]:
+    """Names of the settings in which a round on disk differs from the given ones."""
+    stored = {"expert": manifest["expert"], "lengths": manifest.get("lengths", "same"), **manifest["settings"]}
+    return differences(stored, {"expert": identity(options.expert), "lengths": _lengths(options.codec), **settings})
 
 
 def _lengths(codec: Codec) -> str:
-    """How edits that change the number of tokens are placed: not at all, or with this token."""
+    """The gap token that fills edits of unequal length, or `same` if such edits are rejected."""
     return codec.prompt_format.gap or "same"

@@ -1,6 +1,6 @@
-"""What became of the drafts of a round: counts for its manifest, for TensorBoard, and for a line of text.
+"""Counts of the drafts and edits of a round, for its manifest, for TensorBoard, and as a line of text.
 
-tally.add(answer); tally.place(codec, draft, edits) -> spans; tally.close()
+stats.add(answer); stats.place(codec, draft, edits) -> spans; stats.close()
 summary(manifest)       "40 drafted, 33 revised, ...; edits rejected: 2 absent"
 yields(manifest)        {"yield": .92, "yield_unrepaired": .81}
 """
@@ -23,12 +23,14 @@ COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswer
 
 @dataclass
 class RoundStats:
-    """Counts, each a key of the manifest.
+    """Counts of a round; each field is a key of its manifest.
 
-    counts: drafted + late = revised + failed + unanswered, revised = right + written + unusable (no edit placed).
-        `late` are drafts of the round before that were asked about again; `edits` are those that were placed,
-        `kinds` the same by kind of mistake, `rejected` the others by reason
-    again: drafts about which asking again may help, by reason
+    counts: drafted + late = revised + failed + unanswered, revised = right + written + unusable (no edit placed);
+        `late` are drafts of the previous round that were asked about again, `edits` are placed edits
+    kinds: placed edits by kind of mistake
+    rejected: edits that could not be placed, by reason
+    failures: failed drafts by reason
+    again: drafts for which asking again may help, by reason
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -37,7 +39,7 @@ class RoundStats:
     failures: Counter[str] = field(default_factory=Counter)
     again: Counter[str] = field(default_factory=Counter)
     latency: dict[str, float] = field(default_factory=dict)  # percentiles, in seconds
-    _seconds: list[float] = field(default_factory=list)  # that an answer took, where its expert says so
+    _seconds: list[float] = field(default_factory=list)  # latency of each answer whose expert reports it
 
     def __post_init__(self) -> None:
         self.counts.update(dict.fromkeys(COUNTS, 0))
@@ -60,7 +62,7 @@ class RoundStats:
             self.again["unanswered"] += 1
 
     def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> Aligned:
-        """The token spans of a draft's edits, counted."""
+        """Place the edits of a draft as token spans and count them."""
         aligned = locate(codec, draft.token_ids, edits)
         self.rejected += aligned.rejected
         self.kinds.update(span.kind for span in aligned.spans if span.kind)
@@ -70,36 +72,36 @@ class RoundStats:
         return aligned
 
     def close(self) -> None:
-        """Find the percentiles: all answers are in."""
+        """Compute the percentiles of the latency, after the last answer."""
         if len(self._seconds) > 1:
             cuts = statistics.quantiles(self._seconds, n=100, method="inclusive")
             self.latency.update({f"p{number}": round(cuts[number - 1], 3) for number in (50, 90, 99)})
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """All but `counts`, by name; they go on counting."""
+        """All fields but `counts`, by name; live objects that later calls still update."""
         names = ("kinds", "rejected", "failures", "again", "latency")
         return {name: getattr(self, name) for name in names}
 
 
 def summary(manifest: Mapping[str, Any]) -> str:
-    """What became of the drafts of a round, in one line: the counts, then why edits and drafts were of no use."""
-    told = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items() if count or name != "late")]
-    for kind, what in (("rejected", "edits rejected"), ("failures", "drafts failed")):
+    """One line of text: the counts, then rejected edits and failed drafts by reason."""
+    parts = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items() if count or name != "late")]
+    for kind, label in (("rejected", "edits rejected"), ("failures", "drafts failed")):
         if reasons := manifest[kind]:
-            told.append(f"{what}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
-    return "; ".join(told)
+            parts.append(f"{label}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))
+    return "; ".join(parts)
 
 
 def yields(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """The share of all edits that could be placed, as it is (`yield`) and as it was before the expert repaired any.
+    """Share of the edits that could be placed (`yield`), and the same before repairs (`yield_unrepaired`).
 
-    Empty where there are no edits; the second only where the expert was asked to repair some.
+    `yield` is missing if there are no edits, `yield_unrepaired` if the expert was not asked to repair any.
     """
     placed, usage = manifest["counts"]["edits"], manifest.get("usage", {})
-    found = {}
+    shares = {}
     if total := placed + sum(manifest["rejected"].values()):
-        found["yield"] = placed / total
+        shares["yield"] = placed / total
     if usage.get("returned") and usage.get("proposed"):
-        found["yield_unrepaired"] = 1 - usage["returned"] / usage["proposed"]
-    return found
+        shares["yield_unrepaired"] = 1 - usage["returned"] / usage["proposed"]
+    return shares

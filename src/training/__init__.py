@@ -1,1 +1,1 @@
-"""What a training run is made of: components, strategy, processes, its folder, its memory plan, Slurm."""
+"""Training runs: components from the config, strategies, processes, run folder, memory plan, Slurm jobs."""

@@ -1,10 +1,10 @@
-"""What a training run is made of, from its config.
+"""Build the components of a training run from its config.
 
-    codec = codec_of(cfg)
-    data, objective, trainer = assemble(cfg, codec, ...)      everything, as far as can be told fit for each other
-    rehearse(cfg)                                             the same without weights, trainer or devices
+    codec = load_codec(cfg)
+    data, objective, trainer = assemble(cfg, codec, ...)      checked against each other
+    rehearse(cfg)                                             the same checks without weights, trainer or devices
 
-Nothing is written.
+Writes nothing.
 """
 
 from __future__ import annotations
@@ -43,39 +43,39 @@ log = logging.getLogger(__name__)
 
 
 def assemble(
-    cfg: DictConfig, codec: Codec, *callbacks: L.Callback, stop: Stop, first: bool
+    cfg: DictConfig, codec: Codec, *callbacks: L.Callback, stop: Stop, is_rank0: bool
 ) -> tuple[L.LightningDataModule, Any, L.Trainer]:
-    """Data, objective and trainer, the latter with the callbacks of the config and then those given.
+    """Build data, objective and trainer. `callbacks` run after those of the config.
 
-    first: whether this process warns of what all of them know
+    is_rank0: whether this process logs warnings
     """
     L.seed_everything(cfg.seed, verbose=False)
-    offers = offered(cfg, codec, stop)
+    offers = component_args(cfg, codec, stop)
     trainer = _trainer(cfg, *callbacks, **offers)
-    if first and cfg.objective.get("training", {}).get("sharding") and not isinstance(trainer.strategy, FSDP2):
-        log.warning("objective.training.sharding is for parallel/fsdp2 only; here nothing is shared")
+    if is_rank0 and cfg.objective.get("training", {}).get("sharding") and not isinstance(trainer.strategy, FSDP2):
+        log.warning("objective.training.sharding has no effect without parallel/fsdp2")
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
         factory = Deferred(cfg.model.path, {**options, "codec": codec})
     data, objective = data_and_objective(cfg, factory, **offers)
     if isinstance(data, ShardData):
-        data.index("train")  # what is wrong with it has to be said before anything is replaced
-    if first:
+        data.index("train")  # raises for damaged data before `resume=false` replaces anything
+    if is_rank0:
         _warn(cfg, objective)
     return data, objective, trainer
 
 
 def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
-    """Build everything but weights and trainer, as on a machine without the devices. Raises UserError as training.
+    """Build all but weights and trainer, on a machine without the devices. Raises UserError where training would.
 
     world: number of processes of the run
     """
-    quiet()
-    check_stops(cfg)
-    codec = codec_of(cfg)
-    offers = offered(cfg, codec, Stop())
-    data, _ = data_and_objective(cfg, partial(outlined, cfg.model, codec), **offers)
+    silence_lightning()
+    check_trainer(cfg)
+    codec = load_codec(cfg)
+    offers = component_args(cfg, codec, Stop())
+    data, _ = data_and_objective(cfg, partial(build_on_meta, cfg.model, codec), **offers)
     data.place = (0, world)
     steps = len(data.train_dataloader())
     for callback in _callbacks(cfg, **offers):
@@ -83,18 +83,18 @@ def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
             callback.check_length(max_epochs=cfg.trainer.max_epochs, max_steps=cfg.trainer.max_steps, steps=steps)
 
 
-def codec_of(cfg: DictConfig) -> Codec:
-    """The tokenizer of a config, with the gap that it names."""
+def load_codec(cfg: DictConfig) -> Codec:
+    """The tokenizer of a config, with the `gap` setting of the config."""
     return Codec.load(cfg.tokenizer).with_format(gap=cfg.get("gap"))
 
 
-def offered(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:
-    """What components may ask for by name (OFFERS), but for the backbone."""
+def component_args(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:
+    """Arguments that components may take by name (OFFERS), without the backbone."""
     return {"codec": codec, "run_dir": Path(cfg.run_dir), "seed": cfg.seed, "special": codec.special, "stop": stop}
 
 
 def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = True, **offers: Any) -> tuple[Any, Any]:
-    """The two; with `images`, once they cut these alike."""
+    """Build the datamodule and the objective. With `images`, raises UserError if the two tile images differently."""
     data = build(cfg.data, **offers)
     objective = build(cfg.objective, backbone=backbone, **offers)
     if images and hasattr(data, "layout"):  # a datamodule without images has none
@@ -102,7 +102,7 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
     return data, objective
 
 
-def outlined(node: DictConfig, codec: Codec) -> Any:
+def build_on_meta(node: DictConfig, codec: Codec) -> Any:
     """The model of a config on the meta device."""
     with torch.device("meta"):
         if node.target == STORED:
@@ -110,73 +110,73 @@ def outlined(node: DictConfig, codec: Codec) -> Any:
         return build(node, codec=codec)
 
 
-def check_stops(cfg: DictConfig) -> None:
-    """Raise UserError for a trainer that would end before it has trained, or could not even be seeded."""
+def check_trainer(cfg: DictConfig) -> None:
+    """Raise UserError for settings with which the trainer cannot train: seed, precision, limits on steps."""
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
     if cfg.trainer.get("precision") == "16-mixed":
-        raise UserError("trainer.precision: float16 needs its losses scaled, which is not done here; use bf16-mixed")
+        raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
     if cfg.trainer.max_steps == 0:
         raise UserError("trainer.max_steps must be at least 1, got 0")
     if cfg.trainer.get("fast_dev_run"):
-        raise UserError("trainer.fast_dev_run saves nothing; for a trial set trainer.max_steps and another run_dir")
+        raise UserError("trainer.fast_dev_run saves nothing; for a trial run set trainer.max_steps and another run_dir")
     if cfg.trainer.get("limit_train_batches") == 0:
-        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on; set it higher, or to null")
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on; raise it, or set it to null")
 
 
-def quiet() -> None:
-    """Lightning's banners, and warnings about its own internals, tell a user nothing."""
+def silence_lightning() -> None:
+    """Silence Lightning's banners and its warnings about its own internals."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # which process has failed
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names the failed process
     for message in (
         ".*LeafSpec.*",
         ".*smaller than the logging interval.*",
         ".*does not have many workers.*",
         "Checkpoint directory .* exists and is not empty.*",
         ".*`srun` command is available on your system but is not used.*",
-        ".*FSDP2-wrapped module .* returned a view tensor.*",  # nobody writes into it
-        ".*sync_dist=True.*",  # what objectives log are numbers of all ranks
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # harmless: no in-place write
+        ".*sync_dist=True.*",  # objectives log values that are already reduced over ranks
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def _warn(cfg: DictConfig, objective: Any) -> None:
-    """Say what is allowed, and rarely meant."""
+    """Warn of settings that are allowed but rarely intended."""
     mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
     if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
-        log.warning("the objective corrects drafts, but there are none: give data.rounds=[...], or an online round")
+        log.warning("the objective corrects drafts, but there are none: set data.rounds or callbacks.self_correction")
     begin = getattr(objective, "begin", 0)
     if isinstance(begin, int) and begin >= cfg.trainer.max_steps:
         log.warning(
-            "objective.begin=%d, but the run has %d steps: drafts are never corrected", begin, cfg.trainer.max_steps
+            "objective.begin=%d, but the run has %d steps: it never corrects drafts", begin, cfg.trainer.max_steps
         )
     warn_if_length_differs(objective.backbone, cfg.data.response_length, name="data.response_length")
 
 
 def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
-    """The trainer with the callbacks of the config, and then those given."""
+    """The trainer with the callbacks of the config, followed by `callbacks`."""
     node = {**plain(cfg.trainer), "log_every_n_steps": _log_interval(cfg)}
-    built = [*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks]
-    if not any(isinstance(callback, ProgressBar) for callback in built):
-        node.setdefault("enable_progress_bar", False)  # else Lightning takes one of its own
+    all_callbacks = [*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks]
+    if not any(isinstance(callback, ProgressBar) for callback in all_callbacks):
+        node.setdefault("enable_progress_bar", False)  # otherwise Lightning adds its own
     if node.get("strategy", "auto") in ("auto", "ddp") and (node.get("devices", 1), node.get("num_nodes", 1)) != (1, 1):
         node["strategy"] = DDP()
     try:
         return build(
             node,
             logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            callbacks=built,
-            # Lightning's own requeuing saves within a signal handler, where ranks may wait for each other for ever
-            plugins=[SLURMEnvironment(auto_requeue=False)] if _by_slurm() else None,
+            callbacks=all_callbacks,
+            # Lightning's own requeue saves inside a signal handler, where ranks can deadlock
+            plugins=[SLURMEnvironment(auto_requeue=False)] if _started_by_srun() else None,
             default_root_dir=run_dir,
         )
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
 
 
-def _by_slurm() -> bool:
-    """Whether `srun` has started the processes; torchrun may have, within a job."""
+def _started_by_srun() -> bool:
+    """Whether `srun` started the processes. Within a job, torchrun may have."""
     return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
@@ -185,6 +185,6 @@ def _callbacks(cfg: DictConfig, **offers: Any) -> list[L.Callback]:
 
 
 def _log_interval(cfg: DictConfig) -> int:
-    """Steps between two points of the log: a run that is shorter has one at its end."""
+    """Steps between two log points; at most the length of the run, so that a short run logs once."""
     interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
     return min(interval, steps) if steps > 0 else interval

@@ -1,23 +1,23 @@
-"""What a training step takes of a GPU's memory, found without weights, without data and without a GPU.
+"""Plan the GPU memory of a training step, without weights, data or a GPU.
 
     python -m src.train conf=stage1 plan.gpus=8
     measure(objective, batch, gpus=8, precision="bf16-mixed")
 
-    objective and batch -> its own losses, backward pass and optimizer step on tensors without data (`src.training.memory_tracker`)
-      -> every storage that is made and freed on the way -> the fullest moment of each phase
+    objective and batch -> its own losses, backward pass and optimizer step on fake tensors (memory_tracker.py)
+      -> every storage that is allocated and freed -> peak memory of each phase
 
-There is no formula of any layer in here: what is counted is what the real step keeps alive.
+No formula of any layer is used: the plan counts what the real step keeps alive.
 
-Counted: parameters, gradients, states of the optimizer, copies of weights that autocast keeps, and every result of an
-operation until it is freed: what is saved for the backward pass as well as what lives for a moment. Attention is one
-fused kernel; it saves queries, keys, values, output and a number for each query. All tokens of the response bear a
-loss, the worst case of the noise. It is a step of a run under way, which finds the states of the optimizer.
+Counted: parameters, gradients, optimizer states, weights cast by autocast, and every result of an operation until it is
+freed, both activations saved for the backward pass and temporaries. Attention is one fused kernel that saves queries,
+keys, values, output and one number per query. Every response token has a loss, the worst case of the noise. The step is
+not the first one, so the optimizer states exist.
 
-On several GPUs as under FSDP2: parameters, gradients and states are sharded by rows, and a `mixed` precision runs both
-passes in the lower type. Whole blocks come on top, the largest that there are: the gathered weights of one in use and
-of the next one, and in the backward pass the gradients of one on their way to the shards.
+Several GPUs are planned as FSDP2: parameters, gradients and optimizer states are sharded by rows, and a `mixed`
+precision runs both passes in the lower dtype. Whole blocks come on top, always the largest ones: the gathered weights
+of the block in use and of the next one, and in the backward pass the unsharded gradients of one.
 
-Not counted: CUDA and its libraries, buffers of NCCL, workspace within kernels, fragmentation, pixels and ids of the
+Not counted: CUDA and its libraries, NCCL buffers, workspace within kernels, fragmentation, pixels and ids of the
 batch, gradient clipping, validation, drafting.
 """
 
@@ -44,11 +44,11 @@ from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.io.images import MAX_PIXELS
 from src.objectives.base import Objective
-from src.training.build import codec_of, data_and_objective, offered, outlined, quiet
-from src.training.memory_tracker import LOOKED, Live, Shapes
+from src.training.build import build_on_meta, component_args, data_and_objective, load_codec, silence_lightning
+from src.training.memory_tracker import DATA_ACCESS_ERRORS, Live, Shapes
 from src.types import Batch, Corrupted
 
-# Precision of the trainer -> type that parameters are turned into, and lower type of a mixed one.
+# Precision of the trainer -> dtype that parameters are converted to, and lower dtype of a mixed precision.
 TYPES = {
     "32-true": (None, None),
     "bf16-true": (torch.bfloat16, None),
@@ -57,23 +57,23 @@ TYPES = {
     "16-mixed": (None, torch.float16),
 }
 PARAMETERS, GRADIENTS, STATES, CAST = "parameters", "gradients", "optimizer states", "weights cast by autocast"
-WHOLE, BATCH = "whole parameters", "batch"  # not counted: stands for what is gathered by blocks; small
+WHOLE, BATCH = "whole parameters", "batch"  # not counted: gathered block by block instead; small
 GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
 TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY = "vision tower", "projector", "decoder", "head and loss", "temporary"
 ROWS = (PARAMETERS, GRADIENTS, STATES, CAST, GATHERED, REDUCED, TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY)
-PARTS = {"vision.vision_tower": TOWER, "vision": PROJECTOR, "lm_head": HEAD}  # of a backbone; all else is its decoder
+PARTS = {"vision.vision_tower": TOWER, "vision": PROJECTOR, "lm_head": HEAD}  # of a backbone; else DECODER
 GIB, MIB = 1 << 30, 1 << 20
 PHASES = ("forward", "saved", "backward", "optimizer")  # saved: the moment between the two passes
-UNIT = re.compile(r"(.*?\.\d+)\.")  # what is gathered as a whole: an element of a list of layers
+UNIT = re.compile(r"(.*?\.\d+)\.")  # gathered as a whole: an element of a list of layers
 
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes on each of `gpus` GPUs.
 
-    phases: {phase: {row: bytes}} at the fullest moment of each phase
-    parameters, trained: how many the whole model has, and how many of them are trained
-    prefix: tokens in front of the response
+    phases: {phase: {row: bytes}} at the peak of each phase
+    parameters, trained: number of parameters of the whole model, and of those that are trained
+    prefix: tokens of the prefix
     """
 
     gpus: int
@@ -90,38 +90,38 @@ class Plan:
         return sum(self.phases[phase].values())
 
     def table(self) -> str:
-        """A line for each row that is not empty, a column for each phase, and the sums."""
+        """One line per row that is not empty, one column per phase, and the sums."""
         rows = {row: [self.phases[phase].get(row, 0) for phase in PHASES] for row in ROWS}
         rows = {row: values for row, values in rows.items() if any(values)}
         rows["sum"] = [self.total(phase) for phase in PHASES]
-        lines = [[f"{row:26}", *(f"{self.shown(value):>14}" for value in values)] for row, values in rows.items()]
+        lines = [[f"{row:26}", *(f"{self.format(value):>14}" for value in values)] for row, values in rows.items()]
         return "".join("".join(line) + "\n" for line in [[" " * 26, *(f"{phase:>14}" for phase in PHASES)], *lines])
 
-    def shown(self, size: int) -> str:
-        """Bytes for the eye, in the same unit for the whole plan."""
+    def format(self, size: int) -> str:
+        """Bytes as text, in the same unit for the whole plan."""
         return f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, foreach: bool = True) -> Plan:
-    """One step of `objective` on `batch`, the rows of one GPU.
+    """Plan one step of `objective` on `batch`, the rows of one GPU.
 
     objective: its tensors lose their data; precision: of Lightning's trainer
-    foreach: whether the optimizer works on all parameters at once, as it does on a GPU; false: one after the other
+    foreach: whether the optimizer updates all parameters at once, as on a GPU, or one by one
 
-    Raises UserError for less than one GPU, for an unknown precision, and where what an objective does depends on
-    numbers that it computes.
+    Raises UserError for less than one GPU, for an unknown precision, and if the control flow of the objective depends
+    on values that it computes.
     """
     if gpus < 1:
         raise UserError(f"a plan is for at least 1 GPU, got {gpus}")
     if precision not in TYPES:
         raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
-    turned, lower = TYPES[precision]
-    step = Step(objective.to(device="meta", dtype=turned), gpus=gpus, lower=lower, foreach=foreach)
+    dtype, lower = TYPES[precision]
+    step = Step(objective.to(device="meta", dtype=dtype), gpus=gpus, lower=lower, foreach=foreach)
     micro = batch.split(objective.options.micro_batch or len(batch))
     try:
         step.run(micro[0], _all_masked(objective, micro[0]), last=len(micro) > 1)
-    except LOOKED as error:
-        raise UserError(f"no plan: what this objective does depends on numbers that it computes ({error})") from error
+    except DATA_ACCESS_ERRORS as error:
+        raise UserError(f"no plan: the control flow of this objective depends on computed values ({error})") from error
     phases = {phase: Counter({row: step.live.peaks[phase].get(row, 0) for row in ROWS}) for phase in PHASES}
     if gpus > 1:
         _add_whole_blocks(phases, objective)
@@ -130,21 +130,21 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, fo
 
 
 class Step:
-    """A training step under the books `live`. `prefix`: tokens in front of the response, known once it has run.
+    """A training step whose storages `live` counts. `prefix`: tokens of the prefix, set by `run`.
 
-    lower: the type of a mixed precision, which several GPUs gather parameters in and one casts them to.
+    lower: lower dtype of a mixed precision: several GPUs gather parameters in it, one GPU autocasts to it
     """
 
     def __init__(self, objective: Objective, *, gpus: int, lower: torch.dtype | None, foreach: bool) -> None:
         self.objective, self.shapes, self.live, self.prefix = objective, Shapes(), Live(copies={PARAMETERS: CAST}), 0
         self.autocast = torch.autocast("cpu", lower) if gpus == 1 and lower else nullcontext()
-        kept = [parameter.dtype for parameter in objective.parameters()]
+        dtypes = [parameter.dtype for parameter in objective.parameters()]
         objective.to(dtype=lower if gpus > 1 else None)
         with self.shapes.fake:
             objective.to_empty(device="cpu")
-            self.optimizer = objective.make_optimizer()  # freezes what is not trained
-            whole = zip(objective.parameters(), kept, strict=True)
-            self.shards = {p: p if gpus == 1 else _shard(p, gpus, dtype) for p, dtype in whole}
+            self.optimizer = objective.make_optimizer()  # freezes parameters that are not trained
+            parameters = zip(objective.parameters(), dtypes, strict=True)
+            self.shards = {p: p if gpus == 1 else _shard(p, gpus, dtype) for p, dtype in parameters}
         for group in self.optimizer.param_groups:
             group["params"] = [self.shards[p] for p in group["params"]]
             group["foreach"] = foreach
@@ -152,7 +152,7 @@ class Step:
         self._label_passes(objective)
 
     def run(self, batch: Batch, corrupted: list[Corrupted], *, last: bool) -> None:
-        """A micro-batch, and the optimizer's step behind it. The last of several finds the gradients of the others."""
+        """One micro-batch and the optimizer step. last: it is the last of several, so gradients exist already."""
         with self.autocast:
             with self.live:
                 for tensor in _tensors(batch, *corrupted):
@@ -167,19 +167,19 @@ class Step:
                 self.optimizer.step()
 
     def _make_states(self) -> None:
-        """What the optimizer keeps from one step to the next, and a gradient for each trained parameter."""
+        """Create the optimizer states, and a gradient for each trained parameter."""
         for parameter, shard in self.shards.items():
             self.live.hold(parameter, WHOLE)
             self.live.hold(shard, PARAMETERS)
             if parameter.requires_grad:
                 shard.grad = torch.zeros_like(shard)
                 self.live.hold(shard.grad, GRADIENTS)
-                parameter.register_post_accumulate_grad_hook(self._keep)
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self.live.enter("first step", STATES)
         self.optimizer.step()
 
     def _pass(self, batch: Batch, corrupted: list[Corrupted]) -> None:
-        """Every pass forward and back, and then back through the prefix."""
+        """All forward and backward passes, including the backward pass through the prefix."""
         self.live.enter("forward", HEAD)
         for losses in self.objective.losses(batch, corrupted):
             total = torch.stack([loss.numerator for loss in losses.values()]).sum()
@@ -189,8 +189,8 @@ class Step:
             total.backward()
             del total
 
-    def _keep(self, parameter: nn.Parameter) -> None:
-        """A gradient is complete: count it as one, or leave only its shard."""
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        """Label a complete gradient; on several GPUs, keep only its shard."""
         shard = self.shards[parameter]
         if shard.grad is None:
             shard.grad = torch.zeros_like(shard)
@@ -199,15 +199,15 @@ class Step:
             parameter.grad = None
 
     def _label_parts(self, backbone: Any) -> None:
-        """From now on what a module makes is counted under its part."""
-        above: list[str] = []
+        """Label storages by the part of the backbone that allocates them."""
+        outer: list[str] = []
 
         def begin(part: str) -> None:
-            above.append(self.live.label)
+            outer.append(self.live.label)
             self.live.label = part
 
         def end(*_: Any) -> None:
-            self.live.label = above.pop()
+            self.live.label = outer.pop()
 
         def encode_prefix(inputs: dict[str, Tensor], encode: Any = backbone.encode_prefix) -> Any:
             begin(DECODER)
@@ -223,7 +223,7 @@ class Step:
         backbone.encode_prefix = encode_prefix
 
     def _label_passes(self, objective: Any) -> None:
-        """Every pass after the first begins a forward phase anew."""
+        """Start a new forward phase at each pass."""
 
         def logits(*args: Any, run: Any = objective.logits) -> Tensor:
             self.live.enter("forward", HEAD)
@@ -233,25 +233,25 @@ class Step:
 
 
 def _all_masked(objective: Objective, batch: Batch) -> list[Corrupted]:
-    """A damaged response for each view, at noise level 1."""
+    """A corrupted response for each view, at noise level 1."""
     noise = Noise(batch.keys, seed=0)
     state = corruption.start(batch, torch.ones(len(batch)))
     return [objective.corruption(batch, state, noise) for _ in range(objective.options.views)]
 
 
 def _tensors(batch: Batch, *corrupted: Corrupted) -> list[Tensor]:
-    values = [*batch.prefix.values(), *(value for noun in (batch, *corrupted) for value in vars(noun).values())]
+    values = [*batch.prefix.values(), *(value for item in (batch, *corrupted) for value in vars(item).values())]
     return [value for value in values if isinstance(value, Tensor)]
 
 
 def _shard(parameter: nn.Parameter, gpus: int, dtype: torch.dtype) -> nn.Parameter:
-    """The first GPU's rows of a parameter; no other has more."""
+    """The rows of a parameter on the first GPU, which has the most."""
     rows = -(-parameter.shape[0] // gpus)
     return nn.Parameter(parameter.new_empty(rows, *parameter.shape[1:], dtype=dtype), parameter.requires_grad)
 
 
 def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> None:
-    """Count the blocks that a GPU holds as a whole for a moment."""
+    """Add the blocks that FSDP2 gathers, and the largest block's unsharded gradients."""
     weights, gradients = Counter(), Counter()
     for name, parameter in objective.named_parameters():
         unit = UNIT.match(name)
@@ -264,35 +264,35 @@ def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> 
 
 
 def plan(cfg: DictConfig, *, gpus: int) -> str:
-    """The memory that a step takes of each of some GPUs that share the model, as a table. Reads no weights or data."""
+    """Table of the memory of a step on each of `gpus` GPUs that share the model. Reads no weights or data."""
     if type(gpus) is not int or gpus < 1:
         raise UserError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
-    quiet()
-    codec = codec_of(cfg)
+    silence_lightning()
+    codec = load_codec(cfg)
     data, objective = data_and_objective(
-        cfg, partial(outlined, cfg.model, codec), images=cfg.plan.image is not None, **offered(cfg, codec)
+        cfg, partial(build_on_meta, cfg.model, codec), images=cfg.plan.image is not None, **component_args(cfg, codec)
     )
     micro = objective.options.micro_batch or cfg.data.batch_size
-    batch = _imagined(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
+    batch = _black_batch(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
     try:
-        found = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
+        planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
     except KeyError as error:
-        error.add_note("a plan reads no data: an objective that needs more of a record than its captions has none")
+        error.add_note("a plan reads no data, so the objective cannot read more of a record than its captions")
         raise
     return (
-        f"{cfg.name}: {cfg.data.batch_size} rows on each of {found.gpus} GPUs, {min(micro, len(batch))} at a time; "
-        f"{objective.options.views} x {cfg.data.response_length} tokens behind a prefix of {found.prefix}; "
-        f"{cfg.trainer.precision}\n{found.parameters:,} parameters, {found.trained:,} of them trained\n\n"
-        f"{found.table()}\nat most {found.shown(found.peak)} on each GPU; docs/memory.md says what comes on top\n"
+        f"{cfg.name}: {cfg.data.batch_size} rows on each of {planned.gpus} GPUs, {min(micro, len(batch))} at a time; "
+        f"{objective.options.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
+        f"{cfg.trainer.precision}\n{planned.parameters:,} parameters, {planned.trained:,} of them trained\n\n"
+        f"{planned.table()}\nat most {planned.format(planned.peak)} on each GPU; docs/memory.md says what it omits\n"
     )
 
 
-def _imagined(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
-    """A batch as the data would make it of black pictures of the size of `plan.image`."""
+def _black_batch(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
+    """A batch of black images of size `plan.image`, collated like the data."""
     size = plain(cfg.plan.image)
     if size is not None and not _is_size(size):
-        most = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
-        raise UserError(f"plan.image: expected [width, height] or null, got {size} ({most})")
+        limit = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
+        raise UserError(f"plan.image: expected [width, height] or null, got {size} ({limit})")
     if not isinstance(cfg.plan.prompt, str):
         raise UserError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
     image: Any = size and Image.new("RGB", (size[0], size[1]))

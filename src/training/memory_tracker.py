@@ -1,4 +1,4 @@
-"""Run code on tensors without data, and keep books on the memory that they would take.
+"""Run code on tensors without data, and track the memory that they would take.
 
     shapes, live = Shapes(), Live()
     with shapes.fake:
@@ -6,10 +6,10 @@
     with shapes, live:
         live.enter("forward", "activations")
         loss = model(batch)
-    live.peaks["forward"]           {label: bytes} at the fullest moment
+    live.peaks["forward"]           {label: bytes} at the peak
 
-Integers and masks stay real, as they decide what is computed: places of images, loss positions, shapes. Floating-point
-tensors have a shape and a type only, so that a model of any size runs anywhere.
+Integers and masks stay real, as control flow depends on them: image positions, loss positions, shapes. Floating-point
+tensors have a shape and a dtype only, so a model of any size runs on any machine.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-LOOKED = (DataDependentOutputException, DynamicOutputShapeException)  # when code looks at a number that is not there
+DATA_ACCESS_ERRORS = (DataDependentOutputException, DynamicOutputShapeException)  # code read a value of a fake tensor
 
 
 class Shapes(TorchDispatchMode):
-    """Takes the data from floating-point tensors the moment they are made; what comes of them has none either.
+    """Replaces floating-point tensors by fake ones as soon as they are created, so their results are fake as well.
 
-    Code may not look at their values (`.item()`, `if x > 0`, places of a mask that was computed): raises one of LOOKED.
+    Raises one of DATA_ACCESS_ERRORS if code reads their values: `.item()`, `if x > 0`, positions of a computed mask.
     """
 
     def __init__(self) -> None:
@@ -44,13 +44,13 @@ class Shapes(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = _tensors((args, kwargs))
-        if not given:
+        inputs = _tensors((args, kwargs))
+        if not inputs:
             return tree_map_only(Tensor, self._without_data, func(*args, **(kwargs or {})))
-        if any(isinstance(tensor, FakeTensor) for tensor in given):
+        if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             if func._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
-                return args[0]  # there is nothing to write into a real tensor, such as a count of right answers
-            args = [_places(arg) if isinstance(arg, list | tuple) else arg for arg in args]
+                return args[0]  # no data to write into a real tensor, such as a metric's count
+            args = [_mask_positions(arg) if isinstance(arg, list | tuple) else arg for arg in args]
         return func(*args, **(kwargs or {}))
 
     def _without_data(self, tensor: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class Shapes(TorchDispatchMode):
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that exist, by label, and remembers the fullest moment of each phase.
+    """Counts live storages by label, and records the peak of each phase.
 
-    copies: {label: label that conversions of such a tensor to another type get}
-    label: of all else that is made from now on; peaks: {phase: {label: bytes}}
+    copies: {label: label of the result when such a tensor is converted to another dtype}
+    label: of all other new storages; peaks: {phase: {label: bytes}}
     """
 
     def __init__(self, *, copies: Mapping[str, str] | None = None) -> None:
@@ -70,7 +70,7 @@ class Live(TorchDispatchMode):
         self.label = self.phase = ""
         self.now: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
-        self._labels: dict[int, str] = {}  # of each storage
+        self._labels: dict[int, str] = {}  # address of a storage -> label
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -80,24 +80,24 @@ class Live(TorchDispatchMode):
         return out
 
     def enter(self, phase: str, label: str) -> None:
-        """A phase begins; what is made in it gets `label`."""
+        """Begin a phase; new storages get `label`."""
         self.phase, self.label = phase, label
-        self._note()
+        self._update_peak()
 
     def hold(self, tensor: Tensor, label: str | None = None) -> None:
-        """Count a tensor's storage until it is freed. With `label`, whatever label it had before."""
+        """Count a tensor's storage until it is freed. `label` replaces an earlier label."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        known = self._labels.get(key)
-        if known is None:
+        old_label = self._labels.get(key)
+        if old_label is None:
             weakref.finalize(storage, self._free, key, size).atexit = False
         elif label is None:
             return
         else:
-            self.now[known] -= size
+            self.now[old_label] -= size
         self._labels[key] = self.label if label is None else label
         self.now[self._labels[key]] += size
-        self._note()
+        self._update_peak()
 
     def _label_of(self, tensor: Tensor) -> str:
         return self._labels.get(tensor.untyped_storage()._cdata, "")
@@ -105,7 +105,7 @@ class Live(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self.now[self._labels.pop(key)] -= size
 
-    def _note(self) -> None:
+    def _update_peak(self) -> None:
         if self.now.total() >= sum(self.peaks.get(self.phase, {}).values()):
             self.peaks[self.phase] = dict(self.now)
 
@@ -114,10 +114,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _places(indices: list | tuple) -> list:
-    """Indices with the true places of a mask instead of the mask: the shape of a result must be known."""
-    found = []
+def _mask_positions(indices: list | tuple) -> list:
+    """Indices with real masks replaced by their positions, as the shape of the result must be known."""
+    positions = []
     for index in indices:
-        mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
-        found += index.nonzero().unbind(1) if mask else [index]
-    return found
+        is_mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+        positions += index.nonzero().unbind(1) if is_mask else [index]
+    return positions

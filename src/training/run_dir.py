@@ -1,11 +1,12 @@
-"""The folder of a training run: whether it may be used, whether it is the same run, where it goes on.
+"""The run folder: whether a run may use it, whether it holds the same run, and the checkpoint to resume from.
 
     with locked(run_dir):
-        check_folder(cfg, run_dir)      refuses a folder that is no run's, and a run with other settings or inputs
+        check_folder(cfg, run_dir)      refuses a folder that is not a run's, and a run with other settings or inputs
         ...                             build everything
         begin(cfg, run_dir)             from here on the folder holds this run
+        newest_checkpoint(run_dir)      to resume from
 
-Only what `OWN` names is ever removed, and nothing before the first step.
+Only names in `OWN` are ever removed, and nothing before the first step.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import is_model_folder
 
-ASIDE = ".replaced"  # in the folder of the run, what was there before
+REPLACED = ".replaced"  # folder in the run folder: the previous run, until the first step
+STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run folder, between a batch job and its processes
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"
 OWN = (FINISHED, MODEL, "checkpoints", "rounds", "tensorboard", INPUTS, CONFIG)
-# What a run may not change when it resumes; the learning rate's schedule spans `max_steps`.
+# Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
     *("data", "gap", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
     *(
@@ -46,7 +48,7 @@ FIXED = (
         )
     ),
 )
-# What it may change although it lies in these: how a step is computed, and what is checked where it matters.
+# Settings below these that may change: how a step is computed, and what is checked where it is used.
 FREE = (
     *("data.workers", "data.restart_epoch"),
     *(
@@ -55,12 +57,12 @@ FREE = (
     ),
     *(f"objective.training.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
-REMEDY = "give another run_dir, or resume=false to start it afresh"
+REMEDY = "set another run_dir, or resume=false to start over"
 log = logging.getLogger(__name__)
 
 
 def check_folder(cfg: DictConfig, run_dir: Path) -> None:
-    """Raise UserError where the folder is not this run's, or where `resume=false` would remove what the run reads."""
+    """Raise UserError if the folder is not this run's, or if `resume=false` would remove inputs of the run."""
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
@@ -71,7 +73,7 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
         return
     old = _read_config(run_dir / CONFIG)
     if not {"model", "objective", "trainer", "run_dir"} <= set(old):
-        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is of something else): choose another run_dir")
+        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is no training config): choose another run_dir")
     if not cfg.resume:
         _check_outside(cfg, run_dir)
     elif is_finished(run_dir) or checkpoints(run_dir):
@@ -79,29 +81,32 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def begin(cfg: DictConfig, run_dir: Path) -> None:
-    """Make the folder this run's. What `resume=false` replaces is put aside, until `forget` or `restore`."""
+    """Write the config and the input hashes of this run into the folder.
+
+    `resume=false` moves the previous run aside, until `discard_replaced` or `restore_replaced`.
+    """
     if not cfg.resume:
-        forget(run_dir)
-        _move(run_dir, run_dir / ASIDE)
+        discard_replaced(run_dir)
+        _move(run_dir, run_dir / REPLACED)
     run_dir.mkdir(parents=True, exist_ok=True)
     recover(run_dir / "checkpoints")
-    save_config(OmegaConf.create({**cfg, "resume": True}), run_dir / CONFIG)  # repeating a run must not remove it
-    if not checkpoints(run_dir):  # else they were compared, and weights take long to read
+    save_config(OmegaConf.create({**cfg, "resume": True}), run_dir / CONFIG)  # rerunning it must not remove the run
+    if not checkpoints(run_dir):  # otherwise `check_folder` compared them, and hashing weights is slow
         write_json(run_dir / INPUTS, inputs(cfg))
 
 
-def forget(run_dir: Path) -> None:
-    """Remove what was put aside: training has begun."""
-    shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+def discard_replaced(run_dir: Path) -> None:
+    """Delete the previous run that `begin` moved aside."""
+    shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
 
 
-def restore(run_dir: Path) -> None:
-    """Take back what was put aside, if anything was: training could not begin."""
-    if (run_dir / ASIDE).exists():
+def restore_replaced(run_dir: Path) -> None:
+    """Move the previous run back, if `begin` moved one aside."""
+    if (run_dir / REPLACED).exists():
         for name in OWN:
             _remove(run_dir / name)
-        _move(run_dir / ASIDE, run_dir)
-        forget(run_dir)
+        _move(run_dir / REPLACED, run_dir)
+        discard_replaced(run_dir)
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -109,67 +114,66 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run is finished and its model there. Raises UserError where it is gone, and no checkpoint left."""
+    """Whether a run is finished and has its model. Raises UserError if it has neither the model nor a checkpoint."""
     if not is_finished(run_dir) or is_model_folder(run_dir / MODEL):
         return is_finished(run_dir)
     if not checkpoints(run_dir):
         raise UserError(f"{run_dir} is finished, but holds neither its model nor a checkpoint; {REMEDY}")
-    log.warning("%s is finished, but %s is gone: it is made again from the newest checkpoint", run_dir, MODEL)
+    log.warning("%s is finished, but %s is missing: exporting it again from the newest checkpoint", run_dir, MODEL)
     return False
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The newest first, each once; before each online round one is written too."""
-    found = [path for path in (run_dir / "checkpoints").glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    """Checkpoints of the run, newest first, without links."""
+    paths = [path for path in (run_dir / "checkpoints").glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole."""
-    found = checkpoints(run_dir)
-    for number, path in enumerate(found, 1):
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is not damaged."""
+    paths = checkpoints(run_dir)
+    for path, older in zip(paths, [*paths[1:], None], strict=False):
         if is_whole(path):
             return path
-        older = found[number : number + 1]
-        next_best = f"taking {older[0].name}, the one before it" if older else "no other is left: starting at step 0"
-        log.warning("%s is damaged; %s", path, next_best)
+        fallback = f"taking {older.name}, the one before it" if older else "no other is left: starting at step 0"
+        log.warning("%s is damaged; %s", path, fallback)
     return None
 
 
 def inputs(cfg: DictConfig) -> dict[str, str]:
-    """Hashes of what the run reads: the weights it starts from and the index of its data, where they are there.
+    """Hashes of the initial weights and of the data index, where these exist.
 
-    The index of the training split is taken first, as it holds hashes of the shards.
+    NOTE: the index of the training split comes first, as it holds hashes of the shards.
     """
-    found = {}
+    hashes = {}
     model, data = (cfg[node].get("path") for node in ("model", "data"))
     if model:
-        model = os.path.normpath(model)  # `run_dir/../stage1/model` has to be found before run_dir is made
-        with suppress(ValueError):  # of a name on the hub that is not to be had: who builds the model says so
+        model = os.path.normpath(model)  # resolves `run_dir/../stage1/model` before run_dir exists
+        with suppress(ValueError):  # a hub name that cannot be downloaded: building the model reports it
             model = local_folder(model)
     if model and is_model_folder(model):
-        found["model.path"] = fingerprint(model)
+        hashes["model.path"] = fingerprint(model)
     indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []
-    if present := [index for index in indexes if index.is_file()]:
-        found["data.path"] = sha256(present[0])
-    return found
+    if index := next((index for index in indexes if index.is_file()), None):
+        hashes["data.path"] = sha256(index)
+    return hashes
 
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
-    """Raise UserError if the run was made with other settings or from other files."""
+    """Raise UserError if the run in the folder has other settings or other inputs."""
     changed = [key for key in FIXED if _fixed(old, key) != _fixed(cfg, key)]
     if changed:
         raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
     record = run_dir / INPUTS
-    known = read_json(record) if record.exists() else {}
-    now = inputs(cfg)
-    changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in now if now[key] != known.get(key)]
+    recorded = read_json(record) if record.exists() else {}
+    current = inputs(cfg)
+    changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in current if current[key] != recorded.get(key)]
     if changed:
         raise UserError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
 
 
 def _fixed(cfg: DictConfig, key: str) -> Any:
-    """What may not change under a key: its value without what is free."""
+    """The value of a key without the settings in FREE."""
     value = plain(OmegaConf.select(cfg, key))
     for name in (name.removeprefix(f"{key}.") for name in FREE if name.startswith(f"{key}.")):
         *path, last = name.split(".")
@@ -182,14 +186,14 @@ def _fixed(cfg: DictConfig, key: str) -> Any:
 
 
 def _check_outside(cfg: DictConfig, run_dir: Path) -> None:
-    """Raise UserError where the run reads what `resume=false` would remove first."""
+    """Raise UserError if `resume=false` would remove inputs of the run."""
     keys = ("model.path", "data.path", "tokenizer")
-    named: list[tuple[str, Any]] = [(key, OmegaConf.select(cfg, key)) for key in keys]
-    named += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
+    paths: list[tuple[str, Any]] = [(key, OmegaConf.select(cfg, key)) for key in keys]
+    paths += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
     own = [(run_dir / name).resolve() for name in OWN]
-    for key, path in named:
+    for key, path in paths:
         if isinstance(path, str) and path and _is_within(Path(path).resolve(), own):
-            raise UserError(f"{key}={path} is of {run_dir}, which resume=false would remove: copy it elsewhere first")
+            raise UserError(f"{key}={path} is in {run_dir}, which resume=false would remove: copy it elsewhere first")
 
 
 def _is_within(path: Path, folders: Iterable[Path]) -> bool:
@@ -198,20 +202,20 @@ def _is_within(path: Path, folders: Iterable[Path]) -> bool:
 
 def _read_config(path: Path) -> DictConfig:
     try:
-        found = OmegaConf.load(path)
+        cfg = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {one_line(error)}; mend it, or choose another run_dir") from error
-    if not isinstance(found, DictConfig):
-        raise UserError(f"{path}: expected a mapping; mend it, or choose another run_dir")
-    return found
+        raise UserError(f"cannot read {path}: {one_line(error)}; fix it, or choose another run_dir") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path}: expected a mapping; fix it, or choose another run_dir")
+    return cfg
 
 
-def _move(source: Path, place: Path) -> None:
-    """Move a run's own files; the config last, as without it the rest would be no run's."""
-    place.mkdir(parents=True, exist_ok=True)
+def _move(source: Path, target: Path) -> None:
+    """Move the files of a run; the config last, as it marks the folder as a run's."""
+    target.mkdir(parents=True, exist_ok=True)
     for name in OWN:
         if (source / name).exists():
-            (source / name).replace(place / name)
+            (source / name).replace(target / name)
 
 
 def _remove(path: Path) -> None:
@@ -219,6 +223,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run's folder: between a batch job and its processes

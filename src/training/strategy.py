@@ -1,10 +1,10 @@
-"""Lightning's strategies as this project uses them; each has a layer, as in `conf=stage1,parallel/fsdp2`.
+"""Lightning strategies DDP and FSDP2, adapted; each has a config layer, as in `conf=stage1,parallel/fsdp2`.
 
     trainer:
-      strategy: {target: src.training.strategy.FSDP2}      all processes share one copy of the model
-      strategy: {target: src.training.strategy.DDP}        every process has a copy
+      strategy: {target: src.training.strategy.FSDP2}      all ranks share one copy of the model
+      strategy: {target: src.training.strategy.DDP}        every rank has a copy
 
-What FSDP2 shards, and how, is `src.distributed.parallel.Sharding` (objective.training.sharding).
+`src.distributed.parallel.Sharding` (objective.training.sharding) sets what FSDP2 shards, and how.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from src.io.errors import UserError
 
 
 class DDP(DDPStrategy):
-    """`DDPStrategy` without PyTorch's wrapper: an objective averages the gradients of a step itself, once it has all.
+    """`DDPStrategy` without PyTorch's DDP wrapper: the objective averages the gradients itself, once per step.
 
-    The wrapper's buckets would take memory for one more copy of the gradients.
+    The wrapper's buckets would take the memory of one more copy of the gradients.
 
     timeout_minutes: how long a rank waits for the others before the job fails
     """
@@ -43,36 +43,36 @@ class DDP(DDPStrategy):
         super().__init__(timeout=_minutes(timeout_minutes))
 
     def configure_ddp(self) -> None:
-        """Start from the weights of rank 0."""
+        """Broadcast the weights of rank 0."""
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Raises OSError, on all ranks, where rank 0 cannot write."""
-        wrong = None
+        """Save on rank 0. Raises OSError on all ranks if it cannot write."""
+        failure = None
         try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)  # of rank 0 only
+            super().save_checkpoint(checkpoint, filepath, storage_options)  # writes on rank 0 only
         except OSError as error:
-            wrong = _reason(error)
-        _agree(wrong, Path(filepath))
+            failure = _reason(error)
+        _raise_on_all_ranks(failure, Path(filepath))
 
     def join(self) -> None:
-        """Meet the other ranks, before Lightning does."""
+        """Create the process group, before Lightning would."""
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
 
 
 class FSDP2(ModelParallelStrategy):
-    """`ModelParallelStrategy` with data parallelism only, and with checkpoints that are whole or not there.
+    """`ModelParallelStrategy` with data parallelism only, and with atomic checkpoints.
 
-    replicas: copies of the model. Each is shared by as many ranks as follow each other, best those of one node (HSDP):
-        then only gradients travel between nodes
+    replicas: copies of the model, each sharded over consecutive ranks (HSDP). With one copy per node, only gradients
+        travel between nodes
     timeout_minutes: how long a rank waits for the others before the job fails
 
-    A checkpoint is a folder with the part of each rank; it can be read by any number of ranks. All of them need to
-    see the same file system.
+    A checkpoint is a folder with one shard per rank, and can be loaded by any number of ranks. All ranks need the same
+    file system.
     """
 
     def __init__(self, *, replicas: int = 1, timeout_minutes: float = 30.0) -> None:
@@ -85,41 +85,44 @@ class FSDP2(ModelParallelStrategy):
         ranks = self.num_nodes * self.num_processes
         if ranks % self._replicas or 1 < self._replicas == ranks:
             raise UserError(
-                f"trainer.strategy.replicas={self._replicas} must divide the {ranks} processes, and be fewer: "
-                "parallel/ddp gives each of them a copy"
+                f"trainer.strategy.replicas={self._replicas} must divide the {ranks} processes, and be less: "
+                "parallel/ddp gives each process a copy"
             )
-        shared = self._replicas > 1  # the second dimension of Lightning's mesh is then the one that shares
-        self._data_parallel_size = self._replicas if shared else ranks
+        hybrid = self._replicas > 1  # HSDP: Lightning's second mesh dimension shards
+        self._data_parallel_size = self._replicas if hybrid else ranks
         self._tensor_parallel_size = ranks // self._data_parallel_size
         super().setup_environment()
 
     def join(self) -> None:
-        """Meet the other ranks, before Lightning does."""
+        """Create the process group, before Lightning would."""
         self._setup_distributed()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Raises OSError, on all ranks, where one of them cannot write; what was there before is then left alone."""
+        """Save to a temporary folder, then rename it. Raises OSError on all ranks if one cannot write.
+
+        An older checkpoint at `filepath` stays if that happens.
+        """
         path = Path(self.broadcast(filepath))
         temporary = path.with_name(f".{path.name}.tmp")
-        _agree(self._on_first(partial(_clear, temporary)), path)
-        wrong, found = None, []
+        _raise_on_all_ranks(self._try_on_rank0(partial(_clear, temporary)), path)
+        failure, own_files = None, []
         try:
             super().save_checkpoint(checkpoint, temporary, storage_options)
-            found = entries(temporary, rank=self.global_rank)
-        except (CheckpointException, OSError, RuntimeError) as error:  # the first is no Exception
-            wrong = _reason(error)
-        told = gather((wrong, found))
-        files = {name: entry for _, some in told for name, entry in some}
-        if not any(reason for reason, _ in told):
-            wrong = self._on_first(partial(_publish, temporary, path, files))
+            own_files = entries(temporary, rank=self.global_rank)
+        except (CheckpointException, OSError, RuntimeError) as error:  # CheckpointException is no Exception
+            failure = _reason(error)
+        by_rank = gather((failure, own_files))
+        files = {name: entry for _, rank_files in by_rank for name, entry in rank_files}
+        if not any(reason for reason, _ in by_rank):
+            failure = self._try_on_rank0(partial(_publish, temporary, path, files))
         try:
-            _agree(wrong, path)
+            _raise_on_all_ranks(failure, path)
         except OSError:
-            self._on_first(partial(shutil.rmtree, temporary, ignore_errors=True))
+            self._try_on_rank0(partial(shutil.rmtree, temporary, ignore_errors=True))
             raise
 
-    def _on_first(self, work: Callable[[], None]) -> str | None:
-        """What goes wrong with work that rank 0 alone does."""
+    def _try_on_rank0(self, work: Callable[[], None]) -> str | None:
+        """Run `work` on rank 0 only; returns why it failed, None if it did not."""
         if not self.is_global_zero:
             return None
         try:
@@ -129,7 +132,7 @@ class FSDP2(ModelParallelStrategy):
         return None
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """A folder, or the one file of a run with another strategy. Raises UserError for a folder that is damaged."""
+        """Load a folder, or the single file of a run with another strategy. Raises UserError for a damaged folder."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             check_sizes(path)
@@ -137,9 +140,9 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         content, options = read_whole(path), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, dict(content.pop("state_dict")), options=options)
-        known = {parameter: name for name, parameter in self.model.named_parameters()}
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, content.pop("optimizer_states"), strict=True):
-            names = [known[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             set_optimizer_state_dict(self.model, optimizer, named(state, names), options=options)
         return content
 
@@ -151,13 +154,13 @@ def _clear(folder: Path) -> None:
 
 def _publish(temporary: Path, path: Path, files: dict[str, dict[str, int]]) -> None:
     write_manifest(temporary, files)
-    check_sizes(temporary)  # do all ranks write to the same file system?
+    check_sizes(temporary)  # raises if ranks wrote to different file systems
     replace_folder(temporary, path)
 
 
-def _agree(wrong: str | None, path: Path) -> None:
-    """Raise OSError on all ranks where something went wrong on one."""
-    if reason := next((told for told in gather(wrong) if told), None):
+def _raise_on_all_ranks(failure: str | None, path: Path) -> None:
+    """Raise OSError on all ranks if any rank passes a failure."""
+    if reason := next((text for text in gather(failure) if text), None):
         raise OSError(errno.EIO, f"the checkpoint cannot be written ({reason})", str(path))
 
 
@@ -168,7 +171,7 @@ def _minutes(number: float) -> timedelta:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in one line: of all that ranks report, the first of their own words."""
+    """One line on an error; of a CheckpointException, the first rank's error."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     text = str(error).strip()

@@ -1,0 +1,100 @@
+"""What a verb prints for --help: its docstring, the arguments, and the configurations that fit it, a line each.
+
+    help_text("src.train", doc)
+
+`src/__init__.py` answers --help with it before a verb's own imports run, as torch takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import yaml
+
+# Verb -> top-level keys that its configurations have; one that lacks any of them is for another verb.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "src.train": ("objective", "trainer", "callbacks", "plan"),
+    "src.submit": ("cluster", "objective", "trainer", "callbacks", "plan"),
+    "src.generate": ("images", "sampler"),
+    "src.evaluate": ("evaluate",),
+    "src.prepare": ("prepare",),
+    "src.draft": ("data", "num", "round", "sampler"),
+    "src.revise": ("drafts", "expert"),
+    "src.export": ("format", "like"),
+}
+WIDTH = 30  # columns for the name of a configuration
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+USAGE = """\
+arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
+    NAME may be the path of a .yaml file; +key=value adds a key to a mapping; --print prints the config and stops
+"""
+
+
+def help_text(verb: str, doc: str | None, root: str | Path = "conf") -> str:
+    """The whole text. verb: such as `src.train`; for one that is not in NEEDS every configuration is named."""
+    folder = config_root(root)
+    alone, layers = fitting(verb, folder)
+    lines = ["configurations:", *(_line(folder, name) for name in alone)]
+    if layers:
+        lines += ["layers on top of one of these, as in conf=A,B:", *(_line(folder, name) for name in layers)]
+    return f"{(doc or '').strip()}\n\n{USAGE}" + "\n".join(lines) + "\n"
+
+
+def docstring(verb: str) -> str | None:
+    """The module docstring of a verb, read without importing it."""
+    path = Path(__file__).resolve().parents[2].joinpath(*verb.split(".")).with_suffix(".py")
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
+    """Names of the configurations that a verb takes alone, and of the layers that fit on top of one of those."""
+    trees = {name: _read(root, name) for name in available(root)}
+    schemas = {name: set(trees.get(_lowest(trees, name), {})) for name in trees}
+    if verb not in NEEDS:
+        return list(trees), []
+    alone = [name for name, keys in schemas.items() if keys.issuperset(NEEDS[verb])]
+    complete = [name for name, keys in schemas.items() if any(keys.issuperset(needs) for needs in NEEDS.values())]
+    layers = [
+        name
+        for name, tree in trees.items()
+        if tree and name not in complete and any(set(tree) - {"base"} <= schemas[below] for below in alone)
+    ]
+    return alone, layers
+
+
+def available(root: Path) -> list[str]:
+    """Names of all configurations; of those in a folder as `folder/name`."""
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def config_root(root: str | Path) -> Path:
+    """The folder of the configurations; where a relative one is not here, the one beside this package."""
+    return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
+
+
+def _lowest(trees: dict[str, dict], name: str) -> str:
+    """The file that a configuration stands on: the first of its `base:`, and so on."""
+    seen = [name]
+    while bases := trees.get(seen[-1], {}).get("base"):
+        first = bases if isinstance(bases, str) else bases[0]
+        if first in seen:
+            break
+        seen.append(first)
+    return seen[-1]
+
+
+def _read(root: Path, name: str) -> dict:
+    """The content of a file; nothing where it cannot be read, which whoever uses it is told in full."""
+    try:
+        tree = yaml.load((root / f"{name}.yaml").read_text(encoding="utf-8"), Loader=LOADER)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _line(root: Path, name: str) -> str:
+    """A name with the first line of comment in its file, cut to the width of a terminal."""
+    first = (root / f"{name}.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    about = first.removeprefix("#").strip() if first.startswith("#") else ""
+    return f"    {name:<{WIDTH}} {about}"[:120].rstrip()
