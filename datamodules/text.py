@@ -80,7 +80,7 @@ class TextCollate(Collate):
         self.prompt_dropout = prompt_dropout
 
     def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
-        """The prompt, or as many masks: what the sampler shows the model without a prompt (`hidden_prefix`)."""
+        """The prompt, or as many masks: what the sampler shows the model without a prompt (`masked_prefix`)."""
         ids = super().prompt_ids(sample, epoch)
         hidden = choice(f"{self.seed}/{epoch}/{sample.key}/prompt", PARTS) < self.prompt_dropout * PARTS
         return [self.codec.mask_id] * len(ids) if hidden else ids

@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
 from src.io.errors import UserError
@@ -39,7 +40,7 @@ from src.training.launch import explained, launched_first, together
 @main_guard
 def main(argv: list[str]) -> None:
     """Draw the drafts of one round into `out`."""
-    cfg = load_config(argv, verb="src.draft", needs=["data", "num", "round", "sampler"])
+    cfg = load_config(argv, verb="src.draft", needs=NEEDS["src.draft"])
     check(cfg, offers=("codec", "seed"))
     if cfg.round < 1:
         raise UserError(f"round must be at least 1, got {cfg.round}")

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from src.cli.config import load_config, load_part
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, fits, nodes, plain
 from src.evaluation.grid import SPEED, check_speeds, expand, family
 from src.evaluation.pareto import budget_table, plot_curve, points_of, to_dict
@@ -79,7 +80,7 @@ class Sampling:
 @main_guard
 def main(argv: list[str]) -> None:
     """Run the evaluation that the config describes."""
-    cfg = load_config(argv, verb="src.evaluate", needs=["evaluate"])
+    cfg = load_config(argv, verb="src.evaluate", needs=NEEDS["src.evaluate"])
     evaluate(complete(cfg.evaluate))
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_whole, read_whole
 from src.io.errors import UserError
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 @main_guard
 def main(argv: list[str]) -> None:
     """Export as the config says."""
-    cfg = load_config(argv, verb="src.export", needs=["format", "like"])
+    cfg = load_config(argv, verb="src.export", needs=NEEDS["src.export"])
     check(cfg)
     export(cfg)
 

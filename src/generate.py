@@ -32,6 +32,7 @@ from datamodules.collate import Collate
 from datamodules.shards import Sample
 from src.cli.config import load_config, load_part, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.generation.requests import Entry, _is_split, find_entries
 from src.generation.writer import Output
@@ -62,7 +63,7 @@ class Outcome:
 @main_guard
 def main(argv: list[str]) -> None:
     """Caption the images that the config names."""
-    cfg = load_config(argv, verb="src.generate", needs=["images", "sampler"], texts=TEXTS)
+    cfg = load_config(argv, verb="src.generate", needs=NEEDS["src.generate"], texts=TEXTS)
     path = path_of(cfg, "out")
     sampler = choose_sampler(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)

@@ -33,13 +33,14 @@ import sys
 
 from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build
 from src.preparation.counts import table
 
 
 @main_guard
 def main(argv: list[str]) -> None:
-    config = load_config(argv, verb="src.prepare", needs=["prepare"])
+    config = load_config(argv, verb="src.prepare", needs=NEEDS["src.prepare"])
     index = build(config.prepare).run()
     sys.stdout.write(table(index["counts"], index.get("examples", {})) + "\n")
 

@@ -34,6 +34,7 @@ from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
 from src.io.errors import UserError
@@ -56,7 +57,7 @@ SAMPLE = 8  # chunks from which a dry run extrapolates
 @main_guard
 def main(argv: list[str]) -> None:
     """Write the round, or the requests for it, and print the counts."""
-    cfg = load_config(argv, verb="src.revise", needs=["drafts", "expert"])
+    cfg = load_config(argv, verb="src.revise", needs=NEEDS["src.revise"])
     check(cfg, offers=("codec",))
     out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
     codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)

@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, is_node, nodes, plain
 from src.io.errors import UserError
 from src.models.hf.weights import is_model_folder
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 def _checked(argv: Sequence[str]) -> DictConfig:
     """The config, checked like `src.train` does and against its cluster. Raises UserError."""
-    cfg = load_config(argv, verb="src.submit", needs=["cluster", "objective", "trainer", "callbacks", "plan"])
+    cfg = load_config(argv, verb="src.submit", needs=NEEDS["src.submit"])
     if cfg.cluster is None:
         raise UserError("no cluster is set; conf=stage2,cluster/NAME reads conf/cluster/NAME.yaml")
     check(cfg, offers=OFFERS, sections=["callbacks"])

@@ -38,6 +38,7 @@ from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
+from src.cli.help import NEEDS
 from src.cli.instantiate import check
 from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
 from src.io.errors import UserError
@@ -78,7 +79,7 @@ log = logging.getLogger(__name__)
 @main_guard
 def main(argv: list[str]) -> None:
     """Train, or print the memory plan if `plan.gpus` is set."""
-    cfg = load_config(argv, verb="src.train", needs=["objective", "trainer", "callbacks", "plan"])
+    cfg = load_config(argv, verb="src.train", needs=NEEDS["src.train"])
     check(cfg, offers=OFFERS, sections=["callbacks"])
     if cfg.plan.gpus is not None:
         sys.stdout.write(plan(cfg, gpus=cfg.plan.gpus))

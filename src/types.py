@@ -1,4 +1,4 @@
-"""The nouns and protocols that every part of the project shares.
+"""Data types and protocols shared by the whole project.
 
 B batch, P prefix length, L response length, V vocabulary, D width.
 
@@ -22,27 +22,27 @@ from src.io.errors import UserError
 
 
 class Kind(IntEnum):
-    """What a response position is, as a corruption leaves it. An objective is a table over kinds."""
+    """State of a response position after corruption. An objective has one loss term per kind or group of kinds."""
 
-    FROZEN = 0  # padding or not to be trained
-    CLEAN = 1  # visible and right
-    MASK = 2  # hidden behind the mask token
+    FROZEN = 0  # padding, or excluded from training
+    CLEAN = 1  # visible and correct
+    MASK = 2  # replaced by the mask token
     SYNTAX = 3  # visible, replaced by a random token
-    HALLUCINATION = 4  # visible, part of a fluent but false span
-    MISTAKE = 5  # visible, part of a span of a model's draft that the expert corrected
+    HALLUCINATION = 4  # visible, part of a hallucinated span: fluent but false
+    MISTAKE = 5  # visible, part of a draft's span that the expert corrected
     DRAFT = 6  # visible, written by the model itself (two-pass objectives)
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids that the maths needs; they come from the tokenizer.
+    """Special token ids, read from the tokenizer.
 
-    banned: may never be written into a response; unwritten: other special ids, which no random replacement draws
-    gap: stands for nothing in a response (`src.text.prompt_format.PromptFormat`); None: there is no such token
+    banned: ids that a response must never contain; unwritten: other special ids, never drawn as random replacements
+    gap: token that stands for no text (`src.text.prompt_format.PromptFormat`); None: the tokenizer has no such token
     """
 
     mask: int
-    eos: int  # end of text: fills a response behind eot
+    eos: int  # end of text: fills the response after eot
     eot: int  # end of turn: ends a response
     banned: tuple[int, ...]
     vocab_size: int
@@ -52,19 +52,19 @@ class SpecialIds:
 
 @dataclass
 class Batch:
-    """Samples for one step. `response` always holds the *right* tokens; flawed versions live in `flawed`.
+    """Samples for one step. `response` always holds the *correct* tokens, `flawed` the version with mistakes.
 
     prefix:   inputs of `Backbone.encode_prefix`, tensors with B rows: `prompt_ids`, `prompt_mask`, and for images
               `pixel_values`, `num_tiles`, `image_sizes` (see `src/models/llada_v.py`)
     response: (B, L) int64, the target text, eot, then end-of-text filler or padding
-    editable: (B, L) bool, false on padding; corruptions and losses never touch those
+    editable: (B, L) bool, false on padding, which corruptions and losses ignore
     flawed:   (B, L) int64, equal to `response` but with wrong tokens inside the spans
-    span:     (B, L) int64, 0 outside spans, otherwise the number (1, 2, ...) of the span
-    drafted:  (B,) bool, true for rows of an online round: `flawed` is a model's draft, spans are its corrected mistakes
-    keys:     one name per row; noise is a function of it
-    epoch:    the epoch that the noise of this batch belongs to
-    records:  the shard's JSON of each row (text, scene, ...), for callbacks and metrics
-    images:   the encoded image of each row, as it stands in the shard, for drafts and pictures
+    span:     (B, L) int64, number of the span (1, 2, ...), 0 outside spans
+    drafted:  (B,) bool, true for rows of an online round: `flawed` is a draft, its spans are the corrected mistakes
+    keys:     one key per row; noise is a function of it
+    epoch:    the epoch of this batch's noise
+    records:  JSON record of each row from the shard (text, scene, ...), for callbacks and metrics
+    images:   encoded image of each row from the shard, for drafts and logging
     """
 
     prefix: dict[str, Tensor]
@@ -82,7 +82,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with all tensors on a device (Lightning calls this)."""
+        """The batch with all tensors on `device` (called by Lightning)."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -93,7 +93,6 @@ class Batch:
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def rows(self, index: slice) -> Batch:
-        """The rows of a slice."""
         lists = {name: getattr(self, name)[index] for name in ("keys", "records", "images")}
         return self._map(lambda t: t[index], **lists)
 
@@ -108,11 +107,12 @@ class Batch:
 
 @dataclass
 class Prefix:
-    """What a backbone makes of everything before the response.
+    """Everything before the response, encoded by the backbone.
 
-    embeds: (B, P, D); mask: (B, P) bool or None when no row is padded; cache: per decoder layer (keys, values), each
-    (B, H, P, d), where the attention mode makes it exact, else None; last: (B, 1, D) or None, with a cache the final
-    state of the last token, where the backbone reads what to say of a token off the one before it.
+    embeds: (B, P, D)
+    mask:   (B, P) bool, None if no row is padded
+    cache:  (keys, values) of each decoder layer, each (B, H, P, d); None if the attention mode allows no exact cache
+    last:   (B, 1, D) final hidden state of the last token, with a cache and shifted logits only, else None
     """
 
     embeds: Tensor
@@ -121,13 +121,13 @@ class Prefix:
     last: Tensor | None = None
 
     def select(self, rows: Tensor) -> Prefix:
-        """The prefix of some rows: `rows` (N,) int64, repeats allowed."""
+        """The prefix of `rows` (N,) int64, repeats allowed."""
         cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
         mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
         return Prefix(self.embeds[rows], mask, cache, last)
 
 
-register_dataclass(Prefix)  # so that FSDP2 finds the tensors in it, also with torch 2.11
+register_dataclass(Prefix)  # lets FSDP2 find its tensors, also in torch 2.11
 
 
 @dataclass
@@ -140,13 +140,13 @@ class Corrupted:
     rate: Tensor
 
     def where(self, kind: Kind) -> Tensor:
-        """(B, L) bool: the positions of one kind."""
+        """(B, L) bool: positions of one kind."""
         return self.kind == int(kind)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum and what to divide it by, kept apart so that micro-batches and ranks can be added before the division."""
+    """Sum and denominator, kept apart so that both add up over micro-batches and ranks before the division."""
 
     numerator: Tensor
     denominator: Tensor
@@ -154,9 +154,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Edit:
-    """Replace `org`, which starts at character `start_char` of the draft (None: wherever it occurs), by `target`.
+    """Correction by an expert: replace `org` at character `start_char` of the draft by `target`.
 
-    reason: in the expert's words; kind: of mistake (`colour`, `count`, `syntax`, ...), by which edits are counted
+    start_char: None means wherever `org` occurs; reason: in the expert's words
+    kind: of the mistake (`colour`, `count`, `syntax`, ...), used to count edits
     """
 
     org: str
@@ -171,7 +172,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Draft:
-    """A caption that a model wrote. `token_ids`: the response, cut after eot; `reference`: the true caption or ""."""
+    """A response that a model wrote. `token_ids`: cut after eot; `reference`: the true response, or ""."""
 
     key: str
     prompt: str
@@ -182,13 +183,13 @@ class Draft:
     sampler: dict
     fingerprint: str
     seed: int
-    record: dict = field(default_factory=dict)  # the shard's JSON of the sample it was drafted for
-    image: bytes = b""  # the encoded image, as it stood in the shard
+    record: dict = field(default_factory=dict)  # JSON record of the sample, from the shard
+    image: bytes = b""  # encoded image of the sample, from the shard
 
 
 @dataclass(frozen=True)
 class Revision:
-    """An expert's answer. No edits means that the draft is right."""
+    """An expert's answer. No edits means that the draft is correct."""
 
     edits: tuple[Edit, ...]
     raw: str = ""
@@ -197,14 +198,14 @@ class Revision:
     attempts: int = 1
 
 
-DEADLINE = "deadline"  # why an expert that was told to finish has not answered
+DEADLINE = "deadline"  # reason of a `Failure`: the expert had to stop before it answered
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an expert gave no usable answer; `retry` tells whether asking again later may help.
+    """Why an expert gave no usable answer. retry: another request later may succeed.
 
-    The rest as of `Revision`: what was paid for is kept, too.
+    The other fields are those of `Revision`, so that the usage of failed requests is recorded, too.
     """
 
     reason: str
@@ -216,12 +217,12 @@ class Failure:
 
 
 class FailedRound(UserError):
-    """A round that cannot be made, or is of no use, for a reason that the user can mend; what there is is kept."""
+    """A round that cannot be completed or is useless, for a reason that the user can fix. Its files are kept."""
 
 
 @dataclass
 class Round:
-    """One finished online round on disk: its folder and the manifest (counts, sha256 of each shard)."""
+    """A finished online round on disk: folder and manifest (counts, sha256 of each shard)."""
 
     path: Path
     manifest: dict
@@ -229,7 +230,7 @@ class Round:
 
 @dataclass
 class TraceStep:
-    """One step of a sampler, for one row: tokens after it, places unmasked, and rewritten (position, old, new)."""
+    """One sampler step for one row: tokens after it, positions unmasked, (position, old, new) of each token edit."""
 
     tokens: list[int]
     unmasked: list[int]
@@ -241,7 +242,7 @@ class TraceStep:
 
 @dataclass
 class Sampled:
-    """What a sampler returns for B rows: ids (B, L), counts per row (B,), wall seconds of the batch, traces."""
+    """Output of a sampler for B rows: ids (B, L), counts per row (B,), wall time of the batch in seconds, traces."""
 
     ids: Tensor
     forwards: Tensor
@@ -261,29 +262,31 @@ class Backbone(Protocol):
     def __call__(
         self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Logits of a response `tokens` (B, L): (B, L, V), or (N, V) at the N true places of `positions` (B, L) bool.
+        """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at the N true positions of `positions` (B, L) bool.
 
-        `attend` (B, L) bool hides padding from attention; None means that every position is attended.
+        attend: (B, L) bool, false on padding; None attends to every position
         """
         ...
 
 
 class Corruption(Protocol):
-    """Damage a response. Frozen positions never change; a replacement never equals the original."""
+    """Corrupts a response. Frozen positions never change; a replacement never equals the original."""
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Any) -> Corrupted: ...
 
 
 class Expert(Protocol):
-    """Corrects drafts. Answers come in any order, each exactly once.
+    """Corrects drafts. Answers come in any order, exactly one per draft.
 
-    What its answers depend on is its name and its public attributes, or a dict `settings` where it has one; an
-    answer is never reused after these have changed.
+    Answers depend on the name and on the public attributes, or on a dict `settings` if there is one; stored answers
+    are not reused after these change.
 
-    It may also have: `session()`, connections for a round, `finish()`, to ask no more at a deadline, and `trouble`, its
-    last one (src/rounds/expert_thread.py); `charge(usage)`, what the run has used before, and `reread(draft, answer)`, a kept answer
-    read once more (src/rounds/round.py); `estimate`, for a dry run (src/revise.py); `body` and `read`, to be asked by file
-    (src/rounds/batch_api.py).
+    Optional members:
+        session(), finish(), trouble     connections, stop at a deadline, last error (rounds/expert_thread.py)
+        charge(usage)                    adds the usage of earlier rounds (rounds/round.py)
+        reread(draft, answer)            parses a stored answer again (rounds/round.py)
+        estimate                         cost of a dry run (src/revise.py)
+        body, read                       request and reply of the batch API (rounds/batch_api.py)
     """
 
     name: str

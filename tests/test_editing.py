@@ -256,5 +256,5 @@ def test_wrong_settings():
     for wrong in ({"below": 1.5}, {"differs": -0.5}, {"gap": 2.0}, {"limit": 0}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             TokenToMask(**wrong)
-    with pytest.raises(ValueError, match="nothing is ever hidden"):
+    with pytest.raises(ValueError, match="nothing is ever remasked"):
         TokenToMask(below=None, differs=None, gap=None)

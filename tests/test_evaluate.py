@@ -223,7 +223,7 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
             {"models": {"mask": "nowhere/sft/mask/model"}},
             "nowhere/sft/mask/model: make it with `python -m src.train conf=mask,task/sft`",
         ),
-        ({"samplers": {"plain": {"target": "src.samplers.unmask.TopK"}}}, "evaluate.samplers.plain: src.diffusion."),
+        ({"samplers": {"plain": {"target": "src.samplers.unmask.TopK"}}}, "evaluate.samplers.plain: src.samplers."),
         (
             {"samplers": {"plain": {"target": "src.samplers.sampler.Sampler", "length": 4, "reviser": "OverwriteAll"}}},
             "samplers.plain.reviser: expected",

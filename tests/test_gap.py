@@ -123,7 +123,7 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
     batch = spans_with_gaps(codec)
     first = start(batch, torch.ones(len(batch)))
     shown = Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT)(batch, first, Noise(batch.keys, seed=0))
-    state = ShowGaps(gap=codec.gap_id, share=share)(batch, shown, Noise(batch.keys, seed=1))
+    state = ShowGaps(gap=codec.gap_id, correct_rate=share)(batch, shown, Noise(batch.keys, seed=1))
     assert torch.equal(state.kind, shown.kind)  # they are still what the term of the mistakes looks at
     made = {}
     for number in (1, 2, 3, 4):
@@ -141,8 +141,8 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_of_settled_corrections_is_one(share: float) -> None:
-    with pytest.raises(ValueError, match=r"share of settled spans must be within 0\.\.1"):
-        ShowGaps(gap=2, share=share)
+    with pytest.raises(ValueError, match=r"spans with gaps that are shown corrected must be within 0\.\.1"):
+        ShowGaps(gap=2, correct_rate=share)
 
 
 @pytest.fixture(scope="module")

@@ -169,10 +169,10 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_pa
 @pytest.mark.parametrize(
     ("verb", "where", "number"),
     [
-        ("prepare", "src.prepare/render", signal.SIGINT),
+        ("prepare", "src.preparation.scenes/render", signal.SIGINT),
         ("draft", "src.draft/draft_batch", signal.SIGTERM),
-        ("revise", "src.rounds/write_shards", signal.SIGINT),
-        ("train", "src.assembly/check_layout", signal.SIGTERM),  # before the training begins
+        ("revise", "src.rounds.round/write_shards", signal.SIGINT),
+        ("train", "src.training.build/check_layout", signal.SIGTERM),  # before the training begins
     ],
 )
 def test_a_signal_ends_a_verb_in_one_line(data, drafts, tmp_path, verb, where, number):

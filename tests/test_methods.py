@@ -25,7 +25,7 @@ from tests.test_train import arguments, run, write_scenes
 SAMPLERS = {
     "proseco": ("proseco", []),
     "complementary": ("shifted", []),
-    "edits": ("edit_quality", ["length=40"]),
+    "edit_noise": ("edit_quality", ["length=40"]),
     "hybrid": ("refine", []),
     "uniform": ("flow", []),
 }

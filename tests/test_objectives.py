@@ -227,8 +227,8 @@ class Late(MaskPrediction):
     """Finds the positions of its term after the corruption, as an objective of two passes does."""
 
     def losses(self, batch, corrupted):
-        for found in super().losses(batch, corrupted):
-            yield {"mask": Loss(found["mask"].numerator, found["mask"].denominator + 3)}
+        for terms in super().losses(batch, corrupted):
+            yield {"mask": Loss(terms["mask"].numerator, terms["mask"].denominator + 3)}
 
 
 @pytest.mark.parametrize("micro", [None, 2])
@@ -239,8 +239,8 @@ def test_denominators_that_were_not_known_before_are_refused(micro):
     known = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
     trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
     before = objective.backbone.model.norm.weight.clone()
-    told = f"term 'mask': losses.. returns the denominator {known + 3 * (2 if micro else 1)}, .* gives {known};"
-    with pytest.raises(ValueError, match=told):
+    message = f"term 'mask': losses.. returns the denominator {known + 3 * (2 if micro else 1)}, .* gives {known};"
+    with pytest.raises(ValueError, match=message):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
 

@@ -327,14 +327,14 @@ def test_the_backbone_of_these_tests_is_not_an_oracle():
 def test_coefficients_and_levels_that_cannot_be_are_refused():
     for options, told in (
         ({"correct": -1.0}, "coefficient of 'correct' must be at least 0, got -1.0"),
-        ({"floor": 2.0}, "floor is a least noise level, at least 0 and less than 1, got 2.0"),
+        ({"floor": 2.0}, "floor must be at least 0 and less than 1, got 2.0"),
         ({"floor": -1.0}, "less than 1, got -1.0"),
     ):
         with pytest.raises(ValueError, match=told):
             make(ProSeCo, **options)
     with pytest.raises(ValueError, match="trains nothing: all coefficients are 0"):
         make(HybridNoise, mask=0.0, wrong=0.0, clean=0.0)
-    with pytest.raises(ValueError, match="need views of at least 2"):
+    with pytest.raises(ValueError, match="needs views of at least 2"):
         Training(lr=1e-3, antithetic=True)
 
 

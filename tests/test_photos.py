@@ -172,7 +172,6 @@ def test_every_reason_has_a_meaning() -> None:
     """Reasons are the texts that the importers count or skip by."""
     folder = Path(reasons.__file__).parent
     used = (folder / "records.py").read_text() + (folder / "photos.py").read_text() + (folder / "images.py").read_text()
-    used += (folder.parent / "prepare.py").read_text() + (folder.parent / "swaps.py").read_text()
     found = set(re.findall(r'counts(?:\.note\(|\[)"([^"]+)"', used))
     raised = re.findall(r'(?:Skip|ImageProblem)\(([^)]*"[^)]*)\)', used)
     found |= {name for names in raised for name in re.findall(r'"([^"]+)"', names)}

@@ -403,8 +403,9 @@ def test_a_plan_without_a_number_of_gpus_trains(tmp_path):
 
 def test_what_needs_records_cannot_be_planned(tmp_path):
     argv = ["conf=base_phases/tower", f"tokenizer={ROOT}/assets/base", f"data.path={tmp_path}", "plan.gpus=1"]
-    with pytest.raises(UserError, match="the objective needs 'scene' of the records"):
+    with pytest.raises(KeyError, match="scene") as caught:
         main.__wrapped__(argv)
+    assert "a plan reads no data" in caught.value.__notes__[0]
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_the_earliest_end_ever_seen_counts():
     progress.stop_at(torch.tensor([[5, 5, 5, 5, 5, EOT], [5, EOT, 5, 5, 5, 5], [5] * 6]), EOT)
     assert progress.stop.tolist() == [4, 1, 0]
     assert progress.reach.sum(1).tolist() == [4, 1, 0]
-    assert [row.nonzero()[:, 0].tolist() for row in progress.wanted(tokens)] == [[1, 3], [], []]
+    assert [row.nonzero()[:, 0].tolist() for row in progress.pending(tokens)] == [[1, 3], [], []]
 
 
 @pytest.mark.parametrize("shift", [1 / 3, 0.9, 3.0, 20.0])
@@ -68,7 +68,7 @@ def test_an_even_split_is_the_shift_of_one():
             masks, steps = torch.tensor([number]), torch.tensor([left + 3])
             even = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1)
             near = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1, shift=1 + 1e-12)
-            assert even.share(masks, steps, torch.tensor([left])) == near.share(masks, steps, torch.tensor([left]))
+            assert even.count(masks, steps, torch.tensor([left])) == near.count(masks, steps, torch.tensor([left]))
 
 
 @pytest.mark.parametrize("shift", [0, -1, float("inf"), float("nan")])

@@ -20,7 +20,7 @@ from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
-from src.samplers.predictor import hidden_prefix
+from src.samplers.predictor import masked_prefix
 from src.text.tokenizer import Codec
 from src.train import main as train
 from src.types import Batch
@@ -142,7 +142,7 @@ def test_a_hidden_prompt_is_what_guidance_shows(folder: Path) -> None:
     codec = Codec.load(folder / "sft" / "tokenizer")
     backbone = tiny(codec, decoder=SIZES, vision=None)
     one, two = backbone.encode_prefix(dropped.prefix), backbone.encode_prefix(shown.prefix)
-    expected = hidden_prefix(backbone, two, codec.special)
+    expected = masked_prefix(backbone, two, codec.special)
     assert one.mask is not None and expected.mask is not None and torch.equal(one.mask, expected.mask)
     torch.testing.assert_close(one.embeds[one.mask], expected.embeds[one.mask], rtol=0, atol=0)
 

@@ -1,1 +1,1 @@
-"""The maths of masked diffusion with revision: functions and small classes over tensors."""
+"""The maths of masked diffusion with revision: corruptions, noise and losses as functions of tensors."""

@@ -1,11 +1,11 @@
-"""Corruptions: what a model is trained to undo. Each labels every response position with a `Kind`.
+"""Corruptions: damage that a model is trained to undo. Each labels every response position with a `Kind`.
 
     state = start(batch, rate)                       everything CLEAN, padding FROZEN
     state = Chain(Absorb(...), Replace(...), Span())(batch, state, noise)
 
-B rows, L response positions. A corruption touches only positions that are still CLEAN, so the order of a chain says
-who goes first. Frozen positions never change; a replacement never equals the original. All randomness comes from
-`src.diffusion.noise.Noise`, so a sample is damaged in the same way whatever batch it lands in.
+B rows, L response positions, S spans. A corruption changes only positions that are still CLEAN, so earlier ones of a
+chain take precedence. Frozen positions never change; a replacement never equals the original. All randomness comes
+from `src.diffusion.noise.Noise`, so the damage to a sample does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def start(batch: Batch, rate: Tensor) -> Corrupted:
 
 
 def _write(state: Corrupted, where: Tensor, tokens: Tensor, kind: Kind) -> Corrupted:
-    changed = state.kind.masked_fill(where, int(kind))
-    return Corrupted(torch.where(where, tokens, state.tokens), state.target, changed, state.rate)
+    """The state with `tokens` (B, L), labelled `kind`, at the true positions of `where` (B, L)."""
+    kinds = state.kind.masked_fill(where, int(kind))
+    return Corrupted(torch.where(where, tokens, state.tokens), state.target, kinds, state.rate)
 
 
 class Absorb:
-    """Hide each clean token behind the mask with probability `rate` of its row (LLaDA, eq. 3)."""
+    """Mask each clean token with probability `rate` of its row (LLaDA, eq. 3)."""
 
     def __init__(self, *, special: SpecialIds) -> None:
         self.mask_id = special.mask
@@ -44,11 +45,11 @@ class Absorb:
 
 
 class Replace:
-    """Replace each visible clean token with probability `rate` by another one ("syntax" errors; ReDiff, section 3.2).
+    """Replace each clean token by another one with probability `rate` ("syntax" errors; ReDiff, section 3.2).
 
-    source: `uniform` draws from all ordinary ids, `response` from the other tokens of the same response (plausible
-    words in the wrong place; a draw that equals the original leaves it clean).
-    dynamic: the rate is at most the row's noise level (an ablation of the paper, which found it worse).
+    source: `uniform` draws from all ordinary ids, `response` from the tokens of the same response (plausible words in
+        the wrong place; a draw that equals the original leaves it clean)
+    dynamic: cap the rate at the row's noise level (an ablation of the paper, which found it worse)
     """
 
     def __init__(self, *, special: SpecialIds, rate: float, source: str = "uniform", dynamic: bool = False) -> None:
@@ -59,7 +60,7 @@ class Replace:
         self.rate, self.source, self.dynamic = rate, source, dynamic
         forbidden = {*special.banned, *special.unwritten, special.mask, special.eos, special.eot}
         self.ordinary = torch.tensor([i for i in range(special.vocab_size) if i not in forbidden])
-        self.rank = torch.full((special.vocab_size,), len(self.ordinary))  # place of an id among the ordinary ones
+        self.rank = torch.full((special.vocab_size,), len(self.ordinary))  # index of an id among the ordinary ones
         self.rank[self.ordinary] = torch.arange(len(self.ordinary))
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
@@ -70,11 +71,11 @@ class Replace:
         return _write(state, hit, tokens, Kind.SYNTAX)
 
     def draw(self, batch: Batch, noise: Noise) -> Tensor:
-        """(B, L) a replacement for each position."""
+        """(B, L) a replacement id for each position."""
         original = batch.response
         if self.source == "uniform":
             index = noise.integers(batch.editable, len(self.ordinary) - 1)
-            index += index >= self.rank.to(original.device)[original]  # skip the original: uniform over all the others
+            index += index >= self.rank.to(original.device)[original]  # skip the original: uniform over all others
             return self.ordinary.to(original.device)[index]
         count = batch.editable.sum(1, keepdim=True)
         place = (noise.uniform(batch.editable) * count).long().clamp(max=original.shape[1] - 1)
@@ -83,9 +84,9 @@ class Replace:
 
 
 class Span:
-    """Put false spans in place of true ones where the text is still visible (hallucinations, or mistakes of a draft).
+    """Replace spans by their flawed versions where the text is still clean (hallucinations, or mistakes of a draft).
 
-    num: how many of a row's spans are used, chosen at random; None: all of them. kind: what their tokens become.
+    num: number of spans used in each row, chosen at random; None: all. kind: label of their tokens
     """
 
     def __init__(self, *, num: int | None = 1, kind: Kind = Kind.HALLUCINATION) -> None:
@@ -94,52 +95,55 @@ class Span:
         self.num, self.kind = num, kind
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
-        hit = self._chosen(batch, noise) & state.where(Kind.CLEAN)
+        hit = self._span_positions(batch, noise) & state.where(Kind.CLEAN)
         return _write(state, hit, batch.flawed, self.kind)
 
-    def _chosen(self, batch: Batch, noise: Noise) -> Tensor:
+    def _span_positions(self, batch: Batch, noise: Noise) -> Tensor:
+        """(B, L) bool: the positions of the spans to use."""
         if self.num is None:
             return batch.span > 0
         present = _spans_at(batch, batch.span > 0)  # (B, S)
-        order = noise.uniform(present).argsort(1).argsort(1)  # rank of each span; absent ones come last
-        return _within(batch, present & (order < self.num))
+        rank = noise.uniform(present).argsort(1).argsort(1)  # random order; absent spans come last
+        return _within(batch, present & (rank < self.num))
 
 
 class ShowGaps:
-    """Put some of the spans right again whose right tokens hold a gap: with probability `share` each.
+    """Show spans whose correction contains a gap token already corrected, each with probability `correct_rate`.
 
-    The next pass of a sampler sees the gaps that this one has written. Nothing else in the data shows that they stay.
+    The next pass of a sampler sees the gaps that this one has written; only these spans teach a model to keep them.
     """
 
-    def __init__(self, *, gap: int, share: float) -> None:
-        if not 0 <= share <= 1:
-            raise UserError(f"the share of settled spans must be within 0..1, got {share}")
-        self.gap, self.share = gap, share
+    def __init__(self, *, gap: int, correct_rate: float) -> None:
+        if not 0 <= correct_rate <= 1:
+            raise UserError(
+                f"the share of spans with gaps that are shown corrected must be within 0..1, got {correct_rate}"
+            )
+        self.gap, self.correct_rate = gap, correct_rate
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         gapped = _spans_at(batch, batch.response == self.gap)  # (B, S)
-        right = _within(batch, gapped & (noise.uniform(gapped) < self.share))
-        return Corrupted(torch.where(right, state.target, state.tokens), state.target, state.kind, state.rate)
+        corrected = _within(batch, gapped & (noise.uniform(gapped) < self.correct_rate))
+        return Corrupted(torch.where(corrected, state.target, state.tokens), state.target, state.kind, state.rate)
 
 
 def _spans_at(batch: Batch, where: Tensor) -> Tensor:
-    """(B, S) bool: which spans have a token at a true place of `where` (B, L)."""
+    """(B, S) bool: the spans with a token at a true position of `where` (B, L)."""
     count = int(batch.span.max()) if batch.span.numel() else 0
     ids = torch.arange(1, count + 1, device=batch.span.device)
     return ((batch.span[:, :, None] == ids) & where[:, :, None]).any(1)
 
 
-def _within(batch: Batch, chosen: Tensor) -> Tensor:
-    """(B, L) bool: the places of the spans chosen (B, S)."""
-    return torch.cat([chosen.new_zeros(len(chosen), 1), chosen], 1).gather(1, batch.span)
+def _within(batch: Batch, spans: Tensor) -> Tensor:
+    """(B, L) bool: the positions inside the true ones of `spans` (B, S)."""
+    return torch.cat([spans.new_zeros(len(spans), 1), spans], 1).gather(1, batch.span)
 
 
 class Hybrid:
     """Masks and random tokens from one process (GIDD, arXiv 2503.04482, with g = 1).
 
-    At noise level t a token stays with share 1 - t, is hidden with share t, and is replaced with share
-    c = 2 p_u / (1 - p_u) sqrt(t (1 - t)); all divided by their sum. share: p_u, of random tokens at t = 1/2.
-    Here a replacement never equals the original, so 1/V of that share is missing.
+    At noise level t a token stays with weight 1 - t, is masked with weight t, and replaced with weight
+    c = 2 p_u / (1 - p_u) sqrt(t (1 - t)); the probabilities are these divided by their sum, 1 + c. A replacement never
+    equals the original here, which lacks 1/V of that weight. share: p_u, the probability of a random token at t = 1/2
     """
 
     def __init__(self, *, special: SpecialIds, share: float) -> None:
@@ -150,24 +154,24 @@ class Hybrid:
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         t = state.rate
-        replaced = 2 * self.share / (1 - self.share) * (t * (1 - t)).clamp(min=0).sqrt()  # c
-        where, clean = noise.uniform(batch.editable) * (1 + replaced)[:, None], state.where(Kind.CLEAN)
-        hidden = clean & (where < t[:, None])
-        other = clean & ~hidden & (where < (t + replaced)[:, None])
-        state = _write(state, hidden, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
-        return _write(state, other, self.replace.draw(batch, noise), Kind.SYNTAX)
+        c = 2 * self.share / (1 - self.share) * (t * (1 - t)).clamp(min=0).sqrt()
+        chance, clean = noise.uniform(batch.editable) * (1 + c)[:, None], state.where(Kind.CLEAN)
+        masked = clean & (chance < t[:, None])
+        replaced = clean & ~masked & (chance < (t + c)[:, None])
+        state = _write(state, masked, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+        return _write(state, replaced, self.replace.draw(batch, noise), Kind.SYNTAX)
 
 
 OPERATIONS = ("substitute", "swap", "duplicate", "shift")
 
 
 class EditNoise:
-    """Random edits of the text, one after the other (SEED Diffusion, arXiv 2508.02193). No masks.
+    """Random edits of the text, one after another (SEED Diffusion, arXiv 2508.02193). No masks.
 
-    Of a text of n tokens floor(a n) edits are made, a uniform on [0, rate]: `substitute` a random token, `swap` two
-    neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens by one place: one is
-    deleted, and a random token inserted further on. Insertions and deletions come in such pairs, as one alone would
-    move all that follows, and the model has no way to move text.
+    A text of n tokens gets floor(a n) edits, a uniform on [0, rate]: `substitute` a random token, `swap` two
+    neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens left by one position: the
+    token before them is deleted, and a random one inserted behind them. Insertions and deletions come in such pairs,
+    because one alone would move all text behind it, and the model cannot move text.
     """
 
     def __init__(
@@ -176,45 +180,45 @@ class EditNoise:
         if not 0 <= rate <= 1:
             raise UserError(f"the rate of edits must be within 0..1, got {rate}")
         if not operations or set(operations) - set(OPERATIONS):
-            raise UserError(f"operations must be some of {OPERATIONS}, got {list(operations)}")
+            raise UserError(f"operations must be one or more of {OPERATIONS}, got {list(operations)}")
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
         self.rate, self.operations, self.window = rate, tuple(operations), window
         self.replace = Replace(special=special, rate=1.0)
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
-        share = noise.level().tolist()
-        kinds, places, lengths = (noise.uniform(batch.editable).tolist() for _ in range(3))
+        level = noise.level().tolist()  # (B,), a / rate
+        operations, places, lengths = (noise.uniform(batch.editable).tolist() for _ in range(3))
         tokens = self.replace.draw(batch, noise).tolist()
         edited = state.tokens.tolist()
-        for row, allowed in enumerate(state.where(Kind.CLEAN).tolist()):
-            where = [place for place, ok in enumerate(allowed) if ok]
+        for row, clean in enumerate(state.where(Kind.CLEAN).tolist()):
+            where = [place for place, is_clean in enumerate(clean) if is_clean]
             text = [edited[row][place] for place in where]
-            for edit in range(int(share[row] * self.rate * len(text))):
-                at = where[edit]  # the numbers of an edit lie where the tokens do
-                name = self.operations[int(kinds[row][at] * len(self.operations))]
+            for edit in range(int(level[row] * self.rate * len(text))):
+                at = where[edit]  # the random numbers of the n-th edit are those of the n-th clean position
+                operation = self.operations[int(operations[row][at] * len(self.operations))]
                 span = 1 + int(lengths[row][at] * self.window)
-                _edit(text, name, int(places[row][at] * len(text)), span, tokens[row][at])
+                _edit(text, operation, int(places[row][at] * len(text)), span, tokens[row][at])
             for place, token in zip(where, text, strict=True):
                 edited[row][place] = token
-        after = torch.tensor(edited, device=state.tokens.device).reshape(state.tokens.shape)
-        return _write(state, after != state.tokens, after, Kind.SYNTAX)
+        new_tokens = torch.tensor(edited, device=state.tokens.device).reshape(state.tokens.shape)
+        return _write(state, new_tokens != state.tokens, new_tokens, Kind.SYNTAX)
 
 
-def _edit(text: list[int], name: str, place: int, span: int, token: int) -> None:
-    """One edit of `text` at `place`, in place. Neighbours that the text does not have leave it as it is."""
+def _edit(text: list[int], operation: str, place: int, span: int, token: int) -> None:
+    """Edit `text` in place, at index `place`. Without a right neighbour, `swap` and `duplicate` do nothing."""
     last = min(place + span, len(text) - 1)
-    if name == "substitute":
+    if operation == "substitute":
         text[place] = token
-    elif name == "shift":
+    elif operation == "shift":
         text[place : last + 1] = [*text[place + 1 : last + 1], token]
     elif place + 1 < len(text):
-        right, left = text[place], text[place + 1] if name == "swap" else text[place]
+        right, left = text[place], text[place + 1] if operation == "swap" else text[place]
         text[place : place + 2] = [left, right]
 
 
 class Only:
-    """One corruption and nothing else: the tokens that it leaves clean become `rest`."""
+    """One corruption and no further one: the tokens that it leaves clean get the kind `rest`."""
 
     def __init__(self, corruption: Corruption, *, rest: Kind) -> None:
         self.corruption, self.rest = corruption, rest
@@ -225,7 +229,7 @@ class Only:
 
 
 class Chain:
-    """Several corruptions in order."""
+    """Several corruptions, one after another."""
 
     def __init__(self, *steps: Corruption) -> None:
         self.steps: Sequence[Corruption] = steps
@@ -237,9 +241,10 @@ class Chain:
 
 
 class Choose:
-    """One corruption for some rows, another for the rest.
+    """`then` for some rows, `otherwise` for the others.
 
-    when: `drafted` = rows of an online round, `spans` = rows with false spans; share: of those rows, chosen at random
+    when: `drafted` = rows of an online round, `spans` = rows with hallucinated spans
+    share: fraction of these rows that get `then`, chosen at random
     """
 
     def __init__(self, *, when: str, then: Corruption, otherwise: Corruption, share: float = 1.0) -> None:
@@ -251,7 +256,8 @@ class Choose:
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         rows = batch.drafted if self.when == "drafted" else (batch.span > 0).any(1)
-        pick = (rows & (noise.level(device=rows.device) < self.share))[:, None]
-        a, b = self.then(batch, state, noise), self.otherwise(batch, state, noise)
-        tokens, kind = torch.where(pick, a.tokens, b.tokens), torch.where(pick, a.kind, b.kind)
+        rows = (rows & (noise.level(device=rows.device) < self.share))[:, None]
+        then, otherwise = self.then(batch, state, noise), self.otherwise(batch, state, noise)
+        tokens = torch.where(rows, then.tokens, otherwise.tokens)
+        kind = torch.where(rows, then.kind, otherwise.kind)
         return Corrupted(tokens, state.target, kind, state.rate)

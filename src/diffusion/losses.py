@@ -1,6 +1,6 @@
-"""Losses as tables over kinds: (kinds -> weight, reduction, coefficient), each a numerator and a denominator.
+"""Losses as tables over kinds: (kind -> form, weight, reduction, coefficient), each a numerator and a denominator.
 
-B rows, L response positions, N loss positions. ReDiff Stage I is four rows of such a table, LLaDA is one.
+B rows, L response positions. ReDiff Stage I is four rows of such a table, LLaDA is one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ FORMS = ("cross_entropy", "probability")
 class Term:
     """One row of an objective's table.
 
-    kind:   of the positions it looks at; None: all but frozen ones.
-    weight: `one`, or `inverse_rate` = 1/t with t at least `floor` (bounds the variance of small t).
-    reduce: `kind_mean` = per sample the mean over the positions of this kind (0 if none), then over samples (ReDiff);
-            `answer_len` = per sample the sum over the number of editable positions, then over samples (LLaDA SFT);
-            `tokens` = the sum over the number of positions of this kind in the whole batch;
-            `batch_tokens` = the sum over the number of editable positions in the whole batch (MDLM, ProSeCo).
-    form:   `cross_entropy`, or `probability` = -p(token), which has the cross-entropy's gradient times p and is no
-            bound on a likelihood (ProSeCo gives it to right tokens of a draft, so that wrong ones weigh more)
-    only:   `wrong` or `right` looks at those of the kind whose input token is not, or is, the target; None at all
+    kind:   of the positions that the loss is on; None: all but frozen ones
+    weight: `one`, or `inverse_rate` = 1/t with t clamped to at least `floor` (bounds the variance of small t)
+    reduce: `kind_mean` = mean over the positions of this kind in a sample (0 if none), then over samples (ReDiff)
+            `answer_len` = sum divided by the editable positions of a sample, then mean over samples (LLaDA SFT)
+            `tokens` = sum divided by the number of positions of this kind in the whole batch
+            `batch_tokens` = sum divided by the number of editable positions in the whole batch (MDLM, ProSeCo)
+    form:   `cross_entropy`, or `probability` = -p(token), which has the cross-entropy's gradient times p and bounds no
+            likelihood (ProSeCo uses it for right tokens of a draft, so that wrong ones weigh more)
+    only:   `wrong` or `right`: only positions whose input token differs from, or equals, the target; None: both
+
+    Raises UserError for a value that none of these allows.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Term:
         if self.reduce not in REDUCTIONS:
             raise UserError(f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}")
         if not 0 <= self.floor < 1:
-            raise UserError(f"floor is a least noise level, at least 0 and less than 1, got {self.floor}")
+            raise UserError(f"floor must be at least 0 and less than 1, got {self.floor}")
         if not 0 <= self.coef < math.inf:
             raise UserError(f"the coefficient of {self.name!r} must be at least 0, got {self.coef}")
 
@@ -62,7 +64,7 @@ class Term:
         return tuple(kind for kind in Kind if kind) if self.kind is None else (self.kind,)
 
     def where(self, corrupted: Corrupted) -> Tensor:
-        """(B, L) bool: the positions it looks at."""
+        """(B, L) bool: the positions that the loss is on."""
         where = editable(corrupted) if self.kind is None else corrupted.where(self.kind)
         if self.only is None:
             return where
@@ -76,7 +78,7 @@ def editable(corrupted: Corrupted) -> Tensor:
 
 
 def denominator(term: Term, corrupted: Corrupted) -> Tensor:
-    """What the sum of a term is divided by: rows, or a number of positions. Known before any forward pass."""
+    """Divisor of a term's sum: the number of rows or of positions. Needs no forward pass."""
     if term.reduce == "tokens":
         return term.where(corrupted).sum()
     if term.reduce == "batch_tokens":
@@ -85,7 +87,7 @@ def denominator(term: Term, corrupted: Corrupted) -> Tensor:
 
 
 def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
-    """Reduce per-token cross-entropies (B, L), defined where a term looks and 0 elsewhere, to one `Loss`."""
+    """Reduce per-token cross-entropies (B, L), 0 outside `term.where`, to one `Loss`."""
     where = term.where(corrupted)
     weight = (
         1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
@@ -100,5 +102,5 @@ def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
 
 
 def positions_of(terms: tuple[Term, ...], corrupted: Corrupted) -> Tensor:
-    """(B, L) bool: where logits are needed."""
+    """(B, L) bool: positions that need logits."""
     return torch.stack([term.where(corrupted) for term in terms]).any(0)

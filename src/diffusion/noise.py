@@ -1,11 +1,11 @@
-"""Noise that belongs to a sample: a pure function of (seed, epoch, key, draw), whatever the batch, rank or worker.
+"""Noise that belongs to a sample: a pure function of (seed, epoch, key, draw), not of the batch, rank or worker.
 
     noise = Noise(["key-1", "key-2"], seed=0, epoch=3)
-    noise.level(0.1)                    (B,) noise levels t, uniform on [0.1, 1]
+    noise.level(0.1)                    (B,) noise levels t, uniform on [0.1, 1)
     noise.uniform(editable)             (B, L) numbers in [0, 1), one for each editable position
 
-Each row has its own generator and draws exactly as many numbers as it has positions, so neither padding nor the other
-rows of a batch can change what it gets.
+Each row has its own generator and draws exactly one number for each of its true positions, so neither padding nor
+the other rows of a batch change its numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Noise:
         return (low + (1 - low) * values).to(device)
 
     def uniform(self, where: Tensor) -> Tensor:
-        """(B, L) float32: uniform on [0, 1) at the true places of `where` (B, L) bool, 1 elsewhere."""
+        """(B, L) float32: uniform on [0, 1) at the true positions of `where` (B, L) bool, 1 elsewhere."""
         counts = where.sum(1).tolist()
         values = torch.cat([_rand(n, g) for n, g in zip(counts, self.generators, strict=True)])
         out = torch.ones(where.shape, device=where.device, dtype=torch.float32)
@@ -37,7 +37,7 @@ class Noise:
         return out
 
     def integers(self, where: Tensor, high: int) -> Tensor:
-        """(B, L) int64: uniform on [0, high) at the true places of `where`, 0 elsewhere."""
+        """(B, L) int64: uniform on [0, high) at the true positions of `where`, 0 elsewhere."""
         counts = where.sum(1).tolist()
         values = [torch.randint(high, (n,), generator=g) for n, g in zip(counts, self.generators, strict=True)]
         out = torch.zeros(where.shape, dtype=torch.int64, device=where.device)
@@ -46,7 +46,7 @@ class Noise:
 
 
 def _rand(count: int, generator: torch.Generator) -> Tensor:
-    """(count,) float32, also where a trainer in half precision has made that the default type."""
+    """(count,) float32, even if a trainer in half precision has changed the default dtype."""
     return torch.rand(count, generator=generator, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What drafting, generating and evaluating need of a model in eval mode."""
+"""Helpers for running a model: a length check and eval mode."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ logger = logging.getLogger(__name__)
 
 
 def warn_if_length_differs(backbone: nn.Module, response_length: int, *, name: str) -> None:
-    """Warn where responses are to be of another length than those that the model was trained with."""
+    """Log a warning if the response length differs from the one that the model was trained with."""
     trained = getattr(backbone, "response_length", None)
     if trained and trained != response_length:
         logger.warning(
-            "%s=%d, but the model was trained with response length %d: it writes best at that",
+            "%s=%d, but the model was trained with response length %d, at which it writes best",
             name,
             response_length,
             trained,
@@ -25,7 +25,7 @@ def warn_if_length_differs(backbone: nn.Module, response_length: int, *, name: s
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, after which every submodule is again in the mode it was in."""
+    """Context in eval mode; afterwards every submodule returns to the mode that it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

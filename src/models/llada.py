@@ -6,7 +6,7 @@
 Attention modes. `full`: prefix and response see each other, as LLaDA-V was released. `prefix`: the prefix sees only
 itself, so its keys and values are computed once and reused exactly, at every denoising step and for every noise draw.
 
-Shift, as in Dream (adapted from autoregressive models): the state that speaks of a token is that of the one before it.
+Shift, as in Dream (adapted from autoregressive models): the hidden state at a position predicts the token after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from src.io.errors import UserError
 from src.types import Prefix
 
 KeyValue = tuple[Tensor, Tensor]
-KEPT = (  # with selective checkpointing: what is dear to compute again
+KEPT = (  # selective checkpointing keeps these activations: they are expensive to recompute
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -37,7 +37,9 @@ CHECKPOINTING = ("none", "selective", "full")
 class DecoderConfig:
     """Sizes of the decoder, under the names of the released config.json.
 
-    attention: `full` or `prefix`; shift: the logits of a token are those that the place before it gives
+    attention: `full` or `prefix`; shift: the logits of a token come from the position before it
+
+    Raises UserError for numbers of heads that do not divide, and for another attention mode.
     """
 
     vocab_size: int
@@ -74,7 +76,7 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; queries may also see keys and values computed earlier."""
+    """Multi-head attention with rotary positions; queries may also attend to cached keys and values (`past`)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm computed in float32 and cast back before the weight, as the released code does."""
+    """RMSNorm computed in float32 and cast back before the weight, as in the released code."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -138,7 +140,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def keys_values(self, x: Tensor, rope: KeyValue) -> KeyValue:
-        """Those of the block's attention for an input `x` (B, T, D), where its output is not asked for."""
+        """Keys and values (B, H, T, d) of the block's attention for input `x` (B, T, D), without its output."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -148,7 +150,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks and final norm. Embedding and head live beside it, under the released names, in `LLaDAV`."""
+    """Embedding, blocks and final norm. The head is in `LLaDAV`, under its released name."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class Decoder(nn.Module):
         self.checkpointing = "none"
 
     def prefix_cache(self, embeds: Tensor, mask: Tensor | None) -> tuple[list[KeyValue], Tensor | None]:
-        """What is left to know of a prefix that attends to itself only (`prefix` mode).
+        """The cache of a prefix, which attends only to itself (`prefix` mode).
 
         Keys and values per layer, each (B, H, P, d); with `shift` the state (B, 1, D) of its last token, else None.
         """
@@ -178,7 +180,7 @@ class Decoder(nn.Module):
         return cache, None
 
     def forward(self, embeds: Tensor, prefix: Prefix, attend: Tensor | None) -> Tensor:
-        """States (B, L, D) that speak of the tokens of a response with embeddings `embeds` (B, L, D)."""
+        """Hidden states (B, L, D) that predict the tokens of a response with embeddings `embeds` (B, L, D)."""
         length = prefix.embeds.shape[1]
         rope = self._rope(self._positions(embeds, prefix.mask, offset=length))
         mask = _join_masks(embeds, length, prefix.mask, attend)
@@ -188,8 +190,8 @@ class Decoder(nn.Module):
                 x, _ = self._run(block, x, rope, mask, past)
             x = self.norm(x)
         else:
-            first = self._rope(self._positions(prefix.embeds, None))
-            cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(first, rope, strict=True))
+            left = self._rope(self._positions(prefix.embeds, None))
+            cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(left, rope, strict=True))
             x = torch.cat([prefix.embeds, embeds], 1)
             for block in self.layers:
                 x, _ = self._run(block, x, (cos, sin), mask, None)
@@ -198,24 +200,24 @@ class Decoder(nn.Module):
             x = self.norm(x[:, length:])
         if not self.config.shift:
             return x
-        # the first token of all has none before it, and keeps its own
+        # without a prefix the first token has none before it, and keeps its own hidden state
         return torch.cat([x[:, :1] if last is None else last, x[:, :-1]], 1)
 
     def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, KeyValue]:
-        """A block, whose activations are kept for the backward pass or computed once more there (`checkpointing`).
+        """Run a block. `checkpointing` decides which activations are kept for the backward pass, not recomputed.
 
-        none: kept; full: only the input is; selective: the input and the results of matrix products and attention are
+        none: all; full: only the input; selective: the input and the outputs of matrix products and attention (`KEPT`)
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return block(*inputs)
-        more = {}
+        options = {}
         if self.checkpointing == "selective":
-            more["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT))
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT))
         run: Any = checkpoint
-        return run(block, *inputs, use_reentrant=False, **more)
+        return run(block, *inputs, use_reentrant=False, **options)
 
     def _positions(self, x: Tensor, prefix_mask: Tensor | None, offset: int = 0) -> Tensor:
-        """(B or 1, T) position ids; a response starts right behind its own, unpadded prefix."""
+        """(B or 1, T) position ids; a response starts right behind the unpadded prefix of its row."""
         steps = torch.arange(x.shape[1], device=x.device)[None]
         return steps + (offset if prefix_mask is None else prefix_mask.sum(1, keepdim=True))
 
@@ -228,7 +230,7 @@ class Decoder(nn.Module):
 
 
 def _last(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, 1, D) of `x` (B, P, D) at the last token of each row that `mask` (B, P) does not hide."""
+    """(B, 1, D) of `x` (B, P, D) at the last true position of `mask` (B, P) in each row."""
     if mask is None:
         return x[:, -1:]
     return x[torch.arange(len(x), device=x.device), mask.sum(1) - 1][:, None]
@@ -242,7 +244,7 @@ def rotate(x: Tensor, rope: KeyValue) -> Tensor:
 
 
 def _join_masks(embeds: Tensor, length: int, prefix_mask: Tensor | None, attend: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, P + L) bool over keys, or None when nothing is hidden."""
+    """(B, 1, 1, P + L) bool over keys, or None if all are attended to."""
     if prefix_mask is None and attend is None:
         return None
     batch, response = embeds.shape[:2]

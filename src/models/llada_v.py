@@ -1,7 +1,7 @@
-"""LLaDA-V: image path and LLaDA decoder as one backbone. The tiny model is this class with small numbers.
+"""LLaDA-V: vision path and LLaDA decoder as one backbone. The tiny model is this class with small sizes.
 
 encode_prefix({prompt_ids, prompt_mask?, pixel_values?, num_tiles?, image_sizes?}) -> Prefix, images at their marks
-forward(prefix, tokens (B, L), attend, positions) -> logits only where asked
+forward(prefix, tokens (B, L), attend, positions) -> logits, only at `positions`
 
 prompt_ids   (B, T) int64, any number of image marks in a row; prompt_mask (B, T) bool where rows are padded
 pixel_values (B, N, 3, S, S) uint8: the tiles of a row's images one after another, then padding
@@ -30,9 +30,11 @@ class LLaDAV(nn.Module):
 
     decoder: fields of `DecoderConfig`; vision: of transformers' `SiglipVisionConfig`, None for text only
     image_id: marks the places of images in `prompt_ids`
-    tiling: arguments of `src.models.tiling.AnyRes`; None is one square tile an image
+    tiling: arguments of `src.models.tiling.AnyRes`; None means one square tile an image
 
-    Raises UserError where a row of a batch has more or fewer image marks than images, or tiles of another layout.
+    Raises UserError for impossible sizes, and for a batch with images that do not fit the model: without a vision path,
+    another number of images than image marks in a row, another number of tiles than the layout makes.
+    Raises ValueError for image inputs of the wrong shape or dtype.
     """
 
     def __init__(
@@ -46,14 +48,14 @@ class LLaDAV(nn.Module):
     ) -> None:
         super().__init__()
         if tiling and not vision:
-            raise UserError("tiling is given, but the model has no vision path (vision is null)")
+            raise UserError("tiling is set, but the model has no vision path (vision is null)")
         check_sizes(decoder)
         check_vision(vision)
         self.config = DecoderConfig(**decoder)
         self.vision_config, self.tiling = vision, tiling
-        self.original: dict = {}  # what an original config.json says beyond this, for an export in its layout
+        self.original: dict = {}  # further fields of an original config.json, for an export in its layout
         self.image_id = image_id
-        self.response_length: int | None = None  # length of the responses that it was trained on
+        self.response_length: int | None = None  # that the model was trained with
         self.model = Decoder(self.config)
         layout = AnyRes(**tiling) if tiling else None
         self.vision = VisionPath(vision, self.config.hidden_size, tiling=layout) if vision else None
@@ -68,11 +70,11 @@ class LLaDAV(nn.Module):
 
     @property
     def layout(self) -> Layout | None:
-        """How the model wants its images cut into tiles; None for a model without images."""
+        """How images must be cut into tiles; None for a model without images."""
         return self.vision.layout if self.vision else None
 
     def units(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-        """What FSDP2 gathers as a whole, inner units first, each with its entry points besides `forward`."""
+        """The units of FSDP2, inner ones first, each with its entry points besides `forward`."""
         if self.vision:
             yield self.vision, ()
         yield self.model.embed_tokens, ()
@@ -82,9 +84,9 @@ class LLaDAV(nn.Module):
         yield self, ("encode_prefix",)
 
     def checkpoint(self, mode: str) -> None:
-        """Whether activations of blocks are kept for the backward pass: `none`, `selective` or `full`; see `Decoder`.
+        """Set activation checkpointing: `none`, `selective` or `full`; see `Decoder._run`.
 
-        The vision tower knows `full` only, and takes it for `selective` too. Raises UserError for another mode.
+        The vision tower has only `full`, and uses it for `selective` too. Raises UserError for another mode.
         """
         if mode not in CHECKPOINTING:
             raise UserError(f"checkpointing must be one of {CHECKPOINTING}, got {mode!r}")
@@ -93,12 +95,12 @@ class LLaDAV(nn.Module):
             self.vision.checkpoint(mode != "none")
 
     def compile_blocks(self) -> None:
-        """Compile the forward pass of each block of the decoder; names and hooks stay as they are."""
+        """Compile the forward pass of each decoder block; parameter names and hooks stay as they are."""
         for block in self.model.layers:
             block.forward = torch.compile(block.forward)
 
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
-        """Embed the prompt, put the image tokens in place, and in `prefix` mode run the decoder over it once."""
+        """Embed the prompt, insert the image tokens and, in `prefix` mode, run the decoder over it once."""
         ids, mask = prefix["prompt_ids"], prefix.get("prompt_mask")
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask  # (B, T)
         marks = keep & (ids == self.image_id)
@@ -115,7 +117,7 @@ class LLaDAV(nn.Module):
     def forward(
         self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, L, V), or (N, V) at the true places of `positions` (B, L) bool, in row-major order."""
+        """Logits (B, L, V), or (N, V) at the true positions of `positions` (B, L) bool, in row-major order."""
         hidden = self.model(self.model.embed_tokens(tokens), prefix, attend)
         return self.lm_head(hidden if positions is None else hidden[positions])
 
@@ -125,14 +127,15 @@ class LLaDAV(nn.Module):
             return [[] for _ in prefix["prompt_ids"]]
         if self.layout is None:
             raise UserError("the batch has images, but the model has no vision path (model.vision is null)")
-        found = {name: len(prefix.get(name, ())) for name in ("prompt_ids", "pixel_values", "num_tiles", "image_sizes")}
-        if len(set(found.values())) > 1:
-            raise ValueError(f"the inputs of a batch must have equally many rows, got {found}")
+        names = ("prompt_ids", "pixel_values", "num_tiles", "image_sizes")
+        num_rows = {name: len(prefix.get(name, ())) for name in names}
+        if len(set(num_rows.values())) > 1:
+            raise ValueError(f"the inputs of a batch must have equally many rows, got {num_rows}")
         return _read_sizes(prefix["pixel_values"], prefix["num_tiles"], prefix["image_sizes"], self.layout)
 
     def _image_tokens(self, prefix: dict[str, Tensor], sizes: list[list[Size]]) -> list[Tensor]:
         """Tokens (., D) of all images, row by row; padding is not encoded."""
-        assert self.vision is not None  # else `_image_sizes` has refused
+        assert self.vision is not None  # checked by `_image_sizes`
         pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
         real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
         return self.vision(pixels[real], [size for row in sizes for size in row])
@@ -140,46 +143,54 @@ class LLaDAV(nn.Module):
     def _splice(self, ids: Tensor, keep: Tensor, marks: Tensor, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, P, D) of the prompt with the tokens of `images` at the `marks` (B, T), in order; mask (B, P).
 
-        keep (B, T): where the prompt is not padding. Shorter rows end in zero vectors, which the mask hides; it is None
-        when all rows are equally long.
+        keep (B, T): where the prompt is not padding. Shorter rows end in zero vectors, which the mask excludes; it is
+        None if all rows are equally long.
         """
-        width = keep.long()  # (B, T): how many places each token of the prompt takes
+        width = keep.long()  # (B, T): number of positions that each id of the prompt takes
         width[marks] = torch.tensor([len(tokens) for tokens in images], device=ids.device)
         length = width.sum(1, keepdim=True)  # (B, 1)
-        here = torch.arange(int(length.max()), device=ids.device) < length  # (B, P)
-        of_image = torch.zeros_like(here)
-        of_image[here] = marks.flatten().repeat_interleave(width.flatten())
+        mask = torch.arange(int(length.max()), device=ids.device) < length  # (B, P)
+        of_image = torch.zeros_like(mask)
+        of_image[mask] = marks.flatten().repeat_interleave(width.flatten())
         text = self.model.embed_tokens(ids[keep & ~marks])
-        embeds = text.new_zeros(*here.shape, text.shape[-1])
+        embeds = text.new_zeros(*mask.shape, text.shape[-1])
         embeds[of_image] = torch.cat(images).to(text.dtype)
-        embeds[here & ~of_image] = text
-        return embeds, None if bool(here.all()) else here
+        embeds[mask & ~of_image] = text
+        return embeds, None if bool(mask.all()) else mask
 
 
 def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: Layout) -> list[list[Size]]:
-    """Sizes of the images of each row. Raises UserError where the tiles are not those that the layout cuts."""
+    """(width, height) of the images of each row.
+
+    Raises UserError for another number of tiles than the layout makes of an image, ValueError for pixels of the wrong
+    shape or dtype, and for more tiles in `num_tiles` than in `pixels`.
+    """
     side = layout.size
     if pixels.dtype != torch.uint8 or pixels.shape[2:] != (3, side, side):
-        given = f"{pixels.dtype} {tuple(pixels.shape)}"
-        raise ValueError(f"pixel_values are {given}, but the model takes torch.uint8 (rows, tiles, 3, {side}, {side})")
-    found = []
+        raise ValueError(
+            f"pixel_values are {pixels.dtype} {tuple(pixels.shape)}, "
+            f"but the model takes torch.uint8 (rows, tiles, 3, {side}, {side})"
+        )
+    image_sizes_by_row = []
     for row, (counts, sizes) in enumerate(zip(num_tiles.tolist(), image_sizes.tolist(), strict=True)):
         images = [((width, height), count) for (width, height), count in zip(sizes, counts, strict=True) if count]
         for size, count in images:
             if count != layout.num_tiles(size):
-                given = f"row {row}: an image of {size[0]} x {size[1]} pixels comes as {count} tiles"
-                raise UserError(f"{given}, but the model makes {layout.num_tiles(size)} of it (see data.tiling)")
+                raise UserError(
+                    f"row {row}: an image of {size[0]} x {size[1]} pixels comes as {count} tiles, "
+                    f"but the model makes {layout.num_tiles(size)} of it (see data.tiling)"
+                )
         if sum(counts) > pixels.shape[1]:
             raise ValueError(f"row {row}: num_tiles adds up to {sum(counts)}, but there are {pixels.shape[1]} tiles")
-        found.append([size for size, _ in images])
-    return found
+        image_sizes_by_row.append([size for size, _ in images])
+    return image_sizes_by_row
 
 
 def _check_marks(marks: Tensor, sizes: list[list[Size]]) -> None:
-    """Raises UserError where a row has more or fewer image marks (B, T) than images."""
-    for row, (places, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
-        if places != len(images):
-            raise UserError(f"row {row}: the prompt holds {places} image marks, but there are {len(images)} images")
+    """Raises UserError if a row has another number of image marks (B, T) than images."""
+    for row, (num_marks, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
+        if num_marks != len(images):
+            raise UserError(f"row {row}: the prompt holds {num_marks} image marks, but there are {len(images)} images")
 
 
 def _init(module: nn.Module, *, std: float) -> None:

@@ -5,9 +5,9 @@
     layout.tiles(image)                          (T, S, S, 3) uint8
     layout.num_tokens(image.size, side=27)       image tokens in the prompt; side: features along a tile's edge
 
-AnyRes: best grid of tiles -> the image resized into it, in the middle of black -> tile 0 is the whole image once more,
-squashed into a square, tiles 1.. are the grid row by row. Of the grid's features those of the black bars are dropped
-and the rest is shrunk, if it is more than `max_tiles` tiles' worth. The model packs the features; the numbers are here.
+AnyRes: choose the best grid of tiles -> resize the image into it, centred on black -> tile 0 is the whole image
+squashed into a square, tiles 1.. are the grid row by row. The features of the black bars are dropped, and the others
+shrunk if there are more than those of `max_tiles` tiles. Sizes are computed here; `VisionPath` packs the features.
 
 T tiles, S pixels on a tile's side. Sizes of images and grids are (width, height), of features (height, width).
 """
@@ -24,12 +24,12 @@ from PIL import Image
 from src.io.errors import UserError
 
 Size = tuple[int, int]
-SLACK = 1.1  # features are shrunk only when their number exceeds the budget by more than the square of this
+SLACK = 1.1  # features are shrunk only if their number exceeds the budget by more than the square of this
 
 
 @dataclass(frozen=True)
 class Square:
-    """One tile of `size` pixels: the whole image, its shape not kept."""
+    """One tile of `size` x `size` pixels: the whole image, squashed."""
 
     size: int
 
@@ -52,8 +52,8 @@ class Square:
 class AnyRes:
     """LLaDA-V's tiling for images of any shape and resolution.
 
-    size: pixels on a tile's side; grids: the (width, height) in pixels that an image may be fitted into
-    max_tiles: the most tiles' worth of features to keep of a grid, roughly (`anyres_max_4` in the released config)
+    size: pixels on a tile's side; grids: (width, height) in pixels of the grids that an image may be fitted into
+    max_tiles: roughly, keep at most the features of this many tiles (`anyres_max_4` in the released config)
     """
 
     size: int
@@ -64,25 +64,25 @@ class AnyRes:
         if self.size < 1 or self.max_tiles < 1:
             raise UserError(f"size and max_tiles must be at least 1, got {self.size} and {self.max_tiles}")
         if not self.grids:
-            raise UserError("grids is empty: name at least one (width, height) that images are fitted into")
+            raise UserError("grids is empty: give at least one (width, height) that images may be fitted into")
         for grid in self.grids:
             if len(grid) != 2 or any(side < 1 or side % self.size for side in grid):
-                raise UserError(f"grids holds {list(grid)}, no (width, height) in tiles of {self.size} pixels")
+                raise UserError(f"grids holds {list(grid)}, not a (width, height) in whole tiles of {self.size} pixels")
         object.__setattr__(self, "grids", tuple((width, height) for width, height in self.grids))
 
     def to_dict(self) -> dict:
-        """The settings as a model folder keeps them: `AnyRes(**settings)` is the same layout."""
+        """The settings as a model folder stores them: `AnyRes(**settings)` is the same layout."""
         return {"size": self.size, "grids": [list(grid) for grid in self.grids], "max_tiles": self.max_tiles}
 
     def tiles(self, image: Image.Image) -> np.ndarray:
         """(T, S, S, 3) uint8: the whole image squashed, then its grid row by row."""
         side, (columns, rows) = self.size, self.grid(image.size)
-        response_length = self._response_length(image).reshape(rows, side, columns, side, 3)
+        grid = self._fitted(image).reshape(rows, side, columns, side, 3)
         whole = np.asarray(_resized(image, (side, side)))
-        return np.concatenate([whole[None], response_length.swapaxes(1, 2).reshape(-1, side, side, 3)])
+        return np.concatenate([whole[None], grid.swapaxes(1, 2).reshape(-1, side, side, 3)])
 
     def grid(self, image_size: Size) -> Size:
-        """(columns, rows) of the tiles: the grid that keeps most of the resolution, then the one that wastes least."""
+        """(columns, rows) in tiles of the grid that keeps most of the resolution; among equal ones, wastes least."""
         width, height = min(self.grids, key=lambda grid: _cost(image_size, (grid[0], grid[1])))
         return width // self.size, height // self.size
 
@@ -96,7 +96,7 @@ class AnyRes:
         return side * side + height * (width + 1)
 
     def unpadded(self, image_size: Size, *, side: int) -> tuple[slice, slice]:
-        """The rows and columns of the grid's features that show the image and not the black bars."""
+        """The rows and columns of the grid's features that show the image, not the black bars."""
         columns, rows = self.grid(image_size)
         width, height = columns * side, rows * side
         if image_size[0] / image_size[1] > width / height:
@@ -104,14 +104,14 @@ class AnyRes:
         return slice(0, height), _middle(width, int(image_size[0] * (height / image_size[1])))
 
     def final(self, image_size: Size, *, side: int) -> Size:
-        """(height, width) of the features that are kept: without the bars, shrunk where they are too many."""
+        """(height, width) of the grid's features that are kept: without the bars, and shrunk if there are too many."""
         rows, columns = self.unpadded(image_size, side=side)
         height, width = rows.stop - rows.start, columns.stop - columns.start
         ratio = math.sqrt(height * width / (self.max_tiles * side**2))
         return (int(height // ratio), int(width // ratio)) if ratio > SLACK else (height, width)
 
-    def _response_length(self, image: Image.Image) -> np.ndarray:
-        """(H, W, 3) uint8: the image in its grid, its shape kept, in the middle of black."""
+    def _fitted(self, image: Image.Image) -> np.ndarray:
+        """(H, W, 3) uint8: the image resized into its grid, aspect ratio kept, centred on black."""
         columns, rows = self.grid(image.size)
         width, height = columns * self.size, rows * self.size
         across, down = width / image.width, height / image.height
@@ -119,37 +119,38 @@ class AnyRes:
             inner = width, min(math.ceil(image.height * across), height)
         else:
             inner = min(math.ceil(image.width * down), width), height
-        response_length = Image.new("RGB", (width, height))
-        response_length.paste(_resized(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
-        return np.asarray(response_length)
+        black = Image.new("RGB", (width, height))
+        black.paste(_resized(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+        return np.asarray(black)
 
 
 Layout = Square | AnyRes
 
 
 def check_layout(data: Layout, model: Layout | None) -> None:
-    """Raises UserError where the data cut images into other tiles than the model takes."""
+    """Raises UserError if the data cut images into other tiles than the model takes."""
     if model is None:
         raise UserError("the data have images (data.image_size), but the model has no vision path (model.vision)")
     if _shape(data) != _shape(model):
         raise UserError(
-            f"the data and the model cut images in different ways: data.image_size and data.tiling mean {_told(data)}, "
-            f"model means {_told(model)}{_remedy(data, model)}"
+            f"the data and the model cut images in different ways: data.image_size and data.tiling mean "
+            f"{_description(data)}, model means {_description(model)}{_remedy(data, model)}"
         )
 
 
 def _shape(layout: Layout) -> tuple:
-    """What decides about tiles; how many of their features are kept is the model's own matter."""
+    """What the tiles depend on. `max_tiles` is left out: it only affects the model's features."""
     return (layout.size, layout.grids) if isinstance(layout, AnyRes) else (layout.size,)
 
 
 def _remedy(data: Layout, model: Layout) -> str:
-    """What to set where it is only the size of a tile."""
+    """What to set, if only the tile sizes differ."""
     same = isinstance(data, AnyRes) == isinstance(model, AnyRes)
     return f"; set data.image_size={model.size}" if same and data.size != model.size else ""
 
 
-def _told(layout: Layout) -> str:
+def _description(layout: Layout) -> str:
+    """The layout in words, for a message."""
     if isinstance(layout, AnyRes):
         largest = max(layout.grids, key=lambda grid: grid[0] * grid[1])
         return f"tiles of {layout.size} pixels in {len(layout.grids)} grids up to {largest[0]} x {largest[1]}"
@@ -163,7 +164,7 @@ def anyres(size: int, *, columns: int = 6, rows: int = 6, max_tiles: int = 4) ->
 
 
 def _cost(image_size: Size, grid: Size) -> tuple[int, int]:
-    """What to minimise: lost pixels of the image (negative number of those kept), then unused pixels of the grid."""
+    """What to minimise: minus the kept pixels of the image, then the unused pixels of the grid."""
     scale = min(grid[0] / image_size[0], grid[1] / image_size[1])
     fitted = int(image_size[0] * scale) * int(image_size[1] * scale)
     kept = min(fitted, image_size[0] * image_size[1])
@@ -171,13 +172,13 @@ def _cost(image_size: Size, grid: Size) -> tuple[int, int]:
 
 
 def _middle(length: int, kept: int) -> slice:
-    """`kept` of `length` places, or one more: as much is cut on the one side as on the other."""
+    """The middle `kept` of `length` positions, or one more: both sides lose equally many."""
     cut = (length - kept) // 2
     return slice(cut, length - cut)
 
 
 def _resized(image: Image.Image, size: Size) -> Image.Image:
-    """Raises UserError for an image that is not RGB: how transparency and the like become RGB is decided elsewhere."""
+    """The image at `size`. Raises ValueError unless it is RGB: conversion to RGB is the caller's decision."""
     if image.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB images, got mode {image.mode!r}")
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""The small model of the embedded data: the LLaDA-V class with small numbers and fresh weights."""
+"""The tiny model for the embedded data: the LLaDA-V class with small sizes and random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from src.text.tokenizer import Codec
 
 
 def tiny(codec: Codec, *, decoder: dict, vision: dict | None, tiling: AnyRes | None = None, seed: int = 0) -> LLaDAV:
-    """Fresh weights for the codec's vocabulary; `decoder` lacks `vocab_size`. Leaves the global RNG as it was."""
+    """A randomly initialized model; its `vocab_size` is the codec's. Leaves the global RNG state unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LLaDAV(

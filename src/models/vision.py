@@ -1,11 +1,11 @@
-"""The image path: SigLIP tower (transformers), two-layer projector and the packing of tiles, as in LLaDA-V.
+"""The vision path: SigLIP tower (transformers), two-layer projector and packing of tiles, as in LLaDA-V.
 
 tiles (N, 3, S, S) uint8 of some images -> [-1, 1] -> tower -> last hidden states, no final norm (N, n, W)
   -> projector (N, n, D) -> tokens of each image
 
-`src.models.tiling` says how images are cut into tiles and which features are kept. A Square image is its one tile's features.
-Of an AnyRes image the features of the grid are put together, freed of the black bars and shrunk to the budget; a
-newline vector ends each row; the features of the whole image come first.
+`src.models.tiling` decides how images are cut into tiles and which features are kept. The tokens of a Square image are
+the features of its one tile. Those of an AnyRes image are the features of the whole image, then those of the grid,
+joined, without the black bars, shrunk to the budget, with a newline vector after each row.
 
 N tiles, n = side x side features of a tile, W width of the tower, D width of the decoder.
 """
@@ -27,11 +27,11 @@ class VisionPath(nn.Module):
     """Image tokens for the decoder.
 
     tower: fields of `SiglipVisionConfig`; hidden_size: width of the decoder
-    tiling: None is Square, one tile of the tower's `image_size`
-    chunk: tiles that go through the tower at once; changes memory, not the result
+    tiling: None means Square, one tile of the tower's `image_size`
+    chunk: tiles in one forward call of the tower; changes memory, not the result
 
-    NOTE: under FSDP2 this is one unit: the number of chunks differs between ranks, that of calls to `forward` does not.
-    Raises UserError when the tiles are not of the tower's size.
+    NOTE: one FSDP2 unit, as ranks differ in the number of chunks, but not in the number of calls of `forward`.
+    Raises UserError for sizes that are impossible or differ between tower and tiling, and for a chunk below 1.
     """
 
     def __init__(self, tower: dict, hidden_size: int, *, tiling: AnyRes | None = None, chunk: int = 32) -> None:
@@ -39,25 +39,25 @@ class VisionPath(nn.Module):
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
         size, patch = self.config.image_size, self.config.patch_size
         if not (isinstance(size, int) and isinstance(patch, int)):
-            raise UserError(f"tiles are square: image_size and patch_size must be numbers, got {size} and {patch}")
+            raise UserError(f"tiles are square: image_size and patch_size must be integers, got {size} and {patch}")
         if size < patch:
             raise UserError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)
         if self.layout.size != size:
-            raise UserError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}")
+            raise UserError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}: make them equal")
         if chunk < 1:
             raise UserError(f"chunk must be at least 1 tile, got {chunk}")
         self.chunk, self.side = chunk, size // patch
         self.vision_tower = SiglipVisionModel(self.config)
-        self.vision_tower.post_layernorm.requires_grad_(False)  # stored by the original, never applied
+        self.vision_tower.post_layernorm.requires_grad_(False)  # stored in the released weights, never applied
         width = self.config.hidden_size
         self.mm_projector = nn.Sequential(nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
         if tiling:
             self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
     def checkpoint(self, on: bool) -> None:
-        """Compute the activations of the tower's layers a second time for the backward pass, or keep them."""
-        renamed = hasattr(self.vision_tower, "activation_checkpointing_enable")  # by transformers 5.23
+        """Switch activation checkpointing of the tower's layers on or off."""
+        renamed = hasattr(self.vision_tower, "activation_checkpointing_enable")  # in transformers 5.23
         kind = "activation" if renamed else "gradient"
         if on:
             getattr(self.vision_tower, f"{kind}_checkpointing_enable")({"use_reentrant": False})
@@ -65,14 +65,14 @@ class VisionPath(nn.Module):
             getattr(self.vision_tower, f"{kind}_checkpointing_disable")()
 
     def features(self, tiles: Tensor) -> Tensor:
-        """Output of the last encoder layer (N, n, W). The tower as a whole would also apply the final norm."""
+        """Output of the last encoder layer (N, n, W), without the final norm that the tower's `forward` applies."""
         pixels = tiles.float().div(127.5).sub(1)  # (u8 / 255 - 0.5) / 0.5
         embeddings = self.vision_tower.embeddings
         pixels = pixels.to(embeddings.patch_embedding.weight.dtype)
         return self.vision_tower.encoder(inputs_embeds=embeddings(pixels)).last_hidden_state
 
     def forward(self, tiles: Tensor, image_sizes: Sequence[Size]) -> list[Tensor]:
-        """Tokens (., D) of each image. `tiles` (N, 3, S, S): all tiles of the first image, then of the second, ..."""
+        """Tokens (., D) of each image. `tiles` (N, 3, S, S) uint8: those of the first image, then of the second, ..."""
         projected = torch.cat([self.mm_projector(self.features(part)) for part in tiles.split(self.chunk)])  # (N, n, D)
         parts = projected.split([self.layout.num_tiles(size) for size in image_sizes])
         return [self.pack(part, size) for part, size in zip(parts, image_sizes, strict=True)]
@@ -86,7 +86,7 @@ class VisionPath(nn.Module):
         return torch.cat([features[0], torch.cat([kept, newline], 1).flatten(0, 1)])
 
     def _grid(self, features: Tensor, layout: AnyRes, image_size: Size) -> Tensor:
-        """Features (T - 1, n, D) of the grid's tiles, put together, without the bars and shrunk: (H, W, D)."""
+        """(H, W, D): features (T - 1, n, D) of the grid's tiles, joined, without the black bars, and shrunk."""
         columns, rows = layout.grid(image_size)
         tiled = features.unflatten(0, (rows, columns)).unflatten(2, (self.side, self.side))
         whole = tiled.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # (rows * side, columns * side, D)

@@ -1,1 +1,1 @@
-"""Objectives: LightningModules, one per file, each a table over kinds and a corruption."""
+"""Objectives: LightningModules, one per file, each a corruption and a table of loss terms over kinds."""

@@ -1,12 +1,12 @@
-"""What every objective shares: the training step, the reduction of losses, the optimizer, the logged numbers.
+"""Base class of all objectives: training step, reduction of losses, optimizer, logging.
 
-    batch -> micro-batches -> corrupt (no network) -> totals of the denominators -> losses, backward -> ... -> one step
+    batch -> micro-batches -> corrupt (no network) -> total denominators -> losses and backward per pass -> one step
 
-The denominators are added over micro-batches before anything is divided, so the micro-batch size changes memory and
-nothing else. A subclass fills the table (a corruption and its terms); one that needs more passes overrides `passes`.
+Denominators are summed over all micro-batches before any division, so the micro-batch size changes only memory.
+A subclass supplies a corruption and its loss terms; one with several forward passes overrides `passes`.
 
-Each pass is propagated back before the next one runs, so views and passes cost time and no memory: a pass ends at the
-prefix, which adds up what all of them say of it and is propagated back last.
+The backward of each pass runs before the next forward, so views and passes cost time but no memory. It stops at the
+prefix, which accumulates the gradients of all passes; the backward through the prefix encoder runs last.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class Diverged(UserError):
 class Objective(L.LightningModule):
     """Base of all objectives.
 
-    backbone: a factory of the network. Where it has a method `fill(network)`, the network comes without memory (on the
-        meta device), and `fill` writes its weights once it has some: each rank its own part of a shared one
-    special: token ids; t_min: noise levels are uniform on [t_min, 1); seed: of the noise.
+    backbone: a factory of the network. If it has a method `fill(network)`, the network is on the meta device, and
+        `fill` loads the weights after allocation: each rank loads its own shard
+    special: token ids; t_min: noise levels are uniform on [t_min, 1); seed: of the noise
+
+    Raises UserError for an objective without terms, or a t_min outside [0, 1).
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Objective(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.backbone: Any = backbone()  # an nn.Module that obeys `src.types.Backbone`
+        self.backbone: Any = backbone()  # an nn.Module that implements `src.types.Backbone`
         self._fill: Callable[[nn.Module], None] | None = getattr(backbone, "fill", None)
         if not terms:
             raise UserError("the objective trains nothing: all coefficients are 0")
@@ -71,13 +73,13 @@ class Objective(L.LightningModule):
             raise UserError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
-        self._counts: dict[str, Tensor] = {}  # hits and tries of what is logged as a share, since the last log
-        self.num_skipped = self._skipped_in_row = 0  # steps whose gradients were not finite
+        self._counts: dict[str, Tensor] = {}  # (hits, tries) of each logged share since the last log
+        self.num_skipped = self._skipped_in_row = 0  # steps with non-finite gradients
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
-        """The terms of one micro-batch, one dict for each pass; `corrupted` has one damaged response per view.
+        """Yield the terms of one micro-batch, one dict per pass; `corrupted` has one corrupted response per view.
 
-        WARN: propagate back what is yielded before asking for more. Once all are, this goes on through the prefix.
+        WARN: call backward on each dict before taking the next; exhausting the iterator runs the prefix's backward.
         """
         prefix = self.backbone.encode_prefix(batch.prefix)
         leaves = detached(prefix)
@@ -86,15 +88,15 @@ class Objective(L.LightningModule):
         propagate(prefix, leaves)
 
     def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
-        """The terms of each forward pass over one view. `noise`: for what the corruption could not know."""
+        """Yield the terms of each forward pass over one view. noise: for draws that depend on the network's output."""
         yield self.one_pass(batch, prefix, state, self.terms)
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
-        """One damaged response per view; a pure function of seed, epoch, key and view."""
+        """One corrupted response per view; a pure function of seed, epoch, key and view."""
         return [self.damage(batch, view) for view in range(self.options.views)]
 
     def damage(self, batch: Batch, view: int) -> Corrupted:
-        """The damaged response of one view."""
+        """The corrupted response of one view."""
         noise = self._noise(batch, view)
         level = noise.level(self.t_min, device=batch.response.device)
         if self.options.antithetic:
@@ -103,23 +105,23 @@ class Objective(L.LightningModule):
         return self.corruption(batch, corruption.start(batch, level), noise)
 
     def one_pass(self, batch: Batch, prefix: Prefix, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
-        """Run the network once and reduce each term. Logits only where a term looks."""
+        """Run the network once, with logits only at the positions of `terms`, and reduce each term."""
         where = positions_of(terms, state)  # (B, L)
         return self.reduce(self.logits(batch, prefix, state, where), where, state, terms)
 
     def logits(self, batch: Batch, prefix: Prefix, state: Corrupted, where: Tensor) -> Tensor:
-        """(N, V) float32 at the true places of `where` (B, L)."""
+        """(N, V) float32 at the true positions of `where` (B, L)."""
         return self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()
 
     def reduce(self, logits: Tensor, where: Tensor, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
-        """The terms of logits (N, V) at the true places of `where` (B, L), which covers what the terms look at."""
+        """The terms of logits (N, V) at the true positions of `where` (B, L), which must cover those of `terms`."""
         cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
         cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
         self._count(logits, state, where, terms)
         return {term.name: term_loss(term, cross_entropy, state) for term in terms}
 
     def tally(self, name: str, hits: Tensor, tries: Tensor) -> None:
-        """Add to a share that the next log shows as `<stage>/<name>`."""
+        """Accumulate hits / tries, logged next as `<stage>/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + torch.stack([hits.sum(), tries.sum()])
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -128,14 +130,14 @@ class Objective(L.LightningModule):
         shared = _over_ranks(totals)
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
-        found: list[dict[str, Loss]] = []
+        passes: list[dict[str, Loss]] = []
         for rows, corrupted in micro:
             for losses in self.losses(rows, corrupted):
-                self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # ranks are averaged
-                found.append({name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()})
+                self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # undoes the average over ranks
+                passes.append({name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()})
                 losses.clear()  # frees the pass before the next one runs
         average_gradients(self.parameters())
-        sums = _summed(found)
+        sums = _summed(passes)
         self._check_totals(totals, sums)
         norm = self._clip()
         if not norm.isfinite():
@@ -149,20 +151,20 @@ class Objective(L.LightningModule):
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def configure_model(self) -> None:
-        """Share the backbone among the ranks, where the strategy has a mesh for it (Lightning calls this)."""
+        """Shard the backbone over the ranks if the strategy has a device mesh (called by Lightning)."""
         if self.device_mesh is None or is_sharded(self.backbone):
             return
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
         mesh = replicas if mesh.size() == replicas.size() else mesh
         (self.options.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
-        if loose := [name for name, parameter in self.named_parameters() if not isinstance(parameter, DTensor)]:
-            raise UserError(f"{', '.join(loose)}: outside the backbone, so it would not be shared; use parallel/ddp")
+        if unsharded := [name for name, parameter in self.named_parameters() if not isinstance(parameter, DTensor)]:
+            raise UserError(f"{', '.join(unsharded)}: outside the backbone, so not sharded; use parallel/ddp")
         if self._fill:
             self.backbone.to_empty(device=self.device)
             self._fill(self.backbone)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Log by optimizer steps: Lightning counts batches, also those of skipped steps, and one more on resuming."""
+        """Log by optimizer steps: Lightning also counts the batches of skipped steps, and one too many on resuming."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -179,7 +181,7 @@ class Objective(L.LightningModule):
         self._log_losses("val", sums, _over_ranks(totals), micro)
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW over what is trained; freezes the rest."""
+        """AdamW over the trained parameters; freezes the others."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
         betas = (self.options.betas[0], self.options.betas[1])
         return torch.optim.AdamW(groups, betas=betas, weight_decay=self.options.weight_decay)
@@ -188,7 +190,7 @@ class Objective(L.LightningModule):
         options, optimizer = self.options, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
-            raise UserError(f"trainer.max_steps must be given: the schedule is defined on it, got {total}")
+            raise UserError(f"trainer.max_steps must be set, as the schedule depends on it, got {total}")
         if options.warmup_steps > total:
             raise UserError(
                 f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
@@ -198,10 +200,10 @@ class Objective(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
-        """(parameters, learning rate): everything but the vision tower, then the vision tower."""
+        """(parameters, learning rate) of everything but the vision tower, then of the vision tower."""
         tower = [p for name, p in self.named_parameters() if "vision_tower" in name and p.requires_grad]
-        known = {id(p) for p in tower}
-        yield [p for p in self.parameters() if p.requires_grad and id(p) not in known], self.options.lr
+        tower_ids = {id(p) for p in tower}
+        yield [p for p in self.parameters() if p.requires_grad and id(p) not in tower_ids], self.options.lr
         rate = self.options.lr if self.options.vision_lr is None else self.options.vision_lr
         if tower and rate:
             yield tower, rate
@@ -215,74 +217,71 @@ class Objective(L.LightningModule):
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
 
     def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
-        """Raise UserError where a term divides by something else than was known before it ran."""
-        given_sums = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
-        known = torch.stack([totals[name] for name in sums])
-        for name, total, given in zip(sums, known.tolist(), given_sums.tolist(), strict=True):
-            if given != total:
+        """Raise ValueError if a denominator of `losses` differs from the one computed before the forward calls."""
+        actual = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
+        expected = torch.stack([totals[name] for name in sums])
+        for name, total, value in zip(sums, expected.tolist(), actual.tolist(), strict=True):
+            if value != total:
                 raise ValueError(
-                    f"term {name!r}: losses() returns the denominator {given}, but what the corruption has made of the "
-                    f"batch gives {total}; for positions that come later take another reduce than 'tokens'"
+                    f"term {name!r}: losses() returns the denominator {value}, but the corrupted batch gives {total}; "
+                    "for positions chosen after the corruption use another reduce than 'tokens'"
                 )
 
     def _weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms that are there with their coefficients."""
+        """Sum of the terms in `values`, times their coefficients."""
         return torch.stack([term.coef * values[term.name] for term in self.terms if term.name in values]).sum()
 
     def _optimization(self) -> tuple[Any, Any]:
-        """The optimizer and its schedule; Lightning's accessors return lists where there are several."""
+        """The optimizer and its schedule, untyped: Lightning's accessors return lists if there are several."""
         return self.optimizers(), self.lr_schedulers()
 
     def _clip(self) -> Tensor:
-        """Clip the global norm and return it. Where it is not finite the gradients are of no use."""
+        """Clip the global gradient norm and return its value before clipping."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
         return whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
 
     def _skip(self, batch: Batch, sums: dict[str, Loss]) -> None:
-        """Count a step that was left out. Raises Diverged, on all ranks, when too many have followed each other."""
+        """Count a skipped step. Raises Diverged, on all ranks, after too many in a row."""
         self._counts.clear()
         self.num_skipped, self._skipped_in_row = self.num_skipped + 1, self._skipped_in_row + 1
         self.log("train/skipped", float(self.num_skipped))
         finite = all(bool(loss.numerator.isfinite()) for loss in sums.values())
-        found = gather([] if finite else [str(key) for key in batch.keys])
-        keys = [key for some in found for key in some] or [str(key) for some in gather(batch.keys) for key in some]
-        told = f"the gradients are not finite after step {self.trainer.global_step} (samples {_some(keys)})"
+        suspects = gather([] if finite else [str(key) for key in batch.keys])  # per rank: rows of a non-finite loss
+        keys = [key for part in suspects for key in part] or [str(key) for part in gather(batch.keys) for key in part]
+        message = f"the gradients are not finite after step {self.trainer.global_step} (samples {_shortened(keys)})"
         if self._skipped_in_row > self.options.max_skipped:
             raise Diverged(
-                f"{told}, {self._skipped_in_row} times in a row: lower objective.training.lr, or go back to an older "
-                "checkpoint"
+                f"{message}, {self._skipped_in_row} times in a row: lower objective.training.lr, or go back to an "
+                "older checkpoint"
             )
         if rank() == 0:
-            log.warning("%s: the step is skipped", told)
+            log.warning("%s: the step is skipped", message)
 
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=draw)
 
     def _count(self, logits: Tensor, state: Corrupted, where: Tensor, terms: tuple[Term, ...]) -> None:
-        """Add up how many tokens of each kind were right, where the terms look."""
+        """Count the correctly predicted tokens of each kind that the terms cover."""
         right = torch.zeros_like(where)
         right[where] = logits.detach().argmax(-1) == state.target[where]
         for kind in dict.fromkeys(kind for term in terms for kind in term.kinds):
-            here = state.where(kind)
-            self.tally(f"accuracy/{kind.name.lower()}", right & here, here)
+            of_kind = state.where(kind)
+            self.tally(f"accuracy/{kind.name.lower()}", right & of_kind, of_kind)
 
     def _log_losses(
         self, stage: str, losses: dict[str, Loss], totals: dict[str, Tensor], micro: list[tuple[Batch, list[Corrupted]]]
     ) -> None:
-        """Log the terms that the batch has positions for, and the sum of all; then what `_log_counts` does.
-
-        All numbers are those of the whole batch, of all ranks.
-        """
+        """Log the terms that have positions in the batch, their weighted sum, and the counts, of all ranks."""
         rows = sum(len(part) for part, _ in micro)
         states = [state for _, corrupted in micro for state in corrupted]
         ran = [term for term in self.terms if term.name in losses]
-        there = torch.stack([torch.stack([term.where(state).sum() for state in states]).sum() for term in ran])
+        num_positions = torch.stack([torch.stack([term.where(state).sum() for state in states]).sum() for term in ran])
         sums = torch.stack([losses[term.name].numerator.detach() for term in ran])
-        there, sums = summed(torch.stack([there.to(sums), sums]))
+        num_positions, sums = summed(torch.stack([num_positions.to(sums), sums]))
         values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(ran, sums, strict=True)}
-        real = ((there > 0) | (sums != 0)).tolist()  # also of positions that came later
-        shown = [term.name for term, some in zip(ran, real, strict=True) if some]
-        self.log_dict({f"{stage}/{name}": values[name] for name in shown}, batch_size=rows)
+        has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: positions chosen after the corruption
+        names = [term.name for term, shown in zip(ran, has_positions, strict=True) if shown]
+        self.log_dict({f"{stage}/{name}": values[name] for name in names}, batch_size=rows)
         self.log(f"{stage}/loss", self._weighted(values), batch_size=rows, prog_bar=True)
         self._log_counts(stage, rows)
 
@@ -301,26 +300,26 @@ class Objective(L.LightningModule):
 
 
 def _fill_state(optimizer: torch.optim.AdamW) -> None:
-    """Give every parameter its state now: a checkpoint without that of one that got no gradient could not be loaded."""
+    """Create the state of every parameter now: a checkpoint without that of unused parameters cannot be loaded."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def _some(keys: list[str]) -> str:
+def _shortened(keys: list[str]) -> str:
     return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
 
 
 def detached(prefix: Prefix) -> Prefix:
-    """The same prefix as the start of a graph of its own: backward passes end there and add up."""
+    """The prefix with detached leaf tensors, which accumulate the gradients of all passes."""
     leaf = lambda tensor: tensor.detach().requires_grad_(tensor.requires_grad)  # noqa: E731
     cache = prefix.cache and [(leaf(keys), leaf(values)) for keys, values in prefix.cache]
     return Prefix(leaf(prefix.embeds), prefix.mask, cache, None if prefix.last is None else leaf(prefix.last))
 
 
 def propagate(prefix: Prefix, leaves: Prefix) -> None:
-    """Go on backward, through what encoded `prefix`, with the gradients that have gathered at its `leaves`."""
+    """Run the backward of `prefix` from the gradients accumulated in its `leaves`."""
     pairs = [(a, b.grad) for a, b in zip(_tensors(prefix), _tensors(leaves), strict=True) if b.grad is not None]
     if pairs:
         tensors, gradients = zip(*pairs, strict=True)
@@ -328,29 +327,29 @@ def propagate(prefix: Prefix, leaves: Prefix) -> None:
 
 
 def _tensors(prefix: Prefix) -> list[Tensor]:
-    found = [prefix.embeds, prefix.last, *(tensor for pair in prefix.cache or () for tensor in pair)]
-    return [tensor for tensor in found if tensor is not None]
+    tensors = [prefix.embeds, prefix.last, *(tensor for pair in prefix.cache or () for tensor in pair)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def attended(batch: Batch) -> Tensor | None:
-    """(B, L) attention mask of the response, or None when no row is padded."""
+    """(B, L) attention mask of the response, or None if no row is padded."""
     return None if bool(batch.editable.all()) else batch.editable
 
 
 def _over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The denominators over the batches of all ranks."""
+    """The denominators summed over all ranks."""
     return dict(zip(totals, summed(torch.stack(list(totals.values()))), strict=True))
 
 
 def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each term adds to the mean of the whole batch."""
+    """Contribution of each term to the mean over the whole batch."""
     return {name: loss.numerator / totals[name].clamp(min=1) for name, loss in losses.items()}
 
 
-def _summed(found: list[dict[str, Loss]]) -> dict[str, Loss]:
-    """The losses of all passes and micro-batches."""
-    names = dict.fromkeys(name for losses in found for name in losses)
-    return {name: _add([losses[name] for losses in found if name in losses]) for name in names}
+def _summed(passes: list[dict[str, Loss]]) -> dict[str, Loss]:
+    """Each term summed over all passes and micro-batches."""
+    names = dict.fromkeys(name for losses in passes for name in losses)
+    return {name: _add([losses[name] for losses in passes if name in losses]) for name in names}
 
 
 def _add(losses: list[Loss]) -> Loss:

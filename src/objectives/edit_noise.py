@@ -1,7 +1,7 @@
 """Edit noise in the last part of training (SEED Diffusion, arXiv 2508.02193, first stage).
 
-1. hide tokens with probability t -> cross-entropy on the hidden ones, weight 1/t
-2. from the share `begin` of the steps on, a second pass: random edits of the text, nothing hidden
+1. mask tokens with probability t -> cross-entropy on masked tokens, weight 1/t
+2. after a share `begin` of the steps also a second pass: random edits of the text, no masks
    -> cross-entropy on all tokens
 """
 
@@ -23,8 +23,10 @@ from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 class EditNoiseObjective(Objective):
     """Two terms, `mask` and `edit`.
 
-    rate, operations, window: of the edits (`EditNoise`); begin: share of the steps without them; edit: coefficient of the
-    second term; weight, reduce, floor: see `Term`, weight and floor of the first term alone
+    rate, operations, window: of the edits (`EditNoise`); begin: share of the steps without edits
+    edit: coefficient of the second term; reduce: see `Term`; weight, floor: of the first term, see `Term`
+
+    Raises UserError for another reduce than `batch_tokens` or `answer_len`, and a `begin` outside 0..1.
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class EditNoiseObjective(Objective):
     def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
         yield self.one_pass(batch, prefix, state, self.masked)
         if self._has_begun():
-            damaged = self.edits(batch, start(batch, state.rate), noise)
-            yield self.one_pass(batch, prefix, damaged, self.edited)
+            edited = self.edits(batch, start(batch, state.rate), noise)
+            yield self.one_pass(batch, prefix, edited, self.edited)
 
     def _has_begun(self) -> bool:
-        """Whether the steps done are the share `begin` of all; true outside of a trainer."""
+        """Whether a share `begin` of the steps is done; true without a trainer."""
         return self._trainer is None or self.global_step >= self.begin * self.trainer.max_steps

@@ -1,11 +1,11 @@
-"""Hybrid noise, masks and random tokens from one process, with the cheap form of its loss (GIDD, arXiv 2503.04482).
+"""Hybrid noise: masks and random tokens from one process, with a simplified loss (GIDD, arXiv 2503.04482).
 
-at noise level t hide tokens and replace others at random -> cross-entropy on hidden, replaced and untouched tokens
+at noise level t mask tokens and replace others at random -> cross-entropy on masked, replaced and clean tokens
 
-Cross-entropy takes the place of GIDD's KL divergences. Whether a visible token is right cannot be told from the input,
-so replaced and untouched tokens need one weight between them: then the optimum is the probability of the true token,
-as with GIDD's loss. A smaller weight for untouched tokens, near GIDD's "dynamic" ones, tilts it: a token that is right
-with probability q is kept with clean q / (clean q + wrong (1 - q)).
+Cross-entropy replaces GIDD's KL divergences. The input does not show whether a visible token is correct, so replaced
+and clean tokens need equal weights: then the optimum is the probability of the true token, as with GIDD's loss.
+A smaller weight for clean tokens, close to GIDD's "dynamic" weights, biases it: a token that is correct with
+probability q is kept with probability clean q / (clean q + wrong (1 - q)).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mask prediction: the objective of LLaDA (arXiv 2502.09992, eq. 3 and SFT), and the baseline of ReDiff.
 
-hide tokens with probability t -> cross-entropy on the hidden ones, weight 1/t
+mask tokens with probability t -> cross-entropy on masked tokens, weight 1/t
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from src.types import Kind, SpecialIds
 
 
 class MaskPrediction(Objective):
-    """One term on masked tokens. weight, reduce and floor: see `Term`; the rest: see `Objective`."""
+    """One term on masked tokens. weight, reduce and floor: see `Term`; the others: see `Objective`."""
 
     def __init__(
         self,

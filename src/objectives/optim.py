@@ -1,4 +1,4 @@
-"""How an objective is trained, whatever it is: AdamW, its schedule, how a step is cut up and shared among devices.
+"""Optimization settings of every objective: AdamW, its schedule, micro-batches, checkpointing and sharding.
 
 objective: {training: {target: src.objectives.optim.Training, lr: 5.0e-4, ...}}
 """
@@ -14,19 +14,21 @@ from src.io.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """AdamW and its schedule (linear warm-up, constant, decay to zero), and how a step is cut up.
+    """AdamW, its schedule (linear warm-up, constant, decay to zero) and the execution of a step.
 
     lr: peak learning rate; vision_lr: that of the vision tower (None: the same; 0: frozen)
-    decay: `cosine` (from the end of the warm-up) or the share in 0..1 of the steps that decay linearly at the end
-    views: noise draws per sample and step, which share one encoded prefix
+    decay: `cosine` (from the end of the warm-up) or the share (0..1) of the steps, at the end, that decay linearly
+    views: noise draws per sample and step; they share one encoded prefix
     antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
-        drawing each. Rows of a batch stay independent: noise belongs to a sample, whatever batch it is in
-    micro_batch: rows in a forward pass (None: all); changes memory, not the result
-    checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` computes them a
-        second time, `selective` keeps only results of matrix products and attention
-    compile: compile the model's blocks (torch.compile): slower to start, faster from then on
-    sharding: how FSDP2 shares the model, where the trainer's strategy is `src.training.strategy.FSDP2`
-    max_skipped: steps in a row that are skipped because their gradients are not finite; one more ends the training
+        drawing each. Rows of a batch stay independent, as noise depends on the sample and not on its batch
+    micro_batch: rows in a forward call (None: all); changes memory, not the result
+    checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` recomputes them,
+        `selective` keeps only the outputs of matrix products and attention
+    compile: compile the model's blocks (torch.compile): slower start, faster steps
+    sharding: how FSDP2 shards the model, if the trainer's strategy is `src.training.strategy.FSDP2`
+    max_skipped: consecutive steps with non-finite gradients that are skipped; one more ends the training
+
+    Raises UserError for impossible values and combinations.
     """
 
     lr: float
@@ -49,29 +51,33 @@ class Training:
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
-            raise UserError("antithetic noise levels are those of one sample: they need views of at least 2")
+            raise UserError("antithetic spreads the noise levels of a sample's views: it needs views of at least 2")
         if self.compile and self.checkpointing == "selective":
-            raise UserError("compiled blocks hide what selective checkpointing would keep: use checkpointing=full")
+            raise UserError("selective checkpointing cannot see into compiled blocks: use checkpointing=full")
 
     def _check_numbers(self) -> None:
-        least: dict[str, float | None] = {"lr": self.lr, "vision_lr": self.vision_lr, "clip_norm": self.clip_norm}
-        least |= {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps, "max_skipped": self.max_skipped}
-        for name, value in least.items():
+        minimums: dict[str, float | None] = {"lr": self.lr, "vision_lr": self.vision_lr, "clip_norm": self.clip_norm}
+        minimums |= {
+            "weight_decay": self.weight_decay,
+            "warmup_steps": self.warmup_steps,
+            "max_skipped": self.max_skipped,
+        }
+        for name, value in minimums.items():
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
-        for name, value, otherwise in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
+        for name, value, hint in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
             if value == 0:
-                raise UserError(f"objective.training.{name} must be more than 0{otherwise}, got {value}")
+                raise UserError(f"objective.training.{name} must be more than 0{hint}, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
             raise UserError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
 
     def factor(self, step: int, total: int) -> float:
-        """The learning rate's factor at an optimizer step of `total`."""
+        """Factor of the learning rate at optimizer step `step` of `total`."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.decay == "cosine":
-            done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+            progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         length = float(self.decay) * total
         return warm * (min(1.0, (total - step) / length) if length else 1.0)

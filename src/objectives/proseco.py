@@ -1,11 +1,11 @@
 """ProSeCo: a denoiser that learns to correct its own outputs (arXiv 2602.11590).
 
-1. hide tokens with probability t -> cross-entropy on the hidden ones                                     (eq. of MDLM)
-2. fill the response with the network's own guesses; no gradient goes through them
-3. read that draft, in which nothing is hidden -> cross-entropy on all tokens, with the same weight 1/t
+1. mask tokens with probability t -> cross-entropy on masked tokens                                       (eq. of MDLM)
+2. fill the response with the network's own predictions, without gradient: the draft
+3. run the network on the draft, which has no masks -> cross-entropy on all tokens, with the same weight 1/t
 
-One network: where it sees masks it is a denoiser, where it sees none a corrector. The first pass is propagated back
-before the second one runs, so that both take the memory of one; the draft is a constant, so that is exact.
+One network: a denoiser on inputs with masks, a corrector on inputs without. The backward of the first pass runs before
+the second forward, so both take the memory of one; this is exact, as the draft is a constant.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ PICKS = ("argmax", "sample")
 class ProSeCo(Objective):
     """Two terms, `mask` and `correct`; with `errors` the second is two, `wrong` and `right`.
 
-    fill:   the draft has the network's guess at `all` places, as visible tokens have no privilege in the first pass
-            and may come out damaged (paper), or at the `masked` ones and the true tokens elsewhere (self-generated
-            token edits, arXiv 2606.17175)
-    pick:   the guess is the `argmax`, or a `sample`. Never the mask or an id that a response does not contain
-    rate:   share of the draft's right tokens that are replaced at random besides
-    errors: where the draft is right, the term is -p(token) in place of the cross-entropy: wrong tokens weigh more
-    begin:  optimizer steps of mask prediction alone before drafts are corrected
+    fill:   the draft has predictions at `all` positions, so visible tokens may change, too (paper), or at the `masked`
+            ones and the true tokens elsewhere (self-generated token edits, arXiv 2606.17175)
+    pick:   a prediction is the `argmax` or a `sample`, never the mask or a banned id
+    rate:   share of the draft's correct tokens that are also replaced at random
+    errors: use -p(token) instead of the cross-entropy where the draft is correct: wrong tokens weigh more
+    begin:  optimizer steps of plain mask prediction before the second pass starts
     correct, correct_weight: coefficient and weight (`one` or `inverse_rate`) of the second term
     weight, reduce, floor: of both, see `Term`; views and antithetic noise levels: see `Training`
     """
@@ -92,20 +91,20 @@ class ProSeCo(Objective):
         if self.global_step < self.begin:
             yield self.one_pass(batch, prefix, state, self.denoising)
             return
-        everything = editable(state)
-        filled = everything if self.fill == "all" else state.where(Kind.MASK)  # (B, L)
+        everywhere = editable(state)
+        filled = everywhere if self.fill == "all" else state.where(Kind.MASK)  # (B, L)
         logits = self.logits(batch, prefix, state, filled)
-        guess = self._guess(logits.detach(), filled, noise)
+        predicted = self._predict(logits.detach(), filled, noise)
         losses = self.reduce(logits, filled, state, self.denoising)
         del logits
         yield losses
-        draft = self._draft(batch, state, filled, guess, noise)
-        self.tally("draft_error_rate", everything & (draft.tokens != draft.target), everything)
-        logits = self.logits(batch, prefix, draft, everything)
-        yield self.reduce(logits, everything, draft, self.correcting)
+        draft = self._draft(batch, state, filled, predicted, noise)
+        self.tally("draft_error_rate", everywhere & (draft.tokens != draft.target), everywhere)
+        logits = self.logits(batch, prefix, draft, everywhere)
+        yield self.reduce(logits, everywhere, draft, self.correcting)
 
-    def _guess(self, logits: Tensor, where: Tensor, noise: Noise) -> Tensor:
-        """(N,) tokens that a response may contain, at the N true places of `where` (B, L)."""
+    def _predict(self, logits: Tensor, where: Tensor, noise: Noise) -> Tensor:
+        """(N,) predicted tokens, never the mask or a banned id, at the N true positions of `where` (B, L)."""
         logits = logits.clone()
         logits[:, [self.special.mask, *self.special.banned]] = -torch.inf
         logits[:, self.special.vocab_size :] = -torch.inf
@@ -113,9 +112,9 @@ class ProSeCo(Objective):
             return logits.argmax(-1)
         return draw(logits, temperature=1.0, noise=noise, counts=where.sum(1).tolist())
 
-    def _draft(self, batch: Batch, state: Corrupted, filled: Tensor, guess: Tensor, noise: Noise) -> Corrupted:
-        """The second pass's input: a MISTAKE where the network was wrong, else CLEAN, or SYNTAX if replaced."""
-        tokens = state.target.masked_scatter(filled, guess)
+    def _draft(self, batch: Batch, state: Corrupted, filled: Tensor, predicted: Tensor, noise: Noise) -> Corrupted:
+        """Input of the second pass: MISTAKE where the prediction is wrong, SYNTAX where replaced, CLEAN elsewhere."""
+        tokens = state.target.masked_scatter(filled, predicted)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)
         kind = kind.masked_fill(state.where(Kind.FROZEN), int(Kind.FROZEN))
         return self.replace(batch, Corrupted(tokens, state.target, kind, state.rate), noise)

@@ -1,7 +1,7 @@
 """Online self-correction: Stage II of ReDiff (arXiv 2510.19871, section 3.3).
 
 rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, no 1/t
-the other rows (a small share of Stage I data): as in `src.objectives.revision`
+other rows (a small share of Stage I data): as in `src.objectives.revision`
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from src.types import Corruption, Kind, SpecialIds
 class Refine(Objective):
     """Stage II with Stage I data mixed in.
 
-    mistake: coefficient of the corrected spans; mistake_weight: `one` (paper) or `inverse_rate` (released code, which
-    divides by a t that masked nothing); keep: coefficient of the draft's other tokens (paper: 0); shown_gaps: share of the
-    corrections with gaps, if the tokenizer has one, that are shown as made, so that gaps stay; the rest: `Revision`.
+    mistake: coefficient of the corrected spans
+    mistake_weight: `one` (paper) or `inverse_rate` (released code: divides by a t although nothing is masked)
+    keep: coefficient of the draft's other tokens (paper: 0)
+    shown_gaps: share of the spans with a gap token in their correction that the input shows already corrected, so that
+        the model learns to keep gaps; no effect if the tokenizer has no gap token
+    the others: see `RevisionObjective`
     """
 
     def __init__(
@@ -60,13 +63,13 @@ class Refine(Objective):
             terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
         if keep:
             terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
-        data = stage_one(
+        stage_one_noise = stage_one(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
         )
         drafts: Corruption = Span(num=None, kind=Kind.MISTAKE)
         if special.gap is not None:
-            drafts = Chain(drafts, ShowGaps(gap=special.gap, share=shown_gaps))
-        damage = Choose(when="drafted", then=Only(drafts, rest=Kind.DRAFT), otherwise=data)
+            drafts = Chain(drafts, ShowGaps(gap=special.gap, correct_rate=shown_gaps))
+        damage = Choose(when="drafted", then=Only(drafts, rest=Kind.DRAFT), otherwise=stage_one_noise)
         super().__init__(
             backbone=backbone,
             special=special,

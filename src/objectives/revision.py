@@ -1,7 +1,7 @@
 """Foundational revision: Stage I of ReDiff (arXiv 2510.19871, section 3.2).
 
-hide tokens with probability t -> replace some visible ones at random -> put a false span in place of a true one
--> cross-entropy on the hidden, the replaced, the false and the untouched tokens, each a mean of its own, weight 1/t
+mask tokens with probability t -> replace visible tokens at random -> replace a true span by a hallucinated one
+-> cross-entropy on masked, replaced, hallucinated and clean tokens, a separate mean for each kind, weight 1/t
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from src.types import Corruption, Kind, SpecialIds
 def stage_one(
     special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str, alone_share: float
 ) -> Corruption:
-    """The Stage I corruption. `hallucination`: see `RevisionObjective`."""
+    """The Stage I corruption; arguments as of `RevisionObjective`. Raises UserError for another `hallucination`."""
     noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
     if hallucination == "mixed":
         return Chain(*noise, Span())
@@ -34,7 +34,7 @@ def stage_one(
 
 
 def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):
-    """The four rows of Stage I; a coefficient of 0 leaves a row out."""
+    """The four terms of Stage I; a coefficient of 0 omits a term."""
     rows = ((Kind.MASK, 1.0), (Kind.SYNTAX, syntax), (Kind.HALLUCINATION, hallucination), (Kind.CLEAN, clean))
     return tuple(Term(k.name.lower(), k, weight, reduce, coef=c, floor=floor) for k, c in rows if c)
 
@@ -43,10 +43,10 @@ class RevisionObjective(Objective):
     """Stage I.
 
     rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.
-    hallucination: `mixed` = masks, noise and a false span in one sample (paper); `alone` = a share `alone_share` of
-    the samples that have false spans get one of them and nothing else (released code, where it is the share of such
-    samples in the data); `none` = no false spans.
-    weight, reduce, floor: of every term; clean: coefficient of the untouched tokens.
+    hallucination: `mixed` = masks, noise and a hallucinated span in one sample (paper); `alone` = a share `alone_share`
+    of the samples that have hallucinated spans get one of them and no other noise (released code, where it is the share
+    of such samples in the data); `none` = no hallucinated spans.
+    weight, reduce, floor: of every term; clean: coefficient of the clean tokens.
     """
 
     def __init__(

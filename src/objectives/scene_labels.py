@@ -1,10 +1,10 @@
-"""Image labels: prepares the vision tower of the embedded base model, in place of SigLIP's own pre-training.
+"""Image labels: pre-trains the vision tower of the embedded base model, in place of SigLIP's pre-training.
 
-    image -> tower -> patches pooled to the 3x3 places of a scene -> shape (or nothing), colour and size of each place,
-    and the background of the picture -> cross-entropy
+    image -> tower -> patches pooled to the 3x3 cells of a scene -> shape (or empty), colour and size of each cell,
+    and the background -> cross-entropy
 
-Without it a tower with random weights learns to see only through the captions, which takes many times longer
-(results/LOG.md). The linear heads are dropped afterwards.
+From captions alone a randomly initialized tower takes many times longer to learn (results/LOG.md). The linear heads are
+dropped afterwards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ UNKNOWN = -100
 
 
 class TowerLabels(Objective):
-    """Needs records with a `scene`, images of one tile, and a patch grid that is a multiple of 3."""
+    """Classifies the cells of a scene. Needs records with a `scene`, one tile per image, a patch grid of 3n x 3n.
+
+    Raises UserError for another patch grid.
+    """
 
     def __init__(
         self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, seed: int = 0
@@ -42,37 +45,37 @@ class TowerLabels(Objective):
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
         """Sum over the rows of the mean loss of each head."""
-        tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): the picture of a scene is one tile
+        tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): one tile per scene
         hidden = self.backbone.vision.features(tiles)  # (B, N, W)
-        scores = self.heads(_places(hidden)).split(list(CLASSES.values()), -1)
-        places, background = scene_labels([Scene.from_dict(r["scene"]) for r in batch.records])
+        scores = self.heads(_pool_cells(hidden)).split(list(CLASSES.values()), -1)
+        cells, background = scene_labels([Scene.from_dict(r["scene"]) for r in batch.records])
         total = F.cross_entropy(scores[3].mean(1), background.to(hidden.device))
-        for score, label in zip(scores[:3], places.to(hidden.device).unbind(-1), strict=True):
+        for score, label in zip(scores[:3], cells.to(hidden.device).unbind(-1), strict=True):
             total = total + F.cross_entropy(score.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
-        self._log_labels(scores[0], places[..., 0].to(hidden.device))
+        self._log_labels(scores[0], cells[..., 0].to(hidden.device))
         yield {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
 
     def _log_labels(self, score: Tensor, label: Tensor) -> None:
-        there = label < len(SHAPES)
-        self.log("train/shape_accuracy", (score.argmax(-1) == label)[there].float().mean(), prog_bar=True)
+        occupied = label < len(SHAPES)
+        self.log("train/shape_accuracy", (score.argmax(-1) == label)[occupied].float().mean(), prog_bar=True)
 
 
-def _places(hidden: Tensor) -> Tensor:
-    """Patch features (B, N, W) averaged over each of the nine places: (B, 9, W)."""
+def _pool_cells(hidden: Tensor) -> Tensor:
+    """Patch features (B, N, W) averaged over each of the nine cells: (B, 9, W)."""
     side = round(hidden.shape[1] ** 0.5)
     if side * side != hidden.shape[1] or side % SIDE:
-        raise UserError(f"a patch grid of {hidden.shape[1]} tokens does not divide into {SIDE} x {SIDE} places")
+        raise UserError(f"a patch grid of {hidden.shape[1]} tokens does not divide into {SIDE} x {SIDE} cells")
     grid = hidden.unflatten(1, (SIDE, side // SIDE, SIDE, side // SIDE))
     return grid.mean((2, 4)).flatten(1, 2)
 
 
 def scene_labels(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """(B, 9, 3) shape, colour and size of each place (no colour and size where it is empty), (B,) background."""
-    places = torch.full((len(scenes), SIDE * SIDE, 3), UNKNOWN)
-    places[..., 0] = len(SHAPES)
+    """(B, 9, 3) shape, colour and size of each cell (empty cells: UNKNOWN colour and size), (B,) background."""
+    labels = torch.full((len(scenes), SIDE * SIDE, 3), UNKNOWN)
+    labels[..., 0] = len(SHAPES)
     for row, scene in enumerate(scenes):
         for item in scene.objects:
-            place = item.cell[0] * len(COLUMNS) + item.cell[1]
-            found = (SHAPES.index(item.shape), COLOURS.index(item.colour), SIZES.index(item.size))
-            places[row, place] = torch.tensor(found)
-    return places, torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
+            cell = item.cell[0] * len(COLUMNS) + item.cell[1]
+            indices = (SHAPES.index(item.shape), COLOURS.index(item.colour), SIZES.index(item.size))
+            labels[row, cell] = torch.tensor(indices)
+    return labels, torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])

@@ -1,9 +1,9 @@
-"""Uniform noise: no masks at all, any token may be wrong (D3PM/UDLM; discrete flow matching, the mixture path).
+"""Uniform noise: random tokens and no masks (D3PM/UDLM; discrete flow matching with the mixture path).
 
-replace each token with probability t by a random one -> cross-entropy on all tokens
+replace each token by a random one with probability t -> cross-entropy on all tokens
 
-It is the objective of the mixture path from uniform noise (arXiv 2407.15595), and the simple loss of D3PM and FUDOKI.
-The network is not told t: it sees how damaged a text is. Sample with sampler=uniform or sampler=flow.
+The objective of the mixture path from uniform noise (arXiv 2407.15595), and the simple loss of D3PM and FUDOKI.
+The network has no input for t, which it can infer from the text. Sample with sampler=uniform or sampler=flow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from src.types import SpecialIds
 
 
 class UniformNoise(Objective):
-    """One term on all tokens. weight, reduce and floor: see `Term`; the rest: see `Objective`."""
+    """One term on all tokens. weight, reduce and floor: see `Term`; the others: see `Objective`."""
 
     def __init__(
         self,

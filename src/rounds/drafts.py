@@ -202,7 +202,7 @@ def read_drafts_index(folder: Path) -> dict:
     return index
 
 
-class DamagedDrafts(ValueError):
+class DamagedDrafts(UserError):
     """Raised for a shard of drafts that is unreadable, incomplete or changed."""
 
     def __init__(self, path: Path, reason: str) -> None:

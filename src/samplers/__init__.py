@@ -1,1 +1,1 @@
-"""Samplers: from masks (or random tokens) to a text, with the policies that revise it on the way."""
+"""Samplers: from masks (or random tokens) to a response, with the policies that revise it on the way."""

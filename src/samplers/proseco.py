@@ -1,16 +1,16 @@
-"""ProSeCo's corrector: between two unmasks the model reads its own full draft until it agrees (arXiv 2602.11590).
+"""ProSeCo's corrector: the model reads its own full draft, several times if it changes (arXiv 2602.11590).
 
     Corrector(every=2, passes=4)                     in blocks, as for LLaDA
     Corrector(every=2, passes=4, counts="text")      whole texts, with `unmask: Bernoulli`, as for MDLM
 
-The same network is a denoiser where it sees masks and a corrector where it sees none. A corrector step fills every
-mask with the best guess and runs the network on that draft up to `passes` times, each time changing the draft by what
-it says. Visible tokens take the last draft, and masks are unmasked by the last logits.
+The same network is a denoiser where it sees masks and a corrector where it sees none. A correcting step fills every
+mask with its argmax and runs the network on that draft up to `passes` times; each pass changes the draft by the new
+logits. Visible tokens become those of the last draft, and masks are unmasked by the last logits.
 
-Forward calls: at most T + floor(T / every) * passes for T steps. No call is made for tokens whose logits are known: a
-network that is told no time says the same again. So a text without masks (post steps) needs none for its first pass,
-and a draft that stays as it is needs no other. Guidance holds for corrections as well, at two calls a pass; the
-released code drops it there, so that its scale has no effect where every step corrects.
+Forward calls: at most T + floor(T / every) * passes for T steps. Known logits cost no call, as the network gets no
+time: none for the first pass over a text without masks (post steps), none once a draft does not change. Guidance
+holds for corrections too, at two calls a pass; the released code drops it there, so its scale has no effect if every
+step corrects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import Corrected, Predict, Prediction, Reviser, State
+from src.samplers.reviser import DraftPrediction, Predict, Prediction, Reviser, State
 from src.samplers.schedule import Schedule
 from src.samplers.unmask import draw, top
 
@@ -31,14 +31,14 @@ COUNTS = ("block", "text")
 
 
 class Corrector(Reviser):
-    """Every `every`-th step corrects; post steps do as well.
+    """Corrects in every `every`-th step, and in post steps.
 
-    passes: the most forward calls of one correction; 0 never corrects
-    scope:  `written` corrects the current block and all before it, `block` the current one alone
-    pick:   how a pass changes the draft. `argmax`: takes the best tokens. `sample`: draws from the probabilities, at
-            temperature 1. `edit`: takes the best tokens at the `num_edits` places where they differ and are most sure
-    counts: steps are counted from 1 in each `block`, as released for LLaDA, or over the whole `text`
-    begin:  the first step, of those so counted, that may correct
+    passes: most forward calls of one correction; 0 never corrects
+    scope:  `written` corrects the current block and all before it, `block` only the current one
+    pick:   how a pass changes the draft. `argmax`: every token becomes its argmax. `sample`: every token is drawn at
+            temperature 1. `edit`: as `argmax`, but only the `num_edits` changes whose new token is most probable
+    counts: steps are counted from 1 in each `block` (LLaDA, as released) or over the whole `text`
+    begin:  first step, by that count, that may correct
     """
 
     def __init__(
@@ -53,78 +53,84 @@ class Corrector(Reviser):
         begin: int = 1,
     ) -> None:
         if every < 1 or passes < 0 or begin < 1:
-            raise UserError(f"every and begin are at least 1 and passes at least 0, got {every}, {begin}, {passes}")
-        for value, known in ((scope, SCOPES), (pick, PICKS), (counts, COUNTS)):
-            if value not in known:
-                raise UserError(f"expected one of {known}, got {value!r}")
+            raise UserError(
+                f"every and begin must be at least 1 and passes at least 0, got {every=} {begin=} {passes=}"
+            )
+        for name, value, choices in (("scope", scope, SCOPES), ("pick", pick, PICKS), ("counts", counts, COUNTS)):
+            if value not in choices:
+                raise UserError(f"{name} must be one of {choices}, got {value!r}")
         if (num_edits is not None) != (pick == "edit") or (num_edits is not None and num_edits < 1):
-            raise UserError(f"num_edits is a number of at least 1 for pick=edit and null else, got {num_edits}")
+            raise UserError(f"num_edits must be at least 1 with pick=edit and null without it, got {num_edits}")
         self.every, self.passes, self.scope = every, passes, scope
         self.pick, self.num_edits, self.counts, self.begin = pick, num_edits, counts, begin
         self.random = pick == "sample"
 
     def check(self, schedule: Schedule) -> None:
-        """Raises UserError where no step is one that corrects."""
+        """Raises UserError if no step of the schedule corrects."""
         steps = schedule.block_steps * (1 if self.counts == "block" else schedule.blocks)
         if self.passes and steps // self.every * self.every < self.begin:
-            what = f"a block has {steps} steps" if self.counts == "block" else f"the text has {steps} steps"
-            told = f"every={self.every} begin={self.begin} never corrects where {what}"
-            advice = ", counts=text" if self.counts == "block" and schedule.blocks > 1 else ""
-            raise UserError(f"{told}: lower these, or take more steps{advice}, or passes=0 for no corrections")
+            unit = "a block" if self.counts == "block" else "the text"
+            count_text = ", counts=text" if self.counts == "block" and schedule.blocks > 1 else ""
+            raise UserError(
+                f"every={self.every} begin={self.begin} never corrects where {unit} has {steps} steps: "
+                f"lower these, or take more steps{count_text}, or passes=0 for no corrections"
+            )
 
     def editable(self, state: State) -> Tensor:
         return self._region(state) & state.visible
 
     def reads(self, state: State) -> Tensor:
-        """The whole draft is filled, later blocks too."""
-        return ~state.visible & self._fires(state)[:, None]
+        """All masks, in later blocks too: the draft is full."""
+        return ~state.visible & self._corrects(state)[:, None]
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
         """The logits of the last pass where the draft is corrected, those of the first call elsewhere."""
         region = self._region(state) & prediction.where
+        # 1. fill every mask with its argmax
         draft = torch.where(state.visible, state.tokens, prediction.best)
-        said = Corrected.of(prediction, draft)
-        new = (draft != state.tokens).any(1)  # (B,) whether the logits are not those of the draft
+        corrected = DraftPrediction.copy_of(prediction, draft)
+        stale = (draft != state.tokens).any(1)  # (B,) whether the logits are of another text than the draft
+        # 2. predict the draft, change it, and repeat
         for number in range(self.passes):
-            region = region & ~(new & (state.spare <= number))[:, None]
-            asked = region & new[:, None]
-            if asked.any():
-                said.ask(predict, asked)
+            region = region & ~(stale & (state.spare_passes <= number))[:, None]
+            needed = region & stale[:, None]
+            if needed.any():
+                corrected.update(predict, needed)
             elif not region.any():
                 break
-            draft = self._change(state, said, region, predict)
-            new = (draft != said.draft).any(1)
-            said.draft = draft
+            draft = self._change(state, corrected, region, predict)
+            stale = (draft != corrected.draft).any(1)
+            corrected.draft = draft
             if not self.random:
-                region = region & new[:, None]  # a draft that stays as it is will never change
-        return said
+                region = region & stale[:, None]  # an unchanged draft will never change
+        return corrected
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        assert isinstance(prediction, Corrected)
+        assert isinstance(prediction, DraftPrediction)
         return prediction.draft
 
-    def _change(self, state: State, said: Corrected, region: Tensor, predict: Predict) -> Tensor:
+    def _change(self, state: State, corrected: DraftPrediction, region: Tensor, predict: Predict) -> Tensor:
         """(B, L) the next draft, changed where `region` is true."""
-        draft, special = said.draft.clone(), predict.special
+        draft, special = corrected.draft.clone(), predict.special
         if self.pick == "sample":
-            logits = said.at(region)[:, : special.vocab_size]
+            logits = corrected.at(region)[:, : special.vocab_size]
             logits[:, special.mask] = -torch.inf
             draft[region] = draw(logits, temperature=1.0, noise=state.noise, counts=region.sum(1).tolist())
             return draft
         if self.pick == "edit":
-            region = region & (said.best != draft)
+            region = region & (corrected.best != draft)
             count = torch.full_like(state.step, self.num_edits or 0)
-            region = top(said.confidence(region, said.best), region, count)
-        return torch.where(region, said.best, draft)
+            region = top(corrected.confidence(region, corrected.best), region, count)
+        return torch.where(region, corrected.best, draft)
 
-    def _fires(self, state: State) -> Tensor:
+    def _corrects(self, state: State) -> Tensor:
         """(B,) bool: whether this step corrects."""
-        number = 1 + (state.made if self.counts == "block" else state.step)
+        number = 1 + (state.steps_done if self.counts == "block" else state.step)
         due = (number % self.every == 0) & (number >= self.begin)
-        return (due | (state.made < 0)) & (self.passes > 0)
+        return (due | (state.steps_done < 0)) & (self.passes > 0)
 
     def _region(self, state: State) -> Tensor:
         """(B, L) bool: what a correction may change."""
         up_to_block = state.block.flip(1).cumsum(1).flip(1) > 0
         where = up_to_block if self.scope == "written" else state.block
-        return where & self._fires(state)[:, None]
+        return where & self._corrects(state)[:, None]

@@ -1,4 +1,4 @@
-"""ReDiff's own decoding: every step also rewrites what is already written (arXiv 2510.19871)."""
+"""ReDiff's own decoding: every step also rewrites the visible tokens (arXiv 2510.19871)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from src.samplers.unmask import top
 class OverwriteAll(Reviser):
     """ReDiff: every token that was visible before the step becomes its argmax (arXiv 2510.19871).
 
-    scope: `block` leaves the other blocks alone, `all` does not. Post steps always revise every block.
-    share: only this part of them is rewritten, rounded down: where the model is most sure of what it would write
+    scope: `block` rewrites the current block, `all` every block. Post steps always rewrite every block
+    share: rewrite only this fraction of the visible tokens, rounded down: those with the most probable argmax
     begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
     """
 
@@ -30,8 +30,8 @@ class OverwriteAll(Reviser):
         self.scope, self.share, self.begin = scope, share, begin
 
     def editable(self, state: State) -> Tensor:
-        begun = state.left <= (state.steps.double() * self.begin).ceil()  # (B,)
-        visible = state.visible & begun[:, None]
+        rewrites = state.steps_left <= (state.steps.double() * self.begin).ceil()  # (B,)
+        visible = state.visible & rewrites[:, None]
         return visible if self.scope == "all" else visible & state.block
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
@@ -39,5 +39,5 @@ class OverwriteAll(Reviser):
             return prediction.best
         where = self.editable(state) & prediction.where
         count = (where.sum(1).double() * self.share).long()
-        sure = top(prediction.confidence(where, prediction.best), where, count)
-        return torch.where(sure, prediction.best, state.tokens)
+        most_confident = top(prediction.confidence(where, prediction.best), where, count)
+        return torch.where(most_confident, prediction.best, state.tokens)

@@ -1,15 +1,22 @@
 """Revisers: what a sampler does, besides unmasking masks, to tokens that are already visible.
 
-A step of the sampler calls these hooks of its reviser, in this order:
+One step of the sampler calls the hooks of its reviser in this order:
 
-    count      how many masks a step unmasks; chance: with which probability each, for policies that draw
-    refine     once the logits are there: may run further passes and return a better `Prediction`
-    overwrite  after the unmask: new ids for visible positions
-    remask     last: visible positions to hide again
+    count, chance   how many masks to unmask, and for policies that draw: each with which probability
+    editable        which visible positions the step may change
+    reads           which further positions `refine` needs logits of
+    refine          predict -> refine: may make further forward calls and return a better `Prediction`
+    overwrite       unmask -> overwrite: new ids for visible positions
+    remask          overwrite -> remask: positions that become masks again
 
-Only positions that `editable` names, and that were visible before the step, can change: the block's, if a class
-defines `overwrite` or `remask`. A hook does nothing unless a class defines it. So a new method is one class,
-and the loop in `sampler.py` stays as it is.
+Only positions in `editable` that were visible before the step can change; by default these are the visible ones of the
+current block if the class defines `overwrite` or `remask`. A hook that a class does not define does nothing. A new
+method is one class, and the loop in `sampler.py` stays as it is:
+
+    class RewriteLongTexts(Reviser):
+        def overwrite(self, state, prediction):
+            many = state.visible.sum(1, keepdim=True) > 16
+            return torch.where(many, prediction.best, state.tokens)
 """
 
 from __future__ import annotations
@@ -28,47 +35,47 @@ from src.types import SpecialIds
 
 @dataclass
 class Prediction:
-    """What the backbone says at the true places of `where` (B, L).
+    """Logits of the backbone at the true positions of `where` (B, L).
 
-    logits: (N, V) float32 at those places in row-major order, -inf at banned ids and at those that the tokenizer lacks,
-            which so have no share of a probability: LLaDA-V is run with a head cut to the tokenizer's length, and a
-            whole head gives the same. Only the mask keeps its logit where it is not banned; it is never written
-    best:   (B, L) their argmax among what may be written; elsewhere the tokens that were fed in
+    logits: (N, V) float32 at those positions in row-major order. -inf at banned ids and at ids beyond the tokenizer's,
+            which thus get no probability, whether the head is cut to the tokenizer's length (LLaDA-V) or not. The mask
+            keeps its logit unless it is banned, but is never written
+    best:   (B, L) their argmax over the ids that may be written; elsewhere the input tokens
     """
 
     where: Tensor
     logits: Tensor
     best: Tensor
 
-    def at(self, places: Tensor) -> Tensor:
-        """(M, V), a copy: logits at the M true places of `places` (B, L), which `where` has to cover."""
-        return self.logits[places[self.where]]
+    def at(self, positions: Tensor) -> Tensor:
+        """(M, V), a copy: logits at the M true positions of `positions` (B, L), which must lie within `where`."""
+        return self.logits[positions[self.where]]
 
-    def confidence(self, places: Tensor, tokens: Tensor, score: str = "probability") -> Tensor:
-        """(B, L) float64 probability, or another score, of `tokens` (B, L) where `places` is true; 0 elsewhere."""
-        out = torch.zeros(places.shape, dtype=torch.float64, device=places.device)
-        if places.any():
-            out[places] = SCORES[score](self.logits, places[self.where].nonzero()[:, 0], tokens[places])
+    def confidence(self, positions: Tensor, tokens: Tensor, score: str = "probability") -> Tensor:
+        """(B, L) float64 probability, or another score, of `tokens` (B, L) where `positions` is true; 0 elsewhere."""
+        out = torch.zeros(positions.shape, dtype=torch.float64, device=positions.device)
+        if positions.any():
+            out[positions] = SCORES[score](self.logits, positions[self.where].nonzero()[:, 0], tokens[positions])
         return out
 
 
 @dataclass
 class State:
-    """A step as a reviser sees it. B rows, L positions.
+    """What a reviser knows of a step. B rows, L positions.
 
-    tokens:   (B, L) before the step
-    visible:  (B, L) bool, not masked before the step
-    block:    (B, L) bool, the block that the row is working on; the whole response once no mask is left
-    step:     (B,) how many steps the row has made before
-    steps:    (B,) how many steps the block was given; left: how many of them are left, with this one. No step is left
-              once no mask is
-    made:     (B,) how many steps the block has had before, which without a schedule may be more than it was given; -1
-              once no mask is left
-    spare:    (B,) how many passes of its own the reviser may make in this step, by the sampler's `max_forwards`
-    sure:     (B, L) float64, the probability of a token when it was unmasked; inf where none was: what was given, and
-              what is hidden. `remask` sees it with the tokens that this step unmasks
-    hidden:   (B, L) how often a position has been hidden again
-    noise:    numbers for the reviser alone
+    tokens:       (B, L) before the step
+    visible:      (B, L) bool, not masked before the step
+    block:        (B, L) bool, the current block of each row; the whole response once no mask is left (post steps)
+    step:         (B,) number of steps that the row made before this one
+    steps:        (B,) number of steps scheduled for the block
+    steps_left:   (B,) how many of these are left, this one included; 0 in post steps
+    steps_done:   (B,) steps made in the block before this one, which may exceed `steps` if the policy ignores the
+                  schedule; -1 in post steps
+    spare_passes: (B,) forward passes that `refine` may make in this step within the sampler's `max_forwards`
+    confidence:   (B, L) float64, the probability of each token when it was unmasked; inf where the sampler unmasked
+                  none: tokens of `start`, and masks. In `remask` it includes the tokens that this step unmasks
+    num_remasks:  (B, L) how often each position has been remasked
+    noise:        random numbers for the reviser alone
     """
 
     tokens: Tensor
@@ -76,16 +83,16 @@ class State:
     block: Tensor
     step: Tensor
     steps: Tensor
-    left: Tensor
-    made: Tensor
-    spare: Tensor
-    sure: Tensor
-    hidden: Tensor
+    steps_left: Tensor
+    steps_done: Tensor
+    spare_passes: Tensor
+    confidence: Tensor
+    num_remasks: Tensor
     noise: Noise
 
 
 class Predict(Protocol):
-    """One forward call of the rows in which `where` (B, L) is true anywhere."""
+    """One forward call of each row that has a true position in `where` (B, L)."""
 
     special: SpecialIds
 
@@ -93,13 +100,13 @@ class Predict(Protocol):
 
 
 class Reviser:
-    """Leaves visible tokens alone; the base of the others.
+    """Base class; leaves visible tokens alone.
 
-    random:  does not do the same again in the same state, so that a text that comes back is no reason to stop
-    needs_logits:   needs logits of the positions that it may change
-    uses_all_steps: rows use all steps of a block, also those that are left when no mask is: it may hide tokens again
-    can_veto:  `remask` may also name positions that the step is about to unmask; they then stay hidden
-    selects_positions: so every mask is proposed to it, and what is unmasked is its choice alone
+    random: may act differently in the same state, so that a text that was seen before is no reason to stop
+    needs_logits: needs logits of the positions that it may change
+    uses_all_steps: rows make all steps of a block even if no mask is left, as it may remask tokens
+    can_veto: `remask` may also name positions that the step is about to unmask; these stay masked
+    selects_positions: every mask is proposed to be unmasked, and `remask` alone decides which ones are
     """
 
     random: bool = False
@@ -109,23 +116,23 @@ class Reviser:
     selects_positions: ClassVar[bool] = False
 
     def check(self, schedule: Schedule) -> None:
-        """Raise UserError where the reviser can never act with such a schedule."""
+        """Raise UserError if the reviser can never act with this schedule."""
 
     def count(self, state: State, count: Tensor) -> Tensor:
-        """(B,) how many masks this step unmasks; `count` (B,) is an even split over the steps that are left."""
+        """(B,) number of masks that this step unmasks; `count` (B,) is the number by the schedule."""
         return count
 
     def chance(self, state: State) -> Tensor:
-        """(B,) float64 probability with which each mask is unmasked, where masks are unmasked by chance.
+        """(B,) float64 probability of each mask to be unmasked, for policies that draw.
 
         By default (a_s - a_t) / (1 - a_t) of the linear schedule a_t = 1 - t. It is 1 in the last step of a block.
         """
-        return 1 / state.left.clamp(min=1).double()
+        return 1 / state.steps_left.clamp(min=1).double()
 
     def editable(self, state: State) -> Tensor:
         """(B, L) bool: the visible positions that this step may change.
 
-        Those of the block where a class defines `overwrite` or `remask`, else none.
+        Those of the block if the class defines `overwrite` or `remask`, else none.
         """
         kind = type(self)
         acts = kind.overwrite is not Reviser.overwrite or kind.remask is not Reviser.remask
@@ -136,31 +143,31 @@ class Reviser:
         return torch.zeros_like(state.visible)
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
-        """What the rest of the step works with: a new object that covers the places of `prediction.where`."""
+        """The prediction for the rest of the step: a new object that covers the positions of `prediction.where`."""
         return prediction
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        """(B, L) ids; read at editable positions only."""
+        """(B, L) ids; only those at editable positions are used."""
         return state.tokens
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
-        """(B, L) bool; read at editable positions only, and not in a row's last scheduled step of a block."""
+        """(B, L) bool; only editable positions count, and none in the last scheduled step of a block."""
         return torch.zeros_like(state.visible)
 
 
 @dataclass
-class Corrected(Prediction):
-    """A prediction that further calls have brought up to date, and the draft (B, L) that they led to."""
+class DraftPrediction(Prediction):
+    """A prediction, updated by further forward calls, and the draft (B, L) that these calls read."""
 
     draft: Tensor
 
     @classmethod
-    def of(cls, prediction: Prediction, draft: Tensor) -> Corrected:
-        """A prediction that may be changed without harm to the one it comes from."""
+    def copy_of(cls, prediction: Prediction, draft: Tensor) -> DraftPrediction:
+        """A copy whose logits may be changed without changing those of `prediction`."""
         return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
 
-    def ask(self, predict: Predict, where: Tensor) -> None:
-        """One call with the draft, for the true places of `where` (B, L)."""
-        found = predict(self.draft, where)
-        self.logits[where[self.where]] = found.logits
-        self.best = torch.where(where, found.best, self.best)
+    def update(self, predict: Predict, where: Tensor) -> None:
+        """One forward call with the draft, for the true positions of `where` (B, L)."""
+        fresh = predict(self.draft, where)
+        self.logits[where[self.where]] = fresh.logits
+        self.best = torch.where(where, fresh.best, self.best)

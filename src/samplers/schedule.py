@@ -3,12 +3,12 @@
     schedule = Schedule(length=32, tokens_per_step=4, steps=None, blocks=2)
     progress = Progress(schedule, tokens, mask_id)
     progress.enter(tokens)        moves rows whose block is full to their next block
-    progress.take(tokens)         (B,) number to unmask in this step; one scheduled step is used up
+    progress.take(tokens)         (B,) number to unmask in this step; uses up one scheduled step
     progress.stop_at(tokens, eot) ends rows at their first eot, for good: masks behind it are never unmasked
 
-The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, right
-also when a reviser hides tokens again or a caption starts with few masks. At the last scheduled step of a
-block all its masks go, so every row ends. Rows move through the blocks on their own: none waits for another.
+The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, also if a reviser
+remasks tokens or the given text has few masks. The last scheduled step of a block unmasks all its masks, so every row
+ends. Each row moves through the blocks on its own.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from src.io.errors import UserError
 class Schedule:
     """Blocks of a response of `length` tokens, and the steps of each: `steps` in all, or `tokens_per_step`.
 
-    shift: after the share x of a block's steps shift * x / (1 + (shift - 1) * x) of it is unmasked (LaViDa, arXiv
+    shift: after a fraction x of a block's steps, shift * x / (1 + (shift - 1) * x) of it is unmasked (LaViDa, arXiv
         2505.16839): 1 is an even split, above 1 unmasks most in the first steps, below 1 in the last ones
 
-    Raises UserError when the numbers do not fit together.
+    Raises UserError if the numbers do not fit together.
     """
 
     length: int
@@ -57,86 +57,89 @@ class Schedule:
 
     @property
     def block_steps(self) -> int:
-        """Steps that a block of masks gets."""
+        """Steps of a block that starts as all masks."""
         return int(self.steps_for(torch.tensor([self.block_length]))[0])
 
     def steps_for(self, masks: Tensor) -> Tensor:
-        """(B,) steps that a block with `masks` (B,) hidden tokens gets."""
+        """(B,) steps of a block with `masks` (B,) masks."""
         if self.steps is not None:
             return torch.full_like(masks, self.steps // self.blocks)
         return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
 
-    def share(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
-        """(B,) how many of `masks` (B,) to unmask now, with `left` (B,) of a block's `steps` to come; rounded up."""
+    def count(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
+        """(B,) how many of `masks` (B,) to unmask now, with `left` (B,) of a block's `steps` left; rounded up."""
         left = left.clamp(min=1)
         if self.shift == 1:
             return ceil_divide(masks, left)
         done = 1 - torch.stack([left, left - 1]).double() / steps.clamp(min=1).maximum(left)
-        hidden = 1 - self.shift * done / (1 + (self.shift - 1) * done)  # before the step and after it
-        return (masks * (1 - hidden[1] / hidden[0]) - 1e-9).ceil().long()
+        masked = 1 - self.shift * done / (1 + (self.shift - 1) * done)  # fraction before the step and after it
+        return (masks * (1 - masked[1] / masked[0]) - 1e-9).ceil().long()
 
 
 class Progress:
     """Where each row stands.
 
-    end:        (B,) the end of its current block
-    steps:      (B,) how many steps this block was given; steps_left: how many of them are to come
-    made:       (B,) how many it has had, which may be more where a policy does not keep to the schedule
-    stop:       (B,) the place of the eot that ends its text, or the length of the response
-    uses_all_steps:    a row stays in its block for all its steps, also where no mask is left in it before
+    end:        (B,) end of its current block
+    steps:      (B,) number of steps scheduled for this block; steps_left: how many of them are left
+    steps_done: (B,) steps made in this block, which may exceed `steps` if a policy ignores the schedule
+    stop:       (B,) position of the eot that ends its text, or the response length
+    uses_all_steps: a row makes all steps of its block even if no mask is left in it
     """
 
     def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int, *, uses_all_steps: bool = False) -> None:
         self.schedule, self.mask_id, self.uses_all_steps = schedule, mask_id, uses_all_steps
         self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
-        self.end, self.steps, self.steps_left, self.made = (tokens.new_zeros(len(tokens)) for _ in range(4))
+        self.end, self.steps, self.steps_left, self.steps_done = (tokens.new_zeros(len(tokens)) for _ in range(4))
         self.stop = torch.full_like(self.end, schedule.length)
 
     def enter(self, tokens: Tensor) -> None:
-        """Open the next block that has masks, in rows without a mask up to the end of their current one."""
+        """Move rows without a mask up to the end of their block to the next block that has masks."""
         size, masked = self.schedule.block_length, tokens == self.mask_id
         full = ~(masked & self.before_end).any(1) & masked.any(1) & ~self._stays
-        first = masked.int().argmax(1) // size
-        self.end = torch.where(full, (first + 1) * size, self.end)
-        fresh = self.schedule.steps_for((masked & self.before_end).sum(1))
-        self.steps = torch.where(full, fresh, self.steps)
-        self.steps_left = torch.where(full, fresh, self.steps_left)
-        self.made = self.made.masked_fill(full, 0)
+        block = masked.int().argmax(1) // size  # of the first mask
+        self.end = torch.where(full, (block + 1) * size, self.end)
+        steps = self.schedule.steps_for((masked & self.before_end).sum(1))
+        self.steps = torch.where(full, steps, self.steps)
+        self.steps_left = torch.where(full, steps, self.steps_left)
+        self.steps_done = self.steps_done.masked_fill(full, 0)
 
     def take(self, tokens: Tensor) -> Tensor:
-        """(B,) how many masks before the end of the block to unmask now."""
+        """(B,) how many masks up to the end of the block to unmask now; counts the step as made."""
         masks = ((tokens == self.mask_id) & self.before_end).sum(1)
-        count = self.schedule.share(masks, self.steps, self.steps_left)
+        count = self.schedule.count(masks, self.steps, self.steps_left)
         self.steps_left = (self.steps_left - 1).clamp(min=0)
-        self.made = self.made + 1
+        self.steps_done = self.steps_done + 1
         return count
 
     def stop_at(self, tokens: Tensor, eot: int) -> None:
-        """Take the first `eot` of each row as its end, unless an earlier one was seen before."""
+        """End each row at its first `eot`, or at an earlier one of a previous step."""
         self.stop = torch.where(tokens == eot, self.place, self.stop[:, None]).amin(1)
 
     def stop_behind(self, tokens: Tensor, eos: int) -> None:
-        """End the rows whose current block is full and has end-of-text in its last place."""
+        """End the rows whose current block is full and has end-of-text in its last position."""
         last = tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
         full = ~((tokens == self.mask_id) & self.before_end).any(1)
         self.stop = torch.where(full & (last == eos), self.end.minimum(self.stop), self.stop)
 
-    def wanted(self, tokens: Tensor) -> Tensor:
-        """(B, L) bool: the masks that have to be unmasked before the row is over."""
+    def pending(self, tokens: Tensor) -> Tensor:
+        """(B, L) bool: the masks that must be unmasked before the row is done."""
         return (tokens == self.mask_id) & (self.place < self.stop[:, None])
 
-    def busy(self, tokens: Tensor) -> Tensor:
-        """(B,) bool: rows with a mask that is wanted, or with steps of a block that they wait for."""
-        return self.wanted(tokens).any(1) | self._stays
+    def unfinished(self, tokens: Tensor) -> Tensor:
+        """(B,) bool: rows with a pending mask, or with steps of a block still to make."""
+        return self.pending(tokens).any(1) | self._stays
 
     @property
     def _stays(self) -> Tensor:
-        """(B,) bool: rows that do not leave their block yet."""
+        """(B,) bool: rows that may not leave their block yet."""
         return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.uses_all_steps
 
     @property
     def reach(self) -> Tensor:
-        """(B, L) bool: where masks may be unmasked. As in the released code a known end takes the block's place."""
+        """(B, L) bool: where masks may be unmasked: up to the end of the block or, once known, of the text.
+
+        The latter as in ReDiff's released code.
+        """
         return self.place < torch.where(self.stop < self.schedule.length, self.stop, self.end)[:, None]
 
     @property

@@ -1,14 +1,14 @@
-"""Samplers that start from noise: every place holds an ordinary token from the first step on, and there is no mask.
+"""Samplers that start from random tokens: every position holds an ordinary token at every step, never a mask.
 
     sampler = Posterior(length=64, steps=32)
     sampled = sampler(backbone, prefix, special=codec.special, keys=["a", "b"], seed=0)
 
     random ids -> T times: logits -> p(x0) over the states -> new ids -> end of text
 
-B rows, L response positions, V vocabulary, K states: the ids that may stand in a text, which are all but the mask and
-those that are banned or unwritten. Noise is uniform over the ordinary ones, as in training (`Replace`): an eot or an
-end-of-text is never noise, or texts would end where no model meant it. They are called and counted like `Sampler`; all
-tokens may change in every step, so that there is nothing to revise. A model has to be trained on such noise.
+B rows, L response positions, V vocabulary, K states: the ids that a text may contain, which are all but the mask and
+the banned and unwritten ids. Noise is uniform over the ordinary ids, as in training (`Replace`): eot and end-of-text
+are never noise, or texts would end where no model meant it. These samplers have the interface and counts of `Sampler`;
+all tokens may change in every step, so there is no reviser. A model has to be trained on such noise.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
 @dataclass(frozen=True, kw_only=True)
 class FromNoise:
-    """What the samplers from noise share. Time runs from 1 (noise) to 0 (text) in T equal parts.
+    """Base class: time runs from 1 (noise) to 0 (text) in T equal steps; a subclass defines `transition`.
 
-    tokens_per_step or steps: T is `steps`, or what a sampler of masks would need; one of the two, neither means length
-    temperature: p is softmax(logits / temperature), and for 0 all of it is at the argmax
+    tokens_per_step or steps: T is `steps`, or length / tokens_per_step, rounded up; give one, neither means T = length
+    temperature: p is softmax(logits / temperature); at 0 the argmax has probability 1
     cfg_scale: classifier-free guidance as in `Sampler`; above 0 each step costs two forward calls
     """
 
@@ -44,7 +44,7 @@ class FromNoise:
     steps: int | None = None
     temperature: float = 1.0
     cfg_scale: float = 0.0
-    post_steps: ClassVar[int] = 0  # a verb asks every sampler for these two
+    post_steps: ClassVar[int] = 0  # read from every sampler, as is early_stop
     early_stop: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class FromNoise:
             raise UserError(f"temperature must be at least 0, got {self.temperature}")
         if self.cfg_scale < 0:
             raise UserError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
-        _ = self.schedule  # wrong numbers fail here, not at the first batch
+        _ = self.schedule  # raises here, not at the first batch
 
     @property
     def schedule(self) -> Schedule:
@@ -76,18 +76,20 @@ class FromNoise:
         suffix: Tensor | None = None,
         trace: bool = False,
     ) -> Sampled:
-        """Responses for the rows of `prefix`, one key each. The first step forgets any text, so `start` is refused.
+        """Responses for the rows of `prefix`, one key each.
 
-        suffix: (S,) ids behind every response, which is written in sight of them; not part of what is returned.
+        suffix: (S,) ids behind every response, which the model attends to; not part of the result
+
+        Raises UserError if `start` is given, and ValueError if the number of keys is not that of the rows.
         """
-        began = time.perf_counter()
+        started = time.perf_counter()
         if start is not None:
-            raise UserError("this sampler starts from noise and cannot begin with a given text")
+            raise UserError("this sampler starts from noise and cannot begin with a given text: leave start out")
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
         device = prefix.embeds.device
         predict = Predictor(backbone, prefix, special, cfg_scale=self.cfg_scale, suffix=suffix)
-        states, random = (ids.to(device) for ids in states_of(special))  # (K,), (K,) bool
+        states, random = (tensor.to(device) for tensor in states_of(special))  # (K,), (K,) bool
         noise = Noise(keys, seed=seed, draw="sampler")
         everywhere = torch.ones(len(keys), self.length, dtype=torch.bool, device=device)
         tokens = states[random][(uniform(noise, everywhere) * random.sum()).long()]  # (B, L)
@@ -96,28 +98,31 @@ class FromNoise:
         steps = self.schedule.block_steps
         for left in range(steps, 0, -1):
             logits, chance = predict(tokens, everywhere).logits, uniform(noise, everywhere)  # (B * L, V), (B, L)
-            place = torch.searchsorted(states, tokens)  # of each token among the states
+            place = torch.searchsorted(states, tokens)  # index of each token among the states
             parts = zip(logits.split(PART), place.flatten().split(PART), chance.flatten().split(PART), strict=True)
             drawn = [self._draw(states, random, *part, left=left, steps=steps) for part in parts]
-            found = torch.cat(drawn).view_as(tokens)
-            edits += (found != tokens).sum(1)
+            new_tokens = torch.cat(drawn).view_as(tokens)
+            edits += (new_tokens != tokens).sum(1)
             if trace:
-                record(traces, tokens, found, predict.forwards)
-            tokens = found
-        ids, wall_s = end_text(tokens, special), time.perf_counter() - began
+                record(traces, tokens, new_tokens, predict.forwards)
+            tokens = new_tokens
+        ids, wall_s = end_text(tokens, special), time.perf_counter() - started
         return Sampled(ids, predict.forwards, edits, torch.zeros_like(edits), wall_s, traces if trace else None)
 
     def _draw(
         self, states: Tensor, random: Tensor, logits: Tensor, place: Tensor, chance: Tensor, *, left: int, steps: int
     ) -> Tensor:
-        """(N,) the next ids, from logits (N, V), and the places of the states (N,) that they follow on."""
-        share = shares(logits[:, states], self.temperature)
-        return states[pick(self.transition(share, place, random, left=left, steps=steps), chance)]
+        """(N,) the next ids, drawn at the quantiles `chance` (N,).
 
-    def transition(self, share: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
-        """(N, K) float64 weights of the next state, of any sum; from time left / steps to (left - 1) / steps.
+        logits: (N, V); states: (K,) ids; random, place, left and steps as in `transition`.
+        """
+        probs = probabilities(logits[:, states], self.temperature)
+        return states[pick(self.transition(probs, place, random, left=left, steps=steps), chance)]
 
-        share: (N, K) float64, p(x0); place: (N,) the state now; random: (K,) bool, the states that noise is made of.
+    def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
+        """(N, K) float64 weights of the next state, not normalized; from time left / steps to (left - 1) / steps.
+
+        probs: (N, K) float64, p(x0); place: (N,) index of the current state; random: (K,) bool, the states of noise.
         """
         raise NotImplementedError
 
@@ -126,58 +131,61 @@ class FromNoise:
 class Posterior(FromNoise):
     """Uniform-noise diffusion (D3PM, arXiv 2107.03006; UDLM, arXiv 2412.10193) that keeps a_t = 1 - t until time t.
 
-    The next state is drawn from q(s | t, z, r) ~ [a_ts z + (1 - a_ts) / n] * [a_s r + (1 - a_s) noise], where
-    a_ts = a_t / a_s, and noise is 1 / n for each of the n ordinary ids. r is what is known of a place from the others;
-    a network that was trained by cross-entropy has seen z too, p ~ r * q(z | x0), so r is p divided by that, and the
-    draw is exact: the sum over x0 of p(x0) q(s | x0, z). Noise never makes an eot or end-of-text, which for Bayes could
-    so not be undone once it is written; z is taken for ordinary.
+    The next state is drawn from q(s | t, z, r) ~ [a_ts z + (1 - a_ts) / n] * [a_s r + (1 - a_s) noise], where z is the
+    current state, a_ts = a_t / a_s, and noise is 1 / n for each of the n ordinary ids. r is the distribution of x0
+    given the other positions; a network trained by cross-entropy has seen z too, so p ~ r * q(z | x0), r is p divided
+    by that, and the draw is exact: the sum over x0 of p(x0) q(s | x0, z). Noise never makes an eot or end-of-text, so
+    by Bayes' rule one could not be undone once written; z is therefore treated as ordinary.
     """
 
-    def transition(self, share: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
+    def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         before, after = 1 - left / steps, 1 - (left - 1) / steps  # a_t, a_s
         noise = random.double() / random.sum()  # (K,)
-        kept, other = before / after, (1 - before / after) * noise.max()
-        chance = (kept * (1 - after) * noise[place] + other)[:, None]  # of z, where it is not what was there
-        seen = share.gather(1, place[:, None]) * chance / (before + chance)
-        rest = share.scatter(1, place[:, None], seen)
-        weight = rest / rest.sum(1, keepdim=True) * after + noise * (1 - after)
-        own = weight.gather(1, place[:, None]) * (kept + other)
-        return (weight * other).scatter(1, place[:, None], own)
+        stay, jump = before / after, (1 - before / after) * noise.max()  # a_ts, (1 - a_ts) / n
+        chance = (stay * (1 - after) * noise[place] + jump)[:, None]  # q(z | x0) where x0 is not z
+        # 1. r ~ p / q(z | x0): only the entry of z changes, up to a constant factor
+        own = probs.gather(1, place[:, None]) * chance / (before + chance)
+        r = probs.scatter(1, place[:, None], own)
+        # 2. a_s r + (1 - a_s) noise
+        weight = r / r.sum(1, keepdim=True) * after + noise * (1 - after)
+        # 3. times a_ts z + (1 - a_ts) / n
+        own = weight.gather(1, place[:, None]) * (stay + jump)
+        return (weight * jump).scatter(1, place[:, None], own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jumps(FromNoise):
     """Discrete flow matching along the mixture path (arXiv 2407.15595) in Euler steps, with kappa = 1 - t.
 
-    Each place draws x1 from p and jumps there with probability 1 - exp(-h kappa' / (1 - kappa)); in the last step, 1.
+    Each position draws x1 from p and becomes it with probability 1 - exp(-h kappa' / (1 - kappa)); in the last step 1.
     """
 
-    def transition(self, share: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
+    def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         stay = math.exp(-1 / left) if left > 1 else 0.0  # h = 1 / steps, 1 - kappa = left / steps
-        return (share * (1 - stay)).scatter_add(1, place[:, None], share.new_full((len(place), 1), stay))
+        return (probs * (1 - stay)).scatter_add(1, place[:, None], probs.new_full((len(place), 1), stay))
 
 
-AnySampler = Sampler | FromNoise  # what a file of conf/sampler describes
+AnySampler = Sampler | FromNoise  # what a file in conf/sampler describes
 
 
 def states_of(special: SpecialIds) -> tuple[Tensor, Tensor]:
-    """(K,) the ids that may stand in a text, in order, and (K,) bool: whether they are ordinary."""
-    never = {special.mask, *special.banned, *special.unwritten}
-    states = [token for token in range(special.vocab_size) if token not in never]
+    """(K,) the ids that a text may contain, ascending, and (K,) bool: whether they are ordinary."""
+    excluded = {special.mask, *special.banned, *special.unwritten}
+    states = [token for token in range(special.vocab_size) if token not in excluded]
     return torch.tensor(states), torch.tensor([token not in (special.eos, special.eot) for token in states])
 
 
-def shares(logits: Tensor, temperature: float) -> Tensor:
-    """(N, K) float64 probabilities from logits (N, K)."""
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """(N, K) float64 softmax(logits / temperature) of logits (N, K); at 0 all of it at the argmax."""
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     return (logits.double() / temperature).softmax(-1)
 
 
 def uniform(noise: Noise, where: Tensor) -> Tensor:
-    """(B, L) float64 on [0, 1) at the true places of `where`, 0 elsewhere; each row from its own generator.
+    """(B, L) float64 on [0, 1) at the true positions of `where`, 0 elsewhere; each row from its own generator.
 
-    NOTE: float64, since the steps of float32 numbers are as wide as the share of a token of a large vocabulary.
+    NOTE: float64, as the spacing of float32 numbers is as wide as the probability of a token of a large vocabulary.
     """
     out = torch.zeros(where.shape, dtype=torch.float64, device=where.device)
     counts = where.sum(1).tolist()
@@ -187,13 +195,13 @@ def uniform(noise: Noise, where: Tensor) -> Tensor:
 
 
 def pick(weight: Tensor, chance: Tensor) -> Tensor:
-    """(N,) places drawn in proportion to weight (N, K) float64, at the quantiles `chance` (N,) on [0, 1)."""
+    """(N,) indices drawn in proportion to weight (N, K) float64, at the quantiles `chance` (N,) on [0, 1)."""
     total = weight.cumsum(1)
     return torch.searchsorted(total, (chance * total[:, -1])[:, None], right=True)[:, 0].clamp(max=weight.shape[1] - 1)
 
 
 def record(traces: list[list[TraceStep]], before: Tensor, after: Tensor, forwards: Tensor) -> None:
-    """Append a step to the trace of each row: every change is a rewrite, and nothing is unmasked."""
+    """Append a step to the trace of each row: every change counts as a rewrite."""
     rows = zip(traces, before.tolist(), after.tolist(), forwards.tolist(), strict=True)
     for trace, old, new, calls in rows:
         rewritten = [(i, a, b) for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
