@@ -108,7 +108,7 @@ def test_equal_settings_make_equal_bytes_and_a_second_run_does_nothing(tmp_path:
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     file.unlink()
     assert one.run() == two.run()
-    with pytest.raises(ValueError, match=r"other settings \(response length\)"):
+    with pytest.raises(ValueError, match=r"other settings \(response_length\)"):
         packed(tmp_path, files=str(file), out=str(tmp_path / "a"), response_length=8).run()
 
 
