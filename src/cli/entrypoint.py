@@ -63,7 +63,7 @@ def _refused_by_system(error: Exception) -> str | None:
     message = (str(error).strip().splitlines() or [""])[-1]  # from a worker process it comes behind a traceback
     number = NUMBER.search(message)  # also in the words of a library in Rust, which raises no OSError
     code = getattr(error, "errno", None) or (int(number[1]) if number else None)
-    if code not in REFUSALS:
+    if code not in REFUSALS and not isinstance(error, ConnectionError):  # a server that is away
         return None
     if isinstance(error, OSError) and error.errno:
         place = f"{error.filename}: " if error.filename else ""
