@@ -1,14 +1,14 @@
-"""How fast the expert's client is: its rate against a local server, beside the usual way to ask many things at once.
+"""Request rate of the expert's client against a local server, beside the usual way to send many requests at once.
 
-    python -m benchmarks.expert                       50 ms a reply, 64 requests at once, 2 % refused with 429
+    python -m benchmarks.expert                       50 ms per reply, 64 requests at once, 2 % refused with 429
     python -m benchmarks.expert --requests 3000 --refused 0
 
-The server is a process of its own, so two cores are needed. Ideal is (requests at once) / (latency). Told are the rate
-of the whole, with the wait for the last refused ones at its end, and that of the middle nine tenths of the answers. The
-baseline is the `openai` client as its README shows it: `asyncio.gather`, a semaphore, and the SDK's own retries. Both
-sides ask about the same drafts with the same image, in turn. Each draft names its number, which the reply has to
-contain: a lost, doubled or exchanged answer is an error. The CPU time of a request is told too: one thread does all the
-work, so its inverse is the most that a side can do, and unlike the rate it hardly depends on what else runs.
+The server is a process of its own, so two cores are needed. The ideal rate is (requests at once) / latency. Printed are
+the rate of the whole run, whose end waits for the last refused requests, and that of the middle nine tenths of the
+answers. The baseline is the `openai` client as its README shows it: `asyncio.gather`, a semaphore and the SDK's own
+retries. Both sides send the same drafts with the same image, in turn. Each draft names its number, which the reply must
+contain, so a lost, doubled or swapped answer is an error. The CPU time per request is printed too: one thread does all
+the work, so its inverse bounds the rate, and unlike the rate it hardly depends on other load of the machine.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from src.types import Draft, Failure
 from testing.servers.scripted import Http, Request, Scripted, error, reply
 
 TEXT = "A small red ring is in the upper left. A large blue square is in the upper right. Picture {number}."
-ATTEMPTS = 8  # of both sides
+ATTEMPTS = 8  # per request, on both sides
 
 
 def main() -> None:
-    """Print the rates of both sides and their ratio to the ideal one."""
+    """Print the rates of both sides and their ratio to the ideal rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"requests": 12_000, "at-once": 64, "runs": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -59,30 +59,30 @@ def main() -> None:
     )
     ratios: dict[str, list[float]] = {}
     for number in range(options.runs + 1):
-        for side, ask in SIDES.items():
-            some = drafts[:1000] if not number else drafts  # the first pair warms up
-            rate, middle, told = measure(ask, some, options, seed=number)
+        for side, send in SIDES.items():
+            batch = drafts if number else drafts[:1000]  # the first pair warms up
+            rate, middle, summary = measure(send, batch, options, seed=number)
             if number:
                 ratios.setdefault(f"{side}, whole", []).append(rate / ideal)
                 ratios.setdefault(f"{side}, middle", []).append(middle / ideal)
                 shares = f"{rate / ideal:6.1%} of the ideal rate, middle {middle / ideal:6.1%}"
-                sys.stdout.write(f"{side:<9} {rate:6.0f}/s  {shares}   {told}\n")
-    for side, found in ratios.items():
-        sys.stdout.write(f"{side:<17} median {statistics.median(found):.1%}, min {min(found):.1%}\n")
+                sys.stdout.write(f"{side:<9} {rate:6.0f}/s  {shares}   {summary}\n")
+    for side, values in ratios.items():
+        sys.stdout.write(f"{side:<17} median {statistics.median(values):.1%}, min {min(values):.1%}\n")
 
 
-def measure(ask, drafts: Sequence[Draft], options: argparse.Namespace, *, seed: int) -> tuple[float, float, str]:
-    """(answers per second, the same of the middle, what the server counted), against a new server."""
+def measure(send, drafts: Sequence[Draft], options: argparse.Namespace, *, seed: int) -> tuple[float, float, str]:
+    """(answers per second, the same for the middle nine tenths, a summary), against a new server."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, options.latency, options.refused, options.retry_after, seed))
     server.start()
     try:
         url = ours.recv()
-        began, worked = time.perf_counter(), time.process_time()
+        began, cpu_began = time.perf_counter(), time.process_time()
         times: list[float] = []
-        answers = asyncio.run(ask(url, drafts, options.at_once, times))
-        seconds, worked = time.perf_counter() - began, time.process_time() - worked
+        answers = asyncio.run(send(url, drafts, options.at_once, times))
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         ours.send("stop")
         answered, refused = ours.recv()
     finally:
@@ -90,46 +90,48 @@ def measure(ask, drafts: Sequence[Draft], options: argparse.Namespace, *, seed: 
     wrong = [draft.key for draft in drafts if answers[draft.key] != [number_of(draft.text)]]
     doubled = [number for number, count in answered.items() if count > 1]
     if wrong or doubled or len(answered) != len(drafts):
-        sys.exit(f"{ask.__name__}: {len(wrong)} answers lost, doubled or exchanged, {len(doubled)} asked for twice")
-    told = f"{worked / len(drafts) * 1e3:.2f} ms CPU a draft, {refused} refused, 0 lost, 0 doubled"
+        sys.exit(
+            f"{send.__name__}: {len(wrong)} answers lost, doubled or swapped, {len(doubled)} drafts answered twice"
+        )
+    summary = f"{cpu_seconds / len(drafts) * 1e3:.2f} ms CPU a draft, {refused} refused, 0 lost, 0 doubled"
     first, last = len(times) // 20, len(times) * 19 // 20
-    return len(drafts) / seconds, (last - first) / (times[last] - times[first]), told
+    return len(drafts) / seconds, (last - first) / (times[last] - times[first]), summary
 
 
 async def by_expert(url: str, drafts: Sequence[Draft], at_once: int, times: list[float]) -> dict[str, list[str]]:
-    """Numbers by key, from the expert. times: gets when each answer came"""
+    """Draft numbers in the answers of our expert, by key. Appends the arrival time of each answer to `times`."""
     limits = Limits(concurrency=at_once, attempts=ATTEMPTS)
     expert = OpenAIExpert(
         codec=CODEC, model="m", base_url=url, key_env=None, profile="vllm", max_completion_tokens=500, limits=limits
     )
-    found: dict[str, list[str]] = {}
+    numbers: dict[str, list[str]] = {}
     async for key, answer in expert.revise(drafts):
-        said = [] if isinstance(answer, Failure) else [edit.reason for edit in answer.edits]
-        found.setdefault(key, []).extend(said)
+        reasons = [] if isinstance(answer, Failure) else [edit.reason for edit in answer.edits]
+        numbers.setdefault(key, []).extend(reasons)
         times.append(time.perf_counter())
-    return found
+    return numbers
 
 
 async def by_gather(url: str, drafts: Sequence[Draft], at_once: int, times: list[float]) -> dict[str, list[str]]:
-    """The same, from the baseline: the same messages, and the reply parsed as JSON, no more."""
-    places, found = asyncio.Semaphore(at_once), {}
+    """The same from the baseline, which sends the same messages and only parses the reply as JSON."""
+    semaphore, numbers = asyncio.Semaphore(at_once), {}
     async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=ATTEMPTS) as client:
 
-        async def one(draft: Draft) -> None:
-            async with places:
+        async def request(draft: Draft) -> None:
+            async with semaphore:
                 messages = first(WORDS, draft, picture=show(draft.image, 1024), detail=None)
-                done = await client.chat.completions.create(model="m", messages=messages, max_tokens=500)
-            edits = json.loads(done.choices[0].message.content or "")["edits"]
-            found.setdefault(draft.key, []).extend(edit["reason"] for edit in edits)
+                completion = await client.chat.completions.create(model="m", messages=messages, max_tokens=500)
+            edits = json.loads(completion.choices[0].message.content or "")["edits"]
+            numbers.setdefault(draft.key, []).extend(edit["reason"] for edit in edits)
             times.append(time.perf_counter())
 
-        await asyncio.gather(*map(one, drafts))
-    return found
+        await asyncio.gather(*map(request, drafts))
+    return numbers
 
 
 def serve(pipe: Connection, latency: float, refused: float, retry_after: float, seed: int) -> None:
-    """The server: says its address, and at the end how often it answered each draft and how many it refused."""
-    gc.freeze()  # its pauses would count as ours
+    """The server process: sends its address, and at the end its answers per draft and its number of refusals."""
+    gc.freeze()  # shorter pauses of the collector, which would count as ours
     random, counts = Random(seed), {"answered": Counter(), "refused": 0}
     with Scripted(partial(script, random, counts, latency, refused, retry_after)) as server:
         pipe.send(server.url)
@@ -138,7 +140,7 @@ def serve(pipe: Connection, latency: float, refused: float, retry_after: float, 
 
 
 def script(random: Random, counts: dict, latency: float, refused: float, retry_after: float, request: Request) -> Http:
-    """A 429, or one edit whose reason is the number of the draft."""
+    """A 429, or a reply with one edit whose reason is the number of the draft."""
     if random.random() < refused:
         counts["refused"] += 1
         return replace(error(429, retry_after=str(retry_after)), delay=latency)

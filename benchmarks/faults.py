@@ -1,20 +1,21 @@
-"""What the expert loses and doubles when servers and processes fail, by the records of the servers.
+"""Count what the expert loses and doubles when servers and processes fail, from the records of the servers.
 
-    python -m benchmarks.faults --out results/expert              all scenarios: some ten minutes
-    python -m benchmarks.faults --out faults --only kill 5   those whose names begin so
+    python -m benchmarks.faults --out results/expert         all scenarios, about ten minutes
+    python -m benchmarks.faults --out faults --only kill 5   scenarios whose names start with one of these
 
 `src.revise` runs as a user would start it, over the same drafts in every scenario, and is repeated until its round is
-whole. Behind it are servers that we did not write (extra `experts-test`, and HAProxy): HAProxy notes every request that
-leaves us, and breaks some; llmock, or `transformers serve` with a tiny vision model, answers the others.
+complete. Behind it are third-party servers (extra `experts-test`, and HAProxy): HAProxy logs every request that leaves
+us and breaks some; llmock, or `transformers serve` with a tiny vision model, answers the others.
 
-    sent     requests by HAProxy's record      reached  by llmock's     counted  by the manifest of the round
-    paid     replies that were made, by llmock's record                 kept     replies in the journal
-    broken   paid, but not handed over whole, by HAProxy's record: the fault, our time limit
-    lost     handed over whole, and not in the journal: at each kill of us (in brackets) what was under way
-    doubled  requests that HAProxy noted after an answer to the same draft was in the journal
+    sent     requests in HAProxy's log           reached  requests in llmock's log
+    counted  requests in the round's manifest    paid     replies that llmock made, by its log
+    kept     replies in the journal
+    broken   paid, but by HAProxy's log not delivered whole: a fault, or our timeout
+    lost     delivered whole, but not in the journal; in brackets, those in flight at each kill of us
+    doubled  requests that HAProxy logged after an answer to the same draft was in the journal
 
-Each draft names its number, by which the three records are compared draft by draft. A line of the journal counts from
-the moment at which it is seen in the file. Prints a table; OUT/faults.md and OUT/faults.json have it too.
+Each draft names its number, which the three records are matched by. A line of the journal counts from the moment it is
+seen in the file. Prints a table, and writes it to OUT/faults.md and OUT/faults.json.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def fail(status: int, times: int, **more: Any) -> dict[str, Any]:
     return {"type": "fail", "status": status, "times": times, **more}
 
 
-def rule(name: str, percent: int, does: str, *, when: str = "request") -> str:
-    """Lines for HAProxy: a share of all requests meets a fault. when: `response` is after the server has answered"""
+def rule(name: str, percent: int, actions: str, *, when: str = "request") -> str:
+    """HAProxy rules that break `percent` of all requests. when: `response` acts after the server has answered"""
     free = "!{ var(txn.fault) -m found }" + (" METH_POST" if when == "request" else "")
     lines = [f"http-{when} set-var(txn.fault) str({name}) if {free} {{ rand(100) lt {percent} }}"]
-    lines += [f"http-{when} {one} if {{ var(txn.fault) -m str {name} }}" for one in does.split("; ")]
+    lines += [f"http-{when} {action} if {{ var(txn.fault) -m str {name} }}" for action in actions.split("; ")]
     return "".join(f"  {line}\n" for line in lines)
 
 
@@ -58,7 +59,7 @@ def answers(status: int, body: str, kind: str = "application/json") -> str:
 
 LIMITED = answers(429, "slow down", "text/plain")
 HALF, NO_CHOICES = answers(200, '{"choices": [{"mes'), answers(200, '{"choices": []}')
-CUT = "set-header content-length 5000; set-header connection close"  # of a reply that is much shorter
+CUT = "set-header content-length 5000; set-header connection close"  # of a much shorter reply
 MIX = (
     rule("429", 5, f"{LIMITED} hdr retry-after 0.2")
     + rule("502", 4, answers(502, "<html>bad gateway</html>", "text/html"))
@@ -102,14 +103,14 @@ SCENARIOS = [
 
 
 def main() -> None:
-    """Run the scenarios, print a line for each, and write the table."""
+    """Run the scenarios, print one line each, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--drafts", type=int, default=300)
-    parser.add_argument("--only", nargs="*", default=[""], help="scenarios whose names begin so")
+    parser.add_argument("--only", nargs="*", default=[""], help="scenarios whose names start with one of these")
     options = parser.parse_args()
-    if why := missing("llmock", "fastapi", program="haproxy"):
-        sys.exit(why)
+    if reason := missing("llmock", "fastapi", program="haproxy"):
+        sys.exit(reason)
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"limits": LIMITS, "versions": versions(), "cores": os.cpu_count()}
     head = ["scenario", "faults", *COLUMNS, "failed", "commands", "s"]
@@ -120,7 +121,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             rows.append(Trial(scenario, Path(folder), scenario.num or options.drafts).run())
-        lines.append(told(rows[-1]))
+        lines.append(table_line(rows[-1]))
         sys.stdout.write(lines[-1])
         sys.stdout.flush()
         (options.out / "faults.md").write_text("".join(lines))
@@ -130,23 +131,30 @@ def main() -> None:
 
 
 def is_bad(row: Mapping[str, Any]) -> bool:
-    """Whether more was lost than was under way, or on its way into the journal, when we died; or anything else."""
-    killed = row["lost_at_kills"]
-    wrong = [row[name] for name in ("doubled", "invented", "missing")]
-    return row["lost"] > sum(killed) or max(killed, default=0) > 2 * AT_ONCE or any(wrong)
+    """Whether more replies were lost than were in flight at our kills, or any was doubled, invented or missing."""
+    in_flight = row["lost_at_kills"]
+    errors = [row[name] for name in ("doubled", "invented", "missing")]
+    return row["lost"] > sum(in_flight) or max(in_flight, default=0) > 2 * AT_ONCE or any(errors)
 
 
-def told(row: Mapping[str, Any]) -> str:
-    shown = dict(row)
-    if killed := row["lost_at_kills"]:
-        shown["lost"] = f"{row['lost']} ({', '.join(map(str, killed))})"
-    values = ["-" if shown[name] is None else shown[name] for name in COLUMNS]
+def table_line(row: Mapping[str, Any]) -> str:
+    cells = dict(row)
+    if in_flight := row["lost_at_kills"]:
+        cells["lost"] = f"{row['lost']} ({', '.join(map(str, in_flight))})"
+    values = ["-" if cells[name] is None else cells[name] for name in COLUMNS]
     return line_of(
-        [row["scenario"], counted(row["faults"]), *values, counted(row["failed"]), row["commands"], row["seconds"]]
+        [
+            row["scenario"],
+            counts_text(row["faults"]),
+            *values,
+            counts_text(row["failed"]),
+            row["commands"],
+            row["seconds"],
+        ]
     )
 
 
-def counted(counts: Mapping[str, int]) -> str:
+def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "-"
 
 
@@ -155,10 +163,10 @@ def line_of(cells: list[Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the servers, and of the SDK whose connections we use."""
+    """Versions of the servers, and of the SDK whose connections we use."""
     proxy = subprocess.run([str(find("haproxy")), "-v"], capture_output=True, text=True, check=True).stdout
-    found = {name: importlib.metadata.version(name) for name in ("llmock", "transformers", "openai")}
-    return {"haproxy": proxy.split()[2], **found, "python": sys.version.split()[0]}
+    packages = {name: importlib.metadata.version(name) for name in ("llmock", "transformers", "openai")}
+    return {"haproxy": proxy.split()[2], **packages, "python": sys.version.split()[0]}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What it costs to load a sharded model folder: tensor by tensor, against one state dict of all shards.
+"""Time and memory to load a sharded model folder: tensor by tensor, against one state dict of all shards.
 
     python -m benchmarks.loading                       a random bfloat16 model of 600 MB in 5 shards
     python -m benchmarks.loading --megabytes 2000 --runs 5
 
-Each side runs in a process of its own, in turn, on the same folder, which is in the page cache by then. The baseline
-makes the model, reads all shards into one dictionary and calls `load_state_dict`. Memory is the growth of the
-process's peak from before the first byte is read to the loaded model. Both must load the same weights.
+Each side runs in its own process, in turn, on the same folder, which is in the page cache by then. The baseline builds
+the model, reads all shards into one dictionary and calls `load_state_dict`. Memory is the growth of the process's peak
+from before the first read to the loaded model. Both must load the same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import Codec
 
-LAYER = 12 * 1024**2  # parameters of a layer of the sizes below
+LAYER = 12 * 1024**2  # parameters of a layer with the sizes below
 
 
 def main() -> None:
@@ -36,14 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"megabytes": 600, "shards": 5, "runs": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--side", choices=SIDES, help="measure one side of the folder; used by the benchmark itself")
+    parser.add_argument("--side", choices=SIDES, help="measure one side; used by the benchmark itself")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     if options.side:
         sys.stdout.write(json.dumps(measure(options.side, options.folder)))
         return
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
         size = write(folder, options.megabytes * 1e6, options.shards)
         pairs = [{side: in_process(side, folder) for side in SIDES} for _ in range(options.runs)]
     if len({result["fingerprint"] for pair in pairs for result in pair.values()}) > 1:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def write(folder: Path, size: float, shards: int) -> int:
-    """Make the model folder; returns the bytes of its weights."""
+    """Write the model folder. Returns the bytes of its weights."""
     decoder = {
         "vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2731, "num_attention_heads": 8,
         "num_hidden_layers": max(1, round(size / 2 / LAYER)),
@@ -76,7 +76,7 @@ def ours(folder: Path) -> LLaDAV:
 
 
 def baseline(folder: Path) -> LLaDAV:
-    """All shards first, as a plain loader does."""
+    """All shards into one state dict, as a plain loader does."""
     config = json.loads((folder / "config.json").read_text())
     model = build_empty(Description(config["decoder"], config["vision"], config["image_id"]))
     model = model.bfloat16().to_empty(device="cpu")
@@ -91,7 +91,7 @@ SIDES = {"baseline": baseline, "ours": ours}
 
 
 def measure(side: str, folder: Path) -> dict[str, float | str]:
-    """Seconds, bytes of peak memory and what was loaded."""
+    """Seconds, bytes of peak memory, and the fingerprint of the loaded weights."""
     torch.set_num_threads(1)
     before, began = peak(), time.perf_counter()
     model = SIDES[side](folder)
@@ -100,7 +100,7 @@ def measure(side: str, folder: Path) -> dict[str, float | str]:
 
 
 def peak() -> int:
-    """Most bytes of memory that this process has had so far, as Linux counts them."""
+    """Peak resident memory of this process so far, in bytes (Linux)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -1,14 +1,14 @@
-"""Is the plan of memory (`src.training.memory_plan`) true? Real training steps, measured, beside what was planned for them.
+"""Check the memory plan (`src.training.memory_plan`) against the measured memory of real training steps.
 
     python -m benchmarks.memory                    all cases on the CPU, one thread, each in a fresh process
     python -m benchmarks.memory mid "mid, mixed"   some of them
 
 A case is a model with random weights and the Stage I objective. Its process trains for two steps with Lightning, after
-a step of a small model that loads libraries and kernels. Measured is the growth of resident memory over what the
-process held with the model built, at its highest; planned is the plan's peak without the parameters, with the optimizer
-as it works on the CPU. The allocator is told to return what is freed at once.
+a step of a small model that loads libraries and kernels. Measured is the peak growth of resident memory over what the
+process holds with the model built; planned is the plan's peak without the parameters, with the optimizer as it runs on
+the CPU. The allocator is set to return freed memory at once.
 
-Where there is a CUDA device, `--device cuda` takes its allocator's count instead, and the optimizer as on a GPU.
+`--device cuda` takes the count of the CUDA allocator instead, and the optimizer as it runs on a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers"
 MID = {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
 MID_TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6}
 TEXT = {"decoder": {**MID, "num_attention_heads": 8}, "vision": None}
-SEES = {
+MULTIMODAL = {
     "decoder": {**MID, "num_attention_heads": 8},
     "vision": {**MID_TOWER, "image_size": 224, "patch_size": 14},
     "tiling": anyres(224).to_dict(),
@@ -68,36 +68,41 @@ CASES: dict[str, dict] = {
     "mid, checkpointing": {"model": TEXT, "training": {"checkpointing": "full"}},
     "mid, selective": {"model": TEXT, "training": {"checkpointing": "selective"}},
     "mid, 2 micro-batches": {"model": TEXT, "rows": 2, "training": {"micro_batch": 1}},
-    "mid, image": {"model": SEES, "prompt": 40},
-    "mid, image, tower frozen": {"model": SEES, "prompt": 40, "training": {"vision_lr": 0.0}},
+    "mid, image": {"model": MULTIMODAL, "prompt": 40},
+    "mid, image, tower frozen": {"model": MULTIMODAL, "prompt": 40, "training": {"vision_lr": 0.0}},
 }
 
 
 def main() -> None:
-    """Print a line for each case."""
+    """Print one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--one", choices=("measured", "planned"), help=argparse.SUPPRESS)  # what a process is for
+    parser.add_argument("--one", choices=("measured", "planned"), help=argparse.SUPPRESS)  # the task of a child process
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
     if options.one:
-        find = measured if options.one == "measured" else planned
-        sys.stdout.write(json.dumps(find(CASES[options.cases[0]], options.device)))
+        function = measured if options.one == "measured" else planned
+        sys.stdout.write(json.dumps(function(CASES[options.cases[0]], options.device)))
         return
     sys.stdout.write(f"{'MiB without parameters':28}{'measured':>10}{'planned':>10}{'ratio':>8}\n")
     for case in options.cases:
-        real, plan = (in_process(case, what, options.device) for what in ("measured", "planned"))
-        sys.stdout.write(f"{case:28}{real / MIB:10.0f}{plan / MIB:10.0f}{plan / real:8.2f}\n")
+        actual, plan = (in_process(case, task, options.device) for task in ("measured", "planned"))
+        sys.stdout.write(f"{case:28}{actual / MIB:10.0f}{plan / MIB:10.0f}{plan / actual:8.2f}\n")
         sys.stdout.flush()
 
 
-def in_process(case: str, what: str, device: str) -> int:
-    """The bytes that a fresh process finds."""
-    small = str(64 << 10)  # bytes: larger blocks go back to the system as soon as they are freed
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": small, "MALLOC_TRIM_THRESHOLD_": small}
-    command = [sys.executable, "-m", "benchmarks.memory", case, "--one", what, "--device", device]
+def in_process(case: str, task: str, device: str) -> int:
+    """The bytes that a fresh process measures or plans."""
+    threshold = str(64 << 10)  # bytes; larger blocks return to the system as soon as they are freed
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": threshold,
+        "MALLOC_TRIM_THRESHOLD_": threshold,
+    }
+    command = [sys.executable, "-m", "benchmarks.memory", case, "--one", task, "--device", device]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -114,7 +119,7 @@ def planned(case: dict, device: str) -> int:
 
 
 def measured(case: dict, device: str) -> int:
-    """What two steps need on top of the model. Linux only, on the CPU."""
+    """Peak bytes of two steps on top of the model. On the CPU, Linux only."""
     small = {**CASES["tiny"], "rows": 1, "precision": case.get("precision", "32-true")}
     train(small, LLaDAV(**small["model"]), device)
     model = LLaDAV(**case["model"]).to(device, TYPES[case.get("precision", "32-true")][0])
@@ -124,21 +129,21 @@ def measured(case: dict, device: str) -> int:
         train(case, model, device)
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     train(case, model, device)
     return resident("VmHWM") - before
 
 
 def resident(name: str) -> int:
-    """Bytes of this process that are in memory now (VmRSS) or were at most (VmHWM)."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found
-    return int(found[1]) << 10
+    """Resident bytes of this process, now (VmRSS) or at their peak (VmHWM)."""
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert match
+    return int(match[1]) << 10
 
 
 def train(case: dict, model: LLaDAV, device: str) -> None:
-    """Two steps: the second one finds the states of the optimizer."""
+    """Two steps; the second one runs with the optimizer states allocated."""
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     precision = case.get("precision", "32-true")
     trainer = L.Trainer(
@@ -153,7 +158,7 @@ def build(case: dict, model: LLaDAV) -> RevisionObjective:
 
 
 def make_batch(case: dict) -> Batch:
-    """Random ids, and black pictures of 640 x 480 where the model sees."""
+    """Random ids, and black images of 640 x 480 if the model has a vision tower."""
     rows, length = case.get("rows", 1), case.get("length", 128)
     draw = partial(torch.randint, 3, SPECIAL.vocab_size)
     prefix = {"prompt_ids": draw((rows, case.get("prompt", 1000)))}

@@ -1,13 +1,13 @@
-"""What the expert costs a round beyond its drafts: asked while the next chunk is drawn, and, the usual way, afterwards.
+"""Time that the expert adds to a round: overlapped with drafting, and after it.
 
     python -m benchmarks.overlap                          one process, replies in half a second, 64 requests at once
     python -m benchmarks.overlap --ranks 2 --latency 2
 
-Three ways to a round, in turn, with new folders each time: `drafts` only draws them; `overlapped` is `run_round`;
-`afterwards` draws all and then revises them (the verbs `draft` and `revise`). Told is the time beyond that of the
-drafts alone, as a share of it. The model is the base model of the repository, the images are scenes, the expert is the
-OpenAI client against a local server in a process of its own that answers each draft with one edit. Every rank draws
-with one thread; there must be a core for each rank and one for the server.
+Three modes in turn, each with new folders: `drafts` only draws; `overlapped` is `run_round`, which sends a chunk to
+the expert while the next one is drawn; `afterwards` draws all drafts and then revises them (the verbs `draft` and
+`revise`). Printed is the time beyond that of the drafts alone, as a share of it. The model is the base model of the
+repository, the images are scenes, and the expert is the OpenAI client against a local server in its own process that
+answers each draft with one edit. Every rank draws with one thread and needs a core; the server needs one more.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ from src.rounds.round import RoundOptions, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
 from src.text.tokenizer import Codec
+from src.types import Round
 from testing.servers.scripted import Http, Request, Scripted, reply
 
 BASE = Path(__file__).parents[1] / "assets" / "base"
 SPEEDS = [1, 4, 8]  # tokens per step
-CANVAS = 64
+LENGTH = 64  # response length in tokens
 
 
 def main() -> None:
-    """Print a line for each run, and the medians."""
+    """Print one line per run, and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"drafts": 384, "at-once": 64, "ranks": 1, "runs": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--latency", type=float, default=0.5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, served(options.latency) as url:
-        Scenes(out=f"{folder}/scenes", image_size=48, response_length=CANVAS, prompt="Describe the image in detail.",
+        Scenes(out=f"{folder}/scenes", image_size=48, response_length=LENGTH, prompt="Describe the image in detail.",
                num_train=options.drafts, num_val=8, num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0,
                per_shard=512, vocab_size=400, tokenizer=str(BASE)).run()  # fmt: skip
         context = multiprocessing.get_context("spawn")
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def work(rank: int, folder: Path, url: str, options: argparse.Namespace) -> None:
-    """One rank."""
+    """Run and time the modes on one rank."""
     torch.set_num_threads(1)
     if options.ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.ranks)
@@ -78,40 +79,40 @@ def work(rank: int, folder: Path, url: str, options: argparse.Namespace) -> None
     for number in range(options.runs + 1):
         seconds = {}
         for name in ("drafts", "overlapped", "afterwards"):
-            way: Callable[[Path], None] = getattr(bench, name)
+            mode: Callable[[Path], None] = getattr(bench, name)
             team.gather(None)
             began = time.perf_counter()
-            way(folder / f"{name}-{number}")
+            mode(folder / f"{name}-{number}")
             seconds[name] = max(team.gather(time.perf_counter() - began))
-        if not number or not team.first:  # the first one warms up
+        if not number or not team.first:  # the first run warms up
             continue
-        told = []
+        parts = []
         for name in ("overlapped", "afterwards"):
             share = seconds[name] / seconds["drafts"] - 1
             shares.setdefault(name, []).append(share)
-            told.append(f"{name} {seconds[name]:.1f} s ({share:+.1%})")
-        sys.stdout.write(f"drafts {seconds['drafts']:.1f} s, {', '.join(told)}\n")
+            parts.append(f"{name} {seconds[name]:.1f} s ({share:+.1%})")
+        sys.stdout.write(f"drafts {seconds['drafts']:.1f} s, {', '.join(parts)}\n")
     if team.first:
-        found = (f"{name} {statistics.median(values):+.1%}" for name, values in shares.items())
+        medians = (f"{name} {statistics.median(values):+.1%}" for name, values in shares.items())
         sys.stdout.write(
-            f"{options.drafts} drafts, {options.ranks} ranks, {options.at_once} at once, {options.latency} s a reply; "
-            f"median beyond the drafts: {', '.join(found)}\n"
+            f"{options.drafts} drafts, {options.ranks} ranks, {options.at_once} at once, "
+            f"{options.latency} s per reply; median beyond the drafts: {', '.join(medians)}\n"
         )
     if options.ranks > 1:
         dist.destroy_process_group()
 
 
 class Bench:
-    """The three ways."""
+    """The three modes, as methods that take the folder to write."""
 
     team: Team
 
     def __init__(self, folder: Path, url: str, options: argparse.Namespace) -> None:
         self.url, self.options, self.codec = url, options, Codec.load(BASE)
         self.data = CaptionData(
-            path=str(folder / "scenes"), codec=self.codec, batch_size=24, response_length=CANVAS, image_size=48, seed=0
+            path=str(folder / "scenes"), codec=self.codec, batch_size=24, response_length=LENGTH, image_size=48, seed=0
         )
-        self.backbone, self.sampler = from_pretrained(BASE).eval(), Sampler(length=CANVAS, eos_last=True)
+        self.backbone, self.sampler = from_pretrained(BASE).eval(), Sampler(length=LENGTH, eos_last=True)
 
     def drafts(self, folder: Path) -> None:
         common = {"tokens_per_step": SPEEDS, "settings": self._settings, "total": self.options.drafts}
@@ -127,9 +128,9 @@ class Bench:
         self.drafts(folder / "drafts")
         self._check(revise_round(folder / "round", folder / "drafts", options=self._round_options))
 
-    def _check(self, made) -> None:
-        if made.manifest["counts"]["revised"] != self.options.drafts:
-            sys.exit(f"not all drafts were answered: {made.manifest['counts']}, {made.manifest['failures']}")
+    def _check(self, finished: Round) -> None:
+        if finished.manifest["counts"]["revised"] != self.options.drafts:
+            sys.exit(f"not all drafts were answered: {finished.manifest['counts']}, {finished.manifest['failures']}")
 
     @property
     def _batches(self):
@@ -161,7 +162,7 @@ class Bench:
 
 @contextmanager
 def served(latency: float):
-    """The address of a server in a process of its own."""
+    """Context with the address of a server in its own process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     server = context.Process(target=serve, args=(theirs, latency))
@@ -180,11 +181,11 @@ def serve(pipe: Connection, latency: float) -> None:
 
 
 def corrected(latency: float, request: Request) -> Http:
-    """Another colour for the first one that the draft names once; `right` where there is none."""
+    """An edit that replaces the first colour that occurs exactly once in the draft; `right` if there is none."""
     draft = request.text.split("Draft:\n")[-1]
-    found = next((word for word in COLOURS if len(re.findall(rf"\b{word}\b", draft)) == 1), None)
-    edits = [{"org": found, "target": next(c for c in COLOURS if c != found), "kind": "attribute", "reason": ""}]
-    return reply(json.dumps({"right": not found, "edits": edits if found else []}), delay=latency)
+    colour = next((word for word in COLOURS if len(re.findall(rf"\b{word}\b", draft)) == 1), None)
+    edits = [{"org": colour, "target": next(c for c in COLOURS if c != colour), "kind": "attribute", "reason": ""}]
+    return reply(json.dumps({"right": not colour, "edits": edits if colour else []}), delay=latency)
 
 
 if __name__ == "__main__":

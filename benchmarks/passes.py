@@ -1,11 +1,11 @@
-"""What a second pass costs: ProSeCo's step as we do it, and as one graph, beside mask prediction.
+"""Cost of ProSeCo's second forward pass: pass by pass as we do it, and as one graph, beside mask prediction.
 
     python -m benchmarks.passes                    on the CPU
     python -m benchmarks.passes --device cuda --steps 20
 
-Ours propagates each pass back before the next one runs; the baseline adds up both losses first. Both have the same
-gradients (compared here). Memory is what a step makes on top of weights and gradients, at its fullest moment: counted
-storage by storage on the CPU, by the allocator on a GPU. Times are medians, the three in turn.
+Ours runs the backward pass of each forward pass before the next one; the baseline sums both losses first. Both give the
+same gradients (compared here). Memory is the peak that a step allocates on top of weights and gradients: counted by
+storage on the CPU, by the allocator on a GPU. Times are medians, the three measured in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VOCABULARY = MID["vocab_size"]
 
 
 def main() -> None:
-    """Print a line for each way, and the ratios."""
+    """Print one line per variant, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=int, default=2)
@@ -42,38 +42,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     special = SpecialIds(mask=SPECIAL.mask, eos=1, eot=2, banned=(0, 1), vocab_size=VOCABULARY)
-    make = {"mask prediction": MaskPrediction, "ours": ProSeCo, "one graph": ProSeCo}
+    classes = {"mask prediction": MaskPrediction, "ours": ProSeCo, "one graph": ProSeCo}
     batch = _batch(options.rows, options.length).to(options.device)
     torch.manual_seed(0)
     model = LLaDAV(decoder={**MID, "num_attention_heads": 8}, vision=None).to(options.device)
-    ways = {
+    objectives = {
         name: cls(backbone=lambda: model, special=special, training=Training(lr=1.0), t_min=0.999999)
-        for name, cls in make.items()
+        for name, cls in classes.items()
     }
-    run: dict[str, Callable[[Objective, Batch], None]] = {"one graph": _one_graph}
-    steps = {name: run.get(name, _pass_by_pass) for name in ways}
-    gradients, seconds, peaks = {}, {name: [] for name in ways}, {}
-    for name, objective in ways.items():
+    steps: dict[str, Callable[[Objective, Batch], None]] = dict.fromkeys(objectives, _pass_by_pass)
+    steps["one graph"] = _one_graph
+    gradients, seconds, peaks = {}, {name: [] for name in objectives}, {}
+    for name, objective in objectives.items():
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         step = lambda name=name, objective=objective: steps[name](objective, batch)  # noqa: E731
-        peaks[name] = _peak(options.device, step, known=[p.grad for p in model.parameters() if p.grad is not None])
+        peaks[name] = _peak(options.device, step, allocated=[p.grad for p in model.parameters() if p.grad is not None])
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for _ in range(options.steps):
-        for name, objective in ways.items():
+        for name, objective in objectives.items():
             began = time.perf_counter()
             steps[name](objective, batch)
             if options.device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-    for name in ways:
+    for name in objectives:
         sys.stdout.write(f"{name:16} {peaks[name] / MIB:9.1f} MiB {median(seconds[name]):8.3f} s\n")
-    worst = (gradients["ours"] - gradients["one graph"]).norm() / gradients["one graph"].norm()
+    difference = (gradients["ours"] - gradients["one graph"]).norm() / gradients["one graph"].norm()
     ratio = {name: peaks[name] / peaks["mask prediction"] for name in ("ours", "one graph")}
     slower = {name: median(seconds[name]) / median(seconds["mask prediction"]) for name in ratio}
     sys.stdout.write(
         f"memory of mask prediction: ours x {ratio['ours']:.2f}, one graph x {ratio['one graph']:.2f}; "
-        f"time: x {slower['ours']:.2f}, x {slower['one graph']:.2f}; gradients differ by {worst:.1e}\n"
+        f"time: x {slower['ours']:.2f}, x {slower['one graph']:.2f}; gradients differ by {difference:.1e}\n"
     )
 
 
@@ -81,9 +81,9 @@ def _batch(rows: int, length: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     response = torch.randint(5, VOCABULARY, (rows, length), generator=generator)
     prompt = torch.randint(5, VOCABULARY, (rows, 8), generator=generator)
-    there, none = torch.ones_like(response, dtype=torch.bool), torch.zeros_like(response)
+    editable, span = torch.ones_like(response, dtype=torch.bool), torch.zeros_like(response)
     keys = [str(row) for row in range(rows)]
-    return Batch({"prompt_ids": prompt}, response, there, response, none, torch.zeros(rows, dtype=torch.bool), keys)
+    return Batch({"prompt_ids": prompt}, response, editable, response, span, torch.zeros(rows, dtype=torch.bool), keys)
 
 
 def _sum(losses: dict[str, Loss]) -> Tensor:
@@ -105,8 +105,8 @@ def _one_graph(objective: Objective, batch: Batch) -> None:
     torch.stack([_sum(losses) for losses in objective.passes(batch, prefix, state, noise)]).sum().backward()
 
 
-def _peak(device: str, step: Callable[[], None], *, known: list[Tensor]) -> int:
-    """Bytes made by a step at its fullest moment, besides the tensors that are `known`."""
+def _peak(device: str, step: Callable[[], None], *, allocated: list[Tensor]) -> int:
+    """Peak bytes that a step allocates, without the tensors in `allocated`."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -115,12 +115,12 @@ def _peak(device: str, step: Callable[[], None], *, known: list[Tensor]) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     live = Live()
-    for tensor in known:
-        live.hold(tensor, "known")
+    for tensor in allocated:
+        live.hold(tensor, "allocated")
     with live:
-        live.enter("step", "made")
+        live.enter("step", "new")
         step()
-    return live.peaks["step"]["made"]
+    return live.peaks["step"]["new"]
 
 
 if __name__ == "__main__":

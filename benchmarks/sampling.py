@@ -1,11 +1,11 @@
-"""What a step of the sampler costs: the prefix kept and logits of the response only, against a full pass every step.
+"""Time of a sampler step: cached prefix and logits of the response only, against a full forward pass every step.
 
     python -m benchmarks.sampling                      a mid-size random model on the CPU, one thread
     python -m benchmarks.sampling --prefix 1000 --steps 8 --runs 3
 
 Both sides decode the same response greedily with the same weights in `prefix` attention, in turn, in one process; the
-ratio is taken run by run. The baseline encodes the prefix anew at every step, as code without a cache has to, and asks
-for logits at every position. Both must write the same tokens.
+ratio is taken run by run. The baseline encodes the prefix at every step, as code without a cache must, and computes
+logits at every position. Both must write the same tokens.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1, 2), vocab_size=16_000)
     pairs = []
     for number in range(options.runs + 1):
-        (slow, expected), (fast, found) = (
+        (slow, expected), (fast, tokens) = (
             timed(baseline, model, prompt, special, options),
             timed(ours, model, prompt, special, options),
         )
-        if not torch.equal(expected, found):
+        if not torch.equal(expected, tokens):
             sys.exit("the two sides wrote different tokens")
         if number:  # the first pair warms up
             pairs.append((slow, fast))
@@ -48,7 +48,7 @@ def main() -> None:
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
     sys.stdout.write(
         f"prefix {options.prefix}, response {options.length}, {options.steps} steps, {options.threads} thread(s)\n"
-        f"full pass every step: {slow:.3f} s   prefix kept, response logits: {fast:.3f} s\n"
+        f"full pass every step: {slow:.3f} s   cached prefix, response logits: {fast:.3f} s\n"
         f"ratio: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}\n"
     )
 
@@ -70,14 +70,14 @@ def ours(model: LLaDAV, prompt: torch.Tensor, special: SpecialIds, options: argp
 
 @torch.no_grad()
 def baseline(model: LLaDAV, prompt: torch.Tensor, special: SpecialIds, options: argparse.Namespace) -> torch.Tensor:
-    """LLaDA's loop as published: everything at every step."""
+    """LLaDA's published loop: prefix and logits of all positions at every step."""
     tokens = torch.full((1, options.length), special.mask)
     per_step = options.length // options.steps
     for _ in range(options.steps):
         prefix = model.encode_prefix({"prompt_ids": prompt})
         hidden = model.model(model.model.embed_tokens(tokens), prefix, None)
-        everywhere = torch.cat([prefix.embeds, hidden], 1)  # stands for the hidden states of all positions
-        logits = model.lm_head(everywhere)[:, prompt.shape[1] :].clone()
+        all_hidden = torch.cat([prefix.embeds, hidden], 1)  # stands for the hidden states of all positions
+        logits = model.lm_head(all_hidden)[:, prompt.shape[1] :].clone()
         logits[..., list(special.banned)] = -torch.inf
         probability, choice = logits.double().softmax(-1).max(-1)
         probability[tokens != special.mask] = -torch.inf

@@ -1,12 +1,12 @@
-"""What a process holds, and how long a step takes, when two processes train one model: copies, shares, one alone.
+"""Memory per process and time per step of two processes that train one model: copies (DDP), shards (FSDP2), or alone.
 
     python -m benchmarks.strategies                on the CPU (gloo), one thread each
     python -m benchmarks.strategies --steps 8
 
-The model (hidden size 512, 8 layers, 32,000 words: 59 million parameters) is read from a folder, trained for some
-steps on one row of 128 tokens in each process, and saved as a checkpoint. Memory is the growth of resident memory over
-what a process held before it made the model, at its highest, with the steps alone and with the checkpoint; of two
-processes that of the one that took more. The baseline is `copies` (DDP). Every way runs in fresh processes.
+The model (hidden size 512, 8 layers, vocabulary 32,000: 59 million parameters) is loaded from a folder, trained for
+some steps on one row of 128 tokens in each process, and saved as a checkpoint. Memory is the peak growth of resident
+memory over that of the process before the model is built, for the steps alone and with the checkpoint; of two
+processes, the larger. The baseline is `copies` (DDP). Every variant runs in fresh processes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from src.objectives.revision import RevisionObjective
 from src.training.launch import meet
 from src.training.strategy import DDP, FSDP2
 
-WAYS = ("alone", "copies", "shares", "shares, not resharded", "shares, bfloat16", "shares, checkpointing")
-STOOD_FOR = {"shares, not resharded": Sharding(reshard=False), "shares, bfloat16": Sharding(compute="bfloat16")}
+VARIANTS = ("alone", "copies", "shares", "shares, not resharded", "shares, bfloat16", "shares, checkpointing")
+SHARDING = {"shares, not resharded": Sharding(reshard=False), "shares, bfloat16": Sharding(compute="bfloat16")}
 
 
 class Clock(L.Callback):
@@ -54,10 +54,10 @@ class Clock(L.Callback):
 
 
 def main() -> None:
-    """Print a line for each way, and its ratios to `copies`."""
+    """Print one line per variant, and its ratios to `copies`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)  # what a process is for
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)  # the variant of a child process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -65,16 +65,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        found = {way: run(way, options.steps, Path(folder)) for way in WAYS}
-    base = found["copies"]
+        results = {variant: run(variant, options.steps, Path(folder)) for variant in VARIANTS}
+    base = results["copies"]
     sys.stdout.write(f"{'':24}{'steps MiB':>10}{'+ saving':>10}{'s/step':>8}{'memory':>9}{'time':>7}\n")
-    for way, (steps, saving, seconds) in found.items():
+    for variant, (steps, saving, seconds) in results.items():
         ratios = f"{steps / base[0]:9.2f}{seconds / base[2]:7.2f}"
-        sys.stdout.write(f"{way:24}{steps / MIB:10.0f}{saving / MIB:10.0f}{seconds:8.2f}{ratios}\n")
+        sys.stdout.write(f"{variant:24}{steps / MIB:10.0f}{saving / MIB:10.0f}{seconds:8.2f}{ratios}\n")
 
 
 def write_model(folder: Path) -> None:
-    """Random weights as a model folder; no tokenizer is needed to read them."""
+    """Write random weights as a model folder, without a tokenizer."""
     from src.models.hf.folder import describe, write_config
     from src.models.hf.formats import FORMATS
 
@@ -86,25 +86,30 @@ def write_model(folder: Path) -> None:
     write_config(folder, FORMATS["own"].config(describe(model)))
 
 
-def run(way: str, steps: int, folder: Path) -> tuple[float, float, float]:
-    """Bytes of the steps, bytes with the checkpoint, seconds of a step, of the process with the most."""
-    small = str(64 << 10)  # bytes: larger blocks go back to the system as soon as they are freed
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": small, "MALLOC_TRIM_THRESHOLD_": small}
-    for old in folder.glob("found-*"):
+def run(variant: str, steps: int, folder: Path) -> tuple[float, float, float]:
+    """Peak bytes of the steps, peak bytes with the checkpoint, seconds per step: the maximum over processes."""
+    threshold = str(64 << 10)  # bytes; larger blocks return to the system as soon as they are freed
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": threshold,
+        "MALLOC_TRIM_THRESHOLD_": threshold,
+    }
+    for old in folder.glob("result-*"):
         old.unlink()
-    command = [sys.executable, "-m", "benchmarks.strategies", "--one", way, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.strategies", "--one", variant, "--steps", str(steps)]
     done = subprocess.run([*command, "--folder", str(folder)], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
-    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("found-*"))]
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("result-*"))]
     return tuple(max(column) for column in zip(*ranks, strict=True))  # type: ignore[return-value]
 
 
-def train(way: str, steps: int, folder: Path) -> None:
-    """Train this process's part and write what it took to the folder."""
-    sharding = STOOD_FOR.get(way)
-    training = Training(lr=1e-4, checkpointing="full" if "checkpointing" in way else "none", sharding=sharding)
-    alone, shares = way == "alone", way.startswith("shares")
+def train(variant: str, steps: int, folder: Path) -> None:
+    """Train in this process and write its measurements to the folder."""
+    sharding = SHARDING.get(variant)
+    training = Training(lr=1e-4, checkpointing="full" if "checkpointing" in variant else "none", sharding=sharding)
+    alone, shares = variant == "alone", variant.startswith("shares")
     clock, strategy = Clock(), "auto" if alone else FSDP2() if shares else DDP()
     trainer = L.Trainer(
         accelerator="cpu", devices=1 if alone else 2, strategy=strategy, max_steps=steps, callbacks=[clock],
@@ -116,10 +121,10 @@ def train(way: str, steps: int, folder: Path) -> None:
     objective = RevisionObjective(backbone=backbone, special=SPECIAL, training=training)
     batch = make_batch({"model": TEXT})
     trainer.fit(objective, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
-    most = resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     trainer.save_checkpoint(folder / "state.ckpt")
-    found = [most, resident("VmHWM") - before, median(clock.seconds[1:])]
-    (folder / f"found-{trainer.global_rank}").write_text(json.dumps(found))
+    result = [peak, resident("VmHWM") - before, median(clock.seconds[1:])]
+    (folder / f"result-{trainer.global_rank}").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

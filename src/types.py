@@ -22,14 +22,14 @@ from src.io.errors import UserError
 
 
 class Kind(IntEnum):
-    """State of a response position after corruption. An objective has one loss term per kind or group of kinds."""
+    """What a response position holds after corruption. An objective has one loss term per kind or group of kinds."""
 
     FROZEN = 0  # padding, or excluded from training
     CLEAN = 1  # visible and correct
     MASK = 2  # replaced by the mask token
     SYNTAX = 3  # visible, replaced by a random token
-    HALLUCINATION = 4  # visible, part of a hallucinated span: fluent but false
-    MISTAKE = 5  # visible, part of a draft's span that the expert corrected
+    HALLUCINATION = 4  # visible, inside a hallucinated span: fluent but false
+    MISTAKE = 5  # visible, inside a span of a draft that the expert corrected
     DRAFT = 6  # visible, written by the model itself (two-pass objectives)
 
 
@@ -37,13 +37,14 @@ class Kind(IntEnum):
 class SpecialIds:
     """Special token ids, read from the tokenizer.
 
-    banned: ids that a response must never contain; unwritten: other special ids, never drawn as random replacements
-    gap: token that stands for no text (`src.text.prompt_format.PromptFormat`); None: the tokenizer has no such token
+    banned:    ids that a response must never contain
+    unwritten: other special ids, never drawn as random replacements
+    gap:       token that stands for no text (`src.text.prompt_format.PromptFormat`), None if the tokenizer has none
     """
 
     mask: int
-    eos: int  # end of text: fills the response after eot
-    eot: int  # end of turn: ends a response
+    eos: int  # end of text: fills the response length after eot
+    eot: int  # end of turn: ends the response text
     banned: tuple[int, ...]
     vocab_size: int
     unwritten: tuple[int, ...] = ()
@@ -52,17 +53,17 @@ class SpecialIds:
 
 @dataclass
 class Batch:
-    """Samples for one step. `response` always holds the *correct* tokens, `flawed` the version with mistakes.
+    """Samples of one step. `response` always holds the *correct* tokens, `flawed` the version with mistakes.
 
     prefix:   inputs of `Backbone.encode_prefix`, tensors with B rows: `prompt_ids`, `prompt_mask`, and for images
               `pixel_values`, `num_tiles`, `image_sizes` (see `src/models/llada_v.py`)
     response: (B, L) int64, the target text, eot, then end-of-text filler or padding
     editable: (B, L) bool, false on padding, which corruptions and losses ignore
-    flawed:   (B, L) int64, equal to `response` but with wrong tokens inside the spans
+    flawed:   (B, L) int64, `response` with wrong tokens inside the spans
     span:     (B, L) int64, number of the span (1, 2, ...), 0 outside spans
     drafted:  (B,) bool, true for rows of an online round: `flawed` is a draft, its spans are the corrected mistakes
-    keys:     one key per row; noise is a function of it
-    epoch:    the epoch of this batch's noise
+    keys:     one key per row; its noise is a function of the key
+    epoch:    epoch of this batch's noise
     records:  JSON record of each row from the shard (text, scene, ...), for callbacks and metrics
     images:   encoded image of each row from the shard, for drafts and logging
     """
@@ -82,7 +83,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The batch with all tensors on `device` (called by Lightning)."""
+        """Copy with all tensors on `device` (called by Lightning)."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -110,9 +111,9 @@ class Prefix:
     """Everything before the response, encoded by the backbone.
 
     embeds: (B, P, D)
-    mask:   (B, P) bool, None if no row is padded
+    mask:   (B, P) bool, false on padding; None if no row is padded
     cache:  (keys, values) of each decoder layer, each (B, H, P, d); None if the attention mode allows no exact cache
-    last:   (B, 1, D) final hidden state of the last token, with a cache and shifted logits only, else None
+    last:   (B, 1, D) final hidden state of the last token; None unless there is a cache and logits are shifted
     """
 
     embeds: Tensor
@@ -121,13 +122,13 @@ class Prefix:
     last: Tensor | None = None
 
     def select(self, rows: Tensor) -> Prefix:
-        """The prefix of `rows` (N,) int64, repeats allowed."""
+        """The prefixes of `rows` (N,) int64, which may repeat."""
         cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
         mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
         return Prefix(self.embeds[rows], mask, cache, last)
 
 
-register_dataclass(Prefix)  # lets FSDP2 find its tensors, also in torch 2.11
+register_dataclass(Prefix)  # lets FSDP2 find its tensors, even in torch 2.11
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Corrupted:
 
 @dataclass(frozen=True)
 class Loss:
-    """Sum and denominator, kept apart so that both add up over micro-batches and ranks before the division."""
+    """Numerator and denominator, summed separately over micro-batches and ranks before the division."""
 
     numerator: Tensor
     denominator: Tensor
@@ -154,10 +155,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Edit:
-    """Correction by an expert: replace `org` at character `start_char` of the draft by `target`.
+    """An expert's correction: replace `org` at character `start_char` of the draft by `target`.
 
-    start_char: None means wherever `org` occurs; reason: in the expert's words
-    kind: of the mistake (`colour`, `count`, `syntax`, ...), used to count edits
+    start_char: None: wherever `org` occurs
+    reason: in the expert's words
+    kind: type of the mistake (`colour`, `count`, `syntax`, ...), used to count edits
     """
 
     org: str
@@ -172,7 +174,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Draft:
-    """A response that a model wrote. `token_ids`: cut after eot; `reference`: the true response, or ""."""
+    """A response written by the model. token_ids: cut after eot; reference: the true response, or ""."""
 
     key: str
     prompt: str
@@ -198,12 +200,12 @@ class Revision:
     attempts: int = 1
 
 
-DEADLINE = "deadline"  # reason of a `Failure`: the expert had to stop before it answered
+DEADLINE = "deadline"  # `Failure.reason` if the expert was stopped before it answered
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an expert gave no usable answer. retry: another request later may succeed.
+    """Why an expert gave no usable answer. retry: whether a later request may succeed.
 
     The other fields are those of `Revision`, so that the usage of failed requests is recorded, too.
     """
@@ -217,12 +219,12 @@ class Failure:
 
 
 class FailedRound(UserError):
-    """A round that cannot be completed or is useless, for a reason that the user can fix. Its files are kept."""
+    """Raised if a round cannot be completed or is useless, and the user can fix the cause. Its files are kept."""
 
 
 @dataclass
 class Round:
-    """A finished online round on disk: folder and manifest (counts, sha256 of each shard)."""
+    """A finished online round on disk: its folder and manifest (counts, sha256 of each shard)."""
 
     path: Path
     manifest: dict
@@ -230,26 +232,26 @@ class Round:
 
 @dataclass
 class TraceStep:
-    """One sampler step for one row: tokens after it, positions unmasked, (position, old, new) of each token edit."""
+    """One sampler step of one row."""
 
-    tokens: list[int]
-    unmasked: list[int]
-    rewritten: list[tuple[int, int, int]]
-    remasked: list[int]
-    confidence: list[float]  # of the tokens in `unmasked`
+    tokens: list[int]  # after the step
+    unmasked: list[int]  # positions
+    rewritten: list[tuple[int, int, int]]  # (position, old, new) of each token edit
+    remasked: list[int]  # positions
+    confidence: list[float]  # of the tokens at `unmasked`
     forwards: int  # forward calls so far
 
 
 @dataclass
 class Sampled:
-    """Output of a sampler for B rows: ids (B, L), counts per row (B,), wall time of the batch in seconds, traces."""
+    """Output of a sampler for B rows."""
 
-    ids: Tensor
-    forwards: Tensor
-    edits: Tensor
-    remasks: Tensor
-    wall_s: float
-    traces: list[list[TraceStep]] | None = None
+    ids: Tensor  # (B, L)
+    forwards: Tensor  # (B,) number of forward calls
+    edits: Tensor  # (B,) number of token edits
+    remasks: Tensor  # (B,) number of remasked tokens
+    wall_s: float  # wall time of the batch in seconds
+    traces: list[list[TraceStep]] | None = None  # the steps of each row
 
 
 class Backbone(Protocol):
@@ -264,7 +266,7 @@ class Backbone(Protocol):
     ) -> Tensor:
         """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at the N true positions of `positions` (B, L) bool.
 
-        attend: (B, L) bool, false on padding; None attends to every position
+        attend: (B, L) bool, false on padding; None: attend to every position
         """
         ...
 
@@ -278,14 +280,14 @@ class Corruption(Protocol):
 class Expert(Protocol):
     """Corrects drafts. Answers come in any order, exactly one per draft.
 
-    Answers depend on the name and on the public attributes, or on a dict `settings` if there is one; stored answers
-    are not reused after these change.
+    Stored answers are reused only as long as the name and the public attributes (or a dict `settings`, if there is one)
+    are unchanged.
 
     Optional members:
         session(), finish(), trouble     connections, stop at a deadline, last error (rounds/expert_thread.py)
         charge(usage)                    adds the usage of earlier rounds (rounds/round.py)
         reread(draft, answer)            parses a stored answer again (rounds/round.py)
-        estimate                         cost of a dry run (src/revise.py)
+        estimate                         cost estimate for a dry run (src/revise.py)
         body, read                       request and reply of the batch API (rounds/batch_api.py)
     """
 

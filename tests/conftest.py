@@ -1,11 +1,10 @@
-"""What tests share: one thread for tensors, and the golden set (tests/golden/README.md) as fixtures.
+"""Shared by all tests: one thread for tensors, and the golden set (tests/golden/README.md) as fixtures.
 
-One thread in the tests and in all processes that they start: the tensors are so small that more threads only cost
-time, and a process that is forked (as tests with a kill do) while its parent has worker threads waits for them for
-ever.
+Tests and the processes that they start use one thread. The tensors are so small that more threads only cost time, and a
+process forked while its parent has worker threads (as in tests with a kill) would wait for those threads forever.
 
-The environment variable GOLDEN_LLADA_V names another golden set of the same layout; here it gets its default, as test
-modules look into the set when they are imported.
+The environment variable GOLDEN_LLADA_V names another golden set of the same layout. Its default is set here, because
+test modules read the set when they are imported.
 """
 
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 torch.set_num_threads(1)
 GOLDEN = "GOLDEN_LLADA_V"
 REQUIRED = (
@@ -29,18 +28,18 @@ os.environ[GOLDEN] = os.environ.get(GOLDEN) or str(Path(__file__).parent / "gold
 
 
 def pytest_configure() -> None:
-    """One line instead of an error in each test where the golden set is none."""
+    """Fail with one line, instead of an error in each test, if the golden set is incomplete."""
     folder = Path(os.environ[GOLDEN])
-    absent = [name for name in REQUIRED if not (folder / name).is_file()]
-    if absent or not any(folder.glob("vision_*.npz")):
-        what = f"it lacks {', '.join(absent or ['vision_*.npz'])}" if folder.is_dir() else "there is no such folder"
-        raise pytest.UsageError(f"{GOLDEN}={folder} is no golden set: {what} (tests/golden/README.md)")
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if missing or not any(folder.glob("vision_*.npz")):
+        reason = f"it lacks {', '.join(missing or ['vision_*.npz'])}" if folder.is_dir() else "no such folder"
+        raise pytest.UsageError(f"{GOLDEN}={folder} is not a golden set: {reason} (tests/golden/README.md)")
     os.environ[GOLDEN] = str(folder.resolve())
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Files of a golden set: what the reference programs computed with tiny models. All sizes and ids come from it."""
+    """A golden set: results of the reference programs on tiny models. Tests take all sizes and ids from it."""
 
     folder: Path
 
@@ -56,11 +55,11 @@ class Golden:
         with np.load(self.folder / f"{name}.npz") as arrays:
             return dict(arrays)
 
-    def link(self, name: str, folder: Path, *more: str) -> Path:
-        """`folder` as a Hugging Face directory of the model `name`, in the layout of the original."""
+    def link(self, name: str, folder: Path, *files: str) -> Path:
+        """Make `folder` a Hugging Face directory of the model `name`, with further `files` of the set."""
         (folder / "config.json").symlink_to(self.folder / f"{name}.config.json")
         (folder / "model.safetensors").symlink_to(self.folder / f"{name}.safetensors")
-        for file in more:
+        for file in files:
             (folder / file).symlink_to(self.folder / file)
         return folder
 
@@ -84,7 +83,7 @@ def golden_folder_text(golden, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model(golden, golden_folder_v):
-    """The multimodal model in float32. It is shared: leave its weights and its mode as they are."""
+    """The multimodal model in float32. Shared: do not change its weights or mode."""
     from src.models.hf.folder import from_pretrained
 
     return from_pretrained(golden_folder_v, dtype="float32", vision=golden.meta["vision_config"]).eval()
@@ -92,7 +91,7 @@ def golden_model(golden, golden_folder_v):
 
 @pytest.fixture(scope="session")
 def golden_text_model(golden_folder_text):
-    """The text model in float32. It is shared: leave its weights and its mode as they are."""
+    """The text model in float32. Shared: do not change its weights or mode."""
     from src.models.hf.folder import from_pretrained
 
     return from_pretrained(golden_folder_text, dtype="float32").eval()

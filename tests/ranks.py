@@ -1,11 +1,11 @@
-"""Real processes of one training, for tests: a server that has imported everything once forks the ranks of each job.
+"""Real processes of one training, for tests: a server that has imported everything forks the ranks of each job.
 
     with Ranks() as ranks:
-        done = ranks.run(["conf=stage1", ...], world=2)      -> exit codes and what each rank printed
+        done = ranks.run(["conf=stage1", ...], world=2)      -> exit codes and the output of each rank
         ranks.run(argv, world=2, kill=[(1, "src.objectives.base:Objective.training_step", 3)])
 
-The ranks know of each other by the environment, as under `srun` or `torchrun`. A kill is a SIGKILL, right before the
-n-th call (from 0) of a function of ours, or the n-th `os.rename` of the process.
+The ranks find each other through environment variables, as under `srun` or `torchrun`. A kill is a SIGKILL right before
+the n-th call (from 0) of one of our functions, or before the n-th `os.rename` of the process.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RENAME = "os.rename"
 SERVER = "import sys; sys.path.insert(0, {root!r}); from tests.ranks import serve; serve()"
-Kill = tuple[int, str, int]  # rank, what, at which call
+Kill = tuple[int, str, int]  # rank, function ("module:name") or RENAME, number of the call
 
 
 @dataclass
 class Done:
-    """How a job went: the exit code of each rank (negative: a signal), what it printed, seconds in all."""
+    """A finished job: exit code (negative: a signal) and output of each rank, and total seconds."""
 
     codes: list[int]
     printed: list[str]
@@ -39,7 +39,7 @@ class Done:
 
 
 class Ranks:
-    """The server; a context manager."""
+    """Context manager of the server."""
 
     def __enter__(self) -> Ranks:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -70,9 +70,11 @@ class Ranks:
     ) -> Done:
         """Run `src.VERB` on some ranks (None: all) of a world.
 
-        out: folder for what they print; patches: functions "module:name" that are called in each rank first
-        file_limit: bytes that no file of a rank may exceed, as if its disk were full; memory: bytes that each may take
-        beyond what a start takes
+        out: folder for their output
+        patches: functions "module:name" that each rank calls first
+        file_limit: by rank, the bytes that no file may exceed, as if the disk were full
+        memory: address space in bytes that each rank may use beyond that at its start
+        timeout: seconds until the ranks are killed
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         out.mkdir(parents=True, exist_ok=True)
@@ -90,13 +92,13 @@ class Ranks:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def serve() -> None:
-    """Run jobs until the input ends. The ranks start with everything imported, which is most of what a start takes."""
+    """Run jobs until stdin ends. Forked ranks have everything imported, which takes most of the time of a start."""
     for name in ("src.train", "src.export", "src.models.tiny", "callbacks.samples", "callbacks.self_correction"):
         importlib.import_module(name)
     for name in ("callbacks.throughput", "src.experts.scenes", "src.objectives.refine", "src.objectives.proseco"):
@@ -108,14 +110,14 @@ def serve() -> None:
 
 def _run(job: dict[str, Any]) -> tuple[list[int], float]:
     began, port = time.monotonic(), str(free_port())
-    waiting = {_fork(job, rank, port): rank for rank in job["ranks"]}
+    running = {_fork(job, rank, port): rank for rank in job["ranks"]}
     codes: dict[int, int] = {}
-    while waiting:
-        found, status = os.waitpid(-1, os.WNOHANG)
-        if found:
-            codes[waiting.pop(found)] = os.waitstatus_to_exitcode(status)
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
         elif time.monotonic() - began > job["timeout"]:
-            for process in waiting:
+            for process in running:
                 os.kill(process, signal.SIGKILL)
         else:
             time.sleep(0.02)
@@ -134,30 +136,31 @@ def _fork(job: dict[str, Any], rank: int, port: str) -> int:
     os._exit(code)
 
 
-_argv: list[str] = []  # of this rank
+_argv: list[str] = []  # arguments of this rank
 
 
 def _rank(job: dict[str, Any], rank: int, port: str) -> int:
-    """What a rank does; its exit code."""
+    """Run the verb as one rank. Returns its exit code."""
     file = os.open(Path(job["out"]) / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": job["world"], "NODE_RANK": 0}
-    os.environ.update({name: str(value) for name, value in {**known, "LOCAL_RANK": rank, **job["environment"]}.items()})
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": job["world"], "NODE_RANK": 0}
+    variables |= {"LOCAL_RANK": rank, **job["environment"]}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["RANK"] = str(rank)
-    for who, what, number in job["kill"]:
-        if who == rank:
-            _kill_at(what, number)
+    for killed_rank, function, number in job["kill"]:
+        if killed_rank == rank:
+            _kill_at(function, number)
     _argv.extend(job["argv"])
     for name in job["patches"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(rank)
     if job["memory"]:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + job["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        limit = pages * resource.getpagesize() + job["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if limit := job["limits"].get(str(rank)):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -175,7 +178,7 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
 
 
 def flawed(rank: int) -> None:
-    """On rank 1, gradients that are not finite."""
+    """Patch: non-finite gradients on rank 1."""
     from src.objectives.base import Objective
 
     reduce = Objective.reduce
@@ -184,14 +187,14 @@ def flawed(rank: int) -> None:
 
 
 def deaf(rank: int) -> None:
-    """Training takes note of rounds, and does not train on them."""
+    """Patch: training does not use the rounds that it is given."""
     from datamodules.captions import ShardData
 
     ShardData.add_round = lambda self, path: None
 
 
 def stops_in_a_round(rank: int) -> None:
-    """While rank 0 waits for its drafts, rank 1 makes the file that a batch job makes."""
+    """Patch: while rank 0 waits for the drafts of rank 1, rank 1 creates the STOP file of a batch job."""
     import callbacks.self_correction as loop
 
     os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = str(rank)
@@ -209,7 +212,7 @@ def stops_in_a_round(rank: int) -> None:
 
 
 def waits_and_is_told_twice(rank: int) -> None:
-    """Rank 1 takes its time; rank 0, which waits for it, gets two signals."""
+    """Patch: rank 1 drafts slowly; rank 0, which waits for it, gets two signals."""
     import callbacks.self_correction as loop
 
     if rank == 1:
@@ -223,7 +226,7 @@ def waits_and_is_told_twice(rank: int) -> None:
 
 
 def silent(rank: int) -> None:
-    """On rank 1, an expert that never answers, and does not let itself be ended."""
+    """Patch: an expert on rank 1 that never answers and cannot be cancelled."""
     from src.experts.scenes import ScenesExpert
 
     async def revise(self: Any, drafts: Any) -> Any:
@@ -234,18 +237,19 @@ def silent(rank: int) -> None:
         ScenesExpert.revise = revise
 
 
-def _kill_at(what: str, number: int) -> None:
-    seen = iter(range(10**9))
+def _kill_at(target: str, number: int) -> None:
+    """Kill this process right before call `number` of a function, or of `os.rename`."""
+    calls = iter(range(10**9))
 
     def count() -> None:
-        if next(seen) == number:
+        if next(calls) == number:
             sys.stdout.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if what == RENAME:
+    if target == RENAME:
         sys.addaudithook(lambda event, _: count() if event == RENAME else None)
         return
-    module, _, path = what.partition(":")
+    module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for part in owners:

@@ -4,7 +4,7 @@
         slurm.run("sbatch", "job.sbatch")              a command with this Slurm's SLURM_CONF
         slurm.wait(job, {"RUNNING"}, seconds=60)
 
-All its files are in `folder`; nothing else on the machine knows of it.
+All its files are in `folder`; it does not touch another Slurm on the machine.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PartitionName=high Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 
 
 class Slurm:
-    """A cluster between `__enter__` and `__exit__`. folder: new, with a short path that all users may enter."""
+    """Context manager of a cluster. folder: must not exist; needs a short path that all users may enter"""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.conf = folder, folder / "slurm.conf"
@@ -91,38 +91,42 @@ class Slurm:
         quiet: dict = {"env": self.env, "capture_output": True, "text": True, "check": False}
         for state in ("PENDING", "RUNNING"):
             subprocess.run(["scancel", f"--state={state}"], **quiet)
-        deadline = time.monotonic() + 30  # a job that still runs would outlive its cluster
+        deadline = time.monotonic() + 30  # a running job would outlive its cluster
         while time.monotonic() < deadline and subprocess.run(["squeue", "-h"], **quiet).stdout:
             time.sleep(0.2)
         subprocess.run(["scontrol", "shutdown"], **quiet)
         time.sleep(1)
         for file in self.folder.glob("*.pid"):
             try:
-                number = int(file.read_text())
-                os.kill(number, signal.SIGKILL if "slurm" in file.name else signal.SIGTERM)
+                pid = int(file.read_text())
+                os.kill(pid, signal.SIGKILL if "slurm" in file.name else signal.SIGTERM)
             except (ProcessLookupError, ValueError, FileNotFoundError):
                 continue
-            while Path(f"/proc/{number}").exists() and time.monotonic() < deadline + 10:  # munged writes as it ends
+            while (
+                Path(f"/proc/{pid}").exists() and time.monotonic() < deadline + 10
+            ):  # munged still writes while it exits
                 time.sleep(0.1)
 
-    def run(self, *command: str, **more) -> str:
-        """What a command of the cluster prints; AssertionError if it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=120, check=False, **more)
+    def run(self, *command: str, **options) -> str:
+        """The output of a command of the cluster; AssertionError if it fails."""
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, timeout=120, check=False, **options
+        )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, Restarts, ExitCode, ..."""
+        """Slurm's fields of a job: JobState, Restarts, ExitCode, ..."""
         words = self.run("scontrol", "-o", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, states: Iterable[str], *, seconds: float, restarts: int = 0) -> dict[str, str]:
-        """The job once it is in one of the states, after so many restarts; it may not end in another."""
-        wanted = set(states)
+        """The job, once it is in one of `states` after at least `restarts`. AssertionError if it ends in another."""
+        targets = set(states)
 
         def arrived() -> bool:
             job = self.job(number)
-            if job["JobState"] in wanted and int(job["Restarts"]) >= restarts:
+            if job["JobState"] in targets and int(job["Restarts"]) >= restarts:
                 return True
             assert job["JobState"] not in DONE, job
             return False
@@ -132,7 +136,7 @@ class Slurm:
 
 
 def until(condition, *, seconds: float) -> None:
-    """Wait for a condition; AssertionError where it takes longer."""
+    """Wait for a condition; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -140,12 +144,12 @@ def until(condition, *, seconds: float) -> None:
 
 
 def missing() -> list[str]:
-    """The programs that are not there."""
+    """The programs that are not installed."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -10,7 +10,7 @@ import pytest
 
 from src.scenes.grammar import LEXICON, swaps, write_caption
 from src.scenes.graph import draw_scene
-from src.text.align import Aligned, _borders, apply_spans, locate, locate_swap
+from src.text.align import Aligned, _boundaries, apply_spans, locate, locate_swap
 from src.text.tokenizer import BOS, Codec
 from src.types import Edit
 
@@ -267,7 +267,7 @@ def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_
                     head = one.tokenizer.decode(ids[:token], skip_special_tokens=True)
                     if one.eot_id not in ids[:token] and decoded.startswith(head):
                         found.append((len(head), token))
-                assert _borders(one, ids, decoded) == found
+                assert _boundaries(one, ids, decoded) == found
                 broken += "\ufffd" in decoded
     assert broken > 20
 

@@ -92,17 +92,17 @@ def test_the_definition_is_the_mean_over_all_orders():
 
 @pytest.mark.parametrize("draws", [1, 3, 4])
 def test_it_is_unbiased(draws):
-    found = many(draws, 3000)
-    error = float(found.std()) / math.sqrt(len(found))
-    assert abs(float(found.mean()) - exact(TEXT)) < 4 * error
+    nats = many(draws, 3000)
+    error = float(nats.std()) / math.sqrt(len(nats))
+    assert abs(float(nats.mean()) - exact(TEXT)) < 4 * error
     assert error < 0.02 * exact(TEXT)
 
 
 def test_many_draws_of_one_response_find_its_bound():
     """Each draw hides other tokens: draws of one order alone would end at the cost of that order."""
-    found = many(1200, 6)
-    assert found.tolist() == pytest.approx([exact(TEXT)] * 6, rel=0.06)
-    assert float(found.std()) > 0
+    nats = many(1200, 6)
+    assert nats.tolist() == pytest.approx([exact(TEXT)] * 6, rel=0.06)
+    assert float(nats.std()) > 0
 
 
 def test_the_plain_estimator_estimates_the_same_from_its_least_t_on():
@@ -110,8 +110,8 @@ def test_the_plain_estimator_estimates_the_same_from_its_least_t_on():
     rates = [np.trapezoid(ts ** (k - 1) * (1 - ts) ** (n - k), ts) for k in range(1, n + 1)]
     expected = sum(rate * sum(sets_of(TEXT, k)) for k, rate in zip(range(1, n + 1), rates, strict=True)) / (1 - LEAST)
     assert expected == pytest.approx(exact(TEXT), rel=0.02)
-    found = many(4, 6000, "iid")
-    assert abs(float(found.mean()) - expected) < 4 * float(found.std()) / math.sqrt(len(found))
+    nats = many(4, 6000, "iid")
+    assert abs(float(nats.mean()) - expected) < 4 * float(nats.std()) / math.sqrt(len(nats))
 
 
 @pytest.mark.parametrize("draws", [1, 4, 16])
@@ -155,17 +155,17 @@ def test_a_response_does_not_depend_on_its_batch_but_on_key_and_seed():
     ]
     assert together.tolist() == alone
     for other in (batch_of(texts, "xbc", length=6), batch_of(texts, "abc", length=6)):
-        found = response_nats(Table(), other, seed=int(other.keys[0] == "a"), **settings)
-        assert found[0] != together[0]
+        changed = response_nats(Table(), other, seed=int(other.keys[0] == "a"), **settings)
+        assert changed[0] != together[0]
 
 
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary():
     metric = Bound(special=SPECIAL, draws=2, seed=3)
     metric.update(Uniform(), batch_of([TEXT, (2, 1)], "ab"))
-    found = metric.compute()
-    assert found["nelbo"] == {"mean": pytest.approx(math.log(4)), "se": pytest.approx(0, abs=1e-6), "n": 2}
-    assert found["bits"]["mean"] == pytest.approx(2)
-    assert found["perplexity"]["mean"] == pytest.approx(4)
+    stats = metric.compute()
+    assert stats["nelbo"] == {"mean": pytest.approx(math.log(4)), "se": pytest.approx(0, abs=1e-6), "n": 2}
+    assert stats["bits"]["mean"] == pytest.approx(2)
+    assert stats["perplexity"]["mean"] == pytest.approx(4)
 
 
 def test_sums_over_tokens_and_their_errors_by_hand():
@@ -179,10 +179,10 @@ def test_sums_over_tokens_and_their_errors_by_hand():
     parts[0].update(Table(), batch_of(texts[:2], keys[:2]))
     parts[1].update(Table(), batch_of(texts[2:], keys[2:]))
     parts[0].merge_state(parts[1])
-    found = parts[0].compute()
-    assert found["nelbo"] == {"mean": pytest.approx(mean), "se": pytest.approx(error), "n": 5}
-    assert found["bits"]["se"] == pytest.approx(error / math.log(2))
-    assert found["perplexity"]["se"] == pytest.approx(error * math.exp(mean))
+    stats = parts[0].compute()
+    assert stats["nelbo"] == {"mean": pytest.approx(mean), "se": pytest.approx(error), "n": 5}
+    assert stats["bits"]["se"] == pytest.approx(error / math.log(2))
+    assert stats["perplexity"]["se"] == pytest.approx(error * math.exp(mean))
 
 
 def test_a_real_model_with_and_without_padding():

@@ -200,7 +200,10 @@ def test_wrong_shapes_keep_their_traceback(install, scenes, tmp_path):
     ("argv", "message"),
     [
         (["train", "conf=mask", "trainer.max_step=3"], "error: unknown key 'trainer.max_step'; did you mean"),
-        (["train", "conf=mask", "objective.floor=2"], "error: src.objectives.mask.MaskPrediction: floor must be at least"),
+        (
+            ["train", "conf=mask", "objective.floor=2"],
+            "error: src.objectives.mask.MaskPrediction: floor must be at least",
+        ),
         (["train", "conf=mask", "trainer.precision=8"], "error: trainer"),
         (["evaluate", "conf=evaluate", "evaluate.num=0"], "error: evaluate.num must be at least 1"),
         (["export", "conf=export", "model=nowhere", "out={out}"], "error: "),

@@ -47,7 +47,7 @@ from src.text.tokenizer import Codec
 from src.types import Batch
 from testing.files import read_jsonl
 
-CANVAS, NUM = 48, 5
+LENGTH, NUM = 48, 5
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def data(tmp_path_factory):
         image_size=48,
         noise=2.0,
         vocab_size=300,
-        response_length=CANVAS,
+        response_length=LENGTH,
         prompt="Describe the picture.",
     ).run()
     return out
@@ -85,7 +85,7 @@ def write_model(path, codec, *, seed):
 @pytest.fixture
 def conf(data, models, tmp_path):
     """A function: settings of the evaluation -> path of its yaml."""
-    plain = {"target": "src.samplers.sampler.Sampler", "length": CANVAS}
+    plain = {"target": "src.samplers.sampler.Sampler", "length": LENGTH}
     reviser = {"target": "src.samplers.rediff.OverwriteAll"}
     base = {
         "models": {name: str(models / name) for name in ("mask", "stage2")},
@@ -94,7 +94,7 @@ def conf(data, models, tmp_path):
         "data": {
             "target": "datamodules.captions.CaptionData",
             "path": str(data),
-            "response_length": CANVAS,
+            "response_length": LENGTH,
             "image_size": 48,
         },
         "split": "test",
@@ -147,11 +147,11 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
         assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
     assert cell["quality"]["mean"] == pytest.approx((cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2)
     assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
-    assert found["mask"]["plain"]["16"]["forwards"]["mean"] == CANVAS / 16
-    assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(CANVAS / 32)
+    assert found["mask"]["plain"]["16"]["forwards"]["mean"] == LENGTH / 16
+    assert found["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(LENGTH / 32)
     assert found["mask"]["plain"]["16"]["edits"]["mean"] == 0
     printed = capsys.readouterr().out
-    assert "forward calls (and seconds) a caption, mask plain: 3.0 (0." in printed
+    assert "forward calls (and seconds) per caption, mask plain: 3.0 (0." in printed
     assert "quality  sampler  16" in printed
     assert (tmp_path / "out" / "table.md").read_text().count("| stage2 | refine |") == 2
     for name in ("quality.png", "captions.png"):
@@ -196,7 +196,7 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
     names = {"models": {"mask": str(models / "mask"), "stage2": str(broken)}, "tokens_per_step": [32]}
     with pytest.raises(SystemExit):
         main([conf(**names)])
-    assert "does not fit its config" in capsys.readouterr().err
+    assert "does not match its config" in capsys.readouterr().err
     assert list(results(tmp_path)["methods"]) == ["mask"]
     first = inodes(tmp_path)
     assert set(first) == {"mask-plain-32", "mask-refine-32"}
@@ -217,11 +217,11 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
     [
         (
             {"models": {"stage1": "nowhere/model"}},
-            "no model of 'stage1' in nowhere/model: make it with `python -m src.train",
+            "no model 'stage1' in nowhere/model: train it with `python -m src.train",
         ),
         (
             {"models": {"mask": "nowhere/sft/mask/model"}},
-            "nowhere/sft/mask/model: make it with `python -m src.train conf=mask,task/sft`",
+            "nowhere/sft/mask/model: train it with `python -m src.train conf=mask,task/sft`",
         ),
         ({"samplers": {"plain": {"target": "src.samplers.unmask.TopK"}}}, "evaluate.samplers.plain: src.samplers."),
         (
@@ -236,8 +236,8 @@ def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_an
         ({"tokens_per_step": 16}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got 16"),
         ({"tokens_per_step": []}, "such as [1, 8], got []"),
         ({"tokens_per_step": [0, 8]}, "such as [1, 8], got [0, 8]"),
-        ({"models": {"mask": None, "stage1": None}}, "evaluate.models: there are none left to evaluate"),
-        ({"samplers": {"plain": None}}, "evaluate.samplers: there are none left to evaluate"),
+        ({"models": {"mask": None, "stage1": None}}, "evaluate.models: none left to evaluate"),
+        ({"samplers": {"plain": None}}, "evaluate.samplers: none left to evaluate"),
         ({"samplers": {"plain": 3}}, "evaluate.samplers.plain: expected a mapping with `target:` or null, got 3"),
         ({"samplers": {"plain": "plane"}}, "no configuration 'sampler/plane'; did you mean 'sampler/plain'?"),
     ],
@@ -270,10 +270,10 @@ def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_d
     cfg = load_config([conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released"])
     samplers = complete(cfg.evaluate).samplers
     for name, file in (("refine", "refine"), ("mine", "released")):
-        argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={CANVAS}"]
+        argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={LENGTH}"]
         generates = choose_sampler(load_config(["conf=generate", *argv]))
         assert settings_of(build(samplers[name])) == settings_of(generates)
-        assert load_part("sampler", file)["length"] != CANVAS
+        assert load_part("sampler", file)["length"] != LENGTH
     assert samplers.plain == cfg.evaluate.samplers.plain
 
 
@@ -287,12 +287,12 @@ def test_the_samplers_of_the_shipped_evaluation_are_those_of_generate(name):
 
 def test_a_split_with_fewer_images_says_so(conf, tmp_path, capsys, caplog):
     main([conf(tokens_per_step=[32], num=9)])
-    assert "evaluate.num=9, but the split test has 8 images: took those" in caplog.text
+    assert "evaluate.num=9, but the split test has only 8 samples: evaluating those" in caplog.text
     assert "standard error over 8 captions" in capsys.readouterr().out
     assert results(tmp_path)["meta"]["data"]["taken"] == 8
     caplog.clear()
     main([conf(tokens_per_step=[32], num=8)])
-    assert "took those" not in caplog.text
+    assert "evaluating those" not in caplog.text
 
 
 def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
@@ -302,7 +302,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
     with tarfile.open(shard) as tar:
         at = tar.getmember(f"{second}.png").offset_data
     shard.write_bytes(shard.read_bytes()[:at] + bytes(64) + shard.read_bytes()[at + 64 :])
-    node = {"target": "datamodules.captions.CaptionData", "response_length": CANVAS, "image_size": 48}
+    node = {"target": "datamodules.captions.CaptionData", "response_length": LENGTH, "image_size": 48}
     main([conf(data={**node, "path": str(tmp_path / "data")}, tokens_per_step=[32], num=8)])
     names = [record["key"] for record in records(data) if record["key"] != second]
     assert [line["key"] for line in captions(tmp_path, "mask-plain-32")] == names
@@ -315,6 +315,7 @@ def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
     [
         "src/types.py",
         "src/evaluate.py",
+        "src/evaluation/cells.py",
         "src/text/tokenizer.py",
         "src/io/shards.py",
         "src/models/tiling.py",
@@ -393,12 +394,12 @@ def test_the_captions_are_what_the_sampler_writes(conf, data, models, tmp_path):
     main([conf(tokens_per_step=[16])])
     codec = Codec.load(data / "tokenizer")
     loader = CaptionData(
-        path=str(data), codec=codec, batch_size=NUM, response_length=CANVAS, image_size=48
+        path=str(data), codec=codec, batch_size=NUM, response_length=LENGTH, image_size=48
     ).test_dataloader()
     batch: Batch = next(iter(loader))
     backbone = from_pretrained(models / "mask").eval()
     prefix = backbone.encode_prefix(batch.prefix)
-    found = Sampler(length=CANVAS, tokens_per_step=16)(backbone, prefix, special=codec.special, keys=batch.keys, seed=0)
+    found = Sampler(length=LENGTH, tokens_per_step=16)(backbone, prefix, special=codec.special, keys=batch.keys, seed=0)
     texts = [line["text"] for line in captions(tmp_path, "mask-plain-16")]
     assert texts == [codec.decode(ids) for ids in found.ids.tolist()]
 
@@ -466,8 +467,8 @@ def test_the_head_says_what_a_row_costs_and_what_the_last_steps_do(hand):
     head = text_report(*hand, headline=["quality"]).split("\n\n")[0].splitlines()
     assert head == [
         "columns: 1, 8 tokens per step; mean ± standard error over 2 captions",
-        "forward calls (and seconds) a caption, mask plain: 8.0, 1.0",
-        "forward calls (and seconds) a caption, stage2 refine: 9.0, 2.5",
+        "forward calls (and seconds) per caption, mask plain: 8.0, 1.0",
+        "forward calls (and seconds) per caption, stage2 refine: 9.0, 2.5",
     ]
     hand[0]["meta"] = {"settings": {"samplers": {"plain": {"eos_last": True}}}}
     assert "only fill in end of text" in text_report(*hand, headline=["quality"])
@@ -530,11 +531,9 @@ def test_paint_puts_ink_into_the_box():
 
 def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
     cell, nothing = Cell("m", "plain", 1), {"mean": math.nan, "se": None, "n": 0}
-    ledger = ResultStore(tmp_path, {}, {cell: "s"}, {"m": "b"})
-    ledger.add(
-        cell, {"rings": nothing}, [{"key": "a", "text": "C\u2028C", "scores": {"rings": math.nan, "valid": 1.0}}]
-    )
-    ledger.add_bound("m", {"nelbo": nothing})
+    store = ResultStore(tmp_path, {}, {cell: "s"}, {"m": "b"})
+    store.add(cell, {"rings": nothing}, [{"key": "a", "text": "C\u2028C", "scores": {"rings": math.nan, "valid": 1.0}}])
+    store.add_bound("m", {"nelbo": nothing})
     strict = lambda text: json.loads(text, parse_constant=pytest.fail)  # noqa: E731
     written = strict((tmp_path / "results.json").read_text())
     assert written["methods"]["m"]["plain"]["1"]["rings"] == {"mean": None, "se": None, "n": 0}

@@ -392,9 +392,9 @@ def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"junk", "is damaged: it is not as it was written"),
-        ({"epoch": 1}, "is no whole checkpoint"),
-        ({"state_dict": {"head.weight": torch.zeros(1)}}, "holds no model: no tensor in it is called backbone"),
+        (b"junk", "is damaged: incomplete or changed"),
+        ({"epoch": 1}, "is not a complete checkpoint"),
+        ({"state_dict": {"head.weight": torch.zeros(1)}}, "contains no model: it has no tensor named backbone"),
         ({"state_dict": {"backbone.lm_head.weight": torch.zeros(1)}}, r"missing model\.embed_tokens"),
     ],
 )

@@ -34,7 +34,7 @@ from src.types import Batch, Edit, Kind, Prefix
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
-NUM, CANVAS = 24, 64
+NUM, LENGTH = 24, 64
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_a_sampler_writes_gaps_only_where_there_is_one(codec: Codec, gapped: boo
     one = codec if gapped else codec.with_format(gap="")
     sampler = Sampler(length=8, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1)
     prefix = Prefix(torch.zeros(1, 1, 1))
-    found = sampler(Ringer(codec), prefix, special=one.special, keys=["a"], seed=0).ids[0].tolist()
+    ids = sampler(Ringer(codec), prefix, special=one.special, keys=["a"], seed=0).ids[0].tolist()
     ring = codec.encode(" ring")[0]
     if gapped:
-        assert found == [*ring, codec.gap_id] * 4  # gaps stay ordinary places: they neither end a text nor fill it up
-        assert one.decode(found) == " ring" * 4
+        assert ids == [*ring, codec.gap_id] * 4  # gaps stay ordinary places: they neither end a text nor fill it up
+        assert one.decode(ids) == " ring" * 4
     else:
-        assert found == [*ring, *[one.eot_id], *[one.eos_id] * 6]
-    counts = response_counts(found, one.special)
+        assert ids == [*ring, *[one.eot_id], *[one.eos_id] * 6]
+    counts = response_counts(ids, one.special)
     assert counts["tokens"] == (4 if gapped else 1)
     assert counts.get("gaps") == (4 if gapped else None)
     assert counts["inner_eos"] == 0
@@ -125,18 +125,18 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
     shown = Only(Span(num=None, kind=Kind.MISTAKE), rest=Kind.DRAFT)(batch, first, Noise(batch.keys, seed=0))
     state = ShowGaps(gap=codec.gap_id, correct_rate=share)(batch, shown, Noise(batch.keys, seed=1))
     assert torch.equal(state.kind, shown.kind)  # they are still what the term of the mistakes looks at
-    made = {}
+    corrected = {}
     for number in (1, 2, 3, 4):
         where = batch.span == number
         right = (state.tokens == batch.response) | ~where
         wrong = (state.tokens == batch.flawed) | ~where
         assert (right.all(1) | wrong.all(1)).all()  # a correction is shown as a whole
-        made[number] = right.all(1).float()
-    assert made[2].sum() == made[4].sum() == 0
-    assert abs(made[1].mean() - share) < 0.08
-    assert abs(made[3].mean() - share) < 0.08
+        corrected[number] = right.all(1).float()
+    assert corrected[2].sum() == corrected[4].sum() == 0
+    assert abs(corrected[1].mean() - share) < 0.08
+    assert abs(corrected[3].mean() - share) < 0.08
     if share == 0.5:
-        assert abs(torch.stack([made[1], made[3]]).corrcoef()[0, 1]) < 0.15  # each by itself
+        assert abs(torch.stack([corrected[1], corrected[3]]).corrcoef()[0, 1]) < 0.15  # each by itself
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
@@ -149,7 +149,7 @@ def test_a_share_of_settled_corrections_is_one(share: float) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
     Scenes(
-        out=str(out), image_size=48, vocab_size=300, response_length=CANVAS, prompt="Describe the picture.", num_train=NUM,
+        out=str(out), image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture.", num_train=NUM,
         num_val=1, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
     ).run()  # fmt: skip
     return out
@@ -182,10 +182,10 @@ def test_a_round_with_a_gap_places_what_a_round_without_drops(drafts: Path, tmp_
     assert gapped["counts"]["edits"] == dropped["counts"]["edits"] + unequal
     assert gapped["counts"]["stretched"] + gapped["counts"]["shortened"] == unequal
     assert not {"stretched", "shortened"} & (same["counts"].keys() | dropped["counts"].keys())
-    said = {draft.key: draft for chunk in read_drafts(drafts) for draft in chunk}
+    written = {draft.key: draft for chunk in read_drafts(drafts) for draft in chunk}
     for shard in gapped["shards"]:
         for sample in read_shard(tmp_path / "gapped" / shard["name"]):
-            record, before = sample["json"], said[sample["json"]["key"]]
+            record, before = sample["json"], written[sample["json"]["key"]]
             ids = record["draft_ids"]
             assert codec.decode(ids) == record["text"] == before.text
             assert [token for token in ids if token != codec.gap_id] == before.token_ids
@@ -232,8 +232,8 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
         "evaluate.models.stage2=null", "evaluate.samplers.plain=null", "evaluate.tokens_per_step=[16]",
         f"evaluate.data.path={data}", "evaluate.num=2",
     ])  # fmt: skip
-    found = read_json(Path("table/results.json"))["methods"]
-    assert ["gaps" in found[name]["refine"]["16"] for name in ("mask", "stage1")] == [
+    methods = read_json(Path("table/results.json"))["methods"]
+    assert ["gaps" in methods[name]["refine"]["16"] for name in ("mask", "stage1")] == [
         False,
         True,
     ]  # each model with its own gap
@@ -263,5 +263,5 @@ def test_random_edits_of_drafts_with_gaps_train_on_the_right_text(codec: Codec) 
 
 def test_data_without_rounds_need_no_gap(data: Path, codec: Codec) -> None:
     for one in (codec, codec.with_format(gap="")):
-        made = CaptionData(path=str(data), codec=one, batch_size=4, response_length=CANVAS, image_size=48)
-        assert made.index("train").count == NUM
+        data_module = CaptionData(path=str(data), codec=one, batch_size=4, response_length=LENGTH, image_size=48)
+        assert data_module.index("train").count == NUM

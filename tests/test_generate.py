@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from datamodules.collate import image_inputs
-from src.generate import main, memory_of
+from src.generate import main
+from src.generation.batches import memory_of
 from src.io.errors import UserError
 from src.io.shards import write_shards
 from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
@@ -156,7 +157,7 @@ def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path, capsys):
     assert [line["key"] for line in lines(trace)] == ["a.png", "b.png", "more/c.png"]
     said = capsys.readouterr()
     assert "2 captions written" in said.err
-    assert "1 were there already" in said.err
+    assert "1 already there" in said.err
     assert said.out == "".join(f"{line['key']}: {line['text']}\n" for line in whole[1:])
     before = out.stat().st_mtime_ns
     run(model, photos, out, ask())
@@ -266,7 +267,8 @@ def test_a_dataset_is_not_a_split(model, tmp_path, capsys):
     (tmp_path / "index.json").write_text(json.dumps({"format": 1, "kind": "dataset", "tokenizer": "x", "counts": {}}))
     with pytest.raises(SystemExit):
         run(model, tmp_path, tmp_path / "out.jsonl")
-    assert capsys.readouterr().err == f"error: {tmp_path} is a whole dataset; name a split: {tmp_path / 'test'}\n"
+    message = f"{tmp_path} is a whole dataset; choose a split, such as {tmp_path / 'test'}"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsys):

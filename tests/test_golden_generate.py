@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_without_repeating(command, photos, tmp_path, caps
     assert command(photos, *settings) == whole
     said = capsys.readouterr()
     assert said.out == "".join(f"{line['key']}: {line['text']}\n" for line in whole[1:])
-    assert f"{len(whole) - 1} captions written" in said.err and "1 were there already" in said.err
+    assert f"{len(whole) - 1} captions written" in said.err and "1 already there" in said.err
     assert "1 images could not be read: a-broken.png" in said.err
 
 

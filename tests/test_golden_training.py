@@ -116,30 +116,30 @@ def load(golden, name: str) -> SimpleNamespace:
     return SimpleNamespace(case=case, batch=batch, special=special, aligned=torch.tensor(spans), **sets)
 
 
-def golden_state(found: SimpleNamespace) -> Corrupted:
+def golden_state(sample: SimpleNamespace) -> Corrupted:
     """The damage as the golden sets tell it, for every case and variant."""
-    tokens = torch.where(found.masked, found.special.mask, found.batch.flawed)
-    tokens = torch.where(found.replaced, found.replacement_ids, tokens)
-    kind = torch.where(found.batch.editable, int(Kind.CLEAN), int(Kind.FROZEN))
+    tokens = torch.where(sample.masked, sample.special.mask, sample.batch.flawed)
+    tokens = torch.where(sample.replaced, sample.replacement_ids, tokens)
+    kind = torch.where(sample.batch.editable, int(Kind.CLEAN), int(Kind.FROZEN))
     for where, name in (
-        (found.batch.span > 0, Kind.HALLUCINATION), (found.replaced, Kind.SYNTAX), (found.masked, Kind.MASK)
+        (sample.batch.span > 0, Kind.HALLUCINATION), (sample.replaced, Kind.SYNTAX), (sample.masked, Kind.MASK)
     ):  # fmt: skip
         kind = kind.masked_fill(where, int(name))
-    return Corrupted(tokens, found.batch.response, kind.to(torch.uint8), found.p_mask)
+    return Corrupted(tokens, sample.batch.response, kind.to(torch.uint8), sample.p_mask)
 
 
-def objective_of(name: str, found: SimpleNamespace, model: nn.Module):
+def objective_of(name: str, sample: SimpleNamespace, model: nn.Module):
     """The objective that the released code trains in this case, as our presets configure it."""
     backbone, training = lambda: WholeSequence(model), Training(lr=1.0)
     if not RESULTS[name]["revise"]:
-        return MaskPrediction(backbone=backbone, special=found.special, training=training)
+        return MaskPrediction(backbone=backbone, special=sample.special, training=training)
     preset = "stage1,objective/rediff_released"
-    if found.batch.drafted.all():
+    if sample.batch.drafted.all():
         preset = "stage2,objective/rediff_released,objective/rediff_released_stage2"
     settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.optim.Training, lr: 1.0}"]
     more = ["model.path=none", "run_dir=none"] if preset.startswith("stage2") else []
     node = load_config([f"conf={preset}", *settings, *more]).objective
-    return build(node, backbone=backbone, special=found.special, seed=0)
+    return build(node, backbone=backbone, special=sample.special, seed=0)
 
 
 def total(objective, losses: dict) -> torch.Tensor:
@@ -148,55 +148,55 @@ def total(objective, losses: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_the_sequences_are_laid_out_as_in_the_released_code(golden, name):
-    found = load(golden, name)
-    visible = found.batch.editable & ~found.batch.drafted[:, None]
-    assert torch.equal(found.batch.response[visible], found.batch.flawed[visible])
+    sample = load(golden, name)
+    visible = sample.batch.editable & ~sample.batch.drafted[:, None]
+    assert torch.equal(sample.batch.response[visible], sample.batch.flawed[visible])
     counts = RESULTS[name]["counts"]
-    assert found.batch.editable.sum(1).tolist() == counts["valid"]
+    assert sample.batch.editable.sum(1).tolist() == counts["valid"]
     expected = EXPECTED[name]["revise_positions_aligned"]
-    assert [row.nonzero()[:, 0].tolist() for row in found.aligned] == expected
+    assert [row.nonzero()[:, 0].tolist() for row in sample.aligned] == expected
 
 
 def test_the_released_code_trains_the_wrong_places_of_shorter_images(golden):
     """A defect that no checkpoint needs: it shifts all rows by one number. Ours are the intended places."""
-    found = load(golden, "mixed_sizes_revise")
-    assert not torch.equal(found.batch.span > 0, found.aligned)
-    longest = (found.batch.flawed == -1).sum(1).argmax()
-    assert torch.equal(found.batch.span[longest] > 0, found.aligned[longest])
+    sample = load(golden, "mixed_sizes_revise")
+    assert not torch.equal(sample.batch.span > 0, sample.aligned)
+    longest = (sample.batch.flawed == -1).sum(1).argmax()
+    assert torch.equal(sample.batch.span[longest] > 0, sample.aligned[longest])
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_noise_levels_and_damage(golden, golden_model, name):
     """From the same uniform numbers, the same noise levels, masks and replacements."""
-    found = load(golden, name)
-    objective = objective_of(name, found, golden_model)
-    t = torch.from_numpy(found.case["t"])
-    assert torch.allclose(objective.t_min + (1 - objective.t_min) * t, found.p_mask, atol=1e-7)
-    replace = Replace(special=found.special, rate=0.0)
-    noise = GivenNoise(found.case, replace.ordinary)
-    state = objective.corruption(found.batch, start(found.batch, found.p_mask), noise)
-    untouched = found.replaced & (found.replacement_ids == found.batch.response)  # ours never draws the original
-    expected = golden_state(found)
-    misplaced = found.aligned ^ (found.batch.span > 0)  # see above: wrong tokens where no span is trained
-    here = found.batch.editable & ~untouched & ~misplaced
-    assert torch.equal(state.tokens[here], expected.tokens[here])
-    assert torch.equal(state.where(Kind.MASK), found.masked)
-    assert torch.equal(state.where(Kind.SYNTAX), found.replaced & ~untouched)
+    sample = load(golden, name)
+    objective = objective_of(name, sample, golden_model)
+    t = torch.from_numpy(sample.case["t"])
+    assert torch.allclose(objective.t_min + (1 - objective.t_min) * t, sample.p_mask, atol=1e-7)
+    replace = Replace(special=sample.special, rate=0.0)
+    noise = GivenNoise(sample.case, replace.ordinary)
+    state = objective.corruption(sample.batch, start(sample.batch, sample.p_mask), noise)
+    untouched = sample.replaced & (sample.replacement_ids == sample.batch.response)  # ours never draws the original
+    expected = golden_state(sample)
+    misplaced = sample.aligned ^ (sample.batch.span > 0)  # see above: wrong tokens where no span is trained
+    compared = sample.batch.editable & ~untouched & ~misplaced
+    assert torch.equal(state.tokens[compared], expected.tokens[compared])
+    assert torch.equal(state.where(Kind.MASK), sample.masked)
+    assert torch.equal(state.where(Kind.SYNTAX), sample.replaced & ~untouched)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_loss_and_gradients(golden, golden_model, name):
-    found = load(golden, name)
-    objective = objective_of(name, found, golden_model)
-    state = golden_state(found)
-    released = found.batch.drafted[:, None]  # such a row trains its spans only
+    sample = load(golden, name)
+    objective = objective_of(name, sample, golden_model)
+    state = golden_state(sample)
+    released = sample.batch.drafted[:, None]  # such a row trains its spans only
     frozen = released & ~state.where(Kind.HALLUCINATION)
     kind = state.kind.masked_fill(frozen, int(Kind.FROZEN)) if RESULTS[name]["revise"] else state.kind
-    if "mistake" in {term.name for term in objective.terms} and bool(found.batch.drafted.all()):
+    if "mistake" in {term.name for term in objective.terms} and bool(sample.batch.drafted.all()):
         kind = kind.masked_fill(kind == int(Kind.HALLUCINATION), int(Kind.MISTAKE))
     state = Corrupted(state.tokens, state.target, kind, state.rate)
     golden_model.zero_grad()
-    passes = objective.losses(found.batch, [state])
+    passes = objective.losses(sample.batch, [state])
     loss = total(objective, next(passes))
     assert loss.item() == pytest.approx(EXPECTED[name]["code_loss_fp64"], rel=1e-5)
     assert loss.item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
@@ -208,12 +208,12 @@ def test_loss_and_gradients(golden, golden_model, name):
 
 def check_gradients(model: nn.Module, expected: dict[str, float]) -> None:
     """Norms of all gradients under the original names, where exact arithmetic has one."""
-    found = {LlamaStyle().theirs(name): p.grad for name, p in model.named_parameters()}
+    gradients = {LlamaStyle().theirs(name): p.grad for name, p in model.named_parameters()}
     checked = 0
     for name, norm in expected.items():
         if "vision_tower" in name and name.endswith("k_proj.bias"):
             continue  # zero in exact arithmetic
-        grad = found[name]
+        grad = gradients[name]
         own = 0.0 if grad is None else grad.norm().item()
         assert own == pytest.approx(norm, rel=1e-3, abs=1e-6), name
         checked += norm > 0
@@ -223,8 +223,8 @@ def check_gradients(model: nn.Module, expected: dict[str, float]) -> None:
 @pytest.mark.parametrize("name", [name for name in RESULTS if name != "conversation_mask"])
 def test_terms_of_the_paper(golden, golden_model, name):
     """Each term per sample, 1/t times the mean over its kind; L_refine without 1/t."""
-    found, expected = load(golden, name), EXPECTED[name]
-    state, backbone = golden_state(found), WholeSequence(golden_model)
+    sample, expected = load(golden, name), EXPECTED[name]
+    state, backbone = golden_state(sample), WholeSequence(golden_model)
     table = {
         "L_mask": Term("mask", Kind.MASK, "inverse_rate"),
         "L_syntax": Term("syntax", Kind.SYNTAX, "inverse_rate"),
@@ -233,10 +233,10 @@ def test_terms_of_the_paper(golden, golden_model, name):
         "L_refine": Term("refine", Kind.HALLUCINATION, "one"),
     }
     with torch.no_grad():
-        logits = backbone(backbone.encode_prefix(found.batch.prefix), state.tokens, positions=found.batch.editable)
+        logits = backbone(backbone.encode_prefix(sample.batch.prefix), state.tokens, positions=sample.batch.editable)
     losses = torch.zeros(state.tokens.shape)
-    losses[found.batch.editable] = -logits.log_softmax(-1).gather(
-        1, state.target[found.batch.editable][:, None]
+    losses[sample.batch.editable] = -logits.log_softmax(-1).gather(
+        1, state.target[sample.batch.editable][:, None]
     )[:, 0]  # fmt: skip
     for label, term in table.items():
         for row, value in enumerate(expected["paper"][label]["per_sample"]):
@@ -250,13 +250,13 @@ def test_terms_of_the_paper(golden, golden_model, name):
 @pytest.mark.parametrize("name", [name for name, result in RESULTS.items() if result["variant"] in "AC"])
 def test_the_variants_that_are_commented_out(golden, golden_model, name):
     """A pools spans and replacements in one mean. C trains replaced tokens twice and spans not at all."""
-    found = load(golden, name)
-    state, backbone = golden_state(found), WholeSequence(golden_model)
+    sample = load(golden, name)
+    state, backbone = golden_state(sample), WholeSequence(golden_model)
     with torch.no_grad():
-        logits = backbone(backbone.encode_prefix(found.batch.prefix), state.tokens, positions=found.batch.editable)
+        logits = backbone(backbone.encode_prefix(sample.batch.prefix), state.tokens, positions=sample.batch.editable)
     losses = torch.zeros(state.tokens.shape)
-    losses[found.batch.editable] = nn.functional.cross_entropy(
-        logits, state.target[found.batch.editable], reduction="none"
+    losses[sample.batch.editable] = nn.functional.cross_entropy(
+        logits, state.target[sample.batch.editable], reduction="none"
     )  # fmt: skip
     terms = [Term(kind.name, kind, "inverse_rate") for kind in (Kind.MASK, Kind.SYNTAX, Kind.CLEAN)]
     if RESULTS[name]["variant"] == "A":
@@ -269,34 +269,34 @@ def test_the_variants_that_are_commented_out(golden, golden_model, name):
         for old, new in renamed.items():
             kind[kind == int(old)] = int(new)
         part = Corrupted(state.tokens, state.target, kind, state.rate)
-        loss += sum(float(found.numerator / found.denominator) for t in table for found in [term_loss(t, losses, part)])
+        loss += sum(float(term.numerator / term.denominator) for t in table for term in [term_loss(t, losses, part)])
     assert loss == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
 
 
 def test_the_mask_over_turns(golden, golden_model):
     """With it a token sees its own and earlier turns only. Our data make a sample of each turn instead."""
     name = "conversation_mask"
-    found = load(golden, name)
-    state, backbone = golden_state(found), WholeSequence(golden_model)
-    turn = torch.from_numpy(found.case["conversation_ids"])
+    sample = load(golden, name)
+    state, backbone = golden_state(sample), WholeSequence(golden_model)
+    turn = torch.from_numpy(sample.case["conversation_ids"])
     mask = (turn[:, None, :] <= turn[:, :, None])[:, None]  # (B, 1, L, L)
     decoder = golden_model.model
     with torch.no_grad():
         text = decoder.embed_tokens(state.tokens.clamp(min=0)) * (state.tokens >= 0)[..., None]
-        x = text + backbone.encode_prefix(found.batch.prefix).embeds
+        x = text + backbone.encode_prefix(sample.batch.prefix).embeds
         rope = decoder._rope(torch.arange(x.shape[1])[None])
         for block in decoder.layers:
             x, _ = block(x, rope, mask, None)
         where = state.where(Kind.MASK)
         logits = golden_model.lm_head(decoder.norm(x)[where])
     losses = nn.functional.cross_entropy(logits, state.target[where], reduction="none")
-    weight = (1 / state.rate / found.batch.editable.sum(1))[where.nonzero()[:, 0]]
+    weight = (1 / state.rate / sample.batch.editable.sum(1))[where.nonzero()[:, 0]]
     assert ((losses * weight).sum() / len(state.rate)).item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
     assert RESULTS[name]["loss"] != pytest.approx(RESULTS["conversation_off"]["loss"], rel=1e-3)
 
 
 def test_noise_is_what_the_corruptions_ask_of_it():
     """`GivenNoise` answers what `Noise` answers: a guard for the stand-in above."""
-    asked = {name for name in dir(GivenNoise) if not name.startswith("_")}
-    assert asked <= {name for name in dir(Noise) if not name.startswith("_")}
+    methods = {name for name in dir(GivenNoise) if not name.startswith("_")}
+    assert methods <= {name for name in dir(Noise) if not name.startswith("_")}
     assert Chain(Absorb, Replace).steps == (Absorb, Replace)

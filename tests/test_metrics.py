@@ -81,8 +81,8 @@ def test_two_merged_metrics_equal_one(kind):
 
 
 def test_scene_marks_name_the_wrong_words():
-    found = SceneQuality().marks(FLAWED, RECORD)
-    assert [(FLAWED[m.start : m.end], m.flaw) for m in found] == [
+    marks = SceneQuality().marks(FLAWED, RECORD)
+    assert [(FLAWED[m.start : m.end], m.flaw) for m in marks] == [
         ("three", "false"),
         ("green", "false"),
         ("A red red is ring.", "ungrammatical"),

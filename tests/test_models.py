@@ -341,7 +341,7 @@ def test_a_model_belongs_to_its_tokenizer(tmp_path):
     decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     save_pretrained(tiny(words, decoder=decoder, vision=None), words, tmp_path / "model")
     from_pretrained(tmp_path / "model", codec=words)
-    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+    with pytest.raises(ValueError, match="was trained with a different tokenizer than"):
         from_pretrained(tmp_path / "model", codec=others)
 
 

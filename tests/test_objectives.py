@@ -40,14 +40,14 @@ def batch_with_prompt(rows: int = 6, *, padding: int = 3) -> Batch:
 
 def token_losses(model: nn.Module, batch: Batch, state: Corrupted) -> list[list[float]]:
     """-log p of every target, one row at a time and without any of our loss code."""
-    found = []
+    rows = []
     for row in range(len(batch)):
         length = int(batch.editable[row].sum())
         prefix = model.encode_prefix({"prompt_ids": batch.prefix["prompt_ids"][row : row + 1]})
         logits = model(prefix, state.tokens[row : row + 1, :length])[0]
         log_p = torch.log_softmax(logits.double(), -1)
-        found.append([-log_p[i, batch.response[row, i]].item() for i in range(length)])
-    return found
+        rows.append([-log_p[i, batch.response[row, i]].item() for i in range(length)])
+    return rows
 
 
 def brute_force(objective, batch: Batch) -> float:
@@ -113,8 +113,8 @@ def test_hand_computed_terms():
     state = Corrupted(kind.long(), kind.long(), kind, torch.tensor([0.5, 0.25]))
 
     def value(**options) -> float:
-        found = term_loss(Term("m", Kind.MASK, **options), loss, state)
-        return (found.numerator / found.denominator).item()
+        result = term_loss(Term("m", Kind.MASK, **options), loss, state)
+        return (result.numerator / result.denominator).item()
 
     assert value(weight="one", reduce="tokens") == pytest.approx((1 + 3 + 4) / 3)
     assert value(weight="one", reduce="kind_mean") == pytest.approx((2 + 4) / 2)
@@ -211,9 +211,9 @@ def test_a_skipped_step_changes_nothing_and_is_counted():
     for number, batch in enumerate(batches):
         batch.epoch = number  # other noise
 
-    def trained(objective, given):
+    def trained(objective, batches):
         trainer = L.Trainer(max_steps=3, accelerator="cpu", **QUIET)
-        trainer.fit(objective, torch.utils.data.DataLoader(given, batch_size=None))
+        trainer.fit(objective, torch.utils.data.DataLoader(batches, batch_size=None))
         return objective, trainer
 
     skipping, trainer = trained(make(Flawed), batches)
@@ -236,10 +236,12 @@ def test_denominators_that_were_not_known_before_are_refused(micro):
     batch = batch_with_prompt(4, padding=0)
     objective = make(Late, weight="one", reduce="tokens")
     objective.options = Training(lr=1e-2, micro_batch=micro)
-    known = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
+    num_masked = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
     trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
     before = objective.backbone.model.norm.weight.clone()
-    message = f"term 'mask': losses.. returns the denominator {known + 3 * (2 if micro else 1)}, .* gives {known};"
+    message = (
+        f"term 'mask': losses.. returns the denominator {num_masked + 3 * (2 if micro else 1)}, .* gives {num_masked};"
+    )
     with pytest.raises(ValueError, match=message):
         trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
     assert torch.equal(before, objective.backbone.model.norm.weight)
@@ -360,10 +362,10 @@ def test_labels_of_the_tower_equal_the_written_out_loop():
         at = {item.cell: item for item in scene.objects}
         for place in range(9):
             item = at.get((place // 3, place % 3))
-            wanted = {"shape": SHAPES.index(item.shape) if item else len(SHAPES)}
+            labels = {"shape": SHAPES.index(item.shape) if item else len(SHAPES)}
             if item:
-                wanted |= {"colour": COLOURS.index(item.colour), "size": SIZES.index(item.size)}
-            for name, label in wanted.items():
+                labels |= {"colour": COLOURS.index(item.colour), "size": SIZES.index(item.size)}
+            for name, label in labels.items():
                 summed[name].append(-heads[name][place].log_softmax(-1)[label].item())
         mean = heads["background"].mean(0).log_softmax(-1)
         summed["background"].append(-mean[BACKGROUNDS.index(scene.background)].item())

@@ -293,7 +293,7 @@ def test_a_list_of_parts_and_a_server_that_counts_no_tokens(codec) -> None:
         (error(404, "nope"), "there is no model m, or no such address: http://127"),
         (error(402, "nope"), "the account is empty"),
         (error(429, "nope", code="insufficient_quota"), "the account is empty"),
-        (error(422, "unknown field seed"), "no request is understood .*unknown field seed.*see `profile`"),
+        (error(422, "unknown field seed"), "every request is rejected .*unknown field seed.*see `profile`"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -105,7 +105,7 @@ def test_a_key_that_a_server_echoes_is_in_no_file(drafts, tmp_path, monkeypatch)
 def test_a_request_that_no_server_understood_yet_is_asked_again(drafts, tmp_path, capsys) -> None:  # noqa: F811
     with Scripted(lambda request: error(400, "what?")) as server, pytest.raises(SystemExit):
         revise(drafts, tmp_path / "round", server)
-    assert "no request is understood" in capsys.readouterr().err
+    assert "every request is rejected" in capsys.readouterr().err
     with Scripted(corrects) as server:
         revise(drafts, tmp_path / "round", server)
     assert read_manifest(tmp_path / "round")["counts"]["revised"] == NUM

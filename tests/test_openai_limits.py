@@ -107,7 +107,7 @@ def test_headers_of_the_server_lower_the_rate_and_close() -> None:
 
     async def waited(**headers: str) -> float:
         began = clock.now()
-        pace.heed({f"x-ratelimit-{k.replace('_', '-')}": v for k, v in headers.items()}, "requests")
+        pace.apply_headers({f"x-ratelimit-{k.replace('_', '-')}": v for k, v in headers.items()}, "requests")
         await pace.take(1)
         return clock.now() - began
 
@@ -183,7 +183,7 @@ def test_backoff_is_spread_over_its_range_and_never_earlier_than_asked() -> None
         assert 0 <= min(waits) < 0.05 * top
         assert 0.95 * top < max(waits) <= top
         assert sum(waits) / len(waits) == pytest.approx(top / 2, rel=0.1)
-    assert min(backoff(3, rng, asked=7.0) for _ in range(1000)) >= 7.0
+    assert min(backoff(3, rng, minimum=7.0) for _ in range(1000)) >= 7.0
 
 
 @pytest.mark.parametrize(

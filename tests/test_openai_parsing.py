@@ -232,15 +232,15 @@ def test_tokens_grow_with_text_and_pixels() -> None:
 
 def test_a_profile_sends_what_the_model_takes() -> None:
     none = {"temperature": None, "effort": None, "seed": None}
-    thinking = PROFILES["reasoning"].parameters(limit=9, **FORM, given={**none, "effort": "low"})
+    thinking = PROFILES["reasoning"].parameters(limit=9, **FORM, sampling={**none, "effort": "low"})
     assert thinking["max_completion_tokens"] == 9
     assert thinking["reasoning_effort"] == "low"
     assert thinking["response_format"]["json_schema"]["schema"] == SCHEMA
-    assert PROFILES["plain"].parameters(limit=9, **FORM, given={**none, "temperature": 0.0}) == {
+    assert PROFILES["plain"].parameters(limit=9, **FORM, sampling={**none, "temperature": 0.0}) == {
         "max_tokens": 9, "temperature": 0.0,
     }  # fmt: skip
     with pytest.raises(ValueError, match="does not accept temperature, seed; set it to null"):
-        Profile(temperature=False).parameters(limit=9, **FORM, given={"temperature": 1.0, "effort": None, "seed": 3})
+        Profile(temperature=False).parameters(limit=9, **FORM, sampling={"temperature": 1.0, "effort": None, "seed": 3})
 
 
 @pytest.mark.parametrize(

@@ -301,5 +301,5 @@ def test_transformers_gibberish_is_counted(codec, served_model) -> None:
 def test_transformers_refuses_what_it_does_not_know(codec, served_model) -> None:
     url, model = served_model
     limits = replace(LIMITS, concurrency=2, timeout_s=60)
-    with pytest.raises(ExpertError, match=r"no request is understood.*see `profile`"):
+    with pytest.raises(ExpertError, match=r"every request is rejected.*see `profile`"):
         ask(expert_of(codec, url, model=model, extra={"fruit": "apple"}, limits=limits), drafts_of(codec, 5))

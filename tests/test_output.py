@@ -106,9 +106,9 @@ def test_an_export_that_does_not_fit_leaves_nothing(model, tmp_path):
     ("out", "words"),
     [
         ("{folder}", "is a folder"),
-        ("{file}/x.jsonl", "file is no folder"),
-        ("{file}/more/x.jsonl", "file is no folder"),
-        ("/dev/full", "no file that keeps what it is given"),
+        ("{file}/x.jsonl", "file is not a folder"),
+        ("{file}/more/x.jsonl", "file is not a folder"),
+        ("/dev/full", "not a regular file"),
         ("", "out: expected a path, got ''"),
         ("null", "out: expected a path, got None"),
     ],

@@ -29,14 +29,14 @@ BANNED = {SPECIAL.mask, *SPECIAL.banned}
 
 def best_tokens(objective: Objective, batch: Batch, tokens: torch.Tensor) -> list[list[int]]:
     """The most probable token that may be written at each place, one row at a time."""
-    found = []
+    predicted = []
     for row in range(len(batch)):
         length = int(batch.editable[row].sum())
         prefix = objective.backbone.encode_prefix({"prompt_ids": batch.prefix["prompt_ids"][row : row + 1]})
         logits = objective.backbone(prefix, tokens[row : row + 1, :length])[0].tolist()
         ids = [i for i in range(SPECIAL.vocab_size) if i not in BANNED]
-        found.append([max(ids, key=lambda i, place=place: place[i]) for place in logits])
-    return found
+        predicted.append([max(ids, key=lambda i, place=place: place[i]) for place in logits])
+    return predicted
 
 
 def written_out(objective: ProSeCo, batch: Batch, *, fill: str, errors: bool, weighted: bool, reduce: str) -> float:
@@ -167,9 +167,9 @@ def test_a_draft_holds_neither_masks_nor_ids_that_no_response_has():
         objective = make(ProSeCo, pick=pick)
         with torch.no_grad():
             objective.backbone.lm_head.weight[list(BANNED)] = objective.backbone.lm_head.weight[7] * 3
-        found = drafts(objective, batch)[0][batch.editable]
-        assert not BANNED & set(found.tolist())
-        assert len(set(found.tolist())) > 3
+        tokens = drafts(objective, batch)[0][batch.editable]
+        assert not BANNED & set(tokens.tolist())
+        assert len(set(tokens.tolist())) > 3
 
 
 def test_a_draft_belongs_to_its_sample_whatever_the_batch():
@@ -191,12 +191,12 @@ def test_samples_of_a_draft_follow_the_network():
         batch.span[:, :1].expand(rows, -1).clone(), torch.zeros(rows, dtype=torch.bool), [f"k{i}" for i in range(rows)],
     )  # fmt: skip
     objective = make(ProSeCo, pick="sample", t_min=0.999999)
-    found = drafts(objective, batch)[0][:, 0].bincount(minlength=40) / rows
+    frequencies = drafts(objective, batch)[0][:, 0].bincount(minlength=40) / rows
     prefix = objective.backbone.encode_prefix({"prompt_ids": batch.prefix["prompt_ids"][:1]})
     logits = objective.backbone(prefix, torch.tensor([[SPECIAL.mask]]))[0, 0].double()
     logits[list(BANNED)] = -torch.inf
     p = logits.softmax(-1)
-    assert ((found - p).abs() < 4 * (p * (1 - p) / rows).sqrt() + 1e-9).all()
+    assert ((frequencies - p).abs() < 4 * (p * (1 - p) / rows).sqrt() + 1e-9).all()
 
 
 def test_a_model_that_knows_the_answer_corrects_a_clean_text():
@@ -210,8 +210,8 @@ def test_a_model_that_knows_the_answer_corrects_a_clean_text():
                 correct_weight="one",
             )  # fmt: skip
             _, second = objective.losses(batch, objective.corrupt(batch))
-            found = {name: (loss.numerator / loss.denominator).item() for name, loss in second.items()}
-            assert found == pytest.approx(expected, abs=1e-6)
+            means = {name: (loss.numerator / loss.denominator).item() for name, loss in second.items()}
+            assert means == pytest.approx(expected, abs=1e-6)
             hits, tries = objective._counts["draft_error_rate"].tolist()
             assert (hits, tries) == (0, int(batch.editable.sum()))
 
@@ -286,7 +286,7 @@ def test_uniform_noise_trains_every_token():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"fill": "some"}, "fill must be one of"),
         ({"pick": "best"}, "pick must be one of"),
@@ -295,8 +295,8 @@ def test_uniform_noise_trains_every_token():
         ({"rate": 2}, "rate must be within 0..1"),
     ],
 )
-def test_mistakes_are_told(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_mistakes_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
         make(ProSeCo, **options)
 
 
@@ -325,16 +325,16 @@ def test_the_backbone_of_these_tests_is_not_an_oracle():
 
 
 def test_coefficients_and_levels_that_cannot_be_are_refused():
-    for options, told in (
+    for options, message in (
         ({"correct": -1.0}, "coefficient of 'correct' must be at least 0, got -1.0"),
         ({"floor": 2.0}, "floor must be at least 0 and less than 1, got 2.0"),
         ({"floor": -1.0}, "less than 1, got -1.0"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             make(ProSeCo, **options)
     with pytest.raises(ValueError, match="trains nothing: all coefficients are 0"):
         make(HybridNoise, mask=0.0, wrong=0.0, clean=0.0)
-    with pytest.raises(ValueError, match="needs views of at least 2"):
+    with pytest.raises(ValueError, match="needs views >= 2"):
         Training(lr=1e-3, antithetic=True)
 
 

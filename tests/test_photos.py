@@ -172,7 +172,9 @@ def test_every_reason_has_a_meaning() -> None:
     """Reasons are the texts that the importers count or skip by."""
     folder = Path(reasons.__file__).parent
     files = [*folder.glob("*.py"), folder.parent / "io" / "images.py"]
-    used = "".join(path.read_text() for path in files if path.name not in ("counts.py", "text.py", "smiles.py", "jsonl.py"))
+    used = "".join(
+        path.read_text() for path in files if path.name not in ("counts.py", "text.py", "smiles.py", "jsonl.py")
+    )
     found = set(re.findall(r'counts(?:\.note\(|\[)"([^"]+)"', used))
     raised = re.findall(r'(?:Skip|ImageProblem)\(([^)]*"[^)]*)\)', used)
     found |= {name for names in raised for name in re.findall(r'"([^"]+)"', names)}

@@ -114,9 +114,9 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over(model, tmp_path):
     [
         ('{"key": "a", "prompt": "Why?", "image": "a.png"}\n', "q.jsonl has 'image', but only key and prompt are read"),
         ('{"key": "a", "prompt": "Why?", "seed": 1}\n', "line 1 of"),
-        ('{"key": 1, "prompt": "Why?"}\n', "the key must be a text"),
-        ("", "there is no question in"),
-        ("\n \n", "there is no question in"),
+        ('{"key": 1, "prompt": "Why?"}\n', "the key must be a string"),
+        ("", "no questions in"),
+        ("\n \n", "no questions in"),
         (b"\xff\xfe\x00", "q.jsonl cannot be read"),
     ],
 )
@@ -126,7 +126,7 @@ def test_mistakes_in_files_of_questions(content, words, model, tmp_path, capsys)
 
 def test_a_file_of_questions_is_no_question_about_images(model, photo, tmp_path, capsys):
     prompt = asked(tmp_path, '{"key": "a", "prompt": "Why?"}\n')
-    assert "is no question: with images" in refused(capsys, model, tmp_path / "out", f"images={photo}", prompt)
+    assert "is not a question: with images" in refused(capsys, model, tmp_path / "out", f"images={photo}", prompt)
 
 
 # Lengths, and the tokenizer
@@ -144,13 +144,13 @@ def small(model, tmp_path) -> Path:
 
 def test_more_tokens_than_the_model_is_for(small, tmp_path, capsys, caplog):
     said = refused(capsys, small, tmp_path / "out", "images=null", "prompt=Why?", "length=10000000", "steps=1")
-    assert "10000000 behind it are more than the 40 positions" in said
-    long = "x " * 3000
-    assert "more than the 40 positions" in refused(capsys, small, tmp_path / "out", "images=null", f"prompt={long}")
+    assert "10000000 after them exceed the model's 40 positions" in said
+    long = f"prompt={'x ' * 3000}"
+    assert "exceed the model's 40 positions" in refused(capsys, small, tmp_path / "out", "images=null", long)
     prompt = asked(tmp_path, "".join(json.dumps({"key": key, "prompt": key * 3}) + "\n" for key in ("a", "y" * 20)))
     found = run(small, tmp_path / "out", "images=null", prompt)
     assert len(found) == 2
-    (warned,) = [record.getMessage() for record in caplog.records if "the model is for 40" in record.getMessage()]
+    (warned,) = [record.getMessage() for record in caplog.records if "exceed the model's 40" in record.getMessage()]
     assert warned.startswith("y" * 20)
 
 
@@ -178,7 +178,7 @@ def test_a_question_is_a_text_whatever_yaml_reads_in_it(text, model, codec, tmp_
     ("content", "words"),
     [
         ("sampler: plain", "sampler: expected a mapping with `target:`, got 'plain'"),
-        ("sampler: {target: src.samplers.unmask.TopK}", "src.samplers.unmask.TopK is no sampler"),
+        ("sampler: {target: src.samplers.unmask.TopK}", "src.samplers.unmask.TopK is not a sampler"),
         ("sampler: {target: src.samplers.sampler.Sampler, length: 8, reviser: OverwriteAll}", "reviser: expected"),
     ],
 )

@@ -33,8 +33,8 @@ from src.preparation.text import Pairs
 from src.text.tokenizer import Codec
 
 ROOT = Path(__file__).resolve().parents[1]
-CANVAS, NUM = 48, 4
-PLAIN = {"target": "src.samplers.sampler.Sampler", "length": CANVAS}
+LENGTH, NUM = 48, 4
+PLAIN = {"target": "src.samplers.sampler.Sampler", "length": LENGTH}
 PROSECO = {**PLAIN, "reviser": {"target": "src.samplers.proseco.Corrector", "every": 1}}
 GRID = {"proseco": {"reviser": {"passes": [1, 2]}}}
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
         "image_size": 48,
         "noise": 2.0,
         "vocab_size": 300,
-        "response_length": CANVAS,
+        "response_length": LENGTH,
         "prompt": "Describe the picture.",
     }
     Scenes(out=str(out), **counts, **settings).run()
@@ -79,7 +79,7 @@ def conf(data, model, tmp_path):
         "data": {
             "target": "datamodules.captions.CaptionData",
             "path": str(data),
-            "response_length": CANVAS,
+            "response_length": LENGTH,
             "image_size": 48,
         },
         "split": "test",
@@ -170,7 +170,7 @@ def test_options_may_be_dotted_null_or_end_alike_and_speeds_are_apart():
         ({"grid": {"plain": {"tokens_per_step": [49]}}}, "evaluate.samplers.plain at 49 tokens/step"),
         (
             {"grid": {"plain": {"tokens_per_step": [49], "temperature": [0, 1]}}},
-            "leave it out with evaluate.samplers.plain=null, or give it speeds of its own in "
+            "leave it out with evaluate.samplers.plain=null, or give it its own speeds in "
             "evaluate.grid.plain.tokens_per_step",
         ),
         ({"grid": {"plain": {"tokens_per_step": 8}}}, "evaluate.grid.plain.tokens_per_step: expected a list"),
@@ -390,13 +390,13 @@ def test_the_bound_of_a_model_is_done_once(conf, data, model, tmp_path, capsys):
     main([conf(bound={"draws": 3})])
     codec, backbone = Codec.load(data / "tokenizer"), from_pretrained(model).eval()
     loader = CaptionData(
-        path=str(data), codec=codec, batch_size=NUM, response_length=CANVAS, image_size=48
+        path=str(data), codec=codec, batch_size=NUM, response_length=LENGTH, image_size=48
     ).test_dataloader()
     with torch.no_grad():
         nats = response_nats(backbone, next(iter(loader)), special=codec.special, draws=3, seed=0)
     found = read(tmp_path)["bounds"]["m"]
-    assert found["nelbo"]["mean"] == pytest.approx(float(nats.mean()) / CANVAS, rel=1e-5)
-    assert found["nelbo"]["se"] == pytest.approx(float(nats.std()) / CANVAS / math.sqrt(NUM), rel=1e-4)
+    assert found["nelbo"]["mean"] == pytest.approx(float(nats.mean()) / LENGTH, rel=1e-5)
+    assert found["nelbo"]["se"] == pytest.approx(float(nats.std()) / LENGTH / math.sqrt(NUM), rel=1e-4)
     assert found["bits"]["mean"] == pytest.approx(found["nelbo"]["mean"] / math.log(2))
     assert found["perplexity"]["mean"] == pytest.approx(math.exp(found["nelbo"]["mean"]))
     assert "bound per token  nelbo" in capsys.readouterr().out
@@ -422,7 +422,8 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
     folder = tmp_path / "sums"
     Pairs(
         out=str(folder), files=str(tmp_path / "sums.jsonl"), prompt="question", response="answer", keep=[],
-        max_prompt=64, response_length=CANVAS, tokenizer=None, vocab_size=300, prompt_format=None, seed=0, overwrite=False,
+        max_prompt=64, response_length=LENGTH, tokenizer=None, vocab_size=300, prompt_format=None, seed=0,
+        overwrite=False,
     ).run()  # fmt: skip
     codec = Codec.load(folder / "tokenizer")
     write_model(tmp_path / "text", codec, vision=False)
@@ -435,7 +436,7 @@ def test_texts_without_images_are_evaluated(conf, tmp_path, capsys):
         {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
     ]
     settings = {"models": {"m": str(tmp_path / "text")}, "metrics": metrics, "headline": ["exact_match", "gen_nll"]}
-    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": CANVAS}
+    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
     curve = {"metric": "gen_nll", "best": "lowest"}
     main([conf(**settings, data=node, split="val", bound={"draws": 2}, curve=curve)])
     stats = read(tmp_path)["methods"]["m"]["proseco[passes=1]"]["16"]
@@ -456,14 +457,14 @@ def test_a_record_that_a_metric_cannot_use_stops_before_the_first_caption(conf, 
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "val")}
     folder = tmp_path / "data"
     Pairs(
-        out=str(folder), files=files, prompt="question", response="answer", response_length=CANVAS, vocab_size=300
+        out=str(folder), files=files, prompt="question", response="answer", response_length=LENGTH, vocab_size=300
     ).run()
     write_model(tmp_path / "text", Codec.load(folder / "tokenizer"), vision=False)
-    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": CANVAS}
+    node = {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
     settings = {"metrics": [{"target": "src.metrics.answer.ExactMatch"}], "headline": ["answered"], "curve": None}
     with pytest.raises(SystemExit):
         main([conf(models={"m": str(tmp_path / "text")}, data=node, split="val", **settings)])
-    assert "the reference of record 'val-000000' has no answer behind ####" in capsys.readouterr().err
+    assert "the reference of record 'val-000000' has no answer after ####" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

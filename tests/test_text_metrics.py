@@ -38,9 +38,9 @@ def answered(number) -> dict:
 
 def test_entropy_and_repeats_by_hand():
     # a b a b c: shares 2/5, 2/5, 1/5; bigrams ab ba ab bc: one of four repeats; trigrams aba bab abc: none
-    found = Variety(sizes=[1, 2, 3]).score("A b, a b c!", {})
+    scores = Variety(sizes=[1, 2, 3]).score("A b, a b c!", {})
     entropy = -(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2))
-    assert found == {"entropy": pytest.approx(entropy), "repeat_1": 0.4, "repeat_2": 0.25, "repeat_3": 0.0}
+    assert scores == {"entropy": pytest.approx(entropy), "repeat_1": 0.4, "repeat_2": 0.25, "repeat_3": 0.0}
     assert unigram_entropy(["x"] * 7) == 0
     assert unigram_entropy([str(i) for i in range(9)]) == pytest.approx(math.log(9))
     assert set(Variety().score(" .. ", {}).values()) == {0.0}
@@ -55,10 +55,10 @@ def test_distinct_n_is_over_the_whole_set_and_merges():
     left.merge_state(right)
     words = [text.split() for text in texts]
     bigrams = [pair for some in words for pair in pairwise(some)]
-    found = whole.compute()
-    assert found["distinct_1"]["mean"] == len({w for some in words for w in some}) / sum(map(len, words))
-    assert found["distinct_2"]["mean"] == len(set(bigrams)) / len(bigrams)
-    assert found == left.compute()
+    stats = whole.compute()
+    assert stats["distinct_1"]["mean"] == len({w for some in words for w in some}) / sum(map(len, words))
+    assert stats["distinct_2"]["mean"] == len(set(bigrams)) / len(bigrams)
+    assert stats == left.compute()
 
 
 def test_tokens_are_those_of_the_tokenizer(codec):
@@ -69,9 +69,9 @@ def test_tokens_are_those_of_the_tokenizer(codec):
     check(node, offers=["codec"])
     metric = build(node, codec=codec)
     metric.update([text], [{}])
-    found = metric.compute()
-    assert list(found) == ["token_entropy", "token_repeat_2", "token_distinct_2"]
-    assert found["token_entropy"]["mean"] == pytest.approx(-sum(p * math.log(p) for p in shares))
+    stats = metric.compute()
+    assert list(stats) == ["token_entropy", "token_repeat_2", "token_distinct_2"]
+    assert stats["token_entropy"]["mean"] == pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
 @pytest.mark.parametrize("settings", [{"sizes": []}, {"sizes": [0, 1]}, {"sizes": [2, 2]}, {"unit": "tokens"}])
@@ -109,8 +109,8 @@ def test_variety_refuses(settings):
     ],
 )
 def test_answers(text, number):
-    found = answer_of(text)
-    assert (None if found is None else float(found)) == (None if number is None else float(number))
+    answer = answer_of(text)
+    assert (None if answer is None else float(answer)) == (None if number is None else float(number))
 
 
 def test_exact_match_compares_values():
@@ -120,7 +120,7 @@ def test_exact_match_compares_values():
     metric = ExactMatch()
     metric.update(["#### 5", "#### 6", "#### 5.0"], [answered(5)] * 3)
     assert metric.compute()["exact_match"]["mean"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="'x' has no answer behind ####"):
+    with pytest.raises(ValueError, match="'x' has no answer after ####"):
         metric.update(["#### 5"], [{"key": "x", "captions": [{"text": "five"}]}])
 
 
@@ -143,19 +143,20 @@ def test_a_missing_rdkit_says_what_to_install(monkeypatch):
 def test_molecules_by_hand(tmp_path, capfd):
     # ethanol twice in two ways, benzene, cyclohexane, a pyridine that is new; no molecule: a ring left open, "", words
     texts = ["CCO", "OCC", "c1ccccc1", "C1CCCCC1", " n1ccccc1 ", "C1CC", "", "a ring"]
-    known = ["C1=CC=CC=C1", "C(C)O", "N"]  # benzene and ethanol, written in another way
+    training = ["C1=CC=CC=C1", "C(C)O", "N"]  # benzene and ethanol, written in another way
     samples = [
-        {"__key__": str(i), "json": {"key": str(i), "captions": [{"text": t}]}} for i, t in enumerate([*known, "C(("])
+        {"__key__": str(i), "json": {"key": str(i), "captions": [{"text": t}]}}
+        for i, t in enumerate([*training, "C(("])
     ]
     write_shards(tmp_path / "train", samples, prefix="train", per_shard=3, kind="text", tokenizer=None)
     metric = Smiles(property="rings", train=str(tmp_path))
     metric.update(texts, [{}] * len(texts))
-    found = metric.compute()
-    assert found["valid"]["mean"] == 5 / 8
-    assert found["unique"] == {"mean": 4 / 5, "se": None, "n": 5}
-    assert found["novel"] == {"mean": 2 / 4, "se": None, "n": 4}
-    assert found["num_novel"]["mean"] == 2
-    assert found["rings"] == {"mean": 1.0, "se": 0.0, "n": 2}
+    stats = metric.compute()
+    assert stats["valid"]["mean"] == 5 / 8
+    assert stats["unique"] == {"mean": 4 / 5, "se": None, "n": 5}
+    assert stats["novel"] == {"mean": 2 / 4, "se": None, "n": 4}
+    assert stats["num_novel"]["mean"] == 2
+    assert stats["rings"] == {"mean": 1.0, "se": 0.0, "n": 2}
     assert [metric.score(text, {})["valid"] for text in texts] == [1, 1, 1, 1, 1, 0, 0, 0]
     assert capfd.readouterr().err == ""
 
@@ -164,11 +165,11 @@ def test_molecules_by_hand(tmp_path, capfd):
 def test_molecules_without_a_training_set_and_properties():
     metric = Smiles(property="weight")
     metric.update(["O", "CCO", "OCC", "X"], [{}] * 4)
-    found = metric.compute()
-    assert list(found) == ["valid", "unique", "weight"]
+    stats = metric.compute()
+    assert list(stats) == ["valid", "unique", "weight"]
     weights = [2 * 1.008 + 15.999, 2 * 12.011 + 6 * 1.008 + 15.999]
-    assert found["weight"]["mean"] == pytest.approx(statistics.mean(weights), abs=1e-3)
-    assert found["weight"]["se"] == pytest.approx(statistics.stdev(weights) / math.sqrt(2), abs=1e-3)
+    assert stats["weight"]["mean"] == pytest.approx(statistics.mean(weights), abs=1e-3)
+    assert stats["weight"]["se"] == pytest.approx(statistics.stdev(weights) / math.sqrt(2), abs=1e-3)
     cages = Smiles(property="rings")
     cages.update(["C1CC2CC1C2", "C12C3C4C1C5C2C3C45", "c1ccc2ccccc2c1"], [{}] * 3)  # bonds - atoms + 1: 2, 5, 2
     assert cages.compute()["rings"]["mean"] == 3
@@ -228,18 +229,18 @@ def test_perplexity_is_that_of_a_written_out_loop(judge, codec):
         metric = GenerativePerplexity(model=str(judge), batch_size=batch_size)
         metric.update(texts[:2], [{}] * 2)
         metric.update(texts[2:], [{}] * 4)
-        found = metric.compute()
-        assert found["gen_nll"]["mean"] == pytest.approx(expected, rel=1e-5)
-        assert found["gen_perplexity"]["mean"] == pytest.approx(math.exp(expected), rel=1e-4)
+        stats = metric.compute()
+        assert stats["gen_nll"]["mean"] == pytest.approx(expected, rel=1e-5)
+        assert stats["gen_perplexity"]["mean"] == pytest.approx(math.exp(expected), rel=1e-4)
         residuals = [s - expected * n for s, n in zip(sums, counts, strict=True)]
         error = math.sqrt(sum(r * r for r in residuals) / 5 / 6) / (sum(counts) / 6)
-        assert found["gen_nll"]["se"] == pytest.approx(error, rel=1e-4)
-        assert found["gen_nll"]["n"] == 6
+        assert stats["gen_nll"]["se"] == pytest.approx(error, rel=1e-4)
+        assert stats["gen_nll"]["n"] == 6
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no language model in 'nowhere': name a local folder"):
         GenerativePerplexity(model="nowhere")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no causal language model with a tokenizer"):
+    with pytest.raises(ValueError, match="is not a causal language model with a tokenizer"):
         GenerativePerplexity(model=str(tmp_path))

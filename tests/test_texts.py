@@ -129,7 +129,7 @@ def test_gpt2_is_read_from_two_files_and_keeps_its_ids(tmp_path: Path) -> None:
     assert Codec.load(tmp_path / "out" / "tokenizer").fingerprint == codec.fingerprint
     adopted = Codec.adopt(tmp_path / "out" / "tokenizer")
     assert adopted.fingerprint == codec.fingerprint and adopted.prompt_format == codec.prompt_format
-    with pytest.raises(ValueError, match=r"gpt2 does not say what prompts look like: give a prompt_format"):
+    with pytest.raises(ValueError, match=r"gpt2 has no chat template: set prompt_format"):
         Codec.adopt(folder)
     with pytest.raises(ValueError, match=r"expected tokenizer.json, or vocab.json and merges.txt"):
         Codec.adopt(tmp_path)

@@ -222,7 +222,7 @@ def test_formats_survive_saving(name, tmp_path) -> None:
         ("- template", "a prompt format needs a template"),
         ("template: [x]", r"template must be a text, got \['x'\]"),
         ("template: x\nsystem: 3", "system must be a text, got 3"),
-        ("template: x\nimage: picture", "image must hold <image> once, got 'picture'"),
+        ("template: x\nimage: picture", "image must contain <image> once, got 'picture'"),
         ("template: x\njoin: upstraem", "join must be one of keep, upstream, got 'upstraem'"),
         ("template: x\nsuppress: <x>", "suppress must be a list of tokens, got '<x>'"),
         ("template: x\nsuppress: [3]", r"suppress must be a list of tokens, got \[3\]"),
@@ -276,7 +276,7 @@ def test_unwritten_ids_are_all_special_ones(codec) -> None:
 
 @pytest.mark.parametrize("name", ["lada", "no/such.yaml"])
 def test_an_unknown_format_lists_those_there_are(name) -> None:
-    with pytest.raises(ValueError, match=f"no prompt format '{name}': take {', '.join(NAMES)}, or the path"):
+    with pytest.raises(ValueError, match=f"no prompt format '{name}': use {', '.join(NAMES)}, or the path"):
         PromptFormat.load(name)
 
 
@@ -382,10 +382,10 @@ def test_a_gap_of_a_model_with_suppressed_tokens(golden_folder_v) -> None:
 @pytest.mark.parametrize(
     ("gap", "message"),
     [
-        ("<|reserved_token_1|>", "has no <|reserved_token_1|> token, which is to be the gap"),
+        ("<|reserved_token_1|>", "has no <|reserved_token_1|> token to use as the gap"),
         (" a", r"has no  a token"),
-        ("a", "a cannot be the gap: it is no special token"),
-        *((token, "cannot be the gap: it has a meaning already") for token in SPECIAL if token != BOS),
+        ("a", "a cannot be the gap: it is not a special token"),
+        *((token, "cannot be the gap: it already has a meaning") for token in SPECIAL if token != BOS),
     ],
 )
 def test_tokens_that_cannot_be_gaps(gap, message) -> None:

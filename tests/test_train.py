@@ -368,4 +368,4 @@ def test_a_model_of_another_tokenizer_is_refused(scenes, finished, tmp_path, cap
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
     argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/run", f"tokenizer={data}/tokenizer"]
     error = refusal([*argv, f"data.path={data}", "data.response_length=60", model], capsys)
-    assert f"the model in {finished}/model was trained with another tokenizer than {data}/tokenizer" in error
+    assert f"the model in {finished}/model was trained with a different tokenizer than {data}/tokenizer" in error

@@ -1,9 +1,9 @@
-"""What a run may use of an expert in all: requests, tokens and money.
+"""The budget of a run for an expert: requests, tokens and dollars.
 
-    aside = budget.reserve({"prompt_tokens": 900, "completion_tokens": 2500})        None: not within the budget
-    budget.settle(aside, {"prompt_tokens": 880, "completion_tokens": 130})
+    reservation = budget.reserve({"prompt_tokens": 900, "completion_tokens": 2500})      None: over budget
+    budget.settle(reservation, {"prompt_tokens": 880, "completion_tokens": 130})
 
-The greatest possible use of a request is put aside while it is under way, so the limits are never passed.
+While a request is in flight its largest possible usage is reserved, so the limits are never exceeded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from src.io.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """US dollars for a million tokens. cached: of the prompt, read from the server's cache (null: as `input`)."""
+    """US dollars per million tokens. cached: for prompt tokens that the server has cached (null: as `input`)."""
 
     input: float
     output: float
@@ -31,23 +31,23 @@ class Prices:
                 raise UserError(f"prices.{name} must be at least 0, got {value}")
 
     def cost(self, usage: Mapping[str, float]) -> float:
-        """Dollars for `prompt_tokens` and `completion_tokens`, of which `cached_tokens` of the prompt."""
+        """Dollars for `prompt_tokens`, of which `cached_tokens` were cached, and `completion_tokens`."""
         prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
-        reread = self.input if self.cached is None else self.cached
-        millions = (prompt - cached) * self.input + cached * reread + usage.get("completion_tokens", 0) * self.output
-        return millions / 1e6
+        cached_price = self.input if self.cached is None else self.cached
+        uncached_cost = (prompt - cached) * self.input
+        return (uncached_cost + cached * cached_price + usage.get("completion_tokens", 0) * self.output) / 1e6
 
 
 @dataclass
 class Budget:
-    """What a run may use in all; None: no limit. `reserve` keeps the greatest possible use back until it is known."""
+    """Limits for the whole run; None: no limit. `spent` includes what is reserved for requests in flight."""
 
     max_requests: int | None = None
     max_tokens: int | None = None
     max_cost: float | None = None
     prices: Prices | None = None
     spent: dict[str, float] = field(default_factory=lambda: {"requests": 0, "tokens": 0, "cost": 0.0})
-    pending: int = 0  # requests whose use is not known yet
+    pending: int = 0  # open reservations
 
     def __post_init__(self) -> None:
         for name, value in self._limits().items():
@@ -57,35 +57,35 @@ class Budget:
             raise UserError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")
 
     def reserve(self, usage: Mapping[str, float]) -> dict[str, float] | None:
-        """Put one request with this use aside; None where the budget does not allow it."""
-        aside = self._sums(usage) | {"requests": 1}
+        """Reserve one request with this usage; None where it does not fit this process's share of the budget."""
+        reservation = self._totals(usage) | {"requests": 1}
         for name, limit in self._limits().items():
-            if limit is not None and self.spent[name] + aside[name] > limit / world():
+            if limit is not None and self.spent[name] + reservation[name] > limit / world():
                 return None
-        self._add(aside)
+        self._add(reservation)
         self.pending += 1
-        return aside
+        return reservation
 
-    def settle(self, aside: Mapping[str, float], usage: Mapping[str, float], *, sent: bool = True) -> None:
-        """Replace what was put aside for a request by what it used. sent: whether it has reached a server."""
+    def settle(self, reservation: Mapping[str, float], usage: Mapping[str, float], *, sent: bool = True) -> None:
+        """Replace a reservation by the actual usage. sent: whether the request reached a server."""
         self.pending -= 1
-        self._add({name: -value for name, value in aside.items()})
-        self._add(self._sums(usage) | {"requests": int(sent)})
+        self._add({name: -value for name, value in reservation.items()})
+        self._add(self._totals(usage) | {"requests": int(sent)})
 
     def charge(self, usage: Mapping[str, float]) -> None:
-        """Count what was used before this process started; `usage` as in a revision or a manifest."""
-        self._add(self._sums(usage) | {"requests": usage.get("requests", 1)})
+        """Add what was spent before this process started; `usage` as in a revision or a manifest."""
+        self._add(self._totals(usage) | {"requests": usage.get("requests", 1)})
 
     def _limits(self) -> dict[str, float | None]:
         return {"requests": self.max_requests, "tokens": self.max_tokens, "cost": self.max_cost}
 
-    def _sums(self, usage: Mapping[str, float]) -> dict[str, float]:
-        """Tokens and dollars; of lost replies what they may have been."""
+    def _totals(self, usage: Mapping[str, float]) -> dict[str, float]:
+        """Tokens and dollars, including the most that lost replies may have used (`lost_*`)."""
         lost = {name: usage.get(f"lost_{name}", 0) for name in ("prompt_tokens", "completion_tokens")}
         parts = [usage, lost]
         tokens = sum(part.get(name, 0) for part in parts for name in lost)
         return {"tokens": tokens, "cost": sum(map(self.prices.cost, parts)) if self.prices else 0.0}
 
-    def _add(self, more: Mapping[str, float]) -> None:
-        for name, value in more.items():
-            self.spent[name] += value
+    def _add(self, amounts: Mapping[str, float]) -> None:
+        for name, amount in amounts.items():
+            self.spent[name] += amount

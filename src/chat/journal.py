@@ -1,12 +1,12 @@
-"""The journal of an expert: every answer is on disk before it is used, so none is paid for twice.
+"""The journal of an expert: every answer is on disk before it is used, so no answer is paid for twice.
 
     with Journal(folder / "journal-rank-0000.jsonl", expert="scenes") as journal:
         journal.add(draft, answer)          one line, synced to disk; `add_all` syncs once for several
-        journal.answer(draft)               the answer, also when an earlier process wrote it; None: ask
+        journal.answer(draft)               the answer, even of an earlier process; None: not answered yet
 
-A line is `{"request": hash, "key": ..., "revision" | "failure": {...}}`. The hash covers all that an answer
-depends on: expert, key (hence image), prompt, draft text and reference. A process that is killed may leave
-half a line at the end; it is cut off when the journal is opened again.
+A line is `{"request": hash, "key": ..., "revision" | "failure": {...}}`. The hash covers everything that an answer
+depends on: expert, key (hence image), prompt, draft text and reference. A process that is killed may leave a partial
+last line, which is cut off when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ Answer = Revision | Failure
 
 
 class Answers:
-    """The answers of one expert in some journals, which are only read.
+    """The answers of one expert in several journals, read-only.
 
-    expert: its name and settings, as text. A broken line is told, and counts as no answer.
-    usage: what all answers took, with those that others came in the place of: numbers by name, as in `Revision.usage`
+    expert: its name and settings, as text
+    usage: the total of all answers, replaced ones included, by name as in `Revision.usage`
+
+    A broken line is logged, and counts as unanswered.
     """
 
     def __init__(self, paths: Iterable[Path], *, expert: str) -> None:
@@ -46,45 +48,45 @@ class Answers:
         return len(self._answers)
 
     def answer(self, draft: Draft) -> Answer | None:
-        """The answer to a draft, if there is one."""
+        """The answer to a draft; None where there is none."""
         return self._answers.get(self.request(draft))
 
     def is_settled(self, draft: Draft) -> bool:
-        """Whether there is an answer, and not a failure that asking again may cure."""
-        return _is_settled(self.answer(draft))
+        """Whether the answer to a draft is final: a revision, or a failure that a retry cannot fix."""
+        return _is_final(self.answer(draft))
 
     def request(self, draft: Draft) -> str:
-        """Hash of a question to this expert."""
-        question = [self.expert, draft.key, draft.prompt, draft.text, draft.reference]
-        return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
+        """Hash of a request to this expert."""
+        content = [self.expert, draft.key, draft.prompt, draft.text, draft.reference]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def _read(self, path: Path) -> int:
-        """Read the whole lines of a journal; returns how many bytes these take."""
+        """Read the complete lines of a journal; returns their size in bytes."""
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        complete = data[: data.rfind(b"\n") + 1]
         broken = []
-        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
                 if line.strip():
                     entry = json.loads(line)
-                    request, answer = _typed(entry["request"], str), _answer(entry)
+                    request, answer = _check_type(entry["request"], str), _answer(entry)
                     self.usage.update(_numbers(answer.usage))
-                    if not _is_settled(self._answers.get(request)):  # of another process, maybe
+                    if not _is_final(self._answers.get(request)):  # a final answer, perhaps of another process, stays
                         self._answers[request] = answer
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 broken.append(f"line {number} ({error!r})")
         if broken:
             logger.warning(
-                "%s: %d broken lines, the first of them %s: what they answered is asked again",
+                "%s: %d broken lines, the first of them %s; their drafts are sent to the expert again",
                 path, len(broken), broken[0],
             )  # fmt: skip
-        return len(whole)
+        return len(complete)
 
 
 class Journal(Answers):
-    """Answers of one expert by one process, and new ones; a context manager.
+    """The journal of one process, open for appending; a context manager.
 
-    also: journals of other processes, whose answers count as well
+    also: journals of other processes, whose answers are read as well
     """
 
     def __init__(self, path: str | Path, *, expert: str, also: Iterable[Path] = ()) -> None:
@@ -117,59 +119,59 @@ class Journal(Answers):
             self.usage.update(_numbers(answer.usage))
 
     def _append(self, data: bytes) -> None:
-        """Write and sync; what can be written only in part is not written at all, as more may follow."""
-        before, rest = os.fstat(self._stream.fileno()).st_size, memoryview(data)
+        """Write and sync; a partial write is undone, as later lines may follow."""
+        size, remaining = os.fstat(self._stream.fileno()).st_size, memoryview(data)
         try:
-            while rest:
-                rest = rest[self._stream.write(rest) :]
+            while remaining:
+                remaining = remaining[self._stream.write(remaining) :]
             os.fsync(self._stream.fileno())
         except OSError:
-            os.ftruncate(self._stream.fileno(), before)
+            os.ftruncate(self._stream.fileno(), size)
             raise
 
     def _restore(self) -> None:
-        """Read the journal of an earlier process and cut off a torn last line."""
+        """Read the journal of an earlier process and cut off a partial last line."""
         if not self.path.exists():
             return
-        whole = self._read(self.path)
-        if whole < self.path.stat().st_size:
-            logger.warning("%s: dropped a torn last line", self.path)
-            os.truncate(self.path, whole)
+        size = self._read(self.path)
+        if size < self.path.stat().st_size:
+            logger.warning("%s: dropped a partial last line", self.path)
+            os.truncate(self.path, size)
 
 
 def _numbers(usage: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in usage.items() if isinstance(value, int | float)}
 
 
-def _is_settled(answer: Answer | None) -> bool:
+def _is_final(answer: Answer | None) -> bool:
     return answer is not None and not (isinstance(answer, Failure) and answer.retry)
 
 
 def _answer(entry: dict[str, Any]) -> Answer:
-    """The answer of a line. Raises TypeError or KeyError where one of its values is not what an expert gives."""
+    """Parse the answer in a line. Raises TypeError or KeyError where a field has the wrong type or is missing."""
     if "failure" in entry:
         answer: Answer = Failure(**entry["failure"])
-        _typed(answer.reason, str)
-        _typed(answer.retry, bool)
+        _check_type(answer.reason, str)
+        _check_type(answer.retry, bool)
     else:
         answer = Revision(**{**entry["revision"], "edits": tuple(map(_edit, entry["revision"]["edits"]))})
     for text in (answer.raw, answer.model):
-        _typed(text, str)
-    _typed(answer.usage, dict)
-    _typed(answer.attempts, int)
+        _check_type(text, str)
+    _check_type(answer.usage, dict)
+    _check_type(answer.attempts, int)
     return answer
 
 
 def _edit(content: dict[str, Any]) -> Edit:
     edit = Edit(**content)
     for text in (edit.org, edit.target, edit.reason, edit.kind):
-        _typed(text, str)
-    _typed(edit.start_char, int, type(None))
+        _check_type(text, str)
+    _check_type(edit.start_char, int, type(None))
     return edit
 
 
-def _typed(value: Any, *kinds: type) -> Any:
-    """The value, if it is of one of these types."""
-    if type(value) not in kinds:
-        raise TypeError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+def _check_type(value: Any, *types: type) -> Any:
+    """Return the value. Raises TypeError where it has none of these types."""
+    if type(value) not in types:
+        raise TypeError(f"expected {' or '.join(expected.__name__ for expected in types)}, got {value!r}")
     return value

@@ -1,8 +1,8 @@
-"""Connections to an OpenAI-compatible server: address, key and headers are those of the `openai` package.
+"""Connections to an OpenAI-compatible server, with the address, key and headers of the `openai` package.
 
 link = Link.open(base_url, key)
 response = await link.connections.post(link.url, data=body, **link.settings)
-data = await body_of(response)
+data = await read_response(response)
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 import openai
 
-from src.chat.replies import Trouble
+from src.chat.replies import RetryableError
 from src.io.errors import UserError
 
-LONGEST_BODY = 1 << 24  # bytes of a response
+MAX_RESPONSE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, repr=False)
 class Link:
-    """Connections with the key, the address and the headers of the SDK, whose request layers take twice as long.
+    """An aiohttp session with the SDK's key, address and headers; the SDK's own request layers take twice as long.
 
-    settings: of each request
+    settings: keyword arguments of each request
     """
 
     sdk: openai.AsyncOpenAI
@@ -41,7 +41,7 @@ class Link:
 
     @classmethod
     def open(cls, base_url: str | None, key: str) -> Link:
-        """In a running event loop. base_url: as for the SDK, which knows a default"""
+        """Open a session; needs a running event loop. base_url: None for the SDK's default"""
         sdk = openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0)
         headers = {
             "Authorization": f"Bearer {key}",
@@ -50,54 +50,54 @@ class Link:
             "OpenAI-Project": sdk.project,
         }
         url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
-        # headers of the session would go to the proxy too
-        sent = {name: value for name, value in headers.items() if value}
-        settings: dict[str, Any] = {"headers": sent, "proxy_headers": {}}
-        proxy, through = proxy_of(url)
+        # headers are set on each request: those of the session would go to the proxy as well
+        request_headers = {name: value for name, value in headers.items() if value}
+        settings: dict[str, Any] = {"headers": request_headers, "proxy_headers": {}}
+        proxy, proxy_headers = proxy_of(url)
         if proxy:
             settings["proxy"] = proxy
-            settings["proxy_headers" if url.startswith("https:") else "headers"] |= through
+            settings["proxy_headers" if url.startswith("https:") else "headers"] |= proxy_headers
         connections = aiohttp.ClientSession(
-            # as many as the gate lets in, and the certificates that the environment names now
+            # no limit, as the gate bounds the requests in flight; CA certificates as the environment names them now
             connector=aiohttp.TCPConnector(limit=0, ssl=ssl.create_default_context()),
-            timeout=aiohttp.ClientTimeout(),  # `_send` has one of its own, for the whole request
+            timeout=aiohttp.ClientTimeout(),  # none: the client sets one for the whole request
         )
         return cls(sdk, connections, url, settings)
 
 
-async def body_of(found: aiohttp.ClientResponse) -> bytes:
-    """All of a response. Raises Trouble for one that does not end."""
+async def read_response(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body. Raises RetryableError for one above MAX_RESPONSE_BYTES."""
     data = bytearray()
-    async for part in found.content.iter_any():
+    async for part in response.content.iter_any():
         data += part
-        if len(data) > LONGEST_BODY:
-            found.close()
-            raise Trouble("malformed_body", billed=True, why="too long")
+        if len(data) > MAX_RESPONSE_BYTES:
+            response.close()
+            raise RetryableError("malformed_body", billed=True, detail="too long")
     return bytes(data)
 
 
 def check_address(base_url: str) -> None:
-    """Raise UserError for an address that none can be."""
+    """Raise UserError for an invalid address, or one with a password."""
     try:
         parts = urlsplit(base_url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         (parts.hostname or "").encode("idna")
     except ValueError:
-        whole, parts = False, None
-    if not whole or parts is None:
+        valid, parts = False, None
+    if not valid or parts is None:
         raise UserError(f"base_url must begin with http:// or https:// and name a host, got {base_url!r}")
     if parts.username or parts.password:
         raise UserError("base_url must not hold a name or a password; the key goes into the variable of key_env")
 
 
 def proxy_of(url: str) -> tuple[str, dict[str, str]]:
-    """The proxy that the environment names for an address, without its password, and the headers for it; "": none."""
+    """The environment's proxy for an address, without its password, and the headers for it; "" where there is none."""
     parts, proxies = urlsplit(url), getproxies()
-    found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or proxy_bypass(parts.netloc):
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    if not address or proxy_bypass(parts.netloc):
         return "", {}
-    proxy, headers = urlsplit(found if "://" in found else f"http://{found}"), {}
+    proxy, headers = urlsplit(address if "://" in address else f"http://{address}"), {}
     if proxy.username:
-        told = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-        headers["Proxy-Authorization"] = f"Basic {b64encode(told.encode()).decode()}"
+        credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {b64encode(credentials.encode()).decode()}"
     return proxy._replace(netloc=proxy.netloc.rpartition("@")[2]).geturl(), headers

@@ -1,10 +1,10 @@
-"""What a model behind an OpenAI-compatible server accepts in a request.
+"""Profiles: the request parameters that a model behind an OpenAI-compatible server accepts.
 
     expert: {profile: vllm}                                          one of PROFILES
     expert: {profile: {target: src.chat.profiles.Profile, limit: max_tokens, temperature: true}}
 
-`auto` chooses by the name of the model: models that think before they answer take no temperature. A server that
-knows less than its profile says refuses the request, and its message names the parameter.
+`auto` chooses by the model's name: reasoning models take no temperature. A server that supports less than its profile
+claims rejects the request, and its message names the parameter.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 from src.io.errors import UserError
 
 OUTPUTS = ("json_schema", "json_object", "text")
-_THINKS = re.compile(r"(^|/)(o\d|gpt-5)", re.IGNORECASE)
+_REASONING = re.compile(r"(^|/)(o\d|gpt-5)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """limit: the parameter that bounds the length of a reply, `max_completion_tokens` or `max_tokens`.
+    """What a model accepts in a request.
 
-    output: `json_schema`, `json_object` or `text` (the form is asked for in words only)
+    limit: the parameter that bounds the tokens of a reply, `max_completion_tokens` or `max_tokens`
+    output: `json_schema`, `json_object` or `text` (only the prompt asks for JSON)
     temperature, effort, seed: whether the model accepts them (effort: `reasoning_effort`)
-    thinks: it writes hidden tokens first; they are paid for, and a dry run expects more of them
+    thinks: whether it generates hidden reasoning tokens, which are billed; a dry run adds them to its estimate
     """
 
     limit: str = "max_tokens"
@@ -42,24 +43,27 @@ class Profile:
         if self.output not in OUTPUTS:
             raise UserError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
 
-    def parameters(self, *, limit: int, given: Mapping[str, Any], name: str, schema: dict[str, Any]) -> dict[str, Any]:
-        """The part of a request besides model and messages. given: temperature, effort, seed; None is left out.
+    def parameters(
+        self, *, limit: int, sampling: Mapping[str, Any], name: str, schema: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The fields of a request besides model and messages.
 
-        name, schema: of the JSON object that the reply has to be
+        sampling: temperature, effort, seed; None is left out
+        name, schema: of the JSON object that the reply must be
 
-        Raises UserError for a value that the model does not accept.
+        Raises UserError for a parameter that the model does not accept.
         """
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if refused := [name for name in chosen if not getattr(self, name)]:
-            raise UserError(f"the profile of this model does not accept {', '.join(refused)}; set it to null")
-        if "effort" in chosen:
-            chosen["reasoning_effort"] = chosen.pop("effort")
+        fields = {name: value for name, value in sampling.items() if value is not None}
+        if unsupported := [name for name in fields if not getattr(self, name)]:
+            raise UserError(f"the profile of this model does not accept {', '.join(unsupported)}; set it to null")
+        if "effort" in fields:
+            fields["reasoning_effort"] = fields.pop("effort")
         if self.output == "json_schema":
-            strict = {"name": name, "strict": True, "schema": schema}
-            chosen["response_format"] = {"type": "json_schema", "json_schema": strict}
+            json_schema = {"name": name, "strict": True, "schema": schema}
+            fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         elif self.output == "json_object":
-            chosen["response_format"] = {"type": "json_object"}
-        return {self.limit: limit, **chosen}
+            fields["response_format"] = {"type": "json_object"}
+        return {self.limit: limit, **fields}
 
 
 PROFILES = {
@@ -68,16 +72,16 @@ PROFILES = {
         limit="max_completion_tokens", output="json_schema", temperature=False, effort=True, seed=True, thinks=True
     ),
     "vllm": Profile(output="json_schema", seed=True),  # and SGLang
-    "plain": Profile(),  # any other server; `transformers serve`
+    "plain": Profile(),  # `transformers serve`, and any other server
 }
 
 
 def choose(profile: str | Profile, model: str) -> Profile:
-    """The profile of a name; `auto` looks at the name of the model."""
+    """The profile with this name; `auto` chooses by the name of the model."""
     if isinstance(profile, Profile):
         return profile
     if profile == "auto":
-        return PROFILES["reasoning" if _THINKS.search(model) else "chat"]
+        return PROFILES["reasoning" if _REASONING.search(model) else "chat"]
     if not isinstance(profile, str) or profile not in PROFILES:
         raise UserError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]

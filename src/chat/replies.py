@@ -1,6 +1,7 @@
-"""The body of a chat completion -> its text and usage, or what is wrong with it.
+"""The body of a chat completion -> its text and token usage, or an error.
 
-read_body(bytes) -> Reply          Trouble: the server's fault, ask again; Reply.checked: why the text is of no use
+read_body(bytes) -> Reply          raises RetryableError where the server is at fault
+reply.checked() -> text            raises Unanswered where the text is unusable
 """
 
 from __future__ import annotations
@@ -10,36 +11,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST_TOKENS = 10**8  # that a usage may tell of; more is a mistake
-LONGEST_MESSAGE = 300  # characters of a server's message
+MAX_TOKENS = 10**8  # a larger token count in a usage is an error of the server
+MAX_MESSAGE_CHARS = 300  # of a server's error message
 DETAILS = {"cached_tokens": "prompt_tokens_details", "reasoning_tokens": "completion_tokens_details"}
 
 
-class Trouble(Exception):
-    """A request that may succeed if it is made again.
+class RetryableError(Exception):
+    """A failed request that may succeed on a retry.
 
-    limited: refused by a rate limiter; elsewhere: the server cannot be reached, whatever is asked; billed: a reply may
-    have been made; unsent: no server got the request; wait: seconds that the server asks for; why: in its own words
+    rate_limited: rejected by a rate limiter
+    unavailable: the server cannot be reached, whatever the request
+    billed: the server may have generated a reply, and may charge for it
+    unsent: the request reached no server
+    retry_after: seconds that the server asks the client to wait
+    detail: the error in its own words
     """
 
     def __init__(
         self,
         reason: str,
         *,
-        limited: bool = False,
-        elsewhere: bool = False,
+        rate_limited: bool = False,
+        unavailable: bool = False,
         billed: bool = False,
         unsent: bool = False,
-        wait: float = 0.0,
-        why: str = "",
+        retry_after: float = 0.0,
+        detail: str = "",
     ) -> None:
         super().__init__(reason)
-        self.reason, self.limited, self.elsewhere, self.billed = reason, limited, elsewhere, billed
-        self.unsent, self.wait, self.why = unsent, wait, why
+        self.reason, self.rate_limited, self.unavailable, self.billed = reason, rate_limited, unavailable, billed
+        self.unsent, self.retry_after, self.detail = unsent, retry_after, detail
 
 
 class Unanswered(Exception):
-    """A draft to which there is no answer; `retry`: asking again in another round may help."""
+    """A draft without a usable reply. retry: asking again in another round may help."""
 
     def __init__(self, reason: str, *, retry: bool = False) -> None:
         super().__init__(reason)
@@ -48,7 +53,7 @@ class Unanswered(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. usage: as far as the server says; finish: why the model stopped."""
+    """One completion. usage: token counts, empty where the server reports none; finish: its `finish_reason`."""
 
     text: str
     finish: str
@@ -57,7 +62,7 @@ class Reply:
     usage: dict[str, int]
 
     def checked(self) -> str:
-        """The text. Raises Unanswered where the model did not get to the end of one."""
+        """The text. Raises Unanswered where it is refused, filtered, cut off or empty."""
         if self.refusal:
             raise Unanswered("refusal")
         if self.finish == "content_filter":
@@ -70,16 +75,16 @@ class Reply:
 
 
 def read_body(data: bytes) -> Reply:
-    """The first choice of a completion. Raises Trouble where there is none: some servers say so with status 200."""
+    """The first choice of a completion. Raises RetryableError where there is none, even with status 200."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
-        raise Trouble("malformed_body", billed=True) from None
+        raise RetryableError("malformed_body", billed=True) from None
     if not isinstance(body, dict):
-        raise Trouble("malformed_body", billed=True)
+        raise RetryableError("malformed_body", billed=True)
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Trouble("server_error" if body.get("error") else "no_choices", billed=not body.get("error"))
+        raise RetryableError("server_error" if body.get("error") else "no_choices", billed=not body.get("error"))
     message = choices[0].get("message")
     message = message if isinstance(message, dict) else {}
     return Reply(
@@ -92,45 +97,45 @@ def read_body(data: bytes) -> Reply:
 
 
 def read_error(data: bytes) -> tuple[str, str]:
-    """The message of an error, short and in one line, and its code ("" where there is none)."""
+    """The message of an error body, on one line and truncated, and its code ("" where there is none)."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
         return _one_line(data.decode("utf-8", "replace")), ""
-    told = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(told, dict):
-        return _one_line(told), ""
-    message = told.get("message") or told.get("detail") or told
-    return _one_line(message), str(told.get("code") or "")
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(error, dict):
+        return _one_line(error), ""
+    message = error.get("message") or error.get("detail") or error
+    return _one_line(message), str(error.get("code") or "")
 
 
 def _one_line(text: Any) -> str:
-    return clean(" ".join(str(text).split()))[:LONGEST_MESSAGE]
+    return clean(" ".join(str(text).split()))[:MAX_MESSAGE_CHARS]
 
 
 def _text(content: Any) -> str:
-    """Some servers give a list of parts."""
+    """The text of a message; some servers send a list of parts."""
     if isinstance(content, list):
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return clean(content) if isinstance(content, str) else ""
 
 
-def _usage(given: Any) -> dict[str, int]:
-    """Tokens by kind; empty where the server does not count."""
-    if not isinstance(given, dict) or not _count(given, "prompt_tokens"):
+def _usage(usage: Any) -> dict[str, int]:
+    """Token counts by name; empty where the server reports none."""
+    if not isinstance(usage, dict) or not _count(usage, "prompt_tokens"):
         return {}
-    found = {name: _count(given, name) for name in ("prompt_tokens", "completion_tokens")}
+    counts = {name: _count(usage, name) for name in ("prompt_tokens", "completion_tokens")}
     for name, group in DETAILS.items():
-        if count := _count(given.get(group), name):
-            found[name] = count
-    return found
+        if count := _count(usage.get(group), name):
+            counts[name] = count
+    return counts
 
 
-def _count(given: Any, name: str) -> int:
-    value = given.get(name) if isinstance(given, Mapping) else None
-    return value if isinstance(value, int) and 0 < value <= MOST_TOKENS else 0
+def _count(usage: Any, name: str) -> int:
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return value if isinstance(value, int) and 0 < value <= MAX_TOKENS else 0
 
 
 def clean(text: str) -> str:
-    """Without halves of characters, which JSON can spell but no file can hold."""
+    """Without lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")

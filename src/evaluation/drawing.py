@@ -1,7 +1,7 @@
 """Text in boxes, drawn with PIL: captions with coloured words for reports, and tokens for TensorBoard.
 
-placed = layout(pieces, width=300, size=13)      wrapped into lines
-paint(draw, placed, at=(10, 10), size=13)        drawn; placed.height is what it needs
+placed = layout(pieces, width=300, size=13)      wraps the pieces into lines
+paint(draw, placed, at=(10, 10), size=13)        draws them, placed.height pixels high
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ INK: Colour = (30, 30, 30)
 
 @dataclass(frozen=True)
 class Piece:
-    """A word or token: its text, its ink, fill and edge of the box behind it (None: no box, no edge).
+    """A word or token, its ink, and the fill and edge of the box behind it (None: no box, no edge).
 
-    A `wide` piece touches the next one if that has the same fill, so that a marked sentence is one band.
+    The box of a `wide` piece extends to the next piece if both have the same fill, so a marked sentence is one band.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Placed:
-    """Pieces with boxes (left, top, right, bottom) counted from the text's corner, and its height."""
+    """Pieces with their boxes (left, top, right, bottom), relative to the top left corner, and the total height."""
 
     pieces: list[tuple[Piece, tuple[int, int, int, int]]]
     height: int
@@ -40,12 +40,12 @@ class Placed:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font that PIL brings along."""
+    """PIL's own font."""
     return ImageFont.load_default(size=size)
 
 
 def layout(pieces: Sequence[Piece], *, width: int, size: int, gap: int = 4) -> Placed:
-    """Break pieces into lines of `width` pixels, `gap` pixels apart; one too wide gets a line of its own."""
+    """Wrap pieces, `gap` pixels apart, into lines of `width` pixels; a piece that is too wide gets its own line."""
     step = round(size * 1.45)
     placed: list[tuple[Piece, tuple[int, int, int, int]]] = []
     x = y = 0
@@ -54,15 +54,15 @@ def layout(pieces: Sequence[Piece], *, width: int, size: int, gap: int = 4) -> P
         if x and x + length > width:
             x, y = 0, y + step
         elif x and placed[-1][0].wide and placed[-1][0].fill == piece.fill:
-            before, box = placed[-1]
-            placed[-1] = before, (box[0], box[1], x, box[3])
+            previous, box = placed[-1]
+            placed[-1] = previous, (box[0], box[1], x, box[3])
         placed.append((piece, (x, y, x + length, y + step - 2)))
         x += length + gap
     return Placed(placed, y + step if placed else 0)
 
 
 def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], size: int) -> None:
-    """Draw a layout with its top left corner `at`."""
+    """Draw a layout with its top left corner at `at`."""
     dx, dy = at
     for piece, (left, top, right, bottom) in placed.pieces:
         box = (dx + left - 1, dy + top, dx + right, dy + bottom)
@@ -74,7 +74,7 @@ def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], siz
 
 
 def enlarge(image: Image.Image, *, side: int) -> Image.Image:
-    """The image with its longer side at `side` pixels; a small one keeps its pixels as sharp squares."""
+    """The image resized to a longer side of `side` pixels; a small one keeps its pixels as sharp squares."""
     scale = side / max(image.size)
     width, height = (max(1, round(n * scale)) for n in image.size)
     return image.resize((width, height), Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)

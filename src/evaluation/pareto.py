@@ -2,15 +2,15 @@
 
     results.json -> points -> curve.json: {metric, best, points, budgets}, curve.png, and a table
 
-A point is a cell. A line joins the points of one sampler over tokens/step; variants of a sampler that run at one number
-of tokens/step make one line. A point is on the Pareto front when no other is as good with fewer calls, or better with
+A point is a cell. A line joins the points of one sampler over tokens/step; variants of a sampler that run at a single
+tokens/step share one line. A point is on the Pareto front if no other point is as good with fewer calls, or better with
 as many.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ STYLES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Point:
-    """A cell: forward calls and seconds of a caption, and the value of the metric."""
+    """A cell: forward calls and seconds per caption, and the value of the metric."""
 
     cell: str
     method: str
@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Budget:
-    """The best point within a number of forward calls, and the best one of the baseline (None: it needs more)."""
+    """The best point within a number of forward calls, and the baseline's best (None: it needs more calls)."""
 
     forwards: int
     best: Point
@@ -60,7 +60,7 @@ class Budget:
 
 
 def points_of(results: dict, metric: str) -> list[Point]:
-    """One point for each cell of results.json that has a value of the metric."""
+    """One point per cell of results.json that has a value of the metric."""
     return [
         Point(f"{m}-{s}-{n}", m, s, int(n), stats["forwards"], stats["seconds"], stats[metric])
         for m, samplers in results["methods"].items()
@@ -71,7 +71,7 @@ def points_of(results: dict, metric: str) -> list[Point]:
 
 
 def front_of(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
-    """The Pareto front, by rising forward calls. lowest: small values are good."""
+    """The Pareto front, by increasing forward calls. lowest: low values are good."""
     sign = -1 if lowest else 1
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.calls, -sign * p.value["mean"])):
@@ -81,7 +81,7 @@ def front_of(points: Sequence[Point], *, lowest: bool = False) -> list[Point]:
 
 
 def lines_of(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
-    """(method, name of a line) -> its points by rising forward calls."""
+    """(method, name of the line) -> its points by increasing forward calls."""
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         speeds = {p.tokens_per_step for p in points if (p.method, p.sampler) == (point.method, point.sampler)}
@@ -91,21 +91,20 @@ def lines_of(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
 
 
 def budgets_of(points: Sequence[Point], *, lowest: bool = False) -> list[Budget]:
-    """The best point within each power of two of forward calls; the baseline is the first point's sampler."""
+    """The best point within each power of two of forward calls. The baseline is the sampler of the first point."""
     calls = [point.calls for point in points]
     powers = range(math.ceil(math.log2(min(calls))), math.ceil(math.log2(max(calls))) + 1)
-    first, found = points[0], []
+    first, budgets = points[0], []
     for limit in (2**power for power in powers):
         within = [point for point in points if point.calls <= limit]
         base = [p for p in within if (p.method, p.family) == (first.method, first.family)]
-        found.append(
-            Budget(limit, front_of(within, lowest=lowest)[-1], front_of(base, lowest=lowest)[-1] if base else None)
-        )
-    return found
+        best = front_of(within, lowest=lowest)[-1]
+        budgets.append(Budget(limit, best, front_of(base, lowest=lowest)[-1] if base else None))
+    return budgets
 
 
 def to_dict(points: Sequence[Point], *, metric: str, lowest: bool) -> dict:
-    """What curve.json holds."""
+    """The content of curve.json."""
     front = {point.key for point in front_of(points, lowest=lowest)}
     budgets = [
         {"forwards": b.forwards, "best": b.best.cell, "baseline": b.baseline and b.baseline.cell}
@@ -116,9 +115,9 @@ def to_dict(points: Sequence[Point], *, metric: str, lowest: bool) -> dict:
 
 
 def budget_table(points: Sequence[Point], scores: Scores, *, metric: str, lowest: bool) -> list[list[str]]:
-    """Header and a line for each budget, without those that repeat the one above.
+    """A header and one line per budget, without lines that repeat the one above.
 
-    The difference to the baseline is paired over captions where the metric has a value for each.
+    The difference to the baseline is paired over captions if the metric scores each caption.
     """
     first = points[0]
     base = f"{first.method} {first.family}"
@@ -135,26 +134,26 @@ def budget_table(points: Sequence[Point], scores: Scores, *, metric: str, lowest
 def _difference(best: Point, other: Point, scores: Scores, metric: str) -> str:
     if best == other:
         return "-"
-    sides: list[Mapping[str, Sequence[float]]] = [scores[point.key] for point in (best, other)]
-    if any(metric not in side for side in sides):
+    best_scores, other_scores = scores[best.key], scores[other.key]
+    if metric not in best_scores or metric not in other_scores:
         return f"{best.value['mean'] - other.value['mean']:+.3f}"
-    return stat_text(paired_difference(sides[0][metric], sides[1][metric]), signed=True)
+    return stat_text(paired_difference(best_scores[metric], other_scores[metric]), signed=True)
 
 
 def plot_curve(points: Sequence[Point], path: Path, *, metric: str, lowest: bool) -> None:
-    """The metric against forward calls of a caption: a colour for each sampler of each method, the front in grey."""
+    """Plot the metric against forward calls per caption: one colour per method and sampler, the front in grey."""
     lines = lines_of(points)
     figure = Figure(figsize=(10.5, max(5.2, 1.0 + 0.19 * len(lines))), layout="constrained")
     axis = figure.subplots()
     families = list(dict.fromkeys((point.method, point.family) for point in points))
-    several = len({method for method, _ in families}) > 1
+    several_methods = len({method for method, _ in families}) > 1
     colours = colormaps["tab10" if len(families) <= 10 else "tab20"]
     counts = dict.fromkeys(families, 0)
     for (method, name), line in lines.items():
-        kind = (method, line[0].family)
-        label = f"{method}, {name}" if several else name
-        _draw_line(axis, line, label, colour=colours(families.index(kind) % colours.N), number=counts[kind])
-        counts[kind] += 1
+        key = (method, line[0].family)
+        label = f"{method}, {name}" if several_methods else name
+        _draw_line(axis, line, label, colour=colours(families.index(key) % colours.N), number=counts[key])
+        counts[key] += 1
     _draw_front(axis, front_of(points, lowest=lowest))
     _label_axis(axis, points, metric)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -194,7 +193,7 @@ def _label_axis(axis: Axes, points: Sequence[Point], metric: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("forward calls a caption")
+    axis.set_xlabel("forward calls per caption")
     axis.set_ylabel(f"{metric} (bars: ± 2 standard errors)")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,10 @@
-"""What an evaluation says: a table, sentences on the claim, a plot and a picture. Functions of plain data.
+"""The report of an evaluation: tables, claims in words, a plot and a picture. Functions of plain data.
 
-    results["methods"][method][sampler][tokens/step][metric] = {mean, se, n}       of results.json
-    results["bounds"][method][metric] = {mean, se, n}                              of each model, if asked for
-    scores[method, sampler, tokens/step][metric] = [value of each caption, ...]    captions in one fixed order
+    results["methods"][method][sampler][tokens/step][metric] = {mean, se, n}       from results.json
+    results["bounds"][method][metric] = {mean, se, n}                              likelihood bounds, if any
+    scores[method, sampler, tokens/step][metric] = [score of each caption, ...]    same order of captions in all cells
 
-The first row (first method and sampler) is the baseline, the last (last method and sampler) the contender.
+The first row (first method and sampler) is the baseline, the last row the contender.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Table = list[list[str]]
 Scores = Mapping[tuple[str, str, int], Mapping[str, Sequence[float]]]
 FILL: dict[str, Colour] = {"ungrammatical": (255, 226, 150), "false": (250, 190, 190)}
 INK: dict[str, Colour] = {"ungrammatical": (90, 60, 0), "false": (170, 0, 0)}
-MEANING = {"false": "contradicts the image", "ungrammatical": "no sentence of the grammar"}
-BUDGETS = "each best cell was chosen on these captions, so its value is a little too good; differences are paired"
+MEANING = {"false": "contradicts the image", "ungrammatical": "not a sentence of the grammar"}
+BUDGETS = "each best cell was chosen on these same captions, so its value is optimistic; differences are paired"
 SIDE, COLUMN, PAD, TEXT, HEAD = 150, 310, 14, 14, 15  # pixels of captions.png
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One caption of an image, with its flawed places."""
+    """One caption of an image, with its flaws marked."""
 
     title: str
     text: str
@@ -53,20 +53,20 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Stat:
 
 
 def rows_of(results: dict) -> list[Row]:
-    """(method, sampler) in the order of the results."""
+    """(method, sampler) of each row, in the order of the results."""
     return [(method, sampler) for method, samplers in results["methods"].items() for sampler in samplers]
 
 
 def speeds_of(results: dict) -> list[int]:
-    """The numbers of tokens per step, ascending."""
-    cells = (cells for samplers in results["methods"].values() for cells in samplers.values())
-    return sorted({int(name) for found in cells for name in found})
+    """The speeds in tokens per step, ascending."""
+    rows = (cells for samplers in results["methods"].values() for cells in samplers.values())
+    return sorted({int(speed) for cells in rows for speed in cells})
 
 
 def text_report(results: dict, scores: Scores, *, headline: Sequence[str], budgets: Table | None = None) -> str:
-    """How to read the tables, the tables of the headline metrics, then the claim, as aligned plain text.
+    """Notes on the tables, the tables of the headline metrics, and the claims, as aligned plain text.
 
-    budgets: a table of what is best within so many forward calls, which then takes the place of the claim
+    budgets: a table of the best cells within budgets of forward calls; replaces the claims
     """
     blocks = ["\n".join(_aligned(table)) for table in _tables(results, headline, budgets)]
     lines = [BUDGETS] if budgets else claims(results, scores, headline=headline)
@@ -74,15 +74,15 @@ def text_report(results: dict, scores: Scores, *, headline: Sequence[str], budge
 
 
 def markdown_report(results: dict, scores: Scores, *, headline: Sequence[str], budgets: Table | None = None) -> str:
-    """The same as Markdown."""
+    """The text report as Markdown."""
     blocks = ["\n".join(_piped(table)) for table in _tables(results, headline, budgets)]
-    head, lines = notes(results, scores), [BUDGETS] if budgets else claims(results, scores, headline=headline)
-    listed = ["\n".join(f"- {line}" for line in some) for some in (head, lines)]
-    return "\n\n".join([listed[0], *blocks, listed[1]]) + "\n"
+    lines = [BUDGETS] if budgets else claims(results, scores, headline=headline)
+    head, foot = ("\n".join(f"- {line}" for line in part) for part in (notes(results, scores), lines))
+    return "\n\n".join([head, *blocks, foot]) + "\n"
 
 
 def _tables(results: dict, headline: Sequence[str], budgets: Table | None) -> list[Table]:
-    """The bounds of the models where there are any, the headline metrics, the budgets."""
+    """Tables of the bounds if there are any, of each headline metric, and of the budgets."""
     bounds = [_bounds(results["bounds"])] if results.get("bounds") else []
     return [*bounds, *(_grid(results, metric) for metric in headline), *([budgets] if budgets else [])]
 
@@ -94,19 +94,19 @@ def _bounds(bounds: dict[str, dict[str, Stat]]) -> Table:
 
 
 def notes(results: dict, scores: Scores) -> list[str]:
-    """What a reader of the tables has to know: the cost of each row, and what its last steps are used for."""
+    """Notes for reading the tables: the columns, the cost of each row, and the effect of `eos_last`."""
     speeds = ", ".join(str(n) for n in speeds_of(results))
-    number = max(len(values) for columns in scores.values() for values in columns.values())
-    lines = [f"columns: {speeds} tokens per step; mean ± standard error over {number} captions"]
+    num_captions = max(len(values) for columns in scores.values() for values in columns.values())
+    lines = [f"columns: {speeds} tokens per step; mean ± standard error over {num_captions} captions"]
     for method, sampler in rows_of(results):
         cells = results["methods"][method][sampler]
         costs = ", ".join(_cost(cells.get(str(n), {})) for n in speeds_of(results))
-        lines.append(f"forward calls (and seconds) a caption, {method} {sampler}: {costs}")
+        lines.append(f"forward calls (and seconds) per caption, {method} {sampler}: {costs}")
     samplers = results.get("meta", {}).get("settings", {}).get("samplers", {}).values()
     if any(sampler.get("eos_last") for sampler in samplers):
         lines.append(
-            "with eos_last a sampler without reviser has its text before its last steps, which only fill in end of "
-            "text; one with a reviser goes on rewriting the text in these steps"
+            "with eos_last, the last steps of a sampler without a reviser only fill in end of text; a reviser goes on "
+            "rewriting the text in them"
         )
     return lines
 
@@ -119,16 +119,16 @@ def _cost(cell: dict[str, Stat]) -> str:
 
 
 def claims(results: dict, scores: Scores, *, headline: Sequence[str]) -> list[str]:
-    """Per metric: the change of each row from slowest to fastest, and contender minus baseline.
+    """For each metric: the change of each row from the lowest to the highest speed, and contender minus baseline.
 
-    A loss is also told as a share of the baseline's, a gain is not. Rows that lack a speed are left out.
+    A loss is also given as a share of the baseline's loss. Rows that lack a speed are left out.
     """
     speeds = speeds_of(results)
     rows = [row for row in rows_of(results) if all((*row, n) in scores for n in speeds)]
     lines = []
     for metric in headline:
         if not rows or metric not in scores[*rows[0], speeds[0]]:
-            continue  # a corpus metric: nothing to pair
+            continue  # a corpus metric has no scores to pair
         if len(speeds) > 1:
             lines += _drops(rows, speeds, scores, metric)
         if len(rows) > 1:
@@ -142,18 +142,18 @@ def _drops(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> l
     lines = []
     for row, drop in zip(rows, drops, strict=True):
         base = drops[0]["mean"]
-        said = f"{metric} from {first} to {last} tokens/step: {_name(row)} {_signed(drop)}"
+        line = f"{metric} from {first} to {last} tokens/step: {_name(row)} {_signed(drop)}"
         if row != rows[0] and base < 0 and drop["mean"] <= 0:
-            said += f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
-        lines.append(said)
+            line += f", {drop['mean'] / base:.0%} of the change of {_name(rows[0])}"
+        lines.append(line)
     return lines
 
 
 def _gains(rows: list[Row], speeds: list[int], scores: Scores, metric: str) -> list[str]:
     best, base = rows[-1], rows[0]
     gains = [paired_difference(scores[*best, n][metric], scores[*base, n][metric]) for n in speeds]
-    what = f"{_name(best)} - {_name(base)}"
-    return [f"{metric} at {n} tokens/step: {what} {_signed(d)}" for n, d in zip(speeds, gains, strict=True)]
+    pair = f"{_name(best)} - {_name(base)}"
+    return [f"{metric} at {n} tokens/step: {pair} {_signed(d)}" for n, d in zip(speeds, gains, strict=True)]
 
 
 def _name(row: Row) -> str:
@@ -165,7 +165,7 @@ def _signed(stat: Stat) -> str:
 
 
 def _grid(results: dict, metric: str) -> Table:
-    """Header and one line for each row; a cell that lacks the metric is a dash."""
+    """A header and one line per row; a cell without the metric is a dash."""
     speeds = speeds_of(results)
     lines = [[metric, "sampler", *(str(n) for n in speeds)]]
     for method, sampler in rows_of(results):
@@ -175,7 +175,7 @@ def _grid(results: dict, metric: str) -> Table:
 
 
 def stat_text(stat: Stat | None, *, signed: bool = False) -> str:
-    """A mean and its standard error; a dash for none."""
+    """A mean and its standard error, or a dash for None."""
     if stat is None:
         return "-"
     digits = 3 if abs(stat["mean"]) < 2 else 1  # shares, and counts such as forward calls
@@ -194,7 +194,7 @@ def _piped(grid: Table) -> list[str]:
 
 
 def plot(results: dict, path: Path, *, headline: Sequence[str]) -> None:
-    """Each headline metric against tokens/step: a colour for each method, a line style for each sampler."""
+    """Plot each headline metric against tokens/step: one colour per method, one line style per sampler."""
     figure = Figure(figsize=(4.8 * len(headline), 4.4), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(headline), squeeze=False)[0]
     for axis, metric in zip(axes, headline, strict=True):
@@ -210,10 +210,10 @@ def _draw_axis(axis: Axes, results: dict, metric: str) -> None:
     for number, (method, sampler) in enumerate(rows_of(results)):
         cells = results["methods"][method][sampler]
         points = sorted((int(n), cell[metric]) for n, cell in cells.items() if metric in cell)
-        beside = 1.012**number  # so that error bars do not hide each other
+        shift = 1.012**number  # so that error bars do not hide each other
         style = ("--", "-", ":", "-.")[samplers.index(sampler) % 4]
         axis.errorbar(
-            [n * beside for n, _ in points],
+            [n * shift for n, _ in points],
             [stat["mean"] for _, stat in points],
             yerr=[2 * (stat["se"] or 0.0) for _, stat in points],
             color=f"C{methods.index(method)}", linestyle=style, marker="os^D"[samplers.index(sampler) % 4],
@@ -231,7 +231,7 @@ def _draw_axis(axis: Axes, results: dict, metric: str) -> None:
 
 
 def picture(examples: Sequence[Example], path: Path) -> None:
-    """One image a row with its captions side by side, flaws in colour; what the colours mean stands below."""
+    """Draw one image per row with its captions side by side and flaws in colour; a legend below names the colours."""
     texts = [[_caption(panel) for panel in example.panels] for example in examples]
     heights = [max([SIDE, *(placed.height for placed in row)]) + PAD for row in texts]
     titles = [panel.title for panel in examples[0].panels]

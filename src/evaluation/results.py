@@ -1,10 +1,10 @@
-"""The results of an evaluation on disk: cell after cell, so that a kill loses the cell it falls into and no more.
+"""Results of an evaluation on disk, written cell by cell, so that a kill loses only the cell it interrupts.
 
     results.json             methods -> sampler -> tokens/step -> metric -> {mean, se, n}; bounds -> method -> metric
-    captions/CELL.jsonl      what the samplers wrote, with the scores of each caption
+    captions/CELL.jsonl      the captions of a cell, each with its scores
 
-A mean of nothing, NaN in here, is null in these files, as JSON has no NaN.
-Every entry has a signature of all that its numbers depend on; one that a rerun needs again is taken over.
+The mean of no values is NaN in memory and null on disk, because JSON has no NaN.
+Every entry has a signature of all that its numbers depend on; a rerun keeps entries whose signature is unchanged.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_bytes, write_json
 from src.metrics.caption import Stat
 
-CODE = (  # what makes kept results stale when it changes
-    *("src/types.py", "src/evaluate.py", "src/io/shards.py"),
+CODE = (  # a change in any of these makes stored results stale
+    *("src/types.py", "src/evaluate.py", "src/evaluation/cells.py", "src/io/shards.py"),
     *("src/diffusion", "src/samplers", "src/metrics", "src/models", "src/text", "src/scenes", "datamodules"),
 )
-LONGEST = 120  # characters of a cell's file name
+MAX_NAME = 120  # characters of a cell's file name, without its hash
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table."""
+    """One entry of the table: a model (`method`), a sampler and a speed."""
 
     method: str
     sampler: str
@@ -42,16 +42,19 @@ class Cell:
 
     @property
     def file(self) -> str:
-        """A name that is safe as that of a file; where it is not the cell's own a hash keeps it unique."""
-        plain = re.sub(r"[^\w.=-]+", "_", self.name, flags=re.ASCII)[:LONGEST]
+        """`name` as a safe file name; if that differs from `name`, a hash keeps it unique."""
+        plain = re.sub(r"[^\w.=-]+", "_", self.name, flags=re.ASCII)[:MAX_NAME]
         digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         return plain if plain == self.name and not plain.startswith(".") else f"{plain.lstrip('.')}-{digest}"
 
 
 class ResultStore:
-    """Entries are added one by one, and taken over from an earlier run where their signature is the same.
+    """Entries are added one by one, and kept from an earlier run if their signature is the same.
 
-    signatures: of the cells, in the order of the table; bounds: of the models whose likelihood bound is asked for
+    signatures: by cell, in the order of the table
+    bounds: signatures of the likelihood bounds, by model
+
+    Raises UserError if two cells have the same file name.
     """
 
     def __init__(self, out: Path, meta: dict, signatures: dict[Cell, str], bounds: dict[str, str]) -> None:
@@ -66,13 +69,13 @@ class ResultStore:
             if entry and entry["signature"] == signature and self._intact(cell, entry["captions"]):
                 self.stats[cell] = _read(old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)])
                 self.hashes[cell.name] = entry["captions"]
-        known = old.get("meta", {}).get("bounds", {})
-        kept = [name for name, signature in bounds.items() if known.get(name) == signature]
+        stored = old.get("meta", {}).get("bounds", {})
+        kept = [name for name, signature in bounds.items() if stored.get(name) == signature]
         self.bounds = {name: _read(old["bounds"][name]) for name in kept}
         self.write()
 
     def add(self, cell: Cell, stats: dict[str, Stat], captions: list[dict]) -> None:
-        """Write a finished cell: its captions first, then the results that name them."""
+        """Write a finished cell: first its captions, then results.json with their hash."""
         path = self._path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(
@@ -87,24 +90,24 @@ class ResultStore:
         self.write()
 
     def captions(self, cell: Cell) -> list[dict]:
-        """The captions of a finished cell, one dict for each sample."""
+        """The captions of a finished cell, one dict per sample."""
         lines = [json.loads(line) for line in self._path(cell).read_text(encoding="utf-8").split("\n") if line]
         return [{**line, "scores": {k: _number(v) for k, v in line["scores"].items()}} for line in lines]
 
     def missing(self, method: str) -> tuple[list[Cell], bool]:
-        """The cells of a model that are to do, and whether its bound is."""
+        """The missing cells of a model, and whether its bound is missing."""
         cells = [cell for cell in self.signatures if cell.method == method and cell not in self.stats]
         return cells, method in self.bound_signatures and method not in self.bounds
 
     @property
     def results(self) -> dict:
-        """What results.json holds, methods and samplers in the order of the config."""
-        known = [cell for cell in self.signatures if cell in self.stats]
+        """The content of results.json, methods and samplers in the order of the config."""
+        finished = [cell for cell in self.signatures if cell in self.stats]
         methods: dict[str, dict[str, dict[str, dict[str, Stat]]]] = {}
-        for cell in known:
+        for cell in finished:
             row = methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})
             row[str(cell.tokens_per_step)] = self.stats[cell]
-        cells = {c.name: {"signature": self.signatures[c], "captions": self.hashes[c.name]} for c in known}
+        cells = {c.name: {"signature": self.signatures[c], "captions": self.hashes[c.name]} for c in finished}
         bounds = {name: self.bounds[name] for name in self.bound_signatures if name in self.bounds}
         signatures = {name: self.bound_signatures[name] for name in bounds}
         return {"methods": methods, "bounds": bounds, "meta": {**self.meta, "cells": cells, "bounds": signatures}}
@@ -121,7 +124,7 @@ class ResultStore:
 
 
 def without_nan(tree: Any) -> Any:
-    """Plain data with None for every NaN."""
+    """Plain data with None in place of every NaN."""
     if isinstance(tree, dict):
         return {key: without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -130,7 +133,7 @@ def without_nan(tree: Any) -> Any:
 
 
 def _read(stats: dict[str, Stat]) -> dict[str, Stat]:
-    """Statistics with the NaN of a mean that `without_nan` took away."""
+    """Statistics read from JSON: a mean that is null becomes NaN again."""
     return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
 
 
@@ -144,7 +147,7 @@ def signature(*parts: Any) -> str:
 
 
 def code_hash(root: Path) -> str:
-    """A hash of the source files that make the numbers."""
-    places = [root / name for name in CODE]
-    files = sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
+    """A hash of the source files that determine the numbers."""
+    paths = [root / name for name in CODE]
+    files = sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""Experts: what tells wrong spans of a draft from right ones, behind the protocol `src.types.Expert`."""
+"""Experts: correct the drafts of a model, behind the protocol `src.types.Expert`."""

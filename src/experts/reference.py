@@ -2,10 +2,9 @@
 
     expert: {target: src.experts.reference.ReferenceExpert, max_words: 4}
 
-Draft and reference are compared word by word. Only *local* differences become edits: a few words in the place
-of equally many words (so that the token counts are likely to agree), words for words and punctuation for
-punctuation. Everything else is a different way of telling, not a mistake. With several references the most
-similar one counts: all are true.
+Draft and reference are compared word by word. Only *local* differences become edits: a few words replaced by equally
+many (so that the token counts are likely to agree), words by words and punctuation by punctuation. Any other difference
+counts as a paraphrase, not as a mistake. Of several references the most similar one is used: all are true.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ Words = list[re.Match[str]]
 class ReferenceExpert:
     """Edits of at most `max_words` words towards the most similar reference.
 
-    Fails with `no_reference` where there is none, and with `no_local_edit` where the draft differs from every
-    reference but nowhere locally: that says nothing about whether it is right.
+    Fails with `no_reference` where there is none, and with `no_local_edit` where the draft differs from every reference
+    but has no local difference: then it may be right or wrong.
     """
 
     name = "reference"
@@ -37,7 +36,7 @@ class ReferenceExpert:
         self.max_words = max_words
 
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
-        """Yield (key, answer) for every draft."""
+        """Yield (key, answer) for each draft."""
         for draft in drafts:
             yield draft.key, self._answer(draft)
 
@@ -46,7 +45,7 @@ class ReferenceExpert:
             return Failure("no_reference")
         references = [draft.reference, *(caption["text"] for caption in draft.record.get("captions", ()))]
         words = [list(_WORD.finditer(text)) for text in (draft.text, *references)]
-        matchers = [_matcher(words[0], other) for other in words[1:]]
+        matchers = [_matcher(words[0], reference) for reference in words[1:]]
         best = max(range(len(references)), key=lambda i: matchers[i].ratio())
         if references[best] == draft.text:
             return Revision((), raw="right", model=self.name)
@@ -60,18 +59,18 @@ def _matcher(draft: Words, reference: Words) -> SequenceMatcher[str]:
     return SequenceMatcher(None, [m[0] for m in draft], [m[0] for m in reference], autojunk=False)
 
 
-def _local_edits(matcher: SequenceMatcher[str], words: Words, right: Words, max_words: int) -> Iterator[Edit]:
+def _local_edits(matcher: SequenceMatcher[str], words: Words, reference: Words, max_words: int) -> Iterator[Edit]:
     for tag, a, b, c, d in matcher.get_opcodes():
-        if tag == "replace" and b - a == d - c <= max_words and _alike(words[a:b], right[c:d]):
-            org, target = _text(words[a:b]), _text(right[c:d])
+        if tag == "replace" and b - a == d - c <= max_words and _same_classes(words[a:b], reference[c:d]):
+            org, target = _text(words[a:b]), _text(reference[c:d])
             yield Edit(org, target, words[a].start(), "differs from the reference")
 
 
 def _text(words: Words) -> str:
-    """The text from the first to the last word, with what stands between them."""
+    """The text from the first word to the last, with the characters between the words."""
     return words[0].string[words[0].start() : words[-1].end()]
 
 
-def _alike(words: Words, others: Words) -> bool:
-    """Whether words stand for words, and punctuation for punctuation."""
+def _same_classes(words: Words, others: Words) -> bool:
+    """Whether each word faces a word, and each punctuation mark a punctuation mark."""
     return all(a[0][0].isalnum() == b[0][0].isalnum() for a, b in zip(words, others, strict=True))

@@ -1,4 +1,4 @@
-"""Words of a sentence against the words of a template: which fits which, by word edit distance.
+"""Alignment of a sentence's words with the words of a template, by word edit distance.
 
 align("A a small red ring.".split(), template_words("object", 0))    (cost, ["A a", "small", "red", "ring.", "", ...])
 """
@@ -9,27 +9,28 @@ from math import inf
 
 from src.scenes.grammar import LEXICON
 
-Slot = tuple[str, str | None, str]  # a word of a template: itself, its field or None, punctuation behind a field
+Slot = tuple[str, str | None, str]  # a template word: the word, its field or None, punctuation after a field
 
 
 def fits(word: str, slot: Slot, *, first: bool) -> str:
-    """The value of a word that fits, which for a fixed word is itself; empty where it does not fit.
+    """The field value that a word stands for (for a fixed slot the word itself); empty where it does not fit the slot.
 
-    first: of a sentence, where a field has a capital letter
+    first: whether the word opens the sentence, where a field is capitalized
     """
     expected, field, tail = slot
     if field is None:
         return word if word == expected else ""
     value = word.removesuffix(tail)
-    known = value[0].lower() + value[1:] if first and value[:1].isupper() else value
-    return known if known in LEXICON[field] and word == value + tail and (not first or known != value) else ""
+    lowered = value[0].lower() + value[1:] if first and value[:1].isupper() else value
+    return lowered if lowered in LEXICON[field] and word == value + tail and (not first or lowered != value) else ""
 
 
 def align(words: list[str], template: list[Slot]) -> tuple[int, list[str]]:
-    """The least number of words to replace, insert or remove, and the text that stands for each word of a template.
+    """The edit distance in words (replace, insert, remove), and the text aligned with each word of the template.
 
-    A surplus word goes with the one before it, or at the start with the first. Where several alignments cost the same,
-    words at the end are replaced rather than removed or inserted. An empty word, between two blanks, is never replaced.
+    A surplus word joins the word before it, or the first one at the start. Of alignments with equal cost, the one that
+    replaces words at the end wins over those that remove or insert. An empty word, between two blanks, is never
+    replaced.
     """
     cost = [[inf] * (len(template) + 1) for _ in range(len(words) + 1)]
     step = [[""] * (len(template) + 1) for _ in range(len(words) + 1)]
@@ -38,8 +39,8 @@ def align(words: list[str], template: list[Slot]) -> tuple[int, list[str]]:
         for j in range(len(template) + 1):
             options = [(cost[i][j], step[i][j])]
             if i and j and words[i - 1]:
-                wrong = not fits(words[i - 1], template[j - 1], first=j == 1)
-                options.append((cost[i - 1][j - 1] + wrong, "replace"))
+                mismatch = not fits(words[i - 1], template[j - 1], first=j == 1)
+                options.append((cost[i - 1][j - 1] + mismatch, "replace"))
             if i:
                 options.append((cost[i - 1][j] + 1, "remove"))
             if j:
@@ -56,6 +57,6 @@ def align(words: list[str], template: list[Slot]) -> tuple[int, list[str]]:
             surplus.insert(0, words[i])
         else:
             j -= 1
-    held = next((place for place, texts in enumerate(slots) if texts), 0)
-    slots[held] = [*surplus, *slots[held]]
+    first_filled = next((index for index, texts in enumerate(slots) if texts), 0)
+    slots[first_filled] = [*surplus, *slots[first_filled]]
     return int(cost[-1][-1]), [" ".join(texts) for texts in slots]

@@ -1,18 +1,18 @@
-"""The scenes expert: exact corrections of a draft from its scene graph. Offline, for embedded scenes.
+"""The scenes expert: exact corrections of a draft from its scene graph. Offline, for the embedded scenes.
 
     expert: {target: src.experts.scenes.ScenesExpert}
 
-    draft -> sentences -> readings (which template, which words fit it) -> true words -> single-word edits
+    draft -> sentences -> readings (template, and which words fit it) -> true words -> single-word edits
 
 A sentence keeps its template, and with `lengths: same` its number of words:
 
-1. A sentence that the grammar rejects is read as the nearest template of equally many words; where too many words
-   differ, with `lengths: any` as the nearest by word edit distance; where too many differ even so, it is left alone.
-2. Object sentences are given objects one to one. First, as many objects as possible are described; then, a
-   sentence stays with the object at the place that it names; then, as few words as possible change. Surplus
-   sentences are made true where they stand.
-3. Introductions get the number and the background, relations the nearest true relation. A relation that no
-   pair of objects satisfies is left alone.
+1. An ungrammatical sentence is read as the nearest template with as many words; where too many words differ,
+   `lengths: any` takes the nearest template by word edit distance. A sentence without a near template is left alone.
+2. Object sentences are assigned to objects, one to one. In order of priority: describe as many objects as possible;
+   leave a sentence with the object at the place that it names; change as few words as possible. A surplus sentence is
+   made true where it stands.
+3. Introductions get the true number and background, relations the nearest true relation. A relation that holds for no
+   pair of objects is left alone.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from src.scenes.score import score_caption
 from src.types import Draft, Edit, Failure, Revision
 
 LENGTHS = ("same", "any")
-MAX_MISMATCH = 0.45  # share of the words of an ungrammatical sentence that may differ from a template
+MAX_MISMATCH = 0.45  # share of an ungrammatical sentence's words that may differ from a template
 
 
 class ScenesExpert:
     """Corrects every sentence that it can read.
 
-    lengths: `same` replaces words one for one; `any` also removes words, and inserts them. An insertion is an edit of a
-    word beside it: `small` becomes `small red`.
+    lengths: `same` replaces words one for one; `any` also removes and inserts words. An insertion is an edit of a
+        neighbouring word: `small` becomes `small red`.
 
-    Fails with `no_scene` where the record holds no scene graph, with `damaged_scene` where that is of no use, and with
-    `no_local_edit` where the draft is wrong but no sentence can be corrected word by word.
+    Fails with `no_scene` where the record holds no scene graph, with `damaged_scene` where it cannot be parsed, and
+    with `no_local_edit` where the draft is wrong but no sentence can be corrected word by word.
     """
 
     name = "scenes"
@@ -63,11 +63,11 @@ class ScenesExpert:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on, but for the default."""
+        """The settings that the answers depend on; empty for the default."""
         return {} if self.lengths == "same" else {"lengths": self.lengths}
 
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
-        """Yield (key, answer) for every draft."""
+        """Yield (key, answer) for each draft."""
         for draft in drafts:
             yield draft.key, self._answer(draft)
 
@@ -76,7 +76,7 @@ class ScenesExpert:
             return Failure("no_scene")
         try:
             scene = Scene.from_dict(draft.record["scene"])
-        except (KeyError, TypeError, ValueError, AttributeError):  # whatever a record of another form leads to
+        except (KeyError, TypeError, ValueError, AttributeError):  # any malformed record
             return Failure("damaged_scene")
         edits = tuple(correct(scene, draft.text, lengths=self.lengths))
         if edits:
@@ -89,10 +89,10 @@ class ScenesExpert:
 
 @dataclass(frozen=True)
 class _Reading:
-    """A sentence as a use of a template: its start in the text, its words, and the legible fields.
+    """A sentence read as a template: its start in the text, its words, and the fields whose words fit.
 
-    words: the text that stands for each word of the template; empty where the word is missing, and several words where
-        some are surplus
+    words: the text aligned with each word of the template; empty for a missing word, several words where some are
+        surplus
     """
 
     start: int
@@ -101,61 +101,64 @@ class _Reading:
     template: int
     fields: dict[str, str]
 
-    def say(self, **fields: str) -> list[str]:
-        """The words of a sentence with the same template and these fields."""
+    def write(self, **fields: str) -> list[str]:
+        """The words of the template filled with these fields."""
         return write_sentence(Statement(self.kind, self.template, fields)).split(" ")
 
     def cost(self, words: list[str]) -> int:
-        """How many words differ."""
+        """The number of words that differ."""
         return sum(a != b for a, b in zip(self.words, words, strict=True))
 
 
 def correct(scene: Scene, text: str, *, lengths: str = "same") -> list[Edit]:
-    """Single-word edits, in order, that make the readable sentences of a text grammatical and true.
+    """The single-word edits, in order, that make the readable sentences of a text grammatical and true.
 
-    lengths: whether they may also insert and remove words (`any`) or not (`same`)
+    lengths: whether edits may also insert and remove words (`any`) or not (`same`)
     """
     readings = list(_readings(text, lengths))
-    about = [r for r in readings if r.kind == "object"]
-    objects = dict(zip((r.start for r in about), _assign(scene, about), strict=True))
+    object_readings = [r for r in readings if r.kind == "object"]
+    objects = dict(zip((r.start for r in object_readings), _assign(scene, object_readings), strict=True))
     edits = [edit for r in readings for edit in _edits(r, _true_words(scene, r, objects))]
-    return _with_joints(text, [r.start for r in readings], edits)
+    return _with_blanks(text, [r.start for r in readings], edits)
 
 
-def _with_joints(text: str, starts: list[int], edits: list[Edit]) -> list[Edit]:
-    """The edits, and the blank put in or taken out where a sentence does not start behind exactly one."""
-    found = {edit.start_char: edit for edit in edits}
+def _with_blanks(text: str, starts: list[int], edits: list[Edit]) -> list[Edit]:
+    """The edits, extended so that each sentence follows exactly one blank."""
+    edits_at = {edit.start_char: edit for edit in edits}
     for start in starts:
         word = text[start:].split(" ")[0]
-        edit = found.get(start) or Edit(word, word, start, "blank", "syntax")
+        edit = edits_at.get(start) or Edit(word, word, start, "blank", "syntax")
         if start and text[start - 1] != " ":
-            end = text[start - 1]
-            found.pop(start, None)
-            found[start - 1] = Edit(end + edit.org, f"{end} {edit.target}", start - 1, edit.reason, edit.kind)
+            previous = text[start - 1]
+            edits_at.pop(start, None)
+            edits_at[start - 1] = Edit(
+                previous + edit.org, f"{previous} {edit.target}", start - 1, edit.reason, edit.kind
+            )
         elif start == 1:
-            found.pop(start, None)
-            found[0] = Edit(f" {edit.org}", edit.target, 0, edit.reason, edit.kind)
-    return [found[place] for place in sorted(found, key=lambda place: place or 0)]
+            edits_at.pop(start, None)
+            edits_at[0] = Edit(f" {edit.org}", edit.target, 0, edit.reason, edit.kind)
+    return [edits_at[start] for start in sorted(edits_at, key=lambda start: start or 0)]
 
 
 def _true_words(scene: Scene, reading: _Reading, objects: dict[int, SceneObject]) -> list[str]:
+    """The words of a sentence that is true of the scene. objects: by the start of the sentence that describes them"""
     if reading.kind == "object":
-        return _say_object(reading, objects[reading.start])
+        return _object_words(reading, objects[reading.start])
     if reading.kind == "intro":
         count = len(scene.objects)
         noun = LEXICON["noun"][count > 1]
-        return reading.say(number=NUMBERS[count - 1], noun=noun, background=scene.background)
+        return reading.write(number=NUMBERS[count - 1], noun=noun, background=scene.background)
     return _nearest_relation(scene, reading)
 
 
-def _say_object(reading: _Reading, item: SceneObject) -> list[str]:
-    return reading.say(**{name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")})
+def _object_words(reading: _Reading, item: SceneObject) -> list[str]:
+    return reading.write(**{name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")})
 
 
 def _nearest_relation(scene: Scene, reading: _Reading) -> list[str]:
-    """The true relation sentence with the fewest new words; on a tie the relation changes, not the objects.
+    """The true relation sentence with the fewest changed words; on a tie the objects stay and the relation changes.
 
-    The words as they are, where no relation of this template holds.
+    The reading's own words where no relation of this template holds.
     """
     options = []
     templates = {field for _, field, _ in template_words("relation", reading.template)}
@@ -165,37 +168,37 @@ def _nearest_relation(scene: Scene, reading: _Reading) -> list[str]:
         for word in LEXICON[name]:
             relation = f"{word} of" if name == "side" else word
             if scene.holds(relation, (a.colour, a.shape), (b.colour, b.shape)):
-                words = reading.say(**pair, **{name: word})
+                words = reading.write(**pair, **{name: word})
                 options.append((reading.cost(words), word == reading.fields.get(name), len(options), words))
     return min(options)[-1] if options else reading.words
 
 
 def _assign(scene: Scene, readings: list[_Reading]) -> list[SceneObject]:
-    """An object for every object sentence, by dynamic programming over the sets of objects already described.
+    """An object for each object sentence, by dynamic programming over the set of objects described so far.
 
-    A plan is (objects described, negated; sentences that leave the object at their place; words; choices),
-    and the least one wins. Sentences and objects are in order, so ties go to the first.
+    A plan is (-objects described, sentences moved away from the object at their place, words changed, choices); the
+    smallest wins. Sentences and objects are in order, so ties go to the first.
     """
     plans: dict[int, tuple[int, int, int, tuple[int, ...]]] = {0: (0, 0, 0, ())}
     for reading in readings:
-        costs = [reading.cost(_say_object(reading, item)) for item in scene.objects]
+        costs = [reading.cost(_object_words(reading, item)) for item in scene.objects]
         home = _home(scene, reading)
         surplus = costs.index(min(costs)) if home is None else home
-        longer: dict[int, tuple[int, int, int, tuple[int, ...]]] = {}
-        for described, (fresh, left, words, choices) in plans.items():
+        extended: dict[int, tuple[int, int, int, tuple[int, ...]]] = {}
+        for described, (neg_described, moved, words, choices) in plans.items():
             for choice, cost in enumerate(costs):
                 new = not described >> choice & 1
                 if new or choice == surplus:
                     away = home not in (None, choice)
-                    plan = (fresh - new, left + away, words + cost, (*choices, choice))
+                    plan = (neg_described - new, moved + away, words + cost, (*choices, choice))
                     key = described | 1 << choice
-                    longer[key] = min(longer.get(key, plan), plan)
-        plans = longer
+                    extended[key] = min(extended.get(key, plan), plan)
+        plans = extended
     return [scene.objects[choice] for choice in min(plans.values())[-1]]
 
 
 def _home(scene: Scene, reading: _Reading) -> int | None:
-    """The object at the place that a sentence names."""
+    """The index of the object at the place that a sentence names."""
     item = scene.at(reading.fields.get("row", ""), reading.fields.get("column", ""))
     return None if item is None else scene.objects.index(item)
 
@@ -213,60 +216,62 @@ def _readings(text: str, lengths: str) -> Iterator[_Reading]:
 
 
 def _nearest_template(words: list[str], lengths: str) -> tuple[list[str], str, int, dict[str, str]] | None:
-    """(words, kind, index, legible fields) of the template with the fewest misfit words, if they are few enough.
+    """(words, kind, index, fields that fit) of the template with the fewest mismatches, or None if there are too many.
 
-    One that is near enough word for word goes first: to move words is harder to learn than to replace them.
+    A word-for-word match is preferred: replacing words is easier to learn than moving them.
     """
-    known = [(kind, index, template_words(kind, index)) for kind in TEMPLATES for index in range(len(TEMPLATES[kind]))]
+    templates = [
+        (kind, index, template_words(kind, index)) for kind in TEMPLATES for index in range(len(TEMPLATES[kind]))
+    ]
     for compare in (_in_place, align)[: LENGTHS.index(lengths) + 1]:
-        found = [(compare(words, template), (kind, index, template)) for kind, index, template in known]
-        (wrong, slots), (kind, index, template) = min(found, key=lambda reading: reading[0][0])
-        if wrong <= MAX_MISMATCH * len(words):
+        matches = [(compare(words, template), (kind, index, template)) for kind, index, template in templates]
+        (mismatches, slots), (kind, index, template) = min(matches, key=lambda match: match[0][0])
+        if mismatches <= MAX_MISMATCH * len(words):
             return slots, kind, index, _fields(slots, template)
     return None
 
 
 def _in_place(words: list[str], template: list[Slot]) -> tuple[float, list[str]]:
-    """How many words do not fit, and the words; all are too many where they are not one for one.
+    """The number of words that do not fit, and the words.
 
-    Nor is there a word to replace between two blanks.
+    Infinite where words and template differ in length, or where there is an empty word, between two blanks.
     """
     if len(words) != len(template) or "" in words:
         return inf, words
     pairs = enumerate(zip(words, template, strict=True))
-    return sum(not fits(word, slot, first=not place) for place, (word, slot) in pairs), words
+    return sum(not fits(word, slot, first=not index) for index, (word, slot) in pairs), words
 
 
 def _fields(words: list[str], template: list[Slot]) -> dict[str, str]:
     """The fields of a template whose words fit."""
     pairs = enumerate(zip(words, template, strict=True))
-    found = {slot[1]: fits(word, slot, first=not place) for place, (word, slot) in pairs}
-    return {field: value for field, value in found.items() if field and value}
+    values = {slot[1]: fits(word, slot, first=not index) for index, (word, slot) in pairs}
+    return {field: value for field, value in values.items() if field and value}
 
 
 def _edits(reading: _Reading, words: list[str]) -> Iterator[Edit]:
-    """An edit for every word that changes; punctuation behind both words stays outside.
+    """An edit for each word that changes, without the punctuation that both words end with.
 
-    A missing word becomes part of the edit of the word before it, or of the next one where there is none.
+    A missing word is inserted by the edit of the word before it, or of the next word at the start.
     """
     template = template_words(reading.kind, reading.template)
     char, parts = reading.start, list[tuple[int, str, list[str], str | None]]()
-    first = list[str]()
+    leading = list[str]()  # missing words before the first one that is there
     for old, new, (_, field, _) in zip(reading.words, words, template, strict=True):
         if old:
-            parts.append((char, old, [*first, new], field))
-            first, char = [], char + len(old) + 1
+            parts.append((char, old, [*leading, new], field))
+            leading, char = [], char + len(old) + 1
         elif new:
-            (parts[-1][2] if parts else first).append(new)
-    for start, old, several, field in parts:
-        new = " ".join(several)
+            (parts[-1][2] if parts else leading).append(new)
+    for start, old, targets, field in parts:
+        new = " ".join(targets)
         if old != new:
             tail = int(len(old) > 1 and old[-1] == new[-1] and old[-1] in ".,")
-            single = field if len(several) == 1 and " " not in old else None
+            single = field if len(targets) == 1 and " " not in old else None
             reason = f"wrong {single}" if single else "syntax"
             yield Edit(old[: len(old) - tail], new[: len(new) - tail], start, reason, _kind(single))
 
 
 def _kind(field: str | None) -> str:
-    """The kind of mistake that a wrong word of a field is; `syntax` where none of the facts is concerned."""
+    """The kind of mistake for a wrong word in a field; `syntax` where the field states no fact."""
     return FACT_OF_FIELD.get((field or "").rstrip("2"), "syntax")

@@ -1,1 +1,1 @@
-"""What generate, serve and demo share: requests in, lines of captions out."""
+"""What generate, serve and demo share: reading requests, sampling them in batches, writing JSON lines."""

@@ -1,1 +1,1 @@
-"""Files: atomic writes, shards, images, locks, and the errors that a user can act on. No torch."""
+"""Files: atomic writes, shards, images, locks, hub downloads, and UserError. No torch."""

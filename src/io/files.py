@@ -1,4 +1,4 @@
-"""Files written whole or not at all: under a temporary name, synced, renamed."""
+"""Atomic file writes: to a temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an error of the system in the block, as of a full disk, the file that it is about if it names none."""
+    """Add the file name to an OSError, such as a full disk's, that has none."""
     try:
         yield
     except OSError as error:
@@ -39,31 +39,31 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds a mapping. Raises UserError, with its name, for one that does not."""
+    """Read a JSON file that contains a mapping. Raises UserError for any other content."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, or make it again") from error
+        raise UserError(f"{path} is damaged ({error}); remove or recreate it") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); make it again")
+        raise UserError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); recreate it")
     return content
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Sync a file, or a folder and the files in it, to disk and rename it to its final name."""
+    """Sync a file, or a folder and its files, to disk and rename it to its final name."""
     for item in [*temporary.rglob("*"), temporary]:
         sync_path(item)
     _rename(temporary, path)
 
 
 def sync_path(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
+    """Sync a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

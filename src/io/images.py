@@ -1,18 +1,19 @@
-"""Any image file to a small RGB image, or the reason why not.
+"""Convert any image file to a small RGB image.
 
     convert(path, size=96, encoding="jpg") -> bytes
 
-    open -> limit of pixels -> decode first frame -> turn by EXIF -> RGB on white
-      -> fit into a grey square, or shrink and keep the shape
+    open -> pixel limit -> decode first frame -> rotate by EXIF -> RGB on white
+      -> fit into a grey square, or shrink and keep the aspect ratio
 
-The whole picture is kept, since captions speak of all of it. NOTE: the pixels are decoded before EXIF is
-looked at: asking for EXIF first makes Pillow pass some broken files as good.
+Images are never cropped, as captions describe all of them. NOTE: pixels are decoded before EXIF is read: with EXIF
+first, Pillow accepts some broken files.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +36,28 @@ BROKEN = (
 
 
 class ImageProblem(Exception):
-    """An image that cannot be used; the message is the reason."""
+    """An image that cannot be used. The message is the reason, a word for counts."""
 
 
 def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> bytes:
-    """The image in a file, encoded: `size` x `size` pixels, or its own shape within them. Raises ImageProblem."""
+    """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it. Raises ImageProblem."""
     stream = io.BytesIO()
-    change = fit if square else shrink
-    change(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
+    resize = fit if square else shrink
+    resize(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
     return stream.getvalue()
 
 
 def load(path: Path, *, size: int = 0) -> Image.Image:
-    """The image in a file, upright and RGB. JPEGs much larger than `size` (0: never) are decoded reduced."""
+    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size.
+
+    Raises ImageProblem.
+    """
     if not path.is_file():
         raise ImageProblem("missing_image")
     if not path.stat().st_size:
         raise ImageProblem("empty_image_file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # corrupt EXIF only warns; what cannot be used raises
+        warnings.simplefilter("ignore")  # for corrupt EXIF; unusable images raise
         try:
             with Image.open(path) as image:
                 return _upright_rgb(image, size)
@@ -69,18 +73,13 @@ def _upright_rgb(image: Image.Image, size: int) -> Image.Image:
     if size:
         image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth of the size
     image.load()
-    return to_rgb(_transposed(image))
-
-
-def _transposed(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except BROKEN:
-        return image  # the pixels are good, only the EXIF block is not
+    with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
+        image = ImageOps.exif_transpose(image)
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: transparency on white, 16 bits and floats scaled to 8."""
+    """Convert any mode to RGB: transparency on white, 16-bit and float values scaled to 8 bits."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         scale = 255 / 65535 if values.size and values.max() > 255 else 1.0
@@ -100,7 +99,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """The image in its own shape, its longer side at most `size` pixels. A smaller one stays as it is."""
+    """The image with its longer side at most `size` pixels, in its own aspect ratio. Smaller images stay unchanged."""
     return _scaled(image, size) if max(image.size) > size else image
 
 

@@ -1,12 +1,12 @@
-"""One process at a time on what a verb writes.
+"""A lock on the output of a verb: one process at a time.
 
-    with locked(out):       a folder or a file, which need not be there yet
+    with locked(out):       a folder or a file, which need not exist yet
         ...
 
     out -> .NAME.lock beside it, with the id of the process that holds it
 
-The kernel gives the lock up when the process ends, however it ends, so a killed one blocks nobody. Processes that it
-has forked, such as the workers of a loader, do not hold it.
+The kernel releases the lock when the process ends, even if it is killed. Forked processes, such as dataloader workers,
+do not hold it.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold `path` until the end of the block. Raises UserError, with its id, where another process holds it."""
-    place = Path(path).resolve()
-    name = place.with_name(f".{place.name}.lock")
+    """Lock `path` until the end of the block. Raises UserError, with its process id, if another process holds it."""
+    resolved = Path(path).resolve()
+    lock_file = resolved.with_name(f".{resolved.name}.lock")
     try:
-        handle = _acquire(name, path)
-    except OSError as error:  # where nothing can be written; what tries to says so
+        handle = _acquire(lock_file, path)
+    except OSError as error:  # not writable: the first write inside the block raises
         log.warning("cannot lock %s: %s", path, error)
         yield
         return
     try:
         yield
     finally:
-        name.unlink(missing_ok=True)  # before it is free: who waits for it in `_acquire` sees that it is gone
+        lock_file.unlink(missing_ok=True)  # before the release, so that `_acquire` elsewhere sees that it is gone
         os.close(handle)
 
 
-def _acquire(name: Path, path: str | Path) -> int:
-    """A handle of the lock file, locked."""
-    name.parent.mkdir(parents=True, exist_ok=True)
+def _acquire(lock_file: Path, path: str | Path) -> int:
+    """Open and lock the lock file; returns its file descriptor."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -54,16 +54,16 @@ def _acquire(name: Path, path: str | Path) -> int:
             raise UserError(
                 f"{path} is in use by process {holder}, which may be the same command: wait for it to end, or end it"
             ) from None
-        if _is_named(handle, name):
+        if _is_current(handle, lock_file):
             os.ftruncate(handle, 0)
             os.write(handle, f"{os.getpid()}\n".encode())
             return handle
-        os.close(handle)  # its holder has just removed it
+        os.close(handle)  # the previous holder has just removed this file
 
 
-def _is_named(handle: int, name: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+def _is_current(handle: int, lock_file: Path) -> bool:
+    """Whether the open file is still the one at the path of the lock file."""
     try:
-        return os.path.samestat(os.fstat(handle), name.stat())
+        return os.path.samestat(os.fstat(handle), lock_file.stat())
     except FileNotFoundError:
         return False

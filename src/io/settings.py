@@ -1,7 +1,7 @@
-"""Components as plain data, to compare the settings that a folder was made with to those of now.
+"""Components as plain data, to compare the settings stored with an output folder to the present ones.
 
-describe(sampler)                        {"class": "Sampler", "length": 64, ...}
-differences(stored, {"sampler": ...})    names of the settings that differ
+describe(sampler)                         {"class": "Sampler", "length": 64, ...}
+differences(stored, {"sampler": ...})     names of the settings that differ
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ."""
-    wanted = as_json(wanted)
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ. `stored` was read from JSON, `present` is converted to it."""
+    present = as_json(present)
+    return sorted(name for name in stored.keys() | present.keys() if stored.get(name) != present.get(name))
 
 
 def describe(value: Any) -> Any:
-    """A component as plain data: its class and its settings, which are its public attributes or its `settings`.
+    """A component as plain data: its class, and its `settings` or else its public attributes.
 
-    Raises UserError for a setting that is neither plain nor a component.
+    Raises ValueError for a value that is neither plain data nor a component.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -45,10 +45,12 @@ def _public_settings(component: Any) -> Mapping[str, Any]:
     elif hasattr(component, "__dict__"):
         names = sorted(vars(component))
     else:
-        raise ValueError(f"{component!r} is no setting: keep it under a name that starts with _, or define `settings`")
+        raise ValueError(
+            f"{component!r} is not a setting: keep it in an attribute whose name starts with _, or define `settings`"
+        )
     return {name: getattr(component, name) for name in names if not name.startswith("_")}
 
 
 def as_json(settings: Mapping[str, Any]) -> dict:
-    """As JSON returns it: tuples become lists."""
+    """The settings after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(dict(settings)))

@@ -1,13 +1,12 @@
-"""Write shards so that a kill at any moment leaves either a whole file or none.
+"""Read and write shards. Every file is written atomically, so a killed process leaves no partial one.
 
     write_shards(folder, samples, prefix="train", per_shard=512, kind="captions", tokenizer=...)
         samples -> train-000000.tar, train-000001.tar, ... -> index.json, written last
-    read_manifest(folder), read_shard(path)     index.json, and the samples of a tar, as they were written
+    read_manifest(folder), read_shard(path)     index.json, and the samples of a tar as they were written
 
-A sample is `{"__key__": "KEY", "json": {...}, "png": b"..."}`: a file `KEY.<name>` for every name that does
-not start with an underscore; a dict becomes UTF-8 JSON. Files get temporary names, are synced to disk and
-then renamed; the headers carry neither clock nor user, so equal samples make equal bytes. A folder without
-index.json is unfinished: writing it again removes what an interrupted run left and starts over.
+A sample is `{"__key__": "KEY", "json": {...}, "png": b"..."}`: a file `KEY.<name>` for every name that does not start
+with an underscore; a dict becomes UTF-8 JSON. Tar headers contain neither time nor user, so equal samples give equal
+bytes. A folder without index.json is unfinished: `write_shards` removes its shards and starts over.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from src.io.files import _rename, _sync, _temporary, naming, read_json, sha256, 
 
 FORMAT = 1
 INDEX = "index.json"
-DATASET = "dataset"  # kind of a folder that holds splits instead of shards
-MAX_KEY = 90  # bytes: a tar header holds names of up to 100
+DATASET = "dataset"  # kind of a folder that contains splits instead of shards
+MAX_KEY = 90  # bytes; a name in a tar header has up to 100
 
 
 def write_shards(
@@ -44,14 +43,15 @@ def write_shards(
 ) -> dict:
     """Write a data folder and return its index.
 
-    `counts` (why samples were skipped, ...) and `extra` (further keys of the index) are read after the last
-    sample, so the iterable may fill them as it goes; `counts["written"]` is added here.
+    counts, extra: counts (of skipped samples by reason, ...) and further keys of the index. They are read after the
+        last sample, so the iterable may fill them as it goes. `counts["written"]` is added.
+    Raises UserError if the folder is finished already.
     """
     folder = Path(folder)
     if per_shard < 1:
         raise UserError(f"per_shard must be at least 1, got {per_shard}")
     if (folder / INDEX).exists():
-        raise UserError(f"{folder} is finished already; remove it or choose another folder")
+        raise UserError(f"{folder} is already finished; remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob(f"{prefix}-*.tar"), *folder.glob(f".{prefix}-*.tmp")]:
         stale.unlink()
@@ -63,7 +63,7 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
-    """Write one tar atomically and return its entry of the index: name, count, bytes, sha256."""
+    """Write one tar atomically and return its index entry: name, count, bytes, sha256."""
     temporary = _temporary(path)
     count = 0
     with naming(path), temporary.open("wb") as stream:
@@ -78,7 +78,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
 
 
 def shard_entry(path: Path, count: int) -> dict:
-    """What the index says of a shard."""
+    """The index entry of a shard."""
     return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -91,7 +91,7 @@ def write_index(
     counts: Mapping[str, int] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Write index.json, which makes a folder of shards a finished one, and return it."""
+    """Write index.json, which marks a folder of shards as finished, and return it."""
     total = {**(counts or {}), "written": sum(shard["count"] for shard in shards)}
     index = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer, "shards": shards, "counts": total}
     index |= extra or {}
@@ -100,7 +100,7 @@ def write_index(
 
 
 def image_name(data: bytes) -> str:
-    """`png` or `jpg`: the file name ending of an encoded image."""
+    """File name extension of an encoded image, `png` or `jpg`. Raises ValueError for other formats."""
     if data.startswith(b"\x89PNG"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
@@ -109,7 +109,7 @@ def image_name(data: bytes) -> str:
 
 
 def read_tar(path: Path, *, strict: bool) -> Iterator[dict[str, Any]]:
-    """The samples of one tar: `__key__`, and the bytes of each file. Not strict: as far as it can be read."""
+    """The samples of one tar: `__key__`, and the bytes of each file. If not strict, read errors are ignored."""
     handler = reraise_exception if strict else ignore_and_continue
     with path.open("rb") as stream:
         files = tar_file_expander([{"url": str(path), "stream": stream}], handler=handler)
@@ -123,45 +123,44 @@ def read_shard(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """The index.json of a finished data folder. Raises UserError where there is none, or not one of ours."""
+    """The index.json of a finished data folder. Raises UserError if it is missing, damaged or of another format."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise UserError(f"{folder} is not a finished data folder: it has no {INDEX}")
     content = read_json(path)
-    if lacking := {"format", "kind"} - content.keys():
-        raise UserError(f"{path} is damaged (it has no {lacking.pop()!r}); make the folder again")
-    form, kind = content["format"], content["kind"]
-    shards = content.get("shards")
+    if missing_keys := {"format", "kind"} - content.keys():
+        raise UserError(f"{path} is damaged (it has no {missing_keys.pop()!r}); recreate the folder")
+    form, kind, shards = content["format"], content["kind"], content.get("shards")
     complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
     if kind == DATASET:
-        raise UserError(f"{folder} is a whole dataset; name a split: {Path(folder) / 'test'}")
+        raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
     if form != FORMAT or not complete:
-        raise UserError(f"{path} has format {form!r}, but this version reads format {FORMAT}; make the folder again")
-    if wrong := [entry for entry in content["shards"] if not _is_entry(entry)]:
-        raise UserError(f"{path} is damaged (no name and count of a shard in {wrong[0]!r}); make the folder again")
+        raise UserError(f"{path} has format {form!r}, but this version reads format {FORMAT}; recreate the folder")
+    if invalid := [entry for entry in content["shards"] if not _is_entry(entry)]:
+        raise UserError(f"{path} is damaged (no name and count of a shard in {invalid[0]!r}); recreate the folder")
     return content
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether an entry of an index says what it has to of a shard."""
-    fits = isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("count")) is int
-    return fits and entry["count"] >= 0
+    """Whether an index entry has the name and the count of a shard."""
+    typed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("count")) is int
+    return typed and entry["count"] >= 0
 
 
 def _groups(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Iterable[Mapping[str, Any]]]:
-    """Consecutive groups of `size` samples, lazily; each must be used up before the next is taken."""
-    rest = iter(samples)
-    for first in rest:
-        yield chain([first], islice(rest, size - 1))
+    """Consecutive groups of `size` samples, lazily; consume each before the next."""
+    iterator = iter(samples)
+    for first in iterator:
+        yield chain([first], islice(iterator, size - 1))
 
 
 def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
     key = sample["__key__"]
     if not 0 < len(key.encode()) <= MAX_KEY or "." in key or "/" in key:
-        raise ValueError(f"a key has 1 to {MAX_KEY} bytes, no dot and no slash, got {key!r}")
-    files = {name: _encode_value(value) for name, value in sample.items() if not name.startswith("_")}
+        raise ValueError(f"a key must have 1 to {MAX_KEY} bytes, no dot and no slash, got {key!r}")
+    files = {
+        name: json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value
+        for name, value in sample.items()
+        if not name.startswith("_")
+    }
     return {"__key__": key, **files}
-
-
-def _encode_value(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value

@@ -1,1 +1,1 @@
-"""Metrics of captions: torchmetrics that take `(texts, records)` and return `{name: {mean, se, n}}`."""
+"""Metrics of responses: torchmetrics whose `compute` returns `{name: {mean, se, n}}`, most over `(texts, records)`."""

@@ -1,4 +1,4 @@
-"""Exact match of final answers that stand behind `####`, as in GSM8K (arXiv 2110.14168).
+"""Exact match of final answers, given after `####` as in GSM8K (arXiv 2110.14168).
 
 ExactMatch().score("7 * 6 = 42\\n#### 42", {"captions": [{"text": "... #### 42.0"}]})   {"exact_match": 1.0, ...}
 """
@@ -12,34 +12,34 @@ from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric
 from src.metrics.text import references_of
 
-# a number in groups of three, `1,234` or `1 234`, or one without groups; `$` may stand in front
+# digits in groups of three, `1,234` or `1 234`, or ungrouped; may follow `$`
 _NUMBER = r"(-?) *\$? *(-?)(\d{1,3}(?:[, ]\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
 _ANSWER = re.compile(rf"####[ \t]*{_NUMBER}")
 
 
 def answer_of(text: str) -> Decimal | None:
-    """The number behind the first `####` that a number follows; None where there is none."""
-    found = _ANSWER.search(text)
-    if found is None:
+    """The number after the first `####` that is followed by a number; None if there is none."""
+    match = _ANSWER.search(text)
+    if match is None:
         return None
-    outer, inner, digits = found.groups()
+    minus_before_dollar, minus_after_dollar, digits = match.groups()
     value = Decimal(re.sub(r"[, ]", "", digits))
-    return -value if outer or inner else value
+    return -value if minus_before_dollar or minus_after_dollar else value
 
 
 class ExactMatch(CaptionMetric):
-    """Per text `exact_match`, 1 where its answer is that of a reference, and `answered`, 1 where it has one.
+    """Per text: `exact_match`, 1 if its answer equals that of a reference, and `answered`, 1 if it has an answer.
 
-    Numbers are compared by value: `1,000`, `1 000`, `$1000` and `1000.0` agree. References are the captions of the
-    record. Raises UserError for a record without an answer.
+    Numbers are compared by value: `1,000`, `1 000`, `$1000` and `1000.0` are equal. The references are the captions of
+    the record. Raises UserError if none of them has an answer.
     """
 
     higher_is_better = True
     names = ("exact_match", "answered")
 
     def score(self, text: str, record: dict) -> dict[str, float]:
-        right = {answer_of(reference) for reference in references_of(record)} - {None}
-        if not right:
-            raise UserError(f"the reference of record {record.get('key', '?')!r} has no answer behind ####")
-        given = answer_of(text)
-        return {"exact_match": float(given in right), "answered": float(given is not None)}
+        correct = {answer_of(reference) for reference in references_of(record)} - {None}
+        if not correct:
+            raise UserError(f"the reference of record {record.get('key', '?')!r} has no answer after ####")
+        answer = answer_of(text)
+        return {"exact_match": float(answer in correct), "answered": float(answer is not None)}

@@ -1,16 +1,16 @@
-"""The validation bound: an upper bound on how many nats a masked diffusion model needs for a response (NELBO).
+"""NELBO of a masked diffusion model: an upper bound on the negative log-likelihood of a response, in nats.
 
     bound = Bound(special=codec.special, draws=32, seed=0)
     bound.update(backbone, batch)      for each batch
     bound.compute()                    {"nelbo", "perplexity", "bits"}: {mean, se, n}
 
-B rows, L positions, V vocabulary, n editable positions of a row (text, eot, and end-of-text filler that is editable).
+B rows, L positions, V vocabulary, n editable positions of a row (text, eot, and editable end-of-text filler).
 
-    nats = E[ n/k * sum of the cross-entropies at k hidden tokens ],   k uniform on 1..n, then which k uniform
+    nats = E[ n/k * sum of the cross-entropies at k masked tokens ],   k uniform on 1..n, then a uniform set of k tokens
 
-is the continuous-time NELBO of the linear schedule, 1/t times the masked cross-entropy with t uniform on [0, 1]:
-the integral over t gives each set of k tokens the same weight (LLaDA, arXiv 2502.09992, eq. 6). Drawing the number k
-in place of t, stratified over the draws of a response, has a far smaller variance.
+This equals the continuous-time NELBO of the linear schedule, 1/t times the masked cross-entropy with t uniform on
+[0, 1]: the integral over t gives each set of k tokens the same weight (LLaDA, arXiv 2502.09992, eq. 6). Drawing k
+instead of t, stratified over the draws of a response, has a far smaller variance.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from src.metrics.caption import Stat
 from src.types import Backbone, Batch, Prefix, SpecialIds
 
 Estimator = Literal["count", "iid"]
-LEAST = 1e-3  # t of the plain estimator, as in LLaDA's training: 1/t would have no finite variance from 0 on
+LEAST = 1e-3  # minimum t of the estimator `iid`, as in LLaDA's training: from 0 on, 1/t has no finite variance
 
 
 def response_nats(
     backbone: Backbone, batch: Batch, *, special: SpecialIds, draws: int, seed: int, estimator: Estimator = "count"
 ) -> Tensor:
-    """(B,) float64: the estimated bound of each response, in nats; 0 where nothing is editable.
+    """Estimated bound of each response in nats, (B,) float64; 0 if nothing is editable.
 
-    estimator: `count`, or `iid`: t uniform on [0.001, 1] and every token hidden with probability t, weight 1/t. A pure
-    function of (seed, key, draw) and the response, whatever else is in the batch.
+    estimator: `count`, as above; `iid`: t uniform on [0.001, 1], each token masked with probability t, weight 1/t
+
+    A pure function of (seed, key, draw) and the response, independent of the rest of the batch.
     """
     prefix = backbone.encode_prefix(batch.prefix)
     offset = Noise(batch.keys, seed=seed, draw="bound").level(device=batch.response.device).double()
@@ -46,48 +47,50 @@ def response_nats(
     for draw in range(draws):
         noise = Noise(batch.keys, seed=seed, draw=f"bound/{draw}")
         if estimator == "count":
-            hidden, weight = hide_count(batch.editable, noise, (offset + draw) / draws)
+            masked, weight = hide_count(batch.editable, noise, (offset + draw) / draws)
         else:
-            hidden, weight = hide_iid(batch.editable, noise)
-        total += weight * _masked_nats(backbone, prefix, batch, hidden, special)
+            masked, weight = hide_iid(batch.editable, noise)
+        total += weight * _masked_nats(backbone, prefix, batch, masked, special)
     return total / draws
 
 
-def hide_count(editable: Tensor, noise: Noise, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Hide k = floor(place * n) + 1 editable tokens of each row: (B, L) bool, and the weight n/k (B,) float64.
+def hide_count(editable: Tensor, noise: Noise, quantile: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask k = floor(quantile * n) + 1 editable tokens of each row: masked (B, L) bool, weight n/k (B,) float64.
 
-    place: (B,) float64 within [0, 1); uniform over it, k is uniform on 1..n
+    quantile: (B,) float64 within [0, 1); if it is uniform, k is uniform on 1..n
     """
     n = editable.sum(1)
-    k = ((place * n).long() + 1).minimum(n)
+    k = ((quantile * n).long() + 1).minimum(n)
     order = noise.uniform(editable).masked_fill(~editable, torch.inf).argsort(dim=1, stable=True)
     rank = order.argsort(dim=1)
     return editable & (rank < k[:, None]), n.double() / k.clamp(min=1)
 
 
 def hide_iid(editable: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Hide each editable token with probability t: (B, L) bool, and the weight 1/t (B,) float64."""
+    """Mask each editable token with probability t: masked (B, L) bool, weight 1/t (B,) float64."""
     t = noise.level(LEAST, device=editable.device)
     return editable & (noise.uniform(editable) < t[:, None]), 1 / t.double()
 
 
-def _masked_nats(backbone: Backbone, prefix: Prefix, batch: Batch, hidden: Tensor, special: SpecialIds) -> Tensor:
-    """(B,) float64: the summed cross-entropy at the hidden places, among all ids of the tokenizer but the mask."""
+def _masked_nats(backbone: Backbone, prefix: Prefix, batch: Batch, masked: Tensor, special: SpecialIds) -> Tensor:
+    """Sum of the cross-entropies at the masked positions, over all ids of the tokenizer but the mask: (B,) float64."""
     attend = None if bool(batch.editable.all()) else batch.editable
-    tokens = batch.response.masked_fill(hidden, special.mask)
-    logits = backbone(prefix, tokens, attend=attend, positions=hidden).float()  # (N, V)
+    tokens = batch.response.masked_fill(masked, special.mask)
+    logits = backbone(prefix, tokens, attend=attend, positions=masked).float()  # (N, V)
     logits[:, special.mask] = -torch.inf
     logits[:, special.vocab_size :] = -torch.inf
-    nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    nats[hidden] = F.cross_entropy(logits, batch.response[hidden], reduction="none").double()
+    nats = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
+    nats[masked] = F.cross_entropy(logits, batch.response[masked], reduction="none").double()
     return nats.sum(1)
 
 
 class Bound(Metric):
-    """The bound per token over all responses: `nelbo` in nats, `bits`, and `perplexity` = exp(nelbo).
+    """Bound per token over all responses: `nelbo` in nats, `bits`, and `perplexity` = exp(nelbo).
 
-    The sum of all bounds over the number of all tokens; standard errors are those of a ratio of means over responses,
-    by the delta method for the perplexity. States are sums. Raises UserError for draws below 1.
+    The mean is the sum of all bounds divided by the number of all tokens. Standard errors are those of a ratio of means
+    over responses; that of the perplexity follows by the delta method. States are sums.
+
+    Raises UserError for draws below 1, or an unknown estimator.
     """
 
     is_differentiable = False
@@ -117,14 +120,17 @@ class Bound(Metric):
     def compute(self) -> dict[str, Stat]:
         """Statistics by name; `n` counts responses."""
         nelbo = ratio_stat(self.sums.tolist(), int(self.count))
-        scale = {"nelbo": 1.0, "bits": 1 / math.log(2)}
-        found = {name: _scaled(nelbo, nelbo["mean"] * factor, factor) for name, factor in scale.items()}
+        factors = {"nelbo": 1.0, "bits": 1 / math.log(2)}
+        stats = {name: _scaled(nelbo, nelbo["mean"] * factor, factor) for name, factor in factors.items()}
         perplexity = math.exp(nelbo["mean"])
-        return {**found, "perplexity": _scaled(nelbo, perplexity, perplexity)}
+        return {**stats, "perplexity": _scaled(nelbo, perplexity, perplexity)}
 
 
 def ratio_stat(sums: list[float], count: int) -> Stat:
-    """sum(s) / sum(n) and its linearised standard error from the sums of s, n, s^2, sn, n^2 over `count` texts."""
+    """sum(s) / sum(n) and its linearised standard error, from the sums of s, n, s^2, sn, n^2 over `count` texts.
+
+    Raises ValueError if sum(n) is 0.
+    """
     s, n, ss, sn, nn = sums
     if not n:
         raise ValueError("no tokens were scored")
@@ -136,4 +142,5 @@ def ratio_stat(sums: list[float], count: int) -> Stat:
 
 
 def _scaled(stat: Stat, mean: float, factor: float) -> Stat:
+    """The statistic with another mean, its standard error times `factor`."""
     return Stat(mean=mean, se=None if stat["se"] is None else stat["se"] * factor, n=stat["n"])

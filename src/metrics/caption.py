@@ -1,9 +1,9 @@
-"""What all caption metrics share: a score for each caption, the mean over captions and its standard error.
+"""Base of the caption metrics: scores of each caption, their mean over captions and its standard error.
 
     (texts, records) -> score(text, record) -> {name: value} per caption -> compute() -> {name: {mean, se, n}}
 
-`record` is the shard's JSON of the sample (`captions`, `scene`). States are sums, so two halves of a test set
-that are merged, or two ranks that are reduced, give what one pass would have given.
+`record` is the sample's JSON from the shard (`captions`, `scene`). States are sums, so merging two halves of a test
+set, or reducing over ranks, gives the result of a single pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 
 class Stat(TypedDict):
-    """A mean, its standard error (None where it is not defined), and the number of values behind it."""
+    """A mean, its standard error (None if undefined), and the number of values."""
 
     mean: float
     se: float | None
@@ -26,7 +26,7 @@ class Stat(TypedDict):
 
 
 class Mark(NamedTuple):
-    """A flaw at the characters `start` to `end`: `false` (contradicts the image) or `ungrammatical`."""
+    """A flaw in the characters `start` to `end`: `false` (contradicts the image) or `ungrammatical`."""
 
     start: int
     end: int
@@ -34,13 +34,16 @@ class Mark(NamedTuple):
 
 
 def summarise(values: Sequence[float]) -> Stat:
-    """Mean and standard error of some values."""
+    """Mean and standard error of `values`. Raises ValueError if there are none."""
     numbers = torch.as_tensor(values, dtype=torch.float64)
     return stat_of(float(numbers.sum()), float(numbers.square().sum()), len(numbers))
 
 
 def stat_of(total: float, squares: float, count: int) -> Stat:
-    """Mean and standard error (sample deviation over the root of n) from sum, sum of squares and count."""
+    """Mean and standard error (sample standard deviation / sqrt(n)) from sum, sum of squares and count.
+
+    Raises ValueError for a count of 0.
+    """
     if count < 1:
         raise ValueError("no captions were scored")
     mean = total / count
@@ -51,7 +54,7 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
 
 
 class CaptionMetric(Metric):
-    """Base of the metrics: a subclass names its values in `names` and defines `score`."""
+    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`."""
 
     is_differentiable = False
     full_state_update = False
@@ -72,14 +75,14 @@ class CaptionMetric(Metric):
         raise NotImplementedError
 
     def marks(self, text: str, record: dict) -> list[Mark]:
-        """Flawed places of a caption, for pictures; most metrics know none."""
+        """Flaws of a caption, to highlight in pictures; most metrics report none."""
         return []
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
-        """Add captions and the records of the samples that they describe."""
+        """Add captions, each with the record of its sample."""
         for text, record in zip(texts, records, strict=True):
-            found = self.score(text, record)
-            values = self.total.new_tensor([found[name] for name in self.names])
+            scores = self.score(text, record)
+            values = self.total.new_tensor([scores[name] for name in self.names])
             self.total += values
             self.squares += values.square()
             self.count += 1

@@ -1,6 +1,7 @@
-"""What one look of a model does to drafts that an expert has corrected.
+"""P(fix) and P(break): what one forward call of a model changes in drafts that an expert has corrected.
 
-P(fix)     share of the wrong tokens that it turns right        P(break)   share of the right tokens that it changes
+P(fix):   share of the wrong tokens that it corrects
+P(break): share of the right tokens that it changes
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ from src.types import Backbone, Batch
 def count_fixes(
     backbone: Backbone, batches: Iterable[Batch], *, filler: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(4,) float64: wrong tokens turned right, wrong tokens, right tokens changed, right tokens.
+    """Counts (4,) float64: corrected wrong tokens, wrong tokens, changed right tokens, right tokens.
 
-    batches: of corrected drafts; `flawed` is the draft, `response` the corrected one. A right token is one of the text
-    or its end, none of the `filler` behind it.
+    batches: corrected drafts, in which `flawed` is the draft and `response` its correction
+    filler: id that fills the response length after the end of the text; it does not count as a right token
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        seen = backbone(backbone.encode_prefix(batch.prefix), batch.flawed).argmax(-1)  # (B, L)
+        predicted = backbone(backbone.encode_prefix(batch.prefix), batch.flawed).argmax(-1)  # (B, L)
         wrong = batch.flawed != batch.response
         right = batch.editable & ~wrong & (batch.response != filler)
-        for place, (hit, tried) in enumerate(((seen == batch.response, wrong), (seen != batch.flawed, right))):
-            counts[2 * place] += (hit & tried).sum()
-            counts[2 * place + 1] += tried.sum()
+        fixed, broken = wrong & (predicted == batch.response), right & (predicted != batch.flawed)
+        counts += torch.stack([mask.sum() for mask in (fixed, wrong, broken, right)])
     return counts

@@ -1,8 +1,8 @@
-"""Generative perplexity: how surprised another, causal language model is by the texts.
+"""Generative perplexity: perplexity of the generated texts under another, causal language model.
 
-    GenerativePerplexity(model="models/gpt2-large")     a local folder of transformers, with its own tokenizer
+    GenerativePerplexity(model="models/gpt2-large")     a local transformers folder with model and tokenizer
 
-WARN: dull, repetitive texts score well; read it beside `src.metrics.variety.Variety`.
+WARN: dull, repetitive texts score well; read it together with `src.metrics.variety.Variety`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from src.metrics.caption import Stat
 
 
 class GenerativePerplexity(Metric):
-    """`gen_nll`, the mean negative log-likelihood of a token over all tokens of all texts, in nats, and exp of it,
-    `gen_perplexity`; standard errors over texts.
+    """`gen_nll`, the mean negative log-likelihood in nats over all tokens of all texts, and `gen_perplexity`, its exp.
+    Standard errors are over texts.
 
-    Texts are tokenised by the model's own tokenizer, behind its beginning-of-text token where it has one; without one
-    the first token of a text is not scored. What is longer than `max_length` tokens is cut.
+    The model's own tokenizer encodes the texts, after its beginning-of-text token if it has one; otherwise the first
+    token of a text is not scored. Texts are truncated to `max_length` tokens.
 
     model:      folder of a causal language model; nothing is downloaded
-    batch_size: texts at once
-    Raises UserError where the folder holds no such model, or no text has a token to score.
+    batch_size: texts per forward call
+
+    Raises UserError if the folder holds no such model, and `compute` ValueError if no text has a token to score.
     """
 
     is_differentiable = False
@@ -52,7 +53,7 @@ class GenerativePerplexity(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
-        """Add texts; records are not read."""
+        """Add texts; records are ignored."""
         for start in range(0, len(texts), self.batch_size):
             ids = [self._ids(text) for text in texts[start : start + self.batch_size]]
             nats, tokens = self._nats(ids).double(), torch.tensor([max(0, len(row) - 1) for row in ids]).double()
@@ -74,25 +75,26 @@ class GenerativePerplexity(Metric):
         return [*begin, *ids][: self.max_length]
 
     def _nats(self, rows: list[list[int]]) -> Tensor:
-        """(B,) summed negative log-likelihoods of all tokens of each row behind its first."""
+        """Sum of the negative log-likelihoods of each row's tokens after the first: (B,)."""
         model = _load(self.path)[0].to(self.sums.device)
         longest = max(2, *map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.sums.device)  # (B, T)
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        here = torch.arange(longest, device=ids.device) < lengths[:, None]  # padding is behind, so no text sees it
-        logits = model(input_ids=ids, attention_mask=here.long()).logits[:, :-1].float()
+        # (B, T) bool, false on padding, which is on the right, where causal attention never reaches it
+        mask = torch.arange(longest, device=ids.device) < lengths[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
         nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
-        return (nats * here[:, 1:]).sum(1)
+        return (nats * mask[:, 1:]).sum(1)
 
 
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, loaded once for all cells of an evaluation."""
+    """Model and tokenizer of a folder, cached over all cells of an evaluation."""
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"no language model in {path!r}: name a local folder with its config, weights and tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no causal language model with a tokenizer: {error}") from error
+        raise UserError(f"{path} is not a causal language model with a tokenizer: {error}") from error
     return model.eval().requires_grad_(False), tokenizer

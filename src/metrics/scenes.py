@@ -1,7 +1,7 @@
-"""Exact caption quality on scenes: coverage, factuality, syntax, and `quality`, the mean of the first two.
+"""Exact caption quality on scenes: coverage, factuality, syntax, and quality, the mean of the first two.
 
 metric = SceneQuality()
-metric.update(texts, records)      records with a `scene`, as the shards of the embedded data hold them
+metric.update(texts, records)      records with a `scene`, as in the shards of the embedded data
 metric.compute()                   {"coverage": {"mean", "se", "n"}, ...}
 """
 
@@ -15,29 +15,29 @@ from src.scenes.score import score_caption
 
 
 class SceneQuality(CaptionMetric):
-    """Means over captions. Raises UserError for a record without a scene."""
+    """Scores of `src.scenes.score`, as means over captions. Raises UserError for a record without a scene."""
 
     higher_is_better = True
     names = ("coverage", "factuality", "syntax", "quality")
 
     def score(self, text: str, record: dict) -> dict[str, float]:
-        found = score_caption(_scene(record), text)
+        score = score_caption(_scene(record), text)
         return {
-            "coverage": found.coverage,
-            "factuality": found.factuality,
-            "syntax": found.syntax,
-            "quality": (found.coverage + found.factuality) / 2,
+            "coverage": score.coverage,
+            "factuality": score.factuality,
+            "syntax": score.syntax,
+            "quality": (score.coverage + score.factuality) / 2,
         }
 
     def marks(self, text: str, record: dict) -> list[Mark]:
-        """Whole sentences that the grammar rejects; in the others the words that contradict the scene."""
+        """Sentences that the grammar rejects, and in the other sentences the words that contradict the scene."""
         scene = _scene(record)
         return [mark for sentence in read_caption(text) for mark in _flaws(scene, sentence)]
 
 
 def _scene(record: dict) -> Scene:
     if "scene" not in record:
-        raise UserError(f"record {record.get('key', '?')!r} has no scene; src.metrics.text can score it")
+        raise UserError(f"record {record.get('key', '?')!r} has no scene; use the metrics of src.metrics.text")
     return Scene.from_dict(record["scene"])
 
 
@@ -45,5 +45,5 @@ def _flaws(scene: Scene, sentence: Sentence) -> list[Mark]:
     if sentence.statement is None:
         return [Mark(sentence.start, sentence.end, "ungrammatical")]
     wrong = false_fields(scene, sentence.statement)
-    places = sorted(sentence.places[name] for name in wrong if name in sentence.places)
-    return [Mark(start, end, "false") for start, end in places]
+    spans = sorted(sentence.places[name] for name in wrong if name in sentence.places)
+    return [Mark(start, end, "false") for start, end in spans]

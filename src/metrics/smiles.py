@@ -1,4 +1,4 @@
-"""Molecules as SMILES: are they valid, different, new, and how much of a property do they have (QM9 in ProSeCo).
+"""Molecules as SMILES: validity, uniqueness, novelty, and the mean of a property (QM9 in ProSeCo).
 
 Smiles(property="qed", train="data/qm9")     needs rdkit: pip install rediff-lightning[smiles]
 """
@@ -23,14 +23,15 @@ Property = Literal["qed", "rings", "logp", "weight"]
 
 
 class Smiles(CaptionMetric):
-    """Per text `valid`, 1 where rdkit reads it as a molecule with at least one atom. Over all texts:
+    """Per text `valid`, 1 if rdkit parses it as a molecule with at least one atom. Over all texts:
 
-    unique: share of the valid ones that are left when repeats are dropped (by canonical SMILES)
-    novel:  share of those that are not among the training molecules, with `train`; `num_novel` is how many these are
-    the property (`qed`, `rings`, `logp`, `weight`): its mean over the different (with `train`: the new) molecules
+    unique: number of distinct molecules (by canonical SMILES) divided by the number of valid texts
+    novel:  with `train`: share of the distinct molecules that are not in the training set; num_novel: their number
+    property (`qed`, `rings`, `logp`, `weight`): its mean over the distinct (with `train`: the novel) molecules
 
-    train: a folder as `src.prepare` writes it; the captions of its split `train` are the known molecules
-    Raises UserError where rdkit is missing or `train` cannot be read.
+    train: folder written by `src.prepare`; the captions of its split `train` are the training set
+
+    Raises UserError for an unknown property, if rdkit is missing, or if `train` has no such split.
     """
 
     higher_is_better = True
@@ -42,13 +43,14 @@ class Smiles(CaptionMetric):
         super().__init__()
         if property is not None and property not in get_args(Property):
             raise UserError(f"property must be null or one of {', '.join(get_args(Property))}, got {property!r}")
-        chemistry()  # fails here where rdkit is missing
+        chemistry()  # fails early if rdkit is missing
         if train is not None and not (Path(train) / "train").is_dir():
-            raise UserError(f"train={train!r} holds no split 'train'; name a folder that src.prepare wrote")
+            raise UserError(f"train={train!r} holds no split 'train'; give a folder written by src.prepare")
         self.property: Property | None = property
         self.train_path = train
-        self.add_state("hashes", [], dist_reduce_fx="cat")  # of canonical SMILES: only tensors are reduced over ranks
-        self.add_state("values", [], dist_reduce_fx="cat")  # the property of each, 0 without one
+        # hashes of canonical SMILES, as only tensors can be reduced over ranks
+        self.add_state("hashes", [], dist_reduce_fx="cat")
+        self.add_state("values", [], dist_reduce_fx="cat")  # the property of each molecule; 0 without a property
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         return {"valid": float(_molecule(text) is not None)}
@@ -57,48 +59,47 @@ class Smiles(CaptionMetric):
         super().update(texts, records)
         assert isinstance(self.hashes, list)
         assert isinstance(self.values, list)
-        found = [molecule for text in texts if (molecule := _molecule(text)) is not None]
-        hashes = [_hash(chemistry().MolToSmiles(molecule)) for molecule in found]
-        name = self.property
-        values = [property_of(molecule, name) if name else 0.0 for molecule in found]
+        molecules = [molecule for text in texts if (molecule := _molecule(text)) is not None]
+        hashes = [_hash(chemistry().MolToSmiles(molecule)) for molecule in molecules]
+        values = [property_of(molecule, self.property) if self.property else 0.0 for molecule in molecules]
         self.hashes.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
         self.values.append(torch.tensor(values, dtype=torch.float64, device=self.total.device))
 
     def compute(self) -> dict[str, Stat]:
-        found = super().compute()
+        stats = super().compute()
         hashes, values = (torch.cat(s) if isinstance(s, list) else s for s in (self.hashes, self.values))
-        kept = dict(zip(hashes.tolist(), values.tolist(), strict=True))
-        found["unique"] = _share(len(kept), len(hashes))
+        molecules = dict(zip(hashes.tolist(), values.tolist(), strict=True))
+        stats["unique"] = _share(len(molecules), len(hashes))
         if self.train_path is not None:
-            known = training_hashes(self.train_path)
-            different, kept = len(kept), {name: value for name, value in kept.items() if name not in known}
-            found["novel"] = _share(len(kept), different)
-            found["num_novel"] = Stat(mean=float(len(kept)), se=None, n=int(self.count))
-        if self.property and kept:
-            found[self.property] = summarise(list(kept.values()))
+            trained_on, num_distinct = training_hashes(self.train_path), len(molecules)
+            molecules = {digest: value for digest, value in molecules.items() if digest not in trained_on}
+            stats["novel"] = _share(len(molecules), num_distinct)
+            stats["num_novel"] = Stat(mean=float(len(molecules)), se=None, n=int(self.count))
+        if self.property and molecules:
+            stats[self.property] = summarise(list(molecules.values()))
         elif self.property:
-            found[self.property] = Stat(mean=float("nan"), se=None, n=0)
-        return found
+            stats[self.property] = Stat(mean=float("nan"), se=None, n=0)
+        return stats
 
 
 @functools.cache
 def chemistry() -> Any:
-    """`rdkit.Chem`, which says no more what is wrong with each molecule. Raises UserError where it is missing."""
+    """The module `rdkit.Chem`, with rdkit's log switched off. Raises UserError if rdkit is missing."""
     try:
         from rdkit import Chem, RDLogger  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError("SMILES are read by rdkit: pip install rediff-lightning[smiles]") from error
+        raise UserError("SMILES need rdkit: pip install rediff-lightning[smiles]") from error
     RDLogger.DisableLog("rdApp.*")  # pyright: ignore[reportAttributeAccessIssue]
     return Chem
 
 
 def property_of(molecule: Any, name: Property) -> float:
-    """A number of an rdkit molecule. `rings` is the size of a smallest set of rings: two in norbornane."""
+    """A property of an rdkit molecule. `rings`: size of the smallest set of smallest rings, 2 for norbornane."""
     from rdkit.Chem import QED, Crippen, Descriptors  # pyright: ignore[reportMissingImports]
 
     functions: dict[str, Callable] = {
         "qed": QED.qed,
-        "rings": lambda it: len(chemistry().GetSSSR(it)),  # CalcNumRings counts three there
+        "rings": lambda molecule: len(chemistry().GetSSSR(molecule)),  # CalcNumRings gives 3 for norbornane
         "logp": Crippen.MolLogP,  # pyright: ignore[reportAttributeAccessIssue]
         "weight": Descriptors.MolWt,  # pyright: ignore[reportAttributeAccessIssue]
     }
@@ -107,7 +108,7 @@ def property_of(molecule: Any, name: Property) -> float:
 
 @functools.lru_cache(maxsize=4)
 def training_hashes(path: str) -> frozenset[int]:
-    """Hashes of the canonical SMILES of all captions of the split `train` in a data folder."""
+    """Hashes of the canonical SMILES of all captions in the split `train` of a data folder."""
     folder = Path(path) / "train"
     shards = [folder / entry["name"] for entry in read_manifest(folder)["shards"]]
     texts = (text for shard in shards for sample in read_shard(shard) for text in references_of(sample["json"]))
@@ -116,7 +117,7 @@ def training_hashes(path: str) -> frozenset[int]:
 
 
 def _molecule(text: str) -> Any:
-    """The molecule of a text, or None: of an empty text rdkit would make one without atoms."""
+    """The molecule that a text encodes, or None. An empty text is None, too: rdkit parses it as zero atoms."""
     molecule = chemistry().MolFromSmiles(text.strip())
     return molecule if molecule is not None and molecule.GetNumAtoms() else None
 

@@ -1,11 +1,11 @@
-"""Diagnostics of caption texts that need no model and no network: degeneration, overlap with references.
+"""Text diagnostics that need no model and no network: degeneration, overlap with references.
 
-    TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the set (distinct-2)
+    TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the whole set (distinct-2)
     ReferenceOverlap   word F1 against the best reference
     Bleu               corpus BLEU-4 against all references
-    response_counts    tokens, whether the response length cut the caption, masks and end-of-text ids left in it: facts of ids
+    response_counts    from token ids: text length, truncation, leftover masks and end-of-text ids
 
-Quality metrics can look good while a text falls apart; these are cheap enough to be always on.
+Quality metrics can look good while a text degenerates; these are cheap enough to be always on.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ def words_of(text: str) -> list[str]:
 
 
 def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]:
-    """Facts of one response: `tokens`, `cut`, `leftover_masks` and `inner_eos`.
+    """Counts of one response's ids (L,).
 
-    `tokens` are those of the text, without gaps; with a gap `gaps` says how many there are in it.
-    `cut` is 1 where the text fills the response length and nothing ends it. `inner_eos` is the share of end-of-text ids
-    among those before eot, or before the filler where there is no eot: they vanish in the text.
+    tokens: number of text tokens, without gaps; gaps: number of gap tokens in the text, if the tokenizer has one
+    cut: 1 if the text fills the response length without an end
+    leftover_masks: number of masks in the text
+    inner_eos: share of end-of-text ids before eot (without eot: before the filler); decoding drops them
     """
     ids = list(ids)
     ended = special.eot in ids or ids[-1] == special.eos
     inner = ids[: ids.index(special.eot)] if special.eot in ids else ids
     while special.eot not in ids and inner and inner[-1] == special.eos:
         inner = inner[:-1]
-    body = [i for i in inner if i != special.eos]
-    gaps = sum(i == special.gap for i in body)
+    text = [i for i in inner if i != special.eos]
+    gaps = sum(i == special.gap for i in text)
     return {
-        "tokens": float(len(body) - gaps),
+        "tokens": float(len(text) - gaps),
         "cut": float(not ended),
-        "leftover_masks": float(body.count(special.mask)),
-        "inner_eos": 1 - len(body) / len(inner) if inner else 0.0,
+        "leftover_masks": float(text.count(special.mask)),
+        "inner_eos": 1 - len(text) / len(inner) if inner else 0.0,
         **({} if special.gap is None else {"gaps": float(gaps)}),
     }
 
@@ -58,9 +59,9 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
 class TextHealth(CaptionMetric):
     """Signs of degeneration.
 
-    Per caption: `words`; `duplicate_bigrams`, the share of its bigrams that repeat an earlier one;
-    `doubled_words`, how many words equal the word before; `empty`, 1 where there is none. Over all captions:
-    `distinct_2`, the number of different bigrams divided by that of all bigrams, without a standard error.
+    Per caption: `words`, the number of words; `duplicate_bigrams`, the share of bigrams that repeat an earlier one;
+    `doubled_words`, the number of words equal to the word before; `empty`, 1 if there are no words. Over all captions:
+    `distinct_2`, the number of distinct bigrams divided by the number of bigrams, without a standard error.
     """
 
     names = ("words", "duplicate_bigrams", "doubled_words", "empty")
@@ -68,7 +69,7 @@ class TextHealth(CaptionMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes: only tensors are reduced over ranks
+        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes, as only tensors can be reduced over ranks
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         words = words_of(text)
@@ -87,14 +88,14 @@ class TextHealth(CaptionMetric):
         self.bigrams.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
 
     def compute(self) -> dict[str, Stat]:
-        found = super().compute()
+        stats = super().compute()
         hashes: Tensor = torch.cat(self.bigrams) if isinstance(self.bigrams, list) else self.bigrams
         distinct = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
-        return {**found, "distinct_2": Stat(mean=distinct, se=None, n=int(self.count))}
+        return {**stats, "distinct_2": Stat(mean=distinct, se=None, n=int(self.count))}
 
 
 class ReferenceOverlap(CaptionMetric):
-    """`word_f1`: F1 of the caption's words, as bags, against the best of the references."""
+    """`word_f1`: F1 of the bags of words of caption and reference, for the best reference."""
 
     higher_is_better = True
     names = ("word_f1",)
@@ -105,9 +106,9 @@ class ReferenceOverlap(CaptionMetric):
 
 
 class Bleu(BLEUScore):
-    """`bleu`: corpus BLEU-4 of the words against all references; it has no standard error."""
+    """`bleu`: corpus BLEU-4 of the words against all references, without a standard error."""
 
-    full_state_update = False  # its states are sums
+    full_state_update = False  # the states are sums
     count: Tensor
 
     def __init__(self) -> None:
@@ -115,9 +116,9 @@ class Bleu(BLEUScore):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        normal = [" ".join(words_of(text)) for text in texts]
+        captions = [" ".join(words_of(text)) for text in texts]
         references = [[" ".join(words_of(text)) for text in references_of(record)] for record in records]
-        super().update(normal, references)
+        super().update(captions, references)
         self.count += len(texts)
 
     def compute(self) -> dict[str, Stat]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -125,7 +126,7 @@ class Bleu(BLEUScore):
 
 
 def references_of(record: dict) -> list[str]:
-    """All reference captions of a record. Raises UserError where there is none."""
+    """All reference captions of a record. Raises UserError if there are none."""
     texts = [caption["text"] for caption in record.get("captions", ())]
     if not texts:
         raise UserError(f"record {record.get('key', '?')!r} has no captions to compare with")

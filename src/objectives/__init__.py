@@ -1,1 +1,1 @@
-"""Objectives: LightningModules, one per file, each a corruption and a table of loss terms over kinds."""
+"""Objectives: LightningModules, one per file, each with a corruption and a table of loss terms per kind."""

@@ -1,12 +1,12 @@
-"""Base class of all objectives: training step, reduction of losses, optimizer, logging.
+"""Base class of all objectives: training step, loss reduction, optimizer, logging.
 
     batch -> micro-batches -> corrupt (no network) -> total denominators -> losses and backward per pass -> one step
 
-Denominators are summed over all micro-batches before any division, so the micro-batch size changes only memory.
+Denominators are summed over all micro-batches before any division, so the micro-batch size affects only memory.
 A subclass supplies a corruption and its loss terms; one with several forward passes overrides `passes`.
 
-The backward of each pass runs before the next forward, so views and passes cost time but no memory. It stops at the
-prefix, which accumulates the gradients of all passes; the backward through the prefix encoder runs last.
+The backward of each pass runs before the next forward, so extra views and passes cost time but no memory. It stops at
+the prefix, which accumulates the gradients of all passes; the backward through the prefix encoder runs last.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Diverged(UserError):
 class Objective(L.LightningModule):
     """Base of all objectives.
 
-    backbone: a factory of the network. If it has a method `fill(network)`, the network is on the meta device, and
-        `fill` loads the weights after allocation: each rank loads its own shard
-    special: token ids; t_min: noise levels are uniform on [t_min, 1); seed: of the noise
+    backbone: factory that builds the network. If it has a method `fill(network)`, the network is on the meta device,
+        and `fill` loads the weights after allocation: each rank loads its own shard
+    special: special token ids; t_min: noise levels are uniform on [t_min, 1); seed: seed of the noise
 
-    Raises UserError for an objective without terms, or a t_min outside [0, 1).
+    Raises UserError if there are no terms or t_min is outside [0, 1).
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Objective(L.LightningModule):
         self.special, self.options = special, training
         self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
         self._counts: dict[str, Tensor] = {}  # (hits, tries) of each logged share since the last log
-        self.num_skipped = self._skipped_in_row = 0  # steps with non-finite gradients
+        self.num_skipped = self._consecutive_skips = 0  # steps with non-finite gradients
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
-        """Yield the terms of one micro-batch, one dict per pass; `corrupted` has one corrupted response per view.
+        """Yield the losses of one micro-batch, one dict per pass; `corrupted` has one corrupted response per view.
 
         WARN: call backward on each dict before taking the next; exhausting the iterator runs the prefix's backward.
         """
@@ -88,20 +88,19 @@ class Objective(L.LightningModule):
         propagate(prefix, leaves)
 
     def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
-        """Yield the terms of each forward pass over one view. noise: for draws that depend on the network's output."""
+        """Yield the losses of each forward pass over one view. noise: for draws that depend on the network's output."""
         yield self.one_pass(batch, prefix, state, self.terms)
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
         """One corrupted response per view; a pure function of seed, epoch, key and view."""
-        return [self.damage(batch, view) for view in range(self.options.views)]
+        return [self.corrupt_view(batch, view) for view in range(self.options.views)]
 
-    def damage(self, batch: Batch, view: int) -> Corrupted:
-        """The corrupted response of one view."""
+    def corrupt_view(self, batch: Batch, view: int) -> Corrupted:
         noise = self._noise(batch, view)
         level = noise.level(self.t_min, device=batch.response.device)
         if self.options.antithetic:
-            first = self._noise(batch, "levels").level(device=level.device)
-            level = self.t_min + (1 - self.t_min) * ((first + view / self.options.views) % 1)
+            offset = self._noise(batch, "levels").level(device=level.device)
+            level = self.t_min + (1 - self.t_min) * ((offset + view / self.options.views) % 1)
         return self.corruption(batch, corruption.start(batch, level), noise)
 
     def one_pass(self, batch: Batch, prefix: Prefix, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
@@ -114,28 +113,29 @@ class Objective(L.LightningModule):
         return self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()
 
     def reduce(self, logits: Tensor, where: Tensor, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
-        """The terms of logits (N, V) at the true positions of `where` (B, L), which must cover those of `terms`."""
+        """Losses from logits (N, V) at the true positions of `where` (B, L), which must cover those of `terms`."""
         cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
         cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
         self._count(logits, state, where, terms)
         return {term.name: term_loss(term, cross_entropy, state) for term in terms}
 
     def tally(self, name: str, hits: Tensor, tries: Tensor) -> None:
-        """Accumulate hits / tries, logged next as `<stage>/<name>`."""
+        """Add to the counts of the share hits / tries, which the next log reports as `<stage>/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + torch.stack([hits.sum(), tries.sum()])
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        micro = [(part, self.corrupt(part)) for part in batch.split(self.options.micro_batch or len(batch))]
-        totals = self._totals(micro)
-        shared = _over_ranks(totals)
+        micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.options.micro_batch or len(batch))]
+        totals = self._totals(micro_batches)
+        global_totals = _all_reduce(totals)
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         passes: list[dict[str, Loss]] = []
-        for rows, corrupted in micro:
+        for rows, corrupted in micro_batches:
             for losses in self.losses(rows, corrupted):
-                self.manual_backward(world() * self._weighted(_shares(losses, shared)))  # undoes the average over ranks
-                passes.append({name: Loss(part.numerator.detach(), part.denominator) for name, part in losses.items()})
-                losses.clear()  # frees the pass before the next one runs
+                # gradients are averaged over ranks, but the denominators are already sums over ranks
+                self.manual_backward(world() * self._weighted(_shares(losses, global_totals)))
+                passes.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
+                losses.clear()  # frees the graph of this pass before the next forward
         average_gradients(self.parameters())
         sums = _summed(passes)
         self._check_totals(totals, sums)
@@ -144,14 +144,17 @@ class Objective(L.LightningModule):
             optimizer.zero_grad()
             self._skip(batch, sums)
             return
-        self._skipped_in_row = 0
+        self._consecutive_skips = 0
         optimizer.step()
         schedule.step()
-        self._log_losses("train", sums, shared, micro)
+        self._log_losses("train", sums, global_totals, micro_batches)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
 
     def configure_model(self) -> None:
-        """Shard the backbone over the ranks if the strategy has a device mesh (called by Lightning)."""
+        """Shard the backbone over the ranks if the strategy has a device mesh (called by Lightning).
+
+        Raises UserError if the objective has parameters outside the backbone.
+        """
         if self.device_mesh is None or is_sharded(self.backbone):
             return
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
@@ -164,7 +167,7 @@ class Objective(L.LightningModule):
             self._fill(self.backbone)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Log by optimizer steps: Lightning also counts the batches of skipped steps, and one too many on resuming."""
+        """Align Lightning's log step with optimizer steps: it also counts skipped steps, and one extra on resuming."""
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -174,14 +177,15 @@ class Objective(L.LightningModule):
         self.num_skipped = checkpoint.get("num_skipped", 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        micro = [(batch, self.corrupt(batch))]
-        totals = self._totals(micro)
-        sums = _summed(list(self.losses(*micro[0])))
+        corrupted = self.corrupt(batch)
+        micro_batches = [(batch, corrupted)]
+        totals = self._totals(micro_batches)
+        sums = _summed(list(self.losses(batch, corrupted)))
         self._check_totals(totals, sums)
-        self._log_losses("val", sums, _over_ranks(totals), micro)
+        self._log_losses("val", sums, _all_reduce(totals), micro_batches)
 
     def make_optimizer(self) -> torch.optim.AdamW:
-        """AdamW over the trained parameters; freezes the others."""
+        """AdamW over the trainable parameters; freezes the vision tower if its learning rate is 0."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
         betas = (self.options.betas[0], self.options.betas[1])
         return torch.optim.AdamW(groups, betas=betas, weight_decay=self.options.weight_decay)
@@ -190,17 +194,17 @@ class Objective(L.LightningModule):
         options, optimizer = self.options, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
-            raise UserError(f"trainer.max_steps must be set, as the schedule depends on it, got {total}")
+            raise UserError(f"trainer.max_steps must be set, as the learning rate schedule depends on it, got {total}")
         if options.warmup_steps > total:
             raise UserError(
                 f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
             )
-        _fill_state(optimizer)
+        _init_state(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
-        """(parameters, learning rate) of everything but the vision tower, then of the vision tower."""
+        """Yield (parameters, learning rate) of everything but the vision tower, then of the vision tower."""
         tower = [p for name, p in self.named_parameters() if "vision_tower" in name and p.requires_grad]
         tower_ids = {id(p) for p in tower}
         yield [p for p in self.parameters() if p.requires_grad and id(p) not in tower_ids], self.options.lr
@@ -211,24 +215,24 @@ class Objective(L.LightningModule):
             for parameter in tower:
                 parameter.requires_grad_(False)
 
-    def _totals(self, micro: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
-        """Each term's denominator over the whole batch."""
-        states = [state for _, corrupted in micro for state in corrupted]
+    def _totals(self, micro_batches: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
+        """Each term's denominator over the whole batch of this rank."""
+        states = [state for _, corrupted in micro_batches for state in corrupted]
         return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
 
     def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
-        """Raise ValueError if a denominator of `losses` differs from the one computed before the forward calls."""
+        """Raises ValueError if a denominator of `losses` differs from the one computed before the forward calls."""
         actual = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
         expected = torch.stack([totals[name] for name in sums])
         for name, total, value in zip(sums, expected.tolist(), actual.tolist(), strict=True):
             if value != total:
                 raise ValueError(
                     f"term {name!r}: losses() returns the denominator {value}, but the corrupted batch gives {total}; "
-                    "for positions chosen after the corruption use another reduce than 'tokens'"
+                    "'tokens' cannot reduce a term whose positions are chosen after the corruption"
                 )
 
     def _weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """Sum of the terms in `values`, times their coefficients."""
+        """Sum of the terms in `values`, each times its coefficient."""
         return torch.stack([term.coef * values[term.name] for term in self.terms if term.name in values]).sum()
 
     def _optimization(self) -> tuple[Any, Any]:
@@ -241,17 +245,19 @@ class Objective(L.LightningModule):
         return whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
 
     def _skip(self, batch: Batch, sums: dict[str, Loss]) -> None:
-        """Count a skipped step. Raises Diverged, on all ranks, after too many in a row."""
+        """Count a skipped step. Raises Diverged, on all ranks, after more than `max_skipped` consecutive ones."""
         self._counts.clear()
-        self.num_skipped, self._skipped_in_row = self.num_skipped + 1, self._skipped_in_row + 1
+        self.num_skipped, self._consecutive_skips = self.num_skipped + 1, self._consecutive_skips + 1
         self.log("train/skipped", float(self.num_skipped))
         finite = all(bool(loss.numerator.isfinite()) for loss in sums.values())
-        suspects = gather([] if finite else [str(key) for key in batch.keys])  # per rank: rows of a non-finite loss
+        suspects = gather(
+            [] if finite else [str(key) for key in batch.keys]
+        )  # per rank: keys if its loss is not finite
         keys = [key for part in suspects for key in part] or [str(key) for part in gather(batch.keys) for key in part]
         message = f"the gradients are not finite after step {self.trainer.global_step} (samples {_shortened(keys)})"
-        if self._skipped_in_row > self.options.max_skipped:
+        if self._consecutive_skips > self.options.max_skipped:
             raise Diverged(
-                f"{message}, {self._skipped_in_row} times in a row: lower objective.training.lr, or go back to an "
+                f"{message}, {self._consecutive_skips} times in a row: lower objective.training.lr, or go back to an "
                 "older checkpoint"
             )
         if rank() == 0:
@@ -262,31 +268,37 @@ class Objective(L.LightningModule):
 
     def _count(self, logits: Tensor, state: Corrupted, where: Tensor, terms: tuple[Term, ...]) -> None:
         """Count the correctly predicted tokens of each kind that the terms cover."""
-        right = torch.zeros_like(where)
-        right[where] = logits.detach().argmax(-1) == state.target[where]
+        correct = torch.zeros_like(where)
+        correct[where] = logits.detach().argmax(-1) == state.target[where]
         for kind in dict.fromkeys(kind for term in terms for kind in term.kinds):
             of_kind = state.where(kind)
-            self.tally(f"accuracy/{kind.name.lower()}", right & of_kind, of_kind)
+            self.tally(f"accuracy/{kind.name.lower()}", correct & of_kind, of_kind)
 
     def _log_losses(
-        self, stage: str, losses: dict[str, Loss], totals: dict[str, Tensor], micro: list[tuple[Batch, list[Corrupted]]]
+        self,
+        stage: str,
+        losses: dict[str, Loss],
+        totals: dict[str, Tensor],
+        micro_batches: list[tuple[Batch, list[Corrupted]]],
     ) -> None:
-        """Log the terms that have positions in the batch, their weighted sum, and the counts, of all ranks."""
-        rows = sum(len(part) for part, _ in micro)
-        states = [state for _, corrupted in micro for state in corrupted]
-        ran = [term for term in self.terms if term.name in losses]
-        num_positions = torch.stack([torch.stack([term.where(state).sum() for state in states]).sum() for term in ran])
-        sums = torch.stack([losses[term.name].numerator.detach() for term in ran])
+        """Log, over all ranks, the terms that have positions in the batch, their weighted sum, and the counts."""
+        num_rows = sum(len(rows) for rows, _ in micro_batches)
+        states = [state for _, corrupted in micro_batches for state in corrupted]
+        terms = [term for term in self.terms if term.name in losses]
+        num_positions = torch.stack(
+            [torch.stack([term.where(state).sum() for state in states]).sum() for term in terms]
+        )
+        sums = torch.stack([losses[term.name].numerator.detach() for term in terms])
         num_positions, sums = summed(torch.stack([num_positions.to(sums), sums]))
-        values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(ran, sums, strict=True)}
-        has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: positions chosen after the corruption
-        names = [term.name for term, shown in zip(ran, has_positions, strict=True) if shown]
-        self.log_dict({f"{stage}/{name}": values[name] for name in names}, batch_size=rows)
-        self.log(f"{stage}/loss", self._weighted(values), batch_size=rows, prog_bar=True)
-        self._log_counts(stage, rows)
+        values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(terms, sums, strict=True)}
+        has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: for positions chosen after the corruption
+        names = [term.name for term, shown in zip(terms, has_positions, strict=True) if shown]
+        self.log_dict({f"{stage}/{name}": values[name] for name in names}, batch_size=num_rows)
+        self.log(f"{stage}/loss", self._weighted(values), batch_size=num_rows, prog_bar=True)
+        self._log_counts(stage, num_rows)
 
-    def _log_counts(self, stage: str, rows: int) -> None:
-        """Accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares, over all passes of a step."""
+    def _log_counts(self, stage: str, num_rows: int) -> None:
+        """Log the accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
         counts = summed(torch.stack(list(self._counts.values()))) if self._counts else torch.zeros(0)
         shares = dict(zip(self._counts, counts.tolist(), strict=True))
         self._counts.clear()
@@ -295,12 +307,12 @@ class Objective(L.LightningModule):
             shares["p_keep_clean"] = kept
         if wrong := [accuracy[kind] for kind in WRONG if accuracy[kind]]:
             shares["p_fix_wrong"] = [sum(column) for column in zip(*wrong, strict=True)]
-        values = {f"{stage}/{name}": right / total for name, (right, total) in shares.items() if total}
-        self.log_dict(values, batch_size=rows)
+        values = {f"{stage}/{name}": hits / tries for name, (hits, tries) in shares.items() if tries}
+        self.log_dict(values, batch_size=num_rows)
 
 
-def _fill_state(optimizer: torch.optim.AdamW) -> None:
-    """Create the state of every parameter now: a checkpoint without that of unused parameters cannot be loaded."""
+def _init_state(optimizer: torch.optim.AdamW) -> None:
+    """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -332,17 +344,17 @@ def _tensors(prefix: Prefix) -> list[Tensor]:
 
 
 def attended(batch: Batch) -> Tensor | None:
-    """(B, L) attention mask of the response, or None if no row is padded."""
+    """Attention mask of the response, (B, L) bool, or None if no row is padded."""
     return None if bool(batch.editable.all()) else batch.editable
 
 
-def _over_ranks(totals: dict[str, Tensor]) -> dict[str, Tensor]:
+def _all_reduce(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The denominators summed over all ranks."""
     return dict(zip(totals, summed(torch.stack(list(totals.values()))), strict=True))
 
 
 def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contribution of each term to the mean over the whole batch."""
+    """Contribution of each term to its mean over the whole batch."""
     return {name: loss.numerator / totals[name].clamp(min=1) for name, loss in losses.items()}
 
 

@@ -1,7 +1,7 @@
 """Edit noise in the last part of training (SEED Diffusion, arXiv 2508.02193, first stage).
 
 1. mask tokens with probability t -> cross-entropy on masked tokens, weight 1/t
-2. after a share `begin` of the steps also a second pass: random edits of the text, no masks
+2. after a share `begin` of the steps, in a second pass: random edits of the text, no masks
    -> cross-entropy on all tokens
 """
 
@@ -23,10 +23,12 @@ from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
 class EditNoiseObjective(Objective):
     """Two terms, `mask` and `edit`.
 
-    rate, operations, window: of the edits (`EditNoise`); begin: share of the steps without edits
-    edit: coefficient of the second term; reduce: see `Term`; weight, floor: of the first term, see `Term`
+    rate, operations, window: see `EditNoise`
+    begin: share of the steps without edits
+    edit: coefficient of the term `edit`
+    weight, floor: of the term `mask`, see `Term`; reduce: of both, `batch_tokens` or `answer_len`
 
-    Raises UserError for another reduce than `batch_tokens` or `answer_len`, and a `begin` outside 0..1.
+    Raises UserError for any other `reduce`, or a `begin` outside 0..1.
     """
 
     def __init__(
@@ -61,14 +63,14 @@ class EditNoiseObjective(Objective):
             t_min=t_min,
             seed=seed,
         )
-        self.begin, self.edits = begin, EditNoise(special=special, rate=rate, operations=operations, window=window)
+        self.begin, self.edit_noise = begin, EditNoise(special=special, rate=rate, operations=operations, window=window)
 
     def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
         yield self.one_pass(batch, prefix, state, self.masked)
         if self._has_begun():
-            edited = self.edits(batch, start(batch, state.rate), noise)
+            edited = self.edit_noise(batch, start(batch, state.rate), noise)
             yield self.one_pass(batch, prefix, edited, self.edited)
 
     def _has_begun(self) -> bool:
-        """Whether a share `begin` of the steps is done; true without a trainer."""
+        """Whether a share `begin` of the steps is over; true without a trainer."""
         return self._trainer is None or self.global_step >= self.begin * self.trainer.max_steps

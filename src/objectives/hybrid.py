@@ -4,8 +4,8 @@ at noise level t mask tokens and replace others at random -> cross-entropy on ma
 
 Cross-entropy replaces GIDD's KL divergences. The input does not show whether a visible token is correct, so replaced
 and clean tokens need equal weights: then the optimum is the probability of the true token, as with GIDD's loss.
-A smaller weight for clean tokens, close to GIDD's "dynamic" weights, biases it: a token that is correct with
-probability q is kept with probability clean q / (clean q + wrong (1 - q)).
+A smaller weight for clean tokens, close to GIDD's "dynamic" weights, biases the optimum: a token that is correct with
+probability q gets the probability clean q / (clean q + wrong (1 - q)).
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from src.types import Kind, SpecialIds
 
 
 class HybridNoise(Objective):
-    """share: of random tokens at t = 1/2; mask, wrong, clean: coefficients; weight, reduce, floor: see `Term`."""
+    """A term each for masked, replaced and clean tokens.
+
+    share: share of random tokens at t = 1/2
+    mask, wrong, clean: coefficients of the terms; weight, reduce, floor: see `Term`
+    """
 
     def __init__(
         self,

@@ -32,12 +32,11 @@ class MaskPrediction(Objective):
         seed: int = 0,
     ) -> None:
         terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        damage = Absorb(special=special)
         super().__init__(
             backbone=backbone,
             special=special,
             training=training,
-            corruption=damage,
+            corruption=Absorb(special=special),
             terms=terms,
             t_min=t_min,
             seed=seed,

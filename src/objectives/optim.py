@@ -16,19 +16,19 @@ from src.io.errors import UserError
 class Training:
     """AdamW, its schedule (linear warm-up, constant, decay to zero) and the execution of a step.
 
-    lr: peak learning rate; vision_lr: that of the vision tower (None: the same; 0: frozen)
-    decay: `cosine` (from the end of the warm-up) or the share (0..1) of the steps, at the end, that decay linearly
+    lr: peak learning rate; vision_lr: peak learning rate of the vision tower (None: the same; 0: frozen)
+    decay: `cosine` (from the end of the warm-up), or the share (0..1) of steps at the end that decay linearly
     views: noise draws per sample and step; they share one encoded prefix
     antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
         drawing each. Rows of a batch stay independent, as noise depends on the sample and not on its batch
-    micro_batch: rows in a forward call (None: all); changes memory, not the result
+    micro_batch: rows per forward call (None: all); affects memory, not the result
     checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` recomputes them,
         `selective` keeps only the outputs of matrix products and attention
-    compile: compile the model's blocks (torch.compile): slower start, faster steps
+    compile: compile the model's blocks with torch.compile: slower start, faster steps
     sharding: how FSDP2 shards the model, if the trainer's strategy is `src.training.strategy.FSDP2`
-    max_skipped: consecutive steps with non-finite gradients that are skipped; one more ends the training
+    max_skipped: consecutive steps with non-finite gradients to skip; one more ends the training
 
-    Raises UserError for impossible values and combinations.
+    Raises UserError for invalid values and combinations.
     """
 
     lr: float
@@ -51,9 +51,9 @@ class Training:
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
-            raise UserError("antithetic spreads the noise levels of a sample's views: it needs views of at least 2")
+            raise UserError("antithetic spreads the noise levels of a sample's views, so it needs views >= 2")
         if self.compile and self.checkpointing == "selective":
-            raise UserError("selective checkpointing cannot see into compiled blocks: use checkpointing=full")
+            raise UserError("selective checkpointing does not work on compiled blocks: use checkpointing=full")
 
     def _check_numbers(self) -> None:
         minimums: dict[str, float | None] = {"lr": self.lr, "vision_lr": self.vision_lr, "clip_norm": self.clip_norm}
@@ -74,10 +74,10 @@ class Training:
             raise UserError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
 
     def factor(self, step: int, total: int) -> float:
-        """Factor of the learning rate at optimizer step `step` of `total`."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        """Learning rate at optimizer step `step` of `total`, as a factor of the peak."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.decay == "cosine":
             progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-        length = float(self.decay) * total
-        return warm * (min(1.0, (total - step) / length) if length else 1.0)
+            return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+        decay_steps = float(self.decay) * total
+        return warmup * (min(1.0, (total - step) / decay_steps) if decay_steps else 1.0)

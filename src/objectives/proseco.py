@@ -1,11 +1,11 @@
 """ProSeCo: a denoiser that learns to correct its own outputs (arXiv 2602.11590).
 
-1. mask tokens with probability t -> cross-entropy on masked tokens                                       (eq. of MDLM)
+1. mask tokens with probability t -> cross-entropy on masked tokens, as in MDLM
 2. fill the response with the network's own predictions, without gradient: the draft
 3. run the network on the draft, which has no masks -> cross-entropy on all tokens, with the same weight 1/t
 
-One network: a denoiser on inputs with masks, a corrector on inputs without. The backward of the first pass runs before
-the second forward, so both take the memory of one; this is exact, as the draft is a constant.
+One network is a denoiser on inputs with masks and a corrector on inputs without. The backward of the first pass runs
+before the second forward, so both need the memory of one; this is exact, as the draft is a constant.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ PICKS = ("argmax", "sample")
 
 
 class ProSeCo(Objective):
-    """Two terms, `mask` and `correct`; with `errors` the second is two, `wrong` and `right`.
+    """Two terms, `mask` and `correct`; with `errors` the second is split into `wrong` and `right`.
 
     fill:   the draft has predictions at `all` positions, so visible tokens may change, too (paper), or at the `masked`
             ones and the true tokens elsewhere (self-generated token edits, arXiv 2606.17175)
     pick:   a prediction is the `argmax` or a `sample`, never the mask or a banned id
-    rate:   share of the draft's correct tokens that are also replaced at random
-    errors: use -p(token) instead of the cross-entropy where the draft is correct: wrong tokens weigh more
+    rate:   share of the draft's correct tokens that are replaced at random as well
+    errors: use -p(token) instead of the cross-entropy where the draft is correct, so that wrong tokens weigh more
     begin:  optimizer steps of plain mask prediction before the second pass starts
-    correct, correct_weight: coefficient and weight (`one` or `inverse_rate`) of the second term
-    weight, reduce, floor: of both, see `Term`; views and antithetic noise levels: see `Training`
+    correct, correct_weight: coefficient and weight (`one` or `inverse_rate`) of the second pass
+    weight: of the first pass; reduce (`batch_tokens` or `answer_len`) and floor: of both, see `Term`
+
+    Raises UserError for an unknown fill, pick or reduce, or a negative begin.
     """
 
     def __init__(
@@ -70,11 +72,11 @@ class ProSeCo(Objective):
         if begin < 0:
             raise UserError(f"begin must be at least 0, got {begin}")
         self.denoising = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        second = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
+        correction = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
         if errors:
-            self.correcting = (second("wrong", only="wrong"), second("right", only="right", form="probability"))
+            self.correcting = (correction("wrong", only="wrong"), correction("right", only="right", form="probability"))
         else:
-            self.correcting = (second("correct"),)
+            self.correcting = (correction("correct"),)
         super().__init__(
             backbone=backbone,
             special=special,
@@ -98,7 +100,7 @@ class ProSeCo(Objective):
         losses = self.reduce(logits, filled, state, self.denoising)
         del logits
         yield losses
-        draft = self._draft(batch, state, filled, predicted, noise)
+        draft = self._make_draft(batch, state, filled, predicted, noise)
         self.tally("draft_error_rate", everywhere & (draft.tokens != draft.target), everywhere)
         logits = self.logits(batch, prefix, draft, everywhere)
         yield self.reduce(logits, everywhere, draft, self.correcting)
@@ -112,8 +114,8 @@ class ProSeCo(Objective):
             return logits.argmax(-1)
         return draw(logits, temperature=1.0, noise=noise, counts=where.sum(1).tolist())
 
-    def _draft(self, batch: Batch, state: Corrupted, filled: Tensor, predicted: Tensor, noise: Noise) -> Corrupted:
-        """Input of the second pass: MISTAKE where the prediction is wrong, SYNTAX where replaced, CLEAN elsewhere."""
+    def _make_draft(self, batch: Batch, state: Corrupted, filled: Tensor, predicted: Tensor, noise: Noise) -> Corrupted:
+        """Input of the second pass: MISTAKE if the prediction is wrong, SYNTAX if replaced at random, else CLEAN."""
         tokens = state.target.masked_scatter(filled, predicted)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)
         kind = kind.masked_fill(state.where(Kind.FROZEN), int(Kind.FROZEN))

@@ -1,6 +1,6 @@
 """Online self-correction: Stage II of ReDiff (arXiv 2510.19871, section 3.3).
 
-rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, no 1/t
+rows of an online round: the model's own draft -> cross-entropy on the spans that the expert corrected, without 1/t
 other rows (a small share of Stage I data): as in `src.objectives.revision`
 """
 
@@ -14,7 +14,7 @@ from src.diffusion.corruption import Chain, Choose, Only, ShowGaps, Span
 from src.diffusion.losses import Term
 from src.objectives.base import Objective
 from src.objectives.optim import Training
-from src.objectives.revision import stage_one, stage_one_terms
+from src.objectives.revision import stage_one_corruption, stage_one_terms
 from src.types import Corruption, Kind, SpecialIds
 
 
@@ -22,11 +22,11 @@ class Refine(Objective):
     """Stage II with Stage I data mixed in.
 
     mistake: coefficient of the corrected spans
-    mistake_weight: `one` (paper) or `inverse_rate` (released code: divides by a t although nothing is masked)
+    mistake_weight: `one` (paper) or `inverse_rate` (released code: 1/t, although nothing is masked at rate t)
     keep: coefficient of the draft's other tokens (paper: 0)
-    shown_gaps: share of the spans with a gap token in their correction that the input shows already corrected, so that
+    shown_gaps: share of the spans whose correction has a gap token that the input shows already corrected, so that
         the model learns to keep gaps; no effect if the tokenizer has no gap token
-    the others: see `RevisionObjective`
+    the rest: see `RevisionObjective`
     """
 
     def __init__(
@@ -63,18 +63,17 @@ class Refine(Objective):
             terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
         if keep:
             terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
-        stage_one_noise = stage_one(
+        stage_one = stage_one_corruption(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
         )
-        drafts: Corruption = Span(num=None, kind=Kind.MISTAKE)
+        mistakes: Corruption = Span(num=None, kind=Kind.MISTAKE)
         if special.gap is not None:
-            drafts = Chain(drafts, ShowGaps(gap=special.gap, correct_rate=shown_gaps))
-        damage = Choose(when="drafted", then=Only(drafts, rest=Kind.DRAFT), otherwise=stage_one_noise)
+            mistakes = Chain(mistakes, ShowGaps(gap=special.gap, correct_rate=shown_gaps))
         super().__init__(
             backbone=backbone,
             special=special,
             training=training,
-            corruption=damage,
+            corruption=Choose(when="drafted", then=Only(mistakes, rest=Kind.DRAFT), otherwise=stage_one),
             terms=terms,
             t_min=t_min,
             seed=seed,

@@ -1,6 +1,6 @@
 """Foundational revision: Stage I of ReDiff (arXiv 2510.19871, section 3.2).
 
-mask tokens with probability t -> replace visible tokens at random -> replace a true span by a hallucinated one
+mask tokens with probability t -> replace visible tokens at random -> replace a true span by a hallucinated span
 -> cross-entropy on masked, replaced, hallucinated and clean tokens, a separate mean for each kind, weight 1/t
 """
 
@@ -18,10 +18,10 @@ from src.objectives.optim import Training
 from src.types import Corruption, Kind, SpecialIds
 
 
-def stage_one(
+def stage_one_corruption(
     special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str, alone_share: float
 ) -> Corruption:
-    """The Stage I corruption; arguments as of `RevisionObjective`. Raises UserError for another `hallucination`."""
+    """The Stage I corruption; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
     noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
     if hallucination == "mixed":
         return Chain(*noise, Span())
@@ -34,7 +34,7 @@ def stage_one(
 
 
 def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):
-    """The four terms of Stage I; a coefficient of 0 omits a term."""
+    """The four terms of Stage I; a coefficient of 0 omits its term."""
     rows = ((Kind.MASK, 1.0), (Kind.SYNTAX, syntax), (Kind.HALLUCINATION, hallucination), (Kind.CLEAN, clean))
     return tuple(Term(k.name.lower(), k, weight, reduce, coef=c, floor=floor) for k, c in rows if c)
 
@@ -42,11 +42,12 @@ def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, ha
 class RevisionObjective(Objective):
     """Stage I.
 
-    rate, source, dynamic: of the random replacements (`Replace`); rate 0 trains without syntax errors.
-    hallucination: `mixed` = masks, noise and a hallucinated span in one sample (paper); `alone` = a share `alone_share`
-    of the samples that have hallucinated spans get one of them and no other noise (released code, where it is the share
-    of such samples in the data); `none` = no hallucinated spans.
-    weight, reduce, floor: of every term; clean: coefficient of the clean tokens.
+    rate, source, dynamic: random replacements, see `Replace`; rate 0 trains without syntax errors
+    hallucination: `mixed`: masks, noise and a hallucinated span in one sample (paper)
+        `alone`: a share `alone_share` of the samples that have hallucinated spans get one and no other noise (released
+        code, where the data determine this share)
+        `none`: no hallucinated spans
+    weight, reduce, floor: of every term, see `Term`; clean: coefficient of the clean tokens
     """
 
     def __init__(
@@ -75,14 +76,14 @@ class RevisionObjective(Objective):
             syntax=float(rate > 0),
             hallucination=float(hallucination != "none"),
         )
-        damage = stage_one(
+        corruption = stage_one_corruption(
             special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
         )
         super().__init__(
             backbone=backbone,
             special=special,
             training=training,
-            corruption=damage,
+            corruption=corruption,
             terms=terms,
             t_min=t_min,
             seed=seed,

@@ -1,10 +1,10 @@
-"""Image labels: pre-trains the vision tower of the embedded base model, in place of SigLIP's pre-training.
+"""Scene labels: pre-training of the embedded base model's vision tower, in place of SigLIP's.
 
     image -> tower -> patches pooled to the 3x3 cells of a scene -> shape (or empty), colour and size of each cell,
     and the background -> cross-entropy
 
-From captions alone a randomly initialized tower takes many times longer to learn (results/LOG.md). The linear heads are
-dropped afterwards.
+From captions alone, a randomly initialized tower takes many times longer to learn (results/LOG.md). The linear heads
+are discarded afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNKNOWN = -100
 class TowerLabels(Objective):
     """Classifies the cells of a scene. Needs records with a `scene`, one tile per image, a patch grid of 3n x 3n.
 
-    Raises UserError for another patch grid.
+    Raises UserError if the patch grid is not 3n x 3n.
     """
 
     def __init__(
@@ -44,24 +44,24 @@ class TowerLabels(Objective):
         self.heads = nn.Linear(self.backbone.vision.config.hidden_size, sum(CLASSES.values()))
 
     def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
-        """Sum over the rows of the mean loss of each head."""
+        """Yield the sum of the heads' mean losses, scaled to the number of rows and views."""
         tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): one tile per scene
         hidden = self.backbone.vision.features(tiles)  # (B, N, W)
-        scores = self.heads(_pool_cells(hidden)).split(list(CLASSES.values()), -1)
+        logits = self.heads(_pool_cells(hidden)).split(list(CLASSES.values()), -1)  # each (B, 9, classes)
         cells, background = scene_labels([Scene.from_dict(r["scene"]) for r in batch.records])
-        total = F.cross_entropy(scores[3].mean(1), background.to(hidden.device))
-        for score, label in zip(scores[:3], cells.to(hidden.device).unbind(-1), strict=True):
-            total = total + F.cross_entropy(score.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
-        self._log_labels(scores[0], cells[..., 0].to(hidden.device))
+        total = F.cross_entropy(logits[3].mean(1), background.to(hidden.device))
+        for head_logits, label in zip(logits[:3], cells.to(hidden.device).unbind(-1), strict=True):
+            total = total + F.cross_entropy(head_logits.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
+        self._log_accuracy(logits[0], cells[..., 0].to(hidden.device))
         yield {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
 
-    def _log_labels(self, score: Tensor, label: Tensor) -> None:
+    def _log_accuracy(self, logits: Tensor, label: Tensor) -> None:
         occupied = label < len(SHAPES)
-        self.log("train/shape_accuracy", (score.argmax(-1) == label)[occupied].float().mean(), prog_bar=True)
+        self.log("train/shape_accuracy", (logits.argmax(-1) == label)[occupied].float().mean(), prog_bar=True)
 
 
 def _pool_cells(hidden: Tensor) -> Tensor:
-    """Patch features (B, N, W) averaged over each of the nine cells: (B, 9, W)."""
+    """Mean of the patch features (B, N, W) over each of the nine cells: (B, 9, W)."""
     side = round(hidden.shape[1] ** 0.5)
     if side * side != hidden.shape[1] or side % SIDE:
         raise UserError(f"a patch grid of {hidden.shape[1]} tokens does not divide into {SIDE} x {SIDE} cells")
@@ -70,7 +70,10 @@ def _pool_cells(hidden: Tensor) -> Tensor:
 
 
 def scene_labels(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """(B, 9, 3) shape, colour and size of each cell (empty cells: UNKNOWN colour and size), (B,) background."""
+    """Class indices: (B, 9, 3) shape, colour and size of each cell, and (B,) background.
+
+    Empty cells have shape len(SHAPES), and UNKNOWN colour and size.
+    """
     labels = torch.full((len(scenes), SIDE * SIDE, 3), UNKNOWN)
     labels[..., 0] = len(SHAPES)
     for row, scene in enumerate(scenes):

@@ -2,8 +2,8 @@
 
 replace each token by a random one with probability t -> cross-entropy on all tokens
 
-The objective of the mixture path from uniform noise (arXiv 2407.15595), and the simple loss of D3PM and FUDOKI.
-The network has no input for t, which it can infer from the text. Sample with sampler=uniform or sampler=flow.
+This is the objective of the mixture path from uniform noise (arXiv 2407.15595), and the simple loss of D3PM and FUDOKI.
+The network gets no t as input; it can infer t from the text. Sample with sampler=uniform or sampler=flow.
 """
 
 from __future__ import annotations

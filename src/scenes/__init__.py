@@ -1,1 +1,1 @@
-"""Scenes: the embedded data. Graph (what is there), grammar (what may be said of it), render (what it looks like)."""
+"""Scenes, the embedded data: graph (objects), grammar (captions), render (images), score (captions vs. graph)."""

@@ -1,12 +1,12 @@
-"""The caption grammar: one table of sentence templates that both writes captions and reads them back.
+"""The caption grammar: one table of sentence templates that both generates captions and parses them.
 
     write_caption(scene, rng) -> str           several sentences, varied wording, objects in raster order
-    read_caption(text) -> [Sentence]           every sentence with its statement, or None where it is ungrammatical
-    false_fields(scene, statement) -> {field}  the words of a statement that contradict the scene
-    swaps(scene, text, rng) -> [Swap]          single facts that can be turned false, word for word
+    read_caption(text) -> [Sentence]           every sentence with its statement, or None if it is ungrammatical
+    false_fields(scene, statement) -> {field}  the fields of a statement that contradict the scene
+    swaps(scene, text, rng) -> [Swap]          one-word replacements that make a fact false
 
-A template is a row of words; a word such as `{colour}` is a field. Words are separated by one blank, so a sentence is
-read by comparing words, and a caption that was written here is always read back without loss.
+A template is a sequence of words; a word such as `{colour}` is a field. Words are separated by one blank, so parsing
+compares words, and every generated caption parses without loss.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _SENTENCE = re.compile(r"\S[^.]*(?:\.|$)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Statement:
-    """What a sentence says: the kind of template (`object`, `intro`, `relation`), its index, and the field values."""
+    """The meaning of a sentence: template kind (`object`, `intro`, `relation`), template index, and field values."""
 
     kind: str
     template: int
@@ -81,7 +81,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a text: its character range, its statement (None: ungrammatical), and where each field stands."""
+    """A sentence of a text: its character range, its statement (None: ungrammatical), and the range of each field."""
 
     start: int
     end: int
@@ -91,7 +91,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Swap:
-    """A fact that can be turned false: `text[start:end] == right`, and with `wrong` there the caption is false."""
+    """A replacement that makes a caption false: `wrong` for `text[start:end] == right`; `fact`: the kind of fact."""
 
     start: int
     end: int
@@ -110,13 +110,13 @@ def template_words(kind: str, index: int) -> list[tuple[str, str | None, str]]:
 
 
 def write_sentence(statement: Statement) -> str:
-    """The sentence for a statement, with a capital letter at its start."""
+    """The sentence of a statement, capitalized."""
     text = TEMPLATES[statement.kind][statement.template].format(**statement.fields)
     return text[0].upper() + text[1:]
 
 
 def write_caption(scene: Scene, rng: Random, *, relation_rate: float = 0.6) -> str:
-    """A true, detailed caption: an introduction first or last, the objects in raster order, perhaps a relation."""
+    """A true, detailed caption: an introduction first or last, the objects in raster order, and maybe a relation."""
     parts = [write_sentence(_object_statement(item, rng)) for item in scene.objects]
     if len(scene.objects) > 1 and rng.random() < relation_rate:
         parts.append(write_sentence(_relation_statement(scene, rng)))
@@ -126,7 +126,7 @@ def write_caption(scene: Scene, rng: Random, *, relation_rate: float = 0.6) -> s
 
 
 def write_brief(scene: Scene) -> str:
-    """A bare list of the objects in raster order, outside the grammar: the short captions of the alignment phase."""
+    """A list of the objects in raster order, outside the grammar: the short captions of the alignment phase."""
     return ", ".join(f"{o.row} {o.column} {o.size} {o.colour} {o.shape}" for o in scene.objects) + "."
 
 
@@ -151,12 +151,12 @@ def _relation_statement(scene: Scene, rng: Random) -> Statement:
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    """Character ranges of the sentences; an unfinished tail counts as a sentence."""
+    """Character ranges of the sentences; an unfinished last one counts."""
     return [(m.start(), m.start() + len(m[0].rstrip())) for m in _SENTENCE.finditer(text)]
 
 
 def read_caption(text: str) -> list[Sentence]:
-    """Every sentence of a text with what it says. Exact: one wrong word, blank or capital makes it ungrammatical.
+    """Parse every sentence of a text. One wrong word, blank or capital makes a sentence ungrammatical.
 
     The blank before a sentence belongs to it: exactly one, and none before the first.
     """
@@ -173,16 +173,17 @@ def _read_sentence(text: str, start: int, end: int) -> Sentence:
     words = text[start:end].split(" ")
     for kind, templates in TEMPLATES.items():
         for index in range(len(templates)):
-            found = _match(words, template_words(kind, index))
-            if found is not None and _agrees(found[0]):
-                places = {name: (start + a, start + b) for name, (a, b) in found[1].items()}
-                return Sentence(start, end, Statement(kind, index, found[0]), places)
+            match = _match(words, template_words(kind, index))
+            if match is not None and _agrees(match[0]):
+                places = {name: (start + a, start + b) for name, (a, b) in match[1].items()}
+                return Sentence(start, end, Statement(kind, index, match[0]), places)
     return Sentence(start, end, None, {})
 
 
 def _match(
     words: list[str], template: list[tuple[str, str | None, str]]
 ) -> tuple[dict[str, str], dict[str, tuple[int, int]]] | None:
+    """Field values and their character ranges, or None if the words do not match the template."""
     if len(words) != len(template):
         return None
     fields: dict[str, str] = {}
@@ -196,10 +197,10 @@ def _match(
             value = word.removesuffix(tail) if tail else word
             if value == word and tail:
                 return None
-            known = value.lower() if position == 0 else value
-            if known not in LEXICON[field] or (position == 0 and not value[:1].isupper()):
+            entry = value.lower() if position == 0 else value
+            if entry not in LEXICON[field] or (position == 0 and not value[:1].isupper()):
                 return None
-            fields[field] = known
+            fields[field] = entry
             places[field] = (offset, offset + len(value))
         offset += len(word) + 1
     return fields, places
@@ -213,8 +214,8 @@ def _agrees(fields: dict[str, str]) -> bool:
 def false_fields(scene: Scene, statement: Statement) -> set[str]:
     """Fields of a statement that contradict the scene.
 
-    An object sentence is about the object at its place: where the place is empty, all of it is false. A relation is one
-    fact: all its fields are false unless such a pair exists.
+    An object sentence is about the object at its place: if the place is empty, all its fields are false. A relation is
+    one fact: all its fields are false unless such a pair exists.
     """
     fields = statement.fields
     if statement.kind == "intro":
@@ -231,7 +232,7 @@ def false_fields(scene: Scene, statement: Statement) -> set[str]:
 
 
 def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
-    """For every sentence and field of a true caption at most one replacement that makes the sentence false."""
+    """At most one replacement for every sentence and field of a true caption that makes the sentence false."""
     return [
         swap for sentence in read_caption(text) if sentence.statement for swap in _swaps(scene, sentence, text, rng)
     ]

@@ -1,9 +1,9 @@
 """Scene graphs: up to nine objects on a 3x3 board, each with shape, colour, size and place.
 
     draw_scene(rng, objects=(1, 3)) -> Scene        a random scene
-    Scene.to_dict() / Scene.from_dict()             what a shard stores
+    Scene.to_dict() / Scene.from_dict()             the form stored in shards
 
-A place (row, column of the board) holds at most one object, so it identifies the object that a sentence speaks of.
+A place (row, column of the board) holds at most one object, so it identifies the object that a sentence is about.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Scene:
         return next((o for o in self.objects if (o.row, o.column) == (row, column)), None)
 
     def holds(self, relation: str, subject: tuple[str, str], other: tuple[str, str]) -> bool:
-        """Whether some object (colour, shape) stands in `relation` to some different object (colour, shape)."""
+        """Whether some object (colour, shape) is in `relation` to a different object (colour, shape)."""
         return any(
             relation in relations(a, b)
             for a in self.objects
@@ -69,23 +69,26 @@ class Scene:
 
 
 def relations(a: SceneObject, b: SceneObject) -> set[str]:
-    """The words of `RELATIONS` that hold between two objects, judged by their cells."""
+    """The `RELATIONS` that hold between two objects, by their cells."""
     (row_a, col_a), (row_b, col_b) = a.cell, b.cell
-    found = set()
+    names = set()
     if col_a != col_b:
-        found.add("left of" if col_a < col_b else "right of")
+        names.add("left of" if col_a < col_b else "right of")
     if row_a != row_b:
-        found.add("above" if row_a < row_b else "below")
-    return found
+        names.add("above" if row_a < row_b else "below")
+    return names
 
 
 def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float = 0.12) -> Scene:
-    """A random scene with a number of objects from the closed range `objects`; centres move by up to `jitter` cells."""
+    """A random scene of `objects` (inclusive range) objects, their centres shifted by up to `jitter` cells.
+
+    Raises UserError for a range outside 1..9.
+    """
     if not 1 <= objects[0] <= objects[1] <= len(ROWS) * len(COLUMNS):
         raise UserError(f"objects must be a range within 1..9, got {objects}")
     cells = rng.sample([(r, c) for r in ROWS for c in COLUMNS], rng.randint(*objects))
     cells.sort(key=lambda cell: (ROWS.index(cell[0]), COLUMNS.index(cell[1])))
-    found = tuple(
+    items = tuple(
         SceneObject(
             shape=rng.choice(SHAPES),
             colour=rng.choice(COLOURS),
@@ -97,4 +100,4 @@ def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float 
         )
         for row, column in cells
     )
-    return Scene(found, rng.choice(BACKGROUNDS))
+    return Scene(items, rng.choice(BACKGROUNDS))

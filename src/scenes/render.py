@@ -1,4 +1,4 @@
-"""Draw a scene graph as an image: anti-aliased shapes on a flat background, sensor noise, later objects in front."""
+"""Draw a scene graph as an image: anti-aliased shapes on a flat background, sensor noise, small objects in front."""
 
 from __future__ import annotations
 
@@ -24,18 +24,16 @@ PALETTE = {
     "pink": (240, 170, 185),
     "beige": (224, 205, 170),
 }
-RADIUS = {"small": 0.27, "large": 0.52}  # in cells: a large object reaches over the border of its cell
+RADIUS = {"small": 0.27, "large": 0.52}  # in cells: a large object extends beyond its cell
 SUPERSAMPLE = 4
 
 
 def render(scene: Scene, rng: Random, *, size: int = 48, noise: float = 4.0) -> Image.Image:
-    """An RGB image of `size` x `size` pixels; `noise` is the standard deviation of the sensor noise in grey levels."""
+    """An RGB image of `size` x `size` pixels; `noise`: standard deviation of the sensor noise, of 255 grey levels."""
     big = size * SUPERSAMPLE
     image = Image.new("RGB", (big, big), PALETTE[scene.background])
     draw = ImageDraw.Draw(image)
-    for item in sorted(
-        scene.objects, key=lambda o: o.size == "small"
-    ):  # small ones stay visible in front of large ones
+    for item in sorted(scene.objects, key=lambda o: o.size == "small"):  # small objects in front of large ones
         _draw_object(draw, item, big)
     small = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
     grain = np.random.default_rng(rng.getrandbits(64)).normal(0.0, noise, small.shape) if noise else 0.0

@@ -1,9 +1,8 @@
-"""Exact quality of a caption against its scene: coverage, factuality, syntax. No model, no tolerance.
+"""Exact scores of a caption against its scene: coverage, factuality, syntax. No model is involved.
 
-Facts of a scene: four of each object (something at its place, its shape, its colour, its size), the number of
-objects, the background. Claims of a caption: the same four of each object sentence, two of each introduction, one of
-each relation. An object sentence speaks of the object at the place that it names, so a wrong place makes all four
-claims false.
+Facts of a scene: four per object (its place is occupied, its shape, its colour, its size), the number of objects, the
+background. Claims of a caption: the same four per object sentence, two per introduction, one per relation. An object
+sentence is about the object at the place that it names, so a wrong place makes all four claims false.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from src.scenes.graph import Scene
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """Counts behind the three ratios."""
+    """The counts and the three ratios."""
 
     facts: int
     covered: int
@@ -27,22 +26,22 @@ class CaptionScore:
 
     @property
     def coverage(self) -> float:
-        """Share of the scene's facts that some sentence states correctly."""
+        """Fraction of the scene's facts that some sentence states correctly."""
         return self.covered / self.facts
 
     @property
     def factuality(self) -> float:
-        """Share of the caption's claims that are true; 0 where nothing is claimed."""
+        """Fraction of the caption's claims that are true; 0 without claims."""
         return self.true_claims / self.claims if self.claims else 0.0
 
     @property
     def syntax(self) -> float:
-        """Share of the caption's sentences that the grammar accepts; 0 for an empty caption."""
+        """Fraction of the caption's sentences that are grammatical; 0 for an empty caption."""
         return self.grammatical / self.sentences if self.sentences else 0.0
 
 
 def score_caption(scene: Scene, text: str) -> CaptionScore:
-    """Score a text against a scene. Ungrammatical sentences claim nothing, and cost syntax."""
+    """Score a text against a scene. Ungrammatical sentences make no claims and lower `syntax`."""
     sentences = read_caption(text)
     statements = [s.statement for s in sentences if s.statement]
     claims = [claim for statement in statements for claim in _claims(scene, statement)]
@@ -57,7 +56,7 @@ def score_caption(scene: Scene, text: str) -> CaptionScore:
 
 
 def _claims(scene: Scene, statement: Statement) -> list[tuple[tuple[str, ...], bool]]:
-    """(fact, whether it is true) for each claim of a statement."""
+    """(fact, whether it is true) of each claim of a statement."""
     wrong = false_fields(scene, statement)
     if statement.kind == "intro":
         return [((name,), name not in wrong) for name in ("number", "background")]

@@ -1,1 +1,1 @@
-"""Text to tokens and back, text edits to token spans, prompt formats."""
+"""Tokenizer, prompt formats, and the alignment of an expert's edits with tokens."""

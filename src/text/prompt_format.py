@@ -1,8 +1,8 @@
-"""The format of prompts: chat template, system text, and how images and text are joined. One yaml file each.
+"""Prompt formats: chat template, system text, and how images and text are joined. One yaml file each.
 
 PromptFormat.load("llada_v")                 a file in src/text/prompts
-PromptFormat.load("formats/mine.yaml")       one of your own; its keys are the fields of `PromptFormat`
-format.messages("What is this?", images=1)   [{"role": ..., "content": ...}, ...], what the template takes
+PromptFormat.load("formats/mine.yaml")       your own file; its keys are the fields of `PromptFormat`
+format.messages("What is this?", images=1)   [{"role": ..., "content": ...}, ...], the input of the template
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from src.io.errors import UserError
 
-IMAGE = "<image>"  # the mark in a text that says where an image goes
+IMAGE = "<image>"  # the image mark: where an image goes in a text
 JOINS = ("keep", "upstream")
 FOLDER = Path(__file__).parent / "prompts"
 
@@ -25,14 +25,14 @@ class PromptFormat:
     """How a question, its images and earlier turns become a prompt.
 
     template: jinja text over `messages`, each with `role` and `content`; it ends where the response starts
-    system:   what is said first, in the role `system`; null: nothing
-    image:    put in front of a question that has no image marks, once for each image
-    join:     keep, or upstream: what LLaDA-V's released inference does to a prompt. It trims the messages, and it drops
-        the first token behind each image, in the belief that the tokenizer starts every text with one of its own
-    suppress: tokens that a sampler never writes, besides mask and image marks; null: all special ones but end of turn
-        and end of text
-    gap:      a special token that stands for nothing: a sampler may write it, and decoding strips it, so that a text
-        can lose or gain tokens without moving the others (src/text/align.py); null: there is none
+    system:   system text, the first message; null: none
+    image:    inserted before a question without image marks, once per image
+    join:     keep, or upstream: LLaDA-V's released inference, which trims the messages and drops the first token behind
+        each image, as it expects the tokenizer to start every text with a special token
+    suppress: tokens that a sampler never writes, besides mask and image mark; null: all special tokens but end
+        of turn and end of text
+    gap:      a special token without meaning: a sampler may write it and decoding strips it, so that a text can lose
+        or gain tokens without moving the others (src/text/align.py); null: none
     """
 
     template: str
@@ -43,11 +43,11 @@ class PromptFormat:
     gap: str | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in {"template": str, "system": str | None, "image": str, "gap": str | None}.items():
-            if not isinstance(getattr(self, name), kinds):
+        for name, types in {"template": str, "system": str | None, "image": str, "gap": str | None}.items():
+            if not isinstance(getattr(self, name), types):
                 raise UserError(f"{name} must be a text, got {getattr(self, name)!r}")
         if self.image.count(IMAGE) != 1:
-            raise UserError(f"image must hold {IMAGE} once, got {self.image!r}")
+            raise UserError(f"image must contain {IMAGE} once, got {self.image!r}")
         if self.join not in JOINS:
             raise UserError(f"join must be one of {', '.join(JOINS)}, got {self.join!r}")
         if self.suppress is not None:
@@ -58,11 +58,11 @@ class PromptFormat:
 
     @classmethod
     def load(cls, name: str | Path) -> PromptFormat:
-        """The format of this name, or the one in a file whose path ends in .yaml. Raises UserError for a bad one."""
+        """A format by name, or by the path of a .yaml file. Raises UserError for an unknown or invalid one."""
         path = Path(name) if str(name).endswith(".yaml") else FOLDER / f"{name}.yaml"
         if not path.is_file():
-            known = sorted(file.stem for file in FOLDER.glob("*.yaml"))
-            raise UserError(f"no prompt format {str(name)!r}: take {', '.join(known)}, or the path of a .yaml file")
+            names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+            raise UserError(f"no prompt format {str(name)!r}: use {', '.join(names)}, or the path of a .yaml file")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls._of(content)
@@ -85,13 +85,13 @@ class PromptFormat:
     def messages(self, question: str, *, images: int, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
         """Messages up to the question. `turns`: earlier (question, answer) pairs.
 
-        Marks for the images are put in front of the first question, unless one of the texts has marks of its own.
+        Image marks are inserted before the first question, unless one of the texts contains some.
         """
-        said = [message for asked, told in turns for message in (("user", asked), ("assistant", told))]
-        said.append(("user", question))
-        if not any(IMAGE in text for _, text in said):
-            said[0] = ("user", self.image * images + said[0][1])
+        messages = [message for user, answer in turns for message in (("user", user), ("assistant", answer))]
+        messages.append(("user", question))
+        if not any(IMAGE in text for _, text in messages):
+            messages[0] = ("user", self.image * images + messages[0][1])
         if self.system:
-            said.insert(0, ("system", self.system))
+            messages.insert(0, ("system", self.system))
         trim = str.strip if self.join == "upstream" else str
-        return [{"role": role, "content": trim(text)} for role, text in said]
+        return [{"role": role, "content": trim(text)} for role, text in messages]

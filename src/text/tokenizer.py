@@ -1,12 +1,12 @@
-"""Text to tokens and back: a Hugging Face fast tokenizer with the special tokens of LLaDA, and the format of prompts.
+"""Text to tokens and back: a Hugging Face fast tokenizer with LLaDA's special tokens, and the prompt format.
 
 codec = Codec.load("assets/base")
-codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `image_id` where the image goes
+codec.prompt_ids("Describe the image.")     ids of the whole prompt, with one `image_id` per image
 codec.encode("A red ring.")                 ids and character offsets of a response, without eot
 codec.decode(ids)                           text up to the first eot, special tokens removed
 
-A model folder says what its prompts look like (src/text/prompts): in prompt.yaml, else by the model type in config.json,
-else by the chat template of its tokenizer.
+The prompt format (src/text/prompts) of a model folder comes from prompt.yaml, else from the model type in config.json,
+else from the chat template of its tokenizer.
 """
 
 from __future__ import annotations
@@ -31,26 +31,28 @@ from src.types import SpecialIds
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
-NO_GAP = tuple(token for token in SPECIAL if token != BOS)  # they mean something in a response, or divide a prompt
-BROKEN = "\ufffd"  # what bytes that are no whole character decode to
-LONGEST = 1000  # characters of a word that a tokenizer is trained on
+NO_GAP = tuple(token for token in SPECIAL if token != BOS)  # tokens with a meaning in a response or a prompt
+BROKEN = "\ufffd"  # the decoding of bytes that are not a complete character
+LONGEST = 1000  # characters of the longest word in the training of a tokenizer
 _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
 _CUT = re.compile(rf"\s{{0,{LONGEST}}}\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}")
-NO_IMAGE_TOKEN = -200  # the image mark of tokenizers without an image token, as in LLaDA-V
+NO_IMAGE_TOKEN = -200  # image mark of tokenizers without an image token, as in LLaDA-V
 ROLES = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "mask_token": MASK}
 PROMPT = "prompt.yaml"
-FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")  # of a tokenizer
-NEEDED = (*FILES, PROMPT, "config.json")  # all that `Codec.load` reads, as patterns for a download
+FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")  # tokenizer files
+NEEDED = (*FILES, PROMPT, "config.json")  # patterns of all files that `Codec.load` reads
 
 
 class Codec:
-    """A tokenizer with the ids that a diffusion model needs. `prompt_format`: default, the tokenizer's chat template.
+    """A tokenizer with the special ids that a diffusion model needs, and a prompt format.
 
-    `banned_ids`: special ids that a response never contains; `special` holds them with the other ids that the maths
-    needs; Raises UserError when there is no chat template, when the tokenizer lacks the mask, end-of-text or eot
-    token or one that the format suppresses, or when the format's gap is no special token that is free for it.
-    `files`: those that the tokenizer was read from, name -> content; `save` writes them as they are, since other
-    versions of transformers may not read what this one writes.
+    prompt_format: default, the tokenizer's chat template
+    files: name -> content of the files that the tokenizer was read from; `save` writes them unchanged, as other
+        versions of transformers may not read what this one writes
+    `banned_ids`: special ids that a response never contains
+
+    Raises UserError if there is no chat template, if the tokenizer lacks the mask, end-of-text or eot token or one
+    that the format suppresses, or if the format's gap is not a special token without another meaning.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Codec:
     ) -> None:
         self.tokenizer, self.files = tokenizer, dict(files or {})
         self.prompt_format = prompt_format or _own_format(tokenizer)
-        tokenizer.chat_template = self.prompt_format.template  # so that others find it in a saved folder
+        tokenizer.chat_template = self.prompt_format.template  # for readers of a saved folder
         vocabulary = tokenizer.get_vocab()
         needed = dict.fromkeys((MASK, EOS, EOT, *(self.prompt_format.suppress or ())))
         if missing := [token for token in needed if token not in vocabulary]:
@@ -72,31 +74,31 @@ class Codec:
         self.vocab_size = len(tokenizer)
         self.gap_id = self._gap(vocabulary)
         self.banned_ids = self._banned(vocabulary)
-        # what a prompt turns into the ids of special tokens where it spells them out
+        # texts that become the ids of special tokens when a prompt spells them out
         self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
-        # then the text is that of the backend, which takes half the time of `tokenizer.decode`
+        # where the backend decodes to the same text, it takes half the time of `tokenizer.decode`
         self._direct = type(tokenizer) is PreTrainedTokenizerFast and not _cleans_up(tokenizer)
         self._concatenates = self._direct and isinstance(self._plain.decoder, decoders.ByteLevel)
-        self._texts: dict[int, str] = {}  # of single tokens
+        self._texts: dict[int, str] = {}  # cache: text of each token
 
     @classmethod
     def load(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
-        """Read `tokenizer.json`, and what there is beside it, from a model folder or a name on the hub.
+        """Read `tokenizer.json` and its companion files from a model folder or a name on the hub.
 
-        prompt_format: a name or file for `PromptFormat.load`, in place of what the folder says
-        Raises UserError, naming the file, when the chat template cannot make a prompt.
+        prompt_format: a name or file for `PromptFormat.load`, in place of the folder's own
+        Raises UserError as the constructor does, for damaged files, and for a chat template that cannot be rendered.
         """
         path = local_folder(path, patterns=NEEDED)
         if not (path / "tokenizer.json").is_file():
             raise UserError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
         tokenizer = _read(path)
-        given = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
+        form = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
         files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
         try:
-            codec = cls(tokenizer, given, files=files)
+            codec = cls(tokenizer, form, files=files)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         try:
@@ -106,24 +108,24 @@ class Codec:
         return codec
 
     def with_format(self, *, system: str | None = None, join: str | None = None, gap: str | None = None) -> Codec:
-        """The same tokenizer with another system text or gap ("": none) or way to join; null keeps what it has."""
-        wanted = {"system": system, "join": join, "gap": gap}
-        given = {name: value for name, value in wanted.items() if value is not None}
-        return Codec(self.tokenizer, replace(self.prompt_format, **given), files=self.files) if given else self
+        """The same tokenizer with another system text, `join` or gap ("": none); None keeps the present value."""
+        settings = {"system": system, "join": join, "gap": gap}
+        changes = {name: value for name, value in settings.items() if value is not None}
+        return Codec(self.tokenizer, replace(self.prompt_format, **changes), files=self.files) if changes else self
 
     @classmethod
     def adopt(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
-        """As `load`, also of the tokenizer of another model: the special tokens that it lacks go behind its own.
+        """As `load`, but also for the tokenizer of another model: missing special tokens are appended.
 
-        The folder may also hold a byte-level BPE as two files, vocab.json and merges.txt, as GPT-2's does.
-        prompt_format: needed where the folder has no chat template.
+        The folder may instead contain a byte-level BPE as vocab.json and merges.txt, as GPT-2's does.
+        prompt_format: required if the folder has no chat template
         """
         path = local_folder(path, patterns=NEEDED)
-        two = [path / name for name in ("vocab.json", "merges.txt")]
+        bpe_files = [path / name for name in ("vocab.json", "merges.txt")]
         if (path / "tokenizer.json").is_file():
             tokenizer = _read(path)
-        elif all(file.is_file() for file in two):
-            bpe = _byte_level(models.BPE.from_file(*map(str, two)))
+        elif all(file.is_file() for file in bpe_files):
+            bpe = _byte_level(models.BPE.from_file(*map(str, bpe_files)))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
         else:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
@@ -131,16 +133,16 @@ class Codec:
             return cls.load(path, prompt_format=prompt_format)
         tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": [EOT, HEADER_START, HEADER_END, IMAGE]})
         if prompt_format is None and not tokenizer.chat_template:
-            raise UserError(f"{path} does not say what prompts look like: give a prompt_format, such as tiny or plain")
+            raise UserError(f"{path} has no chat template: set prompt_format, for example to tiny or plain")
         return cls(tokenizer, None if prompt_format is None else PromptFormat.load(prompt_format))
 
     @classmethod
     def train(
         cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen", prompt_format: str | Path = "tiny"
     ) -> Codec:
-        """A byte-level BPE tokenizer. `alphabet`: `seen` (characters of the texts) or `bytes` (any text at all).
+        """Train a byte-level BPE tokenizer. `alphabet`: `seen` (the bytes of the texts) or `bytes` (all bytes).
 
-        A `vocab_size` that leaves no room for merges gives each of their bytes a token of its own.
+        If `vocab_size` leaves no room for merges, every byte of the alphabet is a token.
         """
         if alphabet not in ("seen", "bytes"):
             raise UserError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
@@ -159,7 +161,7 @@ class Codec:
         return cls(tokenizer, PromptFormat.load(prompt_format))
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer files, those it was loaded from byte for byte, and the prompt format into a directory."""
+        """Write the tokenizer files (if it was loaded, those files byte for byte) and the prompt format to a folder."""
         Path(path).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (Path(path) / name).write_bytes(content)
@@ -169,13 +171,13 @@ class Codec:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary, merges and template: token ids on disk belong to one tokenizer."""
+        """Hash of vocabulary, merges and template; stored with token ids, which are valid for one tokenizer only."""
         state = self.tokenizer.backend_tokenizer.to_str() + self.prompt_format.template
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     @property
     def special(self) -> SpecialIds:
-        """The ids as the maths takes them. `unwritten`: all special tokens, as no random replacement should be one."""
+        """The special ids for objectives and samplers. `unwritten`: all special tokens, never a random replacement."""
         added = self.tokenizer.added_tokens_decoder
         return SpecialIds(
             mask=self.mask_id,
@@ -184,13 +186,13 @@ class Codec:
             banned=tuple(self.banned_ids),
             vocab_size=self.vocab_size,
             gap=self.gap_id,
-            unwritten=tuple(sorted(number for number, token in added.items() if token.special)),
+            unwritten=tuple(sorted(token_id for token_id, token in added.items() if token.special)),
         )
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a response text, and the character range of each token."""
-        found = self._plain.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response up to its first eot, without special tokens."""
@@ -202,43 +204,43 @@ class Codec:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
-        """The text of each token up to the first eot, if joined they are the decoded text; else None.
+        """The text of each token up to the first eot if these concatenate to the decoded text, else None.
 
-        None where a character is spread over several tokens or broken, and for decoders that look at more than one
-        token. That of byte-level BPE puts bytes together, so every beginning of the list is the text of its tokens.
+        None if several tokens share a character or one is broken, and for decoders other than byte-level BPE's, which
+        concatenates bytes, so that every prefix of the list is the decoded text of its tokens.
         """
         if not self._concatenates:
             return None
-        known, found = self._texts, []
+        cache, texts = self._texts, []
         for token in ids:
             if token == self.eot_id:
                 break
-            text = known.get(token)
+            text = cache.get(token)
             if text is None:
-                text = known[token] = self._plain.decode([token], skip_special_tokens=True)
-            found.append(text)
-        joined = "".join(found)
-        return found if BROKEN not in joined and joined == self.decode(ids) else None
+                text = cache[token] = self._plain.decode([token], skip_special_tokens=True)
+            texts.append(text)
+        joined = "".join(texts)
+        return texts if BROKEN not in joined and joined == self.decode(ids) else None
 
     def _gap(self, vocabulary: dict[str, int]) -> int | None:
-        """The id of the format's gap. Raises UserError for a token that is unknown, not special or not free."""
+        """The id of the format's gap. Raises UserError for a token that is unknown, not special or in use."""
         token = self.prompt_format.gap
         if token is None:
             return None
         if token not in vocabulary:
-            raise UserError(f"the tokenizer has no {token} token, which is to be the gap")
+            raise UserError(f"the tokenizer has no {token} token to use as the gap")
         added = self.tokenizer.added_tokens_decoder.get(vocabulary[token])
         if added is None or not added.special:
-            raise UserError(f"{token} cannot be the gap: it is no special token, so it would be part of the text")
+            raise UserError(f"{token} cannot be the gap: it is not a special token, so it would be part of the text")
         if token in NO_GAP:
-            raise UserError(f"{token} cannot be the gap: it has a meaning already")
+            raise UserError(f"{token} cannot be the gap: it already has a meaning")
         return vocabulary[token]
 
     def _banned(self, vocabulary: dict[str, int]) -> list[int]:
-        """Special ids that a response never contains; the gap is none of them.
+        """Special ids that a response never contains; the gap is not one of them.
 
-        A list of the format's is taken as it is, even without mask: a sampler never writes that, but as in the released
-        one it is then among the tokens that share in a probability.
+        An explicit `suppress` list is used as it is, even without the mask: a sampler never writes the mask, but then
+        it keeps its share of the softmax, as in the released sampler.
         """
         if self.prompt_format.suppress is None:
             return sorted(set(self.tokenizer.all_special_ids) - {self.eot_id, self.eos_id, self.gap_id})
@@ -246,17 +248,17 @@ class Codec:
         return sorted(suppressed - {self.gap_id})
 
     def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
-        """Ids of a prompt up to where the response starts; `image_id` stands where an image goes.
+        """Ids of a prompt up to the start of the response, with `image_id` in place of each image.
 
-        images: how many; a question without image marks gets them in front. turns: earlier (question, answer) pairs.
-        Raises UserError when the texts hold image marks, but not as many as there are images, or when the chat
-        template fails.
+        images: their number; if no text contains image marks they are inserted at the start
+        turns: earlier (question, answer) pairs
+        Raises UserError if the number of image marks differs from `images`, or if the chat template fails.
         """
         encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         messages = self.prompt_format.messages(question, images=images, turns=turns)
         template = self.prompt_format.template
         try:
-            # the released templates open the answer anyway; those of other models only when told to
+            # the released templates always open the answer, those of other models only with add_generation_prompt
             prompt = self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
@@ -266,26 +268,26 @@ class Codec:
         ids, *pieces = map(encode, str(prompt).split(IMAGE))
         if len(pieces) != images:
             raise UserError(f"{len(pieces)} image marks in {question!r}, but {images} images")
-        lost = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
+        num_dropped = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
         for piece in pieces:
-            ids += [self.image_id, *piece[lost:]]
+            ids += [self.image_id, *piece[num_dropped:]]
         return ids
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether its decoding takes blanks before punctuation away. Of a BPE newer transformers do so only if forced."""
+    """Whether decoding removes blanks before punctuation. For a BPE newer transformers do so only if forced."""
     bpe = isinstance(tokenizer.backend_tokenizer.model, models.BPE)
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
     return bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe))
 
 
 def _pieces(text: str) -> list[str]:
-    """The text, cut where a word or a blank is so long that training, quadratic in a word, would not end."""
+    """The text, with very long words and blanks cut: the training time is quadratic in their length."""
     return _CUT.findall(text) if _LONG.search(text) else [text]
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
-    """GPT-2's: words with the blank before them, as bytes."""
+    """A byte-level tokenizer as GPT-2's: words with their leading blank, as bytes."""
     bpe = Tokenizer(model)
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -293,22 +295,22 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def read_backend(file: Path) -> Tokenizer:
-    """A tokenizer.json. Raises UserError, naming the file, where it is damaged."""
+    """Read a tokenizer.json. Raises UserError if it is damaged."""
     with _explained(file):
         return Tokenizer.from_file(str(file))
 
 
 @contextmanager
 def _explained(*files: Path) -> Iterator[None]:
-    """What is wrong with the files of a tokenizer as a ValueError; it names the first of `files` that is no JSON."""
+    """Turn errors about tokenizer files into a UserError that names the first of `files` that is not a JSON object."""
     try:
         yield
-    except Exception as error:  # the library of the tokenizers raises nothing narrower
-        guilty = next((file for file in files if file.is_file() and not _is_object(file)), files[-1])
-        raise UserError(f"{guilty} is damaged ({type(error).__name__}: {error})") from error
+    except Exception as error:  # tokenizers raises nothing narrower
+        damaged = next((file for file in files if file.is_file() and not _is_json_object(file)), files[-1])
+        raise UserError(f"{damaged} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _is_object(file: Path) -> bool:
+def _is_json_object(file: Path) -> bool:
     try:
         return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
     except ValueError:
@@ -316,43 +318,43 @@ def _is_object(file: Path) -> bool:
 
 
 def _read(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. Without a config its special tokens are those that tokenizer.json says are special.
+    """The tokenizer in a folder. Without tokenizer_config.json, tokenizer.json says which tokens are special.
 
-    Raises UserError, naming the file, where it is damaged.
+    Raises UserError that names a damaged file.
     """
     if (path / "tokenizer_config.json").is_file():
-        beside = (path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
-        with _explained(*beside, path / "tokenizer.json"):
+        settings = (path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+        with _explained(*settings, path / "tokenizer.json"):
             return PreTrainedTokenizerFast.from_pretrained(path)
     backend = read_backend(path / "tokenizer.json")
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-    named = {role: token for role, token in ROLES.items() if token in special}
-    others = [token for token in special if token not in named.values()]
+    roles = {role: token for role, token in ROLES.items() if token in special}
+    others = [token for token in special if token not in roles.values()]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **named, additional_special_tokens=others, name_or_path=str(path),
+        tokenizer_object=backend, **roles, additional_special_tokens=others, name_or_path=str(path),
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
 def _format_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
-    """The prompt format that a folder names or that is known for its type of model."""
+    """The prompt format in a folder, or that of its model type, or that of its chat template."""
     if (path / PROMPT).is_file():
         return PromptFormat.load(path / PROMPT)
-    kind = _model_type(path / "config.json")
-    if kind == "llava_llada":  # its tokenizer brings the template of the text model, without the system text
+    model_type = _model_type(path / "config.json")
+    if model_type == "llava_llada":  # its tokenizer has the text model's template, without the system text
         return PromptFormat.load("llada_v")
-    if kind == "llada":
-        known = PromptFormat.load("llada")
-        return replace(known, template=tokenizer.chat_template or known.template)
+    if model_type == "llada":
+        llada = PromptFormat.load("llada")
+        return replace(llada, template=tokenizer.chat_template or llada.template)
     return _own_format(tokenizer)
 
 
 def _template_file(path: Path, prompt_format: str | Path | None) -> Path | str:
-    """Where the chat template of a model folder is."""
+    """The file with the chat template of a model folder, for an error message."""
     if prompt_format is not None:
         return prompt_format
-    places = (path / name for name in (PROMPT, "chat_template.jinja", "tokenizer_config.json"))
-    return next((place for place in places if place.is_file()), path)
+    files = (path / name for name in (PROMPT, "chat_template.jinja", "tokenizer_config.json"))
+    return next((file for file in files if file.is_file()), path)
 
 
 def _own_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:

@@ -1,10 +1,10 @@
-"""Servers that we did not write, started and stopped: `transformers serve`, llmock, HAProxy.
+"""Third-party servers as context managers: `transformers serve`, llmock, HAProxy.
 
     with llmock() as url: ...                            url: up to /v1, for `base_url`
-    with transformers_serve() as url: ...
-    with haproxy(folder, rules, to=url) as url: ...      and `read_log(folder)`: what it noted of each request
+    with transformers_serve(log) as url: ...
+    with haproxy(folder, rules, to=url) as url: ...      and `read_log(folder)`: its log of the requests
 
-`pip install -e '.[experts-test]'` brings the first two; HAProxy is a package of the system.
+`pip install -e '.[experts-test]'` installs the first two; HAProxy is a system package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ START_S = 60
 
 
 def missing(*modules: str, program: str = "") -> str:
-    """What is not installed here, as the reason of a skip; "" where all is."""
+    """What is not installed, as the reason to skip a test; "" if nothing is missing."""
     absent = [name for name in modules if importlib.util.find_spec(name) is None]
     if program and not find(program):
         absent.append(program)
@@ -37,20 +37,20 @@ def missing(*modules: str, program: str = "") -> str:
 
 
 def find(program: str) -> str | None:
-    """A program of this environment, else of the system."""
-    own = Path(sys.executable).parent / program
-    return str(own) if own.exists() else shutil.which(program)
+    """Path of a program in this Python environment, else on PATH."""
+    path = Path(sys.executable).parent / program
+    return str(path) if path.exists() else shutil.which(program)
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 @contextmanager
 def llmock(*options: str, port: int = 0) -> Iterator[str]:
-    """An llmock server; options: as of `llmock serve`."""
+    """An llmock server. options: arguments of `llmock serve`"""
     port = port or free_port()
     command = [str(find("llmock")), "serve", "-h", "127.0.0.1", "-p", str(port), "--log-level", "warning", *options]
     with _running(command, f"http://127.0.0.1:{port}/_llmock/scenario"):
@@ -58,7 +58,7 @@ def llmock(*options: str, port: int = 0) -> Iterator[str]:
 
 
 def tell(url: str, path: str, body: dict[str, Any] | None = None, *, method: str = "") -> Any:
-    """Ask llmock's control interface. url: as `llmock()` gave it"""
+    """Call llmock's control interface. url: as yielded by `llmock`"""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{url.removesuffix('/v1')}/_llmock/{path}", data, method=method or None)
     with urllib.request.urlopen(request, timeout=10) as response:
@@ -67,7 +67,7 @@ def tell(url: str, path: str, body: dict[str, Any] | None = None, *, method: str
 
 @contextmanager
 def transformers_serve(log: Path, *, port: int = 0) -> Iterator[str]:
-    """`transformers serve`, which loads a model when a request names its folder."""
+    """`transformers serve`, which loads the model folder that a request names."""
     port = port or free_port()
     code = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
@@ -95,16 +95,16 @@ frontend front
 {rules}
   default_backend back
 backend back
-  server one {behind}
+  server one {server}
 """
 
 
 @contextmanager
 def haproxy(folder: Path, rules: str, *, to: str, port: int = 0) -> Iterator[str]:
-    """HAProxy in front of a server; rules: lines of its `frontend` section, which may set `txn.fault` for the log."""
-    port, behind = port or free_port(), to.removeprefix("http://").removesuffix("/v1")
+    """HAProxy in front of a server. rules: lines of its `frontend` section, which may set `txn.fault` for the log"""
+    port, server = port or free_port(), to.removeprefix("http://").removesuffix("/v1")
     config = folder / "haproxy.cfg"
-    config.write_text(HAPROXY.format(port=port, rules=rules, behind=behind))
+    config.write_text(HAPROXY.format(port=port, rules=rules, server=server))
     command = [str(find("haproxy")), "-f", str(config), "-db"]
     with _running(command, f"http://127.0.0.1:{port}/", log=folder / "haproxy.log"):
         yield f"http://127.0.0.1:{port}/v1"
@@ -112,10 +112,12 @@ def haproxy(folder: Path, rules: str, *, to: str, port: int = 0) -> Iterator[str
 
 @dataclass(frozen=True)
 class Passed:
-    """A request as HAProxy noted it at its end.
+    """A finished request in HAProxy's log.
 
-    began: seconds of `time.time`; draft: the last `Picture NUMBER.` in its body; fault: what a rule did to it
-    whole: neither a fault nor a client that hung up, as far as HAProxy can tell
+    began: seconds of `time.time`
+    draft: number in the last `Picture NUMBER.` of its body
+    fault: `txn.fault` as set by a rule
+    whole: no fault, and by HAProxy's log the client did not hang up
     """
 
     began: float
@@ -126,22 +128,21 @@ class Passed:
 
 
 def read_log(folder: Path) -> list[Passed]:
-    """What the HAProxys of a folder noted of requests, in the order of their ends."""
-    found = []
+    """The requests in the HAProxy log of a folder, in the order of their ends."""
+    requests = []
     for line in (folder / "haproxy.log").read_text(encoding="utf-8").splitlines():
         if line.startswith("POST "):
-            _, at, took, status, ended, draft, fault = line.split(" ")
-            seconds, fault = int(at) / 1000, fault.strip("-")
-            began, whole = seconds - int(took) / 1000, not fault and ended == "--"
-            found.append(Passed(began, int(status), draft, fault, whole))
-    return found
+            _, ended_ms, duration_ms, status, termination, draft, fault = line.split(" ")
+            began, fault = int(ended_ms) / 1000 - int(duration_ms) / 1000, fault.strip("-")
+            requests.append(Passed(began, int(status), draft, fault, whole=not fault and termination == "--"))
+    return requests
 
 
 @contextmanager
 def _running(
     command: Sequence[str], ready: str, *, env: dict[str, str] | None = None, log: Path | None = None
 ) -> Iterator[None]:
-    """A process, from its first answer at an address on."""
+    """Context with a running process, entered once it answers at the address `ready`."""
     with open(log or os.devnull, "a", encoding="utf-8") as stream:
         process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
         try:
@@ -153,8 +154,9 @@ def _running(
 
 
 def _wait(process: subprocess.Popen, address: str, log: Path | None) -> None:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
+    """Wait until the address answers. Raises RuntimeError if the process exits or takes longer than START_S."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         try:
@@ -164,12 +166,12 @@ def _wait(process: subprocess.Popen, address: str, log: Path | None) -> None:
             return  # it answers
         except OSError:
             time.sleep(0.1)
-    told = log.read_text(encoding="utf-8")[-2000:] if log else ""
-    raise RuntimeError(f"{process.args} did not start (exit code {process.poll()}): {told}")
+    output = log.read_text(encoding="utf-8")[-2000:] if log else ""
+    raise RuntimeError(f"{process.args} did not start (exit code {process.poll()}): {output}")
 
 
 def tiny_vision_model(folder: Path) -> Path:
-    """A random Llava of some 300 kB, with tokenizer, chat template and image processor. It answers gibberish."""
+    """Write a random Llava of about 300 kB with tokenizer, chat template and image processor. It writes gibberish."""
     import torch
     from transformers import (
         CLIPImageProcessorPil,

@@ -1,10 +1,10 @@
-"""A server that speaks just enough HTTP for a chat completion, and breaks it in every way a test asks for.
+"""A server with just enough HTTP for a chat completion, which a test scripts and can make fail in any way.
 
     with Scripted(lambda request: reply("right")) as server:
         server.url, server.requests
 
-A script gets each request (number from 0, path, headers, body, text) and returns what to send: an `Http`, bytes that go
-out as they are before the connection is cut.
+A script gets each `Request` and returns what to send: an `Http`, or bytes that are sent unchanged before the connection
+is closed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ END = b"\r\n\r\n"
 
 @dataclass
 class Request:
-    """A request as it arrived. at: seconds of `time.monotonic`"""
+    """A received request. number: from 0; at: seconds of `time.monotonic`"""
 
     number: int
     path: str
@@ -33,13 +33,10 @@ class Request:
 
     @property
     def text(self) -> str:
-        """All texts of the messages."""
-        parts = [
-            p
-            for m in self.body["messages"]
-            for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])
-        ]
-        return "\n".join(p if isinstance(p, str) else p.get("text", "") for p in parts)
+        """The texts of all messages, one per line."""
+        contents = [message["content"] for message in self.body["messages"]]
+        parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
+        return "\n".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
 
 @dataclass
@@ -52,8 +49,8 @@ class Http:
     delay: float = 0.0
 
     def encoded(self) -> bytes:
-        given = {"content-type": "application/json", "content-length": str(len(self.body)), **self.headers}
-        head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+        headers = {"content-type": "application/json", "content-length": str(len(self.body)), **self.headers}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.1 {self.status} X\r\n{head}\r\n".encode() + self.body
 
 
@@ -79,14 +76,14 @@ def reply(content: Any, *, delay: float = 0.0, headers: Mapping[str, str] | None
 
 
 def error(status: int, message: str = "no", *, code: str | None = None, **headers: str) -> Http:
-    """An error as OpenAI words it; headers: `retry_after="1"` for example."""
+    """An error in OpenAI's format. headers: for example `retry_after="1"`"""
     body = {"error": {"message": message, "type": "error", "code": code}}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Http(status, json.dumps(body).encode(), named)
 
 
 class Scripted:
-    """A context manager: the server, in a thread of its own. `most`: the greatest number of requests at once."""
+    """Context manager: the server in its own thread. `most` is the highest number of requests in flight."""
 
     def __init__(self, script: Script, *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
         self.script, self.port, self.tls = script, port, tls
@@ -123,7 +120,7 @@ class Scripted:
 
 
 class Connection(asyncio.Protocol):
-    """One connection; requests come one after the other."""
+    """One connection, with one request after the other."""
 
     transport: asyncio.Transport
 
@@ -141,24 +138,24 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.began = self.began if self.buffer else self.server._loop.time()
         self.buffer += data
-        head, found, rest = self.buffer.partition(END)
-        if not found:
+        head, end, body = self.buffer.partition(END)
+        if not end:
             return
-        first, *lines = head.decode().split("\r\n")
+        request_line, *lines = head.decode().split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        if len(rest) < int(headers.get("content-length", 0)):
+        if len(body) < int(headers.get("content-length", 0)):
             return
         self.buffer = b""
         server = self.server
         request = Request(
-            len(server.requests), first.split(" ")[1], headers, json.loads(rest or b"{}"), time.monotonic()
+            len(server.requests), request_line.split(" ")[1], headers, json.loads(body or b"{}"), time.monotonic()
         )
         server.requests.append(request)
         server.active += 1
         server.most = max(server.most, server.active)
         answer = server.script(request)
         delay = answer.delay if isinstance(answer, Http) else 0.0
-        server._loop.call_at(self.began + delay, self._send, answer)  # so the server's own work is part of the delay
+        server._loop.call_at(self.began + delay, self._send, answer)  # the delay includes the server's own work
 
     def _send(self, answer: Http | bytes) -> None:
         self.server.active -= 1

@@ -1,1 +1,1 @@
-"""Hugging Face model folders, released and our own, in and out."""
+"""Read and write Hugging Face model folders: the released layouts and our own."""

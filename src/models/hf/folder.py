@@ -1,8 +1,8 @@
-"""Model folders in the Hugging Face layout: our own, or those of LLaDA-V and LLaDA-8B as they were released.
+"""Hugging Face model folders: our own layout, and the released ones of LLaDA-V and LLaDA-8B.
 
 model = from_pretrained("runs/mask/model")          or a name on the hub, such as "GSAI-ML/LLaDA-8B-Instruct"
 save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
-load_weights(model, folder)                         into a model that is there, also one that FSDP2 has sharded
+load_weights(model, folder)                         into an existing model, also one sharded by FSDP2
 
     config.json -> layout (src/models/hf/formats.py) -> empty model -> tensors one at a time (src/models/hf/weights.py)
 """
@@ -33,16 +33,16 @@ from src.models.sizes import check_layers, check_vision
 from src.text.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
 
 CONFIG = "config.json"
-SHOWN = 12  # names of tensors in an error
-BLOCKS, BLOCK = 8, 1024  # blocks of a tensor in a sketch, and values of each
+SHOWN = 12  # tensor names listed in an error
+BLOCKS, BLOCK = 8, 1024  # `sketch` hashes this many blocks of each tensor, this many values each
 EMBEDDING = "model.embed_tokens.weight"
-KINDS = ("bfloat16", "float16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_bytes: float = 5e9) -> None:
-    """Write a model folder in our own layout; a reader never sees half of it. An existing folder is replaced.
+    """Write a model folder in our own layout, replacing an existing one; readers never see a partial folder.
 
-    Of a model that ranks share, all of them have to call it; rank 0 gathers a file at a time, and writes.
+    If the model is sharded, every rank must call this; rank 0 writes, gathering one file at a time.
     """
     state = model.state_dict()
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
@@ -67,14 +67,14 @@ def from_pretrained(
     device: str | torch.device | None = None,
     vision: dict | None = None,
 ) -> LLaDAV:
-    """Read a model folder, or a model of the Hugging Face hub by its name; a folder of that name here goes first.
+    """Read a model folder, or a model from the Hugging Face hub; a local folder of that name takes precedence.
 
-    codec: the tokenizer that the model will be used with; attention: overrides the mode that the checkpoint records;
-    dtype: of all weights, default as they are stored; device: where they go, default the CPU
-    vision: fields of the vision tower that the config.json of an original lacks, such as num_attention_heads
+    codec: the tokenizer to be used with the model; attention: overrides the mode recorded in the checkpoint;
+    dtype: of all weights, default as stored; device: default the CPU
+    vision: vision tower fields that a released config.json lacks, such as num_attention_heads
 
-    Raises UserError when the tokenizer is not the model's own, when files are missing or damaged, when the config asks
-    for something that is not implemented, or when tensors are missing, unexpected, of another shape or not finite.
+    Raises UserError if the tokenizer is not the model's own, if files are missing or damaged, if the config needs
+    something that is not implemented, or if tensors are missing, unexpected, non-finite or have the wrong shape.
     """
     folder = ModelFolder.open(path)
     _check_tokenizer(folder, codec)
@@ -86,39 +86,39 @@ def from_pretrained(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Read the weights of a model folder into a model that has memory, in the dtype and place of its parameters.
+    """Read the weights of a model folder into an allocated model, keeping the dtype and device of its parameters.
 
-    Of a parameter that is sharded (DTensor) each rank reads its own part; the ranks need not meet. A model made on the
-    meta device needs `to_empty` first. Raises UserError as `from_pretrained` does.
+    Each rank reads its own part of a sharded parameter (DTensor), without communication. Raises UserError as
+    `from_pretrained` does, ValueError for a model on the meta device, which needs `to_empty` first.
     """
     folder = ModelFolder.open(path)
-    if bare := [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]:
-        raise ValueError(f"{bare[0]} is on the meta device: call the model's to_empty(device=...) first")
+    if unallocated := [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]:
+        raise ValueError(f"{unallocated[0]} is on the meta device: call the model's to_empty(device=...) first")
     check_tensors(model, folder.shapes, folder.path)
     _fill(model, folder)
 
 
 def fingerprint(model: nn.Module | str | Path) -> str:
-    """Hash of a model's weights: names it in drafts, rounds and results.
+    """Hash of a model's weights, which identifies it in drafts, rounds and results.
 
-    The same for a module and for every folder of it, whatever the layout and the shards, as long as the dtype is. Of a
-    module that ranks share, all of them have to ask.
+    Equal for a module and for all of its folders of the same dtype, whatever their layout and shards. If the module
+    is sharded, every rank must call this.
     """
-    digest, shared = hashlib.sha256(), isinstance(model, nn.Module) and is_sharded(model)
+    digest, sharded = hashlib.sha256(), isinstance(model, nn.Module) and is_sharded(model)
     for name, tensor in _tensors(model):
         tensor = whole(tensor.detach())
-        if shared and rank():
-            continue  # rank 0 tells
+        if sharded and rank():
+            continue  # only rank 0 hashes
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    found = digest.hexdigest()[:16]
-    return gather(found)[0] if shared else found
+    value = digest.hexdigest()[:16]
+    return gather(value)[0] if sharded else value
 
 
 def sketch(path: str | Path) -> str:
-    """Hash of a model folder's config and of blocks of every tensor: tells models apart without reading all of them.
+    """Hash of a model folder's config and of blocks of every tensor: distinguishes models without a full read.
 
-    Unlike `fingerprint` it may miss a change of a few values only; training changes values in every block.
+    Unlike `fingerprint` it may miss a change of only a few values; training changes values in every block.
     """
     folder = ModelFolder.open(path)
     digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
@@ -134,22 +134,22 @@ def sketch(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder of any layout. Nothing but config.json and the headers of the weights is read."""
+    """A model folder of any layout. `open` reads only config.json and the headers of the weight files."""
 
     path: Path
     form: Format
     config: dict
     weights: Weights
-    names: dict[str, str]  # our name of a tensor -> its name in the files
-    hub: str | None = None  # its name, if it is a download
+    names: dict[str, str]  # our tensor name -> name in the files
+    hub: str | None = None  # name on the hub if the folder is a download
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
-        """Raises UserError when files are missing or damaged, of an unknown layout, or hold quantized weights."""
+        """Raises UserError for missing or damaged files, an unknown layout, or quantized weights."""
         hub, path = hub_name(path), local_folder(path)
-        absent = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
-        if absent:
-            raise UserError(f"{path} is not a model folder: {', '.join(absent)} not found")
+        missing = [CONFIG] * (not (path / CONFIG).is_file()) + [SINGLE] * (not is_model_folder(path))
+        if missing:
+            raise UserError(f"{path} is not a model folder: {', '.join(missing)} not found")
         with _reading(path):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
             form = recognise(config)
@@ -157,36 +157,39 @@ class ModelFolder:
         with _reading(path):
             names = form.names(config, weights.shapes)
         for name in names.values():
-            if not weights.specs[name].dtype.is_floating_point:
-                told = f"{weights.specs[name].file}: {name} has dtype {weights.specs[name].dtype}"
-                raise UserError(f"{told}; only weights in floating point are implemented, no quantized ones")
+            spec = weights.specs[name]
+            if not spec.dtype.is_floating_point:
+                raise UserError(
+                    f"{spec.file}: {name} has dtype {spec.dtype}; quantized weights are not supported, "
+                    "only floating point ones"
+                )
         return cls(path, form, config, weights, names, hub)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Under our names."""
+        """Tensor shapes, by our names."""
         return {ours: self.weights.specs[theirs].shape for ours, theirs in self.names.items()}
 
     @property
     def positions(self) -> int | None:
-        """For how many tokens, prompt and response, an original model was made; None where its config is silent."""
+        """Maximum number of tokens, prompt and response, of a released model; None if its config does not say."""
         fields = self.config.get("original", {}).get("fields", {}) if self.form.name == "own" else self.config
-        found = fields.get("max_position_embeddings", fields.get("max_sequence_length"))
-        return found if type(found) is int and found > 0 else None
+        positions = fields.get("max_position_embeddings", fields.get("max_sequence_length"))
+        return positions if type(positions) is int and positions > 0 else None
 
     def read(self, name: str) -> Tensor:
-        """A tensor by our name; see `Weights.read`."""
+        """One tensor, by our name; see `Weights.read`."""
         return self.weights.read(self.names[name])
 
     def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
-        """What config.json says, `attention` and `vision` as for `from_pretrained`."""
+        """The model that config.json describes; `attention` and `vision` as in `from_pretrained`."""
         check_vision(vision)
         image_id = _image_id(self.path / "tokenizer.json")
         with _reading(self.path):
-            found = self.form.describe(self.config, self.weights.shapes, vision=vision, image_id=image_id)
-            check_layers({"decoder": found.decoder, "vision": found.vision}, self.names)
-            decoder = {**found.decoder, **({"attention": attention} if attention else {})}
-            return replace(found, decoder=decoder, original=self._from_hub(found.original))
+            description = self.form.describe(self.config, self.weights.shapes, vision=vision, image_id=image_id)
+            check_layers({"decoder": description.decoder, "vision": description.vision}, self.names)
+            decoder = {**description.decoder, **({"attention": attention} if attention else {})}
+            return replace(description, decoder=decoder, original=self._qualified(description.original))
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
         """The model on the meta device."""
@@ -194,8 +197,8 @@ class ModelFolder:
         with _reading(self.path):
             return build_empty(description)
 
-    def _from_hub(self, original: dict) -> dict:
-        """The same with `auto_map` naming the program files on the hub: a download is without them."""
+    def _qualified(self, original: dict) -> dict:
+        """`original` with `auto_map` pointing to the code files on the hub, as downloads do not include them."""
         fields = original.get("fields", {})
         if not self.hub or original.get("format") != self.form.name or "auto_map" not in fields:
             return original
@@ -203,7 +206,7 @@ class ModelFolder:
 
 
 def describe(model: LLaDAV) -> Description:
-    """What makes a model besides its weights."""
+    """The description of a model: everything but its weights."""
     return Description(
         decoder=model.config.to_dict(),
         vision=model.vision_config,
@@ -215,7 +218,7 @@ def describe(model: LLaDAV) -> Description:
 
 
 def build_empty(description: Description) -> LLaDAV:
-    """The model of a description, on the meta device."""
+    """Build the described model on the meta device."""
     with torch.device("meta"):
         model = LLaDAV(
             decoder=description.decoder,
@@ -227,26 +230,26 @@ def build_empty(description: Description) -> LLaDAV:
     return model
 
 
-def check_tensors(model: nn.Module, found: dict[str, tuple[int, ...]], place: str | Path) -> None:
-    """Raise one ValueError about all tensors that are missing, unexpected or of another shape than the model's."""
+def check_tensors(model: nn.Module, shapes: dict[str, tuple[int, ...]], place: str | Path) -> None:
+    """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {found[name]} (expected {shape})"
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "wrong shape:": [
+            f"{name} {shapes[name]} (expected {shape})"
             for name, shape in sorted(expected.items())
-            if name in found and found[name] != shape
+            if name in shapes and shapes[name] != shape
         ],
     }
-    told = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
-    if told:
-        raise UserError(f"the model in {place} does not fit its config: {'; '.join(told)}")
+    messages = [f"{problem} {_shortened(names)}" for problem, names in problems.items() if names]
+    if messages:
+        raise UserError(f"the model in {place} does not match its config: {'; '.join(messages)}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block is done: a reader never sees half of it."""
+    """Yield a new folder that replaces `path` when the block ends; readers never see a partial folder."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -267,19 +270,19 @@ def write_config(folder: Path, config: dict) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_dtype(given: str | torch.dtype | None) -> torch.dtype | None:
-    """`bfloat16` and the like as torch's own; None stays None."""
-    if given is None or isinstance(given, torch.dtype):
-        return given
-    if given not in KINDS:
-        raise UserError(f"dtype must be one of {', '.join(KINDS)}, got {given!r}")
-    return getattr(torch, given)
+def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype of a name such as `bfloat16`; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return getattr(torch, dtype)
 
 
 def _allocate(
     model: nn.Module, folder: ModelFolder, *, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> None:
-    """Give memory to a model that is on the meta device. What is in it counts only once it is written."""
+    """Allocate uninitialized parameters for a model that is on the meta device."""
     for name, tensor in list(model.named_parameters()):
         stored = folder.weights.specs[folder.names[name]].dtype
         owner, _, leaf = name.rpartition(".")
@@ -289,23 +292,23 @@ def _allocate(
 
 @torch.no_grad()
 def _fill(model: nn.Module, folder: ModelFolder) -> None:
-    """Copy the tensors of a folder into the parameters, one at a time."""
+    """Copy the tensors of a folder into the parameters one at a time."""
     for name, parameter in model.state_dict(keep_vars=True).items():
         stored = folder.read(name)
         if isinstance(parameter, DTensor):
             stored, parameter = stored[_own_part(parameter)], parameter.to_local()
         parameter.copy_(stored)
         check_finite(name, parameter, folder.path)
-    for module in model.modules():  # of the vision tower; they are in no file
-        places = dict(module.named_buffers(recurse=False)).get("position_ids")
-        if places is not None:
+    for module in model.modules():  # the vision tower's position ids are not stored
+        buffer = dict(module.named_buffers(recurse=False)).get("position_ids")
+        if buffer is not None:
             device = next(model.parameters()).device
-            numbers = torch.arange(places.shape[-1], device=device).expand(places.shape)
-            module.register_buffer("position_ids", numbers, persistent=False)
+            position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            module.register_buffer("position_ids", position_ids, persistent=False)
 
 
 def _own_part(parameter: Any) -> tuple[slice, ...]:
-    """The part of a sharded parameter, a DTensor, that this rank holds."""
+    """The slice of a DTensor parameter that this rank holds."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # slow to import
 
     sizes, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -313,7 +316,7 @@ def _own_part(parameter: Any) -> tuple[slice, ...]:
 
 
 def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors in order of the names; those of a folder are read one at a time."""
+    """(name, tensor) pairs sorted by name; a folder's tensors are read one at a time."""
     if isinstance(model, nn.Module):
         yield from sorted(model.state_dict().items())
         return
@@ -324,7 +327,7 @@ def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What is wrong with config.json, as a ValueError that names it."""
+    """Turn errors about config.json into a UserError that names the file."""
     with explained(path / CONFIG):
         try:
             yield
@@ -335,13 +338,13 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def check_vocabulary(folder: ModelFolder, codec: Codec) -> None:
-    """Raises UserError where the tokenizer has ids that the model has no embedding of."""
+    """Raise UserError if the tokenizer has ids without an embedding in the model."""
     num_ids = 1 + max(codec.tokenizer.get_vocab().values())
     num_rows = folder.shapes.get(EMBEDDING, (num_ids,))[0]
     if num_ids > num_rows:
         raise UserError(
-            f"the tokenizer has ids up to {num_ids - 1}, but the model in {folder.path} a vocabulary of {num_rows}: "
-            "it is the tokenizer of another model"
+            f"the tokenizer has ids up to {num_ids - 1}, but the model in {folder.path} has a vocabulary of "
+            f"{num_rows}: it is the tokenizer of another model"
         )
 
 
@@ -349,22 +352,22 @@ def _check_tokenizer(folder: ModelFolder, codec: Codec | None) -> None:
     if not codec:
         return
     if Codec.load(folder.path).fingerprint != codec.fingerprint:
-        given = codec.tokenizer.name_or_path or "the given one"
+        name = codec.tokenizer.name_or_path or "the given one"
         raise UserError(
-            f"the model in {folder.path} was trained with another tokenizer than {given}: its token ids mean other "
-            f"words; set tokenizer={folder.path}, and prepare the data with it"
+            f"the model in {folder.path} was trained with a different tokenizer than {name}, so its token ids mean "
+            f"different words; set tokenizer={folder.path}, and prepare the data with it"
         )
     check_vocabulary(folder, codec)
 
 
 def _image_id(tokenizer: Path) -> int:
-    """The image mark of an original model: the id of its tokenizer's image token, if it has one."""
+    """The image mark of a released model: the id of its tokenizer's image token, else `NO_IMAGE_TOKEN`."""
     if not tokenizer.is_file():
         return NO_IMAGE_TOKEN
-    found = read_backend(tokenizer).token_to_id(IMAGE)
-    return NO_IMAGE_TOKEN if found is None else found
+    token_id = read_backend(tokenizer).token_to_id(IMAGE)
+    return NO_IMAGE_TOKEN if token_id is None else token_id
 
 
-def _some(names: list[str]) -> str:
+def _shortened(names: list[str]) -> str:
     more = len(names) - SHOWN
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:SHOWN])} and {more} more"

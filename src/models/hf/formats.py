@@ -1,13 +1,13 @@
-"""Three layouts of a model folder: our own, and those of LLaDA-V and of LLaDA-8B as they were released.
+"""The three layouts of a model folder: our own, and the released ones of LLaDA-V and LLaDA-8B.
 
-    form = recognise(config)                     by its fields; both originals call themselves "llada"
+    form = recognise(config)                     by its fields, as both released types call themselves "llada"
     names = form.names(config, shapes)           {our name: name in the files}, a pure rename
-    form.describe(config, shapes, ...)           what builds the model
-    form.config(description)                     and back: the fields of config.json
+    form.describe(config, shapes, ...)           config.json -> Description, which builds the model
+    form.config(description)                     Description -> config.json
 
-`own` is the description itself. `llada_v` has the names of Llama, `llada` those of OLMo. What an original config says
-and we have no use for stays in `Description.original`, so that an export to the same layout gives it back. A field
-that asks for something that is not implemented is an error.
+`own` stores the description itself. `llada_v` uses Llama's tensor names, `llada` those of OLMo. Fields of a released
+config that we do not use are kept in `Description.original`, so that an export to the same layout restores them. A
+field that needs something not implemented is an error.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ MODEL_TYPE = "rediff_llada_v"
 
 @dataclass(frozen=True)
 class Description:
-    """What makes a model besides its weights: the arguments of `LLaDAV`, and what else an original config says."""
+    """Everything of a model but its weights: the arguments of `LLaDAV`, and the other fields of a released config."""
 
     decoder: dict[str, Any]
     vision: dict[str, Any] | None
     image_id: int
     tiling: dict[str, Any] | None = None
-    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": those that we do not use}
-    response_length: int | None = None  # length of the responses that it was trained on
+    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
+    response_length: int | None = None  # response length used in training
 
 
 class Format(Protocol):
-    """A layout of config.json and of the names of tensors."""
+    """A layout: the fields of config.json and the tensor names."""
 
     name: str
 
     def recognises(self, config: dict) -> bool: ...
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
-        """The model of a config.json. Raises UserError for what is missing or not implemented.
+        """The model that a config.json describes. Raises UserError for fields that are missing or not implemented.
 
-        shapes: of the tensors in the files, under the names there; vision: fields of the tower that the config lacks;
-        image_id: mark of an image in the prompt, where the config has none
+        shapes: of the stored tensors, by their names in the files; vision: tower fields that the config lacks;
+        image_id: the image mark of prompts, if the config has none
         """
         ...
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
-        """Our name -> name in the files, of all tensors that are used or unknown."""
+        """Our name -> name in the files, for all tensors but those that the released model stores and never uses."""
         ...
 
     def theirs(self, name: str) -> str:
-        """The name in the files of one of our tensors."""
+        """The name of one of our tensors in the files."""
         ...
 
     def config(self, description: Description) -> dict:
-        """Fields of config.json. Raises UserError where the layout cannot express the model."""
+        """The fields of config.json. Raises UserError if the layout cannot express the model."""
         ...
 
 
@@ -74,7 +74,7 @@ class Own:
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
-            raise UserError(f"vision={vision} is for original folders; this one describes its vision tower itself")
+            raise UserError(f"vision={vision} is for released models; this folder describes its vision tower itself")
         more = {key: config[key] for key in ("tiling", "response_length", "original") if key in config}
         return Description(config["decoder"], config["vision"], config["image_id"], **more)
 
@@ -100,7 +100,7 @@ class Own:
 
 
 class LlamaStyle:
-    """LLaDA-V and ReDiff; also the text model that LLaDA-V was trained from."""
+    """LLaDA-V and ReDiff, and the text model that LLaDA-V was trained from."""
 
     name = "llada_v"
     tower = "model.vision_tower.vision_tower.vision_model."
@@ -113,7 +113,7 @@ class LlamaStyle:
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "rms_norm_eps"),
     )
-    # What we implement. The first value is the original's; None stands for a field that is absent.
+    # The values that we implement. The first is that of the released config; None means that the field is absent.
     only: Mapping[str, tuple] = {
         "hidden_act": ("silu", None),
         "attention_bias": (False, None),
@@ -153,10 +153,10 @@ class LlamaStyle:
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
         unused = StoredTower(config, shapes, self.tower).unused()
-        return _unique((_swap(name, self.prefixes), name) for name in shapes if name not in unused)
+        return _unique((_replace_prefix(name, self.prefixes), name) for name in shapes if name not in unused)
 
     def theirs(self, name: str) -> str:
-        return _swap(name, [(ours, theirs) for theirs, ours in self.prefixes])
+        return _replace_prefix(name, [(ours, theirs) for theirs, ours in self.prefixes])
 
     def config(self, description: Description) -> dict:
         _check_attention(description)
@@ -169,13 +169,13 @@ class LlamaStyle:
     def _vision(self, description: Description, fields: dict) -> dict:
         tower, tiling = description.vision or {}, description.tiling
         if not tiling:
-            raise UserError("the model sees each image as one tile, but format=llada_v means any-resolution tiling")
+            raise UserError("the model encodes each image as one tile, but format=llada_v needs any-resolution tiling")
         constants = {"architectures": ["LlavaLLaDAModelLM"], "mm_vision_tower": "siglip", "use_mm_proj": True}
         constants |= {**_originals(self.only_vision), "mm_newline_position": "grid"}
-        found = fields if "mm_vision_tower" in fields else {**fields, **constants}
-        if unknown := StoredTower(found, {}, self.tower).lacks(tower):
-            found["vision_config"] = {**(found.get("vision_config") or {}), **unknown}
-        return found | {
+        fields = fields if "mm_vision_tower" in fields else {**fields, **constants}
+        if missing := StoredTower(fields, {}, self.tower).missing_fields(tower):
+            fields["vision_config"] = {**(fields.get("vision_config") or {}), **missing}
+        return fields | {
             "model_type": "llava_llada",
             "mm_hidden_size": tower["hidden_size"],
             "image_aspect_ratio": f"anyres_max_{tiling.get('max_tiles', 4)}",
@@ -191,7 +191,7 @@ class OlmoStyle:
         *(("hidden_size", "d_model"), ("intermediate_size", "mlp_hidden_size"), ("num_hidden_layers", "n_layers")),
         *(("num_attention_heads", "n_heads"), ("rms_norm_eps", "rms_norm_eps"), ("rope_theta", "rope_theta")),
     )
-    whole = (
+    outside = (
         ("model.transformer.wte.weight", "model.embed_tokens.weight"),
         ("model.transformer.ln_f.weight", "model.norm.weight"),
         ("model.transformer.ff_out.weight", "lm_head.weight"),
@@ -202,7 +202,7 @@ class OlmoStyle:
         *(("attn_out", "self_attn.o_proj"), ("ff_proj", "mlp.gate_proj"), ("up_proj", "mlp.up_proj")),
         ("ff_out", "mlp.down_proj"),
     )
-    # As above; where None is no choice, the class's own default is another than the original's value.
+    # As above; where None is not allowed, the class default differs from the value in the released config.
     only: Mapping[str, tuple] = {
         **{"block_type": ("llama",), "activation_type": ("silu",), "layer_norm_type": ("rms",), "rope": (True,)},
         **{"weight_tying": (False,), "include_bias": (False,), "include_qkv_bias": (False, None)},
@@ -229,19 +229,19 @@ class OlmoStyle:
         return Description(_decoder(decoder), None, image_id, original=original)
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
-        whole, blocks = dict(self.whole), dict(self.blocks)
+        outside, blocks = dict(self.outside), dict(self.blocks)
         return _unique(
-            (_block_name(name, "model.transformer.blocks", "model.layers", whole, blocks), name) for name in shapes
+            (_block_name(name, "model.transformer.blocks", "model.layers", outside, blocks), name) for name in shapes
         )
 
     def theirs(self, name: str) -> str:
-        whole, blocks = ({ours: theirs for theirs, ours in table} for table in (self.whole, self.blocks))
-        return _block_name(name, "model.layers", "model.transformer.blocks", whole, blocks)
+        outside, blocks = ({ours: theirs for theirs, ours in table} for table in (self.outside, self.blocks))
+        return _block_name(name, "model.layers", "model.transformer.blocks", outside, blocks)
 
     def config(self, description: Description) -> dict:
         _check_attention(description)
         if description.vision:
-            raise UserError("format=llada holds text models only, and this model has a vision path: take llada_v")
+            raise UserError("format=llada holds text models only, but this model has a vision path: use llada_v")
         decoder = description.decoder
         constants = {"architectures": ["LLaDAModelLM"], **_originals(self.only), "rope_full_precision": True}
         constants |= {"max_sequence_length": 4096, "vocab_size": decoder["vocab_size"], "use_cache": False}
@@ -255,29 +255,29 @@ FORMATS: dict[str, Format] = {form.name: form for form in (Own(), LlamaStyle(), 
 
 
 def qualify(auto_map: Mapping[str, Any], hub: str) -> dict[str, Any]:
-    """`auto_map` with the name on the hub in front of each class, as a reader elsewhere needs it."""
+    """`auto_map` with the hub name prefixed to each class, so that the classes load from any folder."""
 
-    def full(value: Any) -> Any:
+    def prefixed(value: Any) -> Any:
         if isinstance(value, list):
-            return [full(item) for item in value]
+            return [prefixed(item) for item in value]
         return value if value is None or "--" in value else f"{hub}--{value}"
 
-    return {name: full(value) for name, value in auto_map.items()}
+    return {name: prefixed(value) for name, value in auto_map.items()}
 
 
 def recognise(config: dict) -> Format:
-    """The layout of a config.json. Raises UserError if it is none of ours."""
+    """The layout of a config.json. Raises UserError for an unknown one."""
     for form in FORMATS.values():
         if form.recognises(config):
             return form
     raise UserError(
-        f"a model of type {config.get('model_type')!r} with these fields is none of those known here: {MODEL_TYPE!r}, "
+        f"model type {config.get('model_type')!r} with these fields is unknown; supported are {MODEL_TYPE!r}, "
         "LLaDA-V ('llava_llada' with hidden_size) and LLaDA-8B ('llada' with d_model)"
     )
 
 
 def _decoder(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `DecoderConfig`. Both originals attend to everything; key heads that are not given are the heads."""
+    """Arguments of `DecoderConfig`. Both released models use full attention and may leave num_key_value_heads out."""
     heads = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
     return {**sizes, "num_key_value_heads": heads, "attention": "full"}
 
@@ -289,47 +289,49 @@ def _need(config: dict, name: str) -> Any:
 
 
 def _refuse(config: dict, only: Mapping[str, tuple]) -> None:
-    """Raise UserError for all fields whose value is not implemented."""
-    found = [
+    """Raise one UserError that lists all fields whose value is not implemented."""
+    problems = [
         f"{name} is {config.get(name)!r}, only {allowed[0]!r} is implemented"
         for name, allowed in only.items()
         if config.get(name) not in allowed
     ]
-    if found:
-        raise UserError(f"config.json: {'; '.join(found)}")
+    if problems:
+        raise UserError(f"config.json: {'; '.join(problems)}")
 
 
 def _rope_theta(config: dict) -> float:
-    """transformers 5 writes it into `rope_parameters`. Raises UserError for scaled positions."""
+    """RoPE's base; transformers 5 stores it in `rope_parameters`. Raises UserError for scaled positions."""
     parameters = config.get("rope_parameters") or {}
     for name in ("rope_parameters", "rope_scaling"):
-        found = config.get(name) or {}
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default" or found.keys() - {"rope_type", "type", "rope_theta"}:
-            raise UserError(f"config.json: {name} is {found!r}, only positions without scaling are implemented")
+        value = config.get(name) or {}
+        rope_type = value.get("rope_type", value.get("type", "default"))
+        if rope_type != "default" or value.keys() - {"rope_type", "type", "rope_theta"}:
+            raise UserError(f"config.json: {name} is {value!r}, only positions without scaling are implemented")
     return parameters["rope_theta"] if "rope_theta" in parameters else _need(config, "rope_theta")
 
 
 def _grids(config: dict, vision: dict) -> list:
     """The tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles.
 
-    The pixels of a tile are then what is given or nested, else the number at the end of the tower's name.
+    The tile size in pixels is then `image_size` of `vision` or of `vision_config`, else the number that ends the
+    tower's name.
     """
-    given = _need(config, "image_grid_pinpoints")
-    if not isinstance(given, str):
-        return given
-    ends = re.fullmatch(r"\((\d+)x(\d+)\)(?:.*\((\d+)x(\d+)\))?", given.replace(" ", ""))
-    if not ends:
+    pinpoints = _need(config, "image_grid_pinpoints")
+    if not isinstance(pinpoints, str):
+        return pinpoints
+    match = re.fullmatch(r"\((\d+)x(\d+)\)(?:.*\((\d+)x(\d+)\))?", pinpoints.replace(" ", ""))
+    if not match:
         raise UserError(
-            f"config.json: image_grid_pinpoints is {given!r}, neither a list of [width, height] nor '(1x1),...,(6x6)'"
+            f"config.json: image_grid_pinpoints is {pinpoints!r}, neither a list of [width, height] nor "
+            "'(1x1),...,(6x6)'"
         )
-    wide, high, *last = (int(number or 0) for number in ends.groups())
+    wide, high, *last = (int(number or 0) for number in match.groups())
     name = re.search(r"-(\d+)$", str(config["mm_vision_tower"]))
     size = vision.get("image_size") or (config.get("vision_config") or {}).get("image_size") or (name and int(name[1]))
     if not size:
         raise UserError(
-            f"config.json: image_grid_pinpoints is {given!r}, in tiles, and nothing says how many pixels a tile has: "
-            "give it, for example with model.vision='{image_size: 384}' (src.export: vision=...)"
+            f"config.json: image_grid_pinpoints is {pinpoints!r}, in tiles, but the tile size in pixels is unknown: "
+            "set it, for example with model.vision='{image_size: 384}' (src.export: vision=...)"
         )
     columns, rows = (range(start, max(start, end) + 1) for start, end in zip((wide, high), last, strict=True))
     return [[column * size, row * size] for column in columns for row in rows]
@@ -337,19 +339,19 @@ def _grids(config: dict, vision: dict) -> list:
 
 def _max_tiles(config: dict) -> int:
     """The N of `anyres_max_N`."""
-    found = re.fullmatch(r"anyres_max_(\d+)", str(config.get("image_aspect_ratio")))
-    if not found:
-        value = config.get("image_aspect_ratio")
+    value = config.get("image_aspect_ratio")
+    match = re.fullmatch(r"anyres_max_(\d+)", str(value))
+    if not match:
         raise UserError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
-    return int(found[1])
+    return int(match[1])
 
 
 def _check_attention(description: Description) -> None:
     attention = description.decoder["attention"]
     if attention != "full":
-        raise UserError(f"the model has attention={attention!r}, but the original programs know 'full' only")
+        raise UserError(f"the model has attention={attention!r}, but the released layouts support only 'full'")
     if description.decoder.get("shift"):
-        raise UserError("the model has shift=true, which the original programs do not know")
+        raise UserError("the model has shift=true, which the released layouts do not support")
 
 
 def _without(config: dict, names: Collection[str]) -> dict:
@@ -361,26 +363,26 @@ def _originals(only: Mapping[str, tuple]) -> dict[str, Any]:
 
 
 def _fields(description: Description, name: str) -> dict:
-    """What the original config said beyond our description, if it had that layout."""
+    """The unused fields of the released config, if the model came in this layout."""
     return description.original["fields"] if description.original.get("format") == name else {}
 
 
-def _swap(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), name)
 
 
-def _block_name(name: str, old: str, new: str, whole: Mapping[str, str], blocks: Mapping[str, str]) -> str:
-    """A tensor's other name; `ff_out` means one thing within a block and another outside."""
-    found = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)\.weight", name)
-    if found and found[2] in blocks:
-        return f"{new}.{found[1]}.{blocks[found[2]]}.weight"
-    return whole.get(name, name)
+def _block_name(name: str, old: str, new: str, outside: Mapping[str, str], blocks: Mapping[str, str]) -> str:
+    """A tensor's name in the other layout; `ff_out` within a block differs from `ff_out` outside."""
+    match = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)\.weight", name)
+    if match and match[2] in blocks:
+        return f"{new}.{match[1]}.{blocks[match[2]]}.weight"
+    return outside.get(name, name)
 
 
 def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     names: dict[str, str] = {}
     for ours, theirs in pairs:
         if ours in names:
-            raise UserError(f"the weights hold {theirs} and {names[ours]}, which are the same tensor")
+            raise UserError(f"the weights contain {theirs} and {names[ours]}, which are the same tensor")
         names[ours] = theirs
     return names

@@ -1,9 +1,9 @@
-"""The model of a folder without its weights, on the meta device: what `src.training.memory_plan` plans the memory of.
+"""A stored model on the meta device, without its weights: the input of `src.training.memory_plan`.
 
-outline("runs/mask/model")          of the weights only names, shapes and types are read
-outline("GSAI-ML/LLaDA-8B-Base")    of a name on the hub no weights are downloaded
-Deferred("runs/mask/model", ...)    the same, to be filled where it has memory
-outline("docs/llada_v")             a folder may hold nothing but config.json, before a model is downloaded
+outline("runs/mask/model")          reads only names, shapes and dtypes of the weights
+outline("GSAI-ML/LLaDA-8B-Base")    downloads no weights from the hub
+outline("docs/llada_v")             a folder with only a config.json is enough
+Deferred("runs/mask/model", ...)    the same, and `fill` loads the weights once the model has memory
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ def outline(
     device: str | torch.device | None = None,
     vision: dict | None = None,
 ) -> LLaDAV:
-    """What `from_pretrained` makes of the same arguments, without data, wherever `device` would put it.
+    """The model that `from_pretrained` returns for the same arguments, on the meta device (`device` is ignored).
 
-    Where there are no weights the types are `dtype` or float32, and the image mark is the codec's. Raises UserError as
-    `from_pretrained` does, and where config.json is not here or does not describe the model without the weights.
+    Without weight files the dtype is `dtype` or float32, and the image mark is the codec's. Raises UserError
+    as `from_pretrained` does, and if config.json is missing or does not suffice to describe the model.
     """
     path = local_folder(path, patterns=NEEDED)
     if is_model_folder(path):
         return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
     file = path / CONFIG
     if not file.is_file():
-        raise UserError(f"a plan needs the model's {CONFIG}, and there is no {file}")
+        raise UserError(f"a memory plan needs the model's {CONFIG}, but {file} does not exist")
     with explained(file):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("mm_vision_tower"):
             raise UserError(
-                f"{file} names a vision tower, and only the weights tell its sizes: download the whole model first "
-                "(hf download OWNER/NAME), or plan with a folder of our own layout, such as docs/llada_v"
+                f"{file} names a vision tower, whose sizes are known only from the weights: download the whole model "
+                "first (hf download OWNER/NAME), or plan with a folder of our own layout, such as docs/llada_v"
             )
-        found = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
-        decoder = {**found.decoder, **({"attention": attention} if attention else {})}
-        return build_empty(replace(found, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))
+        description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
+        decoder = {**description.decoder, **({"attention": attention} if attention else {})}
+        return build_empty(replace(description, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """`from_pretrained` in two steps, for a model that is shared among ranks before it has memory.
+    """`from_pretrained` in two steps, for a model that is sharded before its memory is allocated.
 
     options: the arguments of `outline`
     """
@@ -72,5 +72,5 @@ class Deferred:
         return outline(self.path, **self.options)
 
     def fill(self, model: nn.Module) -> None:
-        """Write the weights, of a shared model each rank its own part."""
+        """Load the weights; each rank reads its own part of a sharded model."""
         load_weights(model, self.path)

@@ -1,7 +1,7 @@
-"""A model's tensors wherever they are stored, under our names: model folders and checkpoints of a training run.
+"""A model's stored tensors, under our names: from a model folder or from a checkpoint of a training run.
 
 stored = in_folder(ModelFolder.open(path))
-stored = in_checkpoint("runs/stage2/checkpoints/last.ckpt")      or the sharded folder of several processes
+stored = in_checkpoint("runs/stage2/checkpoints/last.ckpt")      a file, or a sharded checkpoint's folder
 stored.tensors, stored.read(["lm_head.weight"])
 """
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from src.io.errors import UserError
 from src.models.hf.folder import ModelFolder
 
-BACKBONE = "backbone."  # the model's name within an objective
+BACKBONE = "backbone."  # prefix of the model's tensor names in an objective's state_dict
 DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, CheckpointException)
 
 
@@ -32,7 +32,7 @@ DAMAGE = (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.Un
 class Stored:
     """Tensors on disk."""
 
-    tensors: dict[str, Tensor]  # without memory: shape and dtype of each
+    tensors: dict[str, Tensor]  # on the meta device: only shape and dtype
     read: Callable[[list[str]], Mapping[str, Tensor]]
 
 
@@ -49,24 +49,25 @@ def in_folder(folder: ModelFolder) -> Stored:
 
 
 def in_checkpoint(path: Path) -> Stored:
-    """Tensors of the model in a Lightning checkpoint. Raises UserError where it is damaged or holds no model."""
+    """Tensors of the model in a Lightning checkpoint. Raises UserError if it is damaged or contains no model."""
     with _explained(path):
         stored = _in_file(path) if path.is_file() else _in_shards(path)
     if not stored.tensors:
-        raise UserError(f"{path} holds no model: no tensor in it is called {BACKBONE}...")
+        raise UserError(f"{path} contains no model: it has no tensor named {BACKBONE}*")
     return stored
 
 
 def _in_file(path: Path) -> Stored:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    found = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+    tensors = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     return Stored(
-        {name: tensor.to("meta") for name, tensor in found.items()}, lambda names: {name: found[name] for name in names}
+        {name: tensor.to("meta") for name, tensor in tensors.items()},
+        lambda names: {name: tensors[name] for name in names},
     )
 
 
 def _in_shards(path: Path) -> Stored:
-    """What Lightning's ModelParallelStrategy writes: torch's distributed checkpoint of {"state_dict": ..., ...}."""
+    """Tensors of the distributed checkpoint {"state_dict": ..., ...} that Lightning's ModelParallelStrategy writes."""
     prefix = f"state_dict.{BACKBONE}"
     tensors = {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -75,21 +76,21 @@ def _in_shards(path: Path) -> Stored:
     }
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        found = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
-        named = {"state_dict": {BACKBONE + name: tensor for name, tensor in found.items()}}
+        loaded = {name: torch.empty_like(tensors[name], device="cpu") for name in names}
+        state = {"state_dict": {BACKBONE + name: tensor for name, tensor in loaded.items()}}
         with _explained(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            load(named, storage_reader=FileSystemReader(path), no_dist=True)
-        return found
+            load(state, storage_reader=FileSystemReader(path), no_dist=True)
+        return loaded
 
     return Stored(tensors, read)
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What a reader raises about a damaged checkpoint, as a ValueError that names it."""
+    """Turn errors about a damaged checkpoint into a UserError that names it."""
     try:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is no whole checkpoint of a run ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path} is not a complete checkpoint of a run ({type(error).__name__}: {reason})") from error

@@ -1,10 +1,10 @@
-"""Tensors of a model folder: model.safetensors, or shards named by model.safetensors.index.json.
+"""Tensors of a model folder: model.safetensors, or the shards listed in model.safetensors.index.json.
 
 weights = Weights(folder)                 names, shapes and dtypes; only headers are read
 weights.read("lm_head.weight")            one tensor
 write_weights(folder, {name: bytes}, read, max_shard_bytes=5e9)
 
-Whatever the size of a model, reading holds one tensor in memory and writing one shard.
+Reading holds one tensor in memory, writing one shard.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ class Spec:
 
 
 class Weights:
-    """The tensors of a model folder. Raises UserError, naming the file, where one is missing or damaged."""
+    """The tensors of a model folder. Raises UserError that names the missing or damaged file."""
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
         for file in weight_files(folder):
             with explained(file):
-                found = _header(file)
-            if twice := sorted(found.keys() & self.specs.keys()):
-                raise UserError(f"{file} holds {twice[0]}, and so does {self.specs[twice[0]].file.name}")
-            self.specs |= found
+                specs = _header(file)
+            if duplicates := sorted(specs.keys() & self.specs.keys()):
+                raise UserError(f"{file} contains {duplicates[0]}, and so does {self.specs[duplicates[0]].file.name}")
+            self.specs |= specs
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: spec.shape for name, spec in self.specs.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. It is a view of the file: copy what you keep, and only that is read from disk.
+        """One tensor on the CPU, a memory-mapped view of the file: only what you copy is read from disk.
 
-        The file is opened anew for every tensor, so that pages that were read do not stay in memory.
+        The file is reopened for every tensor, so that pages already read do not stay in memory.
         """
         file = self.specs[name].file
         with explained(file), safe_open(file, framework="pt") as opened:
@@ -75,12 +75,12 @@ class Weights:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether there is a folder here with the weights of a model."""
+    """Whether a folder contains the weights of a model."""
     return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the tensors of a model folder."""
+    """The weight files of a model folder. Raises UserError if the index is damaged or lists missing files."""
     index = folder / INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
         return [folder / SINGLE]
@@ -88,9 +88,11 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise UserError(f"{index} is damaged: {outside[0]!r} is no name of a file in its folder")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{index} names {', '.join(absent)}, not found in {folder}: the download or copy is incomplete")
+        raise UserError(f"{index} is damaged: {outside[0]!r} is not the name of a file in its folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{index} lists {', '.join(missing)}, not found in {folder}: the download or copy is incomplete"
+        )
     return [folder / name for name in names]
 
 
@@ -101,11 +103,12 @@ def write_weights(
     *,
     max_shard_bytes: float,
 ) -> None:
-    """Write the tensors that `read` returns for some names; `sizes`: bytes of each, in the order of the shards.
+    """Write tensors as one file, or as shards of up to `max_shard_bytes` and an index.
 
-    A shard is filled up to `max_shard_bytes`, a larger tensor has one of its own. One shard has no index.
+    sizes: bytes of each tensor, in shard order; read: returns the tensors of a shard. A tensor larger than the limit
+    gets a shard of its own.
     """
-    shards = _plan(sizes, max_shard_bytes)
+    shards = _assign_shards(sizes, max_shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
@@ -114,26 +117,26 @@ def write_weights(
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{folder / file} cannot be written: {error}") from error
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by its owner only
     if len(shards) > 1:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
-    """Raises UserError, naming the tensor, where a number of it is NaN or infinite. One pass, without a copy."""
+    """Raise UserError if a tensor has NaN or infinite values. One pass, without a copy."""
     if tensor.is_meta or not tensor.numel():
         return
-    if not all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist()):
+    if not all(math.isfinite(extreme) for extreme in torch.stack(tensor.aminmax()).tolist()):
         raise UserError(
-            f"{name} of the model in {place} has NaN or infinite numbers as {str(tensor.dtype).removeprefix('torch.')}"
+            f"{name} of the model in {place} has NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}"
         )
 
 
 @contextmanager
 def explained(file: Path) -> Iterator[None]:
-    """What a reader raises about a damaged file, as a ValueError that names the file."""
+    """Turn errors about a damaged file into a UserError that names it."""
     try:
         yield
     except DAMAGE as error:
@@ -143,20 +146,20 @@ def explained(file: Path) -> Iterator[None]:
 def _header(file: Path) -> dict[str, Spec]:
     specs = {}
     with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no dict
-            stored = opened.get_slice(name)
-            specs[name] = Spec(file, tuple(stored.get_shape()), _dtype(file, name, stored.get_dtype()))
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            tensor = opened.get_slice(name)
+            specs[name] = Spec(file, tuple(tensor.get_shape()), _dtype(file, name, tensor.get_dtype()))
     return specs
 
 
 def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
-        raise UserError(f"{file}: {name} has dtype {dtype}, which is not supported; there are {', '.join(DTYPES)}")
+        raise UserError(f"{file}: {name} has dtype {dtype}, which is not supported; supported: {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
-def _plan(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
-    """Names of the tensors of each shard."""
+def _assign_shards(sizes: Mapping[str, int], limit: float) -> list[list[str]]:
+    """Tensor names of each shard."""
     if limit < 1:
         raise UserError(f"max_shard_bytes must be at least 1, got {limit}")
     shards: list[list[str]] = [[]]
