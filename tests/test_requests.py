@@ -165,7 +165,7 @@ def test_the_tokenizer_of_another_model(model, tmp_path, capsys):
     tokens = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"]
     assert (most := max(tokens.values())) >= rows
     said = refused(capsys, tmp_path / "m", tmp_path / "out", "images=null", "prompt=Why?")
-    assert f"the tokenizer has ids up to {most}, but the model in {tmp_path / 'm'} a vocabulary of {rows}" in said
+    assert f"the tokenizer has ids up to {most}, but the model in {tmp_path / 'm'} has a vocabulary of {rows}" in said
 
 
 @pytest.mark.parametrize("text", ["Who won? #1 answer", "1", "yes", "ROMEO:", "[1]"])
