@@ -1,4 +1,4 @@
-"""ReDiff-Lightning: train and sample masked diffusion models that revise what they have already written."""
+"""ReDiff-Lightning: train and sample masked diffusion models that revise their own output."""
 
 import os
 import signal
@@ -7,37 +7,37 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def _check_neighbours() -> None:
-    """Raise ImportError where another package hides `callbacks` or `datamodules`, whose names are common."""
-    home = Path(__file__).resolve().parents[1]
+def _check_sibling_packages() -> None:
+    """Raise ImportError if another package shadows `callbacks` or `datamodules`, whose names are common."""
+    root = Path(__file__).resolve().parents[1]
     for name in ("callbacks", "datamodules"):
         spec = find_spec(name)
-        places = list(spec.submodule_search_locations or [spec.origin]) if spec else []
-        if home / name in [Path(place).resolve() for place in places if place]:
+        locations = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+        if root / name in [Path(location).resolve() for location in locations if location]:
             continue
-        found = f"Python finds {', '.join(map(str, places))} instead" if places else "Python does not find it"
+        problem = f"Python finds {', '.join(map(str, locations))} instead" if locations else "Python does not find it"
         raise ImportError(
-            f"ReDiff-Lightning needs its own package `{name}` in {home}, but {found}. Run from {home}, or remove "
-            f"or rename the other `{name}`, or put {home} first in PYTHONPATH."
+            f"ReDiff-Lightning needs its own package `{name}` in {root}, but {problem}. Run from {root}, or remove "
+            f"or rename the other `{name}`, or put {root} first in PYTHONPATH."
         )
 
 
-def _stop_before_start(number: int, _: object) -> None:
+def _exit_before_start(number: int, _: object) -> None:
     name = signal.Signals(number).name
-    sys.stderr.write(f"\nstopped by {name} before it began; the same command begins\n")
+    sys.stderr.write(f"\nstopped by {name} before it started; the same command starts it\n")
     sys.stderr.flush()
     os._exit(128 + number)
 
 
 def _verb() -> str | None:
-    """The verb that `python -m src.VERB` is about to import; None where this package is imported otherwise."""
+    """The verb that `python -m src.VERB` is about to import; None if this package is imported any other way."""
     if sys.argv[:1] != ["-m"]:
         return None
     return next((word for word in sys.orig_argv if word.startswith("src.")), None)
 
 
-def _before_imports() -> None:
-    """Answer --help and signals while a verb's imports, which take seconds, have not run; then `main_guard` does."""
+def _handle_help_and_signals() -> None:
+    """Handle --help and signals before a verb's imports, which take seconds; afterwards `main_guard` does."""
     verb = _verb()
     if verb is None:
         return
@@ -47,8 +47,11 @@ def _before_imports() -> None:
         sys.stdout.write(help_text(verb, docstring(verb)))
         sys.exit()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_before_start)
+        signal.signal(number, _exit_before_start)
 
 
-_check_neighbours()
-_before_imports()
+# Waiting threads of torch sleep instead of spinning: beside another process on 2 cores, two that spin took 1.8 to 3.9
+# times as long (results/threads.md). Has to be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_check_sibling_packages()
+_handle_help_and_signals()
