@@ -35,7 +35,7 @@ from src.distributed.parallel import Team
 from src.experts.openai import OpenAIExpert
 from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
-from src.rounds.drafts import draft_batch, draw_drafts, settings_of
+from src.rounds.drafts import draft_batch, draft_settings, draw_drafts
 from src.rounds.round import RoundOptions, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
@@ -84,7 +84,7 @@ def work(rank: int, folder: Path, url: str, options: argparse.Namespace) -> None
             began = time.perf_counter()
             mode(folder / f"{name}-{number}")
             seconds[name] = max(team.gather(time.perf_counter() - began))
-        if not number or not team.first:  # the first run warms up
+        if not number or not team.is_rank0:  # the first run warms up
             continue
         parts = []
         for name in ("overlapped", "afterwards"):
@@ -92,7 +92,7 @@ def work(rank: int, folder: Path, url: str, options: argparse.Namespace) -> None
             shares.setdefault(name, []).append(share)
             parts.append(f"{name} {seconds[name]:.1f} s ({share:+.1%})")
         sys.stdout.write(f"drafts {seconds['drafts']:.1f} s, {', '.join(parts)}\n")
-    if team.first:
+    if team.is_rank0:
         medians = (f"{name} {statistics.median(values):+.1%}" for name, values in shares.items())
         sys.stdout.write(
             f"{options.drafts} drafts, {options.ranks} ranks, {options.at_once} at once, "
@@ -140,7 +140,7 @@ class Bench:
     @property
     def _settings(self) -> dict:
         fixed = {"tokens_per_step": SPEEDS, "num": self.options.drafts, "round_number": 1, "seed": 1}
-        return settings_of(self.backbone, self.sampler, codec=self.codec, data=self.data.draft_settings(), **fixed)
+        return draft_settings(self.backbone, self.sampler, codec=self.codec, data=self.data.draft_settings(), **fixed)
 
     @property
     def _draft(self):

@@ -33,7 +33,7 @@ from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
 from src.objectives.optim import Training
 from src.objectives.revision import RevisionObjective
-from src.training.launch import meet
+from src.training.launch import rendezvous
 from src.training.strategy import DDP, FSDP2
 
 VARIANTS = ("alone", "copies", "shares", "shares, not resharded", "shares, bfloat16", "shares, checkpointing")
@@ -115,7 +115,7 @@ def train(variant: str, steps: int, folder: Path) -> None:
         accelerator="cpu", devices=1 if alone else 2, strategy=strategy, max_steps=steps, callbacks=[clock],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    meet(trainer, None, run=str(folder))
+    rendezvous(trainer, None, run=str(folder))
     before = resident("VmRSS")
     backbone = Deferred(str(folder), {"codec": None}) if shares else lambda: from_pretrained(folder)
     objective = RevisionObjective(backbone=backbone, special=SPECIAL, training=training)

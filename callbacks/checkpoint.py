@@ -20,9 +20,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
-from src.distributed.checkpoints import REFUSED, link, read_whole, remove
+from src.distributed.checkpoints import REFUSED, link, read_full, remove
 from src.io.errors import UserError
-from src.io.files import naming, publish
+from src.io.files import FORMAT, publish, with_filename
 
 LAST = "last.ckpt"
 _NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
@@ -43,6 +43,15 @@ class Checkpoint(LightningCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_step = state_dict["last_step"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format"] = FORMAT
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if (form := checkpoint.get("format", 1)) != FORMAT:
+            raise UserError(
+                f"the checkpoint has format {form}, this version resumes format {FORMAT}: train anew with resume=false"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         write_atomically(trainer)
@@ -90,7 +99,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with naming(path):
+        with with_filename(path):
             try:
                 torch.save(checkpoint, temporary)
             except (OSError, RuntimeError) as error:
@@ -104,5 +113,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_dir():
-            return read_whole(Path(path))
+            return read_full(Path(path))
         return super().load_checkpoint(path, *args, **kwargs)

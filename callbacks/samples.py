@@ -1,6 +1,6 @@
 """Samples: drafts and refined captions of a few fixed validation images, logged to TensorBoard during training.
 
-    callbacks: [{target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}]
+    callbacks: {samples: {target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}}
 
     first `num` validation samples -> draft (sampler_plain) and refined caption (sampler_refine)
       -> `samples/captions`: a table, changed words in **bold**

@@ -1,14 +1,14 @@
 """The online loop: before training and between epochs, the model drafts and an expert revises.
 
-    callbacks: [{target: callbacks.self_correction.SelfCorrection, rounds: 2, drafts_per_round: 4096, ...}]
+    callbacks: {self_correction: {target: callbacks.self_correction.SelfCorrection, rounds: 2, ...}}
 
     checkpoint -> datamodule.draft_dataloader(round, num) -> run_round (src/rounds/round.py) -> rounds/round-0001
                -> datamodule.add_round -> the next epoch trains on it
 
-The epoch alone determines which rounds are due, so a resumed run makes up for missing ones: in `on_train_start`, or, if
-the trainer counts steps, in `on_train_epoch_end`, which Lightning then calls again. A round leaves the random state of
-training unchanged. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and `max_epochs=-1` if `max_steps` is set:
-Lightning counts an epoch twice when it resumes at its end.
+The number of epochs alone determines which rounds are due, so a resumed run makes up for missing ones, in the hook that
+Lightning calls first: `on_train_start`, or `on_train_epoch_end` again if it resumes at the end of an epoch. A round
+leaves the random state of training unchanged. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and `max_epochs=-1`
+if `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
 
 Each rank drafts for its own images and asks about its own drafts, and holds the whole model in memory during the round
 (`src.distributed.parallel.gathered`). Drafts and rounds equal those of a single process.
@@ -30,12 +30,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import write_atomically
 from src.cli.signals import Stop
-from src.distributed.checkpoints import is_whole, remove
-from src.distributed.parallel import Team, gathered, summed
+from src.distributed.checkpoints import is_intact, remove
+from src.distributed.parallel import Team, all_reduce_sum, gathered
 from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
-from src.rounds.drafts import DraftSampler, cap_num_drafts, draft_batch, settings_of
+from src.rounds.drafts import DraftSampler, cap_num_drafts, draft_batch, draft_settings
 from src.rounds.round import EmptyRound, RoundOptions, charge, read_round, reopen, run_round, update_manifest
 from src.rounds.stats import summary, yields
 from src.text.tokenizer import Codec
@@ -163,7 +163,7 @@ class SelfCorrection(L.Callback):
             charge(self.expert, finished_round.manifest.get("usage", {}), self._team)
             self._add_to_training(trainer, finished_round)
 
-        if self.train_from == "start" and 0 < self.num_done < self.rounds and not is_whole(self._checkpoint(1)):
+        if self.train_from == "start" and 0 < self.num_done < self.rounds and not is_intact(self._checkpoint(1)):
             raise FailedRound(
                 f"{self._checkpoint(1)} is missing or damaged, but train_from=start needs it for the next round; "
                 "set resume=false to start over"
@@ -189,7 +189,7 @@ class SelfCorrection(L.Callback):
             self._run(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.num_done < self.rounds and self._team.first:
+        if self.num_done < self.rounds and self._team.is_rank0:
             logger.warning("training ended after %d of %d rounds", self.num_done, self.rounds)
 
     def check_length(self, *, max_epochs: int | None, max_steps: int, steps: int) -> None:
@@ -216,9 +216,10 @@ class SelfCorrection(L.Callback):
         return self.run_dir / "rounds" / f"round-{number:04d}"
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Save a checkpoint before a round, in place of the one of the previous round; Lightning's own comes too late.
+        """Save a checkpoint before a round, in place of the one before the previous round.
 
-        A run that resumed from it keeps it, as a new one would count the epoch twice.
+        Lightning would save only after this hook, so a kill during the round would repeat steps of the epoch. A run
+        that has resumed from this checkpoint does not save it again: it would count the epoch twice.
         """
         if self.saved_for > self.num_done:
             return
@@ -255,13 +256,13 @@ class SelfCorrection(L.Callback):
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
             finished_round = self._round(number, _datamodule(trainer), pl_module)
-        if self._team.first:
+        if self._team.is_rank0:
             logger.info("%s: %s", finished_round.path, summary(finished_round.manifest))
         self._add_to_training(trainer, finished_round)
         self.num_done = number
         if number > 1 and self.train_from == "start":
             self._restore_start(trainer)
-            if self._team.first:
+            if self._team.is_rank0:
                 logger.info("training continues from the weights before the first round")
         metrics = round_metrics(finished_round.manifest) | {"round/seconds": time.perf_counter() - start}
         for log in trainer.loggers:
@@ -271,7 +272,7 @@ class SelfCorrection(L.Callback):
         """Make a round; its manifest then also has P(fix) and P(break) of the model that drafted it."""
         backbone: Any = pl_module.backbone
         seed = self.seed + number
-        settings = settings_of(
+        settings = draft_settings(
             backbone,
             self.sampler,
             codec=self.codec,
@@ -323,7 +324,9 @@ class SelfCorrection(L.Callback):
             return {}
         batches = islice(datamodule.round_dataloader(finished_round.path), NUM_FIX_BATCHES)
         backbone: Any = pl_module.backbone
-        counts = summed(count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)).tolist()
+        counts = all_reduce_sum(
+            count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)
+        ).tolist()
         shares = {"p_fix": counts[:2], "p_break": counts[2:]}
         return {name: hits / tries for name, (hits, tries) in shares.items() if tries}
 
@@ -340,7 +343,7 @@ class SelfCorrection(L.Callback):
             raise EmptyRound(
                 f"{message}; check the expert, or set callbacks.self_correction.allow_empty=true to continue without it"
             )
-        if self._team.first:
+        if self._team.is_rank0:
             logger.warning("%s; training continues without it", message)
 
 

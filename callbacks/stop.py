@@ -37,7 +37,7 @@ class SaveAndStop(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.catch()  # replaces Lightning's own handler, which ends a run without a checkpoint
-        self.stop.held = True
+        self.stop.deferred = True
         if self._any_rank_stopped():
             self.stop.check()
 
@@ -61,6 +61,6 @@ class SaveAndStop(L.Callback):
 
     def _any_rank_stopped(self) -> bool:
         """Whether any rank got a signal; if so, all ranks now hold the same one."""
-        if number := self._team.all_reduce_max(int(self.stop.asked or 0)):
-            self.stop.asked = signal.Signals(number)
+        if number := self._team.all_reduce_max(int(self.stop.received or 0)):
+            self.stop.received = signal.Signals(number)
         return bool(number)

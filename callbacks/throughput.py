@@ -1,6 +1,6 @@
 """Throughput: speed, data wait and memory of training, logged every n optimizer steps.
 
-    callbacks: [{target: callbacks.throughput.Throughput, every_n_steps: 50}]
+    callbacks: {throughput: {target: callbacks.throughput.Throughput, every_n_steps: 50}}
 
     perf/tokens_per_s     response tokens, all ranks    perf/data_wait    share of the time between two steps
     perf/samples_per_s    samples, all ranks            perf/memory_gib   peak: of the GPU, else of the process

@@ -1,1 +1,1 @@
-"""Data on its way to training: shards are read in an order that is a pure function, and become batches."""
+"""Data for training and evaluation: reads shards in a reproducible order and collates samples into batches."""

@@ -1,14 +1,14 @@
-"""Images with captions, and online rounds, as `Batch`es. Texts without images are in `datamodules/text.py`.
+"""`Batch`es of images with captions, and of online rounds. For text without images see `datamodules/text.py`.
 
     data = CaptionData(path="data/scenes", codec=codec, batch_size=64, response_length=64, image_size=48)
-    data.add_round("runs/x/rounds/round-0001")      the next train_dataloader() trains on its drafts as well
+    data.add_round("runs/x/rounds/round-0001")      the next train_dataloader() adds its drafts
     for batch in data.train_dataloader(): ...
 
-    shards -> Loader (which samples) -> Collate (ids, spans, pixels) -> Batch
+    shards -> Loader (chooses samples) -> Collate (ids, spans, pixels) -> Batch
 
-Without rounds every training row is a caption; with rounds a share `data_share` of each batch is, and the
-rest are drafts with their corrections. Training takes one of the captions of an image by a hash of (seed,
-epoch, key), evaluation the first.
+Without rounds every training row is a caption; with rounds a fraction `data_share` of each batch is, and the
+other rows are corrected drafts. Training chooses a caption of each image by a hash of (seed, epoch, key), evaluation
+takes the first.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ log = logging.getLogger(__name__)
 
 
 class ShardData(L.LightningDataModule):
-    """Shards under `path` (train, val, test), mixed with online rounds; a subclass says what they hold.
+    """Shards under `path` (train, val, test), mixed with online rounds; a subclass defines their samples.
 
-    collate:       makes a batch of samples
-    rounds:        folders of online rounds; more come by `add_round`
-    data_share:    with rounds, the share of the data in each training batch
-    limit:         use only the first so many samples of a split: a number for all, or {split: number}
-    epoch_batches: batches per training epoch and rank; null: one pass over the data (with rounds, over these)
-    restart_epoch: start an epoch anew that a checkpoint leaves in the middle, with other ranks or workers
+    collate:       turns samples into a batch
+    rounds:        folders of online rounds; `add_round` adds more
+    data_share:    with rounds, the fraction of each training batch that comes from the data
+    limit:         use only the first `limit` samples of a split: a number for all, or {split: number}
+    epoch_batches: batches per training epoch and rank; null: one pass over the data, or over the rounds if any
+    restart_epoch: on resume with other ranks or workers in the middle of an epoch, start the epoch over
     """
 
-    place = (0, 1)  # number of this process and of all, where no trainer knows them
-    kind: str  # of the folders of the splits
-    image: bool  # whether samples have one
+    place = (0, 1)  # (rank, world size) without a trainer
+    kind: str  # kind of the split folders, as in their index.json
+    image: bool  # whether samples have an image
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class ShardData(L.LightningDataModule):
         sizes = {"batch_size": batch_size, "response_length": collate.response_length}
         sizes["epoch_batches"] = 1 if epoch_batches is None else epoch_batches
         for name, value in sizes.items():
-            least = 2 if name == "response_length" else 1  # a token and the end of the text
-            if value < least:
-                raise UserError(f"data.{name} must be at least {least}, got {value}")
+            minimum = 2 if name == "response_length" else 1  # a token and eot
+            if value < minimum:
+                raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         if workers < 0:
             raise UserError(f"data.workers must be at least 0, got {workers}")
         if not 0 <= data_share < 1:
@@ -88,21 +88,21 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         self.collate = collate
         self.rounds: list[Index] = []
-        self._told = False  # that there is nothing to validate on
-        self.notes: Notes = Counter()  # damaged samples and cut responses, as (where, reason) -> how many
+        self._warned_empty_val = False
+        self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
         for folder in rounds:
             self.add_round(folder)
 
     def add_round(self, path: str | Path) -> None:
-        """Train on a finished round from the next train_dataloader() on; adding it again changes nothing."""
+        """Train on a finished round from the next train_dataloader() on; adding it twice has no effect."""
         if not Path(path).is_dir():
             raise UserError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
-        index = _filled(self._checked(read_index(path, image=self.image), kind="round"))
-        if index.digest not in {known.digest for known in self.rounds}:
+        index = _require_samples(self._check(read_index(path, image=self.image), kind="round"))
+        if index.digest not in {added.digest for added in self.rounds}:
             self.rounds.append(index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds trained on. The place in the epoch is in the loader's state, saved by Lightning."""
+        """The rounds trained on. Lightning saves the loader's state, the position in the epoch."""
         return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self.rounds]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,60 +110,63 @@ class ShardData(L.LightningDataModule):
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
-                raise UserError(f"{saved['path']} is not the round that the checkpoint knows: its index.json differs")
+                raise UserError(f"{saved['path']} is not the round of the checkpoint: its index.json differs")
 
     def train_dataloader(self) -> Loader:
-        """Cheap and lazy, as Lightning calls it twice on resume; the epoch is read at the first batch."""
+        """Lazy, as Lightning calls it twice on resume: the epoch number is read at the first batch."""
         base = self.index("train")
         world, rows = self._place()[1], self._rows()
         streams = {"data": [base], "rounds": self.rounds}
-        built = {name: Stream(streams[name], seed=self.seed) for name in rows if rows[name]}
-        batches = self.epoch_batches or self._one_pass(built[self._leading], rows[self._leading] * world)
+        used_streams = {name: Stream(streams[name], seed=self.seed) for name in rows if rows[name]}
+        main = self._main_stream
+        batches = self.epoch_batches or self._batches_per_pass(used_streams[main], rows[main] * world)
+        # An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has ended,
+        # so that every sample is seen equally often.
         parts = []
-        for name, stream in built.items():
-            used = batches * rows[name] * world
-            passes = self.epoch_batches is None and name == self._leading and used <= stream.count
-            parts.append(Part(stream, rows[name], stream.count if passes else used, batches * rows[name]))
+        for name, stream in used_streams.items():
+            num = batches * rows[name] * world
+            is_pass = self.epoch_batches is None and name == main and num <= stream.count
+            parts.append(Part(stream, rows[name], stream.count if is_pass else num, batches * rows[name]))
         return self._loader(parts, batches, self.collate, self._epoch)
 
     def val_dataloader(self) -> Loader | list:
-        """No loader where the split is empty, as that of a small data set may be: Lightning then does not validate."""
+        """Empty if the split is, as in a small dataset: Lightning then skips validation."""
         index = self._read("val")
         if index.count:
             return self._eval_loader(index)
-        if not self._told:
-            self._told = True
-            log.warning("%s holds no samples: training goes on without validation", index.path)
+        if not self._warned_empty_val:
+            self._warned_empty_val = True
+            log.warning("%s holds no samples: training runs without validation", index.path)
         return []
 
     def test_dataloader(self) -> Loader:
         return self._eval_loader(self.index("test"))
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterator[tuple[int, Batch]]:
-        """The `num` training samples that a round (1, 2, ...) drafts for, none twice, as (number, batch).
+        """The `num` distinct training samples that a round (1, 2, ...) drafts for, as (number, batch).
 
-        Rounds take turns through the data: no image comes again before the others have been drafted for. Each rank
-        gets a range of the batches, whose numbers and samples are the same however many ranks there are.
+        Successive rounds go through the data: no image repeats before all others have been drafted for. Each rank gets
+        a range of the batches; their numbers and samples do not depend on the number of ranks.
         """
         index = self.index("train")
         if not 1 <= num <= index.count:
             raise UserError(f"a round can draft for 1 to {index.count} images, got {num}")
-        turn, place = divmod(round_number - 1, index.count // num)
+        cycle, slot = divmod(round_number - 1, index.count // num)
         rank, world = self._place()
         batches = -(-num // self.batch_size)
         first, last = (batches * number // world for number in (rank, rank + 1))
         start, stop = (min(num, number * self.batch_size) for number in (first, last))
-        stream = Stream([index], seed=self.seed + turn)
+        stream = Stream([index], seed=self.seed + cycle)
         part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
-        settings = {"batches": last - first, "epoch": lambda: place, "notes": self.notes, "workers": self.workers}
+        settings = {"batches": last - first, "epoch": lambda: slot, "notes": self.notes, "workers": self.workers}
         return Loader([part], self.collate.with_first_caption(), **settings).numbered(first)
 
     def round_dataloader(self, path: str | Path) -> Loader:
         """The corrected drafts of a finished round, in order."""
-        return self._eval_loader(_filled(self._checked(read_index(path, image=self.image), kind="round")))
+        return self._eval_loader(_require_samples(self._check(read_index(path, image=self.image), kind="round")))
 
     def draft_settings(self) -> dict[str, Any]:
-        """What drafts for these data depend on, beside the number of the round; kept with them."""
+        """Settings of the data that the drafts depend on; stored with the drafts."""
         index = self.index("train")
         return {
             "data": index.digest,
@@ -174,25 +177,25 @@ class ShardData(L.LightningDataModule):
         }
 
     def index(self, split: str) -> Index:
-        """The data folder of a split, cut to `limit`. Raises UserError where it is empty."""
-        return _filled(self._read(split))
+        """The data folder of a split, cut to `limit`. Raises UserError if it is empty."""
+        return _require_samples(self._read(split))
 
     def _read(self, split: str) -> Index:
         index = read_index(self.path / split, image=self.image)
-        return self._checked(index, kind=self.kind).first(self.limit.get(split))
+        return self._check(index, kind=self.kind).first(self.limit.get(split))
 
     def _eval_loader(self, index: Index) -> Loader:
         stream = Stream([index], seed=self.seed, shuffle=False)
         return self._in_order(stream, index.count, advance=0, epoch=lambda: 0)
 
     def _in_order(self, stream: Stream, num: int, *, advance: int, epoch: Callable[[], int]) -> Loader:
-        """`num` samples with their first captions, without damaged ones.
+        """`num` readable samples with their first captions, in order.
 
-        Ranks get equal shares; the last reads on to fill up, and others stand in for damaged ones.
+        One rank leaves damaged samples out. Several ranks need equally many batches: each gets an equal share, the
+        last one reads on to fill its share, and other samples replace damaged ones.
         """
         per_rank = -(-num // self._place()[1])
-        alone = self._place()[1] == 1  # several ranks need equally many batches, whatever is damaged
-        part = Part(stream, self.batch_size, advance, per_rank, stand_in=not alone)
+        part = Part(stream, self.batch_size, advance, per_rank, stand_in=self._place()[1] > 1)
         batches = -(-per_rank // self.batch_size)
         return self._loader([part], batches, self.collate.with_first_caption(), epoch)
 
@@ -202,25 +205,25 @@ class ShardData(L.LightningDataModule):
         return Loader(parts, collate, batches=batches, epoch=epoch, restart=self.restart_epoch, **settings)
 
     @property
-    def _leading(self) -> str:
-        """The stream that decides how long an epoch is."""
+    def _main_stream(self) -> str:
+        """The stream that determines the length of an epoch."""
         return "rounds" if self.rounds else "data"
 
     def _rows(self) -> dict[str, int]:
-        """Rows of a training batch per stream."""
+        """Rows of each stream in a training batch."""
         if not self.rounds:
             return {"data": self.batch_size, "rounds": 0}
         data = min(round(self.batch_size * self.data_share), self.batch_size - 1)
         return {"data": data, "rounds": self.batch_size - data}
 
-    def _one_pass(self, stream: Stream, rows: int) -> int:
-        """Batches in one pass over a stream, `rows` being what all ranks together take for one."""
+    def _batches_per_pass(self, stream: Stream, rows: int) -> int:
+        """Batches in one pass over a stream. rows: of one batch, on all ranks together."""
         if stream.count < rows and not self.rounds:
             raise UserError(
                 f"{stream.count} training samples do not fill one batch of {rows} rows on all ranks; "
-                "lower batch_size, or set epoch_batches to go round the data"
+                "lower batch_size, or set epoch_batches to repeat the data"
             )
-        return max(1, stream.count // rows)  # a small round is cycled: its drafts are paid for
+        return max(1, stream.count // rows)  # a small round is repeated: its edits are paid for
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
@@ -228,27 +231,27 @@ class ShardData(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
 
-    def _checked(self, index: Index, *, kind: str) -> Index:
+    def _check(self, index: Index, *, kind: str) -> Index:
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
-            again = "src.draft and src.revise" if kind == "round" else "src.prepare"
+            verbs = "src.draft and src.revise" if kind == "round" else "src.prepare"
             raise UserError(
-                f"{index.path} was made with tokenizer {index.tokenizer}, but the model has "
-                f"{self.codec.fingerprint}; make it again by {again} with this tokenizer"
+                f"{index.path} was made with tokenizer {index.tokenizer}, but the tokenizer of the model is "
+                f"{self.codec.fingerprint}; make it again by {verbs} with this tokenizer"
             )
         if self.codec.gap_id is None and any(index.content.get("counts", {}).get(name) for name in RESIZED):
-            raise UserError(f"{index.path} was made with a gap, and there is none here: set gap=TOKEN")
+            raise UserError(f"{index.path} was made with a gap token, but this run has none: set gap=TOKEN")
         return index
 
 
 class CaptionData(ShardData):
     """Images with captions, as `src.prepare` writes them.
 
-    response_length:     response length in tokens: filled with end of text behind eot; longer responses are cut
-    image_size: pixels on the side of what the vision tower sees; images are resized to it
-    tiling:     cuts each image into tiles of `image_size` pixels instead, so that it keeps shape and resolution
-    The rest: see `ShardData`.
+    response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
+    image_size:      input size of the vision tower in pixels; images are resized to this square
+    tiling:          cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
+    Other arguments: see `ShardData`.
     """
 
     kind, image = "captions", True
@@ -294,7 +297,7 @@ class CaptionData(ShardData):
         return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling}
 
 
-def _filled(index: Index) -> Index:
+def _require_samples(index: Index) -> Index:
     if not index.count:
         raise UserError(f"{index.path} holds no samples")
     return index

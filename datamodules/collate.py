@@ -1,4 +1,4 @@
-"""Samples of shards -> `Batch`: token ids, false spans, prompts and pixels.
+"""Collate samples of shards into a `Batch`: token ids, hallucinated spans, prompts and pixels.
 
 collate = Collate(codec, response_length=64, layout=Square(48), seed=0)
 batch, notes = collate(samples, epoch)
@@ -26,42 +26,41 @@ from src.types import Batch
 
 @dataclass
 class Row:
-    """The token side of a sample, as equally long lists: right ids, flawed ids, span number (0: none)."""
+    """Token ids of a sample, as lists of equal length: correct ids, flawed ids, span number (0: no span)."""
 
     response: list[int]
     flawed: list[int]
     span: list[int]
 
     @classmethod
-    def of(cls, right: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
-        """Spans are (start, end, right ids, wrong ids); one that overlaps an earlier one is left out."""
-        row = cls(list(right), list(right), [0] * len(right))
+    def of(cls, ids: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
+        """spans: (start, end, correct ids, flawed ids); a span that overlaps an earlier one is left out."""
+        row = cls(list(ids), list(ids), [0] * len(ids))
         number = 0
-        for start, end, good, bad in spans:
+        for start, end, correct, flawed in spans:
             if any(row.span[start:end]):
                 continue
             number += 1
-            row.response[start:end], row.flawed[start:end] = good, bad
+            row.response[start:end], row.flawed[start:end] = correct, flawed
             row.span[start:end] = [number] * (end - start)
         return row
 
     def fit(self, response_length: int, fill: int) -> Row:
-        """Cut or filled to `response_length` tokens; spans that the cut goes through count no more."""
-        cut = set(self.span[response_length - 1 : response_length]) & set(
-            self.span[response_length : response_length + 1]
-        ) - {0}
-        span = [0 if number in cut else number for number in self.span]
-        flawed = [w if number else r for r, w, number in zip(self.response, self.flawed, span, strict=True)]
-        more = response_length - len(span)
-        filled = lambda ids: ids[:response_length] + [fill] * more  # noqa: E731
-        return Row(filled(self.response), filled(flawed), span[:response_length] + [0] * more)
+        """Cut or filled to `response_length` tokens; a span that the cut splits is dropped."""
+        last, following = self.span[response_length - 1 : response_length], self.span[response_length:][:1]
+        split = set(last) & set(following) - {0}
+        span = [0 if number in split else number for number in self.span]
+        flawed = [bad if number else good for good, bad, number in zip(self.response, self.flawed, span, strict=True)]
+        padding = response_length - len(span)
+        fit = lambda ids: ids[:response_length] + [fill] * padding  # noqa: E731
+        return Row(fit(self.response), fit(flawed), span[:response_length] + [0] * padding)
 
 
 class Collate:
     """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
 
-    layout: how images are cut into tiles, which has to be the model's layout; None for samples without images
-    first:  take the first caption of every image instead of one by hash
+    layout: the model's layout, which cuts images into tiles; None for samples without images
+    first:  take the first caption of every image instead of one chosen by a hash
     """
 
     def __init__(
@@ -74,14 +73,14 @@ class Collate:
         return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed, first=True)
 
     def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
-        full = [self._row(sample, epoch) for sample in samples]
-        rows = [row.fit(self.response_length, self.codec.eos_id) for row in full]
-        cut = sum(len(row.span) > self.response_length for row in full)
+        uncut = [self._row(sample, epoch) for sample in samples]
+        rows = [row.fit(self.response_length, self.codec.eos_id) for row in uncut]
+        num_cut = sum(len(row.span) > self.response_length for row in uncut)
         response = torch.tensor([row.response for row in rows])  # (B, L)
         batch = Batch(
             prefix=self._prefix(samples, epoch),
             response=response,
-            editable=torch.ones_like(response, dtype=torch.bool),
+            editable=torch.ones_like(response, dtype=torch.bool),  # the filler behind eot is trained too
             flawed=torch.tensor([row.flawed for row in rows]),
             span=torch.tensor([row.span for row in rows]),
             drafted=torch.tensor(["draft_ids" in sample.record for sample in samples]),
@@ -90,10 +89,10 @@ class Collate:
             records=[sample.record for sample in samples],
             images=[sample.data for sample in samples],
         )
-        return batch, Counter({(str(self.response_length), "cut"): cut} if cut else {})
+        return batch, Counter({(str(self.response_length), "cut"): num_cut} if num_cut else {})
 
     def misfit(self, sample: Sample) -> str | None:
-        """Why no row can be made of a sample."""
+        """Why a sample cannot be used; None if it can."""
         images = int(sample.image is not None)
         return misfit(sample.record, images=images, count=lambda text: len(self.codec.encode(text)[0]) + 1)
 
@@ -105,7 +104,6 @@ class Collate:
         return caption_row(captions[number], self.codec)
 
     def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
-        """The prompt of a sample."""
         return self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
 
     def _prefix(self, samples: list[Sample], epoch: int) -> dict[str, Tensor]:
@@ -123,39 +121,39 @@ class Collate:
 
 
 def caption_row(caption: dict, codec: Codec) -> Row:
-    """A true caption, with all its swaps that do not overlap as false spans. One that holds ids is taken as it is."""
+    """A true caption whose non-overlapping swaps are the hallucinated spans. Stored `ids` are used without encoding."""
     ids = caption["ids"] if "ids" in caption else [*codec.encode(caption["text"])[0], codec.eot_id]
-    places = [swap["tokens"] for swap in caption.get("swaps", ())]
-    return Row.of(ids, [(start, end, ids[start:end], wrong) for start, end, wrong in places])
+    swaps = [swap["tokens"] for swap in caption.get("swaps", ())]
+    return Row.of(ids, [(start, end, ids[start:end], wrong) for start, end, wrong in swaps])
 
 
 def draft_row(record: dict) -> Row:
-    """A model's draft, right where the expert corrected it."""
+    """A model's draft, with the expert's corrections as the correct ids."""
     ids = record["draft_ids"]
     spans = [(s["start"], s["end"], s["target_ids"], ids[s["start"] : s["end"]]) for s in record["spans"]]
     return Row.of(ids, spans)
 
 
 def choice(name: str, count: int) -> int:
-    """A number below `count` that depends on the name only."""
+    """A number in [0, count) from a hash of `name`."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
 
 
 def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:
-    """What a backbone takes of the images of each row (none, one or several); short rows end in empty tiles.
+    """A backbone's inputs for the images of each row (zero or more); shorter rows are padded with empty tiles.
 
     pixel_values (B, T, 3, S, S) uint8, num_tiles (B, M) int64, image_sizes (B, M, 2) int64 (width, height).
     """
     shape = len(images), max(map(len, images))
     num_tiles, image_sizes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 2), dtype=np.int64)
     for row, pictures in enumerate(images):
-        for place, picture in enumerate(pictures):
-            num_tiles[row, place], image_sizes[row, place] = layout.num_tiles(picture.size), picture.size
+        for index, picture in enumerate(pictures):
+            num_tiles[row, index], image_sizes[row, index] = layout.num_tiles(picture.size), picture.size
     longest = num_tiles.sum(1).max()
     pixels = np.zeros((len(images), longest, 3, layout.size, layout.size), dtype=np.uint8)
     for row, pictures in enumerate(images):
         if pictures:
             tiles = np.concatenate([layout.tiles(picture) for picture in pictures])  # (., S, S, 3)
             pixels[row, : len(tiles)] = tiles.transpose(0, 3, 1, 2)
-    found = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
-    return {name: torch.from_numpy(array) for name, array in found.items()}
+    arrays = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,6 +1,6 @@
-"""What the JSON of a sample has to hold so that a batch can be made of it.
+"""Validate the JSON record of a sample before it is collated.
 
-why = misfit(record, images=1, count=lambda text: len(codec.encode(text)[0]) + 1)      None: nothing is wrong
+why = misfit(record, images=1, count=lambda text: len(codec.encode(text)[0]) + 1)      None: the record is valid
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Count = Callable[[str], int]
 
 
 def misfit(record: Any, *, images: int, count: Count) -> str | None:
-    """Why a record cannot be used.
+    """Why a record cannot be used; None if it can.
 
-    images: of the sample; count: how many tokens a caption becomes, eot among them
+    images: number of images of the sample; count: number of tokens of a caption, with eot
     """
     if not isinstance(record, dict):
-        return f"it is a {type(record).__name__} and no mapping"
+        return f"it is a {type(record).__name__}, not a mapping"
     prompt = record.get("prompt")
     if not isinstance(prompt, str):
         return f"its prompt is {prompt!r}"
@@ -40,13 +40,13 @@ def _caption_misfit(caption: Any, count: Count) -> str | None:
     if ids is None and not (isinstance(text, str) and text.strip()):
         return f"the text of a caption is {text!r}"
     if ids is not None and not (_is_ids(ids) and ids):
-        return "the ids of a caption are no list of token ids"
+        return "the ids of a caption are not a list of token ids"
     if not isinstance(swaps, list):
         return f"the swaps of a caption are {swaps!r}"
     length = count(str(text)) if swaps and ids is None else len(ids or ())
     for swap in swaps:
-        given = swap.get("tokens") if isinstance(swap, dict) else None
-        if not isinstance(given, list) or len(given) != 3 or not _is_span(given, length):
+        fields = swap.get("tokens") if isinstance(swap, dict) else None
+        if not isinstance(fields, list) or len(fields) != 3 or not _is_span(fields, length):
             return f"the swap {swap!r} does not fit a caption of {length} tokens"
     return None
 
@@ -54,19 +54,19 @@ def _caption_misfit(caption: Any, count: Count) -> str | None:
 def _draft_misfit(record: dict) -> str | None:
     ids, spans = record["draft_ids"], record.get("spans")
     if not (_is_ids(ids) and ids):
-        return "its draft_ids are no list of token ids"
+        return "its draft_ids are not a list of token ids"
     if not isinstance(spans, list):
         return f"its spans are {spans!r}"
     for span in spans:
-        given = [span.get(name) for name in ("start", "end", "target_ids")] if isinstance(span, dict) else [None] * 3
-        if not _is_span(given, len(ids)):
+        fields = [span.get(name) for name in ("start", "end", "target_ids")] if isinstance(span, dict) else [None] * 3
+        if not _is_span(fields, len(ids)):
             return f"the span {span!r} does not fit a draft of {len(ids)} tokens"
     return None
 
 
-def _is_span(given: list, length: int) -> bool:
-    """Whether (start, end, ids) are a place within `length` tokens, its end exclusive, and as many ids for it."""
-    start, end, ids = given
+def _is_span(fields: list, length: int) -> bool:
+    """Whether (start, end, ids) is a half-open range within `length` tokens with one id per token."""
+    start, end, ids = fields
     return type(start) is type(end) is int and 0 <= start < end <= length and _is_ids(ids) and len(ids) == end - start
 
 

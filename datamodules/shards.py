@@ -1,15 +1,15 @@
 """Read shards in an order that is a pure function of (seed, position), so that a run can resume anywhere.
 
-    read_index(folder) -> Index                  what a data folder holds; an error where something is missing
-    Stream(indexes, seed=0).segments(100, 164)   positions of an endless stream of passes -> places in shards
-    Reader(stream).samples(100, 164)             the samples there, one for every position
+    read_index(folder) -> Index                  a data folder; an error if a shard is missing
+    Stream(indexes, seed=0).segments(100, 164)   positions in an endless stream of passes -> sample indices in shards
+    Reader(stream).samples(100, 164)             the samples at these positions
 
-    pass 0: shards permuted, samples permuted within each shard | pass 1: permuted anew | ...
+    pass 0: shards permuted, samples permuted within each shard | pass 1: new permutation | ...
             [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
 
-Damaged samples (truncated tar, broken JSON or image) are counted. In training they do not change how many
-samples a range yields: the next readable one of the shard stands in. Where each sample must come at most
-once, in evaluation and for drafts, they are left out. `src.io.shards` is the writing side.
+Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
+replaces each, so the number of samples stays the same. Where a sample may occur only once, in drafts and in
+evaluation on one rank, they are left out. `src.io.shards` writes the shards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and how many of its samples are in use. `image`: they have one; one that lacks it is damaged."""
+    """A tar file. count: samples in use; image: a sample without an image is damaged."""
 
     path: Path
     count: int
@@ -46,7 +46,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """A data folder as its index.json describes it. `digest` is the hash of index.json itself."""
+    """A data folder, as described by its index.json. digest: hash of index.json."""
 
     path: Path
     kind: str
@@ -63,16 +63,16 @@ class Index:
         """The same folder, cut to its first `limit` samples."""
         if limit is None:
             return self
-        left, kept = limit, []
+        remaining, kept = limit, []
         for shard in self.shards:
-            kept.append(replace(shard, count=min(shard.count, left)))
-            left -= kept[-1].count
+            kept.append(replace(shard, count=min(shard.count, remaining)))
+            remaining -= kept[-1].count
         return Index(self.path, self.kind, self.tokenizer, tuple(s for s in kept if s.count), self.digest, self.content)
 
 
 @dataclass
 class Sample:
-    """A sample as read: its key, the JSON, the encoded image and the same decoded to RGB; b"" and None without one."""
+    """A decoded sample. record: its JSON; data, image: the encoded image and its RGB pixels, or b"" and None."""
 
     key: str
     record: dict
@@ -81,9 +81,10 @@ class Sample:
 
 
 def read_index(folder: str | Path, *, image: bool = True) -> Index:
-    """What a data folder holds. Every shard must exist. `image`: a sample without one counts as damaged.
+    """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Shards of another size than the index says are told; one of the same size that was replaced is not noticed.
+    Raises UserError if a shard is missing. Logs a warning if the size of a shard differs from the index; a replaced
+    shard of the same size is not detected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -92,27 +93,27 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    sizes = [entry.get("bytes") for entry in content["shards"]]  # their hashes would take too long to compare
+    sizes = [entry.get("bytes") for entry in content["shards"]]  # comparing hashes would take too long
     changed = [s.path.name for s, size in zip(shards, sizes, strict=True) if size not in (None, s.path.stat().st_size)]
     if changed:
         log.warning(
-            "%s: %d of %d shards, such as %s, are not of the size that %s says: they were cut or replaced since",
+            "%s: %d of %d shards, such as %s, are not of the size that %s says: they were truncated or replaced",
             folder, len(changed), len(shards), changed[0], INDEX,
         )  # fmt: skip
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 
 class Segment(NamedTuple):
-    """Some samples of one shard, by their place in it."""
+    """Samples of one shard, by their index in it."""
 
     shard: Shard
-    places: list[int]
+    indices: list[int]
 
 
 class Stream:
-    """An endless sequence of the samples of some data folders: pass after pass, each in an order of its own.
+    """An endless sequence of passes over the samples of data folders, each pass in its own order.
 
-    shuffle: false keeps the order of the shards, for evaluation.
+    shuffle: False keeps the order of the shards, for evaluation.
     """
 
     def __init__(self, indexes: Sequence[Index], *, seed: int, shuffle: bool = True) -> None:
@@ -124,20 +125,20 @@ class Stream:
             raise ValueError("a stream needs at least one sample, but its data folders are empty")
 
     def segments(self, start: int, stop: int) -> Iterator[Segment]:
-        """The places of positions `start` to `stop` (exclusive) of the stream, in order."""
+        """The samples at positions `start` to `stop` (exclusive) of the stream, in order."""
         while start < stop:
-            turn, offset = divmod(start, self.count)
+            pass_number, offset = divmod(start, self.count)
             end = min(self.count, offset + stop - start)
-            yield from self._in_pass(turn, offset, end)
+            yield from self._in_pass(pass_number, offset, end)
             start += end - offset
 
-    def _in_pass(self, turn: int, start: int, stop: int) -> Iterator[Segment]:
+    def _in_pass(self, pass_number: int, start: int, stop: int) -> Iterator[Segment]:
         begin = 0
-        for number in self._order(len(self.shards), f"{turn}"):
+        for number in self._order(len(self.shards), f"{pass_number}"):
             shard = self.shards[number]
             low, high = max(start - begin, 0), min(stop - begin, shard.count)
             if low < high:
-                yield Segment(shard, self._order(shard.count, f"{turn}/{number}")[low:high])
+                yield Segment(shard, self._order(shard.count, f"{pass_number}/{number}")[low:high])
             begin += shard.count
 
     def _order(self, count: int, name: str) -> list[int]:
@@ -148,54 +149,54 @@ class Stream:
 
 
 class Reader:
-    """Reads a stream and remembers what was damaged: `damage` counts samples by (shard, reason).
+    """Reads a stream; `damage` counts unusable samples by (place, reason).
 
-    stand_in: a readable sample takes the place of a damaged one, which is left out otherwise
-    misfit: why a sample that can be read cannot be used; it counts as damaged then
+    stand_in: replace a damaged sample by a readable one instead of leaving it out
+    misfit: returns why a readable sample cannot be used, or None; such a sample counts as damaged
     """
 
     def __init__(
         self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
-        self._shown: dict[Shard, str] = {}  # of each shard with misfits, the first
+        self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
         """The samples at the positions `start` to `stop` (exclusive) of the stream, in order."""
-        for shard, places in self.stream.segments(start, stop):
-            wanted = set(places)
-            found = {place: raw for place, raw in enumerate(read_tar(shard.path, strict=False)) if place in wanted}
-            for place in places:
-                sample = self._decode(shard, found.pop(place, None))
+        for shard, indices in self.stream.segments(start, stop):
+            selected = set(indices)
+            raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
+            for index in indices:
+                sample = self._decode(shard, raws.pop(index, None))
                 if sample or self.stand_in:
-                    yield sample or self._stand_in(shard, place)
+                    yield sample or self._stand_in(shard, index)
 
     def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
         sample = None if raw is None else decode(raw, image=shard.image)
         if sample is None:
             self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
         elif why := self.misfit(sample):
-            self.damage[self._shown.setdefault(shard, f"{sample.key} of {shard.path}: {why}"), "misfit"] += 1
+            self.damage[self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}"), "misfit"] += 1
             return None
         return sample
 
-    def _stand_in(self, shard: Shard, place: int) -> Sample:
-        """The next readable sample behind a place, going round in its shard, then in the other shards.
+    def _stand_in(self, shard: Shard, index: int) -> Sample:
+        """The next readable sample after `index`, cyclically in its shard, then in the other shards.
 
-        It depends on the files only, so a resumed run finds the same one.
+        It depends on the files only, so a resumed run gets the same one.
         """
         for other in (shard, *(s for s in self.stream.shards if s != shard)):
             raws = list(islice(read_tar(other.path, strict=False), other.count))
             for step in range(len(raws)):
-                sample = decode(raws[(place + step) % len(raws)], image=other.image)
+                sample = decode(raws[(index + step) % len(raws)], image=other.image)
                 if sample and not self.misfit(sample):
                     return sample
         raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
 
 
 def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
-    """JSON and image of a raw sample, or None where one of them is missing or damaged. `image`: there has to be one."""
+    """Decode a raw sample; None if its JSON or image is missing or damaged. image: whether an image is required."""
     data = next((raw[name] for name in IMAGES if name in raw), None)
     if "json" not in raw or (image and data is None):
         return None

@@ -1,8 +1,8 @@
-"""Texts without images as `Batch`es: packed rows, prompts with responses, molecules with a class.
+"""`Batch`es of text without images: packed rows, prompts with responses, molecules with a class.
 
     data = TextData(path="data/smiles", codec=codec, batch_size=64, response_length=40, prompt_dropout=0.1)
 
-A packed row is taken by the ids that it was cut into, without eot behind it. Everything else is as for captions.
+A packed row is used as stored, as token ids without eot. Everything else is as for captions.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from datamodules.shards import Index, Sample
 from src.io.errors import UserError
 from src.text.tokenizer import Codec
 
-PARTS = 2**32  # of a probability
+RESOLUTION = 2**32  # of a probability drawn by `choice`
 
 
 class TextData(ShardData):
     """Text shards under `path`, as `src.prepare` writes them (conf=text, conf=sft, conf=smiles).
 
-    response_length:         response length in tokens: filled with end of text behind eot; longer responses are cut. For packed
-        rows it has to be their length
-    prompt_dropout: share of the prompts that training hides, so that the model can be guided (`cfg_scale`)
-    The rest: see `ShardData`.
+    response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut. Must equal the
+        length of packed rows
+    prompt_dropout:  fraction of prompts masked in training, for classifier-free guidance (`cfg_scale`)
+    Other arguments: see `ShardData`.
     """
 
     kind, image = "text", False
@@ -63,24 +63,25 @@ class TextData(ShardData):
 
     def _read(self, split: str) -> Index:
         index = super()._read(split)
-        row = index.content.get("row", self.collate.response_length)
-        if row != self.collate.response_length:
+        response_length = self.collate.response_length
+        row = index.content.get("row", response_length)
+        if row != response_length:
             raise UserError(
-                f"{index.path} holds rows of {row} tokens, but response length is {self.collate.response_length}; "
-                f"set data.response_length={row}, or prepare the text again with prepare.response_length={self.collate.response_length}"
+                f"{index.path} holds rows of {row} tokens, but the response length is {response_length}; set "
+                f"data.response_length={row}, or prepare the text again with prepare.response_length={response_length}"
             )
         return index
 
 
 class TextCollate(Collate):
-    """Hides the prompt of a sample with probability `prompt_dropout`, by a hash of (seed, epoch, key)."""
+    """Masks the prompt of a sample with probability `prompt_dropout`, by a hash of (seed, epoch, key)."""
 
     def __init__(self, codec: Codec, *, response_length: int, seed: int, prompt_dropout: float) -> None:
         super().__init__(codec, response_length=response_length, layout=None, seed=seed)
         self.prompt_dropout = prompt_dropout
 
     def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
-        """The prompt, or as many masks: what the sampler shows the model without a prompt (`masked_prefix`)."""
+        """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
         ids = super().prompt_ids(sample, epoch)
-        hidden = choice(f"{self.seed}/{epoch}/{sample.key}/prompt", PARTS) < self.prompt_dropout * PARTS
-        return [self.codec.mask_id] * len(ids) if hidden else ids
+        masked = choice(f"{self.seed}/{epoch}/{sample.key}/prompt", RESOLUTION) < self.prompt_dropout * RESOLUTION
+        return [self.codec.mask_id] * len(ids) if masked else ids

@@ -32,9 +32,9 @@ from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
-from src.rounds.drafts import cap_num_drafts, draft_batch, draw_drafts, settings_of
+from src.rounds.drafts import cap_num_drafts, draft_batch, draft_settings, draw_drafts
 from src.text.tokenizer import Codec
-from src.training.launch import explained, launched_first, together
+from src.training.launch import is_rank0_by_env, process_group, report_lost_ranks
 
 
 @main_guard
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
     check(cfg, offers=("codec", "seed"))
     if cfg.round < 1:
         raise UserError(f"round must be at least 1, got {cfg.round}")
-    lock = locked(path_of(cfg, "out")) if launched_first() else nullcontext()
-    with lock, explained(), together() as team:
+    lock = locked(path_of(cfg, "out")) if is_rank0_by_env() else nullcontext()
+    with lock, report_lost_ranks(), process_group() as team:
         per_rank = team.gather(_draw(cfg, team))
-    if not team.first:
+    if not team.is_rank0:
         return
     num_drafts = sum(count for count, _, _ in per_rank)
     scenes = any(is_scene for _, is_scene, _ in per_rank)
@@ -71,7 +71,7 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
     warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
     num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
     sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
-    settings = settings_of(
+    settings = draft_settings(
         backbone,
         sampler,
         codec=codec,
@@ -101,7 +101,7 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
         team=team,
     )
     num_drawn, scenes = 0, False
-    for chunk in chunks:  # already on disk
+    for chunk in chunks:  # iterating draws; a chunk is on disk when it is yielded
         num_drawn, scenes = num_drawn + len(chunk), "scene" in chunk[0].record
     return num_drawn, scenes, num
 

@@ -34,7 +34,7 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
-from src.distributed.checkpoints import MANIFEST, is_whole, read_whole
+from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
 from src.io.files import publish
 from src.io.hub import local_folder
@@ -102,7 +102,7 @@ def _merge_shards(path: Path, out: Path) -> None:
     if not is_checkpoint(path):
         raise UserError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is not one")
     _check_whole(path)
-    content = read_whole(path)
+    content = read_full(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     torch.save(content, temporary)
@@ -112,7 +112,7 @@ def _merge_shards(path: Path, out: Path) -> None:
 
 def _check_whole(path: Path) -> None:
     """Raise UserError for a checkpoint that is incomplete or changed."""
-    if (path.is_file() or (path / MANIFEST).is_file()) and not is_whole(path):
+    if (path.is_file() or (path / MANIFEST).is_file()) and not is_intact(path):
         raise UserError(f"{path} is damaged: incomplete or changed since it was written; use another checkpoint")
 
 

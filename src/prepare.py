@@ -1,4 +1,4 @@
-"""Make the shards of a dataset: procedural scenes, photographs with annotation files, or texts without images.
+"""Write a dataset as shards: procedural scenes, photographs with annotation files, or texts without images.
 
     python -m src.prepare conf=scenes prepare.out=data/scenes
     python -m src.prepare conf=photos prepare.images=DIR prepare.annotations=FILE prepare.out=data/photos
@@ -8,23 +8,24 @@
 
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
 
-Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. A record is one of these; its keys tell which:
+Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. The keys of a record
+tell its format:
     {"image": "a.jpg", "caption": "A cat."}          or image_id, file_name, ...; captions: a list, text, output, ...
     {"a.jpg": "A cat.", "b.jpg": ["A dog."]}         file names with captions
     {"images": [...], "annotations": [...]}          COCO
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
-    conversations and "revise": [{"org": "a dog", "target": "a cat"}]              ReDiff: the answer is flawed
+    conversations and "revise": [{"org": "a dog", "target": "a cat"}]              ReDiff: the answer has errors
     "original_caption", "changed_caption", "solution_original", "solution_target"  ViCrit: "image" as above
-"split" (train, val or test) and "prompt" in a record are kept. Images without a split are split by a hash of their
-names; from three images up, each split gets one.
+A record may set "split" (train, val or test) and "prompt". Other images are split by a hash of their names; with three
+or more of them, each split gets at least one.
 
-Texts are read from .txt, .jsonl, .json, .csv and .tsv files and split by a hash of each text, or given as
-prepare.files={train: FILE, val: FILE, test: FILE}. What cannot be used is left out and counted, with an example.
+Texts are read from .txt, .jsonl, .json, .csv and .tsv files and split by a hash of each text, unless files are given
+per split: prepare.files={train: FILE, val: FILE, test: FILE}. Unusable records are left out and counted, with an
+example of each reason.
 
-Everything is written into OUT.partial, which takes its name at the end: a killed run leaves nothing that
-looks finished, and a second run of the same command finds OUT complete and does nothing. Equal settings make
-equal bytes.
+The dataset is written into OUT.partial, which is renamed to OUT at the end, so a killed run leaves nothing that looks
+finished. Running the same command again does nothing. The same settings write the same bytes.
 """
 
 from __future__ import annotations

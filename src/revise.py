@@ -44,7 +44,7 @@ from src.rounds.drafts import read_drafts, read_drafts_index
 from src.rounds.round import RoundOptions, check_reopens, reopen, revise_round
 from src.rounds.stats import yields
 from src.text.tokenizer import Codec
-from src.training.launch import explained, launched_first, together
+from src.training.launch import is_rank0_by_env, process_group, report_lost_ranks
 from src.types import Round
 
 HINTS = {
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
         skipped = f"; {num_skipped} drafts skipped, as no request could be built" if num_skipped else ""
         sys.stdout.write(f"{cfg.requests}: {written} requests{skipped}\n")
         return
-    lock = locked(out) if launched_first() else nullcontext()
-    with lock, explained(), together() as team:
+    lock = locked(out) if is_rank0_by_env() else nullcontext()
+    with lock, report_lost_ranks(), process_group() as team:
         options = _round_options(cfg, codec, team)
         if cfg.again or cfg.reread:
             team.on_rank0(lambda: check_reopens(out, drafts, options))
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
             team.on_rank0(lambda: _import_results(cfg, out, drafts, codec))
         ask = not (cfg.results or cfg.reread)
         finished_round = revise_round(out, drafts, options=options, ask=ask, reread=cfg.reread)
-    if team.first:
+    if team.is_rank0:
         sys.stdout.write(f"{finished_round.path}: {report(finished_round)}\n")
 
 

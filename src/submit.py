@@ -36,7 +36,7 @@ from src.cli.instantiate import build, check, is_node, nodes, plain
 from src.io.errors import UserError
 from src.models.hf.weights import is_model_folder
 from src.training.build import OFFERS, STORED, check_trainer, rehearse
-from src.training.run_dir import CONFIG, check_folder, is_complete
+from src.training.run_dir import CONFIG, check_folder, check_format, is_complete
 from src.training.slurm import Cluster, script, submit
 
 DRY = {"dry=true": True, "dry=false": False}
@@ -70,6 +70,7 @@ def _checked(argv: Sequence[str]) -> DictConfig:
     cfg = load_config(argv, verb="src.submit", needs=NEEDS["src.submit"])
     if cfg.cluster is None:
         raise UserError("no cluster is set; conf=stage2,cluster/NAME reads conf/cluster/NAME.yaml")
+    check_format(cfg)
     check(cfg, offers=OFFERS, sections=["callbacks"])
     if cfg.cluster.get("target") != TARGET:
         raise UserError(f"cluster.target must be {TARGET}, got {cfg.cluster.get('target')!r}")

@@ -40,7 +40,7 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import check
-from src.cli.signals import BY_FILE, SIGNALLED, Stop, Stopped
+from src.cli.signals import EXIT_BASE, STOP_FILE_SIGNAL, Stop, Stopped
 from src.io.errors import UserError
 from src.io.files import write_json
 from src.io.lock import locked
@@ -50,10 +50,10 @@ from src.training.launch import (
     check_world_size,
     exit_now,
     exit_with_parent,
-    explained,
     is_lost_rank,
-    launched_first,
-    meet,
+    is_rank0_by_env,
+    rendezvous,
+    report_lost_ranks,
 )
 from src.training.memory_plan import plan
 from src.training.run_dir import (
@@ -63,6 +63,7 @@ from src.training.run_dir import (
     STOP,
     begin,
     check_folder,
+    check_format,
     checkpoints,
     discard_replaced,
     is_complete,
@@ -80,13 +81,14 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     """Train, or print the memory plan if `plan.gpus` is set."""
     cfg = load_config(argv, verb="src.train", needs=NEEDS["src.train"])
+    check_format(cfg)
     check(cfg, offers=OFFERS, sections=["callbacks"])
     if cfg.plan.gpus is not None:
         sys.stdout.write(plan(cfg, gpus=cfg.plan.gpus))
         return
-    is_rank0 = launched_first()
+    is_rank0 = is_rank0_by_env()
     exit_with_parent()
-    with locked(path_of(cfg, "run_dir")) if is_rank0 else nullcontext(), explained():
+    with locked(path_of(cfg, "run_dir")) if is_rank0 else nullcontext(), report_lost_ranks():
         train(cfg, is_rank0=is_rank0)
 
 
@@ -125,9 +127,9 @@ def train(cfg: DictConfig, *, is_rank0: bool = True) -> None:
 
     # 4. Fit. With several ranks a signal must not raise on one rank alone, as the others would wait for it.
     try:
-        stop.held = trainer.world_size > 1
+        stop.deferred = trainer.world_size > 1
         with stop, _user_errors(cfg, trainer, training_started, is_rank0=is_rank0):
-            trainer.fit(objective, datamodule=data, ckpt_path=meet(trainer, checkpoint, run=str(run_dir)))
+            trainer.fit(objective, datamodule=data, ckpt_path=rendezvous(trainer, checkpoint, run=str(run_dir)))
     except Stopped as stopped:
         _exit_stopped(trainer, stopped, run_dir)
         return
@@ -135,7 +137,7 @@ def train(cfg: DictConfig, *, is_rank0: bool = True) -> None:
         # Another rank saw RUN/STOP in a round and left first. A launcher that ends a failed job creates no such file.
         if not is_lost_rank(error) or not (run_dir / STOP).exists():
             raise
-        _exit_stopped(trainer, Stopped(BY_FILE), run_dir)
+        _exit_stopped(trainer, Stopped(STOP_FILE_SIGNAL), run_dir)
         exit_now(0)
     if trainer.global_step < cfg.trainer.max_steps:
         raise UserError(f"{_stopped_at(trainer)}; {_resume_hint(saved=_saved_at(run_dir) > saved_before)}")
@@ -189,10 +191,10 @@ def _exit_stopped(trainer: L.Trainer, stopped: Stopped, run_dir: Path) -> None:
     """
     if not trainer.is_global_zero:
         return
-    file = f" ({run_dir / STOP})" if stopped.signal is BY_FILE else ""
+    file = f" ({run_dir / STOP})" if stopped.signal is STOP_FILE_SIGNAL else ""
     sys.stderr.write(f"\n{_stopped_at(trainer)} by {stopped}{file}; the same command continues\n")
     if not SLURMEnvironment.detect():
-        sys.exit(SIGNALLED + stopped.signal)
+        sys.exit(EXIT_BASE + stopped.signal)
     (run_dir / REQUEUE).touch()
 
 

@@ -3,7 +3,7 @@
 B batch, P prefix length, L response length, V vocabulary, D width.
 
     shards -> Batch -> Corruption -> Corrupted -> Backbone(Prefix, tokens) -> logits -> objective
-    Batch -> Sampler -> Draft -> Expert -> Revision -> Round -> shards
+    Batch -> Sampler -> Draft -> Expert -> Revision -> token spans -> shards of a Round
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Kind(IntEnum):
     SYNTAX = 3  # visible, replaced by a random token
     HALLUCINATION = 4  # visible, inside a hallucinated span: fluent but false
     MISTAKE = 5  # visible, inside a span of a draft that the expert corrected
-    DRAFT = 6  # visible, written by the model itself (two-pass objectives)
+    DRAFT = 6  # visible, written by the model and not corrected
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Draft:
-    """A response written by the model. token_ids: cut after eot; reference: the true response, or ""."""
+    """A response written by the model.
+
+    key: key of the sample, and the speed it was drafted at (`KEY@s8`); steps: of the sampler's schedule
+    token_ids: cut after eot; reference: the true response, or ""; fingerprint: hash of the model's weights
+    """
 
     key: str
     prompt: str
@@ -272,7 +276,7 @@ class Backbone(Protocol):
 
 
 class Corruption(Protocol):
-    """Corrupts a response. Frozen positions never change; a replacement never equals the original."""
+    """Corrupts a response. Frozen positions never change; a random replacement never equals the original."""
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Any) -> Corrupted: ...
 

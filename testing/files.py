@@ -8,5 +8,5 @@ from typing import Any
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """The values of a JSONL file. NOTE: only \\n ends a line; `str.splitlines` also breaks at U+2028, U+0085 and others."""
+    """The values of a JSONL file. NOTE: `str.splitlines` would also break lines at U+2028, U+0085 and others."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]

@@ -226,7 +226,7 @@ def test_too_long_responses_are_cut_and_reported_once(
     assert set(batches[0].span[0].tolist()) == {0, 1}
     assert torch.equal(batches[0].flawed != batches[0].response, batches[0].span > 0)
     assert module.notes[str(response_length), "cut"] == 10
-    assert caplog.text.count("longer than the response length") == 1
+    assert caplog.text.count("exceed the response length") == 1
 
 
 def test_rounds_are_mixed_in_by_share(folder: Path, round_folder: Path, codec: Codec) -> None:
@@ -332,7 +332,7 @@ def test_state_holds_the_rounds(tmp_path: Path, folder: Path, round_folder: Path
     for shard in round_folder.glob("*.tar"):
         shard.unlink()
     write(round_folder, codec, [draft(codec, n) for n in range(4)], "round")
-    with pytest.raises(ValueError, match="not the round that the checkpoint knows"):
+    with pytest.raises(ValueError, match="not the round of the checkpoint"):
         data(folder, codec).load_state_dict(state)
 
 

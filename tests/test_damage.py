@@ -100,13 +100,13 @@ SPAN = {"start": 0, "end": 2, "target_ids": [5, 6]}
         ({"prompt": "What?", "captions": ["a ring"]}, "a caption is 'a ring'"),
         ({"prompt": "What?", "captions": [{"text": 5}]}, "the text of a caption is 5"),
         ({"prompt": "What?", "captions": [{"text": " "}]}, "the text of a caption is ' '"),
-        ({"prompt": "What?", "captions": [{"ids": [1, "2"]}]}, "no list of token ids"),
+        ({"prompt": "What?", "captions": [{"ids": [1, "2"]}]}, "not a list of token ids"),
         ({"prompt": "What?", "captions": [{**CAPTION, "swaps": None}]}, "the swaps of a caption are None"),
         *(
             ({"prompt": "", "captions": [{**CAPTION, "swaps": [swap]}]}, "does not fit a caption of 5 tokens")
             for swap in (3, {}, *({"tokens": t} for t in ([3, 6, [1, 2, 3]], [2, 2, []], [0, 2, [1]], [-1, 1, [1, 2]])))
         ),
-        ({"prompt": "", "draft_ids": 4, "spans": []}, "its draft_ids are no list"),
+        ({"prompt": "", "draft_ids": 4, "spans": []}, "its draft_ids are not a list"),
         ({"prompt": "", "draft_ids": [4]}, "its spans are None"),
         ({"prompt": "", "draft_ids": [4], "spans": [SPAN]}, "does not fit a draft of 1 tokens"),
         ({"prompt": "", "draft_ids": [4, 5], "spans": [{**SPAN, "target_ids": [1]}]}, "does not fit a draft"),
@@ -274,8 +274,8 @@ def test_a_record_without_a_real_scene_fails_alone():
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", "{}", '{"format": 1, "kind": "captions", "tokenizer": null, "shards": [{}]}',
-     '{"format": 1, "kind": "captions", "tokenizer": null, "shards": [{"name": "a.tar", "count": "x"}]}'],
+    ["{", "[1]", "{}", '{"format": 2, "kind": "captions", "tokenizer": null, "shards": [{}]}',
+     '{"format": 2, "kind": "captions", "tokenizer": null, "shards": [{"name": "a.tar", "count": "x"}]}'],
 )  # fmt: skip
 def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
@@ -305,7 +305,8 @@ def photos(tmp_path) -> Path:
 
 def prepare(photos: Path, out: Path) -> None:
     Photos(
-        out=str(out), images=str(photos), annotations=str(photos / "a.json"), image_size=48, vocab_size=300, response_length=64,
+        out=str(out), images=str(photos), annotations=str(photos / "a.json"), image_size=48, vocab_size=300,
+        response_length=64,
         prompt="What?", tokenizer=str(BASE), overwrite=True,
     ).run()  # fmt: skip
 
@@ -327,7 +328,7 @@ def test_overwriting_replaces_datasets_only(photos, tmp_path):
     home.mkdir()
     prepare(photos, home)  # an empty folder is nobody's
     prepare(photos, home)
-    for content in ('{"format": 1, "kind": "round", "tokenizer": null, "shards": []}', "{}"):
+    for content in ('{"format": 2, "kind": "round", "tokenizer": null, "shards": []}', "{}"):
         (home / INDEX).write_text(content)
         with pytest.raises(ValueError, match="exists but is no dataset"):
             prepare(photos, home)

@@ -149,7 +149,8 @@ def test_a_share_of_settled_corrections_is_one(share: float) -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
     Scenes(
-        out=str(out), image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture.", num_train=NUM,
+        out=str(out), image_size=48, vocab_size=300,
+        response_length=LENGTH, prompt="Describe the picture.", num_train=NUM,
         num_val=1, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
     ).run()  # fmt: skip
     return out
@@ -210,7 +211,8 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
         "callbacks.samples=null", "objective.training.warmup_steps=1", f"model.path={BASE}", f"tokenizer={BASE}",
         f"data.path={data}",
     ]  # fmt: skip
-    assert f"{tmp_path / 'round'} was made with a gap, and there is none here: set gap=TOKEN" in refused(train, capsys)
+    message = "was made with a gap token, but this run has none: set gap=TOKEN"
+    assert f"{tmp_path / 'round'} {message}" in refused(train, capsys)
     src.train.main([*train, f"gap={BOS}"])
     model = tmp_path / "run" / "model"
     assert yaml.safe_load((model / "prompt.yaml").read_text())["gap"] == BOS

@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_pa
     assert code == 1, said
     assert said[-1].startswith("error: "), said
     assert file in said[-1]
-    assert said[-1].endswith("; once that is mended, the same command continues")
+    assert said[-1].endswith("; once that is fixed, the same command continues")
     assert not any("Traceback" in line for line in said)
     importlib.import_module(f"src.{verb}").main(argv)
 
@@ -189,4 +189,4 @@ def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, number):
     (tmp_path / "lightning.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     code, said = run([sys.executable, "-m", "src.train", "conf=mask"], env={"PYTHONPATH": path})
-    assert (code, said) == (128 + number, [f"stopped by {number.name} before it began; the same command begins"])
+    assert (code, said) == (128 + number, [f"stopped by {number.name} before it started; the same command starts it"])

@@ -73,7 +73,8 @@ class Course:
 @pytest.fixture(scope="module")
 def course(tmp_path_factory) -> Iterator[Course]:
     folder = tmp_path_factory.mktemp("data")
-    Scenes(out=str(folder / "scenes"), image_size=48, response_length=64, prompt="Describe the image in detail.", num_train=48,
+    Scenes(out=str(folder / "scenes"), image_size=48,
+        response_length=64, prompt="Describe the image in detail.", num_train=48,
            num_val=8, num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
            tokenizer=str(BASE)).run()  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, Scripted(corrects) as server:

@@ -30,7 +30,8 @@ NUM = 12
 @pytest.fixture(scope="module")
 def drafts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drafts")
-    Scenes(out=str(folder / "data"), image_size=48, response_length=64, prompt="Describe the image in detail.", num_train=NUM,
+    Scenes(out=str(folder / "data"), image_size=48,
+        response_length=64, prompt="Describe the image in detail.", num_train=NUM,
            num_val=1, num_test=1, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
            tokenizer=str(BASE)).run()  # fmt: skip
     src.draft.main(["conf=draft", f"model.path={BASE}", f"data.path={folder}/data", f"out={folder}/drafts",

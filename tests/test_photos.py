@@ -130,7 +130,7 @@ def test_splits_in_the_records_stay(tmp_path: Path, caplog: pytest.LogCaptureFix
         dataset(tmp_path, [record(name, split="train" if name != names[0] else "val") for name in names]).run()
     found = split_keys(tmp_path)
     assert [len(found[split]) for split in SPLITS] == [4, 1, 0]
-    assert "no image is in test; give" in caplog.text
+    assert "no image is in test; add" in caplog.text
 
 
 def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -367,7 +367,7 @@ def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
     [
         ("plan.gpus=-2", "a plan is for at least 1 GPU, got -2"),
         ("plan.gpus=0", "a plan is for at least 1 GPU, got 0; plan.gpus=null trains"),
-        ("plan=true", r"plan: expected a mapping, got True; set what is in it, such as plan.gpus=..."),
+        ("plan=true", r"plan: expected a mapping, got True; set a key of it, such as plan.gpus=..."),
         ("plan.image=[640]", r"plan.image: expected \[width, height\] or null, got \[640\]"),
         ("plan.image=[0,0]", r"plan.image: expected \[width, height\] or null, got \[0, 0\]"),
         ("plan.image=[-5,5]", r"plan.image: expected \[width, height\] or null, got \[-5, 5\]"),

@@ -493,8 +493,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "records   2  merged into one image",
         "records   1  empty captions (left out)",
         "train     5  samples written",
-        "train     1  false spans of other token length (not used)",
-        "train     1  captions too long (left out), such as p0.jpg; to keep them raise prepare.response_length, "
+        "train     1  hallucinated spans of other token length (not used)",
+        "train     1  captions too long (left out), such as p0.jpg; to keep them, raise prepare.response_length, "
         "and data.response_length with it",
         "train     1  image files that cannot be decoded (left out), such as bad.jpg",
         "val       1  samples written",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.distributed.checkpoints import read_whole
+from src.distributed.checkpoints import read_full
 from src.export import main as export
 from src.io.shards import read_shard, write_shard
 from src.preparation.scenes import Scenes
@@ -33,7 +33,8 @@ def ranks():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48, response_length=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
+    Scenes(out=str(out), image_size=48,
+        response_length=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
            num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
            tokenizer=str(BASE)).run()  # fmt: skip
     return out
@@ -130,7 +131,7 @@ def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, 
     models = [json.loads((folder / f"round-000{n}/index.json").read_text())["settings"]["model"] for n in (1, 2)]
     assert models[0] != models[1]
     done = ranks.run(argv, out=tmp_path, kill=[(1, "src.objectives.base:Objective.training_step", 0)])
-    before = read_whole(tmp_path / "run" / "checkpoints" / "pre-round-0001.ckpt")["state_dict"]
+    before = read_full(tmp_path / "run" / "checkpoints" / "pre-round-0001.ckpt")["state_dict"]
     base = load_file(BASE / "model.safetensors")
     assert all(torch.equal(before[f"backbone.{name}"], tensor) for name, tensor in base.items())
     done = ranks.run(argv, out=tmp_path)
@@ -292,7 +293,7 @@ def test_a_run_goes_on_with_another_strategy(ranks, scenes, whole, copied, tmp_p
     alone = [*stage2(scenes, tmp_path / "one", world=1), "callbacks.checkpoint.every_n_train_steps=1"]
     killed = ranks.run(alone, out=tmp_path, world=1, kill=[(0, STEP, 0)])
     assert killed.codes == [-9]
-    content = read_whole(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
+    content = read_full(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
     shutil.rmtree(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
     torch.save(content, tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
     done = ranks.run(stage2(scenes, tmp_path / "one", parallel=parallel), out=tmp_path)
@@ -319,11 +320,11 @@ def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied
     argv = stage2(scenes, copied, "trainer.devices=3")
     done = ranks.run(argv, out=tmp_path, world=3)
     assert done.codes == [2, 2, 2], done.printed
-    told = "error: the checkpoint is from the middle of epoch 1, with 2 processes, and now there are 3: go on as"
+    told = "error: the checkpoint is from the middle of epoch 1, with 2 processes, and now there are 3: resume"
     assert all(told in text for text in done.printed)
     done = ranks.run([*argv, "data.restart_epoch=true"], out=tmp_path, world=3)
     assert done.codes == [0, 0, 0], done.printed
-    assert "and now there are 3: that epoch starts anew" in done.printed[0]
+    assert "and now there are 3: that epoch starts over" in done.printed[0]
 
 
 @pytest.mark.parametrize("form", ["own", "lightning"])

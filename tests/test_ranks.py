@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from src.distributed.parallel import Sharding, whole
+from src.distributed.parallel import Sharding, full_tensor
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
@@ -81,8 +81,8 @@ def run(
     settings = {**QUIET, **trainer, "max_steps": STEPS, "accelerator": "cpu", "use_distributed_sampler": False}
     fit = L.Trainer(callbacks=[watch], **settings)
     fit.fit(objective, DataLoader([part] * STEPS, batch_size=None))
-    whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
-    weights = torch.cat([whole(p.detach()).flatten() for p in objective.parameters()])
+    full_tensor = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
+    weights = torch.cat([full_tensor(p.detach()).flatten() for p in objective.parameters()])
     return {"weights": weights, "logged": watch.seen}
 
 
@@ -198,7 +198,7 @@ def on_texts(folder: Path, name: str, rate: float | None, steps: int) -> None:
     data = DataLoader([batch_with_prompt(4, padding=0)] * steps, batch_size=None)
     trainer.fit(objective, data, ckpt_path=path if path.exists() else None)
     trainer.save_checkpoint(path)
-    state = {name: whole(tensor.detach()) for name, tensor in objective.state_dict().items()}
+    state = {name: full_tensor(tensor.detach()) for name, tensor in objective.state_dict().items()}
     if trainer.is_global_zero:
         torch.save(state, path.with_suffix(".pt"))
 

@@ -30,7 +30,7 @@ from src.experts.scenes import ScenesExpert
 from src.io.settings import describe
 from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
-from src.rounds.drafts import draft_batch, draw_drafts, read_drafts, settings_of
+from src.rounds.drafts import draft_batch, draft_settings, draw_drafts, read_drafts
 from src.rounds.round import RoundOptions, read_round, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.grammar import swaps, write_caption
@@ -122,7 +122,7 @@ class Case:
     def settings(self) -> dict:
         data = {"data": "d" * 64, "response_length": CANVAS, "image_size": 48}
         fixed = {"codec": self.codec, "tokens_per_step": [4, 16], "num": NUM, "round_number": 1, "seed": 3}
-        return settings_of(self.backbone, self.sampler, data=data, **fixed)
+        return draft_settings(self.backbone, self.sampler, data=data, **fixed)
 
     @property
     def draft(self):

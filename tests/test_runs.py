@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.distributed.checkpoints import is_intact
 from src.train import main
-from src.training.run_dir import is_whole
 from tests.test_train import STAGE_TWO, arguments, refusal, write_scenes
 
 
@@ -126,9 +126,9 @@ def overwrite(path: Path, at: float, data: bytes) -> None:
 @pytest.mark.parametrize(("at", "data"), [(0.5, bytes(range(256)) * 8), (0.0, bytes(4096)), (0.25, b"\x01" * 64)])
 def test_a_damaged_checkpoint_is_passed_over(scenes, finished, copied, caplog, at, data):
     newest = copied / "checkpoints" / "last.ckpt"
-    assert is_whole(newest)
+    assert is_intact(newest)
     overwrite(newest, at, data)
-    assert not is_whole(newest)
+    assert not is_intact(newest)
     (copied / "finished.json").unlink()
     shutil.rmtree(copied / "model")
     main(arguments(scenes, copied))

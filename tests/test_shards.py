@@ -178,7 +178,7 @@ def test_resume_with_other_data_is_refused_or_starts_the_epoch_anew(tmp_path: Pa
     other.load_state_dict(state)
     with caplog.at_level(logging.WARNING):
         assert len(keys(other)) == len(other)
-    assert "starts anew" in caplog.text
+    assert "starts over" in caplog.text
     later = loader(stream, epoch=1)
     later.load_state_dict(state)
     assert len(keys(later)) == len(later)
@@ -216,7 +216,7 @@ def test_damage_is_survived_counted_and_named_once(
     lost = {f"s{n:03d}" for n in (*range(4, 10), 12, 15)}
     assert {k for ks in whole for k in ks} == {f"s{n:03d}" for n in range(30)} - lost
     messages = [r.getMessage() for r in caplog.records]
-    assert sum("train-000000.tar ends too early" in m for m in messages) == 1
+    assert sum("train-000000.tar is truncated" in m for m in messages) == 1
     assert sum("train-000001.tar holds damaged samples" in m for m in messages) == 1
     where = [str(folder / f"train-00000{n}.tar") for n in (0, 1)]
     lost_first = broken.notes[where[0], "missing"] + broken.notes[where[0], "damaged"]

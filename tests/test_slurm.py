@@ -76,7 +76,8 @@ def submit(slurm: Slurm, folder: Path, argv: list[str], **limits) -> str:
 def pictures(tmp_path_factory) -> Path:
     """Scenes of which the embedded base model gets some wrong, as there is to be something to correct."""
     out = tmp_path_factory.mktemp("data") / "pictures"
-    Scenes(out=str(out), tokenizer=BASE, image_size=48, vocab_size=512, response_length=64, prompt="Describe the picture.",
+    Scenes(out=str(out), tokenizer=BASE, image_size=48, vocab_size=512,
+        response_length=64, prompt="Describe the picture.",
            num_train=64, num_val=8, num_test=8, captions_per_image=1, objects=[2, 3], noise=4.0,
            per_shard=16).run()  # fmt: skip
     return out

@@ -232,14 +232,14 @@ def test_where_a_signal_raises():
     with pytest.raises(Stopped, match="SIGTERM"), Stop():
         signal.raise_signal(signal.SIGTERM)
     with Stop() as stop:
-        stop.held = True
+        stop.deferred = True
         signal.raise_signal(signal.SIGINT)
-        assert stop.asked is signal.SIGINT
+        assert stop.received is signal.SIGINT
         with pytest.raises(Stopped, match="SIGINT"), stop.at_once():
             raise AssertionError("not reached")
-        assert stop.held
+        assert stop.deferred
     with Stop() as stop:
-        stop.held = True
+        stop.deferred = True
         with pytest.raises(Stopped, match="SIGTERM"), stop.at_once():
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -28,7 +28,7 @@ MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
 VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise", "export")
 
-# Who may import whom: a room, and the rooms below it that it may use (docs/code.md has the same table).
+# Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
 ROOMS = {
     row.split("<-")[0].strip(): set(row.split("<-")[1].split())

@@ -79,7 +79,9 @@ def test_packed_rows_come_as_they_were_cut(folder: Path) -> None:
 
 
 def test_rows_of_another_length_than_the_response_length_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows of 12 tokens, but response length is 16; set data\.response_length=12"):
+    with pytest.raises(
+        ValueError, match=r"rows of 12 tokens, but the response length is 16; set data\.response_length=12"
+    ):
         data(folder, "text", response_length=16).train_dataloader()
 
 

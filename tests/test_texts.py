@@ -325,7 +325,8 @@ def test_real_mbpp_and_humaneval(tmp_path: Path) -> None:
     assert found <= {line["code"].replace("\r\n", "\n").replace("\r", "\n") for line in lines}
     assert index["counts"]["records"]["records"] == len(lines)
     evaluated = pairs(
-        tmp_path, files=str(text / "humaneval.jsonl"), prompt="prompt", response="canonical_solution", response_length=1000,
+        tmp_path, files=str(text / "humaneval.jsonl"), prompt="prompt", response="canonical_solution",
+        response_length=1000,
         max_prompt=None, keep=["test", "entry_point"], out=str(tmp_path / "humaneval"),
     )  # fmt: skip
     _, rows, _ = made(evaluated)

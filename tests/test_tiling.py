@@ -98,7 +98,7 @@ def test_packed_tokens_equal_those_of_another_implementation() -> None:
 
 @pytest.mark.parametrize("size", [(100, 34), (34, 100), (60, 60), (61, 200), (7, 5), (300, 9), (129, 128)])
 def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
-    """The image lies in the middle of the black response length, untouched on one side, and its features are those kept."""
+    """The image lies in the middle of the black square, untouched on one side, and its features are those kept."""
     layout, side = anyres(16), 4
     tiles = layout.tiles(Image.new("RGB", size, "white"))
     columns, rows = layout.grid(size)

@@ -34,7 +34,8 @@ def scenes(tmp_path_factory) -> Path:
 
 
 def write_scenes(out: Path, *, vocab_size: int, response_length: int, num_train: int) -> None:
-    Scenes(out=str(out), image_size=48, vocab_size=vocab_size, response_length=response_length, prompt="Describe.", num_train=num_train,
+    Scenes(out=str(out), image_size=48, vocab_size=vocab_size,
+        response_length=response_length, prompt="Describe.", num_train=num_train,
            num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=2.0, per_shard=16).run()  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def test_without_validation_samples_training_goes_on(scenes, tmp_path, caplog):
     (data / "val" / INDEX).write_text(json.dumps({**index, "shards": []}))
     argv = [a for a in arguments(data, tmp_path / "run", "callbacks.samples.every_n_steps=2") if "samples=" not in a]
     run(argv)
-    assert caplog.text.count("val holds no samples: training goes on without validation") == 1
+    assert caplog.text.count("val holds no samples: training runs without validation") == 1
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
     assert not logged(tmp_path / "run", "val/loss")
     assert logged(tmp_path / "run", "train/loss")

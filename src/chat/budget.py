@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from src.distributed.parallel import world
+from src.distributed.parallel import world_size
 from src.io.errors import UserError
 
 
@@ -60,7 +60,7 @@ class Budget:
         """Reserve one request with this usage; None where it does not fit this process's share of the budget."""
         reservation = self._totals(usage) | {"requests": 1}
         for name, limit in self._limits().items():
-            if limit is not None and self.spent[name] + reservation[name] > limit / world():
+            if limit is not None and self.spent[name] + reservation[name] > limit / world_size():
                 return None
         self._add(reservation)
         self.pending += 1

@@ -33,7 +33,7 @@ from src.chat.budget import Budget
 from src.chat.limits import MAX_429S, POLL_S, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
 from src.chat.link import Link, check_address, read_response
 from src.chat.replies import RetryableError, Unanswered, read_body, read_error
-from src.distributed.parallel import world
+from src.distributed.parallel import world_size
 from src.io.errors import UserError
 from src.types import DEADLINE, FailedRound
 
@@ -193,7 +193,7 @@ class Client:
     @property
     def at_once(self) -> int:
         """The most requests of this process in flight."""
-        return max(1, self._limits.concurrency // world())
+        return max(1, self._limits.concurrency // world_size())
 
     @cached_property
     def _gate(self) -> Gate:

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from src.io.files import naming
+from src.io.files import with_filename
 from src.types import Draft, Edit, Failure, Revision
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Journal(Answers):
             kind = "revision" if isinstance(answer, Revision) else "failure"
             line = {"request": self.request(draft), "key": draft.key, kind: asdict(answer)}
             lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        with naming(self.path):
+        with with_filename(self.path):
             self._append(b"".join(lines))
         for draft, answer in answers:
             self._answers[self.request(draft)] = answer

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from random import Random
 
 from src.chat.budget import Prices
-from src.distributed.parallel import world
+from src.distributed.parallel import world_size
 from src.io.errors import UserError
 
 BURST_S = 1.0  # capacity of a token bucket, in seconds at its rate: servers enforce windows shorter than a minute
@@ -64,9 +64,9 @@ class Limits:
         """Raise UserError where a limit is too low to be shared by all processes."""
         for name in ("concurrency", "max_requests"):
             value = getattr(self, name)
-            if value is not None and value < world():
+            if value is not None and value < world_size():
                 raise UserError(
-                    f"limits.{name}={value} is shared by {world()} processes: raise it, or use fewer processes"
+                    f"limits.{name}={value} is shared by {world_size()} processes: raise it, or use fewer processes"
                 )
 
     def __post_init__(self) -> None:
@@ -191,7 +191,7 @@ class Pace:
 
     def _wait(self, amount: float) -> float:
         """Refill the bucket; returns the seconds until it holds `amount`."""
-        now, rate = self._clock.now(), (self._per_minute or math.inf) / 60 / world()
+        now, rate = self._clock.now(), (self._per_minute or math.inf) / 60 / world_size()
         capacity = max(1.0, rate * BURST_S)
         elapsed = now - self._refilled_at
         self._level = min(capacity, self._level + elapsed * rate if elapsed > 0 else self._level)

@@ -1,1 +1,1 @@
-"""Config from yaml layers and key=value settings, components from its nodes, and what every verb does first."""
+"""The command line: configs from yaml layers, components built from them, --help, signals and exit codes."""

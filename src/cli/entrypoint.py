@@ -1,4 +1,4 @@
-"""What every verb's `main` shares: --help, one line for a user's mistake, exit codes of signals.
+"""What every verb's `main` shares: --help, user errors as one line, exit codes after signals.
 
 @main_guard
 def main(argv): ...
@@ -14,20 +14,20 @@ import sys
 from collections.abc import Callable
 
 from src.cli.help import help_text
-from src.cli.signals import SIGNALLED, Stop, Stopped
+from src.cli.signals import EXIT_BASE, Stop, Stopped
 from src.io.errors import UserError
 
 NUMBER = re.compile(r"(?:\[Errno |os error )(\d+)")
-REFUSALS = {  # what a machine refuses whatever the code: space, quota, size, rights, a broken disk, too many open files
+SYSTEM_ERRORS = {  # faults of the machine: disk full, quota, file size, permissions, I/O error, too many open files
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.EMFILE, errno.ENFILE),
 }
 
 
 def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
-    """Decorator of a verb's `main(argv)`: --help, exit codes, and one line for what the user can mend.
+    """Decorator of a verb's `main(argv)`: --help, exit codes, and one line for errors that the user can fix.
 
-    Exit code 2 for a UserError, 1 where the machine refuses to read or write, 128 + number for a signal. Every other
+    Exit code 2 for a UserError, 1 for a system error such as a full disk, 128 + number for a signal. Every other
     exception keeps its traceback.
     """
 
@@ -47,23 +47,23 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             sys.exit(2)
         except Stopped as stopped:
             sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
-            sys.exit(SIGNALLED + stopped.signal)
+            sys.exit(EXIT_BASE + stopped.signal)
         except Exception as error:
-            refusal = _refused_by_system(error)
-            if refusal is None:
+            message = _system_error(error)
+            if message is None:
                 raise
-            sys.stderr.write(f"\nerror: {refusal}; once that is mended, the same command continues\n")
+            sys.stderr.write(f"\nerror: {message}; once that is fixed, the same command continues\n")
             sys.exit(1)
 
     return guarded
 
 
-def _refused_by_system(error: Exception) -> str | None:
-    """What the machine refused and where, such as a full disk; None for an error that code may be to blame for."""
-    message = (str(error).strip().splitlines() or [""])[-1]  # from a worker process it comes behind a traceback
-    number = NUMBER.search(message)  # also in the words of a library in Rust, which raises no OSError
+def _system_error(error: Exception) -> str | None:
+    """Message for a fault of the machine, such as a full disk, with its path; None for an error that may be a bug."""
+    message = (str(error).strip().splitlines() or [""])[-1]  # a worker process puts its traceback in front
+    number = NUMBER.search(message)  # Rust libraries raise other types and put it in the message
     code = getattr(error, "errno", None) or (int(number[1]) if number else None)
-    if code not in REFUSALS and not isinstance(error, ConnectionError):  # a server that is away
+    if code not in SYSTEM_ERRORS and not isinstance(error, ConnectionError):  # such as a server that is down
         return None
     if isinstance(error, OSError) and error.errno:
         place = f"{error.filename}: " if error.filename else ""

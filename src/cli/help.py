@@ -1,8 +1,8 @@
-"""What a verb prints for --help: its docstring, the arguments, and the configurations that fit it, a line each.
+"""Text of --help: a verb's docstring, the arguments, and the configurations that fit it, one line each.
 
     help_text("src.train", doc)
 
-`src/__init__.py` answers --help with it before a verb's own imports run, as torch takes seconds to import.
+`src/__init__.py` prints it before a verb's own imports run, as torch takes seconds to import.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-# Verb -> top-level keys that its configurations have; one that lacks any of them is for another verb.
+# Verb -> top-level keys that its configurations must have.
 NEEDS: dict[str, tuple[str, ...]] = {
     "src.train": ("objective", "trainer", "callbacks", "plan"),
     "src.submit": ("cluster", "objective", "trainer", "callbacks", "plan"),
@@ -32,7 +32,7 @@ arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
 
 
 def help_text(verb: str, doc: str | None, root: str | Path = "conf") -> str:
-    """The whole text. verb: such as `src.train`; for one that is not in NEEDS every configuration is named."""
+    """The full text. verb: such as `src.train`; one that is not in NEEDS lists every configuration."""
     folder = config_root(root)
     alone, layers = fitting(verb, folder)
     lines = ["configurations:", *(_line(folder, name) for name in alone)]
@@ -48,7 +48,7 @@ def docstring(verb: str) -> str | None:
 
 
 def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
-    """Names of the configurations that a verb takes alone, and of the layers that fit on top of one of those."""
+    """Names of the complete configurations for a verb, and of the layers that fit on top of one of them."""
     trees = {name: _read(root, name) for name in available(root)}
     schemas = {name: set(trees.get(_lowest(trees, name), {})) for name in trees}
     if verb not in NEEDS:
@@ -58,34 +58,34 @@ def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
     layers = [
         name
         for name, tree in trees.items()
-        if tree and name not in complete and any(set(tree) - {"base"} <= schemas[below] for below in alone)
+        if tree and name not in complete and any(set(tree) - {"base"} <= schemas[base] for base in alone)
     ]
     return alone, layers
 
 
 def available(root: Path) -> list[str]:
-    """Names of all configurations; of those in a folder as `folder/name`."""
+    """Names of all configurations, in subfolders as `folder/name`."""
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def config_root(root: str | Path) -> Path:
-    """The folder of the configurations; where a relative one is not here, the one beside this package."""
+    """The folder of the configurations; a relative one that does not exist is looked up beside this package."""
     return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
 
 
 def _lowest(trees: dict[str, dict], name: str) -> str:
-    """The file that a configuration stands on: the first of its `base:`, and so on."""
-    seen = [name]
-    while bases := trees.get(seen[-1], {}).get("base"):
+    """The lowest layer of a configuration: the first of its `base:`, followed down."""
+    chain = [name]
+    while bases := trees.get(chain[-1], {}).get("base"):
         first = bases if isinstance(bases, str) else bases[0]
-        if first in seen:
+        if first in chain:
             break
-        seen.append(first)
-    return seen[-1]
+        chain.append(first)
+    return chain[-1]
 
 
 def _read(root: Path, name: str) -> dict:
-    """The content of a file; nothing where it cannot be read, which whoever uses it is told in full."""
+    """The content of a yaml file; empty if it cannot be read, as loading it reports the error in full."""
     try:
         tree = yaml.load((root / f"{name}.yaml").read_text(encoding="utf-8"), Loader=LOADER)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
@@ -94,7 +94,7 @@ def _read(root: Path, name: str) -> dict:
 
 
 def _line(root: Path, name: str) -> str:
-    """A name with the first line of comment in its file, cut to the width of a terminal."""
+    """A name and the first comment line of its file, cut to 120 columns."""
     first = (root / f"{name}.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     about = first.removeprefix("#").strip() if first.startswith("#") else ""
     return f"    {name:<{WIDTH}} {about}"[:120].rstrip()

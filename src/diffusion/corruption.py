@@ -4,8 +4,9 @@
     state = Chain(Absorb(...), Replace(...), Span())(batch, state, noise)
 
 B rows, L response positions, S spans. A corruption changes only positions that are still CLEAN, so earlier ones of a
-chain take precedence. Frozen positions never change; a replacement never equals the original. All randomness comes
-from `src.diffusion.noise.Noise`, so the damage to a sample does not depend on its batch.
+chain take precedence; `ShowGaps` alone changes what `Span` has written. Frozen positions never change. A random
+replacement never equals the original; a hallucinated span is written as a whole, with the tokens of it that happen to
+be right. All randomness comes from `src.diffusion.noise.Noise`, so the damage to a sample does not depend on its batch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ RUN/checkpoints/epoch=E-step=S.ckpt/          a folder: __RANK_N.distcp and .met
                                               meta.pt (loops, callbacks, ...), files.json (sizes and checksums)
 
     write_manifest(folder, ...), replace_folder(folder, path)      the last steps of writing a folder
-    is_whole(path)                                                 whether all checksums match
-    read_whole(path)                                               content of a file or a folder, as from one process
+    is_intact(path)                                                 whether all checksums match
+    read_full(path)                                               content of a file or a folder, as from one process
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def recover(folder: Path) -> None:
     """Restore the names of checkpoints that a kill left renamed, and remove partly written ones."""
     for old in sorted(folder.glob(".*.ckpt.old")):
         path = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not path.exists() and is_whole(old):
+        if not path.exists() and is_intact(old):
             old.replace(path)
     for leftover in [*folder.glob(".*.ckpt.old"), *folder.glob(".*.ckpt.tmp"), *folder.glob(".*.whole")]:
         if leftover.is_dir() and not leftover.is_symlink():
@@ -99,7 +99,7 @@ def recover(folder: Path) -> None:
             leftover.unlink()
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether the checksums of a checkpoint match its content."""
     if path.is_dir():
         try:
@@ -129,7 +129,7 @@ def check_sizes(folder: Path) -> dict[str, dict[str, int]]:
     return files
 
 
-def read_whole(path: Path) -> dict[str, Any]:
+def read_full(path: Path) -> dict[str, Any]:
     """The content of a checkpoint on the CPU, as a single process would have saved it. All ranks must call this.
 
     NOTE: a folder is first joined into a memory-mapped file beside it, which occupies the disk while the content is

@@ -1,7 +1,7 @@
 """Collectives, and FSDP2 sharding of a backbone.
 
-    world(), rank()                  1 and 0 without a process group
-    summed(tensor)                   all-reduce: the sum over all ranks
+    world_size(), rank()             1 and 0 without a process group
+    all_reduce_sum(tensor)           the sum over all ranks
     Team().gather(value)             collectives with a timeout of hours
     Sharding().apply(backbone, mesh) each rank keeps a shard of every parameter; units are gathered while in use
     with gathered(backbone): ...     all parameters on every rank, for generation: no rank waits for another inside
@@ -36,14 +36,14 @@ def rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if _distributed() else 1
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of `values` over all ranks. All ranks must call this, with the same shape."""
-    if world() == 1:
+    if world_size() == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
@@ -52,8 +52,8 @@ def summed(values: Tensor) -> Tensor:
 
 def gather(value: Any) -> list[Any]:
     """The values of all ranks, in rank order; any picklable object. `Team.gather` waits longer."""
-    values: list[Any] = [value] * world()
-    if world() > 1:
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
@@ -64,9 +64,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     A missing gradient counts as zero; a parameter without a gradient on any rank keeps none.
     """
     replicated = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-    if world() == 1 or not replicated:
+    if world_size() == 1 or not replicated:
         return
-    counts = summed(torch.tensor([p.grad is not None for p in replicated], device=replicated[0].device).long())
+    counts = all_reduce_sum(torch.tensor([p.grad is not None for p in replicated], device=replicated[0].device).long())
     with_gradient = [parameter for parameter, count in zip(replicated, counts.tolist(), strict=True) if count]
     for parameter in with_gradient:
         if parameter.grad is None:
@@ -74,9 +74,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for bucket in _buckets([parameter.grad for parameter in with_gradient if parameter.grad is not None]):
         if len(bucket) == 1:
             dist.all_reduce(bucket[0])
-            bucket[0] /= world()
+            bucket[0] /= world_size()
             continue
-        mean = summed(torch.cat([gradient.flatten() for gradient in bucket])) / world()
+        mean = all_reduce_sum(torch.cat([gradient.flatten() for gradient in bucket])) / world_size()
         for gradient, values in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(values.view_as(gradient))
 
@@ -93,7 +93,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one; any other as it is. All ranks must call this for a sharded tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -111,13 +111,13 @@ class Team:
     """
 
     def __init__(self, *, hours: float = 24.0) -> None:
-        self.rank, self.size = rank(), world()
+        self.rank, self.size = rank(), world_size()
         self._group: Any = None
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
@@ -133,7 +133,7 @@ class Team:
         """Rank 0's `value`, on all ranks; any picklable object."""
         if self.size == 1:
             return value
-        message = [value if self.first else None]
+        message = [value if self.is_rank0 else None]
         dist.broadcast_object_list(message, src=0, group=self._group)
         return message[0]
 
@@ -151,7 +151,7 @@ class Team:
         A ValueError or OSError is raised again on rank 0, and as RemoteRankError on the others.
         """
         failure, result = None, None
-        if self.first:
+        if self.is_rank0:
             try:
                 result = work()
             except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Every room may import this module."""
+"""Errors that a user can act on. Every package may import this module."""
 
 
 class UserError(ValueError):

@@ -12,6 +12,10 @@ from typing import Any
 
 from src.io.errors import UserError
 
+# Format of what this version writes: saved configs, checkpoints, datasets, drafts, rounds. Others are refused.
+# 1: versions 0.1; 2: `canvas` became `response_length`
+FORMAT = 2
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
@@ -21,14 +25,14 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically."""
     temporary = _temporary(path)
-    with naming(path), temporary.open("wb") as stream:
+    with with_filename(path), temporary.open("wb") as stream:
         stream.write(data)
         _sync(stream)
     _rename(temporary, path)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_filename(path: Path) -> Iterator[None]:
     """Add the file name to an OSError, such as a full disk's, that has none."""
     try:
         yield

@@ -22,9 +22,12 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from src.io.errors import UserError
-from src.io.files import _rename, _sync, _temporary, naming, read_json, sha256, write_json
+from src.io.files import FORMAT, _rename, _sync, _temporary, read_json, sha256, with_filename, write_json
 
-FORMAT = 1
+REMAKE = {  # kind of a folder -> the command that makes it
+    "drafts": "python -m src.draft conf=draft out={folder} ...",
+    "round": "python -m src.revise conf=revise out={folder} ...",
+}
 INDEX = "index.json"
 DATASET = "dataset"  # kind of a folder that contains splits instead of shards
 MAX_KEY = 90  # bytes; a name in a tar header has up to 100
@@ -66,7 +69,7 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
     """Write one tar atomically and return its index entry: name, count, bytes, sha256."""
     temporary = _temporary(path)
     count = 0
-    with naming(path), temporary.open("wb") as stream:
+    with with_filename(path), temporary.open("wb") as stream:
         with TarWriter(stream, encoder=False, mtime=0) as tar:
             for sample in samples:
                 tar.write(_encode(sample))
@@ -134,8 +137,11 @@ def read_manifest(folder: str | Path) -> dict:
     complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
     if kind == DATASET:
         raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
-    if form != FORMAT or not complete:
-        raise UserError(f"{path} has format {form!r}, but this version reads format {FORMAT}; recreate the folder")
+    if form != FORMAT:
+        command = REMAKE.get(kind, "python -m src.prepare ... prepare.overwrite=true").format(folder=folder)
+        raise UserError(f"{path} has format {form!r}, this version reads format {FORMAT}; remake the folder: {command}")
+    if not complete:
+        raise UserError(f"{path} is damaged (no tokenizer or no list of shards); recreate the folder")
     if invalid := [entry for entry in content["shards"] if not _is_entry(entry)]:
         raise UserError(f"{path} is damaged (no name and count of a shard in {invalid[0]!r}); recreate the folder")
     return content

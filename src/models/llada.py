@@ -1,7 +1,7 @@
 """The LLaDA decoder: a Llama-style transformer with bidirectional attention (arXiv 2502.09992).
 
-    prefix embeddings (B, P, D) ----> encode_prefix --\\
-    response embeddings (B, L, D) ------------------> forward -> hidden states of the response (B, L, D)
+    prefix embeddings (B, P, D) -> prefix_cache -> keys and values of each layer (attention mode `prefix`)
+    those, response embeddings (B, L, D) -> forward -> hidden states of the response (B, L, D)
 
 Attention modes. `full`: prefix and response see each other, as LLaDA-V was released. `prefix`: the prefix sees only
 itself, so its keys and values are computed once and reused exactly, at every denoising step and for every noise draw.

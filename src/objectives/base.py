@@ -25,7 +25,16 @@ from torch.distributed.tensor import DTensor
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, positions_of, term_loss
 from src.diffusion.noise import Noise
-from src.distributed.parallel import Sharding, average_gradients, gather, is_sharded, rank, summed, whole, world
+from src.distributed.parallel import (
+    Sharding,
+    all_reduce_sum,
+    average_gradients,
+    full_tensor,
+    gather,
+    is_sharded,
+    rank,
+    world_size,
+)
 from src.io.errors import UserError
 from src.objectives.optim import Training
 from src.types import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
@@ -133,7 +142,7 @@ class Objective(L.LightningModule):
         for rows, corrupted in micro_batches:
             for losses in self.losses(rows, corrupted):
                 # gradients are averaged over ranks, but the denominators are already sums over ranks
-                self.manual_backward(world() * self._weighted(_shares(losses, global_totals)))
+                self.manual_backward(world_size() * self._weighted(_shares(losses, global_totals)))
                 passes.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
                 losses.clear()  # frees the graph of this pass before the next forward
         average_gradients(self.parameters())
@@ -242,7 +251,7 @@ class Objective(L.LightningModule):
     def _clip(self) -> Tensor:
         """Clip the global gradient norm and return its value before clipping."""
         limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
-        return whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        return full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
 
     def _skip(self, batch: Batch, sums: dict[str, Loss]) -> None:
         """Count a skipped step. Raises Diverged, on all ranks, after more than `max_skipped` consecutive ones."""
@@ -250,9 +259,8 @@ class Objective(L.LightningModule):
         self.num_skipped, self._consecutive_skips = self.num_skipped + 1, self._consecutive_skips + 1
         self.log("train/skipped", float(self.num_skipped))
         finite = all(bool(loss.numerator.isfinite()) for loss in sums.values())
-        suspects = gather(
-            [] if finite else [str(key) for key in batch.keys]
-        )  # per rank: keys if its loss is not finite
+        # of each rank, its keys if its loss is not finite
+        suspects = gather([] if finite else [str(key) for key in batch.keys])
         keys = [key for part in suspects for key in part] or [str(key) for part in gather(batch.keys) for key in part]
         message = f"the gradients are not finite after step {self.trainer.global_step} (samples {_shortened(keys)})"
         if self._consecutive_skips > self.options.max_skipped:
@@ -289,7 +297,7 @@ class Objective(L.LightningModule):
             [torch.stack([term.where(state).sum() for state in states]).sum() for term in terms]
         )
         sums = torch.stack([losses[term.name].numerator.detach() for term in terms])
-        num_positions, sums = summed(torch.stack([num_positions.to(sums), sums]))
+        num_positions, sums = all_reduce_sum(torch.stack([num_positions.to(sums), sums]))
         values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(terms, sums, strict=True)}
         has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: for positions chosen after the corruption
         names = [term.name for term, shown in zip(terms, has_positions, strict=True) if shown]
@@ -299,7 +307,7 @@ class Objective(L.LightningModule):
 
     def _log_counts(self, stage: str, num_rows: int) -> None:
         """Log the accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
-        counts = summed(torch.stack(list(self._counts.values()))) if self._counts else torch.zeros(0)
+        counts = all_reduce_sum(torch.stack(list(self._counts.values()))) if self._counts else torch.zeros(0)
         shares = dict(zip(self._counts, counts.tolist(), strict=True))
         self._counts.clear()
         accuracy = {kind: shares.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
@@ -350,7 +358,7 @@ def attended(batch: Batch) -> Tensor | None:
 
 def _all_reduce(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """The denominators summed over all ranks."""
-    return dict(zip(totals, summed(torch.stack(list(totals.values()))), strict=True))
+    return dict(zip(totals, all_reduce_sum(torch.stack(list(totals.values()))), strict=True))
 
 
 def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:

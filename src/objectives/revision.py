@@ -1,7 +1,8 @@
 """Foundational revision: Stage I of ReDiff (arXiv 2510.19871, section 3.2).
 
 mask tokens with probability t -> replace visible tokens at random -> replace a true span by a hallucinated span
--> cross-entropy on masked, replaced, hallucinated and clean tokens, a separate mean for each kind, weight 1/t
+-> cross-entropy on masked, replaced, hallucinated and clean tokens, a separate mean for each kind,
+   weight 1/t in the paper (conf/stage1.yaml: 1)
 """
 
 from __future__ import annotations

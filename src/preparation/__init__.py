@@ -1,1 +1,1 @@
-"""Raw files -> shards: annotations, images and texts of many forms, and the embedded scenes."""
+"""Datasets as shards: procedural scenes, photographs with annotation files, and texts."""

@@ -1,15 +1,15 @@
-"""Annotation files of many formats to entries: an image name with its captions.
+"""Read annotation files of many formats as entries: an image name with its captions.
 
-    read_entries(path, counts) -> Entry, Entry, ...      `counts` gets what was skipped, by reason
+    read_entries(path, counts) -> Entry, Entry, ...      skipped records are counted by reason
 
-    file -> values (JSON, JSONL, objects one after another, CSV, TSV) -> records -> the reader for their keys
+    file -> values (JSON, JSONL, concatenated objects, CSV, TSV) -> records -> the reader for their keys
 
     ViCrit        original_caption, changed_caption, solution_original, solution_target
-    ReDiff        conversations or messages (the answer is flawed), revise [{org, target}]
+    ReDiff        conversations or messages (the answer has errors), revise [{org, target}]
     conversations conversations or messages (LLaVA, ShareGPT4V, InternLM, LLaMA-Factory): the first answer
-    captions      an image and a caption, a text, an output or a list of captions (also COCO's own JSON)
+    captions      an image and a caption, text, output, or a list of captions (also COCO's own JSON)
 
-The format is told from the keys of each record, never from the name of the file.
+The format is detected from the keys of each record, never from the file name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RawSwap:
-    """`text[start : start + len(right)] == right`; `wrong` in its place makes the caption false."""
+    """`text[start : start + len(right)] == right`; replacing it by `wrong` makes the caption false."""
 
     start: int
     right: str
@@ -46,7 +46,7 @@ class RawSwap:
 
 @dataclass
 class Caption:
-    """A true text and known ways to make it false."""
+    """A true text with swaps that make it false."""
 
     text: str
     swaps: list[RawSwap] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Caption:
 
 @dataclass
 class Entry:
-    """What one record says about one image, whose name is as written there."""
+    """The captions of one image in one record. `image` is the name as the record spells it."""
 
     image: str
     captions: list[Caption]
@@ -63,21 +63,21 @@ class Entry:
 
 
 class Skip(Exception):
-    """A record that cannot be used; the message is the reason."""
+    """Raised for an unusable record; the message is the reason, as counted in index.json."""
 
 
 def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
-    """The usable records of an annotation file. Raises UserError where no record has a known format."""
-    fitting, odd = 0, None
+    """Yield the usable records of an annotation file. Raises UserError if no record has a known format."""
+    num_recognized, unrecognized = 0, None
     seen: set[str] = set()
     for record in _records(path, counts):
         counts["records"] += 1
         reader = _reader(record)
         if reader is None:
-            odd = odd or record
+            unrecognized = unrecognized or record
             counts["unknown_format"] += 1
             continue
-        fitting += 1
+        num_recognized += 1
         name = str(record.get("id", f"#{counts['records']}"))
         counts["duplicate_id"] += name in seen
         seen.add(name)
@@ -85,12 +85,14 @@ def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
             yield reader(record, counts)
         except Skip as reason:
             counts[str(reason)] += 1
-    if not fitting:
-        keys = f"the first record has the keys {', '.join(map(str, odd))}" if odd else "it holds no records"
+    if not num_recognized:
+        keys = ", ".join(map(str, unrecognized or ()))
+        problem = f"the first record has the keys {keys}" if unrecognized else "it holds no records"
         raise UserError(
-            f"{path} has no known annotation format: {keys}. A record needs an image (one of {', '.join(IMAGE_KEYS)}) "
-            f"and a caption ({', '.join(CAPTION_KEYS)}), {' or '.join(TURN_KEYS)}, or original_caption and "
-            "changed_caption; `python -m src.prepare --help` shows each"
+            f"{path} has no known annotation format: {problem}. "
+            f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
+            f"{' or '.join(TURN_KEYS)}, or original_caption and changed_caption; "
+            "`python -m src.prepare --help` shows every format"
         )
 
 
@@ -99,7 +101,7 @@ def read_entries(path: Path, counts: Counter[str]) -> Iterator[Entry]:
 
 def _records(path: Path, counts: Counter[str]) -> Iterator[dict]:
     if not path.is_file():
-        raise UserError(f"no annotation file {path}")
+        raise UserError(f"no annotation file {path}; check prepare.annotations")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -125,35 +127,35 @@ def _table(path: Path, text: str) -> list[dict]:
 
 def _json_values(path: Path, text: str, counts: Counter[str]) -> Iterator[Any]:
     try:
-        whole = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("["):
             raise UserError(f"{path} is not valid JSON: {error}") from error
-        yield from _one_after_another(text, counts)
+        yield from _concatenated_json(text, counts)
         return
-    yield from whole if isinstance(whole, list) else _of_mapping(whole)
+    yield from content if isinstance(content, list) else _records_of_object(content)
 
 
-def _one_after_another(text: str, counts: Counter[str]) -> Iterator[Any]:
-    """JSON values with blanks between them: JSONL, pretty-printed objects. Broken lines are counted."""
-    decoder, place = json.JSONDecoder(), 0
-    while match := re.compile(r"\S").search(text, place):
+def _concatenated_json(text: str, counts: Counter[str]) -> Iterator[Any]:
+    """Whitespace-separated JSON values: JSONL or pretty-printed objects. Broken lines are counted."""
+    decoder, position = json.JSONDecoder(), 0
+    while match := re.compile(r"\S").search(text, position):
         try:
-            value, place = decoder.raw_decode(text, match.start())
+            value, position = decoder.raw_decode(text, match.start())
             yield value
         except json.JSONDecodeError:
             counts["broken_json"] += 1
             end = text.find("\n", match.start())
-            place = len(text) if end < 0 else end
+            position = len(text) if end < 0 else end
 
 
-def _of_mapping(value: Any) -> Iterator[Any]:
-    """The records in a top-level object: COCO's tables, a record, {file name: caption(s)} or {id: record}."""
+def _records_of_object(value: Any) -> Iterator[Any]:
+    """The records in a top-level JSON value: COCO's tables, a record, {file name: caption(s)} or {id: record}."""
     if not isinstance(value, dict):
         yield value
     elif isinstance(value.get("images"), list) and isinstance(value.get("annotations"), list):
         names = {image.get("id"): image.get("file_name") for image in value["images"]}
-        yield from ({**note, "image": names.get(note.get("image_id"))} for note in value["annotations"])
+        yield from ({**row, "image": names.get(row.get("image_id"))} for row in value["annotations"])
     elif _reader(value) or not value:
         yield value
     elif all(isinstance(item, dict) for item in value.values()):
@@ -177,9 +179,9 @@ def _reader(record: dict) -> Callable[[dict, Counter[str]], Entry] | None:
 
 
 def _caption_key(record: dict) -> str | None:
-    """Where the caption is. The `text` of a benchmark's question or of its label is none."""
-    question = "label" in record or ("question_id" in record and "prompt" not in record)
-    return next((key for key in CAPTION_KEYS if key in record and not (key == "text" and question)), None)
+    """The key of the caption. `text` is not a caption where it is a benchmark's question."""
+    is_question = "label" in record or ("question_id" in record and "prompt" not in record)
+    return next((key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)), None)
 
 
 def _captions(record: dict, counts: Counter[str]) -> Entry:
@@ -199,7 +201,7 @@ def _captions(record: dict, counts: Counter[str]) -> Entry:
 def _vicrit(record: dict, counts: Counter[str]) -> Entry:
     caption = Caption(_text(record["original_caption"]))
     right, wrong = record.get("solution_original"), record.get("solution_target")
-    start = _changed_at(caption.text, str(record["changed_caption"]), right, wrong)
+    start = _swap_start(caption.text, str(record["changed_caption"]), right, wrong)
     if start is None:
         counts["swap_not_found"] += bool(right or wrong)
     else:
@@ -207,13 +209,13 @@ def _vicrit(record: dict, counts: Counter[str]) -> Entry:
     return _entry(record, [caption], record.get("problem"))
 
 
-def _changed_at(true: str, false: str, right: Any, wrong: Any) -> int | None:
-    """Where `right` becomes `wrong` as the true caption turns false, capitals and blanks aside."""
+def _swap_start(true: str, false: str, right: Any, wrong: Any) -> int | None:
+    """Where replacing `right` by `wrong` turns the true caption into the false one, up to case and whitespace."""
     if not (isinstance(right, str) and isinstance(wrong, str) and right and wrong):
         return None
-    same = lambda text: " ".join(text.casefold().split())  # noqa: E731
-    places = [match.start() for match in re.finditer(f"(?={re.escape(right)})", true)]
-    return next((p for p in places if same(true[:p] + wrong + true[p + len(right) :]) == same(false)), None)
+    normalize = lambda text: " ".join(text.casefold().split())  # noqa: E731
+    starts = [match.start() for match in re.finditer(f"(?={re.escape(right)})", true)]
+    return next((s for s in starts if normalize(true[:s] + wrong + true[s + len(right) :]) == normalize(false)), None)
 
 
 def _conversation(record: dict, counts: Counter[str]) -> Entry:
@@ -223,34 +225,34 @@ def _conversation(record: dict, counts: Counter[str]) -> Entry:
 
 def _rediff(record: dict, counts: Counter[str]) -> Entry:
     prompt, answer = _first_turns(record, counts)
-    return _entry(record, [_repaired(_text(answer), record["revise"])], prompt)
+    return _entry(record, [_corrected(_text(answer), record["revise"])], prompt)
 
 
-def _repaired(flawed: str, pairs: Any) -> Caption:
-    """The true text behind a flawed one, with its flaws as swaps; every flaw has to be found."""
-    found: list[tuple[int, str, str]] = []
-    for pair in pairs if isinstance(pairs, list) else []:
-        org, target = (pair.get("org"), pair.get("target")) if isinstance(pair, dict) else (None, None)
+def _corrected(draft: str, edits: Any) -> Caption:
+    """The draft with all edits applied, and its errors as swaps. Raises Skip if an edit does not apply."""
+    spans: list[tuple[int, str, str]] = []
+    for edit in edits if isinstance(edits, list) else []:
+        org, target = (edit.get("org"), edit.get("target")) if isinstance(edit, dict) else (None, None)
         if not (isinstance(org, str) and isinstance(target, str) and org and target):
             raise Skip("revise_empty_span")
-        found.append((_find(flawed, org), org, target))
+        spans.append((_find(draft, org), org, target))
     text, end, swaps = "", 0, []
-    for start, org, target in sorted(found):
+    for start, org, target in sorted(spans):
         if start < end:
             raise Skip("revise_overlap")
-        text += flawed[end:start]
+        text += draft[end:start]
         swaps.append(RawSwap(len(text), target, org))
         text, end = text + target, start + len(org)
-    return Caption(text + flawed[end:], swaps)
+    return Caption(text + draft[end:], swaps)
 
 
-def _find(text: str, part: str) -> int:
-    """The only place of a part; whole words go before parts of words."""
-    places = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text)]
-    places = places or [m.start() for m in re.finditer(re.escape(part), text)]
-    if len(places) != 1:
-        raise Skip("revise_ambiguous" if places else "revise_not_found")
-    return places[0]
+def _find(text: str, span: str) -> int:
+    """The start of the only occurrence of a span; occurrences as whole words take precedence."""
+    starts = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(span)}(?!\w)", text)]
+    starts = starts or [m.start() for m in re.finditer(re.escape(span), text)]
+    if len(starts) != 1:
+        raise Skip("revise_ambiguous" if starts else "revise_not_found")
+    return starts[0]
 
 
 def _first_turns(record: dict, counts: Counter[str]) -> tuple[str, Any]:
@@ -280,12 +282,12 @@ def _turn(turn: Any) -> tuple[str, Any]:
 
 def _entry(record: dict, captions: list[Caption], prompt: Any) -> Entry:
     split = record.get("split")
-    clean = " ".join(IMAGE_MARK.sub(" ", prompt).split()) if isinstance(prompt, str) else ""
-    return Entry(_image(record), captions, clean or None, split if isinstance(split, str) else None)
+    question = " ".join(IMAGE_MARK.sub(" ", prompt).split()) if isinstance(prompt, str) else ""
+    return Entry(_image(record), captions, question or None, split if isinstance(split, str) else None)
 
 
 def _image(record: dict) -> str:
-    """The name of the record's only image."""
+    """The name of the record's only image. Raises Skip if it has none or several."""
     value = next((record[key] for key in IMAGE_KEYS if record.get(key) not in (None, "", [])), None)
     names = {str(name) for name in value} if isinstance(value, list) else {str(value)}
     if value is None or isinstance(value, bool | float | dict):

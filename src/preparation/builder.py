@@ -1,8 +1,8 @@
-"""A dataset on disk: splits of shards with a tokenizer, written whole or not at all. `src.prepare` runs them.
+"""A dataset on disk: splits of shards and a tokenizer, written atomically. `src.prepare` runs a `Dataset`.
 
 OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
 
-Everything is written into OUT.partial, which takes its name at the end.
+The dataset is written into OUT.partial, which is renamed to OUT at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from src.io.errors import UserError
-from src.io.files import naming, publish, read_json, write_json
+from src.io.files import publish, read_json, with_filename, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
 from src.preparation.counts import table
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Dataset(ABC):
-    """A folder with splits, written whole or not at all. A subclass makes the samples.
+    """Base of all datasets: writes a folder with splits atomically. Subclasses make the samples in `write`.
 
-    overwrite: replace `out`; otherwise it is kept if it was made with the same settings, and refused if not
+    overwrite: replace `out`; if false, `out` is kept when its settings are the same, else a UserError is raised
     """
 
     out: str
@@ -43,11 +43,11 @@ class Dataset(ABC):
 
     @property
     def settings(self) -> dict:
-        """What the content depends on."""
+        """The settings that the content depends on; stored in index.json."""
         return {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
 
     def run(self) -> dict:
-        """Write the dataset, unless it is there, and return its index.json."""
+        """Write the dataset unless it exists; return its index.json."""
         out = Path(self.out)
         with locked(out):
             return self._run(out, out.with_name(f"{out.name}.partial"))
@@ -63,7 +63,7 @@ class Dataset(ABC):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            with naming(partial):
+            with with_filename(partial):
                 index = {"format": FORMAT, "kind": DATASET, "settings": self.settings, **self.write(partial)}
                 write_json(partial / INDEX, index)
         except BaseException:
@@ -76,32 +76,34 @@ class Dataset(ABC):
 
     @property
     def sources(self) -> Sequence[str]:
-        """The files and folders that the samples come from."""
+        """The files and folders that are read."""
         return ()
 
     @abstractmethod
     def write(self, folder: Path) -> dict:
-        """Write splits and tokenizer into a folder; the result goes into index.json."""
+        """Write splits and tokenizer into a folder; the returned mapping goes into index.json."""
 
     def _existing(self, out: Path) -> dict | None:
-        """The index of the dataset that is there; None where it is to be replaced."""
+        """The index of the dataset in `out`; None if it is to be replaced or the folder is empty."""
         if out.is_dir() and not any(out.iterdir()):
             return None
         if not (out / INDEX).is_file():
-            raise UserError(f"{out} exists but is no finished dataset; remove it, or choose another `out`")
+            raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
         index = read_json(out / INDEX)
         if index.get("kind") != DATASET:
-            raise UserError(f"{out} exists but is no dataset of `src.prepare`; remove it, or choose another `out`")
+            raise UserError(f"{out} exists but is no dataset of `src.prepare`; remove it or choose another prepare.out")
         if self.overwrite:
             return None
+        if (form := index.get("format")) != FORMAT:
+            raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
         old, new = index.get("settings", {}), self.settings
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         if changed:
             raise UserError(
                 f"{out} was made with other settings ({', '.join(changed)}); "
-                "set overwrite=true to make it again, or choose another `out`"
+                "set prepare.overwrite=true to make it again, or choose another prepare.out"
             )
-        log.info("%s is finished already: nothing to do", out)
+        log.info("%s is already complete: nothing to do", out)
         return index
 
 
@@ -112,18 +114,17 @@ def check_splits(
     noun: str,
     remedy: tuple[str, str],
 ) -> None:
-    """Raise UserError where there is nothing to train on; warn where there is nothing to validate or to test on.
+    """Raise UserError if train is empty; warn if val or test is empty.
 
-    noun: what a sample is; remedy: what else helps, without and with something to train on
+    noun: a sample, in words; remedy: what else the user can do if train is empty, and if only val or test is
     """
     empty = [split for split in SPLITS if not counts[split]["written"]]
     if len(empty) == 3:
-        raise UserError(f"nothing could be used; why, by reason:\n{table(counts, examples)}")
+        raise UserError(f"nothing could be used; reasons:\n{table(counts, examples)}")
     if "train" in empty:
-        told = table(counts, examples)
-        raise UserError(f"no {noun} is left for train; add some, or {remedy[0]}\n{told}")
+        raise UserError(f"no {noun} is left for train; add some, or {remedy[0]}\n{table(counts, examples)}")
     if empty:
-        log.warning("no %s is in %s; give more, or %s", noun, " and in ".join(empty), remedy[1])
+        log.warning("no %s is in %s; add more, or %s", noun, " and in ".join(empty), remedy[1])
 
 
 def write_split(
@@ -137,7 +138,7 @@ def write_split(
     kind: str = "captions",
     extra: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Write one split and return its counts, `written` among them."""
+    """Write one split and return its counts, including `written`."""
     index = write_shards(
         folder / split,
         samples,

@@ -1,11 +1,11 @@
-"""What became of records, images and captions: counted by reason, some with an example, and shown as a table.
+"""Counts of records, images and captions by what became of them, with examples, shown as a table.
 
     counts = Counts()
     counts["merged"] += 1
-    counts.note("missing_image", "a/b.jpg")     counted as well; the first name is kept as the example
+    counts.note("missing_image", "a/b.jpg")     counts it, and keeps the first name as the example
     table({"train": counts}, {"train": counts.examples})
 
-Reasons are the keys in index.json; what they mean to a user is in `MEANING`.
+Reasons are keys in index.json; `MEANING` is how the table words them.
 """
 
 from __future__ import annotations
@@ -15,85 +15,91 @@ from collections.abc import Mapping
 
 MEANING = {
     "written": "samples written",
-    "swaps": "false spans kept",
-    "swaps of unequal length": "false spans of other token length (not used)",
+    "swaps": "hallucinated spans kept",
+    "swaps of unequal length": "hallucinated spans of other token length (not used)",
     "captions too long": "captions too long (left out)",
     "captions redrawn": "captions too long (drawn again)",
-    "no_usable_caption": "images left without a caption",
+    "no_usable_caption": "images without a usable caption (left out)",
     "records": "records read",
     "merged": "merged into one image",
-    "duplicate_caption": "captions that an image has already",
-    "duplicate_id": "ids that an earlier record has (used all the same)",
+    "duplicate_caption": "captions that the image already has (left out)",
+    "duplicate_id": "ids of an earlier record (record still used)",
     "later_turns": "later turns of conversations (not used)",
-    "unknown_split": "of an unknown split (split by the image's name)",
-    "unknown_format": "of an unknown format (left out)",
-    "not_a_record": "values that are no record (left out)",
+    "unknown_split": "with an unknown split (split by the image's name)",
+    "unknown_format": "in an unknown format (left out)",
+    "not_a_record": "values that are not a record (left out)",
     "broken_json": "broken JSON (left out)",
     "no_image": "without an image (left out)",
     "several_images": "with several images (left out)",
     "image_in_later_turn": "with the image in a later turn (left out)",
-    "video": "of a video (left out)",
+    "video": "about a video (left out)",
     "no_answer": "conversations without an answer (left out)",
     "empty_caption": "empty captions (left out)",
-    "swap_not_found": "false spans that are not in their caption (not used)",
-    "revise_empty_span": "corrections that are empty (record left out)",
-    "revise_overlap": "corrections that overlap (record left out)",
-    "revise_not_found": "corrections that are not in the text (record left out)",
-    "revise_ambiguous": "corrections of what is in the text more than once (record left out)",
+    "swap_not_found": "hallucinated spans without a match in their caption (not used)",
+    "revise_empty_span": "edits with an empty span (record left out)",
+    "revise_overlap": "edits that overlap (record left out)",
+    "revise_not_found": "edits of text that is not in the answer (record left out)",
+    "revise_ambiguous": "edits of text that is in the answer more than once (record left out)",
     "missing_image": "image files that are missing (left out)",
     "empty_image_file": "image files that are empty (left out)",
-    "image_too_large": "images of too many pixels (left out)",
+    "image_too_large": "images with too many pixels (left out)",
     "undecodable_image": "image files that cannot be decoded (left out)",
     "not_utf8": "texts or lines that are not UTF-8 (left out)",
     "missing_field": "without one of the fields (left out)",
-    "not_a_text": "with a field that is no text (left out)",
-    "not_a_number": "with a field that is no number (left out)",
+    "not_a_text": "with a field that is not text (left out)",
+    "not_a_number": "with a field that is not a number (left out)",
     "empty_text": "empty texts (left out)",
-    "carriage_returns": "with CRLF or CR line ends (made LF)",
+    "carriage_returns": "with CRLF or CR line ends (changed to LF)",
     "duplicate_text": "that repeat an earlier one (left out)",
-    "image_mark": "with an image mark, but no image (left out)",
+    "image_mark": "with an image mark but no image (left out)",
     "prompts too long": "prompts too long (left out)",
     "responses too long": "responses too long (left out)",
-    "not_in_vocabulary": "that the tokenizer does not give back, as it lacks characters (left out)",
-    "special_token": "with a special token of the tokenizer in the prompt (left out)",
+    "not_in_vocabulary": "with characters that the tokenizer lacks (left out)",
+    "special_token": "with a special token in the prompt (left out)",
     "broken_smiles": "SMILES with a bracket, branch or ring left open (left out)",
-    "broken_row": "rows of a table that cannot be read (left out)",
+    "broken_row": "unreadable table rows (left out)",
     "class_1": "of them of class 1",
-    "tokens_left": "tokens at the end that fill no row (left out)",
+    "tokens_left": "tokens at the end that do not fill a row (left out)",
 }
-LONGER = "; to keep them raise prepare.response_length, and data.response_length with it"
+RAISE_LENGTH = "; to keep them, raise prepare.response_length, and data.response_length with it"
 ADVICE = {
-    "captions too long": LONGER,
-    "responses too long": LONGER,
-    "prompts too long": "; to keep them raise prepare.max_prompt",
+    "captions too long": RAISE_LENGTH,
+    "responses too long": RAISE_LENGTH,
+    "prompts too long": "; to keep them, raise prepare.max_prompt",
 }
 
 
 class Counts(Counter[str]):
-    """How often each thing happened. `examples`: the first name noted with it."""
+    """Counts by reason. `examples`: the first name given for a reason."""
 
     def __init__(self) -> None:
         super().__init__()
         self.examples: dict[str, str] = {}
 
     def note(self, reason: str, example: str) -> None:
-        """Count, and keep the first example."""
+        """Count a reason once, and keep the first example of it."""
         self[reason] += 1
         self.examples.setdefault(reason, example)
 
 
 def table(counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, Mapping[str, str]]) -> str:
-    """A line for each part and reason: part, number, meaning, and an example where there is one.
+    """One line per part and reason: part, number, meaning, example.
 
-    What was written comes first in a part, even if it is nothing.
+    `written` comes first in a part, even if it is 0.
     """
-    sort = lambda some: sorted(some.items(), key=lambda row: row[0] != "written")  # noqa: E731
-    rows = [(part, *row) for part, some in counts.items() for row in sort(some) if row[1] or row[0] == "written"]
-    wide = max((len(part) for part, _, _ in rows), default=0)
+    rows = [
+        (part, reason, number)
+        for part, numbers in counts.items()
+        for reason, number in sorted(numbers.items(), key=lambda row: row[0] != "written")
+        if number or reason == "written"
+    ]
+    width = max((len(part) for part, _, _ in rows), default=0)
     digits = max((len(str(number)) for _, _, number in rows), default=0)
     lines = []
     for part, reason, number in rows:
         example = examples.get(part, {}).get(reason)
-        such = f", such as {example}" if example else ""
-        lines.append(f"{part:{wide}}  {number:>{digits}}  {MEANING.get(reason, reason)}{such}{ADVICE.get(reason, '')}")
+        suffix = f", such as {example}" if example else ""
+        lines.append(
+            f"{part:{width}}  {number:>{digits}}  {MEANING.get(reason, reason)}{suffix}{ADVICE.get(reason, '')}"
+        )
     return "\n".join(lines)

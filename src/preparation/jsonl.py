@@ -1,11 +1,11 @@
-"""Files of texts to records and documents. What cannot be read is left out and counted, with its place.
+"""Read text files as records or documents. Unreadable lines are left out and counted, with file and line.
 
     read_records(Path("gsm8k.jsonl"), counts)            ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
     read_documents(Path("book.txt"), "text", counts)     ("book.txt#1", "It was ..."), ...
-    text_of(record, "question")                          the text of a field, or `Skip` with the reason
+    text_of(record, "question")                          the text of a field; raises `Skip` with the reason
 
-.jsonl: an object in each line; .json: a list of objects; .csv and .tsv: a table with names in its first line. A .txt
-file is one document, or several with <|endoftext|> between them; of the others a document is one field of a record.
+.jsonl: one object per line; .json: a list of objects; .csv and .tsv: a table whose first line names the columns. A .txt
+file is one document, or several separated by <|endoftext|>; in the other formats, a document is one field of a record.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.counts import Counts
 
-END = "<|endoftext|>"  # between the documents of a .txt file
-ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
 def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
-    """The records of a file, each with its place. Raises UserError where the file is not there or of another kind."""
+    """Yield (place, record). Raises UserError if the file is missing or has another suffix."""
     _check(path)
-    ending = path.suffix.lower()
-    if ending in (".csv", ".tsv"):
-        values: Iterator[tuple[str, Any]] = _table(path, counts, delimiter="\t" if ending == ".tsv" else ",")
-    elif ending == ".json":
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        values: Iterator[tuple[str, Any]] = _table(path, counts, delimiter="\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":
         values = _json(path)
-    elif ending == ".jsonl":
+    elif suffix == ".jsonl":
         values = _json_lines(path, counts)
     else:
-        raise UserError(f"{path} has no records: they are read from {', '.join(ENDINGS[1:])} files")
+        raise UserError(f"{path} has no records; records are read from {', '.join(SUFFIXES[1:])} files")
     for place, value in values:
         counts["records"] += 1
         if isinstance(value, dict):
@@ -45,27 +45,27 @@ def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
 
 
 def read_documents(path: Path, field: str, counts: Counts) -> Iterator[tuple[str, str]]:
-    """The texts of a file, each with its place. `field`: of the records of a file that is no .txt."""
+    """Yield (place, text). `field`: the field of a record that holds the text, for files other than .txt."""
     if path.suffix.lower() != ".txt":
         for place, record in read_records(path, counts):
             try:
                 yield place, text_of(record, field)
             except Skip as reason:
-                note(counts, reason, place, record)
+                count_skipped(counts, reason, place, record)
         return
     _check(path)
-    text = unified("".join(line for _, line in _lines(path, counts)))
-    documents = [document.strip() for document in text.split(END)]
+    text = normalize_newlines("".join(line for _, line in _lines(path, counts)))
+    documents = [document.strip() for document in text.split(SEPARATOR)]
     for number, document in enumerate(documents, start=1):
         if document:
             counts["records"] += 1
             yield f"{path.name}#{number}", document
-        elif number < len(documents):  # behind the last mark there need not be a text
+        elif number < len(documents):  # a separator may end the file
             counts.note("empty_text", f"{path.name}#{number}")
 
 
 def text_of(record: dict, field: str) -> str:
-    """The text of a field, with LF line ends. Raises `Skip` where there is none."""
+    """The text of a field, with LF line ends. Raises `Skip` if it is missing, empty or not text."""
     value = record.get(field)
     if value is None:
         raise Skip("missing_field")
@@ -75,32 +75,32 @@ def text_of(record: dict, field: str) -> str:
         raise Skip("empty_text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell but no file can hold
+    except UnicodeEncodeError:  # a lone surrogate: valid in JSON, but not encodable as UTF-8
         raise Skip("not_utf8") from None
-    return unified(value)
+    return normalize_newlines(value)
 
 
-def unified(text: str) -> str:
-    """The text with LF line ends."""
+def normalize_newlines(text: str) -> str:
+    """Replace CRLF and CR line ends by LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def note(counts: Counts, reason: Skip, place: str, record: dict) -> None:
-    """Count a record that is left out. A missing field is often a misspelt one, so those that there are get named."""
+def count_skipped(counts: Counts, reason: Skip, place: str, record: dict) -> None:
+    """Count a skipped record. For a missing field, the example lists the record's fields, to show a misspelling."""
     fields = ", ".join(str(name) for name in record if name is not None)
-    missing = f" (its fields: {fields[:80]})" if str(reason) == "missing_field" else ""
-    counts.note(str(reason), place + missing)
+    suffix = f" (its fields: {fields[:80]})" if str(reason) == "missing_field" else ""
+    counts.note(str(reason), place + suffix)
 
 
 def _check(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"no file {path}")
-    if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"{path}: texts are read from {', '.join(ENDINGS)} files")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: texts are read from {', '.join(SUFFIXES)} files")
 
 
 def _lines(path: Path, counts: Counts) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers and ends, those that are not UTF-8 left out."""
+    """Yield (number, line with its line end); lines that are not UTF-8 are counted and left out."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -127,7 +127,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, list):
-        raise UserError(f"{path} must hold a list of objects; a file with an object in each line ends in .jsonl")
+        raise UserError(f"{path} must hold a list of objects; name a file with one object per line .jsonl")
     yield from ((f"{path.name}#{number}", value) for number, value in enumerate(values, start=1))
 
 

@@ -1,9 +1,9 @@
-"""Entries of annotation files to photos: images found, records of one image merged, splits fixed.
+"""Photographs with annotation files: locate images, merge the records of an image, assign splits (`conf=photos`).
 
     Album("images/").add(entry) ... -> .photos() -> fill_splits(photos, usable)
 
-One photo is one image under one prompt, with all captions that any record gives for it. All photos of an
-image are in one split, also where it has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
+A photo is one image under one prompt, with the captions of all its records. All photos of an image are in the same
+split, even if the image has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from src.preparation.swaps import SwapLocator
 from src.scenes.grammar import Swap
 from src.text.tokenizer import Codec
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _COCO_PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")
-_ID_DIGITS = 12  # COCO pads ids so in file names
+_ID_DIGITS = 12  # COCO file names pad ids with zeros
 
 
 @dataclass
 class Photo:
-    """One sample to be: where its image is, its prompt, captions by text, and its split.
+    """A future sample: image path, prompt, captions by text, and split.
 
-    name: of the image, without COCO's prefix; share: its hash in 0..1, None where a record decides the split instead
+    name:  of the image, without COCO's prefix
+    share: hash of `name` in 0..1; None if a record sets the split
     """
 
     key: str
@@ -50,7 +51,7 @@ class Photo:
 
 
 class Album:
-    """Collects entries whose images lie under `folder`. `counts` gets what is left out, by reason."""
+    """Collects entries whose images are under `folder`. Entries left out are counted in `counts`, by reason."""
 
     def __init__(self, folder: Path, *, prompt: str, seed: int, counts: Counts) -> None:
         if not folder.is_dir():
@@ -63,7 +64,7 @@ class Album:
         return list(self._photos.values())
 
     def add(self, entry: Entry) -> None:
-        """File an entry under its image and prompt."""
+        """Add the captions of an entry to the photo of its image and prompt."""
         try:
             path = self._find(entry.image)
         except Skip as reason:
@@ -73,26 +74,26 @@ class Album:
         photo = self._photos.get((path, prompt))
         if photo is None:
             name = _COCO_PREFIX.sub("", path.stem)
-            place = self._split(name, entry.split)
-            photo = self._photos[path, prompt] = Photo(self._key(path, prompt), path, prompt, place[0], name, place[1])
+            split, share = self._split(name, entry.split)
+            photo = self._photos[path, prompt] = Photo(self._key(path, prompt), path, prompt, split, name, share)
         else:
             self.counts["merged"] += 1
         self._merge(photo, entry)
 
     def _merge(self, photo: Photo, entry: Entry) -> None:
         for caption in entry.captions:
-            known = photo.captions.setdefault(caption.text, caption)
-            if known is not caption:
-                new = [swap for swap in caption.swaps if swap not in known.swaps]
-                known.swaps.extend(new)
+            existing = photo.captions.setdefault(caption.text, caption)
+            if existing is not caption:
+                new = [swap for swap in caption.swaps if swap not in existing.swaps]
+                existing.swaps.extend(new)
                 self.counts["duplicate_caption"] += not new
 
     def _find(self, name: str) -> Path:
-        """The file that a name means: with all of its folders or fewer, or under COCO's other name."""
+        """The image file of a name, trying it with fewer and fewer leading folders and in COCO's other spelling."""
         parts = [p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", ".", "..")]
         for first in range(len(parts)):
-            for candidate in _names(self.folder.joinpath(*parts[first:])):
-                if os.path.isfile(candidate):  # unlike Path.is_file, false for impossible names too
+            for candidate in _spellings(self.folder.joinpath(*parts[first:])):
+                if os.path.isfile(candidate):  # unlike Path.is_file, False for invalid names
                     return candidate
         raise Skip("missing_image")
 
@@ -101,35 +102,39 @@ class Album:
         digest = hashlib.blake2b(f"{name}\n{prompt}".encode(), digest_size=4).hexdigest()
         return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
 
-    def _split(self, name: str, given: str | None) -> tuple[str, float | None]:
-        """What the image's first record says, else by a hash of its name; the hash, if that decides."""
-        if given and given.lower() not in SPLIT_NAMES:
+    def _split(self, name: str, record_split: str | None) -> tuple[str, float | None]:
+        """(split, share): from the image's first record if it sets a split (share None), else by a hash of the name."""
+        if record_split and record_split.lower() not in SPLIT_NAMES:
             self.counts.note("unknown_split", name)
-        known = SPLIT_NAMES.get(given.lower()) if given else None
+        split = SPLIT_NAMES.get(record_split.lower()) if record_split else None
         share = hashed_share(name, self.seed)
-        return self._splits.setdefault(name, (known, None) if known else (split_of(share), share))
+        return self._splits.setdefault(name, (split, None) if split else (split_of(share), share))
 
 
-def _names(path: Path) -> list[Path]:
+def _spellings(path: Path) -> list[Path]:
+    """The path itself, without COCO's prefix and padding differences, and with each image suffix if it has none."""
     plain = path.with_name(_COCO_PREFIX.sub("", path.name))
     if path.name.isdecimal():
         plain = plain.with_name(plain.name.zfill(_ID_DIGITS))
-    bare = [] if path.suffix.lower() in ENDINGS else [p.with_name(p.name + e) for p in (path, plain) for e in ENDINGS]
-    return [path, plain, *bare]
+    if path.suffix.lower() in SUFFIXES:
+        return [path, plain]
+    return [path, plain, *(p.with_name(p.name + suffix) for p in (path, plain) for suffix in SUFFIXES)]
 
 
 @dataclass(kw_only=True)
 class Photos(Dataset):
     """Photographs with captions, from annotation files in any format that `src.preparation.annotations` reads.
 
-    images:      folder that the image names in the annotations are relative to
-    annotations: one file or several: JSON, JSONL, CSV or TSV
-    image_size:  side of the stored square image: the whole picture, on grey; encoding: jpg or png
-    square:      false stores images in their own shape, the longer side at most `image_size`, to be cut into tiles
-    tokenizer:   folder of a tokenizer to use; null trains one on the captions, which can write any text
-    response_length:      captions of more than response_length - 1 tokens are left out; the `data.response_length` of training should be as large
-    prompt:      the question, for records that have none
-    max_images:  use only the first so many photos; null means all
+    images:          folder that the image names in the annotations are relative to
+    annotations:     one file or several: JSON, JSONL, CSV or TSV
+    image_size:      pixels, side of the stored square image: the whole picture, padded with grey
+    encoding:        jpg or png
+    square:          false keeps the shape of images, the longer side at most `image_size`, for training with tiles
+    tokenizer:       folder of a tokenizer; null trains a byte-level one on the captions
+    response_length: captions of more than response_length - 1 tokens are left out; `data.response_length` of training
+        should be at least as large
+    prompt:          for records without a question
+    max_images:      use only the first `max_images` photos; null uses all
     """
 
     image_size: int
@@ -156,27 +161,27 @@ class Photos(Dataset):
         return [self.annotations] if isinstance(self.annotations, str) else self.annotations
 
     def write(self, folder: Path) -> dict:
-        skipped = Counts()
-        photos = self._collect(skipped)
+        read_counts = Counts()
+        photos = self._collect(read_counts)
         codec = make_codec(folder, self.tokenizer, self._texts(photos), vocab_size=self.vocab_size, alphabet="bytes")
         fill_splits(photos, lambda photo: self._is_usable(photo, codec))
-        read = {reason: number for reason, number in skipped.items() if number}
-        counts, examples = {"records": read}, {"records": skipped.examples}
+        counts = {"records": {reason: number for reason, number in read_counts.items() if number}}
+        examples = {"records": read_counts.examples}
         with tqdm(total=len(photos), desc="photos", unit="image", disable=None) as bar:
             for split in SPLITS:
-                mine = [photo for photo in photos if photo.split == split]
-                found = Counts()
-                samples = self._samples(mine, codec, found, bar)
-                counts[split] = write_split(folder, split, samples, codec, self.per_shard, found)
-                examples[split] = found.examples
-        remedy = ("take `split` out of the records", "a `split` to the records")
+                split_photos = [photo for photo in photos if photo.split == split]
+                split_counts = Counts()
+                samples = self._samples(split_photos, codec, split_counts, bar)
+                counts[split] = write_split(folder, split, samples, codec, self.per_shard, split_counts)
+                examples[split] = split_counts.examples
+        remedy = ("take `split` out of the records", "set `split` in the records")
         check_splits(counts, examples, noun="image", remedy=remedy)
         return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples}
 
-    def _collect(self, skipped: Counts) -> list[Photo]:
-        album = Album(Path(self.images), prompt=self.prompt, seed=self.seed, counts=skipped)
+    def _collect(self, counts: Counts) -> list[Photo]:
+        album = Album(Path(self.images), prompt=self.prompt, seed=self.seed, counts=counts)
         for file in self._files:
-            for entry in read_entries(Path(file), skipped):
+            for entry in read_entries(Path(file), counts):
                 album.add(entry)
         return album.photos()[: self.max_images]
 
@@ -189,7 +194,7 @@ class Photos(Dataset):
                 yield from (swap.wrong for swap in caption.swaps)
 
     def _is_usable(self, photo: Photo, codec: Codec) -> bool:
-        """Whether the photo would become a sample."""
+        """Whether the photo has a caption that fits and an image that can be decoded."""
         if all(self._is_long(text, codec) for text in photo.captions):
             return False
         try:
@@ -206,7 +211,8 @@ class Photos(Dataset):
         for photo in photos:
             bar.update()
             file = photo.path.relative_to(self.images).as_posix()
-            captions = [c for c in (self._caption(c, file, locate, counts) for c in photo.captions.values()) if c]
+            captions = [self._caption(caption, file, locate, counts) for caption in photo.captions.values()]
+            captions = [caption for caption in captions if caption]
             if not captions:
                 counts.note("no_usable_caption", file)
                 continue
@@ -222,5 +228,5 @@ class Photos(Dataset):
         if self._is_long(caption.text, locate.codec):
             counts.note("captions too long", file)
             return None
-        found = [Swap(s.start, s.start + len(s.right), s.right, s.wrong, "phrase") for s in caption.swaps]
-        return {"text": caption.text, "swaps": locate(caption.text, found, counts)}
+        swaps = [Swap(s.start, s.start + len(s.right), s.right, s.wrong, "phrase") for s in caption.swaps]
+        return {"text": caption.text, "swaps": locate(caption.text, swaps, counts)}

@@ -1,4 +1,4 @@
-"""The embedded data: procedural scenes with true captions and hallucinated facts (`conf=scenes`)."""
+"""Procedural scenes with true captions and hallucinated spans, the built-in training data (`conf=scenes`)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 
-CHAT_WORDS = "system user assistant"  # roles that the chat template writes
-EVALUATION_SEED = 0  # of val and test scenes: they stay the same, whatever the seed of a dataset
-SMALLEST = 16  # pixels on the side of a scene
-RESERVED = 512  # scenes of val, and of test, that no training set holds, however few of them a dataset has
-MAX_DRAWS = 1000  # attempts at a new scene or a fitting caption before the settings count as impossible
+CHAT_WORDS = "system user assistant"  # role names in the chat template
+EVALUATION_SEED = 0  # val and test scenes are the same for every `seed` of a dataset
+SMALLEST = 16  # pixels, side of an image
+RESERVED = 512  # scenes of val and of test each that no training set holds, even if a dataset has fewer
+MAX_DRAWS = 1000  # attempts at a new scene or a caption that fits, before an error is raised
 
 
 @dataclass(kw_only=True)
 class Scenes(Dataset):
-    """Procedural scenes with true captions and hallucinated facts. No scene is in two splits, jitter aside.
+    """Procedural scenes with true captions and hallucinated spans. Apart from jitter, no scene is in two splits.
 
-    Val and test do not depend on `seed`, and no training set of any seed holds one of their first 512 scenes; so
-    datasets can be compared, and no model was trained on the test scenes of another dataset.
+    Val and test do not depend on `seed`, and no training set holds one of their first 512 scenes, whatever its seed. So
+    datasets can be compared, and no model has trained on the test scenes of another dataset.
 
-    objects:   least and greatest number of objects; noise: grey levels of sensor noise
-    tokenizer: folder of a tokenizer to use; null trains one of `vocab_size` on the captions
-    response_length:    captions have at most response_length - 1 tokens, so that eot fits
-    brief:     short lists of the objects instead of detailed captions
+    objects:         [least, greatest] number of objects in a scene
+    noise:           sensor noise, standard deviation in grey levels
+    tokenizer:       folder of a tokenizer; null trains one of `vocab_size` on the captions
+    response_length: captions have at most response_length - 1 tokens, so that end-of-turn fits
+    brief:           short lists of the objects instead of detailed captions
     """
 
     image_size: int
@@ -67,36 +68,39 @@ class Scenes(Dataset):
         counts = {}
         with tqdm(total=sum(map(len, scenes.values())), desc="scenes", unit="image", disable=None) as bar:
             for split in SPLITS:
-                found: Counter[str] = Counter()
-                samples = self._samples(split, scenes[split], codec, found, bar)
-                counts[split] = write_split(folder, split, samples, codec, self.per_shard, found)
+                split_counts: Counter[str] = Counter()
+                samples = self._samples(split, scenes[split], codec, split_counts, bar)
+                counts[split] = write_split(folder, split, samples, codec, self.per_shard, split_counts)
         return {"tokenizer": codec.fingerprint, "counts": counts}
 
     def _draw_scenes(self) -> dict[str, list[Scene]]:
-        """Scenes of every split. Test and validation hold each scene once and training none of them."""
-        taken: set[tuple] = set()
-        drawn: dict[str, list[Scene]] = {}
+        """Scenes of every split. Val and test hold distinct scenes, and train holds none of these."""
+        held_out: set[tuple] = set()
+        scenes: dict[str, list[Scene]] = {}
         for split, size in (("test", self.num_test), ("val", self.num_val), ("train", self.num_train)):
             rng = Random(f"{self._seed(split)}/{split}/scenes")
-            reserved = size if split == "train" else max(size, RESERVED)
-            drawn[split] = [self._new_scene(rng, taken, split) for _ in range(reserved)][:size]
-        return drawn
+            num_drawn = size if split == "train" else max(size, RESERVED)
+            scenes[split] = [self._new_scene(rng, held_out, split) for _ in range(num_drawn)][:size]
+        return scenes
 
     def _seed(self, split: str) -> int:
         return self.seed if split == "train" else EVALUATION_SEED
 
-    def _new_scene(self, rng: Random, taken: set[tuple], split: str) -> Scene:
+    def _new_scene(self, rng: Random, held_out: set[tuple], split: str) -> Scene:
         for _ in range(MAX_DRAWS):
             scene = draw_scene(rng, objects=(self.objects[0], self.objects[1]))
             content = facts(scene)
-            if content not in taken:
+            if content not in held_out:
                 if split != "train":
-                    taken.add(content)
+                    held_out.add(content)
                 return scene
-        raise UserError(f"too few scenes differ with objects={list(self.objects)}; ask for fewer val and test")
+        raise UserError(
+            f"objects={list(self.objects)} gives too few different scenes; "
+            "set a wider range, or smaller num_val and num_test"
+        )
 
     def _texts(self, scenes: list[Scene]) -> Iterator[str]:
-        """What a tokenizer for scenes has to know."""
+        """Texts that a new tokenizer is trained on."""
         rng = Random(f"{self.seed}/tokenizer")
         yield f"{self.prompt} {CHAT_WORDS} {' '.join(word for words in LEXICON.values() for word in words)}"
         for scene in scenes[:2000]:
@@ -108,9 +112,9 @@ class Scenes(Dataset):
         self, split: str, scenes: list[Scene], codec: Codec, counts: Counter[str], bar: tqdm
     ) -> Iterator[dict]:
         locate = SwapLocator(codec)
-        for number, scene in enumerate(scenes):
-            rng = Random(f"{self._seed(split)}/{split}/{number}")
-            key = f"{split}-{number:06d}"
+        for index, scene in enumerate(scenes):
+            rng = Random(f"{self._seed(split)}/{split}/{index}")
+            key = f"{split}-{index:06d}"
             captions = [self._caption(scene, rng, locate, counts) for _ in range(self.captions_per_image)]
             record = {"key": key, "prompt": self.prompt, "captions": captions, "scene": scene.to_dict()}
             stream = io.BytesIO()
@@ -125,21 +129,21 @@ class Scenes(Dataset):
                 return {"text": text, "swaps": locate(text, swaps(scene, text, rng), counts)}
             counts["captions redrawn"] += 1
         raise UserError(
-            f"no caption of a scene fits {self.response_length} tokens; set a larger response length or fewer objects"
+            f"no caption of a scene fits {self.response_length} tokens; set a larger response_length or fewer objects"
         )
 
 
 def make_codec(folder: Path, tokenizer: str | None, texts: Iterable[str], *, vocab_size: int, alphabet: str) -> Codec:
-    """The given tokenizer or a new one, saved with the data."""
+    """Load a tokenizer, or train one on the texts; save it in the dataset."""
     codec = Codec.load(tokenizer) if tokenizer else Codec.train(texts, vocab_size=vocab_size, alphabet=alphabet)
     if not tokenizer and codec.vocab_size > vocab_size:
         raise UserError(
-            f"vocab_size={vocab_size} is too small: letters and special tokens alone take {codec.vocab_size}"
+            f"vocab_size={vocab_size} is too small: the alphabet and the special tokens alone take {codec.vocab_size}"
         )
     codec.save(folder / "tokenizer")
     return codec
 
 
 def facts(scene: Scene) -> tuple:
-    """A scene without jitter: two scenes with equal facts have the same true captions."""
+    """A scene without jitter. Scenes with equal facts have the same true captions."""
     return scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)

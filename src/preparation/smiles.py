@@ -1,11 +1,14 @@
-"""SMILES, the line notation of molecules, as far as counting rings needs it.
+"""Molecules in SMILES notation with a class label, for guidance (`conf=smiles`), and the ring count behind the label.
 
-    count_rings("c1ccc2ccccc2c1")     2
-    count_rings("C1CC")               ValueError: a ring bond is left open
+    Smiles(files="qm9.csv", ...).run()    a dataset: "1" or "0" as the prompt, the SMILES as the response
+    count_rings("c1ccc2ccccc2c1")         2
+    count_rings("C1CC")                   ValueError: a ring bond is left open
 
-Rings are counted as bonds - atoms + molecules, the size of a smallest set of rings. In a SMILES the atoms of a part
-without dots form a tree, to which each pair of equal ring numbers adds a bond; so parts that dots separate count only
-where ring numbers tie them together (C1.C1 is ethane).
+    records -> SMILES with a property (a column, or the number of rings) -> class 1 from a percentile of it -> shards
+
+The number of rings is bonds - atoms + molecules, the size of a smallest set of rings. In a SMILES, the atoms of a part
+without dots form a tree, and each pair of equal ring numbers adds a bond: within a part it closes a ring, and between
+two parts the first one joins them into one molecule (C1.C1 is ethane).
 """
 
 from __future__ import annotations
@@ -22,58 +25,59 @@ import numpy as np
 from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.counts import Counts
-from src.preparation.jsonl import note, read_records, text_of
-from src.preparation.text import Item, Texts, check_name
+from src.preparation.jsonl import count_skipped, read_records, text_of
+from src.preparation.text import Item, Texts, check_field_name
 from src.text.tokenizer import Codec
 
 log = logging.getLogger(__name__)
 
-# A bracket atom, whose digits are no ring numbers; a ring number; a branch; a dot.
+# A bracket atom (its digits are not ring numbers), a ring number, or one of ( ) [ ] % and the dot.
 TOKEN = re.compile(r"(?P<atom>\[[^\[\]]*\])|%\((?P<long>\d+)\)|%(?P<two>\d\d)|(?P<one>\d)|(?P<other>[()\[\]%.])")
 
 
 def count_rings(smiles: str) -> int:
-    """The number of rings. Raises UserError where a bracket, a branch or a ring bond is left open."""
-    opened: dict[int, int] = {}  # ring number -> the part in which it was opened
-    parts, bonds, depth = [0], 0, 0  # parts[n]: another part that part n is tied to, or itself
-    for found in TOKEN.finditer(smiles):
-        digits = found["long"] or found["two"] or found["one"]
+    """The number of rings. Raises ValueError if a bracket, a branch or a ring bond is left open."""
+    open_rings: dict[int, int] = {}  # ring number -> part in which it was opened
+    parents, ring_bonds, depth = [0], 0, 0  # parents: union-find over the parts that dots separate
+    for token in TOKEN.finditer(smiles):
+        digits = token["long"] or token["two"] or token["one"]
         if digits:
-            number, here = int(digits), len(parts) - 1
-            if number not in opened:
-                opened[number] = here
+            number, part = int(digits), len(parents) - 1
+            if number not in open_rings:
+                open_rings[number] = part
                 continue
-            bonds += 1
-            one, two = _root(parts, opened.pop(number)), _root(parts, here)
-            parts[max(one, two)] = min(one, two)
-        elif found["other"] == ".":
-            parts.append(len(parts))
-        elif found["other"] in ("(", ")"):
-            depth += 1 if found["other"] == "(" else -1
+            ring_bonds += 1
+            first, second = _root(parents, open_rings.pop(number)), _root(parents, part)
+            parents[max(first, second)] = min(first, second)
+        elif token["other"] == ".":
+            parents.append(len(parents))
+        elif token["other"] in ("(", ")"):
+            depth += 1 if token["other"] == "(" else -1
             if depth < 0:
-                raise ValueError(f"a branch is closed that was not opened: {smiles!r}")
-        elif found["other"]:
+                raise ValueError(f"a branch is closed but was not opened: {smiles!r}")
+        elif token["other"]:
             raise ValueError(f"a bracket is left open, or no number follows %: {smiles!r}")
-    if depth or opened:
+    if depth or open_rings:
         raise ValueError(f"a {'branch' if depth else 'ring bond'} is left open: {smiles!r}")
-    molecules = sum(place == parent for place, parent in enumerate(parts))
-    return bonds - (len(parts) - molecules)
+    num_molecules = sum(part == parent for part, parent in enumerate(parents))
+    return ring_bonds - (len(parents) - num_molecules)
 
 
-def _root(parts: list[int], place: int) -> int:
-    while parts[place] != place:
-        place = parts[place]
-    return place
+def _root(parents: list[int], part: int) -> int:
+    while parents[part] != part:
+        part = parents[part]
+    return part
 
 
 @dataclass(kw_only=True)
 class Smiles(Texts):
-    """Molecules with the class 1 where a property reaches a percentile of it over the training split, else 0.
+    """Molecules of class 1 if a property reaches a percentile of its values in the training split, else of class 0.
 
-    The class is the prompt, so that guidance (`cfg_scale`) can ask for it; the property is kept in the sample.
-    A new tokenizer has one token for each character (a `vocab_size` of 0 leaves no room for others).
+    The class is the prompt, so that guidance (`cfg_scale`) can steer towards it; the property is kept in the sample.
+    A new tokenizer has one token per character (`vocab_size` 0 leaves no room for merges).
 
-    field: the column of the SMILES; value: the column of the property, null: the number of rings
+    field: column of the SMILES
+    value: column of the property; null uses the number of rings
     """
 
     alphabet: ClassVar[str] = "seen"
@@ -88,15 +92,15 @@ class Smiles(Texts):
         if not 0 <= self.percentile <= 100:
             raise UserError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
         if self.value is not None:
-            check_name("prepare.value", self.value)
+            check_field_name("prepare.value", self.value)
 
-    def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, record in read_records(path, skipped):
+    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
+        for place, record in read_records(path, counts):
             try:
                 text = text_of(record, self.field).strip()
                 yield place, "", text, self._property(text, record)
             except Skip as reason:
-                note(skipped, reason, place, record)
+                count_skipped(counts, reason, place, record)
 
     def _property(self, smiles: str, record: dict) -> dict:
         try:
@@ -124,17 +128,17 @@ class Smiles(Texts):
         self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
     ) -> tuple[dict[str, Iterable[dict]], dict]:
         name = self.value or "rings"
-        trained = [item.more[name] for item in items if item.split == "train"]
-        threshold = float(np.percentile(trained, self.percentile)) if trained else 0.0
+        values = [item.extra[name] for item in items if item.split == "train"]
+        threshold = float(np.percentile(values, self.percentile)) if values else 0.0
         for item in items:
-            item.prompt = str(int(item.more[name] >= threshold))
+            item.prompt = str(int(item.extra[name] >= threshold))
             counts[item.split]["class_1"] += item.prompt == "1"
         classes = {item.prompt for item in items if item.split == "train"}
         if len(classes) == 1:
             log.warning(
-                "all molecules of train are of class %s, as the percentile %g of %s is %g: guidance by the class has "
-                "nothing to learn; change prepare.percentile or prepare.value",
+                "all molecules of train are of class %s, as the percentile %g of %s is %g: the model cannot learn "
+                "guidance by class; change prepare.percentile or prepare.value",
                 classes.pop(), self.percentile, name, threshold,
             )  # fmt: skip
-        found, _ = super().divide(items, codec, counts)
-        return found, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}
+        samples, _ = super().divide(items, codec, counts)
+        return samples, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}

@@ -1,7 +1,7 @@
-"""Which split an image or a text belongs to: a hash of its name decides, so that splits do not depend on the order.
+"""Assign images and texts to splits by a hash of their names, so that splits do not depend on the order of records.
 
 split_of(hashed_share(name, seed))      train, val or test
-fill_splits(photos, usable)             afterwards every split has a usable image, where there are enough
+fill_splits(photos, usable)             gives every split a usable image, if there are enough
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 
 class Placed(Protocol):
-    """What `fill_splits` moves: see `Photo`."""
+    """What `fill_splits` needs of a photo or text; see `Photo`."""
 
     split: str
 
@@ -32,7 +32,7 @@ P = TypeVar("P", bound=Placed)
 
 
 def hashed_share(name: str, seed: int) -> float:
-    """A number in 0..1 as a function of a name."""
+    """Hash of a name as a number in 0..1."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
@@ -43,26 +43,23 @@ def split_of(share: float) -> str:
 
 
 def fill_splits(photos: Sequence[P], usable: Callable[[P], bool]) -> None:
-    """Move an image into each split without a usable one: train first, then val and test while another one is left.
+    """Move an image into each split without a usable one. Train comes first; val and test take one only if its
+    split keeps another usable one.
 
-    It is taken from the largest split, by the order of the hashes. An image whose record names its split stays there.
+    Images are taken from the largest split, in the order of their hashes. An image whose record sets its split stays.
     """
     by_key = {photo.key: photo for photo in photos}
-    good = cache(lambda key: usable(by_key[key]))
+    is_usable = cache(lambda key: usable(by_key[key]))
     for split in ("train", "val", "test"):
-        if any(good(photo.key) for photo in photos if photo.split == split):
+        if any(is_usable(photo.key) for photo in photos if photo.split == split):
             continue
-        names = Counter({photo.name: photo.split for photo in photos}.values())
-        free = [photo for photo in photos if photo.share is not None]
+        sizes = Counter({photo.name: photo.split for photo in photos}.values())
+        movable = [photo for photo in photos if photo.share is not None]
         sign = 1 if split == "train" else -1
-        for photo in sorted(free, key=lambda p: (-names[p.split], sign * (p.share or 0))):
+        for photo in sorted(movable, key=lambda p: (-sizes[p.split], sign * (p.share or 0))):
             others = (p.key for p in photos if p.split == photo.split and p.name != photo.name)
-            if good(photo.key) and (split == "train" or any(map(good, others))):
-                _move(photos, photo.name, split)
+            if is_usable(photo.key) and (split == "train" or any(map(is_usable, others))):
+                for moved in photos:
+                    if moved.name == photo.name:
+                        moved.split = split
                 break
-
-
-def _move(photos: Sequence[Placed], name: str, split: str) -> None:
-    for photo in photos:
-        if photo.name == name:
-            photo.split = split

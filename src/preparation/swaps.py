@@ -1,4 +1,4 @@
-"""Swaps of captions as shards hold them: what becomes wrong, and which tokens change with it.
+"""Swaps of captions as shards hold them: the changed characters, and the tokens that change with them.
 
 locate = SwapLocator(codec)
 locate("A red ring.", [Swap(2, 5, "red", "blue", "attribute")], counts)    [{"start": 2, ..., "tokens": [1, 2, [17]]}]
@@ -14,11 +14,11 @@ from src.scenes.grammar import Swap, split_sentences
 from src.text.align import locate_swap
 from src.text.tokenizer import Codec
 
-CACHE_SIZE = 200_000  # texts, of some hundred bytes each
+CACHE_SIZE = 200_000  # texts of a few hundred bytes
 
 
 class CachedCodec(Codec):
-    """The same codec, which remembers what it encoded."""
+    """A codec that caches `encode`."""
 
     def __init__(self, codec: Codec) -> None:
         super().__init__(codec.tokenizer)
@@ -26,23 +26,23 @@ class CachedCodec(Codec):
 
 
 class SwapLocator:
-    """Swaps of a caption as shards hold them, with the tokens that change; unequal lengths are dropped.
+    """Finds the tokens that each swap of a caption changes; swaps that change the number of tokens are dropped.
 
-    Most sentences of scenes come up again and again, so each is worked out once. That a sentence has the same
-    tokens by itself as in its caption is checked by encoding the caption with all swaps made; where it fails,
-    nothing is reused.
+    Sentences of scenes repeat, so results are cached per sentence. This is valid only if a sentence has the same tokens
+    alone as in its caption, which is checked by encoding the caption with all swaps applied; if the check fails, every
+    swap is located in the whole caption.
     """
 
     def __init__(self, codec: Codec) -> None:
         self.codec = CachedCodec(codec)
-        self._locate = lru_cache(CACHE_SIZE)(lambda *place: locate_swap(self.codec, *place))
+        self._locate = lru_cache(CACHE_SIZE)(lambda *swap: locate_swap(self.codec, *swap))
 
-    def __call__(self, text: str, found: Sequence[Swap], counts: Counter[str]) -> list[dict]:
-        places = self._by_sentence(text, found) if found else []
-        if places is None:
-            places = [locate_swap(self.codec, text, s.start, s.end, s.wrong) for s in found]
-        counts["swaps of unequal length"] += places.count(None)
-        kept = [(swap, place) for swap, place in zip(found, places, strict=True) if place]
+    def __call__(self, text: str, swaps: Sequence[Swap], counts: Counter[str]) -> list[dict]:
+        spans = self._by_sentence(text, swaps) if swaps else []
+        if spans is None:
+            spans = [locate_swap(self.codec, text, s.start, s.end, s.wrong) for s in swaps]
+        counts["swaps of unequal length"] += spans.count(None)
+        kept = [(swap, span) for swap, span in zip(swaps, spans, strict=True) if span]
         counts["swaps"] += len(kept)
         return [
             {
@@ -51,22 +51,23 @@ class SwapLocator:
                 "right": s.right,
                 "wrong": s.wrong,
                 "fact": s.fact,
-                "tokens": list(place),
+                "tokens": list(span),
             }
-            for s, place in kept
+            for s, span in kept
         ]
 
-    def _by_sentence(self, text: str, found: Sequence[Swap]) -> list[tuple[int, int, list[int]] | None] | None:
+    def _by_sentence(self, text: str, swaps: Sequence[Swap]) -> list[tuple[int, int, list[int]] | None] | None:
+        """(start, end, new ids) of each swap, None for unequal lengths; None as a whole if the check fails."""
         ids, offsets = self.codec.encode(text)
-        sentences = [(start - (start > 0), end) for start, end in split_sentences(text)]  # with the blank before
-        flawed, falsified, places = list(ids), text, []
-        for swap in reversed(found):  # from the back, so that the places before stay valid
+        sentences = [(start - (start > 0), end) for start, end in split_sentences(text)]  # with the space before
+        wrong_ids, wrong_text, spans = list(ids), text, []
+        for swap in reversed(swaps):  # from the back, so that earlier offsets stay valid
             a, b = next((s for s in sentences if s[0] <= swap.start and swap.end <= s[1]), (0, len(text)))
-            place = self._locate(text[a:b], swap.start - a, swap.end - a, swap.wrong)
-            if place:
+            span = self._locate(text[a:b], swap.start - a, swap.end - a, swap.wrong)
+            if span:
                 shift = sum(end <= a for _, end in offsets)
-                place = (place[0] + shift, place[1] + shift, place[2])
-                flawed[place[0] : place[1]] = place[2]
-                falsified = falsified[: swap.start] + swap.wrong + falsified[swap.end :]
-            places.append(place)
-        return places[::-1] if self.codec.encode(falsified)[0] == flawed else None
+                span = (span[0] + shift, span[1] + shift, span[2])
+                wrong_ids[span[0] : span[1]] = span[2]
+                wrong_text = wrong_text[: swap.start] + swap.wrong + wrong_text[swap.end :]
+            spans.append(span)
+        return spans[::-1] if self.codec.encode(wrong_text)[0] == wrong_ids else None

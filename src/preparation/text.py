@@ -1,13 +1,13 @@
-"""Datasets of texts without images: packed plain text, prompts with responses, molecules with a class label.
+"""Datasets of texts without images: packed plain text, and prompts with responses (`conf=text`, `conf=sft`).
 
     Packed   files of documents       -> rows of exactly `response_length` tokens, documents joined by end-of-text
-    Pairs    records with two fields  -> a prompt and the response to it
-    Smiles   records with a SMILES    -> "1" or "0" for many or few rings as the prompt, the SMILES as the response
+    Pairs    records with two fields  -> a prompt and its response
+    Smiles   in smiles.py             -> a class label as the prompt, a molecule as the response
 
-    files -> items, each once -> tokenizer -> items that fit -> splits -> shards (kind `text`, read by `TextData`)
+    files -> items without duplicates -> tokenizer -> items that fit -> splits -> shards (kind `text`, for `TextData`)
 
-A sample has only its JSON: {"key", "source", "prompt", "captions": [{"text": ..., "ids": ...}], ...}; `captions[0]` is
-the reference of metrics, and `ids` are there where encoding the text again might give others.
+A sample has only JSON: {"key", "source", "prompt", "captions": [{"text": ..., "ids": ...}], ...}. `captions[0]` is the
+reference for metrics; `ids` are stored only if encoding the text again might give other ids.
 """
 
 from __future__ import annotations
@@ -29,20 +29,25 @@ from src.io.errors import UserError
 from src.preparation.annotations import Skip
 from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
 from src.preparation.counts import Counts
-from src.preparation.jsonl import note, read_documents, read_records, text_of
+from src.preparation.jsonl import count_skipped, read_documents, read_records, text_of
 from src.preparation.splits import fill_splits, hashed_share, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
 KIND = "text"
-OWN = ("key", "source", "prompt", "captions")  # of a sample
+RESERVED_KEYS = ("key", "source", "prompt", "captions")  # keys of a sample that `extra` may not have
 log = logging.getLogger(__name__)
 Files = str | Sequence[str]
 
 
 @dataclass
 class Item:
-    """A text on its way into a split. share: the hash of its name in 0..1, None where its file decides the split."""
+    """A text before it is written.
+
+    source: file and line or number, for messages and samples
+    share:  hash of the key in 0..1; None if its file sets the split
+    extra:  further fields of the sample
+    """
 
     key: str
     source: str
@@ -50,7 +55,7 @@ class Item:
     share: float | None
     prompt: str
     text: str
-    more: dict
+    extra: dict
 
     @property
     def name(self) -> str:
@@ -59,18 +64,18 @@ class Item:
 
 @dataclass(kw_only=True)
 class Texts(Dataset):
-    """What the datasets of texts share.
+    """Base of the text datasets.
 
-    files:         one file, several, or {train: ..., val: ..., test: ...}; without that mapping, texts are split by a
+    files:         one file, several, or {train: ..., val: ..., test: ...}; without the mapping, texts are split by a
         hash of their content, 90 % train, 5 % val, 5 % test
-    tokenizer:     folder of a tokenizer, which gets the special tokens that it lacks; null trains one
-    vocab_size:    upper limit of a new tokenizer; 0: as many as its alphabet and the special tokens
-    prompt_format: a file in src/text/prompts; null: what the folder of the tokenizer says, or `tiny` for a new one
+    tokenizer:     folder of a tokenizer, to which missing special tokens are added; null trains one
+    vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet and the special tokens
+    prompt_format: a file in src/text/prompts; null uses that of the tokenizer's folder, or `tiny` for a new tokenizer
     """
 
-    remedy: ClassVar[str] = "name files for them"  # where a split has no row
-    alphabet: ClassVar[str] = "bytes"  # of a new tokenizer: any text can be written
-    words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # what prompts hold beside those of the texts
+    remedy: ClassVar[str] = "name files for them"  # advice if val or test is empty
+    alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text
+    words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # training texts besides those of the items
 
     files: Files | Mapping[str, Files | None]
     vocab_size: int = 0
@@ -84,57 +89,57 @@ class Texts(Dataset):
 
     @property
     def sources(self) -> Sequence[str]:
-        given = self.files.values() if isinstance(self.files, Mapping) else [self.files]
-        return [path for files in given for path in ([files] if isinstance(files, str) else files or ())]
+        groups = self.files.values() if isinstance(self.files, Mapping) else [self.files]
+        return [path for files in groups for path in ([files] if isinstance(files, str) else files or ())]
 
     def write(self, folder: Path) -> dict:
-        skipped = Counts()
-        items = self._collect(skipped)
+        read_counts = Counts()
+        items = self._collect(read_counts)
         codec = self._codec(items)
         codec.save(folder / "tokenizer")
-        items = [item for item in items if self._fits(item, codec, skipped)]
+        items = [item for item in items if self._fits(item, codec, read_counts)]
         fill_splits(items, lambda item: True)
-        found = {split: Counts() for split in SPLITS}
-        samples, extra = self.divide(items, codec, found)
-        counts, examples = {"records": dict(skipped)}, {"records": skipped.examples}
+        split_counts = {split: Counts() for split in SPLITS}
+        samples, extra = self.divide(items, codec, split_counts)
+        counts, examples = {"records": dict(read_counts)}, {"records": read_counts.examples}
         for split in SPLITS:
-            shown = tqdm(samples[split], desc=split, unit="row", disable=None)
+            rows = tqdm(samples[split], desc=split, unit="row", disable=None)
             counts[split] = write_split(
-                folder, split, shown, codec, self.per_shard, found[split], kind=KIND, extra=extra
+                folder, split, rows, codec, self.per_shard, split_counts[split], kind=KIND, extra=extra
             )
         check_splits(counts, examples, noun="row", remedy=("name a file for it", self.remedy))
         return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples, **extra}
 
     @abstractmethod
-    def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        """The usable records of a file: (place, prompt, text, what else to keep)."""
+    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
+        """Yield (place, prompt, text, extra fields of the sample) for each usable record of a file."""
 
     def check(self, item: Item, codec: Codec) -> None:
-        """Raises `Skip` where an item cannot be used with the tokenizer."""
-        if lacks(codec, item.text):
+        """Raises `Skip` if the item does not fit the tokenizer or the settings."""
+        if is_lossy(codec, item.text):
             raise Skip("not_in_vocabulary")
 
     def divide(
         self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
     ) -> tuple[dict[str, Iterable[dict]], dict]:
-        """The samples of each split, and what their index.json says besides the counts. One sample for each item."""
+        """The samples of each split, one per item by default, and extra entries for index.json."""
         return {split: samples([item for item in items if item.split == split], split) for split in SPLITS}, {}
 
-    def _collect(self, skipped: Counts) -> list[Item]:
-        """Items of all files, each once. Those of test and val come first: training does not get what repeats them."""
-        named = dict(self.files) if isinstance(self.files, Mapping) else {"": self.files}
-        if unknown := set(named) - {*SPLITS, ""}:
+    def _collect(self, counts: Counts) -> list[Item]:
+        """Items of all files without duplicates. Test and val come first, so train holds no copies of their items."""
+        by_split = dict(self.files) if isinstance(self.files, Mapping) else {"": self.files}
+        if unknown := set(by_split) - {*SPLITS, ""}:
             raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         items: dict[str, Item] = {}
         for split in ("test", "val", "train", ""):
-            given = named.get(split) or []
-            for file in [given] if isinstance(given, str) else given:
-                for source, prompt, text, more in self.read(Path(file), skipped):
+            files = by_split.get(split) or []
+            for file in [files] if isinstance(files, str) else files:
+                for source, prompt, text, extra in self.read(Path(file), counts):
                     key = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
                     share = hashed_share(key, self.seed)
-                    item = Item(key, source, split or split_of(share), None if split else share, prompt, text, more)
+                    item = Item(key, source, split or split_of(share), None if split else share, prompt, text, extra)
                     if items.setdefault(key, item) is not item:
-                        skipped.note("duplicate_text", source)
+                        counts.note("duplicate_text", source)
         return list(items.values())
 
     def _codec(self, items: Sequence[Item]) -> Codec:
@@ -151,23 +156,23 @@ class Texts(Dataset):
             )
         return codec
 
-    def _fits(self, item: Item, codec: Codec, skipped: Counts) -> bool:
+    def _fits(self, item: Item, codec: Codec, counts: Counts) -> bool:
         try:
             self.check(item, codec)
         except Skip as reason:
-            skipped.note(str(reason), item.source)
+            counts.note(str(reason), item.source)
             return False
         return True
 
 
 @dataclass(kw_only=True)
 class Packed(Texts):
-    """Plain text without prompts. The documents of a split, each with end-of-text behind it, are one long sequence of
-    tokens, which is cut into rows of `response_length`; what fills no row is left out.
+    """Plain text without prompts. The documents of a split, each followed by end-of-text, form one sequence of tokens,
+    which is cut into rows of `response_length`; tokens at the end that do not fill a row are left out.
 
-    field: of a record that holds the text, where a file is no .txt
-    split: `documents` puts whole documents into splits; `rows` cuts the one sequence of all documents, as of a single
-        book: its first 90 % are train, the next 5 % val, the last 5 % test. Files that name their split keep it
+    field: the field of a record that holds the text, for files other than .txt
+    split: `documents` assigns whole documents to splits; `rows` cuts the sequence of all documents, such as a single
+        book: the first 90 % are train, the next 5 % val, the last 5 % test. Needs `files` without a mapping
     """
 
     remedy: ClassVar[str] = "name files for them; with few documents prepare.split=rows cuts their text instead"
@@ -178,41 +183,41 @@ class Packed(Texts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split not in ("documents", "rows"):
-            raise UserError(f"split must be 'documents' or 'rows', got {self.split!r}")
+            raise UserError(f"prepare.split must be 'documents' or 'rows', got {self.split!r}")
         if self.split == "rows" and isinstance(self.files, Mapping):
-            raise UserError("split=rows is for files without a split of their own")
+            raise UserError("prepare.split=rows needs prepare.files without {train: ..., val: ..., test: ...}")
 
-    def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, text in read_documents(path, self.field, skipped):
+    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
+        for place, text in read_documents(path, self.field, counts):
             yield place, "", text, {}
 
     def divide(
         self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
     ) -> tuple[dict[str, Iterable[dict]], dict]:
         if self.split == "rows":
-            rows, left = pack(items, codec, self.response_length)
-            counts["test"]["tokens_left"] = left
+            rows, counts["test"]["tokens_left"] = pack(items, codec, self.response_length)
             first, second = round(0.90 * len(rows)), round(0.95 * len(rows))
             parts = {"train": rows[:first], "val": rows[first:second], "test": rows[second:]}
         else:
             parts = {}
             for split in SPLITS:
-                mine = [item for item in items if item.split == split]
-                parts[split], counts[split]["tokens_left"] = pack(mine, codec, self.response_length)
+                split_items = [item for item in items if item.split == split]
+                parts[split], counts[split]["tokens_left"] = pack(split_items, codec, self.response_length)
         return {split: self._rows(parts[split], split, codec) for split in SPLITS}, {"row": self.response_length}
 
     def _rows(self, rows: np.ndarray, split: str, codec: Codec) -> Iterator[dict]:
-        for number, ids in enumerate(rows.tolist()):
-            yield sample(f"{split}-{number:06d}", "", {"text": codec.decode(ids), "ids": ids})
+        for index, ids in enumerate(rows.tolist()):
+            yield sample(f"{split}-{index:06d}", "", {"text": codec.decode(ids), "ids": ids})
 
 
 @dataclass(kw_only=True)
 class Pairs(Texts):
     """Prompts with responses, for supervised fine-tuning.
 
-    prompt, response: the fields of a record that hold them; keep: fields to keep in the sample, for metrics
-    max_prompt:       tokens; records with a longer prompt are left out, as are those whose response has more than
-        response_length - 1 tokens, so that eot fits
+    prompt, response: the fields of a record that hold them
+    keep:             fields to copy into the sample, for metrics
+    max_prompt:       in tokens; records with a longer prompt are left out, as are those whose response has more than
+        response_length - 1 tokens, so that end-of-turn fits
     """
 
     prompt: str
@@ -223,31 +228,31 @@ class Pairs(Texts):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.keep:
-            check_name("prepare.keep", name)
+            check_field_name("prepare.keep", name)
 
-    def _collect(self, skipped: Counts) -> list[Item]:
-        items = super()._collect(skipped)
-        if items and (unknown := [name for name in self.keep if not any(name in item.more for item in items)]):
+    def _collect(self, counts: Counts) -> list[Item]:
+        items = super()._collect(counts)
+        if items and (unknown := [name for name in self.keep if not any(name in item.extra for item in items)]):
             raise UserError(f"prepare.keep: no record has a field {unknown[0]!r}")
         return items
 
-    def read(self, path: Path, skipped: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, record in read_records(path, skipped):
+    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
+        for place, record in read_records(path, counts):
             try:
                 prompt, response = text_of(record, self.prompt), text_of(record, self.response)
                 if IMAGE in prompt:
                     raise Skip("image_mark")
             except Skip as reason:
-                note(skipped, reason, place, record)
+                count_skipped(counts, reason, place, record)
                 continue
             if "\r" in record[self.prompt] + record[self.response]:
-                skipped.note("carriage_returns", place)
+                counts.note("carriage_returns", place)
             yield place, prompt, response, {name: record[name] for name in self.keep if name in record}
 
     def check(self, item: Item, codec: Codec) -> None:
         if any(token in item.prompt for token in codec.controls):
             raise Skip("special_token")
-        if lacks(codec, item.prompt):
+        if is_lossy(codec, item.prompt):
             raise Skip("not_in_vocabulary")
         super().check(item, codec)
         if self.max_prompt is not None and len(codec.prompt_ids(item.prompt, images=0)) > self.max_prompt:
@@ -257,31 +262,30 @@ class Pairs(Texts):
 
 
 def pack(items: Sequence[Item], codec: Codec, size: int) -> tuple[np.ndarray, int]:
-    """(rows, size) ids of all texts with end-of-text behind each, and how many tokens fill no row."""
-    joined = [token for item in items for token in (*codec.encode(item.text)[0], codec.eos_id)]
-    full = len(joined) // size * size
-    return np.array(joined[:full], dtype=np.int32).reshape(-1, size), len(joined) - full
+    """(rows, size) ids of all texts, each followed by end-of-text, and the number of tokens left at the end."""
+    ids = [token for item in items for token in (*codec.encode(item.text)[0], codec.eos_id)]
+    full = len(ids) // size * size
+    return np.array(ids[:full], dtype=np.int32).reshape(-1, size), len(ids) - full
 
 
 def samples(items: Iterable[Item], split: str) -> Iterator[dict]:
-    """A sample for each item."""
-    for number, item in enumerate(items):
-        yield sample(f"{split}-{number:06d}", item.prompt, {"text": item.text}, source=item.source, **item.more)
+    """Yield one sample per item."""
+    for index, item in enumerate(items):
+        yield sample(f"{split}-{index:06d}", item.prompt, {"text": item.text}, source=item.source, **item.extra)
 
 
-def sample(key: str, prompt: str, caption: dict, **more: object) -> dict:
-    """What `write_shards` takes."""
-    return {"__key__": key, "json": {**more, "key": key, "prompt": prompt, "captions": [caption]}}
+def sample(key: str, prompt: str, caption: dict, **extra: object) -> dict:
+    """A sample as `write_shards` takes it."""
+    return {"__key__": key, "json": {**extra, "key": key, "prompt": prompt, "captions": [caption]}}
 
 
-def check_name(place: str, name: str) -> None:
-    """Refuse a field to keep whose name a sample has for something else."""
-    if name in OWN:
-        raise UserError(f"{place}: a sample has {name!r} of its own; give the field another name in the file")
+def check_field_name(setting: str, name: str) -> None:
+    """Raise UserError if a sample uses the name of a kept field itself."""
+    if name in RESERVED_KEYS:
+        raise UserError(f"{setting}: a sample has {name!r} of its own; rename the field in the file")
 
 
-def lacks(codec: Codec, text: str) -> bool:
-    """Whether the tokenizer loses some of a text, blanks and the Unicode form aside: it drops characters it lacks,
-    or makes them one token for all that is unknown."""
-    bare = lambda some: "".join(unicodedata.normalize("NFC", some).split())  # noqa: E731
-    return bare(codec.decode(codec.encode(text)[0])) != bare(text)
+def is_lossy(codec: Codec, text: str) -> bool:
+    """Whether encoding drops characters or maps them to the unknown token; whitespace and Unicode form may change."""
+    normalize = lambda string: "".join(unicodedata.normalize("NFC", string).split())  # noqa: E731
+    return normalize(codec.decode(codec.encode(text)[0])) != normalize(text)

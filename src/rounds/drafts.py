@@ -90,7 +90,7 @@ def cap_num_drafts(num: int, count: int, *, name: str) -> int:
     return min(num, count)
 
 
-def settings_of(
+def draft_settings(
     backbone: nn.Module,
     sampler: DraftSampler,
     *,
@@ -128,7 +128,7 @@ def draw_drafts(
 ) -> Iterator[list[Draft]]:
     """Draw this rank's drafts chunk by chunk, reading chunks that are already on disk; ends when all ranks are done.
 
-    batches: (number, batch) of this rank; settings: see `settings_of`; a folder with other settings is refused
+    batches: (number, batch) of this rank; settings: see `draft_settings`; a folder with other settings is refused
     total: drafts of all ranks, for the progress bar
 
     Raises UserError for a folder of other drafts, or if no training sample could be read.
@@ -141,7 +141,7 @@ def draw_drafts(
             yield _read_chunk(folder / name)
         return
     shards, num_drawn, seconds = [], 0, 0.0
-    with tqdm(total=-(-total // team.size), desc="draft", unit="draft", disable=not team.first) as bar:
+    with tqdm(total=-(-total // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
         for name, part, speed in _parts(batches, tokens_per_step):
             path = folder / f"drafts-{name}.tar"
             drafts = _read_existing(path, part.keys, entries.get(path.name))
@@ -154,7 +154,7 @@ def draw_drafts(
                 shards.append(write_shard(path, map(_to_sample, drafts)))
             bar.update(len(drafts))
             yield drafts
-    per_rank = team.gather((shards, num_drawn, seconds))
+    per_rank = team.gather((shards, num_drawn, seconds))  # NOTE: collective; runs when the caller exhausts the iterator
     team.on_rank0(lambda: _write_drafts_index(folder, per_rank, tokenizer=tokenizer, settings=settings))
 
 

@@ -59,7 +59,7 @@ class ExpertThread:
         self._finished_asking = False  # the deadline has passed, or an error or a signal ends the round
         self._failed = False  # an error or a signal ends the round
         self._journal_error: OSError | None = None  # the journal cannot be written
-        self._chunks: list[Future] = []  # one per call of `ask`
+        self._futures: list[Future] = []  # one per call of `ask`
         self._requests: set[str] = set()  # journal ids of all requests so far
         self._unwritten: list[tuple[Draft, Answer]] = []  # answers not yet in the journal
         self._writing: asyncio.Task | None = None
@@ -75,8 +75,8 @@ class ExpertThread:
         try:
             if error is None:
                 ends_at = time.monotonic() + self.deadline
-                for chunk in self._chunks:
-                    self._wait(chunk, ends_at)
+                for future in self._futures:
+                    self._wait(future, ends_at)
         except BaseException as raised:
             error = type(raised)
             raise
@@ -89,24 +89,24 @@ class ExpertThread:
         """Hand over drafts without waiting. Raises any error of earlier ones."""
         if self._journal_error:
             raise self._journal_error
-        for chunk in self._chunks:
-            if chunk.done():
-                chunk.result()
-        if all(chunk.done() for chunk in self._chunks):
+        for future in self._futures:
+            if future.done():
+                future.result()
+        if all(future.done() for future in self._futures):
             self._last_answer_at = time.monotonic()  # the expert was idle until now
         else:
             self._check_silence()
-        self._chunks.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
+        self._futures.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
 
-    def _wait(self, chunk: Future, ends_at: float) -> None:
-        while not chunk.done():
+    def _wait(self, future: Future, ends_at: float) -> None:
+        while not future.done():
             self._check_silence()
             if not self._finished_asking and time.monotonic() >= ends_at:
                 self._finish_asking()
             next_event = min(self._last_answer_at + self.patience, math.inf if self._finished_asking else ends_at)
-            wait([chunk], timeout=max(0.0, min(next_event - time.monotonic(), POLL_S)) + 0.01)
-        if not (self._finished_asking and chunk.cancelled()):
-            chunk.result()
+            wait([future], timeout=max(0.0, min(next_event - time.monotonic(), POLL_S)) + 0.01)
+        if not (self._finished_asking and future.cancelled()):
+            future.result()
 
     def _finish_asking(self) -> None:
         """Send no further requests; an expert without `finish` is cancelled."""
@@ -117,8 +117,8 @@ class ExpertThread:
         if finish is not None:
             self._loop.call_soon_threadsafe(finish)
             return
-        for chunk in self._chunks:
-            chunk.cancel()
+        for future in self._futures:
+            future.cancel()
 
     def _check_silence(self) -> None:
         """Warn about an expert that has not answered for SILENCE seconds. Raises SilentExpert after `patience`."""
@@ -144,7 +144,7 @@ class ExpertThread:
             self._finish_asking()
             patience_left = self._last_answer_at + self.patience - time.monotonic()
             grace = ERROR_GRACE_S if issubclass(error, Exception) else SIGNAL_GRACE_S
-            wait(self._chunks, timeout=max(0.0, min(patience_left, grace)))
+            wait(self._futures, timeout=max(0.0, min(patience_left, grace)))
         try:
             asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=CANCEL_S)
         except TimeoutError:

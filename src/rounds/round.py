@@ -10,8 +10,13 @@
     run_round("rounds/round-0001", batches, partial(draft_batch, ...), options=options, ...)     draft and revise
     revise_round("rounds/round-0001", drafts, options=options)                                   drafts on disk
 
+    round-0001/  index.json             the manifest, written last
+                 round-000000.tar       samples with corrected spans
+                 journal-rank-0000.jsonl
+                 drafts/                of the callback; `revise` reads drafts that lie elsewhere
+
 A round is built in `.round-0001.partial` and renamed last. Repeat a call that was killed: it draws no finished chunk
-again, asks nothing that was answered, and returns a finished round unchanged.
+again, repeats no final answer (a temporary failure is asked about again), and returns a finished round unchanged.
 
 The next round asks again about drafts without an answer, because of the deadline or a failure that may be temporary;
 they count as `late` there.
@@ -35,7 +40,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src.chat.journal import Answers, Journal
-from src.distributed.parallel import Team, world
+from src.distributed.parallel import Team, world_size
 from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
@@ -199,7 +204,7 @@ def _ask_and_write(
             ExpertThread(options.expert, journal, bar, **limits) as thread,
         ):
             charge(options.expert, journal.usage, team)
-            for chunk in chain(_late(late, options, team), chunks):
+            for chunk in chain(_late(late, options, team), chunks):  # iterating draws the drafts
                 thread.ask(chunk)
             all_drawn_at = time.monotonic()
         return time.monotonic() - all_drawn_at
@@ -221,7 +226,7 @@ def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"journal-rank-{rank:04d}.jsonl"
     # NOTE: also by name, since the directory listing of a network file system may be stale
-    expected = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world())}
+    expected = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world_size())}
     journals = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, expected)}
     return Journal(path, expert=_identity_json(expert), also=sorted(journals))
 
@@ -243,7 +248,7 @@ def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
 
 def _bar(total: int, team: Team) -> tqdm:
     """Progress bar over the drafts of rank 0."""
-    return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.first)
+    return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.is_rank0)
 
 
 def _late(folder: Path | None, options: RoundOptions, team: Team | None) -> Iterator[list[Draft]]:

@@ -66,7 +66,7 @@ class Predictor:
             self.cached = Prediction(where, prediction.at(where), prediction.best)
 
     def reuse(self, tokens: Tensor, where: Tensor) -> Prediction:
-        """Like `__call__`, but takes a row's logits from the cache, and clears it, if they cover the row's `where`."""
+        """Like `__call__`; rows whose `where` the cached logits cover cost no forward call. Empties the cache."""
         cached, self.cached = self.cached, None
         if cached is None:
             return self(tokens, where)

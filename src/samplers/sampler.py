@@ -221,8 +221,9 @@ class _Run:
         post = active & ~self.progress.unfinished(before)  # (B,) rows that are only revised
         self.progress.enter(before)
         state = self._state(visible, post)
+        scheduled = self.progress.take(before)  # NOTE: takes a step off `progress.steps_left`; `state` has it before
         # NOTE: a count of length + 1 marks the last forward call of a budget, which unmasks everything.
-        count = reviser.count(state, self.progress.take(before)).masked_fill(last, self.sampler.length + 1)
+        count = reviser.count(state, scheduled).masked_fill(last, self.sampler.length + 1)
         chance = reviser.chance(state).masked_fill(last | (state.steps_left <= 1), 1.0)
         eligible = pending & (self.progress.reach | last[:, None]) & active[:, None]
         editable = reviser.editable(state) & visible & active[:, None]
@@ -242,7 +243,7 @@ class _Run:
         # 4. overwrite: new ids for visible tokens
         new_ids = reviser.overwrite(state, prediction)
         rewritten = editable & (new_ids != before)
-        # 5. remask: visible tokens become masks again; a reviser that can veto also keeps masks of 3. masked
+        # 5. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 3.
         state = replace(state, confidence=torch.where(unmasked, confidence, self.confidence))
         to_mask = may_remask & reviser.remask(state, prediction)
         remasked = to_mask & editable

@@ -1,9 +1,9 @@
 """The processes of a run: which one prepares it, how they connect, and what to report when one is lost.
 
-    is_rank0 = launched_first()           from the launcher's environment, before the process group exists
-    trainer.fit(..., ckpt_path=meet(trainer, checkpoint, run=...))      connects all ranks; all get rank 0's checkpoint
-    with together() as team: ...          the processes of a verb that does not train
-    with explained(): ...                 a lost process, a port in use: one line, and exit code 1
+    is_rank0 = is_rank0_by_env()           from the launcher's environment, before the process group exists
+    trainer.fit(..., ckpt_path=rendezvous(trainer, checkpoint, run=...))      connects all ranks, rank 0's checkpoint
+    with process_group() as team: ...      the processes of a verb that does not train
+    with report_lost_ranks(): ...          a lost process, a port in use: one line, and exit code 1
 
 Launchers: Lightning's own (`trainer.devices=2`: this process starts the others of its node), `srun`, `torchrun`.
 """
@@ -42,7 +42,7 @@ IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
 JOINED = re.compile(r"(\d+)/(\d+) clients joined")
 
 
-def launched_first() -> bool:
+def is_rank0_by_env() -> bool:
     """Whether the launcher's environment variables say that this process is rank 0, which prepares the run."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"]) == 0
@@ -66,7 +66,7 @@ def check_world_size(devices: Any, nodes: int) -> None:
         raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
-def meet(trainer: L.Trainer, value: Any, *, run: str) -> Any:
+def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
     """Connect the ranks of the run, after starting them if no launcher did. Returns rank 0's `value` on all of them.
 
     run: the run folder. Raises UserError if the strategy supports one process only, or if a process of another run
@@ -106,7 +106,7 @@ def _exit_unconnected() -> None:
 
 
 @contextmanager
-def together() -> Iterator[Team]:
+def process_group() -> Iterator[Team]:
     """The processes that `srun` or `torchrun` started for a verb that does not train; without these, this one alone."""
     environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
     if environment is None or environment.world_size() == 1:
@@ -119,7 +119,7 @@ def together() -> Iterator[Team]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def report_lost_ranks() -> Iterator[None]:
     """Report a failure between processes in one line, and exit with code 1; a UserError of another rank with code 2."""
     try:
         yield

@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.cli.config import save_config
 from src.cli.instantiate import one_line, plain
-from src.distributed.checkpoints import is_whole, recover
+from src.distributed.checkpoints import is_intact, recover
 from src.io.errors import UserError
-from src.io.files import read_json, sha256, write_json
+from src.io.files import FORMAT, read_json, sha256, write_json
 from src.io.hub import local_folder
 from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
@@ -61,6 +61,15 @@ REMEDY = "set another run_dir, or resume=false to start over"
 log = logging.getLogger(__name__)
 
 
+def check_format(cfg: DictConfig) -> None:
+    """Raise UserError for the saved config of a run that another version wrote."""
+    if cfg.get("format") != FORMAT:
+        raise UserError(
+            f"this config has format {cfg.get('format', 1)}, this version reads format {FORMAT}: repeat the run from "
+            f"the configurations, as in `python -m src.train conf={cfg.name} run_dir=... key=value`, and save it anew"
+        )
+
+
 def check_folder(cfg: DictConfig, run_dir: Path) -> None:
     """Raise UserError if the folder is not this run's, or if `resume=false` would remove inputs of the run."""
     if not run_dir.exists():
@@ -74,6 +83,8 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
     old = _read_config(run_dir / CONFIG)
     if not {"model", "objective", "trainer", "run_dir"} <= set(old):
         raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is no training config): choose another run_dir")
+    if cfg.resume and old.get("format") != FORMAT:
+        raise UserError(f"{run_dir} holds a run of format {old.get('format', 1)}, not {FORMAT}; {REMEDY}")
     if not cfg.resume:
         _check_outside(cfg, run_dir)
     elif is_finished(run_dir) or checkpoints(run_dir):
@@ -133,7 +144,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that is not damaged."""
     paths = checkpoints(run_dir)
     for path, older in zip(paths, [*paths[1:], None], strict=False):
-        if is_whole(path):
+        if is_intact(path):
             return path
         fallback = f"taking {older.name}, the one before it" if older else "no other is left: starting at step 0"
         log.warning("%s is damaged; %s", path, fallback)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from src.distributed.checkpoints import REFUSED, check_sizes, entries, named, read_whole, replace_folder, write_manifest
+from src.distributed.checkpoints import REFUSED, check_sizes, entries, named, read_full, replace_folder, write_manifest
 from src.distributed.parallel import gather
 from src.io.errors import UserError
 
@@ -138,7 +138,7 @@ class FSDP2(ModelParallelStrategy):
             check_sizes(path)
             return super().load_checkpoint(path, weights_only)
         assert self.model is not None
-        content, options = read_whole(path), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        content, options = read_full(path), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, dict(content.pop("state_dict")), options=options)
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, content.pop("optimizer_states"), strict=True):

@@ -23,11 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from src.distributed.parallel import gather, is_sharded, rank, whole
+from src.distributed.parallel import full_tensor, gather, is_sharded, rank
 from src.io.errors import UserError
 from src.io.hub import hub_name, local_folder
 from src.models.hf.formats import FORMATS, Description, Format, qualify, recognise
-from src.models.hf.weights import DAMAGE, SINGLE, Weights, check_finite, explained, is_model_folder, write_weights
+from src.models.hf.weights import (
+    DAMAGE,
+    SINGLE,
+    Weights,
+    check_finite,
+    damage_as_user_error,
+    is_model_folder,
+    write_weights,
+)
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_layers, check_vision
 from src.text.tokenizer import IMAGE, NO_IMAGE_TOKEN, Codec, read_backend
@@ -48,11 +56,14 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_
     sizes = {name: tensor.nbytes for name, tensor in state.items()}
     if rank():
         for tensor in state.values():
-            whole(tensor)
+            full_tensor(tensor)
         return
     with replacing(Path(path)) as folder:
         write_weights(
-            folder, sizes, lambda names: {name: whole(state[name]) for name in names}, max_shard_bytes=max_shard_bytes
+            folder,
+            sizes,
+            lambda names: {name: full_tensor(state[name]) for name in names},
+            max_shard_bytes=max_shard_bytes,
         )
         write_config(folder, FORMATS["own"].config(describe(model)))
         codec.save(folder)
@@ -106,7 +117,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     """
     digest, sharded = hashlib.sha256(), isinstance(model, nn.Module) and is_sharded(model)
     for name, tensor in _tensors(model):
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if sharded and rank():
             continue  # only rank 0 hashes
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -328,7 +339,7 @@ def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, Tensor]]:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn errors about config.json into a UserError that names the file."""
-    with explained(path / CONFIG):
+    with damage_as_user_error(path / CONFIG):
         try:
             yield
         except DAMAGE:

@@ -75,6 +75,8 @@ class Own:
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
             raise UserError(f"vision={vision} is for released models; this folder describes its vision tower itself")
+        if "canvas" in config:
+            raise UserError("config.json is of a version before 0.2.0: rename its key canvas to response_length")
         more = {key: config[key] for key in ("tiling", "response_length", "original") if key in config}
         return Description(config["decoder"], config["vision"], config["image_id"], **more)
 

@@ -20,7 +20,7 @@ from src.io.errors import UserError
 from src.io.hub import local_folder
 from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
 from src.models.hf.formats import recognise
-from src.models.hf.weights import explained, is_model_folder
+from src.models.hf.weights import damage_as_user_error, is_model_folder
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import NEEDED, Codec
 
@@ -45,7 +45,7 @@ def outline(
     file = path / CONFIG
     if not file.is_file():
         raise UserError(f"a memory plan needs the model's {CONFIG}, but {file} does not exist")
-    with explained(file):
+    with damage_as_user_error(file):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("mm_vision_tower"):
             raise UserError(

@@ -54,7 +54,7 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
         for file in weight_files(folder):
-            with explained(file):
+            with damage_as_user_error(file):
                 specs = _header(file)
             if duplicates := sorted(specs.keys() & self.specs.keys()):
                 raise UserError(f"{file} contains {duplicates[0]}, and so does {self.specs[duplicates[0]].file.name}")
@@ -70,7 +70,7 @@ class Weights:
         The file is reopened for every tensor, so that pages already read do not stay in memory.
         """
         file = self.specs[name].file
-        with explained(file), safe_open(file, framework="pt") as opened:
+        with damage_as_user_error(file), safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
 
 
@@ -84,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
         return [folder / SINGLE]
-    with explained(index):
+    with damage_as_user_error(index):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -135,7 +135,7 @@ def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
 
 
 @contextmanager
-def explained(file: Path) -> Iterator[None]:
+def damage_as_user_error(file: Path) -> Iterator[None]:
     """Turn errors about a damaged file into a UserError that names it."""
     try:
         yield
