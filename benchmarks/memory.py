@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
-from src.objectives.optim import Training
+from src.objectives.base import Setup
+from src.objectives.optim import Optim
 from src.objectives.revision import RevisionObjective
 from src.training.memory_plan import PARAMETERS, TYPES, measure
 from src.types import Batch, SpecialIds
@@ -153,8 +154,8 @@ def train(case: dict, model: LLaDAV, device: str) -> None:
 
 
 def build(case: dict, model: LLaDAV) -> RevisionObjective:
-    training = Training(lr=1e-4, **case.get("training", {}))
-    return RevisionObjective(backbone=lambda: model, special=SPECIAL, training=training, hallucination="none")
+    optim = Optim(lr=1e-4, **case.get("training", {}))
+    return RevisionObjective(Setup(backbone=lambda: model, special=SPECIAL, optim=optim), hallucination="none")
 
 
 def make_batch(case: dict) -> Batch:

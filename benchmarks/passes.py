@@ -22,12 +22,13 @@ from torch import Tensor
 
 from benchmarks.memory import MID, SPECIAL
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Objective
+from src.objectives.base import Objective, Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
 from src.training.memory_tracker import Live
-from src.types import Batch, Loss, SpecialIds
+from src.types import Batch, SpecialIds
+from testing.one_graph import one_graph
 
 MIB = 1 << 20
 VOCABULARY = MID["vocab_size"]
@@ -47,11 +48,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = LLaDAV(decoder={**MID, "num_attention_heads": 8}, vision=None).to(options.device)
     objectives = {
-        name: cls(backbone=lambda: model, special=special, training=Training(lr=1.0), t_min=0.999999)
+        name: cls(Setup(backbone=lambda: model, special=special, optim=Optim(lr=1.0)), t_min=0.999999)
         for name, cls in classes.items()
     }
     steps: dict[str, Callable[[Objective, Batch], None]] = dict.fromkeys(objectives, _pass_by_pass)
-    steps["one graph"] = _one_graph
+    steps["one graph"] = one_graph
     gradients, seconds, peaks = {}, {name: [] for name in objectives}, {}
     for name, objective in objectives.items():
         for parameter in model.parameters():
@@ -86,23 +87,9 @@ def _batch(rows: int, length: int) -> Batch:
     return Batch({"prompt_ids": prompt}, response, editable, response, span, torch.zeros(rows, dtype=torch.bool), keys)
 
 
-def _sum(losses: dict[str, Loss]) -> Tensor:
-    return torch.stack([loss.numerator / loss.denominator for loss in losses.values()]).sum()
-
-
 def _pass_by_pass(objective: Objective, batch: Batch) -> None:
-    for losses in objective.losses(batch, objective.corrupt(batch)):
-        total = _sum(losses)
-        losses.clear()
-        total.backward()
-        del total
-
-
-def _one_graph(objective: Objective, batch: Batch) -> None:
-    (state,) = objective.corrupt(batch)
-    prefix = objective.backbone.encode_prefix(batch.prefix)
-    noise = objective._noise(batch, "0/passes")
-    torch.stack([_sum(losses) for losses in objective.passes(batch, prefix, state, noise)]).sum().backward()
+    views = objective.corrupt(batch)
+    objective.forward_backward(batch, views, objective.denominators([(batch, views)]))
 
 
 def _peak(device: str, step: Callable[[], None], *, allocated: list[Tensor]) -> int:

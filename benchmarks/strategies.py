@@ -31,7 +31,8 @@ from src.models.hf.folder import from_pretrained
 from src.models.hf.meta import Deferred
 from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
-from src.objectives.optim import Training
+from src.objectives.base import Setup
+from src.objectives.optim import Optim
 from src.objectives.revision import RevisionObjective
 from src.training.launch import rendezvous
 from src.training.strategy import DDP, FSDP2
@@ -108,7 +109,7 @@ def run(variant: str, steps: int, folder: Path) -> tuple[float, float, float]:
 def train(variant: str, steps: int, folder: Path) -> None:
     """Train in this process and write its measurements to the folder."""
     sharding = SHARDING.get(variant)
-    training = Training(lr=1e-4, checkpointing="full" if "checkpointing" in variant else "none", sharding=sharding)
+    optim = Optim(lr=1e-4, checkpointing="full" if "checkpointing" in variant else "none", sharding=sharding)
     alone, shares = variant == "alone", variant.startswith("shares")
     clock, strategy = Clock(), "auto" if alone else FSDP2() if shares else DDP()
     trainer = L.Trainer(
@@ -118,7 +119,7 @@ def train(variant: str, steps: int, folder: Path) -> None:
     rendezvous(trainer, None, run=str(folder))
     before = resident("VmRSS")
     backbone = Deferred(str(folder), {"codec": None}) if shares else lambda: from_pretrained(folder)
-    objective = RevisionObjective(backbone=backbone, special=SPECIAL, training=training)
+    objective = RevisionObjective(Setup(backbone=backbone, special=SPECIAL, optim=optim))
     batch = make_batch({"model": TEXT})
     trainer.fit(objective, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     peak = resident("VmHWM") - before

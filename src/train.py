@@ -219,7 +219,7 @@ def _out_of_memory(cfg: DictConfig, trainer: L.Trainer) -> str:
     gpus = trainer.world_size if isinstance(trainer.strategy, FSDP2) else 1
     return (
         f"out of memory at step {trainer.global_step}. Planned memory of a step:\n\n{plan(cfg, gpus=gpus)}\n"
-        "To use less: objective.training.micro_batch, objective.training.checkpointing=full, more devices with "
+        "To use less: optim.micro_batch, optim.checkpointing=full, more devices with "
         "parallel/fsdp2 (docs/memory.md)"
     )
 

@@ -146,14 +146,6 @@ class Corrupted:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Numerator and denominator, summed separately over micro-batches and ranks before the division."""
-
-    numerator: Tensor
-    denominator: Tensor
-
-
-@dataclass(frozen=True)
 class Edit:
     """An expert's correction: replace `org` at character `start_char` of the draft by `target`.
 

@@ -49,8 +49,8 @@ OBJECTIVES = {
     "stage1": ["conf=stage1"],
     "paper": ["conf=stage1,objective/rediff_paper"],
     "released": ["conf=stage1,objective/rediff_released"],
-    "proseco": ["conf=proseco", "objective.training.micro_batch=3"],
-    "complementary": ["conf=complementary", "objective.training.views=2", "objective.training.antithetic=true"],
+    "proseco": ["conf=proseco", "optim.micro_batch=3"],
+    "complementary": ["conf=complementary", "optim.views=2", "optim.antithetic=true"],
     "edit_noise": ["conf=edit_noise", "objective.begin=0.2"],
     "hybrid": ["conf=hybrid"],
     "uniform": ["conf=uniform"],
@@ -121,7 +121,7 @@ class Recorder:
         self.run(
             "train", *conf, *more, f"run_dir={run}", text, "tokenizer=assets/base", "data.batch_size=8",
             "trainer.max_steps=20", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=2",
-            "objective.training.warmup_steps=5", "resume=false", *QUIET, ranks=ranks,
+            "optim.warmup_steps=5", "resume=false", *QUIET, ranks=ranks,
         )  # fmt: skip
         return {"scalars": scalars(run / "tensorboard"), "tensors": tensors(run / "model" / "model.safetensors")}
 

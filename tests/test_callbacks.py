@@ -19,8 +19,9 @@ from callbacks.samples import KEPT, NEW, OLD, PAD, REWRITTEN, SIDE, Samples, tab
 from callbacks.throughput import Throughput, peak_memory
 from datamodules.captions import CaptionData
 from src.models.llada_v import LLaDAV
+from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.preparation.scenes import Scenes
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
@@ -54,8 +55,8 @@ def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trai
         decoder = {"vocab_size": codec.vocab_size, "attention": "prefix", **sizes}
         return LLaDAV(decoder=decoder, vision={"image_size": 48, "patch_size": 16, **sizes}, image_id=codec.image_id)
 
-    training = Training(lr=1e-2, warmup_steps=1, decay=0.0)
-    objective = MaskPrediction(backbone=backbone, special=codec.special, training=training)
+    setup = Setup(backbone=backbone, special=codec.special, optim=Optim(lr=1e-2, warmup_steps=1, decay=0.0))
+    objective = MaskPrediction(setup)
     options = {"logger": TensorBoardLogger(run, name="tb", version=""), "limit_val_batches": 1, **options}
     trainer = L.Trainer(
         max_steps=steps,

@@ -34,13 +34,13 @@ class Objective(MaskPrediction):
         raise ERROR("my objective is broken")
 
 class Unbuilt(MaskPrediction):
-    def __init__(self, *, backbone, special, **rest):
-        super().__init__(backbone=backbone, special=special, **rest)
+    def __init__(self, setup):
+        super().__init__(setup)
         raise ERROR("my constructor is broken")
 
 class Shapes(MaskPrediction):
-    def logits(self, *given):
-        return super().logits(*given) @ torch.zeros(3, 3)
+    def positions(self, *given):
+        return super().positions(*given) @ torch.zeros(3, 3)
 
 class Metric(CaptionMetric):
     names = ("mine",)
@@ -116,7 +116,7 @@ def check(found: BaseException, error: type[Exception], message: str) -> None:
 def training(scenes: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         *("conf=mask", f"data.path={scenes}", f"run_dir={run_dir}", "data.batch_size=4", "trainer.max_steps=2"),
-        *("objective.training.warmup_steps=1", "callbacks.samples=null", "callbacks.progress=null", *more),
+        *("optim.warmup_steps=1", "callbacks.samples=null", "callbacks.progress=null", *more),
     ]
 
 

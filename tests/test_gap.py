@@ -208,7 +208,7 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
     train = [
         "conf=stage2", f"data.rounds=[{tmp_path / 'round'}]", "callbacks.self_correction=null", "run_dir=run",
         "data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "trainer.limit_val_batches=0",
-        "callbacks.samples=null", "objective.training.warmup_steps=1", f"model.path={BASE}", f"tokenizer={BASE}",
+        "callbacks.samples=null", "optim.warmup_steps=1", f"model.path={BASE}", f"tokenizer={BASE}",
         f"data.path={data}",
     ]  # fmt: skip
     message = "was made with a gap token, but this run has none: set gap=TOKEN"

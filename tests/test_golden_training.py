@@ -17,12 +17,14 @@ from torch import nn
 from src.cli.config import load_config
 from src.cli.instantiate import build
 from src.diffusion.corruption import Absorb, Chain, Replace, start
-from src.diffusion.losses import Term, term_loss
+from src.diffusion.losses import Term, denominator, term_sum
 from src.diffusion.noise import Noise
 from src.models.hf.formats import LlamaStyle
+from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.types import Batch, Corrupted, Kind, Prefix, SpecialIds
+from tests.test_objectives import total
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 RESULTS = json.loads((FOLDER / "train_results.json").read_text())
@@ -130,20 +132,16 @@ def golden_state(sample: SimpleNamespace) -> Corrupted:
 
 def objective_of(name: str, sample: SimpleNamespace, model: nn.Module):
     """The objective that the released code trains in this case, as our presets configure it."""
-    backbone, training = lambda: WholeSequence(model), Training(lr=1.0)
+    setup = Setup(backbone=lambda: WholeSequence(model), special=sample.special, optim=Optim(lr=1.0))
     if not RESULTS[name]["revise"]:
-        return MaskPrediction(backbone=backbone, special=sample.special, training=training)
+        return MaskPrediction(setup)
     preset = "stage1,objective/rediff_released"
     if sample.batch.drafted.all():
         preset = "stage2,objective/rediff_released,objective/rediff_released_stage2"
-    settings = ["objective.alone_share=1.0", "objective.training={target: src.objectives.optim.Training, lr: 1.0}"]
+    settings = ["objective.alone_share=1.0"]
     more = ["model.path=none", "run_dir=none"] if preset.startswith("stage2") else []
     node = load_config([f"conf={preset}", *settings, *more]).objective
-    return build(node, backbone=backbone, special=sample.special, seed=0)
-
-
-def total(objective, losses: dict) -> torch.Tensor:
-    return sum(term.coef * losses[term.name].numerator / losses[term.name].denominator for term in objective.terms)
+    return build(node, setup=setup)
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -196,12 +194,9 @@ def test_loss_and_gradients(golden, golden_model, name):
         kind = kind.masked_fill(kind == int(Kind.HALLUCINATION), int(Kind.MISTAKE))
     state = Corrupted(state.tokens, state.target, kind, state.rate)
     golden_model.zero_grad()
-    passes = objective.losses(sample.batch, [state])
-    loss = total(objective, next(passes))
+    loss = total(objective, sample.batch, [state])
     assert loss.item() == pytest.approx(EXPECTED[name]["code_loss_fp64"], rel=1e-5)
     assert loss.item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
-    loss.backward()
-    assert list(passes) == []  # which goes on through the prefix
     check_gradients(golden_model, RESULTS[name]["grad_norms"])
     golden_model.zero_grad()
 
@@ -242,9 +237,7 @@ def test_terms_of_the_paper(golden, golden_model, name):
         for row, value in enumerate(expected["paper"][label]["per_sample"]):
             one = slice(row, row + 1)
             part = Corrupted(state.tokens[one], state.target[one], state.kind[one], state.rate[one])
-            assert term_loss(term, losses[one], part).numerator.item() == pytest.approx(value, rel=2e-5, abs=1e-6), (
-                label
-            )
+            assert term_sum(term, losses[one], part).item() == pytest.approx(value, rel=2e-5, abs=1e-6), label
 
 
 @pytest.mark.parametrize("name", [name for name, result in RESULTS.items() if result["variant"] in "AC"])
@@ -269,7 +262,7 @@ def test_the_variants_that_are_commented_out(golden, golden_model, name):
         for old, new in renamed.items():
             kind[kind == int(old)] = int(new)
         part = Corrupted(state.tokens, state.target, kind, state.rate)
-        loss += sum(float(term.numerator / term.denominator) for t in table for term in [term_loss(t, losses, part)])
+        loss += sum(float(term_sum(term, losses, part) / denominator(term, part)) for term in table)
     assert loss == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
 
 

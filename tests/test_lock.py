@@ -128,7 +128,7 @@ def arguments(verb: str, data: Path, drafts: Path, out: Path) -> list[str]:
     if verb == "revise":
         return ["conf=revise", f"drafts={drafts}", f"out={out}", f"tokenizer={BASE}"]
     more = ["data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "callbacks.checkpoint.every_n_train_steps=1"]
-    more += ["objective.training.warmup_steps=1", "callbacks.samples=null", f"model.path={BASE}", f"tokenizer={BASE}"]
+    more += ["optim.warmup_steps=1", "callbacks.samples=null", f"model.path={BASE}", f"tokenizer={BASE}"]
     return ["conf=mask", f"data.path={data}", f"run_dir={out}", "trainer.accelerator=cpu", *more]
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from src.generate import main as generate
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Objective
+from src.objectives.base import Objective, Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
 from src.samplers.proseco import Corrector
 from src.samplers.rediff import OverwriteAll
@@ -79,12 +79,12 @@ def trained(kind: type[Objective], steps: int) -> nn.Module:
 
     settings = {"weight": "one", "reduce": "answer_len", "t_min": 0.1}
     settings |= {"correct_weight": "one"} if kind is ProSeCo else {}
-    objective = kind(backbone=backbone, special=TOY, training=Training(lr=3e-3), **settings)
+    objective = kind(Setup(backbone=backbone, special=TOY, optim=Optim(lr=3e-3)), **settings)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     for batch in toy_batches(steps):
         optimizer.zero_grad()
-        for losses in objective.losses(batch, objective.corrupt(batch)):
-            sum(loss.numerator / loss.denominator for loss in losses.values()).backward()
+        views = objective.corrupt(batch)
+        objective.forward_backward(batch, views, objective.denominators([(batch, views)]))
         optimizer.step()
     return objective.backbone.eval()
 

@@ -10,20 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from src.diffusion.losses import Term, denominator, term_loss
+from src.diffusion.losses import Term, denominator, term_sum
 from src.io.errors import UserError
 from src.models.llada_v import LLaDAV
+from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
+from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
 from src.objectives.revision import RevisionObjective
 from src.objectives.scene_labels import TowerLabels
 from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, SIZES, draw_scene
-from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
+from src.types import Batch, Corrupted, Kind, Prefix, SpecialIds
 from tests.test_corruption import SPECIAL, make_batch
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-TRAINING = Training(lr=1e-3, warmup_steps=1, decay=0.0)
+OPTIM = Optim(lr=1e-3, warmup_steps=1, decay=0.0)
 
 
 def tiny_backbone(**options) -> nn.Module:
@@ -72,20 +74,23 @@ def brute_force(objective, batch: Batch) -> float:
     return total
 
 
-def total(objective, batch: Batch) -> torch.Tensor:
-    corrupted = objective.corrupt(batch)
-    totals = objective._totals([(batch, corrupted)])
-    terms = {term.name: term for term in objective.terms}
-    parts = [
-        terms[name].coef * loss.numerator / totals[name]
-        for losses in objective.losses(batch, corrupted)
-        for name, loss in losses.items()
-    ]
-    return torch.stack(parts).sum()
+def means(objective, batch: Batch, views: list[Corrupted] | None = None) -> dict[str, torch.Tensor]:
+    """Each term of one batch; its gradients are added to those of the parameters."""
+    views = views or objective.corrupt(batch)
+    totals = objective.denominators([(batch, views)])
+    return {name: value / totals[name] for name, value in objective.forward_backward(batch, views, totals).items()}
 
 
-def make(cls, **options):
-    return cls(**{"backbone": tiny_backbone, "special": SPECIAL, "training": TRAINING, "t_min": 0.05, **options})
+def total(objective, batch: Batch, views: list[Corrupted] | None = None) -> torch.Tensor:
+    return objective.weighted(means(objective, batch, views))
+
+
+def make(cls, *, backbone=tiny_backbone, special: SpecialIds = SPECIAL, optim: Optim = OPTIM, **options):
+    return cls(Setup(backbone=backbone, special=special, optim=optim), **{"t_min": 0.05, **options})
+
+
+def gradients(objective) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
 
 
 CASES = {
@@ -113,8 +118,8 @@ def test_hand_computed_terms():
     state = Corrupted(kind.long(), kind.long(), kind, torch.tensor([0.5, 0.25]))
 
     def value(**options) -> float:
-        result = term_loss(Term("m", Kind.MASK, **options), loss, state)
-        return (result.numerator / result.denominator).item()
+        term = Term("m", Kind.MASK, **options)
+        return (term_sum(term, loss, state) / denominator(term, state)).item()
 
     assert value(weight="one", reduce="tokens") == pytest.approx((1 + 3 + 4) / 3)
     assert value(weight="one", reduce="kind_mean") == pytest.approx((2 + 4) / 2)
@@ -126,8 +131,8 @@ def test_hand_computed_terms():
 
 def test_a_kind_that_is_absent_costs_nothing():
     state = Corrupted(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.uint8), torch.ones(2))
-    loss = term_loss(Term("syntax", Kind.SYNTAX), torch.zeros(2, 3), state)
-    assert loss.numerator == 0 and loss.denominator == 2
+    term = Term("syntax", Kind.SYNTAX)
+    assert term_sum(term, torch.zeros(2, 3), state) == 0 and denominator(term, state) == 2
 
 
 def test_stage_one_without_revision_is_llada():
@@ -144,16 +149,15 @@ def test_micro_batches_change_nothing(name, size):
     """Summed micro-batch gradients equal those of one large batch (spec equivalence g)."""
     batch = batch_with_prompt(6, padding=0)
     batch.drafted[::2] = True
-    gradients = []
+    results = []
     for micro in (None, size):
         objective = CASES[name]()
         parts = [(part, objective.corrupt(part)) for part in batch.split(micro or len(batch))]
-        totals = objective._totals(parts)
-        for part, corrupted in parts:
-            for losses in objective.losses(part, corrupted):
-                sum(t.coef * losses[t.name].numerator / totals[t.name] for t in objective.terms).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None]))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+        totals = objective.denominators(parts)
+        for part, views in parts:
+            objective.forward_backward(part, views, totals)
+        results.append(gradients(objective))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -163,7 +167,7 @@ def test_a_real_training_step_does_not_depend_on_the_micro_batch(tmp_path, micro
     weights, rates = [], []
     for size in (None, micro):
         objective = make(RevisionObjective, rate=0.3)
-        objective.options = Training(lr=1e-2, warmup_steps=2, decay=0.5, clip_norm=0.1, micro_batch=size)
+        objective.optim = Optim(lr=1e-2, warmup_steps=2, decay=0.5, clip_norm=0.1, micro_batch=size)
         trainer = L.Trainer(
             max_steps=4,
             accelerator="cpu",
@@ -202,8 +206,8 @@ class Flawed(MaskPrediction):
         self.broken = batch_idx in self.wrong
         super().training_step(batch, batch_idx)
 
-    def reduce(self, logits, where, state, terms):
-        return super().reduce(logits * math.inf if self.broken else logits, where, state, terms)
+    def weighted(self, values):
+        return super().weighted(values) * (math.inf if self.broken else 1)
 
 
 def test_a_skipped_step_changes_nothing_and_is_counted():
@@ -223,40 +227,20 @@ def test_a_skipped_step_changes_nothing_and_is_counted():
         assert torch.equal(one, other)
 
 
-class Late(MaskPrediction):
-    """Finds the positions of its term after the corruption, as an objective of two passes does."""
-
-    def losses(self, batch, corrupted):
-        for terms in super().losses(batch, corrupted):
-            yield {"mask": Loss(terms["mask"].numerator, terms["mask"].denominator + 3)}
-
-
-@pytest.mark.parametrize("micro", [None, 2])
-def test_denominators_that_were_not_known_before_are_refused(micro):
-    batch = batch_with_prompt(4, padding=0)
-    objective = make(Late, weight="one", reduce="tokens")
-    objective.options = Training(lr=1e-2, micro_batch=micro)
-    num_masked = sum(int(state.where(Kind.MASK).sum()) for state in objective.corrupt(batch))
-    trainer = L.Trainer(max_steps=1, accelerator="cpu", **QUIET)
-    before = objective.backbone.model.norm.weight.clone()
-    message = (
-        f"term 'mask': losses.. returns the denominator {num_masked + 3 * (2 if micro else 1)}, .* gives {num_masked};"
-    )
-    with pytest.raises(ValueError, match=message):
-        trainer.fit(objective, torch.utils.data.DataLoader([batch], batch_size=None))
-    assert torch.equal(before, objective.backbone.model.norm.weight)
+def test_a_second_pass_cannot_divide_by_positions_that_are_not_known_before():
+    with pytest.raises(UserError, match="reduce=tokens cannot be used by a second pass"):
+        make(ProSeCo, reduce="tokens")
 
 
 def test_views_share_a_prefix_and_average_their_losses():
     batch = batch_with_prompt()
     two = make(MaskPrediction)
-    two.options = Training(lr=1e-3, views=2)
+    two.optim = Optim(lr=1e-3, views=2)
     first, second = two.corrupt(batch)
     assert not torch.equal(first.tokens, second.tokens)
     each = []
     for state in (first, second):
-        part = next(two.losses(batch, [state]))["mask"]
-        each.append((part.numerator / part.denominator).item())
+        each.append(total(two, batch, [state]).item())
     assert total(two, batch).item() == pytest.approx(sum(each) / 2, rel=1e-5)
 
 
@@ -291,23 +275,23 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("cls", [MaskPrediction, RevisionObjective, Refine])
 def test_a_model_that_knows_the_answer_has_no_loss(cls):
     batch = batch_with_prompt()
-    objective = cls(backbone=lambda: Oracle(batch.response), special=SPECIAL, training=TRAINING)
+    objective = make(cls, backbone=lambda: Oracle(batch.response))
     assert total(objective, batch).item() < 1e-12
 
 
 def test_the_schedule_warms_up_holds_and_decays():
-    options = Training(lr=1.0, warmup_steps=10, decay=0.2)
+    options = Optim(lr=1.0, warmup_steps=10, decay=0.2)
     assert options.factor(4, 100) == pytest.approx(0.5)
     assert options.factor(50, 100) == 1.0
     assert options.factor(90, 100) == pytest.approx(0.5)
-    cosine = Training(lr=1.0, warmup_steps=10)
+    cosine = Optim(lr=1.0, warmup_steps=10)
     assert cosine.factor(55, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
 
 
 def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
     batch = batch_with_prompt(8, padding=0)
     objective = make(RevisionObjective, rate=0.3)
-    objective.options = Training(lr=1e-2, warmup_steps=1, decay=0.0, micro_batch=3)
+    objective.optim = Optim(lr=1e-2, warmup_steps=1, decay=0.0, micro_batch=3)
     before = total(objective, batch).detach()
     logged = {}
 
@@ -332,9 +316,7 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
 
 def test_special_ids_stay_out_of_random_replacements():
     special = SpecialIds(mask=39, eos=38, eot=37, banned=(39, 36), vocab_size=40)
-    objective = RevisionObjective(
-        backbone=tiny_backbone, special=special, training=TRAINING, rate=1.0, hallucination="none", t_min=0.01
-    )
+    objective = make(RevisionObjective, special=special, rate=1.0, hallucination="none", t_min=0.01)
     batch = make_batch(200, 12)
     (state,) = objective.corrupt(batch)
     assert state.tokens[state.where(Kind.SYNTAX)].max() < 36
@@ -344,16 +326,15 @@ def test_labels_of_the_tower_equal_the_written_out_loop():
     """One square tile a scene; each of its nine places is seen by one patch."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 12, "patch_size": 4}
-    objective = TowerLabels(
-        backbone=lambda: LLaDAV(decoder={**sizes, "vocab_size": 40}, vision=vision), special=SPECIAL, training=TRAINING
-    )
+    backbone = lambda: LLaDAV(decoder={**sizes, "vocab_size": 40}, vision=vision)  # noqa: E731
+    objective = TowerLabels(Setup(backbone=backbone, special=SPECIAL, optim=OPTIM))
     objective.log = lambda *_, **__: None
     batch = make_batch(3, 4)
     scenes = [draw_scene(Random(row), objects=(2, 4)) for row in range(3)]
     batch.records = [{"scene": scene.to_dict()} for scene in scenes]
     tiles = torch.randint(0, 256, (3, 1, 3, 12, 12), dtype=torch.uint8)
     batch.prefix = {"pixel_values": tiles}
-    loss = next(objective.losses(batch, objective.corrupt(batch)))["labels"]
+    loss = means(objective, batch)["labels"]
     summed = {"shape": [], "colour": [], "size": [], "background": []}
     for row, scene in enumerate(scenes):
         logits = objective.heads(objective.backbone.vision.features(tiles[row]))[0]  # (9, classes)
@@ -370,4 +351,4 @@ def test_labels_of_the_tower_equal_the_written_out_loop():
         mean = heads["background"].mean(0).log_softmax(-1)
         summed["background"].append(-mean[BACKGROUNDS.index(scene.background)].item())
     expected = sum(sum(values) / len(values) for values in summed.values())
-    assert (loss.numerator / loss.denominator).item() == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)

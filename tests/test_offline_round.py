@@ -66,7 +66,7 @@ def test_each_verb_says_the_next_one(data: Path, tmp_path: Path, monkeypatch, ca
     assert shlex.join(["python", "-m", "src.train", *arguments]) in (src.revise.__doc__ or "")
 
     small = ["data.batch_size=4", "data.workers=0", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
-    small += ["callbacks.samples=null", "objective.training.warmup_steps=1", "run_dir=run"]
+    small += ["callbacks.samples=null", "optim.warmup_steps=1", "run_dir=run"]
     src.train.main([*arguments, f"model.path={BASE}", f"tokenizer={BASE}", f"data.path={data}", *small])
     (last,) = Path("run/checkpoints").glob("last*.ckpt")
     kept = torch.load(last, weights_only=False).values()

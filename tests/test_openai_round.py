@@ -289,7 +289,7 @@ def training(drafts: Path, run_dir: Path, server: Scripted) -> list[str]:
     rounds = [
         f"callbacks.self_correction.{name}" for name in ("rounds=2", "drafts_per_round=6", "tokens_per_step=[16]")
     ]
-    steps = ["trainer.max_steps=4", "data.epoch_batches=2", "objective.training.warmup_steps=1", "trainer.devices=1"]
+    steps = ["trainer.max_steps=4", "data.epoch_batches=2", "optim.warmup_steps=1", "trainer.devices=1"]
     steps += ["trainer.accelerator=cpu", "trainer.limit_val_batches=0", "callbacks.self_correction.allow_empty=true"]
     expert = [f"expert.base_url={server.url}", "expert.key_env=null", "expert.model=some", "expert.repair=0"]
     conf = "conf=stage2,expert/openai"

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from src.diffusion.corruption import Replace
-from src.diffusion.losses import term_loss
+from src.diffusion.losses import term_sum
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edit_noise import EditNoiseObjective
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
 from src.objectives.uniform import UniformNoise
 from src.training.memory_tracker import Live
 from src.types import Batch, Corrupted, Kind
+from testing.one_graph import one_graph
 from tests.test_corruption import SPECIAL
-from tests.test_objectives import TRAINING, Oracle, batch_with_prompt, make, tiny_backbone, token_losses, total
+from tests.test_objectives import Oracle, batch_with_prompt, gradients, make, means, tiny_backbone, token_losses, total
 
 BANNED = {SPECIAL.mask, *SPECIAL.banned}
 
@@ -73,26 +74,7 @@ def test_proseco_equals_the_written_out_loop(fill, errors, weighted, reduce):
     assert total(objective, batch).item() == pytest.approx(expected, rel=1e-4)
 
 
-def gradients(objective: Objective) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
-
-
-def one_graph(objective: Objective, batch: Batch) -> torch.Tensor:
-    """Gradients where all passes share one graph with their prefix, and are propagated back once."""
-    totals = objective._totals([(batch, corrupted := objective.corrupt(batch))])
-    prefix = objective.backbone.encode_prefix(batch.prefix)
-    terms = {term.name: term for term in objective.terms}
-    parts = [
-        terms[name].coef * loss.numerator / totals[name]
-        for view, state in enumerate(corrupted)
-        for losses in objective.passes(batch, prefix, state, objective._noise(batch, f"{view}/passes"))
-        for name, loss in losses.items()
-    ]
-    torch.stack(parts).sum().backward()
-    return gradients(objective)
-
-
-TWO_VIEWS = Training(lr=1e-3, views=2, antithetic=True)
+TWO_VIEWS = Optim(lr=1e-3, views=2, antithetic=True)
 OBJECTIVES = {
     "proseco": lambda: make(ProSeCo, rate=0.1),
     "proseco-errors": lambda: make(ProSeCo, errors=True, pick="sample", fill="masked"),
@@ -100,7 +82,7 @@ OBJECTIVES = {
     "complementary": lambda: make(ComplementaryMasks),
     "hybrid": lambda: make(HybridNoise, share=0.3),
     "uniform": lambda: make(UniformNoise),
-    "two views": lambda: make(ProSeCo, training=TWO_VIEWS),
+    "two views": lambda: make(ProSeCo, optim=TWO_VIEWS),
     "shift": lambda: make(ProSeCo, backbone=lambda: tiny_backbone(shift=True)),
     "full attention": lambda: make(ProSeCo, backbone=lambda: tiny_backbone(attention="full")),
 }
@@ -111,14 +93,13 @@ OBJECTIVES = {
 def test_a_backward_pass_after_each_pass_changes_no_gradient(name, micro):
     """Nor do micro-batches: the denominators are those of the whole batch."""
     batch = batch_with_prompt(6, padding=0)
-    expected = one_graph(OBJECTIVES[name](), batch)
-    objective = OBJECTIVES[name]()
+    reference, objective = OBJECTIVES[name](), OBJECTIVES[name]()
+    one_graph(reference, batch)
+    expected = gradients(reference)
     parts = [(part, objective.corrupt(part)) for part in batch.split(micro or len(batch))]
-    totals = objective._totals(parts)
-    terms = {term.name: term for term in objective.terms}
-    for part, corrupted in parts:
-        for losses in objective.losses(part, corrupted):
-            sum(terms[name].coef * loss.numerator / totals[name] for name, loss in losses.items()).backward()
+    totals = objective.denominators(parts)
+    for part, views in parts:
+        objective.forward_backward(part, views, totals)
     assert expected.norm() > 0
     torch.testing.assert_close(gradients(objective), expected, rtol=1e-4, atol=1e-6)
 
@@ -127,18 +108,15 @@ def fullest(objective: Objective, batch: Batch) -> int:
     """Bytes at the fullest moment of a real step, gradients there already, one backward pass after each pass."""
     for parameter in objective.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    corrupted = objective.corrupt(batch)
+    views = objective.corrupt(batch)
+    totals = objective.denominators([(batch, views)])
     gc.collect()
     live = Live()
     for parameter in objective.parameters():
         live.hold(parameter.grad, "gradients")
     with live:
         live.enter("step", "made")
-        for losses in objective.losses(batch, corrupted):
-            total = torch.stack([loss.numerator for loss in losses.values()]).sum()
-            losses.clear()
-            total.backward()
-            del total
+        objective.forward_backward(batch, views, totals)
     return live.peaks["step"]["made"]
 
 
@@ -147,18 +125,20 @@ def test_two_passes_take_the_memory_of_one():
     batch = batch_with_prompt(40, padding=0)
     one = fullest(make(MaskPrediction, t_min=0.999999), batch)
     assert fullest(make(ProSeCo, t_min=0.999999), batch) < 1.15 * one
-    assert fullest(make(ProSeCo, t_min=0.999999, training=TWO_VIEWS), batch) < 1.25 * one
+    assert fullest(make(ProSeCo, t_min=0.999999, optim=TWO_VIEWS), batch) < 1.25 * one
 
 
 def drafts(objective: ProSeCo, batch: Batch) -> torch.Tensor:
     """The input of each second pass, (views, B, L)."""
-    seen = []
-    read = objective.logits
-    objective.logits = lambda batch, prefix, state, where: (
-        seen.append(state.tokens) or read(batch, prefix, state, where)
-    )
-    list(objective.losses(batch, objective.corrupt(batch)))
-    return torch.stack(seen[1::2])
+    seen, second_input = [], objective.second_input
+
+    def watched(*args):
+        seen.append(second_input(*args))
+        return seen[-1]
+
+    objective.second_input = watched
+    total(objective, batch)
+    return torch.stack([state.tokens for state in seen])
 
 
 def test_a_draft_holds_neither_masks_nor_ids_that_no_response_has():
@@ -205,13 +185,11 @@ def test_a_model_that_knows_the_answer_corrects_a_clean_text():
     batch.response = batch.response.clamp(min=5)
     for fill in ("all", "masked"):
         for errors, expected in ((False, {"correct": 0.0}), (True, {"wrong": 0.0, "right": -1.0})):
-            objective = ProSeCo(
-                backbone=lambda: Oracle(batch.response), special=SPECIAL, training=TRAINING, fill=fill, errors=errors,
-                correct_weight="one",
-            )  # fmt: skip
-            _, second = objective.losses(batch, objective.corrupt(batch))
-            means = {name: (loss.numerator / loss.denominator).item() for name, loss in second.items()}
-            assert means == pytest.approx(expected, abs=1e-6)
+            objective = make(
+                ProSeCo, backbone=lambda: Oracle(batch.response), fill=fill, errors=errors, correct_weight="one"
+            )
+            terms = means(objective, batch)
+            assert {name: terms[name].item() for name in expected} == pytest.approx(expected, abs=1e-6)
             hits, tries = objective._counts["draft_error_rate"].tolist()
             assert (hits, tries) == (0, int(batch.editable.sum()))
 
@@ -234,7 +212,7 @@ def test_the_second_pass_begins_when_told(name, options):
     for step in range(5):
         trainer = SimpleNamespace(global_step=step, max_steps=4)
         objective._trainer = trainer  # Lightning's own attribute; a trainer cannot be stopped between two steps
-        passes.append(len(list(objective.losses(batch, objective.corrupt(batch)))))
+        passes.append(len(means(objective, batch)))  # one term a pass
     assert passes == [1, 1, 1, 2, 2]
 
 
@@ -266,7 +244,7 @@ def test_complementary_masks_hide_every_token_once():
 
 def test_antithetic_levels_are_spread_evenly_over_the_views_and_uniform_in_each():
     batch = batch_with_prompt(500, padding=0)
-    objective = make(MaskPrediction, t_min=0.2, training=Training(lr=1e-3, views=4, antithetic=True))
+    objective = make(MaskPrediction, t_min=0.2, optim=Optim(lr=1e-3, views=4, antithetic=True))
     levels = torch.stack([state.rate for state in objective.corrupt(batch)])  # (4, B)
     assert levels.min() >= 0.2 and levels.max() < 1
     gaps = levels.sort(0).values.diff(dim=0)
@@ -290,7 +268,6 @@ def test_uniform_noise_trains_every_token():
     [
         ({"fill": "some"}, "fill must be one of"),
         ({"pick": "best"}, "pick must be one of"),
-        ({"reduce": "tokens"}, "reduce must be 'batch_tokens' or 'answer_len', got 'tokens'"),
         ({"begin": -1}, "begin must be at least 0, got -1"),
         ({"rate": 2}, "rate must be within 0..1"),
     ],
@@ -335,7 +312,7 @@ def test_coefficients_and_levels_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="trains nothing: all coefficients are 0"):
         make(HybridNoise, mask=0.0, wrong=0.0, clean=0.0)
     with pytest.raises(ValueError, match="needs views >= 2"):
-        Training(lr=1e-3, antithetic=True)
+        Optim(lr=1e-3, antithetic=True)
 
 
 @pytest.mark.parametrize("clean", [1.0, 0.05])
@@ -352,7 +329,7 @@ def test_equal_weights_for_visible_tokens_have_the_true_probability_as_optimum(c
 
     def loss(p: float) -> float:
         values = torch.where(state.where(Kind.CLEAN), -math.log(p), -math.log(1 - p))  # the other word was right
-        return sum(t.coef * term_loss(t, values, state).numerator.item() for t in terms)
+        return sum(t.coef * term_sum(t, values, state).item() for t in terms)
 
     best = min((i / 1000 for i in range(1, 1000)), key=loss)
     assert best == pytest.approx(clean * q / (clean * q + 1 - q), abs=1e-3)

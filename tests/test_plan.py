@@ -23,8 +23,9 @@ from src.models.hf.folder import save_pretrained
 from src.models.hf.meta import outline
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
+from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.objectives.revision import RevisionObjective
 from src.text.tokenizer import Codec
 from src.train import main
@@ -45,6 +46,7 @@ from src.training.memory_plan import (
     measure,
 )
 from src.types import Batch, SpecialIds
+from tests.test_objectives import total
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, MLP, LAYERS, HEADS, KEY_HEADS = 50, 24, 40, 3, 4, 2
@@ -85,8 +87,8 @@ def make_model(*, vision: bool = False, attention: str = "full") -> LLaDAV:
 
 
 def make_objective(model: LLaDAV, **training) -> RevisionObjective:
-    options = Training(lr=1e-3, **training)
-    return RevisionObjective(backbone=lambda: model, special=SPECIAL, training=options, hallucination="none")
+    options = Optim(lr=1e-3, **training)
+    return RevisionObjective(Setup(backbone=lambda: model, special=SPECIAL, optim=options), hallucination="none")
 
 
 def make_batch(rows: int = 1, *, vision: bool = False, prompt: int = PROMPT) -> Batch:
@@ -152,7 +154,7 @@ def really_kept(objective: RevisionObjective, batch: Batch) -> int:
     """
     noise = Noise(batch.keys, seed=0)
     state = corruption.start(batch, torch.ones(len(batch)))
-    states = [objective.corruption(batch, state, noise) for _ in range(objective.options.views)]
+    states = [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
     given = [*objective.parameters(), *batch.prefix.values(), batch.response, batch.editable]
     given += [tensor for state in states for tensor in (state.tokens, state.target, state.kind, state.rate)]
     known = {tensor.untyped_storage()._cdata for tensor in given}
@@ -173,7 +175,7 @@ def really_kept(objective: RevisionObjective, batch: Batch) -> int:
     read: list[torch.Tensor] = []
     objective.backbone.encode_prefix = encode
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert next(objective.losses(batch, states))
+        total(objective, batch, states)
     gathered = sum(tensor.nbytes for tensor in read) if len(states) > 1 else 0
     return sum(storage.nbytes() for key, storage in kept.items() if key not in known) + gathered
 
@@ -216,7 +218,7 @@ def test_views_take_the_memory_of_one_and_what_they_say_of_the_prefix(attention)
 
 
 def test_all_tokens_bear_a_loss_even_if_only_masked_ones_do():
-    objective = MaskPrediction(backbone=make_model, special=SPECIAL, training=Training(lr=1e-3))
+    objective = MaskPrediction(Setup(backbone=make_model, special=SPECIAL, optim=Optim(lr=1e-3)))
     plan = measure(objective, make_batch(2), gpus=1, precision="32-true")
     assert plan.phases["saved"][HEAD] >= 4 * 2 * LENGTH * VOCABULARY  # logarithms of the probabilities
 
@@ -287,11 +289,10 @@ def test_mistakes_are_told():
 
 def test_an_objective_that_looks_at_its_numbers_cannot_be_planned():
     class Looks(MaskPrediction):
-        def losses(self, batch, corrupted):
-            for found in super().losses(batch, corrupted):
-                yield found if found["mask"].numerator.item() else {}
+        def weighted(self, values):
+            return super().weighted(values if values["mask"].item() else {})
 
-    objective = Looks(backbone=make_model, special=SPECIAL, training=Training(lr=1e-3))
+    objective = Looks(Setup(backbone=make_model, special=SPECIAL, optim=Optim(lr=1e-3)))
     with pytest.raises(ValueError, match="depends on computed values"):
         measure(objective, make_batch(), gpus=1, precision="32-true")
 
@@ -332,7 +333,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
-    main(arguments(tmp_path, "plan.gpus=2", "objective.training.micro_batch=1", "objective.training.views=2"))
+    main(arguments(tmp_path, "plan.gpus=2", "optim.micro_batch=1", "optim.views=2"))
     text = capsys.readouterr().out
     assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens after a prefix of" in text
     numbers = {line[:26].strip(): re.findall(r"[\d.]+(?= MiB)", line) for line in text.splitlines()}
@@ -340,8 +341,8 @@ def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
     rows = [
         [float(value) for value in values] for name, values in numbers.items() if len(values) == 4 and name != "sum"
     ]
-    for column, total in zip(zip(*rows, strict=True), numbers["sum"], strict=True):
-        assert sum(column) == pytest.approx(float(total), abs=0.05 * len(rows))
+    for column, expected in zip(zip(*rows, strict=True), numbers["sum"], strict=True):
+        assert sum(column) == pytest.approx(float(expected), abs=0.05 * len(rows))
     assert f"at most {max(map(float, numbers['sum'])):.1f} MiB on each GPU" in text
     assert list(tmp_path.iterdir()) == []
 

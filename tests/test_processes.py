@@ -43,7 +43,7 @@ def scenes(tmp_path_factory) -> Path:
 def common(scenes: Path) -> list[str]:
     data = [f"data.path={scenes}", f"tokenizer={BASE}", "data.batch_size=4"]
     quick = ["callbacks.samples=null", "callbacks.progress=null", "callbacks.throughput=null", "data.workers=0"]
-    steps = ["objective.training.warmup_steps=1", "trainer.accelerator=cpu", "trainer.limit_val_batches=1"]
+    steps = ["optim.warmup_steps=1", "trainer.accelerator=cpu", "trainer.limit_val_batches=1"]
     return [*data, *quick, *steps]
 
 
@@ -468,4 +468,4 @@ def test_where_memory_runs_out_the_plan_says_what_a_step_takes(ranks, scenes, tm
     assert done.codes == [2], done.printed
     assert "error: out of memory at step 0. Planned memory of a step:" in done.printed[0]
     assert "stage2: 512 rows on each of 1 GPUs" in done.printed[0]
-    assert "objective.training.micro_batch" in done.printed[0].splitlines()[-1]
+    assert "optim.micro_batch" in done.printed[0].splitlines()[-1]

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from src.distributed.parallel import Sharding, full_tensor
 from src.models.llada_v import LLaDAV
-from src.objectives.base import Objective
+from src.objectives.base import Objective, Setup
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edit_noise import EditNoiseObjective
 from src.objectives.hybrid import HybridNoise
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Training
+from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
 from src.objectives.refine import Refine
 from src.objectives.revision import RevisionObjective
@@ -72,7 +72,7 @@ def run(
         cls,
         **options,
         backbone=lambda: tiny_backbone(**OPTIONS[attention]),
-        training=Training(**{**SETTINGS, **training}, sharding=sharding),
+        optim=Optim(**{**SETTINGS, **training}, sharding=sharding),
     )
     batch = batch_with_prompt(8, padding=3)
     batch.drafted[::3] = True
@@ -191,8 +191,8 @@ def backbone_with_images() -> LLaDAV:
 
 def on_texts(folder: Path, name: str, rate: float | None, steps: int) -> None:
     """Up to so many steps on texts; goes on from the checkpoint of that name, if there is one."""
-    training = Training(lr=1e-2, vision_lr=rate, warmup_steps=1, decay=0.0, weight_decay=0.1)
-    objective = MaskPrediction(backbone=backbone_with_images, special=SPECIAL, training=training)
+    optim = Optim(lr=1e-2, vision_lr=rate, warmup_steps=1, decay=0.0, weight_decay=0.1)
+    objective = MaskPrediction(Setup(backbone=backbone_with_images, special=SPECIAL, optim=optim))
     path = folder / f"{name}-{rate}.ckpt"
     trainer = L.Trainer(max_steps=steps, accelerator="cpu", devices=2, strategy=FSDP2(), **QUIET)
     data = DataLoader([batch_with_prompt(4, padding=0)] * steps, batch_size=None)

@@ -69,7 +69,7 @@ def test_a_command_that_fails_leaves_no_run(scenes, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change",
     ["data.path=/nope", "data.batch_size=0", "objective.t_min=5", "trainer.max_steps=-1",
-     "objective.training.warmup_steps=11", "model.vision=null"],
+     "optim.warmup_steps=11", "model.vision=null"],
 )  # fmt: skip
 def test_a_mistake_beside_resume_false_costs_nothing(scenes, copied, capsys, change):
     """Also where it shows only when the trainer has begun, as with the last steps of the learning rate."""
@@ -161,13 +161,13 @@ def test_a_finished_run_without_its_model_makes_it_again(scenes, finished, copie
     ("change", "message"),
     [
         *(
-            (f"objective.training.{name}={value}", f"objective.training.{name} must be .* got {value.lstrip('.')}")
+            (f"optim.{name}={value}", f"optim.{name} must be .* got {value.lstrip('.')}")
             for name, value in [
                 ("lr", "-1"), ("lr", "0"), ("lr", ".nan"), ("lr", ".inf"), ("vision_lr", "-1"), ("clip_norm", "-1"),
                 ("clip_norm", "0"), ("warmup_steps", "-1"),
             ]
         ),
-        ("objective.training.betas=[0.9,1.5]", "objective.training.betas must be at least 0 and less than 1"),
+        ("optim.betas=[0.9,1.5]", "optim.betas must be at least 0 and less than 1"),
         ("data.response_length=1", "data.response_length must be at least 2, got 1"),
         ("data.limit=-1", "data.limit must be at least 0, got -1"),
         ("data.workers=-1", "data.workers must be at least 0, got -1"),
@@ -187,7 +187,7 @@ def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):
 
 
 def test_a_training_that_blows_up_says_where_and_what_to_do(scenes, tmp_path, capsys):
-    error = refusal([*arguments(scenes, tmp_path / "run"), "objective.training.lr=1e30"], capsys).splitlines()[-1]
+    error = refusal([*arguments(scenes, tmp_path / "run"), "optim.lr=1e30"], capsys).splitlines()[-1]
     told = r"error: the gradients are not finite after step \d \(samples train-0\d+, .*\), 4 times in a row: .*\.lr, or"
     assert re.match(told, error), error
 

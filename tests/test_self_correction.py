@@ -35,7 +35,8 @@ from datamodules.captions import CaptionData
 from src.io.shards import read_manifest, write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
-from src.objectives.optim import Training
+from src.objectives.base import Setup
+from src.objectives.optim import Optim
 from src.objectives.refine import Refine
 from src.samplers.sampler import Sampler
 from src.scenes.grammar import write_caption
@@ -209,9 +210,7 @@ def train(
     """
     torch.set_num_threads(1)
     codec = Codec.load(data / "tokenizer")
-    module = Refine(
-        backbone=partial(backbone, codec), special=codec.special, training=Training(lr=1e-3, decay=0.0)
-    )  # fmt: skip
+    module = Refine(Setup(backbone=partial(backbone, codec), special=codec.special, optim=Optim(lr=1e-3, decay=0.0)))
     steps, datamodule = Steps(), data_for(data, codec)
     callbacks: list[L.Callback] = [correction(codec, run, expert=Rewriter(codec, lost=lost), **changed), steps, *also]
     if save:

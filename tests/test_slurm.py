@@ -87,9 +87,9 @@ def stage_two(pictures: Path, run_dir: Path, parallel: str) -> list[str]:
     """Two rounds whose drafts take a while, and an epoch after each."""
     start = [f"model.path={BASE}", f"tokenizer={BASE}", f"data.path={pictures}", f"run_dir={run_dir}"]
     data = ["data.batch_size=2", "data.workers=1", f"data.epoch_batches={EPOCH}", "trainer.limit_val_batches=2"]
-    steps = [f"trainer.max_steps={STEPS}", "objective.training.warmup_steps=1", "trainer.log_every_n_steps=1"]
+    steps = [f"trainer.max_steps={STEPS}", "optim.warmup_steps=1", "trainer.log_every_n_steps=1"]
     rounds = ["rounds=2", f"drafts_per_round={DRAFTS}", "tokens_per_step=[1]"]
-    rest = ["objective.training.views=2", "callbacks.checkpoint.every_n_train_steps=6", "callbacks.samples=null"]
+    rest = ["optim.views=2", "callbacks.checkpoint.every_n_train_steps=6", "callbacks.samples=null"]
     more = [*start, *data, *steps, *rest, *(f"callbacks.self_correction.{setting}" for setting in rounds)]
     return [f"conf=stage2,parallel/{parallel}", *more]
 

@@ -78,7 +78,7 @@ def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> 
     sizes = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=1"]
     model = [f"model.{part}.{size}" for part in ("decoder", "vision") for size in sizes]
     data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=4", "data.response_length=40"]
-    steps = ["trainer.max_steps=16", "objective.training.warmup_steps=1", "callbacks.checkpoint.every_n_train_steps=6"]
+    steps = ["trainer.max_steps=16", "optim.warmup_steps=1", "callbacks.checkpoint.every_n_train_steps=6"]
     rest = ["callbacks.samples=null", "trainer.limit_val_batches=2", "data.workers=1", f"run_dir={run_dir}"]
     return [f"conf={conf},model/tiny", *model, *data, *steps, *rest, *more]
 

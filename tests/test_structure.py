@@ -292,8 +292,8 @@ def test_every_config_composes_and_binds(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "place", "value"),
     [
-        ("conf=mask objective.training.micro_batch=8", "objective.training.micro_batch", 8),
-        ("conf=base_phases/tower objective.training.micro_batch=8", "objective.training.micro_batch", 8),
+        ("conf=mask optim.micro_batch=8", "optim.micro_batch", 8),
+        ("conf=base_phases/tower optim.micro_batch=8", "optim.micro_batch", 8),
         ("conf=mask trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches", 2),
         ("conf=stage1 data.rounds=[rounds/round-0001]", "data.rounds", ["rounds/round-0001"]),
         ("conf=stage2 callbacks.self_correction.per_shard=64", "callbacks.self_correction.per_shard", 64),

@@ -209,7 +209,7 @@ def test_a_run_resumes_within_an_epoch(folder: Path, tmp_path: Path, kind: str, 
 )
 def test_each_kind_trains_and_samples(folder: Path, tmp_path: Path, kind: str, conf: str, more: list[str]) -> None:
     model, response_length = tmp_path / "run" / "model", CANVAS[kind]
-    steps = ["trainer.max_steps=3", "objective.training.warmup_steps=1", "data.batch_size=8", "data.workers=0"]
+    steps = ["trainer.max_steps=3", "optim.warmup_steps=1", "data.batch_size=8", "data.workers=0"]
     where = [f"data.path={folder / kind}", f"run_dir={tmp_path / 'run'}", f"data.response_length={response_length}"]
     train([f"conf={conf},task/{kind}", *where, *steps, *SMALL, *more])
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 3}

@@ -49,7 +49,7 @@ def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> 
         "data.response_length=40",
         "data.workers=0",
     ]
-    quick = ["callbacks.samples=null", "objective.training.warmup_steps=1"]
+    quick = ["callbacks.samples=null", "optim.warmup_steps=1"]
     steps = ["trainer.max_steps=10", "callbacks.checkpoint.every_n_train_steps=4", "trainer.limit_val_batches=1"]
     return [f"conf={conf},model/tiny", f"run_dir={run_dir}", *sizes, *data, *quick, *steps, *more]
 
@@ -132,7 +132,7 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
         ("objective.rate=0.2", r"holds a run with other settings \(objective\)"),
         ("trainer.max_steps=20", r"holds a run with other settings \(trainer.max_steps\)"),
         ("trainer.precision=bf16-mixed", r"holds a run with other settings \(trainer.precision\)"),
-        ("objective.training.warmup_steps=11", "objective.training.warmup_steps=11 is more than trainer.max_steps=10"),
+        ("optim.warmup_steps=11", "optim.warmup_steps=11 is more than trainer.max_steps=10"),
         (
             "model.vision.image_size=96",
             "data.image_size and data.tiling mean one tile of 48 .* model means .* 96 pixels",

@@ -1,4 +1,4 @@
-"""Losses as tables over kinds: (kind -> form, weight, reduction, coefficient), each a numerator and a denominator.
+"""Losses as tables over kinds: (kind -> form, weight, reduction, coefficient), each a sum and a denominator.
 
 B rows, L response positions. ReDiff Stage I is four rows of such a table, LLaDA is one.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.types import Corrupted, Kind, Loss
+from src.types import Corrupted, Kind
 
 WEIGHTS = ("one", "inverse_rate")
 REDUCTIONS = ("kind_mean", "answer_len", "tokens", "batch_tokens")
@@ -86,19 +86,17 @@ def denominator(term: Term, corrupted: Corrupted) -> Tensor:
     return torch.tensor(len(corrupted.rate), device=corrupted.kind.device)
 
 
-def term_loss(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Loss:
-    """Reduce per-token cross-entropies (B, L), 0 outside `term.where`, to one `Loss`."""
+def term_sum(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Tensor:
+    """Weighted sum of a term over per-token cross-entropies (B, L), before the division by `denominator`."""
     where = term.where(corrupted)
-    weight = (
-        1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else torch.ones_like(corrupted.rate)
-    )
     values = -(-cross_entropy).exp() if term.form == "probability" else cross_entropy
     sums = (values * where).sum(1)  # (B,)
     if term.reduce == "kind_mean":
         sums = sums / where.sum(1).clamp(min=1)
     elif term.reduce == "answer_len":
         sums = sums / editable(corrupted).sum(1).clamp(min=1)
-    return Loss((weight * sums).sum(), denominator(term, corrupted))
+    weight = 1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else 1.0
+    return (weight * sums).sum()
 
 
 def positions_of(terms: tuple[Term, ...], corrupted: Corrupted) -> Tensor:

@@ -1,12 +1,10 @@
-"""Base class of all objectives: training step, loss reduction, optimizer, logging.
+"""Base class of all objectives: the loss of a step, the optimizer step, logging.
 
-    batch -> micro-batches -> corrupt (no network) -> total denominators -> losses and backward per pass -> one step
+    batch -> micro-batches -> corrupt (no network) -> total denominators -> `backward`: loss and gradients -> one step
 
-Denominators are summed over all micro-batches before any division, so the micro-batch size affects only memory.
-A subclass supplies a corruption and its loss terms; one with several forward passes overrides `passes`.
-
-The backward of each pass runs before the next forward, so extra views and passes cost time but no memory. It stops at
-the prefix, which accumulates the gradients of all passes; the backward through the prefix encoder runs last.
+`Objective.backward` is the whole loss, top to bottom. Denominators are summed over all micro-batches and ranks before
+any division, so neither changes the result. An objective supplies a corruption and its loss terms; one with a second
+forward pass also supplies that pass's terms and its input (`second_input`).
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.diffusion import corruption
-from src.diffusion.losses import Term, denominator, positions_of, term_loss
+from src.diffusion.losses import Term, denominator, positions_of, term_sum
 from src.diffusion.noise import Noise
 from src.distributed.parallel import (
     Sharding,
@@ -36,8 +35,8 @@ from src.distributed.parallel import (
     world_size,
 )
 from src.io.errors import UserError
-from src.objectives.optim import Training
-from src.types import Batch, Corrupted, Corruption, Kind, Loss, Prefix, SpecialIds
+from src.objectives.optim import Optim
+from src.types import Batch, Corrupted, Corruption, Kind, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
 WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
@@ -47,107 +46,159 @@ class Diverged(UserError):
     """Raised after `max_skipped` consecutive steps with non-finite gradients."""
 
 
-class Objective(L.LightningModule):
-    """Base of all objectives.
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every objective is built from.
 
     backbone: factory that builds the network. If it has a method `fill(network)`, the network is on the meta device,
         and `fill` loads the weights after allocation: each rank loads its own shard
-    special: special token ids; t_min: noise levels are uniform on [t_min, 1); seed: seed of the noise
+    special: special token ids; optim: optimizer and execution of a step; seed: of the noise
+    """
 
-    Raises UserError if there are no terms or t_min is outside [0, 1).
+    backbone: Callable[[], nn.Module]
+    special: SpecialIds
+    optim: Optim
+    seed: int = 0
+
+
+class Objective(L.LightningModule):
+    """Base of all objectives.
+
+    corruption: makes the input of the first pass; terms: the losses of that pass
+    second_terms: the losses of a second pass, whose input `second_input` derives from the logits of the first
+    t_min: noise levels are uniform on [t_min, 1)
+
+    Raises UserError if there are no terms, t_min is outside [0, 1), or a term of the second pass has reduce=tokens:
+    its positions are not known when the denominators are computed.
     """
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         corruption: Corruption,
         terms: tuple[Term, ...],
+        second_terms: tuple[Term, ...] = (),
         t_min: float,
-        seed: int,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        self.backbone: Any = backbone()  # an nn.Module that implements `src.types.Backbone`
-        self._fill: Callable[[nn.Module], None] | None = getattr(backbone, "fill", None)
-        if not terms:
+        if not terms and not second_terms:
             raise UserError("the objective trains nothing: all coefficients are 0")
-        if training.checkpointing != "none":
-            self.backbone.checkpoint(training.checkpointing)
-        if training.compile:
-            self.backbone.compile_blocks()
+        if any(term.reduce == "tokens" for term in second_terms):
+            raise UserError("reduce=tokens cannot be used by a second pass, use 'batch_tokens' or 'answer_len'")
         if not 0 <= t_min < 1:
             raise UserError(f"t_min must be at least 0 and less than 1, got {t_min}")
-        self.special, self.options = special, training
-        self.corruption, self.terms, self.t_min, self.seed = corruption, terms, t_min, seed
+        self.automatic_optimization = False
+        self.backbone: Any = setup.backbone()  # an nn.Module that implements `src.types.Backbone`
+        self._fill: Callable[[nn.Module], None] | None = getattr(setup.backbone, "fill", None)
+        self.special, self.optim, self.seed = setup.special, setup.optim, setup.seed
+        self.corruption, self.first_terms, self.second_terms, self.t_min = corruption, terms, second_terms, t_min
+        self.terms = (*terms, *second_terms)
+        if self.optim.checkpointing != "none":
+            self.backbone.checkpoint(self.optim.checkpointing)
+        if self.optim.compile:
+            self.backbone.compile_blocks()
         self._counts: dict[str, Tensor] = {}  # (hits, tries) of each logged share since the last log
         self.num_skipped = self._consecutive_skips = 0  # steps with non-finite gradients
 
-    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
-        """Yield the losses of one micro-batch, one dict per pass; `corrupted` has one corrupted response per view.
+    # What an objective may override
 
-        WARN: call backward on each dict before taking the next; exhausting the iterator runs the prefix's backward.
+    def positions(self, terms: tuple[Term, ...], state: Corrupted) -> Tensor:
+        """(B, L) bool: positions whose logits a pass with these terms computes; at least those of the terms."""
+        return positions_of(terms, state)
+
+    def second_input(
+        self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise
+    ) -> Corrupted | None:
+        """Input of the second pass over a view; None: no second pass in this step.
+
+        logits: (N, V) of the first pass at the true positions of `where` (B, L), without gradient
         """
-        prefix = self.backbone.encode_prefix(batch.prefix)
-        leaves = detached(prefix)
-        for view, state in enumerate(corrupted):
-            yield from self.passes(batch, leaves, state, self._noise(batch, f"{view}/passes"))
-        propagate(prefix, leaves)
-
-    def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
-        """Yield the losses of each forward pass over one view. noise: for draws that depend on the network's output."""
-        yield self.one_pass(batch, prefix, state, self.terms)
+        return None
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
         """One corrupted response per view; a pure function of seed, epoch, key and view."""
-        return [self.corrupt_view(batch, view) for view in range(self.options.views)]
+        views = []
+        for view in range(self.optim.views):
+            noise = self._noise(batch, view)
+            level = noise.level(self.t_min, device=batch.response.device)  # (B,)
+            if self.optim.antithetic:
+                offset = self._noise(batch, "levels").level(device=level.device)
+                level = self.t_min + (1 - self.t_min) * ((offset + view / self.optim.views) % 1)
+            views.append(self.corruption(batch, corruption.start(batch, level), noise))
+        return views
 
-    def corrupt_view(self, batch: Batch, view: int) -> Corrupted:
-        noise = self._noise(batch, view)
-        level = noise.level(self.t_min, device=batch.response.device)
-        if self.options.antithetic:
-            offset = self._noise(batch, "levels").level(device=level.device)
-            level = self.t_min + (1 - self.t_min) * ((offset + view / self.options.views) % 1)
-        return self.corruption(batch, corruption.start(batch, level), noise)
+    # The loss
 
-    def one_pass(self, batch: Batch, prefix: Prefix, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
-        """Run the network once, with logits only at the positions of `terms`, and reduce each term."""
-        where = positions_of(terms, state)  # (B, L)
-        return self.reduce(self.logits(batch, prefix, state, where), where, state, terms)
+    def forward_backward(self, batch: Batch, views: list[Corrupted], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch. Returns each term's sum before the division, without gradient.
 
-    def logits(self, batch: Batch, prefix: Prefix, state: Corrupted, where: Tensor) -> Tensor:
-        """(N, V) float32 at the true positions of `where` (B, L)."""
-        return self.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()
+        views: corrupted responses, see `corrupt`; totals: see `denominators`
 
-    def reduce(self, logits: Tensor, where: Tensor, state: Corrupted, terms: tuple[Term, ...]) -> dict[str, Loss]:
-        """Losses from logits (N, V) at the true positions of `where` (B, L), which must cover those of `terms`."""
-        cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
-        cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
-        self._count(logits, state, where, terms)
-        return {term.name: term_loss(term, cross_entropy, state) for term in terms}
+        The backward of each pass runs before the next forward, so views and passes cost time but no memory. Without
+        gradients (validation) there is no backward.
+        """
+        sums: dict[str, Tensor] = {}
+        # 1. Encode all that precedes the response, once for all passes. The passes see detached copies, the leaves, in
+        #    which their gradients accumulate.
+        prefix = self.backbone.encode_prefix(batch.prefix)
+        leaves = detached(prefix)
+        for view, state in enumerate(views):
+            noise = self._noise(batch, f"{view}/passes")
+            for terms in (self.first_terms, self.second_terms):
+                if state is None:
+                    break
+                # 2. Logits, only where a term needs them.
+                where = self.positions(terms, state)  # (B, L)
+                logits = self.backbone(leaves, state.tokens, attend=attended(batch), positions=where).float()  # (N, V)
+                # 3. Cross-entropy with the correct tokens, 0 elsewhere.
+                cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
+                cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
+                # 4. Each term: weighted by 1 or 1/t, summed over its positions, divided by the total denominator.
+                losses = {term.name: term_sum(term, cross_entropy, state) for term in terms}
+                loss = self.weighted({name: value / totals[name] for name, value in losses.items()})
+                # 5. Count correct predictions; the logits may give the input of a second pass.
+                self._count(logits.detach(), state, where, terms)
+                state = (
+                    self.second_input(batch, state, where, logits.detach(), noise)
+                    if terms is self.first_terms
+                    else None
+                )
+                del logits, cross_entropy
+                # 6. Backward down to the leaves. Gradients are averaged over the ranks, but the denominators are
+                #    already sums over the ranks.
+                if torch.is_grad_enabled():
+                    (world_size() * loss).backward()
+                sums |= {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+                del loss, losses  # frees the graph of this pass before the next forward
+        # 7. Backward through the prefix encoder, from the gradients of all passes.
+        propagate(prefix, leaves)
+        return sums
+
+    def denominators(self, micro_batches: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
+        """Each term's denominator, over all micro-batches, views and ranks; at least 1."""
+        states = [state for _, views in micro_batches for state in views]
+        totals = [torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms]
+        totals = all_reduce_sum(torch.stack(totals)).clamp(min=1)
+        return {term.name: total for term, total in zip(self.terms, totals, strict=True)}
+
+    def weighted(self, values: dict[str, Tensor]) -> Tensor:
+        """Sum of the terms in `values`, each times its coefficient."""
+        return torch.stack([term.coef * values[term.name] for term in self.terms if term.name in values]).sum()
 
     def tally(self, name: str, hits: Tensor, tries: Tensor) -> None:
         """Add to the counts of the share hits / tries, which the next log reports as `<stage>/<name>`."""
         self._counts[name] = self._counts.get(name, 0) + torch.stack([hits.sum(), tries.sum()])
 
+    # The step
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.options.micro_batch or len(batch))]
-        totals = self._totals(micro_batches)
-        global_totals = _all_reduce(totals)
+        micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.optim.micro_batch or len(batch))]
+        totals = self.denominators(micro_batches)
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
-        passes: list[dict[str, Loss]] = []
-        for rows, corrupted in micro_batches:
-            for losses in self.losses(rows, corrupted):
-                # gradients are averaged over ranks, but the denominators are already sums over ranks
-                self.manual_backward(world_size() * self._weighted(_shares(losses, global_totals)))
-                passes.append({name: Loss(loss.numerator.detach(), loss.denominator) for name, loss in losses.items()})
-                losses.clear()  # frees the graph of this pass before the next forward
+        sums = _summed([self.forward_backward(rows, views, totals) for rows, views in micro_batches])
         average_gradients(self.parameters())
-        sums = _summed(passes)
-        self._check_totals(totals, sums)
         norm = self._clip()
         if not norm.isfinite():
             optimizer.zero_grad()
@@ -156,8 +207,13 @@ class Objective(L.LightningModule):
         self._consecutive_skips = 0
         optimizer.step()
         schedule.step()
-        self._log_losses("train", sums, global_totals, micro_batches)
+        self._log_losses("train", sums, totals, micro_batches)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        micro_batches = [(batch, self.corrupt(batch))]
+        totals = self.denominators(micro_batches)
+        self._log_losses("val", self.forward_backward(*micro_batches[0], totals), totals, micro_batches)
 
     def configure_model(self) -> None:
         """Shard the backbone over the ranks if the strategy has a device mesh (called by Lightning).
@@ -168,7 +224,7 @@ class Objective(L.LightningModule):
             return
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
         mesh = replicas if mesh.size() == replicas.size() else mesh
-        (self.options.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
+        (self.optim.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
         if unsharded := [name for name, parameter in self.named_parameters() if not isinstance(parameter, DTensor)]:
             raise UserError(f"{', '.join(unsharded)}: outside the backbone, so not sharded; use parallel/ddp")
         if self._fill:
@@ -185,64 +241,34 @@ class Objective(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_skipped = checkpoint.get("num_skipped", 0)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        corrupted = self.corrupt(batch)
-        micro_batches = [(batch, corrupted)]
-        totals = self._totals(micro_batches)
-        sums = _summed(list(self.losses(batch, corrupted)))
-        self._check_totals(totals, sums)
-        self._log_losses("val", sums, _all_reduce(totals), micro_batches)
-
     def make_optimizer(self) -> torch.optim.AdamW:
         """AdamW over the trainable parameters; freezes the vision tower if its learning rate is 0."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
-        betas = (self.options.betas[0], self.options.betas[1])
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.options.weight_decay)
+        betas = (self.optim.betas[0], self.optim.betas[1])
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.optim.weight_decay)
 
     def configure_optimizers(self) -> Any:
-        options, optimizer = self.options, self.make_optimizer()
+        optim, optimizer = self.optim, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(f"trainer.max_steps must be set, as the learning rate schedule depends on it, got {total}")
-        if options.warmup_steps > total:
-            raise UserError(
-                f"objective.training.warmup_steps={options.warmup_steps} is more than trainer.max_steps={total}"
-            )
+        if optim.warmup_steps > total:
+            raise UserError(f"optim.warmup_steps={optim.warmup_steps} is more than trainer.max_steps={total}")
         _init_state(optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: options.factor(step, total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _groups(self) -> Iterator[tuple[list[nn.Parameter], float]]:
         """Yield (parameters, learning rate) of everything but the vision tower, then of the vision tower."""
         tower = [p for name, p in self.named_parameters() if "vision_tower" in name and p.requires_grad]
         tower_ids = {id(p) for p in tower}
-        yield [p for p in self.parameters() if p.requires_grad and id(p) not in tower_ids], self.options.lr
-        rate = self.options.lr if self.options.vision_lr is None else self.options.vision_lr
+        yield [p for p in self.parameters() if p.requires_grad and id(p) not in tower_ids], self.optim.lr
+        rate = self.optim.lr if self.optim.vision_lr is None else self.optim.vision_lr
         if tower and rate:
             yield tower, rate
         else:
             for parameter in tower:
                 parameter.requires_grad_(False)
-
-    def _totals(self, micro_batches: list[tuple[Batch, list[Corrupted]]]) -> dict[str, Tensor]:
-        """Each term's denominator over the whole batch of this rank."""
-        states = [state for _, corrupted in micro_batches for state in corrupted]
-        return {term.name: torch.stack([denominator(term, state) for state in states]).sum() for term in self.terms}
-
-    def _check_totals(self, totals: dict[str, Tensor], sums: dict[str, Loss]) -> None:
-        """Raises ValueError if a denominator of `losses` differs from the one computed before the forward calls."""
-        actual = torch.stack([loss.denominator.to(totals[name].device) for name, loss in sums.items()])
-        expected = torch.stack([totals[name] for name in sums])
-        for name, total, value in zip(sums, expected.tolist(), actual.tolist(), strict=True):
-            if value != total:
-                raise ValueError(
-                    f"term {name!r}: losses() returns the denominator {value}, but the corrupted batch gives {total}; "
-                    "'tokens' cannot reduce a term whose positions are chosen after the corruption"
-                )
-
-    def _weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """Sum of the terms in `values`, each times its coefficient."""
-        return torch.stack([term.coef * values[term.name] for term in self.terms if term.name in values]).sum()
 
     def _optimization(self) -> tuple[Any, Any]:
         """The optimizer and its schedule, untyped: Lightning's accessors return lists if there are several."""
@@ -250,22 +276,22 @@ class Objective(L.LightningModule):
 
     def _clip(self) -> Tensor:
         """Clip the global gradient norm and return its value before clipping."""
-        limit = math.inf if self.options.clip_norm is None else self.options.clip_norm
+        limit = math.inf if self.optim.clip_norm is None else self.optim.clip_norm
         return full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
 
-    def _skip(self, batch: Batch, sums: dict[str, Loss]) -> None:
+    def _skip(self, batch: Batch, sums: dict[str, Tensor]) -> None:
         """Count a skipped step. Raises Diverged, on all ranks, after more than `max_skipped` consecutive ones."""
         self._counts.clear()
         self.num_skipped, self._consecutive_skips = self.num_skipped + 1, self._consecutive_skips + 1
         self.log("train/skipped", float(self.num_skipped))
-        finite = all(bool(loss.numerator.isfinite()) for loss in sums.values())
+        finite = all(bool(value.isfinite()) for value in sums.values())
         # of each rank, its keys if its loss is not finite
         suspects = gather([] if finite else [str(key) for key in batch.keys])
         keys = [key for part in suspects for key in part] or [str(key) for part in gather(batch.keys) for key in part]
         message = f"the gradients are not finite after step {self.trainer.global_step} (samples {_shortened(keys)})"
-        if self._consecutive_skips > self.options.max_skipped:
+        if self._consecutive_skips > self.optim.max_skipped:
             raise Diverged(
-                f"{message}, {self._consecutive_skips} times in a row: lower objective.training.lr, or go back to an "
+                f"{message}, {self._consecutive_skips} times in a row: lower optim.lr, or go back to an "
                 "older checkpoint"
             )
         if rank() == 0:
@@ -285,7 +311,7 @@ class Objective(L.LightningModule):
     def _log_losses(
         self,
         stage: str,
-        losses: dict[str, Loss],
+        losses: dict[str, Tensor],
         totals: dict[str, Tensor],
         micro_batches: list[tuple[Batch, list[Corrupted]]],
     ) -> None:
@@ -296,13 +322,13 @@ class Objective(L.LightningModule):
         num_positions = torch.stack(
             [torch.stack([term.where(state).sum() for state in states]).sum() for term in terms]
         )
-        sums = torch.stack([losses[term.name].numerator.detach() for term in terms])
+        sums = torch.stack([losses[term.name] for term in terms])
         num_positions, sums = all_reduce_sum(torch.stack([num_positions.to(sums), sums]))
-        values = {term.name: value / totals[term.name].clamp(min=1) for term, value in zip(terms, sums, strict=True)}
+        values = {term.name: value / totals[term.name] for term, value in zip(terms, sums, strict=True)}
         has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: for positions chosen after the corruption
         names = [term.name for term, shown in zip(terms, has_positions, strict=True) if shown]
         self.log_dict({f"{stage}/{name}": values[name] for name in names}, batch_size=num_rows)
-        self.log(f"{stage}/loss", self._weighted(values), batch_size=num_rows, prog_bar=True)
+        self.log(f"{stage}/loss", self.weighted(values), batch_size=num_rows, prog_bar=True)
         self._log_counts(stage, num_rows)
 
     def _log_counts(self, stage: str, num_rows: int) -> None:
@@ -356,21 +382,6 @@ def attended(batch: Batch) -> Tensor | None:
     return None if bool(batch.editable.all()) else batch.editable
 
 
-def _all_reduce(totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The denominators summed over all ranks."""
-    return dict(zip(totals, all_reduce_sum(torch.stack(list(totals.values()))), strict=True))
-
-
-def _shares(losses: dict[str, Loss], totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contribution of each term to its mean over the whole batch."""
-    return {name: loss.numerator / totals[name].clamp(min=1) for name, loss in losses.items()}
-
-
-def _summed(passes: list[dict[str, Loss]]) -> dict[str, Loss]:
-    """Each term summed over all passes and micro-batches."""
-    names = dict.fromkeys(name for losses in passes for name in losses)
-    return {name: _add([losses[name] for losses in passes if name in losses]) for name in names}
-
-
-def _add(losses: list[Loss]) -> Loss:
-    return Loss(sum(loss.numerator for loss in losses), sum(loss.denominator for loss in losses))  # type: ignore[arg-type]
+def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each term summed over the micro-batches."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}  # type: ignore[misc]

@@ -7,17 +7,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor
 
 from src.diffusion.corruption import OPERATIONS, Absorb, EditNoise, start
 from src.diffusion.losses import Term
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.objectives.base import Objective
-from src.objectives.optim import Training
-from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
+from src.objectives.base import Objective, Setup
+from src.types import Batch, Corrupted, Kind
 
 
 class EditNoiseObjective(Objective):
@@ -28,15 +27,13 @@ class EditNoiseObjective(Objective):
     edit: coefficient of the term `edit`
     weight, floor: of the term `mask`, see `Term`; reduce: of both, `batch_tokens` or `answer_len`
 
-    Raises UserError for any other `reduce`, or a `begin` outside 0..1.
+    Raises UserError for a `begin` outside 0..1.
     """
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         rate: float = 0.1,
         operations: Sequence[str] = OPERATIONS,
@@ -46,31 +43,24 @@ class EditNoiseObjective(Objective):
         weight: str = "inverse_rate",
         reduce: str = "answer_len",
         floor: float = 0.0,
-        seed: int = 0,
     ) -> None:
         if not 0 <= begin <= 1:
             raise UserError(f"begin must be within 0..1, got {begin}")
-        if reduce not in ("batch_tokens", "answer_len"):
-            raise UserError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
-        self.masked = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        self.edited = (Term("edit", None, "one", reduce, coef=edit),)
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Absorb(special=special),
-            terms=(*self.masked, *self.edited),
+            setup,
+            corruption=Absorb(special=setup.special),
+            terms=(Term("mask", Kind.MASK, weight, reduce, floor=floor),),
+            second_terms=(Term("edit", None, "one", reduce, coef=edit),),
             t_min=t_min,
-            seed=seed,
         )
-        self.begin, self.edit_noise = begin, EditNoise(special=special, rate=rate, operations=operations, window=window)
+        self.begin, self.edit_noise = (
+            begin,
+            EditNoise(special=setup.special, rate=rate, operations=operations, window=window),
+        )
 
-    def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
-        yield self.one_pass(batch, prefix, state, self.masked)
-        if self._has_begun():
-            edited = self.edit_noise(batch, start(batch, state.rate), noise)
-            yield self.one_pass(batch, prefix, edited, self.edited)
-
-    def _has_begun(self) -> bool:
-        """Whether a share `begin` of the steps is over; true without a trainer."""
-        return self._trainer is None or self.global_step >= self.begin * self.trainer.max_steps
+    def second_input(
+        self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise
+    ) -> Corrupted | None:
+        if self._trainer is not None and self.global_step < self.begin * self.trainer.max_steps:
+            return None
+        return self.edit_noise(batch, start(batch, state.rate), noise)

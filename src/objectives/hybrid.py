@@ -10,15 +10,10 @@ probability q gets the probability clean q / (clean q + wrong (1 - q)).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from src.diffusion.corruption import Hybrid
 from src.diffusion.losses import Term
-from src.objectives.base import Objective
-from src.objectives.optim import Training
-from src.types import Kind, SpecialIds
+from src.objectives.base import Objective, Setup
+from src.types import Kind
 
 
 class HybridNoise(Objective):
@@ -30,10 +25,8 @@ class HybridNoise(Objective):
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         share: float = 0.1,
         mask: float = 2.0,
@@ -42,16 +35,12 @@ class HybridNoise(Objective):
         weight: str = "one",
         reduce: str = "answer_len",
         floor: float = 0.0,
-        seed: int = 0,
     ) -> None:
         rows = ((Kind.MASK, mask), (Kind.SYNTAX, wrong), (Kind.CLEAN, clean))
         terms = tuple(Term(kind.name.lower(), kind, weight, reduce, coef=c, floor=floor) for kind, c in rows if c)
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Hybrid(special=special, share=share),
+            setup,
+            corruption=Hybrid(special=setup.special, share=share),
             terms=terms,
             t_min=t_min,
-            seed=seed,
         )

@@ -5,15 +5,10 @@ mask tokens with probability t -> cross-entropy on masked tokens, weight 1/t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from src.diffusion.corruption import Absorb
 from src.diffusion.losses import Term
-from src.objectives.base import Objective
-from src.objectives.optim import Training
-from src.types import Kind, SpecialIds
+from src.objectives.base import Objective, Setup
+from src.types import Kind
 
 
 class MaskPrediction(Objective):
@@ -21,23 +16,17 @@ class MaskPrediction(Objective):
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         weight: str = "inverse_rate",
         reduce: str = "answer_len",
         floor: float = 0.0,
-        seed: int = 0,
     ) -> None:
         terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Absorb(special=special),
+            setup,
+            corruption=Absorb(special=setup.special),
             terms=terms,
             t_min=t_min,
-            seed=seed,
         )

@@ -1,6 +1,6 @@
 """Optimization settings of every objective: AdamW, its schedule, micro-batches, checkpointing and sharding.
 
-objective: {training: {target: src.objectives.optim.Training, lr: 5.0e-4, ...}}
+optim: {target: src.objectives.optim.Optim, lr: 5.0e-4, ...}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from src.io.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Optim:
     """AdamW, its schedule (linear warm-up, constant, decay to zero) and the execution of a step.
 
     lr: peak learning rate; vision_lr: peak learning rate of the vision tower (None: the same; 0: frozen)
@@ -64,12 +64,12 @@ class Training:
         }
         for name, value in minimums.items():
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"objective.training.{name} must be a finite number of at least 0, got {value}")
+                raise UserError(f"optim.{name} must be a finite number of at least 0, got {value}")
         for name, value, hint in (("lr", self.lr, ""), ("clip_norm", self.clip_norm, " (null: no clipping)")):
             if value == 0:
-                raise UserError(f"objective.training.{name} must be more than 0{hint}, got {value}")
+                raise UserError(f"optim.{name} must be more than 0{hint}, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"objective.training.betas must be at least 0 and less than 1, got {list(self.betas)}")
+            raise UserError(f"optim.betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
             raise UserError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
 

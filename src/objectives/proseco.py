@@ -10,20 +10,18 @@ before the second forward, so both need the memory of one; this is exact, as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.diffusion.corruption import Absorb, Replace
 from src.diffusion.losses import Term, editable
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.objectives.base import Objective
-from src.objectives.optim import Training
+from src.objectives.base import Objective, Setup
 from src.samplers.unmask import draw
-from src.types import Batch, Corrupted, Kind, Loss, Prefix, SpecialIds
+from src.types import Batch, Corrupted, Kind
 
 FILLS = ("all", "masked")
 PICKS = ("argmax", "sample")
@@ -39,17 +37,15 @@ class ProSeCo(Objective):
     errors: use -p(token) instead of the cross-entropy where the draft is correct, so that wrong tokens weigh more
     begin:  optimizer steps of plain mask prediction before the second pass starts
     correct, correct_weight: coefficient and weight (`one` or `inverse_rate`) of the second pass
-    weight: of the first pass; reduce (`batch_tokens` or `answer_len`) and floor: of both, see `Term`
+    weight: of the first pass; reduce (not `tokens`) and floor: of both, see `Term`
 
-    Raises UserError for an unknown fill, pick or reduce, or a negative begin.
+    Raises UserError for an unknown fill or pick, or a negative begin.
     """
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.1,
         fill: str = "all",
         pick: str = "argmax",
@@ -61,62 +57,52 @@ class ProSeCo(Objective):
         weight: str = "inverse_rate",
         reduce: str = "batch_tokens",
         floor: float = 0.0,
-        seed: int = 0,
     ) -> None:
         if fill not in FILLS:
             raise UserError(f"fill must be one of {FILLS}, got {fill!r}")
         if pick not in PICKS:
             raise UserError(f"pick must be one of {PICKS}, got {pick!r}")
-        if reduce not in ("batch_tokens", "answer_len"):
-            raise UserError(f"reduce must be 'batch_tokens' or 'answer_len', got {reduce!r}")
         if begin < 0:
             raise UserError(f"begin must be at least 0, got {begin}")
-        self.denoising = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
         correction = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
         if errors:
-            self.correcting = (correction("wrong", only="wrong"), correction("right", only="right", form="probability"))
+            second_terms = (correction("wrong", only="wrong"), correction("right", only="right", form="probability"))
         else:
-            self.correcting = (correction("correct"),)
+            second_terms = (correction("correct"),)
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Absorb(special=special),
-            terms=(*self.denoising, *self.correcting),
+            setup,
+            corruption=Absorb(special=setup.special),
+            terms=(Term("mask", Kind.MASK, weight, reduce, floor=floor),),
+            second_terms=second_terms,
             t_min=t_min,
-            seed=seed,
         )
         self.fill, self.pick, self.begin = fill, pick, begin
-        self.replace = Replace(special=special, rate=rate)
+        self.replace = Replace(special=setup.special, rate=rate)
 
-    def passes(self, batch: Batch, prefix: Prefix, state: Corrupted, noise: Noise) -> Iterator[dict[str, Loss]]:
+    def positions(self, terms: tuple[Term, ...], state: Corrupted) -> Tensor:
+        """(B, L) bool: those that the draft fills with predictions, and in the second pass all."""
+        return editable(state) if self.fill == "all" else super().positions(terms, state)
+
+    def second_input(
+        self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise
+    ) -> Corrupted | None:
+        """The draft: MISTAKE where a prediction is wrong, SYNTAX where replaced at random, else CLEAN."""
         if self.global_step < self.begin:
-            yield self.one_pass(batch, prefix, state, self.denoising)
-            return
-        everywhere = editable(state)
-        filled = everywhere if self.fill == "all" else state.where(Kind.MASK)  # (B, L)
-        logits = self.logits(batch, prefix, state, filled)
-        predicted = self._predict(logits.detach(), filled, noise)
-        losses = self.reduce(logits, filled, state, self.denoising)
-        del logits
-        yield losses
-        draft = self._make_draft(batch, state, filled, predicted, noise)
-        self.tally("draft_error_rate", everywhere & (draft.tokens != draft.target), everywhere)
-        logits = self.logits(batch, prefix, draft, everywhere)
-        yield self.reduce(logits, everywhere, draft, self.correcting)
-
-    def _predict(self, logits: Tensor, where: Tensor, noise: Noise) -> Tensor:
-        """(N,) predicted tokens, never the mask or a banned id, at the N true positions of `where` (B, L)."""
-        logits = logits.clone()
+            return None
+        # 1. Predict, never the mask or a banned id.
+        logits = logits.clone()  # (N, V)
         logits[:, [self.special.mask, *self.special.banned]] = -torch.inf
         logits[:, self.special.vocab_size :] = -torch.inf
         if self.pick == "argmax":
-            return logits.argmax(-1)
-        return draw(logits, temperature=1.0, noise=noise, counts=where.sum(1).tolist())
-
-    def _make_draft(self, batch: Batch, state: Corrupted, filled: Tensor, predicted: Tensor, noise: Noise) -> Corrupted:
-        """Input of the second pass: MISTAKE if the prediction is wrong, SYNTAX if replaced at random, else CLEAN."""
-        tokens = state.target.masked_scatter(filled, predicted)
+            predicted = logits.argmax(-1)  # (N,)
+        else:
+            predicted = draw(logits, temperature=1.0, noise=noise, counts=where.sum(1).tolist())
+        # 2. The true tokens elsewhere.
+        tokens = state.target.masked_scatter(where, predicted)  # (B, L)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)
         kind = kind.masked_fill(state.where(Kind.FROZEN), int(Kind.FROZEN))
-        return self.replace(batch, Corrupted(tokens, state.target, kind, state.rate), noise)
+        # 3. Replace some of the correct tokens.
+        draft = self.replace(batch, Corrupted(tokens, state.target, kind, state.rate), noise)
+        everywhere = editable(state)
+        self.tally("draft_error_rate", everywhere & (draft.tokens != draft.target), everywhere)
+        return draft

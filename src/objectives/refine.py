@@ -6,16 +6,11 @@ other rows (a small share of Stage I data): as in `src.objectives.revision`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from src.diffusion.corruption import Chain, Choose, Only, ShowGaps, Span
 from src.diffusion.losses import Term
-from src.objectives.base import Objective
-from src.objectives.optim import Training
-from src.objectives.revision import stage_one_corruption, stage_one_terms
-from src.types import Corruption, Kind, SpecialIds
+from src.objectives.base import Objective, Setup
+from src.objectives.revision import stage_one
+from src.types import Corruption, Kind
 
 
 class Refine(Objective):
@@ -31,10 +26,8 @@ class Refine(Objective):
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         mistake: float = 1.0,
         mistake_weight: str = "one",
@@ -49,32 +42,27 @@ class Refine(Objective):
         reduce: str = "kind_mean",
         floor: float = 0.05,
         clean: float = 1.0,
-        seed: int = 0,
     ) -> None:
-        terms = stage_one_terms(
+        corruption, terms = stage_one(
+            setup.special,
+            rate=rate,
+            source=source,
+            dynamic=dynamic,
+            hallucination=hallucination,
+            alone_share=alone_share,
             weight=weight,
             reduce=reduce,
             floor=floor,
             clean=clean,
-            syntax=float(rate > 0),
-            hallucination=float(hallucination != "none"),
         )
         if mistake:
             terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
         if keep:
             terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
-        stage_one = stage_one_corruption(
-            special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
-        )
         mistakes: Corruption = Span(num=None, kind=Kind.MISTAKE)
-        if special.gap is not None:
-            mistakes = Chain(mistakes, ShowGaps(gap=special.gap, correct_rate=shown_gaps))
+        if setup.special.gap is not None:
+            mistakes = Chain(mistakes, ShowGaps(gap=setup.special.gap, correct_rate=shown_gaps))
+        drafts = Only(mistakes, rest=Kind.DRAFT)
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Choose(when="drafted", then=Only(mistakes, rest=Kind.DRAFT), otherwise=stage_one),
-            terms=terms,
-            t_min=t_min,
-            seed=seed,
+            setup, corruption=Choose(when="drafted", then=drafts, otherwise=corruption), terms=terms, t_min=t_min
         )

@@ -7,37 +7,48 @@ mask tokens with probability t -> replace visible tokens at random -> replace a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
 from src.io.errors import UserError
-from src.objectives.base import Objective
-from src.objectives.optim import Training
+from src.objectives.base import Objective, Setup
 from src.types import Corruption, Kind, SpecialIds
 
 
-def stage_one_corruption(
-    special: SpecialIds, *, rate: float, source: str, dynamic: bool, hallucination: str, alone_share: float
-) -> Corruption:
-    """The Stage I corruption; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
-    noise = [Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)]
+def stage_one(
+    special: SpecialIds,
+    *,
+    rate: float,
+    source: str,
+    dynamic: bool,
+    hallucination: str,
+    alone_share: float,
+    weight: str,
+    reduce: str,
+    floor: float,
+    clean: float,
+) -> tuple[Corruption, tuple[Term, ...]]:
+    """Corruption and terms of Stage I; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
+    # 1. masks, then random tokens
+    mask, replace = Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)
+    corruption: Corruption = Chain(mask, replace)
+    # 2. hallucinated spans
     if hallucination == "mixed":
-        return Chain(*noise, Span())
-    if hallucination == "alone":
+        corruption = Chain(mask, replace, Span())
+    elif hallucination == "alone":
         alone = Only(Span(), rest=Kind.FROZEN)
-        return Choose(when="spans", then=alone, otherwise=Chain(*noise), share=alone_share)
+        corruption = Choose(when="spans", then=alone, otherwise=corruption, share=alone_share)
+    elif hallucination != "none":
+        raise UserError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
+    # 3. one term for each kind of token
+    kinds = {Kind.MASK: 1.0, Kind.SYNTAX: 1.0, Kind.HALLUCINATION: 1.0, Kind.CLEAN: clean}
+    if rate == 0:
+        del kinds[Kind.SYNTAX]
     if hallucination == "none":
-        return Chain(*noise)
-    raise UserError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
-
-
-def stage_one_terms(*, weight: str, reduce: str, floor: float, syntax: float, hallucination: float, clean: float):
-    """The four terms of Stage I; a coefficient of 0 omits its term."""
-    rows = ((Kind.MASK, 1.0), (Kind.SYNTAX, syntax), (Kind.HALLUCINATION, hallucination), (Kind.CLEAN, clean))
-    return tuple(Term(k.name.lower(), k, weight, reduce, coef=c, floor=floor) for k, c in rows if c)
+        del kinds[Kind.HALLUCINATION]
+    terms = (
+        Term(kind.name.lower(), kind, weight, reduce, coef=coef, floor=floor) for kind, coef in kinds.items() if coef
+    )
+    return corruption, tuple(terms)
 
 
 class RevisionObjective(Objective):
@@ -53,10 +64,8 @@ class RevisionObjective(Objective):
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         rate: float = 0.10,
         source: str = "uniform",
@@ -67,25 +76,17 @@ class RevisionObjective(Objective):
         reduce: str = "kind_mean",
         floor: float = 0.05,
         clean: float = 1.0,
-        seed: int = 0,
     ) -> None:
-        terms = stage_one_terms(
+        corruption, terms = stage_one(
+            setup.special,
+            rate=rate,
+            source=source,
+            dynamic=dynamic,
+            hallucination=hallucination,
+            alone_share=alone_share,
             weight=weight,
             reduce=reduce,
             floor=floor,
             clean=clean,
-            syntax=float(rate > 0),
-            hallucination=float(hallucination != "none"),
         )
-        corruption = stage_one_corruption(
-            special, rate=rate, source=source, dynamic=dynamic, hallucination=hallucination, alone_share=alone_share
-        )
-        super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=corruption,
-            terms=terms,
-            t_min=t_min,
-            seed=seed,
-        )
+        super().__init__(setup, corruption=corruption, terms=terms, t_min=t_min)

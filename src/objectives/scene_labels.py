@@ -9,19 +9,17 @@ are discarded afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.diffusion.corruption import Chain
 from src.diffusion.losses import Term
+from src.distributed.parallel import world_size
 from src.io.errors import UserError
-from src.objectives.base import Objective
-from src.objectives.optim import Training
+from src.objectives.base import Objective, Setup
 from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
-from src.types import Batch, Corrupted, Kind, Loss, SpecialIds
+from src.types import Batch, Corrupted, Kind
 
 SIDE = len(ROWS)
 CLASSES = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES), "background": len(BACKGROUNDS)}
@@ -34,17 +32,12 @@ class TowerLabels(Objective):
     Raises UserError if the patch grid is not 3n x 3n.
     """
 
-    def __init__(
-        self, *, backbone: Callable[[], nn.Module], special: SpecialIds, training: Training, seed: int = 0
-    ) -> None:
-        terms = (Term("labels", Kind.CLEAN),)
-        super().__init__(
-            backbone=backbone, special=special, training=training, corruption=Chain(), terms=terms, t_min=0.0, seed=seed
-        )
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, corruption=Chain(), terms=(Term("labels", Kind.CLEAN),), t_min=0.0)
         self.heads = nn.Linear(self.backbone.vision.config.hidden_size, sum(CLASSES.values()))
 
-    def losses(self, batch: Batch, corrupted: list[Corrupted]) -> Iterator[dict[str, Loss]]:
-        """Yield the sum of the heads' mean losses, scaled to the number of rows and views."""
+    def forward_backward(self, batch: Batch, views: list[Corrupted], totals: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum of the heads' mean losses, times the number of rows and views, which `totals` divides by."""
         tiles = batch.prefix["pixel_values"].flatten(0, 1)  # (B, 3, S, S): one tile per scene
         hidden = self.backbone.vision.features(tiles)  # (B, N, W)
         logits = self.heads(_pool_cells(hidden)).split(list(CLASSES.values()), -1)  # each (B, 9, classes)
@@ -53,7 +46,10 @@ class TowerLabels(Objective):
         for head_logits, label in zip(logits[:3], cells.to(hidden.device).unbind(-1), strict=True):
             total = total + F.cross_entropy(head_logits.flatten(0, 1), label.flatten(), ignore_index=UNKNOWN)
         self._log_accuracy(logits[0], cells[..., 0].to(hidden.device))
-        yield {"labels": Loss(total * len(batch) * len(corrupted), torch.tensor(len(batch) * len(corrupted)))}
+        labels = total * len(batch) * len(views)
+        if torch.is_grad_enabled():
+            (world_size() * labels / totals["labels"]).backward()
+        return {"labels": labels.detach()}
 
     def _log_accuracy(self, logits: Tensor, label: Tensor) -> None:
         occupied = label < len(SHAPES)

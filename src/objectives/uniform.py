@@ -8,15 +8,9 @@ The network gets no t as input; it can infer t from the text. Sample with sample
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
 from src.diffusion.corruption import Replace
 from src.diffusion.losses import Term
-from src.objectives.base import Objective
-from src.objectives.optim import Training
-from src.types import SpecialIds
+from src.objectives.base import Objective, Setup
 
 
 class UniformNoise(Objective):
@@ -24,22 +18,16 @@ class UniformNoise(Objective):
 
     def __init__(
         self,
+        setup: Setup,
         *,
-        backbone: Callable[[], nn.Module],
-        special: SpecialIds,
-        training: Training,
         t_min: float = 0.001,
         weight: str = "one",
         reduce: str = "answer_len",
         floor: float = 0.0,
-        seed: int = 0,
     ) -> None:
         super().__init__(
-            backbone=backbone,
-            special=special,
-            training=training,
-            corruption=Replace(special=special, rate=1.0, dynamic=True),  # with probability t
+            setup,
+            corruption=Replace(special=setup.special, rate=1.0, dynamic=True),  # with probability t
             terms=(Term("token", None, weight, reduce, floor=floor),),
             t_min=t_min,
-            seed=seed,
         )

@@ -33,11 +33,12 @@ from src.io.errors import UserError
 from src.models.hf.meta import Deferred
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
+from src.objectives.base import Setup
 from src.text.tokenizer import Codec
 from src.training.strategy import DDP, FSDP2
 from src.types import Kind
 
-OFFERS = ("backbone", "codec", "run_dir", "seed", "special", "stop")
+OFFERS = ("codec", "run_dir", "seed", "setup", "special", "stop")
 STORED = "src.models.hf.folder.from_pretrained"
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def assemble(
     L.seed_everything(cfg.seed, verbose=False)
     offers = component_args(cfg, codec, stop)
     trainer = _trainer(cfg, *callbacks, **offers)
-    if is_rank0 and cfg.objective.get("training", {}).get("sharding") and not isinstance(trainer.strategy, FSDP2):
-        log.warning("objective.training.sharding has no effect without parallel/fsdp2")
+    if is_rank0 and cfg.optim.get("sharding") and not isinstance(trainer.strategy, FSDP2):
+        log.warning("optim.sharding has no effect without parallel/fsdp2")
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
@@ -89,14 +90,15 @@ def load_codec(cfg: DictConfig) -> Codec:
 
 
 def component_args(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> dict[str, Any]:
-    """Arguments that components may take by name (OFFERS), without the backbone."""
+    """Arguments that components may take by name (OFFERS), without `setup`."""
     return {"codec": codec, "run_dir": Path(cfg.run_dir), "seed": cfg.seed, "special": codec.special, "stop": stop}
 
 
 def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = True, **offers: Any) -> tuple[Any, Any]:
     """Build the datamodule and the objective. With `images`, raises UserError if the two tile images differently."""
     data = build(cfg.data, **offers)
-    objective = build(cfg.objective, backbone=backbone, **offers)
+    setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
+    objective = build(cfg.objective, setup=setup, **offers)
     if images and hasattr(data, "layout"):  # a datamodule without images has none
         check_layout(data.layout, objective.backbone.layout)
     return data, objective

@@ -117,7 +117,7 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, fo
         raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
     dtype, lower = TYPES[precision]
     step = Step(objective.to(device="meta", dtype=dtype), gpus=gpus, lower=lower, foreach=foreach)
-    micro = batch.split(objective.options.micro_batch or len(batch))
+    micro = batch.split(objective.optim.micro_batch or len(batch))
     try:
         step.run(micro[0], _all_masked(objective, micro[0]), last=len(micro) > 1)
     except DATA_ACCESS_ERRORS as error:
@@ -181,13 +181,7 @@ class Step:
     def _pass(self, batch: Batch, corrupted: list[Corrupted]) -> None:
         """All forward and backward passes, including the backward pass through the prefix."""
         self.live.enter("forward", HEAD)
-        for losses in self.objective.losses(batch, corrupted):
-            total = torch.stack([loss.numerator for loss in losses.values()]).sum()
-            losses.clear()
-            self.live.enter("saved", HEAD)
-            self.live.enter("backward", TEMPORARY)
-            total.backward()
-            del total
+        self.objective.forward_backward(batch, corrupted, self.objective.denominators([(batch, corrupted)]))
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Label a complete gradient; on several GPUs, keep only its shard."""
@@ -223,20 +217,27 @@ class Step:
         backbone.encode_prefix = encode_prefix
 
     def _label_passes(self, objective: Any) -> None:
-        """Start a new forward phase at each pass."""
+        """Start a new phase with the logits of each pass, and around the sum of its losses."""
+        positions, weighted = objective.positions, objective.weighted
 
-        def logits(*args: Any, run: Any = objective.logits) -> Tensor:
+        def enter_forward(*args: Any) -> Tensor:
             self.live.enter("forward", HEAD)
-            return run(*args)
+            return positions(*args)
 
-        objective.logits = logits
+        def enter_backward(*args: Any) -> Tensor:
+            loss = weighted(*args)
+            self.live.enter("saved", HEAD)
+            self.live.enter("backward", TEMPORARY)
+            return loss
+
+        objective.positions, objective.weighted = enter_forward, enter_backward
 
 
 def _all_masked(objective: Objective, batch: Batch) -> list[Corrupted]:
     """A corrupted response for each view, at noise level 1."""
     noise = Noise(batch.keys, seed=0)
     state = corruption.start(batch, torch.ones(len(batch)))
-    return [objective.corruption(batch, state, noise) for _ in range(objective.options.views)]
+    return [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
 
 
 def _tensors(batch: Batch, *corrupted: Corrupted) -> list[Tensor]:
@@ -272,7 +273,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
     data, objective = data_and_objective(
         cfg, partial(build_on_meta, cfg.model, codec), images=cfg.plan.image is not None, **component_args(cfg, codec)
     )
-    micro = objective.options.micro_batch or cfg.data.batch_size
+    micro = objective.optim.micro_batch or cfg.data.batch_size
     batch = _black_batch(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
     try:
         planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
@@ -281,7 +282,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
         raise
     return (
         f"{cfg.name}: {cfg.data.batch_size} rows on each of {planned.gpus} GPUs, {min(micro, len(batch))} at a time; "
-        f"{objective.options.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
+        f"{objective.optim.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
         f"{cfg.trainer.precision}\n{planned.parameters:,} parameters, {planned.trained:,} of them trained\n\n"
         f"{planned.table()}\nat most {planned.format(planned.peak)} on each GPU; docs/memory.md says what it omits\n"
     )

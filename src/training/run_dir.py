@@ -55,7 +55,7 @@ FREE = (
         f"callbacks.self_correction.expert.{name}"
         for name in ("base_url", "key_env", "limits", "max_completion_tokens")
     ),
-    *(f"objective.training.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
+    *(f"optim.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
 REMEDY = "set another run_dir, or resume=false to start over"
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@
       strategy: {target: src.training.strategy.FSDP2}      all ranks share one copy of the model
       strategy: {target: src.training.strategy.DDP}        every rank has a copy
 
-`src.distributed.parallel.Sharding` (objective.training.sharding) sets what FSDP2 shards, and how.
+`src.distributed.parallel.Sharding` (optim.sharding) sets what FSDP2 shards, and how.
 """
 
 from __future__ import annotations
