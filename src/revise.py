@@ -28,7 +28,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -62,7 +61,9 @@ def main(argv: list[str]) -> None:
     out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
     codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
     if cfg.dry:
-        sys.stdout.write(estimate(build(cfg.expert, codec=codec), drafts))
+        total = read_drafts_index(drafts)["counts"]["written"]
+        sample = [draft for chunk in islice(read_drafts(drafts), SAMPLE) for draft in chunk]
+        sys.stdout.write(f"{build(cfg.expert, codec=codec).estimate(sample, total=total)}\n")
         return
     if cfg.requests and cfg.results:
         raise UserError("requests= exports requests and results= imports answers: give one of them")
@@ -108,19 +109,6 @@ def _round_options(cfg: DictConfig, codec: Codec, team: Team) -> RoundOptions:
 def _import_results(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:
     counts = read_results(Path(cfg.results), out, drafts, build(cfg.expert, codec=codec))
     sys.stdout.write(f"{cfg.results}: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'empty'}\n")
-
-
-def estimate(expert: Any, drafts: Path) -> str:
-    """Requests, tokens and dollars that the drafts would take, extrapolated from the first of them."""
-    total = read_drafts_index(drafts)["counts"]["written"]
-    if not hasattr(expert, "estimate"):
-        return f"{total} drafts; expert {expert.name} uses no server\n"
-    chunks = islice(read_drafts(drafts), SAMPLE)
-    usage = expert.estimate([draft for chunk in chunks for draft in chunk], total=total)
-    cost, max_cost = (f", {value:.2f} dollars" if value is not None else "" for value in (usage.cost, usage.most_cost))
-    likely = f"{usage.requests} requests, {usage.prompt_tokens:,} prompt tokens"
-    at_most = f"at most {usage.most_requests} requests, {usage.most_tokens:,} tokens"
-    return f"{total} drafts: {likely}, {usage.completion_tokens:,} completion tokens{cost}\n{at_most}{max_cost}\n"
 
 
 def report(finished_round: Round) -> str:

@@ -8,7 +8,8 @@ B batch, P prefix length, L response length, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
@@ -273,22 +274,49 @@ class Corruption(Protocol):
     def __call__(self, batch: Batch, state: Corrupted, noise: Any) -> Corrupted: ...
 
 
-class Expert(Protocol):
-    """Corrects drafts. Answers come in any order, exactly one per draft.
+class Expert:
+    """Base class of what corrects drafts: `name` and `revise` are all that an offline expert needs.
 
-    Stored answers are reused only as long as the name and the public attributes (or a dict `settings`, if there is one)
-    are unchanged.
+    Stored answers are reused as long as the name and the public attributes (or a dict `settings`, if there is one) are
+    unchanged. The other members are for experts that send requests; their defaults do nothing.
 
-    Optional members:
-        session(), finish(), trouble     connections, stop at a deadline, last error (rounds/expert_thread.py)
-        charge(usage)                    adds the usage of earlier rounds (rounds/round.py)
-        reread(draft, answer)            parses a stored answer again (rounds/round.py)
-        estimate                         cost estimate for a dry run (src/revise.py)
-        body, read                       request and reply of the batch API (rounds/batch_api.py)
+    can_finish: `finish` lets open requests complete; otherwise `revise` is cancelled when asking must end
     """
 
     name: str
+    can_finish: bool = False
+
+    @property
+    def trouble(self) -> str:
+        """The last error of a server that does not answer, for a warning."""
+        return ""
 
     def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
-        """Yield (key of the draft, answer)."""
-        ...
+        """Yield (key of the draft, answer), exactly one for each draft, in any order."""
+        raise NotImplementedError
+
+    def session(self) -> AbstractAsyncContextManager[None]:
+        """Connections that the calls of `revise` in one round share."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Send no further requests: open ones complete, other drafts fail with DEADLINE. Called in the event loop."""
+
+    def charge(self, usage: Mapping[str, float]) -> None:
+        """Count the usage of earlier rounds or processes against the limits of the run."""
+
+    def estimate(self, drafts: Sequence[Draft], *, total: int) -> object:
+        """What `total` drafts like these would take, printed by a dry run."""
+        return f"{total} drafts; expert {self.name} uses no server"
+
+    def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
+        """The same answer, its raw reply parsed again."""
+        return answer
+
+    def body(self, draft: Draft) -> dict[str, Any]:
+        """Request about a draft, for a batch file. Raises ValueError if none can be built."""
+        raise UserError(f"expert {self.name} uses no server, so it has no requests to export; use expert=openai")
+
+    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
+        """The answer in the body of a batch result."""
+        raise UserError(f"expert {self.name} uses no server, so it cannot read results; use expert=openai")

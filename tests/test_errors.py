@@ -27,7 +27,7 @@ from src.metrics.caption import CaptionMetric
 from src.objectives.mask import MaskPrediction
 from src.preparation.builder import Dataset
 from src.samplers.reviser import Reviser
-from src.types import Revision
+from src.types import Expert, Revision
 
 class Objective(MaskPrediction):
     def corrupt(self, batch):
@@ -52,7 +52,7 @@ class Broken(Reviser):
     def refine(self, state, prediction, predict):
         raise ERROR("my reviser is broken")
 
-class Expert:
+class Mine(Expert):
     name = "mine"
     async def revise(self, drafts):
         raise ERROR("my expert is broken")
@@ -175,7 +175,7 @@ def test_draft_and_revise_show_where_a_component_failed(error, scenes, tmp_path)
     importlib.import_module("src.draft").main([*drafting, f"out={tmp_path / 'drafts'}"])
     found = raised(
         "revise", "conf=revise", f"drafts={tmp_path / 'drafts'}", f"out={tmp_path / 'round'}", f"tokenizer={BASE}",
-        "expert={target: src.mine.Expert}",
+        "expert={target: src.mine.Mine}",
     )  # fmt: skip
     check(found, error, "my expert is broken")
 

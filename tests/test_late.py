@@ -24,7 +24,7 @@ from src.experts.scenes import ScenesExpert
 from src.io.shards import read_shard
 from src.rounds.drafts import read_drafts
 from src.rounds.expert_thread import SILENCE, ExpertThread, SilentExpert
-from src.types import Failure, Revision
+from src.types import Expert, Failure, Revision
 from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
@@ -188,7 +188,7 @@ def test_an_expert_after_its_deadline_asks_again(case, tmp_path):
 # --- the thread ---------------------------------------------------------------------------------------------------
 
 
-class Silent:
+class Silent(Expert):
     """Its calls do not come back."""
 
     name, settings, trouble = "silent", {}, "connection, http://somewhere"
@@ -224,7 +224,7 @@ def test_many_answers_share_a_sync(case, tmp_path, monkeypatch):
         syncs.append(handle)
         time.sleep(0.2)
 
-    class Quick:
+    class Quick(Expert):
         name, settings = "quick", {}
 
         async def revise(self, drafts):

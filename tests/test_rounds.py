@@ -37,7 +37,7 @@ from src.scenes.grammar import swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
-from src.types import Batch, Draft, Edit, Failure, Prefix, Revision
+from src.types import Batch, Draft, Edit, Expert, Failure, Prefix, Revision
 
 NUM, CANVAS, RIGHT = 11, 64, {"s03", "s07"}  # the drafts of RIGHT hold no mistake
 
@@ -57,7 +57,7 @@ class Parrot(nn.Module):
         return logits if positions is None else logits[positions]
 
 
-class Diligent:
+class Diligent(Expert):
     """Corrects through the scene graph, answers in reverse order, and notes in a file what it was asked.
 
     kill_at: this many answers are given before the process is killed.
@@ -239,7 +239,7 @@ def test_speeds_share_the_samples(whole):
 
 
 def test_edits_that_cannot_be_placed_and_failures_are_counted(case, tmp_path):
-    class Mixed:
+    class Mixed(Expert):
         name = "mixed"
 
         async def revise(self, drafts):
@@ -454,7 +454,7 @@ def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(cas
 
 
 def test_expert_that_answers_twice_is_an_error(case, tmp_path):
-    class Twice:
+    class Twice(Expert):
         name = "twice"
 
         async def revise(self, drafts):

@@ -43,12 +43,12 @@ from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
-from src.types import Edit, Revision
+from src.types import Edit, Expert, Revision
 
 NUM, CANVAS, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round
 
 
-class Rewriter:
+class Rewriter(Expert):
     """Wants another word for the first tokens of every draft; says on stdout whose draft it answers."""
 
     name = "rewriter"

@@ -29,7 +29,7 @@ from src.experts.reply import SCHEMA, UNREADABLE, UnreadableReply, read_reply
 from src.io.errors import UserError
 from src.text.align import locate
 from src.text.tokenizer import Codec
-from src.types import Draft, Edit, Failure, Revision
+from src.types import Draft, Edit, Expert, Failure, Revision
 
 BETWEEN = "\x1e"  # between the replies in `raw`: ASCII's record separator
 RESERVED_FIELDS = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "response_format"}
@@ -52,8 +52,16 @@ class Estimate:
     most_tokens: int
     most_cost: float | None
 
+    def __str__(self) -> str:
+        cost, max_cost = (
+            f", {value:.2f} dollars" if value is not None else "" for value in (self.cost, self.most_cost)
+        )
+        expected = f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens{cost}"
+        at_most = f"at most {self.most_requests} requests, {self.most_tokens:,} tokens{max_cost}"
+        return f"{self.requests} drafts: {self.requests} requests, {expected}\n{at_most}"
 
-class OpenAIExpert:
+
+class OpenAIExpert(Expert):
     """Sends each draft to `model`, as many at once as `limits` allow.
 
     base_url: null for the default of the `openai` package (OPENAI_BASE_URL, or the hosted service)
@@ -65,7 +73,7 @@ class OpenAIExpert:
     repair: how often unusable edits are sent back, 0 or 1
     """
 
-    name = "openai"
+    name, can_finish = "openai", True
 
     def __init__(
         self,

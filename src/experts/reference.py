@@ -15,13 +15,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from difflib import SequenceMatcher
 
 from src.io.errors import UserError
-from src.types import Draft, Edit, Failure, Revision
+from src.types import Draft, Edit, Expert, Failure, Revision
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 Words = list[re.Match[str]]
 
 
-class ReferenceExpert:
+class ReferenceExpert(Expert):
     """Edits of at most `max_words` words towards the most similar reference.
 
     Fails with `no_reference` where there is none, and with `no_local_edit` where the draft differs from every reference

@@ -38,13 +38,13 @@ from src.scenes.grammar import (
 )
 from src.scenes.graph import Scene, SceneObject
 from src.scenes.score import score_caption
-from src.types import Draft, Edit, Failure, Revision
+from src.types import Draft, Edit, Expert, Failure, Revision
 
 LENGTHS = ("same", "any")
 MAX_MISMATCH = 0.45  # share of an ungrammatical sentence's words that may differ from a template
 
 
-class ScenesExpert:
+class ScenesExpert(Expert):
     """Corrects every sentence that it can read.
 
     lengths: `same` replaces words one for one; `any` also removes and inserts words. An insertion is an edit of a

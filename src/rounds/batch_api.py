@@ -15,40 +15,28 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from src.chat.journal import Journal
 from src.io.errors import UserError
 from src.io.files import write_bytes
 from src.rounds.drafts import read_drafts
 from src.rounds.round import journal_of
-from src.types import Draft, Failure, Revision
+from src.types import Draft, Expert, Failure, Revision
 
 URL = "/v1/chat/completions"
 log = logging.getLogger(__name__)
 
 
-class BatchExpert(Protocol):
-    """An expert whose requests can be exported to a file."""
-
-    name: str
-
-    def body(self, draft: Draft) -> dict[str, Any]:
-        """Body of the request about a draft. Raises UserError if none can be built."""
-        ...
-
-    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
-        """The answer in the body of a response."""
-        ...
-
-
-def write_requests(file: Path, out: Path, drafts: Path, expert: Any) -> tuple[int, int]:
+def write_requests(file: Path, out: Path, drafts: Path, expert: Expert) -> tuple[int, int]:
     """Write a request per unanswered draft. Returns (requests written, drafts for which none could be built)."""
     lines, num_skipped = [], 0
     with journal_of(out, expert) as journal:
         for draft in _unsettled(drafts, journal):
             try:
-                body = _batch_expert(expert).body(draft)
+                body = expert.body(draft)
+            except UserError:  # an expert without a server
+                raise
             except ValueError as error:
                 log.warning("%s: %s", draft.key, error)
                 num_skipped += 1
@@ -59,7 +47,7 @@ def write_requests(file: Path, out: Path, drafts: Path, expert: Any) -> tuple[in
     return len(lines), num_skipped
 
 
-def read_results(file: Path, out: Path, drafts: Path, expert: Any) -> Counter[str]:
+def read_results(file: Path, out: Path, drafts: Path, expert: Expert) -> Counter[str]:
     """Add the answers in `file` to the journal.
 
     Returns counts: `answered`, `failed`, `known` (answered earlier), `unknown` (no such request).
@@ -83,12 +71,6 @@ def _unsettled(drafts: Path, journal: Journal) -> Iterator[Draft]:
         yield from (draft for draft in chunk if not journal.is_settled(draft))
 
 
-def _batch_expert(expert: Any) -> BatchExpert:
-    if not hasattr(expert, "body"):
-        raise UserError(f"expert {expert.name} uses no server, so it has no requests to export; use expert=openai")
-    return expert
-
-
 def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(custom id, response) of each line. Raises UserError with the line number if a line is not a result."""
     with file.open("rb") as stream:
@@ -105,8 +87,8 @@ def _results(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name, response
 
 
-def _answer(expert: Any, draft: Draft, response: Mapping[str, Any]) -> Revision | Failure:
+def _answer(expert: Expert, draft: Draft, response: Mapping[str, Any]) -> Revision | Failure:
     status, body = response.get("status_code"), response.get("body")
     if status != 200 or not isinstance(body, dict):
         return Failure(f"status_{status}" if isinstance(status, int) and status else "not_processed", retry=True)
-    return _batch_expert(expert).read(draft, body)
+    return expert.read(draft, body)

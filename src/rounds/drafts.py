@@ -14,7 +14,7 @@ import logging
 import shutil
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,6 @@ from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-CHANGED = "its content is not what was written"
 
 
 class DraftSampler(Protocol):
@@ -48,12 +47,6 @@ class DraftSampler(Protocol):
     def __call__(
         self, backbone: Backbone, prefix: Prefix, *, special: SpecialIds, keys: list[str], seed: int
     ) -> Sampled: ...
-
-
-class BatchDrafter(Protocol):
-    """Draws the drafts of one batch at one speed: `draft_batch` with all but these arguments bound."""
-
-    def __call__(self, batch: Batch, *, tokens_per_step: int) -> list[Draft]: ...
 
 
 def draft_batch(
@@ -118,7 +111,7 @@ def draft_settings(
 def draw_drafts(
     folder: Path,
     batches: Iterable[tuple[int, Batch]],
-    draft: BatchDrafter,
+    draft: Callable[..., list[Draft]],
     *,
     tokens_per_step: Sequence[int],
     tokenizer: str,
@@ -128,34 +121,63 @@ def draw_drafts(
 ) -> Iterator[list[Draft]]:
     """Draw this rank's drafts chunk by chunk, reading chunks that are already on disk; ends when all ranks are done.
 
-    batches: (number, batch) of this rank; settings: see `draft_settings`; a folder with other settings is refused
+    batches: (number, batch) of this rank; draft: `draft_batch` with all arguments bound but batch and tokens_per_step
+    settings: see `draft_settings`; a folder with other settings is refused
     total: drafts of all ranks, for the progress bar
 
     Raises UserError for a folder of other drafts, or if no training sample could be read.
     """
     if not tokens_per_step:
         raise UserError("tokens_per_step must name at least one speed, got an empty list")
-    entries, finished = team.on_rank0(lambda: _claim(folder, settings))
-    if finished:
-        for name in list(entries)[team.rank :: team.size]:
-            yield _read_chunk(folder / name)
+    if team.on_rank0(lambda: _claim(folder, settings)):
+        yield from read_drafts(folder, team)
         return
     shards, num_drawn, seconds = [], 0, 0.0
     with tqdm(total=-(-total // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
-        for name, part, speed in _parts(batches, tokens_per_step):
-            path = folder / f"drafts-{name}.tar"
-            drafts = _read_existing(path, part.keys, entries.get(path.name))
-            if drafts is not None:
-                shards.append(shard_entry(path, len(drafts)))
-            else:
-                start = time.perf_counter()
-                drafts = draft(part, tokens_per_step=speed)
-                seconds, num_drawn = seconds + time.perf_counter() - start, num_drawn + len(drafts)
-                shards.append(write_shard(path, map(_to_sample, drafts)))
-            bar.update(len(drafts))
-            yield drafts
+        for number, batch in batches:
+            # Split among the speeds, rotated from batch to batch to even out remainders.
+            for offset in range(min(len(tokens_per_step), len(batch))):
+                part = batch.rows(slice(offset, None, len(tokens_per_step)))
+                path = folder / f"drafts-{number:06d}-{offset:02d}.tar"
+                drafts = _read_existing(path, part.keys)
+                if drafts is None:
+                    start, speed = time.perf_counter(), tokens_per_step[(number + offset) % len(tokens_per_step)]
+                    drafts = draft(part, tokens_per_step=speed)
+                    seconds, num_drawn = seconds + time.perf_counter() - start, num_drawn + len(drafts)
+                    shards.append(write_shard(path, map(_to_sample, drafts)))
+                else:
+                    shards.append(shard_entry(path, len(drafts)))
+                bar.update(len(drafts))
+                yield drafts
     per_rank = team.gather((shards, num_drawn, seconds))  # NOTE: collective; runs when the caller exhausts the iterator
     team.on_rank0(lambda: _write_drafts_index(folder, per_rank, tokenizer=tokenizer, settings=settings))
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Take a folder for drafts with these settings; returns whether all of them are drawn already.
+
+    Raises UserError for a folder of drafts with other settings.
+    """
+    if (stored := _read_settings(folder)) is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, dict(settings))
+    elif changed := differences(stored, settings):
+        raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
+    return (folder / INDEX).exists()
+
+
+def _read_existing(path: Path, keys: Sequence[str]) -> list[Draft] | None:
+    """The drafts of the samples `keys` in a shard drawn earlier; None if it is missing, damaged or of other samples."""
+    if not path.exists():
+        return None
+    try:
+        drafts = _read_chunk(path)
+        if [draft.key.rpartition("@")[0] for draft in drafts] == keys:
+            return drafts
+        raise DamagedDrafts(path, "it does not hold the drafts of its batch")
+    except DamagedDrafts as error:
+        logger.warning("%s: drawing it again", error)
+        return None
 
 
 def _write_drafts_index(
@@ -182,8 +204,8 @@ def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -
         path = folder / shard["name"]
         try:
             drafts = _read_chunk(path)
-            if not _is_intact(path, shard):
-                raise DamagedDrafts(path, CHANGED)
+            if sha256(path) != shard["sha256"]:
+                raise DamagedDrafts(path, "its content is not what was written")
         except DamagedDrafts as error:
             if not skip:
                 raise
@@ -206,7 +228,7 @@ class DamagedDrafts(UserError):
     """Raised for a shard of drafts that is unreadable, incomplete or changed."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}); repeat the `src.draft` command, which draws it again")
+        super().__init__(f"{path} is damaged ({reason}): remove it and {INDEX} beside it, and repeat `src.draft`")
 
 
 def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -215,14 +237,6 @@ def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
     if stored is not None and stored != as_json(settings):
         logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(stored, settings)))
         shutil.rmtree(folder)
-
-
-def _parts(batches: Iterable[tuple[int, Batch]], tokens_per_step: Sequence[int]) -> Iterator[tuple[str, Batch, int]]:
-    """(name, part, speed): each batch split among the speeds, rotated from batch to batch to even out remainders."""
-    for number, batch in batches:
-        for offset in range(min(len(tokens_per_step), len(batch))):
-            part = batch.rows(slice(offset, None, len(tokens_per_step)))
-            yield f"{number:06d}-{offset:02d}", part, tokens_per_step[(number + offset) % len(tokens_per_step)]
 
 
 def _to_draft(codec: Codec, ids: list[int], key: str, record: dict, image: bytes, common: dict) -> Draft:
@@ -252,63 +266,12 @@ def _to_sample(draft: Draft) -> dict[str, Any]:
     return {"__key__": draft.key, "json": content, **image}
 
 
-def _shard_entries(folder: Path) -> dict[str, dict]:
-    """The index entries of the shards by name; empty if the folder has no index."""
-    if not (folder / INDEX).exists():
-        return {}
-    return {entry["name"]: entry for entry in read_drafts_index(folder)["shards"]}
-
-
-def _is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.is_file() and sha256(path) == entry["sha256"]
-
-
-def _read_existing(path: Path, keys: Sequence[str], entry: Mapping[str, Any] | None) -> list[Draft] | None:
-    """The drafts of a shard drawn earlier, or None if it is missing or damaged.
-
-    entry: its entry in the index, if there is one. Raises UserError if the drafts are of other samples than `keys`.
-    """
-    if not path.exists():
-        return None
-    try:
-        drafts = _read_chunk(path)
-        drafted = [draft.key.rpartition("@")[0] for draft in drafts]
-        if (entry and not _is_intact(path, entry)) or (drafted != keys and drafted == keys[: len(drafted)]):
-            raise DamagedDrafts(path, CHANGED)
-    except DamagedDrafts as error:
-        logger.warning("%s: drawing it again", error)
-        return None
-    if drafted != keys:
-        raise UserError(f"{path} holds drafts of other samples; remove {path.parent} to draw again")
-    return drafts
-
-
 def _read_chunk(path: Path) -> list[Draft]:
     """The drafts of a shard. Raises DamagedDrafts if it cannot be read or holds anything else."""
     try:
         return [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in read_shard(path)]
     except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise DamagedDrafts(path, f"{type(error).__name__}: {error}") from error
-
-
-def _claim(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, dict], bool]:
-    """Take a folder for drafts with these settings: its index entries by shard, and whether all shards are intact.
-
-    Writes the settings into a folder without drafts and removes the index if a shard is missing or damaged.
-    Raises UserError for a folder of drafts with other settings.
-    """
-    stored = _read_settings(folder)
-    if stored is None or not any(folder.glob("*.tar")):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, dict(settings))
-    elif changed := differences(stored, settings):
-        names = ", ".join(changed)
-        raise UserError(f"{folder} holds drafts made with another {names}; choose another folder")
-    entries = _shard_entries(folder)
-    finished = bool(entries) and all(_is_intact(folder / name, entry) for name, entry in entries.items())
-    if not finished:
-        (folder / INDEX).unlink(missing_ok=True)
-    return entries, finished
 
 
 def _read_settings(folder: Path) -> dict | None:

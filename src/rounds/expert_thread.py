@@ -43,7 +43,7 @@ class ExpertThread:
     The expert runs in one event loop for the whole round, so it may keep connections and limits. Raises SilentExpert
     if drafts are unanswered and no answer has come for `patience` seconds.
 
-    deadline: seconds after the last call of `ask` at which asking ends. An expert with a method `finish` completes its
+    deadline: seconds after the last call of `ask` at which asking ends. An expert that `can_finish` completes its
         open requests and returns a DEADLINE failure for all other drafts; any other expert is cancelled at once
 
     After an error open requests complete too and their answers are kept, within ERROR_GRACE_S; after a signal,
@@ -63,7 +63,7 @@ class ExpertThread:
         self._requests: set[str] = set()  # journal ids of all requests so far
         self._unwritten: list[tuple[Draft, Answer]] = []  # answers not yet in the journal
         self._writing: asyncio.Task | None = None
-        self._session: AsyncExitStack | None = None  # the expert's connections for the whole round, if it has any
+        self._session: AsyncExitStack | None = None  # the expert's connections for the whole round
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="expert", daemon=True)
 
@@ -109,13 +109,12 @@ class ExpertThread:
             future.result()
 
     def _finish_asking(self) -> None:
-        """Send no further requests; an expert without `finish` is cancelled."""
+        """Send no further requests; an expert that cannot finish is cancelled."""
         if self._finished_asking:
             return
         self._finished_asking = True
-        finish = getattr(self.expert, "finish", None)
-        if finish is not None:
-            self._loop.call_soon_threadsafe(finish)
+        if self.expert.can_finish:
+            self._loop.call_soon_threadsafe(self.expert.finish)
             return
         for future in self._futures:
             future.cancel()
@@ -131,7 +130,7 @@ class ExpertThread:
             )
         if min(silent, now - self._last_warning_at) > SILENCE:
             self._last_warning_at = now
-            trouble = getattr(self.expert, "trouble", "")
+            trouble = self.expert.trouble
             logger.warning(
                 "expert %s has not answered for %.0f s%s; its %d answers are kept, and stopping loses none of them",
                 self.expert.name, silent, trouble and f" ({trouble})", len(self.journal),
@@ -174,9 +173,9 @@ class ExpertThread:
         self.bar.update(len(drafts) - len(unsettled))
         if not unsettled or self._finished_asking:
             return
-        if self._session is None and (session := getattr(self.expert, "session", None)):
+        if self._session is None:
             self._session = AsyncExitStack()
-            await self._session.enter_async_context(session())
+            await self._session.enter_async_context(self.expert.session())
         async for key, answer in self.expert.revise(list(unsettled.values())):
             if key not in unsettled:
                 raise ValueError(f"expert {self.expert.name} answered {key!r} twice, or was not asked about it")

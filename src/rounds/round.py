@@ -31,7 +31,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,7 +45,7 @@ from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
-from src.rounds.drafts import BatchDrafter, draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.rounds.drafts import draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
 from src.rounds.stats import RoundStats
 from src.text.align import Aligned
@@ -79,7 +79,7 @@ class RoundOptions:
 def run_round(
     folder: str | Path,
     batches: Iterable[tuple[int, Batch]],
-    draft: BatchDrafter,
+    draft: Callable[..., list[Draft]],
     *,
     options: RoundOptions,
     tokens_per_step: Sequence[int],
@@ -148,7 +148,6 @@ def check_reopens(folder: Path, drafts: Path, options: RoundOptions) -> None:
 def reopen(folder: str | Path, *, always: bool = False) -> bool:
     """Turn a finished round back into an unfinished one if asking again may help for some drafts, or `always`."""
     folder = Path(folder)
-    (_partial(folder) / INDEX).unlink(missing_ok=True)  # left by an earlier call that was killed
     if not _is_finished(folder) or not (always or read_round(folder).manifest.get("again")):
         return False
     work = _partial(folder)
@@ -189,11 +188,9 @@ def _ask_and_write(
     """Ask about all drafts, then write the round. chunks: this rank's of `drafts`, possibly drawn while iterating."""
     work, team = _partial(folder), options.team
 
-    def prepare() -> bool:
+    def prepare() -> None:
         work.mkdir(parents=True, exist_ok=True)
-        if (work / INDEX).exists() and _changed(read_manifest(work), settings, options):
-            (work / INDEX).unlink()
-        return (work / INDEX).exists()
+        (work / INDEX).unlink(missing_ok=True)  # left by a process that was killed before it renamed the folder
 
     def ask() -> float:
         """Ask about this rank's drafts; returns the seconds waited for answers after the last draft was drawn."""
@@ -213,9 +210,9 @@ def _ask_and_write(
         with journal_of(folder, options.expert) as journal:
             _write(work, drafts, journal, options, waited=waited, late=late, reread=reread)
 
-    if not team.on_rank0(prepare):
-        waited = max(team.gather(ask()))  # rank 0 then reads the answers of all ranks
-        team.on_rank0(lambda: write(waited))
+    team.on_rank0(prepare)
+    waited = max(team.gather(ask()))  # rank 0 then reads the answers of all ranks
+    team.on_rank0(lambda: write(waited))
     team.on_rank0(lambda: publish(work, folder))
     return read_round(folder)
 
@@ -240,10 +237,9 @@ def identity(expert: Expert) -> dict[str, Any]:
     return {"name": expert.name, **describe(expert)}
 
 
-def charge(expert: Any, usage: Mapping[str, float], team: Team) -> None:
+def charge(expert: Expert, usage: Mapping[str, float], team: Team) -> None:
     """Count earlier usage of the run against the budget of an expert that has one; each rank takes an equal share."""
-    if hasattr(expert, "charge"):
-        expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
+    expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
 
 
 def _bar(total: int, team: Team) -> tqdm:
@@ -294,7 +290,6 @@ def _samples(
     drafts: Path, journal: Journal, options: RoundOptions, stats: RoundStats, *, late: Path | None, reread: bool
 ) -> Iterator[dict[str, Any]]:
     """Drafts with at least one placed edit as samples of the round, in the order of the drafts; late ones last."""
-    parse_again = getattr(options.expert, "reread", None) if reread else None
     seen: set[str] = set()
     for is_late, chunks in enumerate((read_drafts(drafts), _late(late, options, None))):
         for draft in chain.from_iterable(chunks):
@@ -302,7 +297,7 @@ def _samples(
                 continue  # a late draft that the model drew again, word for word
             seen.add(request)
             answer = journal.answer(draft)
-            answer = parse_again(draft, answer) if parse_again and answer else answer
+            answer = options.expert.reread(draft, answer) if reread and answer else answer
             stats.add(answer, late=bool(is_late))
             edits = answer.edits if isinstance(answer, Revision) else ()
             if edits and (aligned := stats.place(options.codec, draft, edits)).spans:
