@@ -181,7 +181,7 @@ def test_edits_are_counted_by_kind(drafts, tmp_path, capsys):
 
 
 def test_fewer_requests_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("src.chat.limits.world", lambda: 4)
+    monkeypatch.setattr("src.chat.limits.world_size", lambda: 4)
     for name in ("concurrency", "max_requests"):
         with pytest.raises(ValueError, match=rf"limits.{name}=3 is shared by 4 processes"):
             Limits(**{name: 3}).check_processes()

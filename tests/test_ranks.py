@@ -91,7 +91,7 @@ import os, sys
 from functools import partial
 sys.path.insert(0, {root!r})
 import torch
-from src.distributed.parallel import Sharding, whole
+from src.distributed.parallel import Sharding, full_tensor
 from src.training.strategy import FSDP2
 from tests.test_corruption import SPECIAL
 from src.training.strategy import DDP, FSDP2
