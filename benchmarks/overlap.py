@@ -35,7 +35,7 @@ from src.distributed.parallel import Team
 from src.experts.openai import OpenAIExpert
 from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
-from src.rounds.drafts import draft_batch, draft_settings, draw_drafts
+from src.rounds.drafts import Drafter, draw_drafts
 from src.rounds.round import RoundOptions, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.graph import COLOURS
@@ -115,14 +115,11 @@ class Bench:
         self.backbone, self.sampler = from_pretrained(BASE).eval(), Sampler(length=LENGTH, eos_last=True)
 
     def drafts(self, folder: Path) -> None:
-        common = {"tokens_per_step": SPEEDS, "settings": self._settings, "total": self.options.drafts}
-        tokenizer = self.codec.fingerprint
-        for _ in draw_drafts(folder, self._batches, self._draft, tokenizer=tokenizer, team=self.team, **common):
+        for _ in draw_drafts(folder, self._batches, self._drafter, team=self.team):
             pass
 
     def overlapped(self, folder: Path) -> None:
-        common = {"tokens_per_step": SPEEDS, "settings": self._settings, "total": self.options.drafts}
-        self._check(run_round(folder, self._batches, self._draft, options=self._round_options, **common))
+        self._check(run_round(folder, self._batches, self._drafter, options=self._round_options))
 
     def afterwards(self, folder: Path) -> None:
         self.drafts(folder / "drafts")
@@ -138,13 +135,17 @@ class Bench:
         return self.data.draft_dataloader(1, self.options.drafts)
 
     @property
-    def _settings(self) -> dict:
-        fixed = {"tokens_per_step": SPEEDS, "num": self.options.drafts, "round_number": 1, "seed": 1}
-        return draft_settings(self.backbone, self.sampler, codec=self.codec, data=self.data.draft_settings(), **fixed)
-
-    @property
-    def _draft(self):
-        return partial(draft_batch, self.backbone, sampler=self.sampler, codec=self.codec, seed=1, fingerprint="f")
+    def _drafter(self) -> Drafter:
+        return Drafter(
+            backbone=self.backbone,
+            sampler=self.sampler,
+            codec=self.codec,
+            tokens_per_step=SPEEDS,
+            num=self.options.drafts,
+            round_number=1,
+            seed=1,
+            data=self.data.draft_settings(),
+        )
 
     @property
     def _round_options(self) -> RoundOptions:

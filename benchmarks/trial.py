@@ -28,7 +28,7 @@ from PIL import Image
 from src.distributed.parallel import Team
 from src.experts.openai import BETWEEN
 from src.io.shards import read_manifest
-from src.rounds.drafts import draw_drafts
+from src.rounds.drafts import Drafter, draw_drafts
 from src.text.tokenizer import Codec
 from src.types import Batch, Draft
 from testing.servers.real import free_port, haproxy, llmock, read_log, tell, tiny_vision_model, transformers_serve
@@ -267,19 +267,23 @@ def write_drafts(folder: Path, num: int) -> None:
     Image.effect_noise((48, 48), 60).convert("RGB").save(stream, "PNG")
     image = stream.getvalue()
 
-    def draft(batch: Batch, *, tokens_per_step: int) -> list[Draft]:
-        texts = {key: TEXT.format(number=key) for key in batch.keys}
-        fields = {"prompt": "Describe.", "reference": "A ring.", "steps": tokens_per_step, "image": image}
-        fields |= {"sampler": {}, "fingerprint": "f", "seed": 0}
-        return [Draft(key=key, text=text, token_ids=codec.encode(text)[0], **fields) for key, text in texts.items()]
+    class Numbers(Drafter):
+        settings = {"num": num}  # noqa: RUF012
+
+        def draw(self, batch: Batch, *, tokens_per_step: int) -> list[Draft]:
+            texts = {key: TEXT.format(number=key) for key in batch.keys}
+            fields = {"prompt": "Describe.", "reference": "A ring.", "steps": tokens_per_step, "image": image}
+            fields |= {"sampler": {}, "fingerprint": "f", "seed": 0}
+            return [Draft(key=key, text=text, token_ids=codec.encode(text)[0], **fields) for key, text in texts.items()]
 
     def batch_of(keys: list[str]) -> Batch:
         empty = torch.zeros(len(keys), 1)
         return Batch({}, empty, empty, empty, empty, empty, keys=keys)
 
     batches = ((start, batch_of([str(n) for n in range(start, min(num, start + 50))])) for start in range(0, num, 50))
-    common = {"tokenizer": codec.fingerprint, "settings": {"num": num}, "total": num, "team": Team()}
-    for _ in draw_drafts(folder, batches, draft, tokens_per_step=[1], **common):
+    common: dict[str, Any] = {"backbone": None, "sampler": None, "data": {}, "round_number": 1, "seed": 0}
+    drafter = Numbers(codec=codec, tokens_per_step=[1], num=num, **common)
+    for _ in draw_drafts(folder, batches, drafter, team=Team()):
         pass
 
 

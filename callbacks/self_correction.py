@@ -20,7 +20,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +34,7 @@ from src.distributed.parallel import Team, all_reduce_sum, gathered
 from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
 from src.models.inference import evaluating
-from src.rounds.drafts import DraftSampler, cap_num_drafts, draft_batch, draft_settings
+from src.rounds.drafts import Drafter, DraftSampler, cap_num_drafts
 from src.rounds.round import EmptyRound, RoundOptions, charge, read_round, reopen, run_round, update_manifest
 from src.rounds.stats import summary, yields
 from src.text.tokenizer import Codec
@@ -270,25 +269,15 @@ class SelfCorrection(L.Callback):
 
     def _round(self, number: int, datamodule: OnlineDataModule, pl_module: L.LightningModule) -> Round:
         """Make a round; its manifest then also has P(fix) and P(break) of the model that drafted it."""
-        backbone: Any = pl_module.backbone
-        seed = self.seed + number
-        settings = draft_settings(
-            backbone,
-            self.sampler,
+        drafter = Drafter(
+            backbone=pl_module.backbone,
+            sampler=self.sampler,
             codec=self.codec,
             tokens_per_step=self.tokens_per_step,
             num=self.drafts_per_round,
             round_number=number,
-            seed=seed,
+            seed=self.seed + number,
             data=datamodule.draft_settings(),
-        )
-        draft = partial(
-            draft_batch,
-            backbone,
-            sampler=self.sampler,
-            codec=self.codec,
-            seed=seed,
-            fingerprint=settings["model"],
             device=pl_module.device,
         )
         options = RoundOptions(
@@ -299,17 +288,10 @@ class SelfCorrection(L.Callback):
             deadline=self.deadline,
             team=self._team,
         )
-        with gathered(backbone):
-            finished_round = run_round(
-                self._folder(number),
-                datamodule.draft_dataloader(number, self.drafts_per_round),
-                draft,
-                options=options,
-                tokens_per_step=self.tokens_per_step,
-                settings=settings,
-                total=self.drafts_per_round,
-                late=self._folder(number - 1) if number > 1 else None,
-            )
+        batches = datamodule.draft_dataloader(number, self.drafts_per_round)
+        previous = self._folder(number - 1) if number > 1 else None
+        with gathered(drafter.backbone):
+            finished_round = run_round(self._folder(number), batches, drafter, options=options, late=previous)
             if FIX_RATES in finished_round.manifest:  # measured by an earlier run that was killed right after
                 return finished_round
             rates = self._fix_rates(finished_round, datamodule, pl_module)

@@ -17,7 +17,6 @@ import os
 import shlex
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
-from src.rounds.drafts import cap_num_drafts, draft_batch, draft_settings, draw_drafts
+from src.rounds.drafts import Drafter, cap_num_drafts, draw_drafts
 from src.text.tokenizer import Codec
 from src.training.launch import is_rank0_by_env, process_group, report_lost_ranks
 
@@ -70,36 +69,18 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
     check_layout(data.layout, backbone.layout)
     warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
     num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
-    sampler, speeds, seed = build(cfg.sampler), list(cfg.tokens_per_step), cfg.seed + cfg.round
-    settings = draft_settings(
-        backbone,
-        sampler,
+    drafter = Drafter(
+        backbone=backbone,
+        sampler=build(cfg.sampler),
         codec=codec,
-        tokens_per_step=speeds,
+        tokens_per_step=list(cfg.tokens_per_step),
         num=num,
         round_number=cfg.round,
-        seed=seed,
+        seed=cfg.seed + cfg.round,
         data=data.draft_settings(),
-    )
-    draft = partial(
-        draft_batch,
-        backbone,
-        sampler=sampler,
-        codec=codec,
-        seed=seed,
-        fingerprint=settings["model"],
         device=device,
     )
-    chunks = draw_drafts(
-        Path(cfg.out),
-        data.draft_dataloader(cfg.round, num),
-        draft,
-        tokens_per_step=speeds,
-        tokenizer=codec.fingerprint,
-        settings=settings,
-        total=num,
-        team=team,
-    )
+    chunks = draw_drafts(Path(cfg.out), data.draft_dataloader(cfg.round, num), drafter, team=team)
     num_drawn, scenes = 0, False
     for chunk in chunks:  # iterating draws; a chunk is on disk when it is yielded
         num_drawn, scenes = num_drawn + len(chunk), "scene" in chunk[0].record

@@ -195,10 +195,10 @@ def deaf(rank: int) -> None:
 
 def stops_in_a_round(rank: int) -> None:
     """Patch: while rank 0 waits for the drafts of rank 1, rank 1 creates the STOP file of a batch job."""
-    import callbacks.self_correction as loop
+    from src.rounds.drafts import Drafter
 
     os.environ["SLURM_PROCID"] = os.environ["SLURM_LOCALID"] = str(rank)
-    draw = loop.draft_batch
+    draw = Drafter.draw
 
     def slow(*arguments: Any, **named: Any) -> Any:
         time.sleep(2)
@@ -208,16 +208,16 @@ def stops_in_a_round(rank: int) -> None:
         return draw(*arguments, **named)
 
     if rank == 1:
-        loop.draft_batch = slow
+        Drafter.draw = slow
 
 
 def waits_and_is_told_twice(rank: int) -> None:
     """Patch: rank 1 drafts slowly; rank 0, which waits for it, gets two signals."""
-    import callbacks.self_correction as loop
+    from src.rounds.drafts import Drafter
 
     if rank == 1:
-        draw, naps = loop.draft_batch, iter([15])
-        loop.draft_batch = lambda *arguments, **named: (time.sleep(next(naps, 0)), draw(*arguments, **named))[1]
+        draw, naps = Drafter.draw, iter([15])
+        Drafter.draw = lambda *arguments, **named: (time.sleep(next(naps, 0)), draw(*arguments, **named))[1]
     elif os.fork() == 0:
         for delay in (6, 1):
             time.sleep(delay)

@@ -41,7 +41,9 @@ if where.startswith("bytes="):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(where[6:]), resource.RLIM_INFINITY))
 else:
     module, name, number = where.split("/")
+    module, _, owner = module.partition(":")
     holder = importlib.import_module(module)
+    holder = getattr(holder, owner) if owner else holder
     plain = getattr(holder, name)
 
     def signalled(*args, **kwargs):
@@ -170,7 +172,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_pa
     ("verb", "where", "number"),
     [
         ("prepare", "src.preparation.scenes/render", signal.SIGINT),
-        ("draft", "src.draft/draft_batch", signal.SIGTERM),
+        ("draft", "src.rounds.drafts:Drafter/draw", signal.SIGTERM),
         ("revise", "src.rounds.round/write_shards", signal.SIGINT),
         ("train", "src.training.build/check_layout", signal.SIGTERM),  # before the training begins
     ],

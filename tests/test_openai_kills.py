@@ -26,7 +26,7 @@ BASE = ROOT / "assets" / "base"
 AT_ONCE = 4  # requests of both ranks together
 SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; from tests.ranks import serve; serve()"
 
-DRAFT = "callbacks.self_correction:draft_batch"
+DRAFT = "src.rounds.drafts:Drafter.draw"
 QUESTION = "src.experts.openai:OpenAIExpert._request"
 READ = "src.experts.openai:read_replies"
 KEEP = "src.chat.journal:Journal.add_all"

@@ -149,7 +149,7 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
     made = {"environment": {"TORCHELASTIC_RUN_ID": "one"}, "out": tmp_path}
     draft = ["conf=draft", f"model.path={BASE}", f"data.path={scenes}", f"out={tmp_path}/drafts", f"num={NUM}"]
     draft += ["tokens_per_step=[8,16]", "data.batch_size=4", "data.workers=0"]
-    killed = ranks.run(draft, verb="draft", kill=[(1, "src.draft:draft_batch", 1)], **made)
+    killed = ranks.run(draft, verb="draft", kill=[(1, "src.rounds.drafts:Drafter.draw", 1)], **made)
     assert killed.codes[1] == -9
     assert killed.codes[0] == 1
     assert "rank 0: error: another process of this run has ended" in killed.printed[0]
@@ -172,7 +172,7 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
 # --- kills --------------------------------------------------------------------------------------------------------
 
 STEP = "src.objectives.base:Objective.training_step"
-DRAFT = "callbacks.self_correction:draft_batch"
+DRAFT = "src.rounds.drafts:Drafter.draw"
 ANSWER = "src.rounds.expert_thread:ExpertThread._keep"  # right before an answer goes to the journal
 BOTH = (0, 1)
 

@@ -30,7 +30,7 @@ from src.experts.scenes import ScenesExpert
 from src.io.settings import describe
 from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
-from src.rounds.drafts import draft_batch, draft_settings, draw_drafts, read_drafts
+from src.rounds.drafts import Drafter, draw_drafts, read_drafts
 from src.rounds.round import RoundOptions, read_round, revise_round, run_round
 from src.samplers.sampler import Sampler
 from src.scenes.grammar import swaps, write_caption
@@ -120,24 +120,26 @@ class Case:
 
     @property
     def settings(self) -> dict:
-        data = {"data": "d" * 64, "response_length": CANVAS, "image_size": 48}
-        fixed = {"codec": self.codec, "tokens_per_step": [4, 16], "num": NUM, "round_number": 1, "seed": 3}
-        return draft_settings(self.backbone, self.sampler, data=data, **fixed)
+        return self.drafter().settings
 
-    @property
-    def draft(self):
-        fixed = {"sampler": self.sampler, "codec": self.codec, "seed": 3, "fingerprint": self.settings["model"]}
-        return partial(draft_batch, self.backbone, **fixed)
+    def drafter(self, draw=None, **changed) -> Drafter:
+        """draw: called for each chunk before it is drawn; changed: settings"""
+        common = {"backbone": self.backbone, "sampler": self.sampler, "codec": self.codec, "num": NUM, "seed": 3}
+        data = {"data": "d" * 64, "response_length": CANVAS, "image_size": 48, **changed}
+        drafter = Drafter(tokens_per_step=[4, 16], round_number=1, data=data, **common)
+        if draw:
+            plain = drafter.draw
+            vars(drafter)["draw"] = lambda batch, **speed: (draw(batch), plain(batch, **speed))[1]
+        return drafter
 
     def options(self, expert, **changed) -> RoundOptions:
         common = {"expert": expert, "codec": self.codec, "per_shard": 4, "patience": 60.0, "team": Team()}
         return RoundOptions(**{**common, **changed})
 
     def run(self, folder: Path, expert, **changed):
-        common = {"tokens_per_step": [4, 16], "settings": self.settings, "total": NUM}
-        draft, deadline = changed.pop("draft", self.draft), changed.pop("deadline", None)
-        batches, options = changed.pop("batches", self.batches()), self.options(expert, deadline=deadline)
-        return run_round(folder, enumerate(batches), draft, options=options, **{**common, **changed})
+        batches, late = changed.pop("batches", self.batches()), changed.pop("late", None)
+        options = self.options(expert, deadline=changed.pop("deadline", None))
+        return run_round(folder, enumerate(batches), self.drafter(**changed), options=options, late=late)
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +278,12 @@ def test_drafting_goes_on_while_the_expert_works(case, tmp_path):
             async for answer in super().revise(drafts):
                 yield answer
 
-    def draft(batch, *, tokens_per_step):
+    def draw(batch):
         drawn.append(len(batch))
         if len(drawn) == 2:
             second.set()
-        return case.draft(batch, tokens_per_step=tokens_per_step)
 
-    made = case.run(tmp_path / "r", Waiting(tmp_path / "asked"), draft=draft)
+    made = case.run(tmp_path / "r", Waiting(tmp_path / "asked"), draw=draw)
     assert made.manifest["counts"]["revised"] == NUM
 
 
@@ -346,12 +347,11 @@ def test_killed_while_drafting(case, whole, tmp_path):
     def killed(folder: Path) -> None:
         numbers = iter(range(100))
 
-        def draft(batch, *, tokens_per_step):
+        def draw(batch):
             if next(numbers) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return case.draft(batch, tokens_per_step=tokens_per_step)
 
-        case.run(folder, Diligent(folder.parent / "asked"), draft=draft)
+        case.run(folder, Diligent(folder.parent / "asked"), draw=draw)
 
     assert resumed_equals_whole(case, whole, tmp_path / "round-0001", killed)
 
@@ -359,10 +359,10 @@ def test_killed_while_drafting(case, whole, tmp_path):
 def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
-    def draft(*_, **__):
+    def draw(batch):
         raise AssertionError("drafted again")
 
-    made = case.run(whole, Diligent(tmp_path / "asked"), draft=draft)
+    made = case.run(whole, Diligent(tmp_path / "asked"), draw=draw)
     assert made.path == whole
     assert not (tmp_path / "asked").exists()
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
@@ -371,7 +371,7 @@ def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
 @pytest.mark.parametrize("name", ["seed", "round", "data", "response_length", "image_size", "tokenizer"])
 def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name):
     with pytest.raises(ValueError, match=f"round made with another {name};"):
-        case.run(whole, Diligent(tmp_path / "asked"), settings={**case.settings, name: "another"})
+        case.run(whole, Diligent(tmp_path / "asked"), **{name: "another"})
 
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
@@ -444,11 +444,7 @@ def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(cas
     assert len(answered) == 3
     calls = []
 
-    def draft(batch, *, tokens_per_step):
-        calls.append(batch.keys)
-        return case.draft(batch, tokens_per_step=tokens_per_step)
-
-    case.run(tmp_path / "r", Shaky(tmp_path / "again"), draft=draft, settings={**case.settings, "model": "new"})
+    case.run(tmp_path / "r", Shaky(tmp_path / "again"), draw=lambda batch: calls.append(batch.keys), model="new")
     assert sum(map(len, calls)) == NUM
     assert not set((tmp_path / "again").read_text().split()) & set(answered)
 
@@ -469,22 +465,18 @@ def test_expert_that_answers_twice_is_an_error(case, tmp_path):
 
 
 def test_online_and_offline_write_the_same(case, whole, tmp_path):
-    common = {"tokens_per_step": [4, 16], "tokenizer": case.codec.fingerprint, "settings": case.settings, "total": NUM}
-    common["team"] = Team()
-    chunks = list(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
+    chunks = list(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.drafter(), team=Team()))
     assert sum(map(len, chunks)) == NUM
     revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(Diligent(tmp_path / "asked")))
     assert digests(tmp_path / "r") == digests(whole)
     for name in ("tokens_per_step", "data", "response_length", "round"):
-        common["settings"] = {**case.settings, name: "another"}
+        drafter = case.drafter(**{name: "another"})
         with pytest.raises(ValueError, match=f"drafts made with another {name};"):
-            next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
+            next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), drafter, team=Team()))
 
 
 def test_unfinished_drafts_are_refused(case, tmp_path):
-    common = {"tokens_per_step": [16], "tokenizer": case.codec.fingerprint, "settings": case.settings, "total": NUM}
-    common["team"] = Team()
-    next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.draft, **common))
+    next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.drafter(), team=Team()))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
         revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(ScenesExpert()))
 

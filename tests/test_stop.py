@@ -165,7 +165,7 @@ def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_pat
 def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
     argv = stage_two(scenes, tmp_path / "run")
     stop = tmp_path / "run" / "STOP"
-    code, said = signalled(f"callbacks.self_correction/draft_batch/3/touch/{stop}", argv)
+    code, said = signalled(f"src.rounds.drafts:Drafter/draw/3/touch/{stop}", argv)
     assert (code, said) == (138, f"stopped at step 0 of 16 by SIGUSR1 ({stop}); the same command continues")
     stop.unlink()  # this process is older than the file
     main(argv)
@@ -196,7 +196,7 @@ def test_one_rank_is_asked_and_all_stop_at_the_same_step(scenes, tmp_path, paral
 def test_drafting_stops_at_once_and_keeps_what_is_drawn(scenes, tmp_path, nth, step):
     """Six shards a round; in the first round and in the second."""
     argv = stage_two(scenes, tmp_path / "run")
-    code, said = signalled(f"callbacks.self_correction/draft_batch/{nth}/{int(signal.SIGTERM)}", argv)
+    code, said = signalled(f"src.rounds.drafts:Drafter/draw/{nth}/{int(signal.SIGTERM)}", argv)
     assert (code, said) == (143, f"stopped at step {step} of 16 by SIGTERM; the same command continues")
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "rounds").glob(".round*/drafts/*.tar")}
     assert len(drawn) == 2

@@ -1,6 +1,6 @@
 """Drafts: the model's own responses, on disk as one shard per chunk, so a killed run draws only what is missing.
 
-    batches -> draw_drafts(folder, batches, partial(draft_batch, backbone, ...)) -> lists of `Draft`
+    batches -> draw_drafts(folder, batches, Drafter(...)) -> lists of `Draft`
             -> drafts-000000-00.tar, ... -> index.json (kind `drafts`), written last
     read_drafts(folder) -> the same chunks again
 
@@ -14,13 +14,13 @@ import logging
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from src.distributed.parallel import Team
@@ -49,31 +49,74 @@ class DraftSampler(Protocol):
     ) -> Sampled: ...
 
 
-def draft_batch(
-    backbone: Backbone,
-    batch: Batch,
-    *,
-    sampler: DraftSampler,
-    codec: Codec,
-    tokens_per_step: int,
-    seed: int,
-    fingerprint: str,
-    device: torch.device | str = "cpu",
-) -> list[Draft]:
-    """One draft per row. The same (seed, key) gives the same draft, whatever else is in the batch."""
-    sampler = sampler.with_steps(tokens_per_step=tokens_per_step)
-    with torch.no_grad():
-        prefix = backbone.encode_prefix(batch.to(device).prefix)
-        sampled = sampler(backbone, prefix, special=codec.special, keys=batch.keys, seed=seed)
-    common = {
-        "steps": _num_steps(sampler.schedule),
-        "sampler": describe(sampler),
-        "fingerprint": fingerprint,
-        "seed": seed,
-    }
-    images = batch.images or [b""] * len(batch)
-    rows = zip(sampled.ids.tolist(), batch.keys, batch.records, images, strict=True)
-    return [_to_draft(codec, *row, common) for row in rows]
+@dataclass(frozen=True, kw_only=True)
+class Drafter:
+    """What draws the drafts of a round.
+
+    tokens_per_step: speeds; the samples of a round are split among them
+    num: drafts of all ranks; seed: the same (seed, key) gives the same draft, whatever else is in the batch
+    data: the datamodule's part of what drafts depend on (`draft_settings`)
+
+    Raises UserError without a speed.
+    """
+
+    backbone: Any
+    sampler: DraftSampler
+    codec: Codec
+    tokens_per_step: Sequence[int]
+    num: int
+    round_number: int
+    seed: int
+    data: Mapping[str, Any]
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.tokens_per_step:
+            raise UserError("tokens_per_step must name at least one speed, got an empty list")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the drafts depend on, stored beside them."""
+        gap = self.codec.prompt_format.gap
+        return {
+            "model": fingerprint(self.backbone),
+            "tokenizer": self.codec.fingerprint,
+            "sampler": describe(self.sampler),
+            "tokens_per_step": list(self.tokens_per_step),
+            "num": self.num,
+            "round": self.round_number,
+            "seed": self.seed,
+            **({} if gap is None else {"gap": gap}),
+            **self.data,
+        }
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, *, tokens_per_step: int) -> list[Draft]:
+        """One draft per row, cut after its first eot."""
+        sampler, codec = self.sampler.with_steps(tokens_per_step=tokens_per_step), self.codec
+        prefix = self.backbone.encode_prefix(batch.to(self.device).prefix)
+        sampled = sampler(self.backbone, prefix, special=codec.special, keys=batch.keys, seed=self.seed)
+        schedule = sampler.schedule
+        steps = schedule.steps or schedule.blocks * -(-schedule.block_length // schedule.tokens_per_step)
+        drafts, images = [], batch.images or [b""] * len(batch)
+        for ids, key, record, image in zip(sampled.ids.tolist(), batch.keys, batch.records, images, strict=True):
+            ids = ids[: ids.index(codec.eot_id) + 1] if codec.eot_id in ids else ids
+            captions = record.get("captions") or [{"text": ""}]
+            draft = Draft(
+                key=f"{key}@s{steps}",
+                prompt=record["prompt"],
+                text=codec.decode(ids),
+                token_ids=ids,
+                steps=steps,
+                reference=captions[0]["text"],
+                sampler=describe(sampler),
+                fingerprint=self.settings["model"],
+                seed=self.seed,
+                record=record,
+                image=image,
+            )
+            drafts.append(draft)
+        return drafts
 
 
 def cap_num_drafts(num: int, count: int, *, name: str) -> int:
@@ -83,66 +126,30 @@ def cap_num_drafts(num: int, count: int, *, name: str) -> int:
     return min(num, count)
 
 
-def draft_settings(
-    backbone: nn.Module,
-    sampler: DraftSampler,
-    *,
-    codec: Codec,
-    tokens_per_step: Sequence[int],
-    num: int,
-    round_number: int,
-    seed: int,
-    data: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything that drafts depend on, stored beside them. data: the datamodule's part of it."""
-    return {
-        "model": fingerprint(backbone),
-        "tokenizer": codec.fingerprint,
-        "sampler": describe(sampler),
-        "tokens_per_step": list(tokens_per_step),
-        "num": num,
-        "round": round_number,
-        "seed": seed,
-        **({} if codec.prompt_format.gap is None else {"gap": codec.prompt_format.gap}),
-        **data,
-    }
-
-
 def draw_drafts(
-    folder: Path,
-    batches: Iterable[tuple[int, Batch]],
-    draft: Callable[..., list[Draft]],
-    *,
-    tokens_per_step: Sequence[int],
-    tokenizer: str,
-    settings: Mapping[str, Any],
-    total: int,
-    team: Team,
+    folder: Path, batches: Iterable[tuple[int, Batch]], drafter: Drafter, *, team: Team
 ) -> Iterator[list[Draft]]:
     """Draw this rank's drafts chunk by chunk, reading chunks that are already on disk; ends when all ranks are done.
 
-    batches: (number, batch) of this rank; draft: `draft_batch` with all arguments bound but batch and tokens_per_step
-    settings: see `draft_settings`; a folder with other settings is refused
-    total: drafts of all ranks, for the progress bar
+    batches: (number, batch) of this rank
 
-    Raises UserError for a folder of other drafts, or if no training sample could be read.
+    Raises UserError for a folder of drafts with other settings, or if no training sample could be read.
     """
-    if not tokens_per_step:
-        raise UserError("tokens_per_step must name at least one speed, got an empty list")
-    if team.on_rank0(lambda: _claim(folder, settings)):
+    if team.on_rank0(lambda: _claim(folder, drafter.settings)):
         yield from read_drafts(folder, team)
         return
+    speeds = drafter.tokens_per_step
     shards, num_drawn, seconds = [], 0, 0.0
-    with tqdm(total=-(-total // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
+    with tqdm(total=-(-drafter.num // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
         for number, batch in batches:
             # Split among the speeds, rotated from batch to batch to even out remainders.
-            for offset in range(min(len(tokens_per_step), len(batch))):
-                part = batch.rows(slice(offset, None, len(tokens_per_step)))
+            for offset in range(min(len(speeds), len(batch))):
+                part = batch.rows(slice(offset, None, len(speeds)))
                 path = folder / f"drafts-{number:06d}-{offset:02d}.tar"
                 drafts = _read_existing(path, part.keys)
                 if drafts is None:
-                    start, speed = time.perf_counter(), tokens_per_step[(number + offset) % len(tokens_per_step)]
-                    drafts = draft(part, tokens_per_step=speed)
+                    start, speed = time.perf_counter(), speeds[(number + offset) % len(speeds)]
+                    drafts = drafter.draw(part, tokens_per_step=speed)
                     seconds, num_drawn = seconds + time.perf_counter() - start, num_drawn + len(drafts)
                     shards.append(write_shard(path, map(_to_sample, drafts)))
                 else:
@@ -150,7 +157,7 @@ def draw_drafts(
                 bar.update(len(drafts))
                 yield drafts
     per_rank = team.gather((shards, num_drawn, seconds))  # NOTE: collective; runs when the caller exhausts the iterator
-    team.on_rank0(lambda: _write_drafts_index(folder, per_rank, tokenizer=tokenizer, settings=settings))
+    team.on_rank0(lambda: _write_drafts_index(folder, per_rank, drafter))
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -180,9 +187,7 @@ def _read_existing(path: Path, keys: Sequence[str]) -> list[Draft] | None:
         return None
 
 
-def _write_drafts_index(
-    folder: Path, per_rank: list[tuple[list[dict], int, float]], *, tokenizer: str, settings: Any
-) -> None:
+def _write_drafts_index(folder: Path, per_rank: list[tuple[list[dict], int, float]], drafter: Drafter) -> None:
     """Write the index of the drafts of all ranks. per_rank: (shards, drafts drawn, seconds of drawing)."""
     shards = sorted((shard for shards, _, _ in per_rank for shard in shards), key=lambda shard: shard["name"])
     if not shards:
@@ -190,8 +195,8 @@ def _write_drafts_index(
     seconds = round(max(seconds for _, _, seconds in per_rank), 3)
     # of this run alone: chunks of an earlier, killed one do not count
     drawing = {"drawn": sum(drawn for _, drawn, _ in per_rank), "seconds": seconds}
-    extra = {"settings": dict(settings), "drawing": drawing}
-    write_index(folder, shards, kind="drafts", tokenizer=tokenizer, extra=extra)
+    extra = {"settings": drafter.settings, "drawing": drawing}
+    write_index(folder, shards, kind="drafts", tokenizer=drafter.codec.fingerprint, extra=extra)
 
 
 def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -> Iterator[list[Draft]]:
@@ -237,27 +242,6 @@ def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
     if stored is not None and stored != as_json(settings):
         logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(stored, settings)))
         shutil.rmtree(folder)
-
-
-def _to_draft(codec: Codec, ids: list[int], key: str, record: dict, image: bytes, common: dict) -> Draft:
-    """A draft from one row of sampled ids, cut after its first eot. common: the fields that all rows share."""
-    ids = ids[: ids.index(codec.eot_id) + 1] if codec.eot_id in ids else ids
-    captions = record.get("captions") or [{"text": ""}]
-    return Draft(
-        key=f"{key}@s{common['steps']}",
-        prompt=record["prompt"],
-        text=codec.decode(ids),
-        token_ids=ids,
-        reference=captions[0]["text"],
-        record=record,
-        image=image,
-        **common,
-    )
-
-
-def _num_steps(schedule: Any) -> int:
-    """Steps of a schedule for a fully masked response."""
-    return schedule.steps or schedule.blocks * -(-schedule.block_length // schedule.tokens_per_step)
 
 
 def _to_sample(draft: Draft) -> dict[str, Any]:

@@ -7,7 +7,7 @@
             -> round-000000.tar, ..., index.json             shards and the manifest
 
     options = RoundOptions(expert=expert, codec=codec, ...)
-    run_round("rounds/round-0001", batches, partial(draft_batch, ...), options=options, ...)     draft and revise
+    run_round("rounds/round-0001", batches, Drafter(...), options=options)     draft and revise
     revise_round("rounds/round-0001", drafts, options=options)                                   drafts on disk
 
     round-0001/  index.json             the manifest, written last
@@ -31,7 +31,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,7 +45,7 @@ from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
-from src.rounds.drafts import draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.rounds.drafts import Drafter, draw_drafts, drop_stale, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
 from src.rounds.stats import RoundStats
 from src.text.align import Aligned
@@ -79,20 +79,17 @@ class RoundOptions:
 def run_round(
     folder: str | Path,
     batches: Iterable[tuple[int, Batch]],
-    draft: Callable[..., list[Draft]],
+    drafter: Drafter,
     *,
     options: RoundOptions,
-    tokens_per_step: Sequence[int],
-    settings: Mapping[str, Any],
-    total: int,
     late: Path | None = None,
 ) -> Round:
     """Draft and revise into `folder`; a finished round is returned unchanged.
 
-    batches: (number, batch) of this rank; settings: what the drafts depend on (model, sampler, seed, ...)
-    total: drafts of all ranks; late: folder of the previous round, whose unanswered drafts are asked about again
+    batches: (number, batch) of this rank
+    late: folder of the previous round, whose unanswered drafts are asked about again
     """
-    folder, drafts = Path(folder), _partial(Path(folder)) / "drafts"
+    folder, drafts, settings = Path(folder), _partial(Path(folder)) / "drafts", drafter.settings
 
     def prepare() -> Round | None:
         if _is_finished(folder):
@@ -102,12 +99,8 @@ def run_round(
     if finished_round := options.team.on_rank0(prepare):
         charge(options.expert, finished_round.manifest.get("usage", {}), options.team)
         return finished_round
-    chunks = draw_drafts(
-        drafts, batches, draft,
-        tokens_per_step=tokens_per_step, tokenizer=options.codec.fingerprint, settings=settings, total=total,
-        team=options.team,
-    )  # fmt: skip
-    return _ask_and_write(folder, drafts, chunks, settings, options, total, late)
+    chunks = draw_drafts(drafts, batches, drafter, team=options.team)
+    return _ask_and_write(folder, drafts, chunks, settings, options, drafter.num, late)
 
 
 def revise_round(
