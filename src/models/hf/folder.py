@@ -42,7 +42,7 @@ from src.models.sizes import check_vision
 from src.text.tokenizer import Codec, image_mark
 
 CONFIG = "config.json"
-SHOWN = 12  # tensor names listed in an error
+SHOWN = 5  # tensor names listed in an error
 BLOCKS, BLOCK = 8, 1024  # `sketch` hashes this many blocks of each tensor, this many values each
 
 
