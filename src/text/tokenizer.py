@@ -298,27 +298,20 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return bpe
 
 
-def image_mark(folder: Path) -> int:
+def image_mark(path: Path) -> int:
     """The image mark in the prompts of a released model: the id of its image token, else `NO_IMAGE_TOKEN`."""
-    token_id = _read_backend(folder).token_to_id(IMAGE) if (folder / "tokenizer.json").is_file() else None
-    return NO_IMAGE_TOKEN if token_id is None else token_id
-
-
-def _read_backend(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path / 'tokenizer.json'} is damaged ({type(error).__name__}: {error})") from error
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return _read(path).get_vocab().get(IMAGE, NO_IMAGE_TOKEN) if has_tokenizer else NO_IMAGE_TOKEN
 
 
 def _read(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder. Without tokenizer_config.json, tokenizer.json says which tokens are special."""
-    backend = _read_backend(path)
-    if (path / "tokenizer_config.json").is_file():
-        try:
+    try:
+        if (path / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(path)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UserError(f"{path / 'tokenizer_config.json'} is damaged ({type(error).__name__}: {error})") from error
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"the tokenizer in {path} is damaged ({type(error).__name__}: {error})") from error
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     roles = {role: token for role, token in ROLES.items() if token in special}
     others = [token for token in special if token not in roles.values()]

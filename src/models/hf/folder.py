@@ -39,7 +39,7 @@ from src.models.hf.weights import (
 )
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_vision
-from src.text.tokenizer import Codec, image_mark
+from src.text.tokenizer import NO_IMAGE_TOKEN, Codec, image_mark
 
 CONFIG = "config.json"
 SHOWN = 5  # tensor names listed in an error
@@ -205,8 +205,9 @@ class ModelFolder:
         if self.hub and "auto_map" in config:
             config = {**config, "auto_map": _on_hub(config["auto_map"], self.hub)}
         shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self.stored.items()}
+        image_id = NO_IMAGE_TOKEN if self.form.name == "own" else image_mark(self.path)
         with reading(self.path / CONFIG):
-            description = self.form.describe(config, shapes, vision=vision, image_id=image_mark(self.path))
+            description = self.form.describe(config, shapes, vision=vision, image_id=image_id)
         return with_attention(description, attention)
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
