@@ -217,6 +217,14 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(model, codec, tmp_pa
     assert config(tmp_path / "out")["torch_dtype"] == "bfloat16"
 
 
+def test_weights_that_leave_the_range_of_a_dtype_are_refused(model, codec, tmp_path, capsys):
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e30
+    save_pretrained(model, codec, tmp_path / "model")
+    assert "as float16" in error(capsys, model=tmp_path / "model", out=tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 # Checkpoints of a run
 
 RUN = """
