@@ -81,9 +81,7 @@ def write_model(folder: Path) -> None:
 
     torch.manual_seed(0)
     model = LLaDAV(**TEXT)
-    state = model.state_dict()
-    sizes = {name: tensor.nbytes for name, tensor in state.items()}
-    write_weights(folder, sizes, lambda names: {name: state[name] for name in names}, max_shard_bytes=5e9)
+    write_weights(folder, model.state_dict())
     write_config(folder, FORMATS["own"].config(describe(model)))
 
 

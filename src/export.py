@@ -5,22 +5,21 @@
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 
-    model folder            read tensor by tensor, so a large model needs little memory
-    Lightning checkpoint    a .ckpt file, or the folder of a sharded checkpoint; `like` is the model folder whose
-                            config.json and tokenizer belong to it, default: the one its run started from
+    model folder            memory-mapped, so a large model needs little memory
+    Lightning checkpoint    a .ckpt file (memory-mapped), or the folder of a sharded checkpoint (its model is read into
+                            memory); `like` is the model folder whose config.json and tokenizer belong to it, default:
+                            the one its run started from
 
     tensors, config.json, tokenizer -> OUT, with the names and fields of the layout
 
 `llada_v` and `llada` are for code that reads the released models: config.json fields that this project does not use
-are kept, and so are the code files named by `auto_map` if they are in the model folder; for a model on the hub,
-`auto_map` refers to them there. `own` is for this project. `lightning` merges a sharded checkpoint into one file that
-training can resume from.
+are kept, and so are the code files (*.py) beside it; for a model on the hub, `auto_map` refers to them there. `own` is
+for this project. `lightning` merges a sharded checkpoint into one file that training can resume from.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import sys
 from dataclasses import replace
@@ -38,10 +37,10 @@ from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
 from src.io.files import publish
 from src.io.hub import local_folder
-from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, read_dtype, replacing, write_config
-from src.models.hf.formats import FORMATS, Description, Format
-from src.models.hf.stored import Stored, in_checkpoint, in_folder, is_checkpoint
-from src.models.hf.weights import check_finite, write_weights
+from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
+from src.models.hf.formats import FORMATS, Description
+from src.models.hf.stored import is_checkpoint, model_state
+from src.models.hf.weights import check_finite, read_dtype, write_weights
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
 
 LIGHTNING = "lightning"  # a single checkpoint file instead of a model folder
@@ -53,48 +52,49 @@ def main(argv: list[str]) -> None:
     """Export the model of a config."""
     cfg = load_config(argv, verb="src.export", needs=NEEDS["src.export"])
     check(cfg)
-    export(cfg)
-
-
-def export(cfg: DictConfig) -> None:
-    """Write the model `cfg.model` to the folder `cfg.out`."""
     out = path_of(cfg, "out")
     if out.exists():
         raise UserError(f"out={out} already exists; choose another folder or remove it")
     if cfg.format == LIGHTNING:
         _merge_shards(path_of(cfg, "model"), out)
-        return
-    form = _format(cfg.format)
-    if Path(cfg.model).resolve() in out.resolve().parents:
-        raise UserError(f"out={out} is inside the model folder {cfg.model}; choose a folder outside of it")
-    stored, description, tokenizer, origin = _source(cfg)
+    elif cfg.format in FORMATS:
+        export(cfg, out)
+    else:
+        raise UserError(f"format must be one of {', '.join([*FORMATS, LIGHTNING])}, got {cfg.format!r}")
+
+
+def export(cfg: DictConfig, out: Path) -> None:
+    """Write the model `cfg.model` to the new folder `out`."""
+    form, dtype = FORMATS[cfg.format], read_dtype(cfg.dtype)
+    # 1. The tensors, checked one at a time as they will be written, and in the order of the model
+    state, description, tokenizer, origin = _source(cfg)
     model = build_empty(description)
-    check_tensors(model, {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}, cfg.model)
-    # 1. Names and dtypes of the layout, in the order of the model
-    dtype = read_dtype(cfg.dtype)
-    tensors = {form.theirs(name): _cast(stored.tensors[name], dtype) for name in model.state_dict()}
-    ours = {form.theirs(name): name for name in stored.tensors}
-    config, code_files = _with_code_files(form.config(description), origin)
+    check_tensors(model, state, cfg.model)
+    for name, tensor in state.items():
+        check_finite(name, tensor.to(dtype or tensor.dtype), cfg.model)
+    state = {form.theirs(name): state[name] for name in model.state_dict()}
+    # 2. config.json; a model that did not come in this layout has no special ids yet
+    config, has_tokenizer = form.config(description), (tokenizer / "tokenizer.json").is_file()
     if form.name != "own":
-        torch_dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config = {**_special_ids(tokenizer, description, form), **config, "torch_dtype": torch_dtype}
-
-    def read(names: list[str]) -> dict[str, Tensor]:
-        loaded = stored.read([ours[name] for name in names])
-        cast = {name: _cast(loaded[ours[name]], dtype) for name in names}
-        for name, tensor in cast.items():
-            check_finite(name, tensor, cfg.model)
-        return cast
-
-    # 2. The folder
+        config["torch_dtype"] = str(dtype or next(iter(state.values())).dtype).removeprefix("torch.")
+        if has_tokenizer and description.original.get("format") != form.name:
+            codec = Codec.load(tokenizer)
+            ids = {"eos_token_id": codec.eos_id, "pad_token_id": codec.eos_id, "mask_token_id": codec.mask_id}
+            config = ids | config
+    # 3. The folder, with the tokenizer's files and the code files as they are
+    if not has_tokenizer:
+        logger.warning("there is no tokenizer in %s, so the export contains none", tokenizer)
     with replacing(out) as folder:
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        write_weights(folder, sizes, read, max_shard_bytes=cfg.max_shard_bytes)
+        write_weights(folder, state, dtype=dtype, max_shard_bytes=cfg.max_shard_bytes)
         write_config(folder, config)
-        _write_tokenizer(tokenizer, folder, form)
-        for file in code_files:
-            shutil.copyfile(file, folder / file.name)
-    sys.stdout.write(f"{out}: {len(tensors)} tensors, {sum(sizes.values()) / 1e9:.2f} GB, layout {form.name}\n")
+        if form.name != "own":
+            files = [file for pattern in (*FILES, PROMPT) for file in tokenizer.glob(pattern)]
+            for file in (*files, *origin.glob("*.py")):
+                shutil.copyfile(file, folder / file.name)
+        elif has_tokenizer:
+            Codec.load(tokenizer).save(folder)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    sys.stdout.write(f"{out}: {len(state)} tensors, {size / 1e9:.2f} GB, layout {form.name}\n")
 
 
 def _merge_shards(path: Path, out: Path) -> None:
@@ -116,28 +116,27 @@ def _check_whole(path: Path) -> None:
         raise UserError(f"{path} is damaged: incomplete or changed since it was written; use another checkpoint")
 
 
-def _source(cfg: DictConfig) -> tuple[Stored, Description, Path, Path]:
+def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path]:
     """The tensors to export, the description of their model, and the folders of its tokenizer and its config.json."""
-    path = local_folder(path_of(cfg, "model"))
-    vision, like = plain(cfg.vision), ModelFolder.open(cfg.like) if cfg.like else None
-    if is_checkpoint(path):
-        _check_whole(path)
-        if like:
-            description, tokenizer, origin = like.describe(vision=vision), like.path, like.path
-        else:
-            description, tokenizer, origin = _read_run(path, vision)
-        if not (tokenizer / "tokenizer.json").is_file():
-            raise UserError(
-                f"there is no tokenizer in {tokenizer}, which the export of {path} needs: set like=DIR to a model "
-                "folder that contains it"
-            )
-        return in_checkpoint(path), description, tokenizer, origin
-    if like:
+    path, vision = local_folder(path_of(cfg, "model")), plain(cfg.vision)
+    if not is_checkpoint(path):
+        if cfg.like:
+            raise UserError(f"like={cfg.like} is for checkpoints of a run; the model folder {path} describes itself")
+        folder = ModelFolder.open(cfg.model)
+        state = {name: folder.read(name) for name in folder.names}
+        return state, folder.describe(vision=vision), folder.path, folder.path
+    _check_whole(path)
+    if cfg.like:
+        like = ModelFolder.open(cfg.like)
+        description, tokenizer, origin = like.describe(vision=vision), like.path, like.path
+    else:
+        description, tokenizer, origin = _read_run(path, vision)
+    if not (tokenizer / "tokenizer.json").is_file():
         raise UserError(
-            f"like={cfg.like} is for checkpoints of a run, but {path} is not one; a model folder describes itself"
+            f"there is no tokenizer in {tokenizer}, which the export of {path} needs: set like=DIR to a model "
+            "folder that contains it"
         )
-    folder = ModelFolder.open(cfg.model)
-    return in_folder(folder), folder.describe(vision=vision), folder.path, folder.path
+    return model_state(path), description, tokenizer, origin
 
 
 def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
@@ -157,46 +156,6 @@ def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]
         folder = ModelFolder.open(node["path"])
         description, origin = folder.describe(attention=node.get("attention"), vision=node.get("vision")), folder.path
     return replace(description, response_length=response_length or description.response_length), tokenizer, origin
-
-
-def _with_code_files(config: dict, origin: Path) -> tuple[dict, list[Path]]:
-    """The config, and the files named by its `auto_map`; drops that field if they are not all in `origin`."""
-    classes = [value if isinstance(value, list) else [value] for value in config.get("auto_map", {}).values()]
-    local = [name for names in classes for name in names if name and "--" not in name]  # REPO--FILE.CLASS: on the hub
-    files = {origin / f"{name.split('.')[0]}.py" for name in local if re.fullmatch(r"\w+\.\w+", name)}
-    if all(file.is_file() for file in files) and len({name.split(".")[0] for name in local}) == len(files):
-        return config, sorted(files)
-    logger.warning("the code files named by auto_map are not in %s, so the export drops that field", origin)
-    return {key: value for key, value in config.items() if key != "auto_map"}, []
-
-
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f"format must be one of {', '.join([*FORMATS, LIGHTNING])}, got {name!r}")
-    return FORMATS[name]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-
-
-def _special_ids(tokenizer: Path, description: Description, form: Format) -> dict[str, int]:
-    """Special ids for config.json, if the model did not come in this layout, which would have them."""
-    if description.original.get("format") == form.name or not (tokenizer / "tokenizer.json").is_file():
-        return {}
-    codec = Codec.load(tokenizer)
-    return {"eos_token_id": codec.eos_id, "pad_token_id": codec.eos_id, "mask_token_id": codec.mask_id}
-
-
-def _write_tokenizer(tokenizer: Path, folder: Path, form: Format) -> None:
-    """Copy the tokenizer files unchanged; the `own` layout also stores the prompt format."""
-    if not (tokenizer / "tokenizer.json").is_file():
-        logger.warning("there is no tokenizer in %s, so the export contains none", tokenizer)
-    elif form.name == "own":
-        Codec.load(tokenizer).save(folder)
-    else:
-        for file in {match for pattern in (*FILES, PROMPT) for match in tokenizer.glob(pattern)}:
-            shutil.copyfile(file, folder / file.name)
 
 
 if __name__ == "__main__":

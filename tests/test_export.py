@@ -133,20 +133,14 @@ def programmed(golden_folder_text, tmp_path):
     return make
 
 
-def test_program_files_that_a_config_names_go_with_it_or_it_names_none(programmed, tmp_path, caplog):
+def test_program_files_go_with_it(programmed, tmp_path):
     start = programmed(tmp_path / "start")
-    for name in ("configuration_llada.py", "modeling_llada.py", "unnamed.py"):
-        (start / name).write_text(f"# {name}")
-    export(model=start, out=tmp_path / "whole", format="llada")
-    assert config(tmp_path / "whole")["auto_map"] == PROGRAMS
-    assert {file.name: file.read_text() for file in (tmp_path / "whole").glob("*.py")} == {
-        name: f"# {name}" for name in ("configuration_llada.py", "modeling_llada.py")
-    }
-    assert "auto_map" not in caplog.text
-    (start / "modeling_llada.py").unlink()
-    export(model=start, out=tmp_path / "half", format="llada")
-    assert "auto_map" not in config(tmp_path / "half") and not list((tmp_path / "half").glob("*.py"))
-    assert "auto_map are not in" in caplog.text
+    programs = {name: f"# {name}" for name in ("configuration_llada.py", "modeling_llada.py")}
+    for name, text in programs.items():
+        (start / name).write_text(text)
+    export(model=start, out=tmp_path / "out", format="llada")
+    assert config(tmp_path / "out")["auto_map"] == PROGRAMS
+    assert {file.name: file.read_text() for file in (tmp_path / "out").glob("*.py")} == programs
 
 
 @pytest.fixture
@@ -221,6 +215,14 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(model, codec, tmp_pa
     export(model=tmp_path / "model", out=tmp_path / "out", dtype="bfloat16")
     assert same(from_pretrained(tmp_path / "out").state_dict(), model.bfloat16().state_dict())
     assert config(tmp_path / "out")["torch_dtype"] == "bfloat16"
+
+
+def test_weights_that_leave_the_range_of_a_dtype_are_refused(model, codec, tmp_path, capsys):
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e30
+    save_pretrained(model, codec, tmp_path / "model")
+    assert "as float16" in error(capsys, model=tmp_path / "model", out=tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 # Checkpoints of a run
@@ -309,20 +311,12 @@ def test_a_checkpoint_of_a_model_with_fresh_weights(codec, run, tmp_path):
 def test_the_tokenizer_of_a_run_may_be_of_the_hub_and_must_be_there(codec, run, cached, tmp_path, capsys):
     checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
     trained(tiny(codec, decoder=DECODER, vision=None, seed=4), checkpoint)
-    capsys.readouterr()
-    settings = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    file = tmp_path / "run" / "config.yaml"
     (tmp_path / "tokenizer").rename(cached("tokens"))
-    with_path = {**settings, "model": {"path": str(tmp_path / "start")}}
-    save_pretrained(tiny(codec, decoder=DECODER, vision=None), codec, tmp_path / "start")
-    for node in (settings, with_path):
-        OmegaConf.save(OmegaConf.create({**node}), tmp_path / "run" / "config.yaml")
-        said = error(capsys, model=checkpoint, out=tmp_path / "out")
-        assert f"no tokenizer in {tmp_path / 'tokenizer'}" in said and "\n" not in said
-        assert not (tmp_path / "out").exists()
-    for number, node in enumerate((settings, with_path)):
-        OmegaConf.save(OmegaConf.create({**node, "tokenizer": "somebody/tokens"}), tmp_path / "run" / "config.yaml")
-        export(model=checkpoint, out=tmp_path / str(number), format="llada")
-        assert Codec.load(tmp_path / str(number)).fingerprint == codec.fingerprint
+    assert f"no tokenizer in {tmp_path / 'tokenizer'}" in error(capsys, model=checkpoint, out=tmp_path / "out")
+    OmegaConf.save({**OmegaConf.load(file), "tokenizer": "somebody/tokens"}, file)
+    export(model=checkpoint, out=tmp_path / "out", format="llada")
+    assert Codec.load(tmp_path / "out").fingerprint == codec.fingerprint
 
 
 def test_a_checkpoint_elsewhere_is_told_what_it_is_like(codec, run, tmp_path, capsys):
@@ -383,7 +377,6 @@ def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
     assert "one of own, llada_v, llada, lightning, got 'hf'" in error(capsys, model=folder, out=out, format="hf")
     assert "text models only" in error(capsys, model=folder, out=out, format="llada")
     assert "dtype must be one of" in error(capsys, model=folder, out=out, dtype="int8")
-    assert "max_shard_bytes" in error(capsys, model=folder, out=out, max_shard_bytes=0)
     assert "is not a model folder" in error(capsys, model=tmp_path / "none", out=out)
     assert "like=" in error(capsys, model=folder, out=out, like=folder)
     assert not out.exists()
@@ -395,11 +388,11 @@ def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
         (b"junk", "is damaged: incomplete or changed"),
         ({"epoch": 1}, "is not a complete checkpoint"),
         ({"state_dict": {"head.weight": torch.zeros(1)}}, "contains no model: it has no tensor named backbone"),
-        ({"state_dict": {"backbone.lm_head.weight": torch.zeros(1)}}, r"missing model\.embed_tokens"),
+        ({"state_dict": {"backbone.lm_head.weight": torch.zeros(1)}}, "model.embed_tokens.weight is missing"),
     ],
 )
 def test_damaged_checkpoints_are_explained(run, tmp_path, capsys, content, message):
     checkpoint = run(target="src.models.tiny.tiny", decoder=DECODER, vision=None)
     checkpoint.write_bytes(content) if isinstance(content, bytes) else torch.save(content, checkpoint)
     said = error(capsys, model=checkpoint, out=tmp_path / "out")
-    assert message.replace("\\", "") in said and "\n" not in said
+    assert message in said and "\n" not in said

@@ -49,7 +49,15 @@ def test_the_layout_follows_from_the_fields_not_from_the_type(golden):
     assert recognise({"model_type": MODEL_TYPE}).name == "own"
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": "llama", "hidden_size": 8}, {"model_type": "llada"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "llama", "hidden_size": 8},
+        {"model_type": "llada"},
+        {"model_type": "llava_llada", "d_model": 8},
+    ],
+)
 def test_other_models_are_no_llada(config):
     with pytest.raises(ValueError, match=f"type {config.get('model_type')!r} .* is unknown; supported are"):
         recognise(config)
@@ -104,12 +112,6 @@ def test_all_such_fields_are_named_at_once(golden, edited):
         load(edited("llada", block_type="a", rope=False), golden)
 
 
-@pytest.mark.parametrize(("which", "name"), [("llada", "d_model"), ("llada_v", "hidden_size")])
-def test_a_config_without_its_mark_is_unknown(golden, edited, which, name):
-    with pytest.raises(ValueError, match="is unknown; supported are"):
-        load(edited(which, **{name: None}), golden)
-
-
 @pytest.mark.parametrize(
     ("which", "name"),
     [
@@ -118,7 +120,7 @@ def test_a_config_without_its_mark_is_unknown(golden, edited, which, name):
     ],
 )
 def test_what_has_no_safe_default_must_be_there(golden, edited, which, name):
-    with pytest.raises(ValueError, match=f"config.json lacks {name}"):
+    with pytest.raises(ValueError, match=rf"config.json is .*incomplete \(KeyError: '{name}'\)"):
         load(edited(which, **{name: None}), golden)
 
 
@@ -163,7 +165,9 @@ def test_the_name_of_a_known_tower_says_its_heads_and_layers(golden, edited):
     """Not its sizes: those of the golden tensors are others, and so is their number of layers."""
     folder = edited("llada_v", mm_vision_tower="here/siglip2-so400m-patch14-384")
     stored = golden.meta["vision_layers_stored"]
-    with pytest.raises(ValueError, match=r"missing vision.vision_tower.encoder.layers.\d+.* and \d+ more") as error:
+    with pytest.raises(
+        ValueError, match=r"vision.vision_tower.encoder.layers.\d+.* is missing.* and \d+ more"
+    ) as error:
         from_pretrained(folder)
     assert f"layers.{stored - 1}." not in str(error.value)
 
@@ -171,9 +175,9 @@ def test_the_name_of_a_known_tower_says_its_heads_and_layers(golden, edited):
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        ({"hidden_size": 1}, r"hidden_size is 1, but the weights have \d+"),
-        ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, but the weights have \d+"),
-        ({"patch_size": 1}, "patch_size is 1"),
+        ({"hidden_size": 2}, r"vision.mm_projector.0.weight is .*, expected \(\d+, 2\)"),
+        ({"num_hidden_layers": 2}, r"vision.*layers.1.* expected no such tensor"),
+        ({"patch_size": 2}, r"patch_embedding.weight is \(.*\), expected"),
         ({"image_size": 1}, "cannot be made of tiles of 1 pixels"),
         ({"heads": 4}, "vision has no field 'heads'"),
     ],
@@ -186,7 +190,7 @@ def test_what_is_given_must_agree_with_the_weights(golden, golden_folder_v, visi
 def test_grids_must_be_made_of_tiles(golden, edited):
     side = golden.meta["vision_config"]["image_size"]
     folder = edited("llada_v", image_grid_pinpoints=[[side, side], [side, side + 1]])
-    with pytest.raises(ValueError, match="image_grid_pinpoints cannot be made of tiles with"):
+    with pytest.raises(ValueError, match="image_grid_pinpoints cannot be made of tiles of any pixels"):
         from_pretrained(folder, vision={"num_attention_heads": 1})
 
 
@@ -205,14 +209,11 @@ def test_grids_may_be_written_in_tiles(golden, edited):
         folder = edited("llada_v", image_grid_pinpoints=text)
         given = {"num_attention_heads": 1, "image_size": side}
         assert from_pretrained(folder, vision=given).tiling["grids"] == grids
-        with pytest.raises(ValueError, match=r"image_grid_pinpoints is '\(1x1\).*tile size in pixels is unknown"):
+        with pytest.raises(ValueError, match=r"image_grid_pinpoints is '\(1x1\).*in tiles of unknown size"):
             from_pretrained(folder, vision={"num_attention_heads": 1})
         shutil.rmtree(folder)
     folder = edited("llada_v", image_grid_pinpoints="(1x1),...,(2x3)", mm_vision_tower=f"here/tower-patch4-{side}")
     assert from_pretrained(folder, vision={"num_attention_heads": 1}).tiling["grids"] == expected
-    shutil.rmtree(folder)
-    with pytest.raises(ValueError, match="image_grid_pinpoints is 'all', neither a list"):
-        from_pretrained(edited("llada_v", image_grid_pinpoints="all"), vision={"num_attention_heads": 1})
 
 
 def test_a_tower_that_is_named_must_be_stored(golden, edited):
@@ -220,7 +221,7 @@ def test_a_tower_that_is_named_must_be_stored(golden, edited):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     save_file({k: v for k, v in state.items() if not k.startswith(TOWER)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"names the vision tower .*, but the weights contain no"):
+    with pytest.raises(ValueError, match=r"names the vision tower .*, but there are none of it"):
         load(folder, golden)
 
 
@@ -242,12 +243,6 @@ def test_names_are_a_rename_and_back(golden, golden_folder_v, golden_folder_text
     names = FORMATS[which].names(config, shapes)
     assert set(names.values()) == set(shapes)
     assert {ours: FORMATS[which].theirs(ours) for ours in names} == names
-
-
-def test_one_tensor_under_two_names_is_an_error(golden):
-    shapes = {"model.mm_projector.0.weight": (2, 2), "vision.mm_projector.0.weight": (2, 2)}
-    with pytest.raises(ValueError, match="which are the same tensor"):
-        FORMATS["llada_v"].names({}, shapes)
 
 
 # Fields, back

@@ -229,7 +229,7 @@ def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
         ([ask(), f"caption={TEXTS[0] * 9}"], "a response has room for 23"),
         ([ask(), "batch_size=0"], "batch_size must be at least 1, got 0"),
         ([ask(), "images=nowhere"], "no file or folder nowhere"),
-        ([ask(), "prompt_format=BROKEN"], "the chat template fails, line 1"),
+        ([ask(), "prompt_format=BROKEN"], "the chat template fails: Expected an expression"),
         ([ask(), "model.path=nowhere"], "nowhere is not a model folder"),
         ([ask(), "temprature=1"], "did you mean 'temperature'"),
         (["images=null"], "images=null needs a prompt"),

@@ -69,7 +69,7 @@ ONLY_IN: dict[str, set[str]] = {
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
     "safetensors": {"models"},
-    "huggingface_hub": {"io"},
+    "huggingface_hub": {"io", "models"},
     "webdataset": {"io"},
     "torchmetrics": {"metrics", "evaluation"},
 }

@@ -64,19 +64,11 @@ class PromptFormat:
             names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
             raise UserError(f"no prompt format {str(name)!r}: use {', '.join(names)}, or the path of a .yaml file")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls._of(content)
-        except (ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-    @classmethod
-    def _of(cls, content: object) -> PromptFormat:
-        names = [field.name for field in fields(cls)]
-        if not isinstance(content, dict) or "template" not in content:
-            raise UserError(f"a prompt format needs a template; its keys are {', '.join(names)}")
-        if unknown := [str(key) for key in content if key not in names]:
-            raise UserError(f"unknown key {unknown[0]!r}; the keys are {', '.join(names)}")
-        return cls(**content)
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, yaml.YAMLError) as error:  # TypeError: an unknown or missing key
+            reason = " ".join(str(error).split())
+            keys = ", ".join(field.name for field in fields(cls))
+            raise UserError(f"{path} is no prompt format, whose keys are {keys}: {reason}") from error
 
     def save(self, path: Path) -> None:
         """Write a yaml file that `load` reads."""

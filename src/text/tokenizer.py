@@ -6,24 +6,23 @@ codec.encode("A red ring.")                 ids and character offsets of a respo
 codec.decode(ids)                           text up to the first eot, special tokens removed
 
 The prompt format (src/text/prompts) of a model folder comes from prompt.yaml, else from the model type in config.json,
-else from the chat template of its tokenizer.
+else from the chat template of its tokenizer. A special token that a user spells out is plain text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from src.io.errors import UserError
+from src.io.files import read_json
 from src.io.hub import local_folder
 from src.text.prompt_format import IMAGE, PromptFormat
 from src.types import SpecialIds
@@ -38,6 +37,7 @@ _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
 _CUT = re.compile(rf"\s{{0,{LONGEST}}}\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}")
 NO_IMAGE_TOKEN = -200  # image mark of tokenizers without an image token, as in LLaDA-V
 ROLES = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "mask_token": MASK}
+OTHERS = [EOT, HEADER_START, HEADER_END, IMAGE]  # special tokens without a role in transformers
 PROMPT = "prompt.yaml"
 FILES = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json")  # tokenizer files
 NEEDED = (*FILES, PROMPT, "config.json")  # patterns of all files that `Codec.load` reads
@@ -74,13 +74,12 @@ class Codec:
         self.vocab_size = len(tokenizer)
         self.gap_id = self._gap(vocabulary)
         self.banned_ids = self._banned(vocabulary)
-        # texts that become the ids of special tokens when a prompt spells them out
         self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
-        # where the backend decodes to the same text, it takes half the time of `tokenizer.decode`
-        self._direct = type(tokenizer) is PreTrainedTokenizerFast and not _cleans_up(tokenizer)
+        # Half the time of `tokenizer.decode`, which else removes blanks before punctuation.
+        self._direct = not tokenizer.clean_up_tokenization_spaces
         self._concatenates = self._direct and isinstance(self._plain.decoder, decoders.ByteLevel)
         self._texts: dict[int, str] = {}  # cache: text of each token
 
@@ -95,16 +94,13 @@ class Codec:
         if not (path / "tokenizer.json").is_file():
             raise UserError(f"no tokenizer in {path}: expected {path / 'tokenizer.json'}")
         tokenizer = _read(path)
-        form = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
         files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
         try:
+            form = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
             codec = cls(tokenizer, form, files=files)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        try:
             codec.prompt_ids("Why?", images=0)
         except UserError as error:
-            raise UserError(f"{_template_file(path, prompt_format)}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
         return codec
 
     def with_format(self, *, system: str | None = None, join: str | None = None, gap: str | None = None) -> Codec:
@@ -131,7 +127,7 @@ class Codec:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
         if {MASK, EOS, EOT} <= tokenizer.get_vocab().keys() and (path / "tokenizer.json").is_file():
             return cls.load(path, prompt_format=prompt_format)
-        tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": [EOT, HEADER_START, HEADER_END, IMAGE]})
+        tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": OTHERS})
         if prompt_format is None and not tokenizer.chat_template:
             raise UserError(f"{path} has no chat template: set prompt_format, for example to tiny or plain")
         return cls(tokenizer, None if prompt_format is None else PromptFormat.load(prompt_format))
@@ -155,9 +151,8 @@ class Codec:
         )
         bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, **ROLES,
-            additional_special_tokens=[EOT, HEADER_START, HEADER_END, IMAGE], clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+            tokenizer_object=bpe, **ROLES, additional_special_tokens=OTHERS, clean_up_tokenization_spaces=False
+        )
         return cls(tokenizer, PromptFormat.load(prompt_format))
 
     def save(self, path: str | Path) -> None:
@@ -254,31 +249,40 @@ class Codec:
         turns: earlier (question, answer) pairs
         Raises UserError if the number of image marks differs from `images`, or if the chat template fails.
         """
-        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-        messages = self.prompt_format.messages(question, images=images, turns=turns)
-        template = self.prompt_format.template
+        # 1. Special tokens that the texts spell out wait behind placeholders, so that only the template's count
+        hidden = {f"\ufdd0{number}\ufdd1": token for number, token in enumerate(self.controls) if token != IMAGE}
+
+        def hide(text: str) -> str:
+            for placeholder, token in hidden.items():
+                text = text.replace(token, placeholder)
+            return text
+
+        turns = [(hide(user), hide(answer)) for user, answer in turns]
+        messages = self.prompt_format.messages(hide(question), images=images, turns=turns)
+        # 2. The released templates always open the answer, those of other models only with add_generation_prompt
         try:
-            # the released templates always open the answer, those of other models only with add_generation_prompt
             prompt = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=self.prompt_format.template, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError) as error:
-            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise UserError(f"the chat template fails{line}: {' '.join(str(error).split())}") from error
-        ids, *pieces = map(encode, str(prompt).split(IMAGE))
-        if len(pieces) != images:
-            raise UserError(f"{len(pieces)} image marks in {question!r}, but {images} images")
+            raise UserError(f"the chat template fails: {' '.join(str(error).split())}") from error
+        first, *others = str(prompt).split(IMAGE)
+        if len(others) != images:
+            raise UserError(f"{len(others)} image marks in {question!r}, but {images} images")
+
+        # 3. Each text between images is encoded by itself
+        def encode(text: str) -> list[int]:
+            ids: list[int] = []
+            for part in re.split("(\ufdd0\\d+\ufdd1)", text):
+                plain = hidden.get(part)
+                ids += self.encode(plain)[0] if plain else self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            return ids
+
+        ids = encode(first)
         num_dropped = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
-        for piece in pieces:
-            ids += [self.image_id, *piece[num_dropped:]]
+        for text in others:
+            ids += [self.image_id, *encode(text)[num_dropped:]]
         return ids
-
-
-def _cleans_up(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether decoding removes blanks before punctuation. For a BPE newer transformers do so only if forced."""
-    bpe = isinstance(tokenizer.backend_tokenizer.model, models.BPE)
-    forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
-    return bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe))
 
 
 def _pieces(text: str) -> list[str]:
@@ -294,39 +298,20 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return bpe
 
 
-def read_backend(file: Path) -> Tokenizer:
-    """Read a tokenizer.json. Raises UserError if it is damaged."""
-    with _explained(file):
-        return Tokenizer.from_file(str(file))
-
-
-@contextmanager
-def _explained(*files: Path) -> Iterator[None]:
-    """Turn errors about tokenizer files into a UserError that names the first of `files` that is not a JSON object."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises nothing narrower
-        damaged = next((file for file in files if file.is_file() and not _is_json_object(file)), files[-1])
-        raise UserError(f"{damaged} is damaged ({type(error).__name__}: {error})") from error
-
-
-def _is_json_object(file: Path) -> bool:
-    try:
-        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        return False
+def image_mark(path: Path) -> int:
+    """The image mark in the prompts of a released model: the id of its image token, else `NO_IMAGE_TOKEN`."""
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return _read(path).get_vocab().get(IMAGE, NO_IMAGE_TOKEN) if has_tokenizer else NO_IMAGE_TOKEN
 
 
 def _read(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. Without tokenizer_config.json, tokenizer.json says which tokens are special.
-
-    Raises UserError that names a damaged file.
-    """
-    if (path / "tokenizer_config.json").is_file():
-        settings = (path / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
-        with _explained(*settings, path / "tokenizer.json"):
+    """The tokenizer in a folder. Without tokenizer_config.json, tokenizer.json says which tokens are special."""
+    try:
+        if (path / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(path)
-    backend = read_backend(path / "tokenizer.json")
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"the tokenizer in {path} is damaged ({type(error).__name__}: {error})") from error
     special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
     roles = {role: token for role, token in ROLES.items() if token in special}
     others = [token for token in special if token not in roles.values()]
@@ -340,7 +325,7 @@ def _format_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
     """The prompt format in a folder, or that of its model type, or that of its chat template."""
     if (path / PROMPT).is_file():
         return PromptFormat.load(path / PROMPT)
-    model_type = _model_type(path / "config.json")
+    model_type = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
     if model_type == "llava_llada":  # its tokenizer has the text model's template, without the system text
         return PromptFormat.load("llada_v")
     if model_type == "llada":
@@ -349,24 +334,7 @@ def _format_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
     return _own_format(tokenizer)
 
 
-def _template_file(path: Path, prompt_format: str | Path | None) -> Path | str:
-    """The file with the chat template of a model folder, for an error message."""
-    if prompt_format is not None:
-        return prompt_format
-    files = (path / name for name in (PROMPT, "chat_template.jinja", "tokenizer_config.json"))
-    return next((file for file in files if file.is_file()), path)
-
-
 def _own_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer has no chat template, and there is no {PROMPT} beside it")
     return PromptFormat(template=tokenizer.chat_template)  # type: ignore[arg-type]
-
-
-def _model_type(config: Path) -> str | None:
-    if not config.is_file():
-        return None
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config} is damaged ({type(error).__name__}: {error})") from error

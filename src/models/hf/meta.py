@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.io.errors import UserError
 from src.io.hub import local_folder
-from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, read_dtype
+from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, with_attention
 from src.models.hf.formats import recognise
-from src.models.hf.weights import damage_as_user_error, is_model_folder
+from src.models.hf.weights import is_model_folder, read_dtype, reading
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import NEEDED, Codec
 
@@ -42,19 +41,11 @@ def outline(
     path = local_folder(path, patterns=NEEDED)
     if is_model_folder(path):
         return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
-    file = path / CONFIG
-    if not file.is_file():
-        raise UserError(f"a memory plan needs the model's {CONFIG}, but {file} does not exist")
-    with damage_as_user_error(file):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("mm_vision_tower"):
-            raise UserError(
-                f"{file} names a vision tower, whose sizes are known only from the weights: download the whole model "
-                "first (hf download OWNER/NAME), or plan with a folder of our own layout, such as docs/llada_v"
-            )
+    with reading(path / CONFIG):
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
-        decoder = {**description.decoder, **({"attention": attention} if attention else {})}
-        return build_empty(replace(description, decoder=decoder, image_id=codec.image_id)).to(read_dtype(dtype))
+        description = replace(with_attention(description, attention), image_id=codec.image_id)
+        return build_empty(description).to(read_dtype(dtype))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.io.errors import UserError
@@ -53,72 +53,48 @@ class StoredTower:
         return {self.prefix + name for name in self.shapes if name.startswith("head.") or _layer(name) >= layers}
 
     def describe(self, overrides: Mapping[str, Any], grids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """All fields of the tower. Raises UserError for unknown fields, and for values that the tensors contradict."""
+        """All fields of the tower. Raises UserError for unknown fields, for a tower without weights or heads."""
         if unknown := sorted(overrides.keys() - set(FIELDS)):
             raise UserError(f"vision has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}")
-        fields = {**self.fields, **overrides}
-        sizes = self._sizes()
-        _check_agreement(fields, {**sizes, "num_hidden_layers": sizes["num_hidden_layers"] + 1})
+        if "embeddings.patch_embedding.weight" not in self.shapes:
+            raise UserError(
+                f"config.json names the vision tower {self.title!r}, whose sizes are known only from the weights, but "
+                "there are none of it: download the whole model (hf download OWNER/NAME)"
+            )
+        # 1. What is given wins; where it contradicts the weights, loading reports their shapes
+        given = {**self.fields, **overrides}
+        hidden_size, num_channels, patch_size, _ = self.shapes["embeddings.patch_embedding.weight"]
+        sizes = {
+            "hidden_size": hidden_size,
+            "intermediate_size": self.shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            "num_channels": num_channels,
+            "patch_size": patch_size,
+        }
+        layers = overrides["num_hidden_layers"] - 1 if "num_hidden_layers" in overrides else self.layers
+        # 2. A tile is `side` patches and a remainder that is cropped, and it divides the sides of all grids
         side = math.isqrt(self.shapes["embeddings.position_embedding.weight"][0])
-        image_size = _image_size(fields.get("image_size"), grids, side=side, patch=sizes["patch_size"])
-        if "num_attention_heads" not in fields:
+        divisor, size = math.gcd(*(length for grid in grids for length in grid)), given.get("image_size")
+        candidates = range(side * patch_size, (side + 1) * patch_size)
+        fitting = [number for number in candidates if divisor % number == 0 and size in (None, number)]
+        if not fitting:
+            raise UserError(
+                f"image_grid_pinpoints cannot be made of tiles of {size or 'any'} pixels with {side} x {side} patches "
+                f"of {patch_size} pixels"
+            )
+        # 3. The heads
+        if "num_attention_heads" not in given:
             raise UserError(
                 f"the number of attention heads of the vision tower {self.title!r} is unknown: set it, for "
                 "example with model.vision='{num_attention_heads: 16}' (src.export: vision=...)"
             )
-        return {**fields, **sizes, "image_size": image_size}
+        return {**sizes, **given, "num_hidden_layers": layers, "image_size": fitting[-1]}
 
     def missing_fields(self, tower: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of `tower` that a reader could get neither from the tensors nor from this config."""
         return {key: value for key, value in tower.items() if key not in DERIVED and self.fields.get(key) != value}
-
-    def _sizes(self) -> dict[str, int]:
-        patch = self.shapes.get("embeddings.patch_embedding.weight", ())
-        if len(patch) != 4:
-            raise UserError(
-                f"config.json names the vision tower {self.title!r}, but the weights contain no matching one "
-                f"({self.prefix}embeddings.patch_embedding.weight must have 4 dimensions, it has {len(patch)})"
-            )
-        needed = ("embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
-        if missing := [self.prefix + name for name in needed if name not in self.shapes]:
-            raise UserError(f"the weights of the vision tower are incomplete: missing {', '.join(missing)}")
-        return {
-            "hidden_size": patch[0],
-            "intermediate_size": self.shapes[needed[1]][0],
-            "num_hidden_layers": self.layers,
-            "num_channels": patch[1],
-            "patch_size": patch[2],
-        }
 
 
 def _layer(name: str) -> int:
     """Number of the layer that a tensor belongs to, -1 if it belongs to none."""
     match = re.match(r"encoder\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def _check_agreement(fields: Mapping[str, Any], stored: Mapping[str, int]) -> None:
-    conflicts = [
-        f"{key} is {fields[key]}, but the weights have {value}"
-        for key, value in stored.items()
-        if fields.get(key, value) != value
-    ]
-    if conflicts:
-        raise UserError(
-            f"the vision tower: {'; '.join(conflicts)} (num_hidden_layers includes the last layer, which is not stored)"
-        )
-
-
-def _image_size(size: int | None, grids: Iterable[Sequence[int]], *, side: int, patch: int) -> int:
-    """Side of a tile in pixels: `side` patches and a remainder that is cropped, and it divides the sides of all grids.
-
-    size: the only size allowed, None for any
-    """
-    divisor = math.gcd(*(length for grid in grids for length in grid))
-    sizes = [n for n in range(side * patch, (side + 1) * patch) if divisor % n == 0 and size in (None, n)]
-    if not sizes:
-        tiles = "tiles" if size is None else f"tiles of {size} pixels"
-        raise UserError(
-            f"image_grid_pinpoints cannot be made of {tiles} with {side} x {side} patches of {patch} pixels"
-        )
-    return sizes[-1]
