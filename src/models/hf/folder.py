@@ -37,6 +37,7 @@ from src.models.hf.weights import (
     stored_tensors,
     write_weights,
 )
+from src.models.llada import DecoderConfig
 from src.models.llada_v import LLaDAV
 from src.models.sizes import check_vision
 from src.text.tokenizer import NO_IMAGE_TOKEN, Codec, image_mark
@@ -214,7 +215,8 @@ class ModelFolder:
         """The model on the meta device."""
         description = self.describe(attention=attention, vision=vision)
         with reading(self.path / CONFIG):
-            return build_empty(description)
+            DecoderConfig(**description.decoder)  # refuses missing and unknown fields
+        return build_empty(description)
 
 
 def describe(model: LLaDAV) -> Description:
