@@ -176,7 +176,7 @@ class Recorder:
     def export(self) -> None:
         out = self.work / "exported"  # the released layouts are held by the golden tests
         shutil.rmtree(out, ignore_errors=True)
-        self.run("export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}")
+        self.run("export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}", "format=own")
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         self.write("export", {"tensors": tensors(out / "model.safetensors"), "config": config})
 
