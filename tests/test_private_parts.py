@@ -140,15 +140,24 @@ def test_parts_of_torch():
     assert tree_map_only(int, lambda value: -value, {"a": [1, "b"]}) == {"a": [-1, "b"]}
 
 
-def private_parts(tree: ast.Module, own: set[str]) -> Iterator[str]:
-    """What a file uses of other libraries: private modules and names, and attributes that no file of ours defines."""
+def private_parts(tree: ast.Module) -> Iterator[str]:
+    """What a file uses of other libraries: private modules and names, and attributes of anything but itself."""
+    own = set(defined(tree)) - set(LISTED)
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] not in PACKAGES:
-            parts = node.module.split(".")
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module]
+        for module in modules:
+            parts = module.split(".")
             private = [number for number, part in enumerate(parts) if part.startswith("_") and part != "__future__"]
-            if private:
+            if parts[0] not in PACKAGES and private:
                 yield ".".join(parts[: private[0] + 1])
-            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        if isinstance(node, ast.ImportFrom) and modules and modules[0].split(".")[0] not in PACKAGES:
+            yield from (
+                alias.name for alias in node.names if alias.name.startswith("_") and node.module != "__future__"
+            )
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and node.attr[:2] != "__":  # noqa: SIM102
             if node.attr not in {*own, *DOCUMENTED} and not ast.unparse(node).startswith("torch.ops."):
                 yield node.attr
@@ -168,6 +177,5 @@ def defined(tree: ast.Module) -> Iterator[str]:
 
 def test_every_private_part_is_listed() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
-    own = {name for tree in trees for name in defined(tree)} - set(LISTED)
-    used = {name for tree in trees for name in private_parts(tree, own)}
+    used = {name for tree in trees for name in private_parts(tree)}
     assert used == set(LISTED)
