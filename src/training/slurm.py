@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from src.cli.config import path_of
 from src.io.errors import UserError
 from src.io.lock import locked
-from src.training.run_dir import REQUEUE, STOP, begin, restore_replaced
+from src.training.run_dir import REQUEUE, STOP, begin
 
 CODE = ("src", "callbacks", "datamodules", "conf")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<time>\d+(?::\d{1,2}){0,2})")
@@ -194,8 +194,6 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
         command = ["sbatch", "--parsable", *array, str(folders[0] / "job.sbatch")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            for folder in folders:
-                restore_replaced(folder)
             raise UserError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")
         job = result.stdout.strip().partition(";")[0]
         for cfg, folder in zip(runs, folders, strict=True):
