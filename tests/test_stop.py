@@ -151,7 +151,7 @@ def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_pat
     """By a file before the first step, then by the signal for which it stands; workers get that too."""
     run_dir = tmp_path / "run"
     argv, stop = arguments(scenes, run_dir), run_dir / "STOP"
-    code, said = signalled(f"src.train/begin/1/touch/{stop}", argv)
+    code, said = signalled(f"src.train/rendezvous/1/touch/{stop}", argv)
     assert (code, said) == (138, f"stopped at step 0 of 16 by SIGUSR1 ({stop}); the same command continues")
     assert stop.exists() and not list(run_dir.glob("checkpoints/*"))
     code, said = signalled(f"{STEP}/3/{int(signal.SIGUSR1)}", argv)

@@ -143,7 +143,7 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
         ("trainer={max_stesp: 3}", "did you mean 'trainer.max_steps'"),
         ("trainer.accelerator=quantum", "quantum"),
         ("trainer.limit_val_batches=2.5", "2.5 for limit_val_batches"),
-        ("trainer.max_steps=-1", "trainer.max_steps must be set"),
+        ("trainer.max_steps=-1", "trainer.max_steps must be at least 1, got -1"),
         ("callbacks.checkpoint.every_n_train_steps=0", "every_n_train_steps must be at least 1, got 0"),
         ("objective.rats=0.2", "did you mean 'objective.rate'"),
         ("objective.hallucination=sometimes", "'sometimes'"),

@@ -114,8 +114,8 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
     if cfg.trainer.get("precision") == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
-    if cfg.trainer.max_steps == 0:
-        raise UserError("trainer.max_steps must be at least 1, got 0")
+    if cfg.trainer.max_steps < 1:
+        raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
     if cfg.trainer.get("fast_dev_run"):
         raise UserError("trainer.fast_dev_run saves nothing; for a trial run set trainer.max_steps and another run_dir")
     if cfg.trainer.get("limit_train_batches") == 0:
@@ -162,8 +162,7 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
 def _trainer(cfg: DictConfig, *, run_dir: Path, **offers: Any) -> L.Trainer:
     """The trainer with the callbacks of the config."""
     node = plain(cfg.trainer)
-    if cfg.trainer.max_steps > 0:  # a short run logs once
-        node["log_every_n_steps"] = min(node["log_every_n_steps"], node["max_steps"])
+    node["log_every_n_steps"] = min(node["log_every_n_steps"], node["max_steps"])  # a short run logs once
     callbacks = _callbacks(cfg, run_dir=run_dir, **offers)
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         node.setdefault("enable_progress_bar", False)  # otherwise Lightning adds its own

@@ -76,11 +76,9 @@ def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
             f"trainer.strategy: {type(strategy).__name__} supports one process; {trainer.world_size} need parallel/ddp "
             "or parallel/fsdp2, as in conf=stage1,parallel/fsdp2"
         )
-    assert strategy.launcher is not None
-    assert strategy.cluster_environment is not None
-    if not strategy.cluster_environment.creates_processes_externally:
+    if strategy.launcher is not None:  # neither srun nor torchrun has started the ranks
         os.environ[PARENT] = str(os.getpid())
-    strategy.launcher.launch(lambda: None)  # `fit` then starts no more processes
+        strategy.launcher.launch(lambda: None)  # `fit` then starts no more processes
     # torch may wait forever on a port that belongs to another program
     guard = Timer(strategy.timeout.total_seconds() + MARGIN, _exit_unconnected)
     guard.daemon = True

@@ -92,9 +92,8 @@ class FSDP2(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, temporary, storage_options)
         except CheckpointException as error:  # raised on all ranks; it is no Exception
             (failure, _), *_ = error.failures.values()
-            raise OSError(
-                errno.EIO, f"the checkpoint cannot be written ({failure}); is the disk full?", str(path)
-            ) from error
+            reason = f"the checkpoint cannot be written; is a disk full? ({str(failure).partition(chr(10))[0]})"
+            raise OSError(errno.EIO, reason, str(path)) from error
         files = {
             name: file
             for by_rank in gather(written_files(temporary, rank=self.global_rank))
