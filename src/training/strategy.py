@@ -18,8 +18,13 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from src.distributed.checkpoints import publish_folder, written_files
+from src.distributed.checkpoints import publish_folder, read_full, written_files
 from src.distributed.parallel import gather
 from src.io.errors import UserError
 
@@ -101,6 +106,28 @@ class FSDP2(ModelParallelStrategy):
         }
         if self.is_global_zero:
             publish_folder(temporary, path, files)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a folder, or the single file of a run with another strategy."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        content, options = read_full(path), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, dict(content.pop("state_dict")), options=options)
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, content.pop("optimizer_states"), strict=True):
+            # one process numbers the parameters in the optimizer's order; torch expects their names
+            names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            named = {
+                "state": {names[number]: values for number, values in state["state"].items()},
+                "param_groups": [
+                    {**group, "params": [names[number] for number in group["params"]]}
+                    for group in state["param_groups"]
+                ],
+            }
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return content
 
 
 def _minutes(number: float) -> timedelta:
