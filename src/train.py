@@ -87,14 +87,12 @@ def main(argv: list[str]) -> None:
         if is_rank0:
             begin(cfg, run_dir)
             checkpoint = newest_checkpoint(run_dir)
-            if checkpoint:
-                log.info("resuming from %s", checkpoint.name)
         checkpoint = rendezvous(trainer, checkpoint, run=str(run_dir))
 
         # 4. Fit. With several ranks a signal must not raise on one rank alone, as the others would wait for it.
         stop.deferred = trainer.world_size > 1
         try:
-            with stop, _user_errors(trainer):
+            with stop, _user_errors(trainer, max_steps=cfg.trainer.max_steps):
                 trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
         except Stopped as stopped:
             exit_stopped(trainer, stopped.signal, run_dir)
@@ -117,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 
 @contextmanager
-def _user_errors(trainer: L.Trainer) -> Iterator[None]:
+def _user_errors(trainer: L.Trainer, *, max_steps: int) -> Iterator[None]:
     """Raise UserError for settings that `fit` refuses, a device out of memory, and an end before `max_steps`."""
     try:
         yield
@@ -129,10 +127,10 @@ def _user_errors(trainer: L.Trainer) -> Iterator[None]:
         ) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    if trainer.global_step < trainer.max_steps:
+    if trainer.global_step < max_steps:
         raise UserError(
-            f"stopped at step {trainer.global_step} of {trainer.max_steps} by another limit: raise or unset "
-            "trainer.max_epochs, max_time or limit_train_batches, and the same command continues"
+            f"stopped at step {trainer.global_step} of {max_steps} by another limit: raise or unset "
+            "trainer.max_epochs, max_time, limit_train_batches or fast_dev_run, and the same command continues"
         )
 
 

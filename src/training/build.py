@@ -116,10 +116,6 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
-    if cfg.trainer.get("fast_dev_run"):
-        raise UserError("trainer.fast_dev_run saves nothing; for a trial run set trainer.max_steps and another run_dir")
-    if cfg.trainer.get("limit_train_batches") == 0:
-        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on; raise it, or set it to null")
     devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
     if (
         TorchElasticEnvironment.detect()

@@ -96,13 +96,8 @@ def begin(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run is finished and has its model. Raises UserError if it has neither the model nor a checkpoint."""
-    if not (run_dir / FINISHED).exists() or is_model_folder(run_dir / MODEL):
-        return (run_dir / FINISHED).exists()
-    if not checkpoints(run_dir):
-        raise UserError(f"{run_dir} is finished, but holds neither its model nor a checkpoint; {REMEDY}")
-    log.warning("%s is finished, but %s is missing: exporting it again from the newest checkpoint", run_dir, MODEL)
-    return False
+    """Whether a run is finished and has its model; without the model it continues from its newest checkpoint."""
+    return (run_dir / FINISHED).exists() and is_model_folder(run_dir / MODEL)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -112,13 +107,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is not damaged."""
-    paths = checkpoints(run_dir)
-    for path, older in zip(paths, [*paths[1:], None], strict=False):
+    """The newest checkpoint that is not damaged. None: training starts at step 0."""
+    for path in checkpoints(run_dir):
         if is_intact(path):
+            log.info("resuming from %s", path.name)
             return path
-        fallback = f"taking {older.name}, the one before it" if older else "no other is left: starting at step 0"
-        log.warning("%s is damaged; %s", path, fallback)
+        log.warning("%s is damaged; looking for the one before it", path)
     return None
 
 
