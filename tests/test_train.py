@@ -99,7 +99,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(scenes, fin
     assert same_weights(finished, run_dir)
 
 
-def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, finished, tmp_path):
+def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, tmp_path, caplog):
+    caplog.set_level("INFO")
     run_dir = tmp_path / "again"
     argv = arguments(scenes, run_dir, "trainer.max_steps=2")
     main(argv)
@@ -109,6 +110,7 @@ def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, finished
     main([*argv, "resume=false"])
     afresh = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
     assert afresh != stamp
+    assert "resuming" not in caplog.text
     main([f"conf={run_dir}/config.yaml"])  # what is saved does not start afresh once more
     assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == afresh
 
