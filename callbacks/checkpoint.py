@@ -11,7 +11,6 @@ A checkpoint is a file, or a folder if the model is sharded (FSDP2): see `src/di
 from __future__ import annotations
 
 import errno
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
-from src.distributed.checkpoints import REFUSED, link, read_full, remove
+from src.distributed.checkpoints import read_full, remove
 from src.io.errors import UserError
 from src.io.files import FORMAT, publish, with_filename
 
-LAST = "last.ckpt"
-_NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
-
 
 class Checkpoint(LightningCheckpoint):
-    """Saves every `every_n_train_steps` optimizer steps and at the end; keeps the newest `keep` checkpoints."""
+    """Saves every `every_n_train_steps` optimizer steps and at the end; keeps the newest `keep` checkpoints.
+
+    NOTE: Lightning's `ModelCheckpoint` never removes the checkpoint that a run has resumed from, so every restart would
+    leave one behind, and does not save at the end of training.
+    """
 
     def __init__(self, *, run_dir: str | Path, every_n_train_steps: int, keep: int = 2) -> None:
         for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep}.items():
@@ -64,21 +64,19 @@ class Checkpoint(LightningCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
+        """Save, link to it, and remove what is older than the newest `keep`."""
         step = trainer.global_step
         if step == self.last_step:
             return
         self.last_step = step
-        path = self.folder / f"epoch={trainer.current_epoch}-step={step}.ckpt"
+        path, last = self.folder / f"epoch={trainer.current_epoch}-step={step}.ckpt", self.folder / "last.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            link(path, self.folder / LAST)
-            for older in [*self._checkpoints()[self.keep :], *self.folder.glob("stopped*.ckpt")]:
+            last.unlink(missing_ok=True)
+            last.symlink_to(path.name)
+            by_step = sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
+            for older in [*by_step[: -self.keep], *self.folder.glob("stopped*.ckpt")]:
                 remove(older)
-
-    def _checkpoints(self) -> list[Path]:
-        """Checkpoints of this callback on disk, the newest first."""
-        by_step = [(int(match[2]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(by_step, reverse=True)]
 
 
 def write_atomically(trainer: L.Trainer) -> None:
@@ -89,24 +87,19 @@ def write_atomically(trainer: L.Trainer) -> None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes next to the target, syncs and renames, so no name ever holds half a checkpoint. Reads sharded folders too.
 
-    NOTE: Lightning's own writer uses the system's temporary folder, which may be small or on another disk, from where
-    a file is copied, not renamed.
+    NOTE: Lightning's own writer needs the memory of a whole checkpoint, and room in the system's temporary folder.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None:
-            raise TypeError(f"local files take no storage options, got {storage_options!r}")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with with_filename(path):
-            try:
+        try:
+            with with_filename(path):
                 torch.save(checkpoint, temporary)
-            except (OSError, RuntimeError) as error:
-                temporary.unlink(missing_ok=True)
-                if not REFUSED.search(str(error)):
-                    raise
-                raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error
+        except RuntimeError as error:  # of PyTorch's writer, which says no more
+            temporary.unlink(missing_ok=True)
+            raise OSError(errno.EIO, "cannot be written; is the disk full?", str(path)) from error
         if path.is_dir():
             remove(path)
         publish(temporary, path)

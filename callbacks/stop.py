@@ -4,8 +4,7 @@
         trainer = Trainer(callbacks=[..., SaveAndStop(stop=stop, run_dir="runs/x")])      last: saves the others' state
         trainer.fit(...)                                                                  raises Stopped
 
-The checkpoint is RUN/checkpoints/stopped-step=S.ckpt; the next regular one replaces it. Before the first step there is
-nothing to save.
+The checkpoint is RUN/checkpoints/stopped-step=S.ckpt; the next regular one replaces it.
 
 Ranks agree at the end of every step: if one got a signal, all of them save and stop at the same step.
 """
@@ -38,8 +37,6 @@ class SaveAndStop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop.catch()  # replaces Lightning's own handler, which ends a run without a checkpoint
         self.stop.deferred = True
-        if self._any_rank_stopped():
-            self.stop.check()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         self._save_and_stop(trainer)
@@ -51,16 +48,14 @@ class SaveAndStop(L.Callback):
         self._save_and_stop(trainer)
 
     def _save_and_stop(self, trainer: L.Trainer) -> None:
-        if self._any_rank_stopped():
-            path = self.folder / f"stopped-step={trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path)
-            if trainer.is_global_zero:
-                for older in set(self.folder.glob("stopped*.ckpt")) - {path}:
-                    remove(older)
-            self.stop.check()
-
-    def _any_rank_stopped(self) -> bool:
-        """Whether any rank got a signal; if so, all ranks now hold the same one."""
-        if number := self._team.all_reduce_max(int(self.stop.received or 0)):
-            self.stop.received = signal.Signals(number)
-        return bool(number)
+        """Save and raise `Stopped` if any rank has got a signal."""
+        number = self._team.all_reduce_max(int(self.stop.received or 0))
+        if not number:
+            return
+        self.stop.received = signal.Signals(number)
+        path = self.folder / f"stopped-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for older in set(self.folder.glob("stopped*.ckpt")) - {path}:
+                remove(older)
+        self.stop.check()

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path.cwd()
 # Names of settings today -> in a checkout that has no src/types.py yet.
-OLD_SETTINGS = {"response_length": "canvas", "conf=edit_noise": "conf=edits", "optim.": "objective.training."}
+OLD_SETTINGS = {"response_length": "canvas", "conf=edit_noise": "conf=edits", "optim.": "optim."}
 # Keys and words of the JSON of such a checkout -> today's.
 RENAMED = {"canvas": "response_length"}
 VARIES = {
@@ -176,7 +176,9 @@ class Recorder:
     def export(self) -> None:
         out = self.work / "exported"  # the released layouts are held by the golden tests
         shutil.rmtree(out, ignore_errors=True)
-        self.run("export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}", "format=own")
+        self.run(
+            "export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}", "format=own"
+        )
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         self.write("export", {"tensors": tensors(out / "model.safetensors"), "config": config})
 

@@ -65,7 +65,6 @@ class Ranks:
         environment: dict[str, str] | None = None,
         patches: list[str] | None = None,
         file_limit: dict[int, int] | None = None,
-        memory: int | None = None,
         timeout: float = 120.0,
     ) -> Done:
         """Run `src.VERB` on some ranks (None: all) of a world.
@@ -73,7 +72,6 @@ class Ranks:
         out: folder for their output
         patches: functions "module:name" that each rank calls first
         file_limit: by rank, the bytes that no file may exceed, as if the disk were full
-        memory: address space in bytes that each rank may use beyond that at its start
         timeout: seconds until the ranks are killed
         """
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -82,7 +80,7 @@ class Ranks:
             "argv": argv, "verb": verb, "out": str(out), "world": world,
             "ranks": list(range(world)) if ranks is None else ranks,
             "kill": kill or [], "environment": environment or {}, "patches": patches or [],
-            "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()}, "memory": memory,
+            "limits": {str(rank): limit for rank, limit in (file_limit or {}).items()},
             "timeout": timeout,
         }  # fmt: skip
         self._server.stdin.write(json.dumps(job) + "\n")
@@ -157,10 +155,6 @@ def _rank(job: dict[str, Any], rank: int, port: str) -> int:
     for name in job["patches"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(rank)
-    if job["memory"]:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + job["memory"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if limit := job["limits"].get(str(rank)):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -209,20 +203,6 @@ def stops_in_a_round(rank: int) -> None:
 
     if rank == 1:
         Drafter.draw = slow
-
-
-def waits_and_is_told_twice(rank: int) -> None:
-    """Patch: rank 1 drafts slowly; rank 0, which waits for it, gets two signals."""
-    from src.rounds.drafts import Drafter
-
-    if rank == 1:
-        draw, naps = Drafter.draw, iter([15])
-        Drafter.draw = lambda *arguments, **named: (time.sleep(next(naps, 0)), draw(*arguments, **named))[1]
-    elif os.fork() == 0:
-        for delay in (6, 1):
-            time.sleep(delay)
-            os.kill(os.getppid(), signal.SIGTERM)
-        os._exit(0)
 
 
 def silent(rank: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -18,13 +17,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from src.training.strategy import DDP, FSDP2
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 LISTED = {
-    "_SubprocessScriptLauncher": "launch.py: starts the other processes of a node before `fit` would",
-    "_timeout": "launch.py: how long a rank waits at the first collective call",
     "_setup_distributed": "strategy.py: connects the ranks of FSDP2 before `fit` does",
     "_data_parallel_size": "strategy.py: FSDP2 chooses the mesh once the number of ranks is known",
     "_tensor_parallel_size": "strategy.py: the second dimension of that mesh, for HSDP",
@@ -90,16 +85,6 @@ def test_the_epoch_in_which_the_loader_was_built(fitted):
 def test_a_module_without_a_trainer(fitted):
     assert Module()._trainer is None
     assert fitted[1]._trainer is fitted[0]
-
-
-@pytest.mark.parametrize("strategy", [DDP, FSDP2])
-def test_launcher_and_timeout(strategy, tmp_path):
-    trainer = L.Trainer(
-        strategy=strategy(timeout_minutes=2), accelerator="cpu", devices=2, logger=False, default_root_dir=tmp_path
-    )
-    assert trainer.strategy._timeout == timedelta(minutes=2)
-    assert type(trainer.strategy.launcher).__name__ == "_SubprocessScriptLauncher"
-    assert trainer.strategy.launcher.procs == []
 
 
 def test_the_mesh_of_fsdp2():

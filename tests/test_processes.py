@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.distributed.checkpoints import read_full
+from src.distributed.checkpoints import is_intact, read_full
 from src.export import main as export
 from src.io.shards import read_shard, write_shard
 from src.preparation.scenes import Scenes
@@ -21,6 +22,7 @@ from tests.test_rounds import digests, journaled
 
 pytestmark = pytest.mark.dist
 BASE = ROOT / "assets" / "base"
+LOST = re.compile(r"rank (\d): error: .*\n.*another process of this run has ended or does not answer")
 NUM = 11  # drafts of a round: ranks get unequal shares of them
 
 
@@ -152,7 +154,7 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
     killed = ranks.run(draft, verb="draft", kill=[(1, "src.rounds.drafts:Drafter.draw", 1)], **made)
     assert killed.codes[1] == -9
     assert killed.codes[0] == 1
-    assert "rank 0: error: another process of this run has ended" in killed.printed[0]
+    assert LOST.search(killed.printed[0])[1] == "0"
     done = ranks.run(draft, verb="draft", **made)
     assert done.codes == [0, 0], done.printed
     assert f"{tmp_path}/drafts: {NUM} drafts\nnext: python -m src.revise" in done.printed[0]
@@ -181,21 +183,26 @@ BOTH = (0, 1)
 @pytest.mark.parametrize(
     ("who", "what", "number"),
     [
-        ((1,), STEP, 1),
-        ((0,), STEP, 5),
-        (BOTH, STEP, 7),
-        ((1,), DRAFT, 1),
-        (BOTH, DRAFT, 1),
+        ((1,), STEP, 5),
         ((1,), ANSWER, 2),
-        ((0,), ANSWER, 6),
-        ((1,), RENAME, 1),  # of a shard of drafts
-        *(((0,), RENAME, number) for number in (4, 12, 15, 20)),  # drafts, rounds, manifests, checkpoints
-        ((1,), "src.training.strategy:entries", 1),  # in the middle of a checkpoint
-        ((0,), "src.training.strategy:write_manifest", 2),
-        ((0,), "src.rounds.round:_write", 1),
-        ((0,), "callbacks.checkpoint:link", 1),
-        ((0,), "src.train:save_pretrained", 0),
-        ((0,), "src.distributed.checkpoints:publish", 3),
+        ((0,), "src.distributed.checkpoints:publish", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ((0,), STEP, 1),
+                (BOTH, STEP, 7),
+                ((1,), DRAFT, 1),
+                (BOTH, DRAFT, 1),
+                ((0,), ANSWER, 6),
+                ((1,), RENAME, 1),  # of a shard of drafts
+                *(((0,), RENAME, number) for number in (4, 12, 15, 20)),  # drafts, rounds, manifests, checkpoints
+                ((1,), "src.training.strategy:written_files", 1),  # in the middle of a checkpoint
+                ((0,), "src.distributed.checkpoints:remove", 2),
+                ((0,), "src.rounds.round:_write", 1),
+                ((0,), "callbacks.checkpoint:remove", 0),
+                ((0,), "src.train:save_pretrained", 0),
+            ]
+        ),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(ranks, scenes, whole, tmp_path, who, what, number):
@@ -204,8 +211,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(ranks, scenes, whole, tmp_p
     assert -9 in [killed.codes[rank] for rank in who], killed.printed
     assert 0 not in killed.codes
     for rank in (rank for rank, code in enumerate(killed.codes) if code != -9):
-        assert f"rank {rank}: error: another process of this run has ended" in killed.printed[rank]
-        assert "Traceback" not in killed.printed[rank]
+        assert LOST.search(killed.printed[rank])[1] == str(rank)
     done = ranks.run(argv, out=tmp_path)
     assert done.codes == [0, 0], done.printed
     assert same(whole, tmp_path / "run")
@@ -228,33 +234,34 @@ def copied(whole, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no list"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(ranks, scenes, whole, copied, tmp_path, damage):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(ranks, scenes, whole, copied, tmp_path):
     folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
+    assert is_intact(folder)
     part = folder / "__1_0.distcp"
-    if damage == "truncated":
-        part.write_bytes(part.read_bytes()[:-10])
-    elif damage == "changed":
-        content = bytearray(part.read_bytes())
-        content[len(content) // 2] ^= 1
-        part.write_bytes(bytes(content))
-    elif damage == "missing":
-        part.unlink()
-    else:
-        (folder / "files.json").unlink()
+    content = part.read_bytes()
+    middle = len(content) // 2
+    for damage in (content[:-10], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+        part.write_bytes(damage)
+        assert not is_intact(folder)
     done = ranks.run(stage2(scenes, copied), out=tmp_path)
     assert done.codes == [0, 0], done.printed
-    assert "epoch=1-step=6.ckpt is damaged; taking pre-round-0002.ckpt, the one before it" in done.printed[0]
+    assert re.search("epoch=1-step=6.ckpt is damaged; .*\nresuming from pre-round-0002.ckpt", done.printed[0])
     assert same(whole, copied)
 
 
+@pytest.mark.parametrize("file", ["__1_0.distcp", "files.json"])
+def test_a_checkpoint_without_one_of_its_files_is_not_intact(copied, file):
+    (copied / "checkpoints" / "epoch=1-step=6.ckpt" / file).unlink()
+    assert not is_intact(copied / "checkpoints" / "epoch=1-step=6.ckpt")
+
+
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(ranks, scenes, whole, copied, tmp_path):
-    before = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    before = sorted((copied / "checkpoints").glob("[!.]*"))
     done = ranks.run(stage2(scenes, copied), out=tmp_path, file_limit={1: 1 << 20})
     assert done.codes == [1, 1], done.printed
-    told = f"error: {copied}/checkpoints/epoch=2-step=8.ckpt: the checkpoint cannot be written ("
-    assert all(told in text and "is a disk full?" in text and "Traceback" not in text for text in done.printed)
-    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == before
+    told = f"error: {copied}/checkpoints/epoch=2-step=8.ckpt: the checkpoint cannot be written; is a disk full?"
+    assert all(told in text and "Traceback" not in text for text in done.printed)
+    assert sorted((copied / "checkpoints").glob("[!.]*")) == before
     assert ranks.run(stage2(scenes, copied), out=tmp_path).codes == [0, 0]
     assert same(whole, copied)
 
@@ -303,17 +310,6 @@ def test_a_run_goes_on_with_another_strategy(ranks, scenes, whole, copied, tmp_p
     else:
         for name, tensor in weights(whole).items():
             torch.testing.assert_close(weights(tmp_path / "one")[name], tensor, rtol=1e-4, atol=1e-5)
-
-
-def test_a_kill_while_a_checkpoint_takes_the_place_of_another_loses_none(ranks, scenes, whole, copied, tmp_path):
-    folder = copied / "checkpoints"
-    (folder / "epoch=1-step=6.ckpt").rename(folder / ".epoch=1-step=6.ckpt.old")
-    shutil.copytree(folder / "pre-round-0002.ckpt", folder / ".stopped-step=7.ckpt.tmp")
-    done = ranks.run(stage2(scenes, copied), out=tmp_path, kill=[(0, STEP, 2)])
-    assert "damaged" not in done.printed[0]
-    assert done.codes == [0, 0], done.printed  # from step 6 there are but two more
-    assert same(whole, copied)
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied, tmp_path):
@@ -392,7 +388,7 @@ def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
     assert done.codes[1] == 2, done.printed
     assert done.codes[0] == 1, done.printed
     assert "error: expert scenes has not answered for 3 s; its 0 answers are kept" in done.printed[1]
-    assert "rank 0: error: another process of this run has ended" in done.printed[0]
+    assert LOST.search(done.printed[0])[1] == "0"
     assert done.seconds < 40
     assert ranks.run(argv, out=tmp_path).codes == [0, 0]
 
@@ -433,13 +429,8 @@ def test_other_numbers_of_processes_than_were_started_are_refused(ranks, scenes,
     assert "2 processes were started, but trainer.devices=1 and num_nodes=1" in done.printed[0]
 
 
-def test_two_signals_end_a_process_that_waits_for_another(ranks, scenes, tmp_path):
-    argv = stage2(scenes, tmp_path / "run")
-    done = ranks.run(argv, out=tmp_path, patches=["tests.ranks:waits_and_is_told_twice"], timeout=60)
-    assert done.codes == [143, 1], done.printed
-
-
-def test_a_port_in_use_is_told(ranks, scenes, tmp_path):
+@pytest.mark.slow
+def test_a_port_in_use_ends_all_ranks(ranks, scenes, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -447,25 +438,13 @@ def test_a_port_in_use_is_told(ranks, scenes, tmp_path):
         port = str(taken.getsockname()[1])
         done = ranks.run(argv, out=tmp_path, environment={"MASTER_PORT": port})
     assert done.codes == [1, 1], done.printed
-    assert f"rank 0: error: port {port} of 127.0.0.1 is in use: set MASTER_PORT" in done.printed[0]
-    assert "rank 1: error: " in done.printed[1]
+    assert LOST.search(done.printed[0])
+    assert f"rank 1: error: no process of this run answers at 127.0.0.1, port {port}" in done.printed[1]
     assert done.seconds < 60
-    assert all("Traceback" not in text for text in done.printed)
 
 
-def test_a_rank_that_does_not_come_is_told(ranks, scenes, tmp_path):
+def test_a_rank_that_does_not_come_ends_the_others(ranks, scenes, tmp_path):
     argv = stage2(scenes, tmp_path / "run", "trainer.strategy.timeout_minutes=0.1")
     done = ranks.run(argv, out=tmp_path, ranks=[0])
     assert done.codes == [1], done.printed
-    assert "rank 0: error: only 1 of 2 processes connected to 127.0.0.1, port" in done.printed[0]
-    assert "Traceback" not in done.printed[0]
-
-
-def test_where_memory_runs_out_the_plan_says_what_a_step_takes(ranks, scenes, tmp_path):
-    argv = stage2(scenes, tmp_path / "run", "callbacks.self_correction=null", "data.batch_size=512", world=1)
-    argv = [argument for argument in argv if not argument.startswith("callbacks.self_correction.")]
-    done = ranks.run(argv, out=tmp_path, world=1, memory=1 << 30)
-    assert done.codes == [2], done.printed
-    assert "error: out of memory at step 0. Planned memory of a step:" in done.printed[0]
-    assert "stage2: 512 rows on each of 1 GPUs" in done.printed[0]
-    assert "optim.micro_batch" in done.printed[0].splitlines()[-1]
+    assert LOST.search(done.printed[0])[1] == "0"

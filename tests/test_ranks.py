@@ -91,9 +91,7 @@ import os, sys
 from functools import partial
 sys.path.insert(0, {root!r})
 import torch
-from src.distributed.parallel import Sharding, full_tensor
-from src.training.strategy import FSDP2
-from tests.test_corruption import SPECIAL
+from src.distributed.parallel import Sharding
 from src.training.strategy import DDP, FSDP2
 from tests.test_ranks import run
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from src.cli.signals import Stop, Stopped
-from src.preparation.scenes import Scenes
 from src.train import main
+from tests.test_train import arguments as small_run
+from tests.test_train import same_weights, write_scenes
 
 ROOT = Path(__file__).parents[1]
 # Has signals sent to itself and all its workers within a call of a method: where it is called for the nth time. Or to
@@ -69,18 +69,13 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48, vocab_size=300, response_length=40, prompt="Describe.", num_train=48,
-           num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=9.0, per_shard=16).run()  # fmt: skip
+    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
     return out
 
 
 def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
-    sizes = ["hidden_size=32", "intermediate_size=32", "num_hidden_layers=1"]
-    model = [f"model.{part}.{size}" for part in ("decoder", "vision") for size in sizes]
-    data = [f"data.path={scenes}", f"tokenizer={scenes}/tokenizer", "data.batch_size=4", "data.response_length=40"]
-    steps = ["trainer.max_steps=16", "optim.warmup_steps=1", "callbacks.checkpoint.every_n_train_steps=6"]
-    rest = ["callbacks.samples=null", "trainer.limit_val_batches=2", "data.workers=1", f"run_dir={run_dir}"]
-    return [f"conf={conf},model/tiny", *model, *data, *steps, *rest, *more]
+    steps = ["trainer.max_steps=16", "callbacks.checkpoint.every_n_train_steps=6", "trainer.limit_val_batches=2"]
+    return small_run(scenes, run_dir, *steps, "data.batch_size=4", "data.workers=1", *more, conf=conf)
 
 
 def stage_two(scenes: Path, run_dir: Path) -> list[str]:
@@ -108,11 +103,6 @@ def step_of(run_dir: Path) -> int:
     return torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)["global_step"]
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    first, second = (load_file(run_dir / "model" / "model.safetensors") for run_dir in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
-
-
 @pytest.fixture(scope="module")
 def whole(scenes, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole")
@@ -125,7 +115,7 @@ def whole(scenes, tmp_path_factory) -> Path:
     [
         (f"{STEP}/3", signal.SIGINT, 3),
         (f"{STEP}/12", signal.SIGTERM, 12),  # the last step of an epoch
-        (f"{STEP}/16", signal.SIGTERM, 16),  # the last of all
+        pytest.param(f"{STEP}/16", signal.SIGTERM, 16, marks=pytest.mark.slow),  # the last of all
         ("src.objectives.revision:RevisionObjective/validation_step/1", signal.SIGTERM, 12),  # the first of two batches
         ("callbacks.checkpoint:Checkpoint/on_train_epoch_end/1", signal.SIGTERM, 13),  # too late for the step before
     ],
@@ -151,7 +141,7 @@ def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_pat
     """By a file before the first step, then by the signal for which it stands; workers get that too."""
     run_dir = tmp_path / "run"
     argv, stop = arguments(scenes, run_dir), run_dir / "STOP"
-    code, said = signalled(f"src.train/begin/1/touch/{stop}", argv)
+    code, said = signalled(f"src.train/rendezvous/1/touch/{stop}", argv)
     assert (code, said) == (138, f"stopped at step 0 of 16 by SIGUSR1 ({stop}); the same command continues")
     assert stop.exists() and not list(run_dir.glob("checkpoints/*"))
     code, said = signalled(f"{STEP}/3/{int(signal.SIGUSR1)}", argv)

@@ -448,7 +448,7 @@ def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys
     run_dir = tmp_path / "run"
     main(job_arguments(scenes, run_dir, "resume=false"))
     assert capsys.readouterr().out == f"job 42 runs in {run_dir}\n"
-    assert (sbatch / "calls").read_text() == f"sbatch --parsable {run_dir}/job.sbatch\n"
+    assert (sbatch / "calls").read_text() == f"sbatch --test-only\nsbatch --parsable {run_dir}/job.sbatch\n"
     saved = load_config([f"conf={run_dir}/config.yaml"])
     assert saved.resume is True  # the job that is queued again must not start afresh
     assert OmegaConf.select(saved, "trainer.num_nodes") == 1

@@ -54,18 +54,20 @@ def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> 
     return [f"conf={conf},model/tiny", f"run_dir={run_dir}", *sizes, *data, *quick, *steps, *more]
 
 
-def run(argv: list[str]) -> None:
-    main(argv)
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_file(run_dir / "model" / "model.safetensors") for run_dir in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
 @pytest.fixture(scope="module")
 def finished(scenes, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    run(arguments(scenes, run_dir))
+    main(arguments(scenes, run_dir))
     return run_dir
 
 
 def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
+    assert [step for step, _ in logged(finished, "train/loss")] == [9]  # though the log takes every fiftieth
     assert json.loads((finished / "finished.json").read_text()) == {"steps": 10}
     assert {p.name for p in (finished / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert json.loads((finished / "model" / "config.json").read_text())["response_length"] == 40
@@ -92,38 +94,36 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(scenes, fin
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "model").exists()
-    run(argv)
+    main(argv)
     assert json.loads((run_dir / "finished.json").read_text()) == {"steps": 10}
-    whole, again = (load_file(d / "model" / "model.safetensors") for d in (finished, run_dir))
-    assert whole.keys() == again.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert same_weights(finished, run_dir)
 
 
-def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, finished, tmp_path):
+def test_a_finished_run_is_left_alone_and_can_be_started_afresh(scenes, tmp_path, caplog):
+    caplog.set_level("INFO")
     run_dir = tmp_path / "again"
     argv = arguments(scenes, run_dir, "trainer.max_steps=2")
-    run(argv)
+    main(argv)
     stamp = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
-    run(argv)
+    main(argv)
     assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == stamp
-    run([*argv, "resume=false"])
+    main([*argv, "resume=false"])
     afresh = (run_dir / "model" / "model.safetensors").stat().st_mtime_ns
     assert afresh != stamp
-    run([f"conf={run_dir}/config.yaml"])  # what is saved does not start afresh once more
+    assert "resuming" not in caplog.text
+    main([f"conf={run_dir}/config.yaml"])  # what is saved does not start afresh once more
     assert (run_dir / "model" / "model.safetensors").stat().st_mtime_ns == afresh
 
 
 def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
     run_dir = tmp_path / "repeated"
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    run([f"conf={finished}/config.yaml", f"run_dir={run_dir}"])
+    main([f"conf={finished}/config.yaml", f"run_dir={run_dir}"])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {
         "last.ckpt", "epoch=1-step=8.ckpt", "epoch=2-step=10.ckpt"
     }  # fmt: skip
-    whole, again = (load_file(d / "model" / "model.safetensors") for d in (finished, run_dir))
-    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert same_weights(finished, run_dir)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
         ("trainer={max_stesp: 3}", "did you mean 'trainer.max_steps'"),
         ("trainer.accelerator=quantum", "quantum"),
         ("trainer.limit_val_batches=2.5", "2.5 for limit_val_batches"),
-        ("trainer.max_steps=-1", "trainer.max_steps must be set"),
+        ("trainer.max_steps=-1", "trainer.max_steps must be at least 1, got -1"),
         ("callbacks.checkpoint.every_n_train_steps=0", "every_n_train_steps must be at least 1, got 0"),
         ("objective.rats=0.2", "did you mean 'objective.rate'"),
         ("objective.hallucination=sometimes", "'sometimes'"),
@@ -154,18 +154,11 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
 def test_mistakes_end_in_one_clear_line(scenes, finished, tmp_path, capsys, change, message):
     run_dir = finished if "other settings" in message else tmp_path / "fresh"
     with pytest.raises(SystemExit) as stop:
-        run([*arguments(scenes, run_dir), change])
+        main([*arguments(scenes, run_dir), change])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ")
     assert re.search(message, error), error
-
-
-def test_the_end_says_where_the_model_is_and_short_runs_are_logged(scenes, tmp_path, capsys):
-    """Ten steps, of which the log takes every fiftieth."""
-    run(arguments(scenes, tmp_path / "run"))
-    assert capsys.readouterr().out.endswith(f"10 steps done; the model is in {tmp_path / 'run' / 'model'}\n")
-    assert [step for step, _ in logged(tmp_path / "run", "train/loss")] == [9]
 
 
 def logged(run_dir: Path, name: str) -> list[tuple[int, float]]:
@@ -184,7 +177,7 @@ def test_terms_without_positions_are_not_logged(tmp_path):
             for sample in samples:
                 sample["captions"][0]["swaps"] = []
             write_shard(shard, [{"__key__": s["key"], "png": s.pop("image"), "json": s} for s in samples])
-    run(arguments(data, tmp_path / "run", "trainer.max_steps=2"))
+    main(arguments(data, tmp_path / "run", "trainer.max_steps=2"))
     names = ("mask", "clean", "hallucination")
     for stage in ("train", "val"):
         found = {name: logged(tmp_path / "run", f"{stage}/{name}") for name in names}
@@ -200,7 +193,7 @@ def test_without_validation_samples_training_goes_on(scenes, tmp_path, caplog):
     index = json.loads((data / "val" / INDEX).read_text())
     (data / "val" / INDEX).write_text(json.dumps({**index, "shards": []}))
     argv = [a for a in arguments(data, tmp_path / "run", "callbacks.samples.every_n_steps=2") if "samples=" not in a]
-    run(argv)
+    main(argv)
     assert caplog.text.count("val holds no samples: training runs without validation") == 1
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
     assert not logged(tmp_path / "run", "val/loss")
@@ -213,7 +206,7 @@ STAGE_TWO = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_
 @pytest.fixture(scope="module")
 def refined(scenes, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "refined"
-    run(arguments(scenes, run_dir, *STAGE_TWO, "callbacks.self_correction.allow_empty=true", conf="stage2"))
+    main(arguments(scenes, run_dir, *STAGE_TWO, "callbacks.self_correction.allow_empty=true", conf="stage2"))
     return run_dir
 
 
@@ -231,7 +224,7 @@ def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, 
 def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
     more = ["callbacks.self_correction.drafts_per_round=3000", "callbacks.self_correction.tokens_per_step=[20,40]"]
     more += ["callbacks.self_correction.rounds=2", "data.epoch_batches=5", "callbacks.self_correction.allow_empty=true"]
-    run(arguments(scenes, tmp_path / "run", *more, conf="stage2"))
+    main(arguments(scenes, tmp_path / "run", *more, conf="stage2"))
     told = "callbacks.self_correction.drafts_per_round=3000 is more than the 48 training images"
     assert caplog.text.count(told) == 1
     for number in (1, 2):
@@ -256,23 +249,15 @@ def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeyp
         assert re.match(r"error: .*round-0001 has no corrected draft .* 8 revised, 8 right, .*allow_empty=true", error)
     shards = sorted((tmp_path / "run" / "rounds" / "round-0001" / "drafts").glob("*.tar"))
     stamps = [path.stat().st_mtime_ns for path in shards]
-    run([*argv, "callbacks.self_correction.allow_empty=true"])
+    main([*argv, "callbacks.self_correction.allow_empty=true"])
     assert "training continues without it" in caplog.text
     assert json.loads((tmp_path / "run" / "finished.json").read_text()) == {"steps": 10}
     assert [path.stat().st_mtime_ns for path in shards] == stamps
 
 
-def test_a_folder_that_is_no_run_is_never_removed(scenes, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit):
-        run([*arguments(scenes, tmp_path), "resume=false"])
-    assert "is not a run's folder" in capsys.readouterr().err
-    assert (tmp_path / "thesis.txt").exists()
-
-
 def refusal(argv: list[str], capsys) -> str:
     with pytest.raises(SystemExit):
-        run(argv)
+        main(argv)
     return capsys.readouterr().err
 
 
@@ -299,13 +284,22 @@ def test_a_missing_shard_ends_in_one_clear_line(scenes, tmp_path, capsys):
     assert re.fullmatch(r"error: .*train-000\d+\.tar.*\n", error), error
 
 
+def test_out_of_memory_says_what_to_do(scenes, tmp_path, monkeypatch, capsys):
+    def corrupt(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RevisionObjective, "corrupt", corrupt)
+    error = refusal(arguments(scenes, tmp_path / "run"), capsys).splitlines()[-1]
+    assert re.match(r"error: out of memory at step 0 .*plan\.gpus=1 .* objective\.training\.micro_batch", error)
+
+
 def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
     def broken(self, batch):
         raise ValueError("shapes differ")
 
     monkeypatch.setattr(RevisionObjective, "corrupt", broken)
     with pytest.raises(ValueError, match="shapes differ") as caught:
-        run(arguments(scenes, tmp_path / "run"))
+        main(arguments(scenes, tmp_path / "run"))
     assert caught.type is ValueError  # no UserError, which would end in one line
 
 
@@ -316,8 +310,8 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     shutil.copytree(finished / "model", model)
     argv = [f"conf={finished}/config.yaml", f"run_dir={run_dir}", f"data.path={data}", "trainer.max_steps=1"]
     argv.append(f"model={{target: src.models.hf.folder.from_pretrained, path: {model}}}")
-    run(argv)
-    run(argv)
+    main(argv)
+    main(argv)
     state = load_file(model / "model.safetensors")
     save_file({**state, "lm_head.weight": state["lm_head.weight"] * 1.01}, model / "model.safetensors")
     error = refusal(argv, capsys)
@@ -326,8 +320,8 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     index = data / "train" / INDEX
     index.write_text(index.read_text() + "\n")
     assert f"(model.path={model}, data.path={data})" in refusal(argv, capsys)
-    run([*argv, "resume=false"])
-    run(argv)
+    main([*argv, "resume=false"])
+    main(argv)
 
 
 def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(scenes, finished, tmp_path):
@@ -335,31 +329,16 @@ def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(sce
     shutil.copytree(finished / "model", tmp_path / "stage1" / "model")
     argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/stage2", f"data.path={scenes}", "trainer.max_steps=1"]
     argv.append(f"model={{target: src.models.hf.folder.from_pretrained, path: {tmp_path}/stage2/../stage1/model}}")
-    run(argv)
+    main(argv)
     first = json.loads((tmp_path / "stage2" / "inputs.json").read_text())
     assert set(first) == {"model.path", "data.path"}
-    run(argv)  # is not refused
-
-
-def test_a_truncated_checkpoint_is_passed_over(scenes, finished, tmp_path, caplog):
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished, run_dir)
-    (run_dir / "finished.json").unlink()
-    newest = run_dir / "checkpoints" / "last.ckpt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    shutil.rmtree(run_dir / "model")
-    run(arguments(scenes, run_dir))
-    assert "last.ckpt is damaged" in caplog.text
-    whole, again = (load_file(d / "model" / "model.safetensors") for d in (finished, run_dir))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-    assert not list((run_dir / "checkpoints").glob(".*"))
+    main(argv)  # is not refused
 
 
 def test_checkpoints_are_written_beside_their_place(scenes, tmp_path, monkeypatch):
     """No folder for temporary files is needed: it may be small, or on another disk."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    run(arguments(scenes, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=0"))
+    main(arguments(scenes, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=0"))
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
 

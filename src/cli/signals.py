@@ -4,8 +4,7 @@
         stop.deferred = True        from now on it only sets `stop.received`
         with stop.at_once(): ...    inside this block it raises again
 
-A second SIGTERM or Ctrl-C ends the process at once, or within seconds while a collective call blocks it: Python runs
-no signal handler until that call returns.
+A second SIGTERM or Ctrl-C ends the process at once.
 
     with Stop(RUN / "STOP"): ...    creating this file has the effect of SIGUSR1
 
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,6 @@ STOP_FILE_SIGNAL = signal.SIGUSR1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, STOP_FILE_SIGNAL)
 EXIT_BASE = 128  # the exit code after a signal is 128 + its number
 PERIOD = 1.0  # seconds between checks for the stop file
-PATIENCE = 3.0  # seconds for Python's handler to run after a second signal
 
 
 class Stopped(BaseException):
@@ -44,31 +41,25 @@ class Stop:
     received: the signal, None before one arrives; deferred: signals wait for `check` instead of raising
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, *, deferred: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self.deferred = False
+        self.deferred = deferred
         self.file = file
-        self._exited = Event()
-        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}  # empty outside of the block
 
     def __enter__(self) -> Stop:
         self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self._exited.clear()
         self.catch()
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        Thread(target=_exit_on_second_signal, args=(reader,), name="second signal", daemon=True).start()
+        self._exited = Event()
         if self.file:
-            Thread(target=self._watch, args=(self.file,), name="stop", daemon=True).start()
+            Thread(target=self._watch, args=(self.file, self._exited), name="stop", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._exited.set()
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+        self._previous_handlers = {}
 
     def catch(self) -> None:
         """Install the handlers, again if another library has replaced them."""
@@ -79,7 +70,7 @@ class Stop:
     def at_once(self) -> Iterator[None]:
         """In this block a signal raises at once, as does one received before: no work is lost by stopping there."""
         deferred, self.deferred = self.deferred, False
-        if self._previous_handlers and not self._exited.is_set():
+        if self._previous_handlers:
             self.catch()  # another library's handler may wait for other processes
         try:
             self.check()
@@ -92,12 +83,12 @@ class Stop:
         if self.received:
             raise Stopped(self.received)
 
-    def _watch(self, file: Path) -> None:
-        while not self.received and not self._exited.is_set():
+    def _watch(self, file: Path, exited: Event) -> None:
+        while not self.received and not exited.is_set():
             if file.exists():
                 os.kill(os.getpid(), STOP_FILE_SIGNAL)  # the handler runs in the main thread
                 return
-            self._exited.wait(PERIOD)
+            exited.wait(PERIOD)
 
     def _handle(self, number: int, _: object) -> None:
         # Slurm's SIGTERM at the time limit must not interrupt a save.
@@ -109,14 +100,3 @@ class Stop:
         self.received = signal.Signals(number)
         if not self.deferred:
             raise Stopped(self.received)
-
-
-def _exit_on_second_signal(reader: int) -> None:
-    """End the process at the second SIGTERM or SIGINT. reader: of a pipe that gets each signal's number as a byte."""
-    count = 0
-    with os.fdopen(reader, "rb", buffering=0) as stream:
-        while byte := stream.read(1):
-            count += byte[0] in (signal.SIGTERM, signal.SIGINT)
-            if count > 1:
-                time.sleep(PATIENCE)
-                os._exit(EXIT_BASE + byte[0])

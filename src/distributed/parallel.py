@@ -33,12 +33,12 @@ BUCKET = 1 << 26  # bytes of gradients in an all-reduce
 
 def rank() -> int:
     """Rank of this process."""
-    return dist.get_rank() if _distributed() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """Number of ranks."""
-    return dist.get_world_size() if _distributed() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return total
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, *, group: Any = None) -> list[Any]:
     """The values of all ranks, in rank order; any picklable object. `Team.gather` waits longer."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -123,11 +123,7 @@ class Team:
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order; any picklable object."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return gather(value, group=self._group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on all ranks; any picklable object."""
@@ -225,7 +221,3 @@ def gathered(backbone: Any) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(backbone.sharding.reshard, recurse=False)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

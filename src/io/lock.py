@@ -11,12 +11,13 @@ do not hold it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from src.io.errors import UserError
 
@@ -27,9 +28,18 @@ log = logging.getLogger(__name__)
 def locked(path: str | Path) -> Iterator[None]:
     """Lock `path` until the end of the block. Raises UserError, with its process id, if another process holds it."""
     resolved = Path(path).resolve()
-    lock_file = resolved.with_name(f".{resolved.name}.lock")
+    file = resolved.with_name(f".{resolved.name}.lock")
+    lock = FileLock(file, blocking=False)
     try:
-        handle = _acquire(lock_file, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        file.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    except Timeout:
+        holder = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+        raise UserError(
+            f"{path} is in use by process {holder or 'unknown'}, which may be the same command: wait for it to end, or "
+            "end it"
+        ) from None
     except OSError as error:  # not writable: the first write inside the block raises
         log.warning("cannot lock %s: %s", path, error)
         yield
@@ -37,33 +47,5 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock_file.unlink(missing_ok=True)  # before the release, so that `_acquire` elsewhere sees that it is gone
-        os.close(handle)
-
-
-def _acquire(lock_file: Path, path: str | Path) -> int:
-    """Open and lock the lock file; returns its file descriptor."""
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise UserError(
-                f"{path} is in use by process {holder}, which may be the same command: wait for it to end, or end it"
-            ) from None
-        if _is_current(handle, lock_file):
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
-            return handle
-        os.close(handle)  # the previous holder has just removed this file
-
-
-def _is_current(handle: int, lock_file: Path) -> bool:
-    """Whether the open file is still the one at the path of the lock file."""
-    try:
-        return os.path.samestat(os.fstat(handle), lock_file.stat())
-    except FileNotFoundError:
-        return False
+        file.unlink(missing_ok=True)  # before the release; a process that waits sees that the file is gone
+        lock.release()

@@ -10,6 +10,7 @@ Writes nothing.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -44,15 +45,12 @@ log = logging.getLogger(__name__)
 
 
 def assemble(
-    cfg: DictConfig, codec: Codec, *callbacks: L.Callback, stop: Stop, is_rank0: bool
+    cfg: DictConfig, codec: Codec, *, stop: Stop, is_rank0: bool
 ) -> tuple[L.LightningDataModule, Any, L.Trainer]:
-    """Build data, objective and trainer. `callbacks` run after those of the config.
-
-    is_rank0: whether this process logs warnings
-    """
+    """Build data, objective and trainer. is_rank0: whether this process logs warnings"""
     L.seed_everything(cfg.seed, verbose=False)
     offers = component_args(cfg, codec, stop)
-    trainer = _trainer(cfg, *callbacks, **offers)
+    trainer = _trainer(cfg, **offers)
     if is_rank0 and cfg.optim.get("sharding") and not isinstance(trainer.strategy, FSDP2):
         log.warning("optim.sharding has no effect without parallel/fsdp2")
     factory = partial(build, cfg.model, codec=codec)
@@ -113,17 +111,20 @@ def build_on_meta(node: DictConfig, codec: Codec) -> Any:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Raise UserError for settings with which the trainer cannot train: seed, precision, limits on steps."""
+    """Raise UserError for settings with which the trainer cannot train: seed, precision, limits on steps, processes."""
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
     if cfg.trainer.get("precision") == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
-    if cfg.trainer.max_steps == 0:
-        raise UserError("trainer.max_steps must be at least 1, got 0")
-    if cfg.trainer.get("fast_dev_run"):
-        raise UserError("trainer.fast_dev_run saves nothing; for a trial run set trainer.max_steps and another run_dir")
-    if cfg.trainer.get("limit_train_batches") == 0:
-        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on; raise it, or set it to null")
+    if cfg.trainer.max_steps < 1:
+        raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
+    devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
+    if (
+        TorchElasticEnvironment.detect()
+        and type(devices) is int
+        and devices * nodes != (started := int(os.environ["WORLD_SIZE"]))
+    ):  # each would train alone, in the same folder
+        raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
 def silence_lightning() -> None:
@@ -156,37 +157,28 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
     warn_if_length_differs(objective.backbone, cfg.data.response_length, name="data.response_length")
 
 
-def _trainer(cfg: DictConfig, *callbacks: L.Callback, run_dir: Path, **offers: Any) -> L.Trainer:
-    """The trainer with the callbacks of the config, followed by `callbacks`."""
-    node = {**plain(cfg.trainer), "log_every_n_steps": _log_interval(cfg)}
-    all_callbacks = [*_callbacks(cfg, run_dir=run_dir, **offers), *callbacks]
-    if not any(isinstance(callback, ProgressBar) for callback in all_callbacks):
+def _trainer(cfg: DictConfig, *, run_dir: Path, **offers: Any) -> L.Trainer:
+    """The trainer with the callbacks of the config."""
+    node = plain(cfg.trainer)
+    node["log_every_n_steps"] = min(node["log_every_n_steps"], node["max_steps"])  # a short run logs once
+    callbacks = _callbacks(cfg, run_dir=run_dir, **offers)
+    if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         node.setdefault("enable_progress_bar", False)  # otherwise Lightning adds its own
     if node.get("strategy", "auto") in ("auto", "ddp") and (node.get("devices", 1), node.get("num_nodes", 1)) != (1, 1):
         node["strategy"] = DDP()
+    started_by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()  # a job may use torchrun
     try:
         return build(
             node,
             logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
-            callbacks=all_callbacks,
+            callbacks=callbacks,
             # Lightning's own requeue saves inside a signal handler, where ranks can deadlock
-            plugins=[SLURMEnvironment(auto_requeue=False)] if _started_by_srun() else None,
+            plugins=[SLURMEnvironment(auto_requeue=False)] if started_by_srun else None,
             default_root_dir=run_dir,
         )
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
 
 
-def _started_by_srun() -> bool:
-    """Whether `srun` started the processes. Within a job, torchrun may have."""
-    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-
-
 def _callbacks(cfg: DictConfig, **offers: Any) -> list[L.Callback]:
     return [build(node, **offers) for node in cfg.callbacks.values() if node]
-
-
-def _log_interval(cfg: DictConfig) -> int:
-    """Steps between two log points; at most the length of the run, so that a short run logs once."""
-    interval, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
-    return min(interval, steps) if steps > 0 else interval

@@ -1,22 +1,25 @@
-"""The processes of a run: which one prepares it, how they connect, and what to report when one is lost.
+"""The processes of a run: which one prepares it, how they connect, and what they report when one fails.
 
     is_rank0 = is_rank0_by_env()           from the launcher's environment, before the process group exists
-    trainer.fit(..., ckpt_path=rendezvous(trainer, checkpoint, run=...))      connects all ranks, rank 0's checkpoint
+    checkpoint = rendezvous(trainer, checkpoint, run=...)      connects all ranks; rank 0's checkpoint
     with process_group() as team: ...      the processes of a verb that does not train
-    with report_lost_ranks(): ...          a lost process, a port in use: one line, and exit code 1
+    with report_lost_ranks(): ...          errors name the rank, and end its process at once
 
 Launchers: Lightning's own (`trainer.devices=2`: this process starts the others of its node), `srun`, `torchrun`.
+Every wait of a rank has a deadline (`trainer.strategy.timeout_minutes`; `Team` for an expert), so that a rank that dies
+or hangs ends the run.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from pathlib import Path
 from threading import Thread, Timer
 from typing import Any, NoReturn
 
@@ -24,22 +27,16 @@ import lightning as L
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from src.cli.signals import EXIT_BASE, STOP_FILE_SIGNAL
 from src.distributed.parallel import RemoteRankError, Team, rank
 from src.io.errors import UserError
+from src.training.run_dir import REQUEUE, STOP
 from src.training.strategy import DDP, FSDP2
 
 PARENT = "REDIFF_PARENT"  # id of the process that started this one
 MARGIN = 10.0  # seconds that a rank waits for the others beyond the timeout of its strategy
 PARENT_POLL = 1.0  # seconds between two checks that the parent is alive
-LOST = re.compile(
-    r"closed by peer|reset by peer|broken pipe|connection refused|timed out waiting|wait timeout|timeout waiting|"
-    r"remote process exited|ncclRemoteError|failed to recv|heartbeat|not contact|application timeout",
-    re.IGNORECASE,
-)
-IN_USE = re.compile("EADDRINUSE|address already in use", re.IGNORECASE)
-JOINED = re.compile(r"(\d+)/(\d+) clients joined")
 
 
 def is_rank0_by_env() -> bool:
@@ -55,15 +52,14 @@ def exit_with_parent() -> None:
     Otherwise a rank that is drafting would notice only at its next collective call, perhaps an hour later.
     """
     parent = int(os.environ.get(PARENT, 0))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL)
+        os._exit(1)
+
     if parent and parent != os.getpid():
-        Thread(target=_exit_without, args=(parent,), daemon=True).start()
-
-
-def check_world_size(devices: Any, nodes: int) -> None:
-    """Raise UserError if torchrun started another number of processes than the trainer expects."""
-    started = int(os.environ.get("WORLD_SIZE", 0))
-    if started and type(devices) is int and started != devices * nodes:
-        raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
+        Thread(target=watch, daemon=True).start()
 
 
 def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
@@ -74,18 +70,17 @@ def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
     """
     if trainer.world_size == 1:
         return value
-    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    strategy = trainer.strategy
     if not isinstance(strategy, DDP | FSDP2):
         raise UserError(
             f"trainer.strategy: {type(strategy).__name__} supports one process; {trainer.world_size} need parallel/ddp "
             "or parallel/fsdp2, as in conf=stage1,parallel/fsdp2"
         )
-    if isinstance(launcher, _SubprocessScriptLauncher) and not launcher.procs:
+    if strategy.launcher is not None:  # neither srun nor torchrun has started the ranks
         os.environ[PARENT] = str(os.getpid())
-        launcher.launch(lambda: None)  # `fit` then starts no more processes
-    timeout: timedelta = strategy._timeout or timedelta(0)
+        strategy.launcher.launch(lambda: None)  # `fit` then starts no more processes
     # torch may wait forever on a port that belongs to another program
-    guard = Timer(timeout.total_seconds() + MARGIN, _exit_unconnected)
+    guard = Timer(strategy.timeout.total_seconds() + MARGIN, _exit_unconnected)
     guard.daemon = True
     guard.start()
     strategy.join()
@@ -100,9 +95,11 @@ def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
 
 def _exit_unconnected() -> None:
     address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    _exit_with_error(
-        f"no process of this run answers at {address}, port {port}: rank 0 has failed, or another program uses the port"
+    sys.stderr.write(
+        f"\nrank {_rank()}: error: no process of this run answers at {address}, port {port}: rank 0 has failed, or "
+        "another program uses the port\n"
     )
+    exit_now(1)
 
 
 @contextmanager
@@ -120,7 +117,11 @@ def process_group() -> Iterator[Team]:
 
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
-    """Report a failure between processes in one line, and exit with code 1; a UserError of another rank with code 2."""
+    """Name the rank in an error of one process among several, and end that process, so that the others do not wait.
+
+    Exit code 2 for a UserError, 1 for any other. An OSError, such as a full disk's, and an error of a process that is
+    alone pass through.
+    """
     try:
         yield
     except UserError as error:
@@ -128,16 +129,35 @@ def report_lost_ranks() -> Iterator[None]:
             raise
         sys.stderr.write(f"rank {number}: error: {error}\n")
         sys.exit(2)
-    except RuntimeError as error:
-        message = _explain(error)
-        if message is None:
+    except RemoteRankError as error:
+        sys.stderr.write(f"\nrank {_rank()}: error: {error}\n")
+        exit_now(1)
+    except RuntimeError as error:  # every error of torch.distributed is one
+        if not dist.is_initialized() and not isinstance(error, dist.DistError):
             raise
-        _exit_with_error(message)
+        traceback.print_exc()
+        sys.stderr.write(
+            f"\nrank {_rank()}: error: {' '.join(str(error).split())[:300]}\nIf this is about a connection, another "
+            "process of this run has ended or does not answer; see its own error. The same command continues from the "
+            "newest checkpoint\n"
+        )
+        exit_now(1)
 
 
-def _exit_with_error(message: str) -> NoReturn:
-    sys.stderr.write(f"\nrank {_rank()}: error: {message}\n")
-    exit_now(1)
+def exit_stopped(trainer: L.Trainer, number: signal.Signals, run_dir: Path) -> None:
+    """Report the stop, then exit with the signal's code, or touch RUN/REQUEUE in a Slurm job. Rank 0 only.
+
+    NOTE: a non-zero exit code of another rank would make the launcher kill rank 0.
+    """
+    if not trainer.is_global_zero:
+        return
+    by = f"{number.name} ({run_dir / STOP})" if number is STOP_FILE_SIGNAL else number.name
+    sys.stderr.write(
+        f"\nstopped at step {trainer.global_step} of {trainer.max_steps} by {by}; the same command continues\n"
+    )
+    if not SLURMEnvironment.detect():
+        sys.exit(EXIT_BASE + number)
+    (run_dir / REQUEUE).touch()
 
 
 def _rank() -> int:
@@ -150,35 +170,3 @@ def exit_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _explain(error: RuntimeError) -> str | None:
-    """One line on a failure between processes; None for any other error."""
-    text = str(error)
-    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if IN_USE.search(text):
-        return f"port {port} of {address} is in use: set MASTER_PORT to a free port and start again"
-    if joined := JOINED.search(text):
-        return (
-            f"only {joined[1]} of {joined[2]} processes connected to {address}, port {port}: start "
-            "trainer.devices * trainer.num_nodes processes"
-        )
-    if isinstance(error, RemoteRankError):
-        return text
-    if is_lost_rank(error):
-        return (
-            "another process of this run has ended or does not answer; see its own error. The same command continues "
-            f"from the newest checkpoint ({' '.join(text.split())[:300]})"
-        )
-    return None
-
-
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the error means that another process is gone."""
-    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or bool(LOST.search(str(error)))
-
-
-def _exit_without(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_POLL)
-    os._exit(1)

@@ -6,26 +6,25 @@
         begin(cfg, run_dir)             from here on the folder holds this run
         newest_checkpoint(run_dir)      to resume from
 
-Only names in `OWN` are ever removed, and nothing before the first step.
+Only names in `OWN` are ever removed, by `begin` with `resume=false`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.cli.config import save_config
 from src.cli.instantiate import one_line, plain
-from src.distributed.checkpoints import is_intact, recover
+from src.distributed.checkpoints import is_intact, remove
 from src.io.errors import UserError
 from src.io.files import FORMAT, read_json, sha256, write_json
 from src.io.hub import local_folder
@@ -33,28 +32,20 @@ from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import is_model_folder
 
-REPLACED = ".replaced"  # folder in the run folder: the previous run, until the first step
 STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run folder, between a batch job and its processes
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"
 OWN = (FINISHED, MODEL, "checkpoints", "rounds", "tensorboard", INPUTS, CONFIG)
+LOOP = "callbacks.self_correction"
 # Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
     *("data", "gap", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
-    *(
-        f"callbacks.self_correction.{name}"
-        for name in (
-            *("at_start", "drafts_per_round", "every_n_epochs", "expert"),
-            *("rounds", "sampler", "tokens_per_step", "train_from"),
-        )
-    ),
+    *(f"{LOOP}.{name}" for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler")),
+    *(f"{LOOP}.{name}" for name in ("tokens_per_step", "train_from")),
 )
 # Settings below these that may change: how a step is computed, and what is checked where it is used.
 FREE = (
     *("data.workers", "data.restart_epoch"),
-    *(
-        f"callbacks.self_correction.expert.{name}"
-        for name in ("base_url", "key_env", "limits", "max_completion_tokens")
-    ),
+    *(f"{LOOP}.expert.{name}" for name in ("base_url", "key_env", "limits", "max_completion_tokens")),
     *(f"optim.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
 REMEDY = "set another run_dir, or resume=false to start over"
@@ -87,51 +78,26 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
         raise UserError(f"{run_dir} holds a run of format {old.get('format', 1)}, not {FORMAT}; {REMEDY}")
     if not cfg.resume:
         _check_outside(cfg, run_dir)
-    elif is_finished(run_dir) or checkpoints(run_dir):
+    elif (run_dir / FINISHED).exists() or checkpoints(run_dir):
         _check_same(cfg, run_dir, old)
 
 
 def begin(cfg: DictConfig, run_dir: Path) -> None:
-    """Write the config and the input hashes of this run into the folder.
-
-    `resume=false` moves the previous run aside, until `discard_replaced` or `restore_replaced`.
-    """
-    if not cfg.resume:
-        discard_replaced(run_dir)
-        _move(run_dir, run_dir / REPLACED)
+    """Write the config and the input hashes of this run into the folder. `resume=false` first removes the old run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    recover(run_dir / "checkpoints")
+    leftovers = list((run_dir / "checkpoints").glob(".*.tmp"))  # of a save that was killed
+    for path in leftovers if cfg.resume else [run_dir / name for name in OWN]:
+        remove(path)
+    if not SLURMEnvironment.detect():  # in a Slurm job the batch script removes it
+        (run_dir / STOP).unlink(missing_ok=True)
     save_config(OmegaConf.create({**cfg, "resume": True}), run_dir / CONFIG)  # rerunning it must not remove the run
     if not checkpoints(run_dir):  # otherwise `check_folder` compared them, and hashing weights is slow
         write_json(run_dir / INPUTS, inputs(cfg))
 
 
-def discard_replaced(run_dir: Path) -> None:
-    """Delete the previous run that `begin` moved aside."""
-    shutil.rmtree(run_dir / REPLACED, ignore_errors=True)
-
-
-def restore_replaced(run_dir: Path) -> None:
-    """Move the previous run back, if `begin` moved one aside."""
-    if (run_dir / REPLACED).exists():
-        for name in OWN:
-            _remove(run_dir / name)
-        _move(run_dir / REPLACED, run_dir)
-        discard_replaced(run_dir)
-
-
-def is_finished(run_dir: Path) -> bool:
-    return (run_dir / FINISHED).exists()
-
-
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run is finished and has its model. Raises UserError if it has neither the model nor a checkpoint."""
-    if not is_finished(run_dir) or is_model_folder(run_dir / MODEL):
-        return is_finished(run_dir)
-    if not checkpoints(run_dir):
-        raise UserError(f"{run_dir} is finished, but holds neither its model nor a checkpoint; {REMEDY}")
-    log.warning("%s is finished, but %s is missing: exporting it again from the newest checkpoint", run_dir, MODEL)
-    return False
+    """Whether a run is finished and has its model; without the model it continues from its newest checkpoint."""
+    return (run_dir / FINISHED).exists() and is_model_folder(run_dir / MODEL)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -141,13 +107,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is not damaged."""
-    paths = checkpoints(run_dir)
-    for path, older in zip(paths, [*paths[1:], None], strict=False):
+    """The newest checkpoint that is not damaged. None: training starts at step 0."""
+    for path in checkpoints(run_dir):
         if is_intact(path):
+            log.info("resuming from %s", path.name)
             return path
-        fallback = f"taking {older.name}, the one before it" if older else "no other is left: starting at step 0"
-        log.warning("%s is damaged; %s", path, fallback)
+        log.warning("%s is damaged; looking for the one before it", path)
     return None
 
 
@@ -172,43 +137,33 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
     """Raise UserError if the run in the folder has other settings or other inputs."""
-    changed = [key for key in FIXED if _fixed(old, key) != _fixed(cfg, key)]
-    if changed:
+    before, now = _fixed_settings(old), _fixed_settings(cfg)
+    if changed := [key for key in FIXED if before[key] != now[key]]:
         raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
-    record = run_dir / INPUTS
-    recorded = read_json(record) if record.exists() else {}
+    recorded = read_json(run_dir / INPUTS) if (run_dir / INPUTS).exists() else {}
     current = inputs(cfg)
-    changed = [f"{key}={OmegaConf.select(cfg, key)}" for key in current if current[key] != recorded.get(key)]
-    if changed:
+    if changed := [f"{key}={OmegaConf.select(cfg, key)}" for key in current if current[key] != recorded.get(key)]:
         raise UserError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
 
 
-def _fixed(cfg: DictConfig, key: str) -> Any:
-    """The value of a key without the settings in FREE."""
-    value = plain(OmegaConf.select(cfg, key))
-    for name in (name.removeprefix(f"{key}.") for name in FREE if name.startswith(f"{key}.")):
-        *path, last = name.split(".")
-        owner: Any = value
-        for part in path:
-            owner = owner.get(part) if isinstance(owner, dict) else None
-        if isinstance(owner, dict):
-            owner.pop(last, None)
-    return value
+def _fixed_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The values of the keys in FIXED, without the settings in FREE."""
+    settings = OmegaConf.create(plain(cfg))
+    for key in FREE:
+        parent, _, name = key.rpartition(".")
+        if isinstance(node := OmegaConf.select(settings, parent), DictConfig):
+            node.pop(name, None)
+    return {key: plain(OmegaConf.select(settings, key)) for key in FIXED}
 
 
 def _check_outside(cfg: DictConfig, run_dir: Path) -> None:
     """Raise UserError if `resume=false` would remove inputs of the run."""
-    keys = ("model.path", "data.path", "tokenizer")
-    paths: list[tuple[str, Any]] = [(key, OmegaConf.select(cfg, key)) for key in keys]
-    paths += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
+    inputs = [(key, OmegaConf.select(cfg, key)) for key in ("model.path", "data.path", "tokenizer")]
+    inputs += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
     own = [(run_dir / name).resolve() for name in OWN]
-    for key, path in paths:
-        if isinstance(path, str) and path and _is_within(Path(path).resolve(), own):
+    for key, path in inputs:
+        if isinstance(path, str) and path and any(Path(path).resolve().is_relative_to(folder) for folder in own):
             raise UserError(f"{key}={path} is in {run_dir}, which resume=false would remove: copy it elsewhere first")
-
-
-def _is_within(path: Path, folders: Iterable[Path]) -> bool:
-    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _read_config(path: Path) -> DictConfig:
@@ -219,18 +174,3 @@ def _read_config(path: Path) -> DictConfig:
     if not isinstance(cfg, DictConfig):
         raise UserError(f"{path}: expected a mapping; fix it, or choose another run_dir")
     return cfg
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move the files of a run; the config last, as it marks the folder as a run's."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in OWN:
-        if (source / name).exists():
-            (source / name).replace(target / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

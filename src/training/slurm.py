@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from src.cli.config import path_of
 from src.io.errors import UserError
 from src.io.lock import locked
-from src.training.run_dir import REQUEUE, STOP, begin, restore_replaced
+from src.training.run_dir import REQUEUE, STOP, begin
 
 CODE = ("src", "callbacks", "datamodules", "conf")
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<time>\d+(?::\d{1,2}){0,2})")
@@ -185,22 +185,26 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
             locks.enter_context(locked(folder / "job.id"))
             if job := _job_of(folder):
                 raise UserError(f"{folder} belongs to job {job}, which is not done; `scancel {job}` ends it")
+        array = [f"--array={','.join(str(cfg.seed) for cfg in runs)}"] if cluster.seeds else []
+        if not all(cfg.resume for cfg in runs):  # what `begin` removes must not be lost to a wrong account
+            _sbatch("--test-only", *array, text=text)
         for cfg, folder in zip(runs, folders, strict=True):
             with locked(folder):  # a training outside Slurm may hold it
                 begin(cfg, folder)
                 keep_code(folder / "code")
                 (folder / "job.sbatch").write_text(text, encoding="utf-8")
-        array = [f"--array={','.join(str(cfg.seed) for cfg in runs)}"] if cluster.seeds else []
-        command = ["sbatch", "--parsable", *array, str(folders[0] / "job.sbatch")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            for folder in folders:
-                restore_replaced(folder)
-            raise UserError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")
-        job = result.stdout.strip().partition(";")[0]
+        job = _sbatch("--parsable", *array, str(folders[0] / "job.sbatch")).strip().partition(";")[0]
         for cfg, folder in zip(runs, folders, strict=True):
             (folder / "job.id").write_text(f"{job}_{cfg.seed}\n" if array else f"{job}\n", encoding="utf-8")
     return f"job {job} runs in {', '.join(map(str, folders))}\n"
+
+
+def _sbatch(*arguments: str, text: str | None = None) -> str:
+    """The output of sbatch. text: the script, if no argument names it. Raises UserError if sbatch refuses the job."""
+    result = subprocess.run(["sbatch", *arguments], input=text, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")
+    return result.stdout
 
 
 def keep_code(folder: Path) -> None:
