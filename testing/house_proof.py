@@ -176,7 +176,8 @@ class Recorder:
     def export(self) -> None:
         out = self.work / "exported"  # the released layouts are held by the golden tests
         shutil.rmtree(out, ignore_errors=True)
-        self.run(
+        model = self.work / "runs" / "stage1" / "model"
+        self.run("export", "conf=export", f"model={model}", f"out={out}", "format=own")
             "export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}", "format=own"
         )
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
