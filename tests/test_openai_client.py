@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from src.chat.client import Call, Client, Request
-from src.chat.limits import Limits, ServerDown
+from src.chat.client import Call, Client, ServerDown
+from src.chat.limits import Limits
 from testing.servers.scripted import Http, Scripted, completion, reply
 
 KEY = "sk-very-secret-0123456789"
@@ -34,14 +34,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked(base_url: str | None, call: Call | None = None, *, limits: Limits = QUICK) -> str:
     """The text of a reply to one request."""
-    client = Client(base_url=base_url, key_env="EXPERT_KEY", model="m", limits=limits)
-
-    async def make() -> Request:
-        return Request(json.dumps(BODY).encode(), {"prompt_tokens": 10, "completion_tokens": 10})
+    client = Client(base_url=base_url, key_env="EXPERT_KEY", model="m", parameters={}, limits=limits)
 
     async def ask() -> str:
-        async with client.session():
-            return await client.ask(make, call or Call())
+        async with client.session(), client.slot():
+            return await client.ask(BODY["messages"], {"prompt_tokens": 10, "completion_tokens": 10}, call or Call())
 
     return asyncio.run(ask())
 
