@@ -27,7 +27,7 @@ AT_ONCE = 4  # requests of both ranks together
 SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; from tests.ranks import serve; serve()"
 
 DRAFT = "callbacks.self_correction:draft_batch"
-QUESTION = "src.experts.openai:OpenAIExpert._request"
+QUESTION = "src.chat.client:Client._send"
 READ = "src.experts.openai:read_replies"
 KEEP = "src.chat.journal:Journal.add_all"
 STEP = "src.objectives.base:Objective.training_step"

@@ -368,6 +368,8 @@ def read_completion(body: str) -> Reply:
         text = message.get("content") or ""
         if isinstance(text, list):  # some servers send parts
             text = "".join(part.get("text") or "" for part in text)
+    except RetryableError:
+        raise
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # of another form than a completion
         raise RetryableError("malformed_body", billed=True) from None
     text = clean(text) if isinstance(text, str) else ""
