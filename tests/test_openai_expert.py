@@ -417,6 +417,20 @@ def test_a_limiter_that_refuses_most_is_obeyed(codec) -> None:
     assert len(asked.requests) < 60
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_kept_to(codec, status: int) -> None:
+    """By the draft that got it; after a 429 by all others too."""
+    limits = replace(QUICK, concurrency=2)
+    fault = error(status, retry_after="0.5")
+    asked = Asked(codec, lambda request: reply(GOOD, delay=0.05) if request.number else fault, 6, limits=limits)
+    refused, *others = asked.requests
+    again = [request.at - refused.at for request in others if number_of(request) == number_of(refused)]
+    assert len(again) == 1
+    assert again[0] >= 0.5
+    early = [request for request in others if request.at - refused.at < 0.5]
+    assert len(early) == (1 if status == 429 else 5)  # the one that was in flight
+
+
 def test_a_server_that_goes_away_and_comes_back_loses_nothing(codec) -> None:
     served: Counter[int] = Counter()
 

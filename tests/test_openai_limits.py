@@ -9,7 +9,7 @@ import pytest
 
 from src.chat.budget import Budget, Prices
 from src.chat.limits import Limits, Rate, backoff, retry_after
-from src.chat.profiles import choose
+from src.chat.profiles import Profile, choose
 
 NAN, INF = float("nan"), float("inf")
 USE = {"prompt_tokens": 1000, "completion_tokens": 500}
@@ -108,6 +108,8 @@ def test_what_was_used_before_counts_also_what_was_lost() -> None:
         (lambda: Limits(prices={"input": 1}), "prices need a target"),  # type: ignore[arg-type]
         (lambda: Prices(input=NAN, output=1), "prices.input must be"),
         (lambda: Prices(input=1, output=-1), "prices.output must be"),
+        (lambda: Profile(limit="length"), "limit must be"),
+        (lambda: Profile(output="xml"), "output must be"),
         (lambda: choose("gpt", "m"), "profile must be auto or one of chat, .*, got 'gpt'"),
     ],
 )  # fmt: skip

@@ -38,6 +38,8 @@ class Profile:
     thinks: bool = False
 
     def __post_init__(self) -> None:
+        if self.limit not in ("max_completion_tokens", "max_tokens"):  # a server may ignore any other one
+            raise UserError(f"limit must be 'max_completion_tokens' or 'max_tokens', got {self.limit!r}")
         if self.output not in OUTPUTS:
             raise UserError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
 
