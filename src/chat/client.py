@@ -243,7 +243,7 @@ class Client:
         call.model = reply.model or call.model
         call.replies.append(reply.text)
         self.counts["answered"] += 1
-        self._failures, self._resume_at, self.trouble = 0, 0.0, ""
+        self._failures, self.trouble = 0, ""
         return reply
 
     async def _send(self, messages: Messages) -> str:

@@ -126,8 +126,7 @@ class OpenAIExpert:
                         if not task.exception():
                             yield task.result()
                         else:
-                            error = error or task.exception()
-                            self.client.finish()  # requests in flight complete, as they are billed
+                            error = error or task.exception()  # requests in flight complete, as they are billed
                 if error:
                     raise error
             finally:
