@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -312,7 +313,7 @@ def test_what_no_request_can_mend_stops_at_once(codec, answer, message) -> None:
 
     with pytest.raises(ChatError, match=message):
         Asked(codec, script, 200, limits=replace(QUICK, concurrency=2))
-    assert len(seen) <= 6
+    assert len(seen) <= (4 if "rejected" in message else 2)  # those in flight
 
 
 # repair
@@ -490,8 +491,10 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
     ids=str,
 )
 def test_a_server_that_refuses_or_stays_away_is_an_error_that_says_so(codec, answer, message: str) -> None:
+    began = time.monotonic()
     with pytest.raises(ServerDown, match=message):
         Asked(codec, lambda request: answer, 20, limits=replace(QUICK, give_up_s=0.5))
+    assert time.monotonic() - began < 4
 
 
 # in a round
