@@ -178,8 +178,6 @@ class Recorder:
         shutil.rmtree(out, ignore_errors=True)
         model = self.work / "runs" / "stage1" / "model"
         self.run("export", "conf=export", f"model={model}", f"out={out}", "format=own")
-            "export", "conf=export", f"model={self.work / 'runs' / 'stage1' / 'model'}", f"out={out}", "format=own"
-        )
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         self.write("export", {"tensors": tensors(out / "model.safetensors"), "config": config})
 

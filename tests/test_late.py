@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from src.chat.client import ExpertError
+from src.chat.client import ChatError
 from src.chat.journal import Journal
 from src.chat.limits import Limits
 from src.cli.signals import Stop, Stopped
@@ -269,7 +269,7 @@ def test_an_error_in_the_end_leaves_what_is_under_way_its_time(case, tmp_path):
     def answer(request: Request) -> Http:
         return error(401, "revoked") if request.number == 3 else reply("right", delay=0.6)
 
-    with Scripted(answer) as server, pytest.raises(ExpertError, match="revoked"):
+    with Scripted(answer) as server, pytest.raises(ChatError, match="revoked"):
         case.run(tmp_path / "round", an_expert(case, server.url, concurrency=6))
     sent = len(server.requests)
     kept = [json.loads(line) for line in next((tmp_path / ".round.partial").glob("journal*")).open()]
@@ -296,7 +296,7 @@ def test_what_is_under_way_is_kept_also_while_all_wait(case, tmp_path, ending):
 
     if ending == "signal":
         threading.Thread(target=stopped).start()
-    with Scripted(answer) as server, Stop() as stop, stop.at_once(), pytest.raises((ExpertError, Stopped)):
+    with Scripted(answer) as server, Stop() as stop, stop.at_once(), pytest.raises((ChatError, Stopped)):
         case.run(tmp_path / "round", an_expert(case, server.url, concurrency=64))
     assert len(server.requests) == NUM
     kept = [json.loads(line) for line in next((tmp_path / ".round.partial").glob("journal*")).open()]

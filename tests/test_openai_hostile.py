@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 import src.revise
-from src.chat.budget import Budget, Prices
 from src.chat.journal import Journal
-from src.chat.limits import Limits
-from src.chat.profiles import choose
 from src.experts.reply import MOST_EDITS, read_reply
 from src.io.shards import read_manifest
 from src.types import Failure, Revision
@@ -19,48 +16,39 @@ from testing.servers.scripted import Http, Request, Scripted, completion, error,
 from tests.test_openai_round import BASE, NUM, corrects, drafts, revise  # noqa: F401
 from tests.test_rounds import a_draft, digests
 
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize(
-    ("make", "told"),
-    [
-        *((lambda name=name: Limits(**{name: NAN}), f"{name} must be") for name in ("timeout_s", "give_up_s")),
-        (lambda: Limits(pause_s=INF), "pause_s must be"),
-        (lambda: Limits(prices={"input": 1}), "prices need a target"),  # type: ignore[arg-type]
-        (lambda: Budget(max_cost=NAN, prices=Prices(input=1, output=1)), "max_cost must be"),
-        (lambda: Prices(input=NAN, output=1), "prices.input must be"),
-        (lambda: Prices(input=1, output=-1), "prices.output must be"),
-        (lambda: choose({"a": 1}, "m"), "profile must be auto"),  # type: ignore[arg-type]
-    ],
-)
-def test_numbers_that_would_switch_a_limit_off_are_refused(make, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        make()
-
 
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
         ("expert.extra={max_completion_tokens: 60000}", "extra must not hold max_completion_tokens"),
         ("expert.extra={n: 8, messages: []}", "extra must not hold messages, n"),
-        ("expert.limits.requests_per_minute=.nan", "a rate per minute must be above 0"),
-        ("expert.base_url=http://127.0.0.1:abc/v1", "base_url must begin with"),
-        ("expert.base_url=http://[::1/v1", "base_url must begin with"),
-        ("expert.base_url=http://a..b/v1", "base_url must begin with"),
-        ("expert.base_url=http://user:word@host/v1", "base_url must not hold a name"),
-        ("expert.model=", "model must name one"),
+        ("expert.limits.requests_per_minute=.nan", "limits.requests_per_minute must be above 0"),
+        ("expert.base_url=127.0.0.1:8000/v1", "base_url must begin with http:// or https://"),
+        ("expert.base_url=http://user:word@host/v1", "without a password"),
+        ("expert.key_env=NO_KEY", "the environment variable NO_KEY holds no key"),
+        ("expert.key_env=BAD_KEY", "the environment variable BAD_KEY holds no key, or one with blanks"),
         ("deadline_minutes=.nan", "deadline_minutes must be a number above 0"),
         ("deadline_minutes=a", "deadline_minutes must be a number above 0"),
         ("per_shard=0", "per_shard must be at least 1"),
         ("requests=a results=b", "give one of them"),
     ],
 )
-def test_settings_are_refused_before_anything_is_asked(drafts, tmp_path, capsys, setting: str, told: str) -> None:  # noqa: F811
+def test_settings_are_refused_before_anything_is_asked(
+    drafts,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+    setting: str,
+    told: str,
+) -> None:
+    monkeypatch.setenv("BAD_KEY", "sk-secret\n")
     with Scripted(corrects) as server, pytest.raises(SystemExit) as ended:
         revise(drafts, tmp_path / "round", server, *([setting] if "{" in setting else setting.split(" ")))
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert told in message
+    assert "secret" not in message
+    assert ":word" not in message
     assert not server.requests
 
 
@@ -78,18 +66,11 @@ def test_usage_that_no_reply_has_counts_as_none(drafts, tmp_path) -> None:  # no
     assert manifest["usage"]["prompt_tokens"] < 10**6
 
 
-def test_a_body_without_an_end_is_cut(drafts, tmp_path) -> None:  # noqa: F811
-    endless = Http(200, b" " * (17 << 20))
-    with Scripted(lambda request: endless) as server:
-        revise(drafts, tmp_path / "round", server, "expert.limits.attempts=1", "expert.limits.pause_after=99")
-    assert read_manifest(tmp_path / "round")["failures"] == {"malformed_body": NUM}
-
-
 def test_a_flood_of_edits_is_cut() -> None:
     edits = [{"org": f"a{n}", "target": "b"} for n in range(3000)]
-    found = read_reply(json.dumps({"right": False, "edits": edits}))
-    assert len(found.edits) == MOST_EDITS
-    assert found.malformed_items == len(edits) - MOST_EDITS
+    found, malformed_items = read_reply(json.dumps({"right": False, "edits": edits}))
+    assert len(found) == MOST_EDITS
+    assert malformed_items == len(edits) - MOST_EDITS
 
 
 def test_a_key_that_a_server_echoes_is_in_no_file(drafts, tmp_path, monkeypatch) -> None:  # noqa: F811

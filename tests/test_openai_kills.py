@@ -27,7 +27,7 @@ AT_ONCE = 4  # requests of both ranks together
 SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; from tests.ranks import serve; serve()"
 
 DRAFT = "src.rounds.drafts:Drafter.draw"
-QUESTION = "src.experts.openai:OpenAIExpert._request"
+QUESTION = "src.chat.client:Client._send"
 READ = "src.experts.openai:read_replies"
 KEEP = "src.chat.journal:Journal.add_all"
 STEP = "src.objectives.base:Objective.training_step"
@@ -107,11 +107,11 @@ def numbers(run_dir: Path) -> set[int]:
     [
         pytest.param(1, DRAFT, 1, AT_ONCE, marks=SLOW, id="drafting"),
         pytest.param(0, QUESTION, 3, AT_ONCE, marks=SLOW, id="before a request is sent"),
-        pytest.param(1, READ, 2, AT_ONCE, id="a reply has come"),
+        pytest.param(1, READ, 2, AT_ONCE, marks=SLOW, id="a reply has come"),
         pytest.param(0, KEEP, 1, AT_ONCE, id="before the journal"),
         pytest.param(0, "src.rounds.round:write_shards", 0, 0, marks=SLOW, id="all answered"),
         pytest.param(0, "src.io.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
-        pytest.param(0, "src.io.shards:write_index", 0, 0, id="before the manifest"),
+        pytest.param(0, "src.io.shards:write_index", 0, 0, marks=SLOW, id="before the manifest"),
         pytest.param(0, "src.rounds.round:publish", 1, 0, id="before the rename, second round"),
         pytest.param(0, "src.rounds.round:read_round", 0, 0, marks=SLOW, id="after the rename"),
         pytest.param(1, STEP, 0, 0, marks=SLOW, id="first step"),

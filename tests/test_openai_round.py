@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import src.draft
 import src.revise
 import src.train
-from src.chat.limits import Limits
 from src.io.shards import read_manifest
 from src.preparation.scenes import Scenes
 from src.scenes.graph import COLOURS
@@ -178,26 +177,6 @@ def test_edits_are_counted_by_kind(drafts, tmp_path, capsys):
     manifest = read_manifest(tmp_path / "round")
     assert manifest["kinds"] == {"attribute": manifest["counts"]["edits"]}
     assert f"kinds of mistakes: attribute {manifest['counts']['edits']}\n" in capsys.readouterr().out
-
-
-def test_fewer_requests_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr("src.chat.limits.world_size", lambda: 4)
-    for name in ("concurrency", "max_requests"):
-        with pytest.raises(ValueError, match=rf"limits.{name}=3 is shared by 4 processes"):
-            Limits(**{name: 3}).check_processes()
-
-
-def test_an_address_and_a_key_that_cannot_be_are_told_at_once(drafts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("BAD_KEY", "sk-secret\n")
-    for setting, told in (
-        ("expert.base_url=127.0.0.1:8000/v1", "base_url must begin with http:// or https://"),
-        ("expert.key_env=BAD_KEY", "the key in BAD_KEY holds characters that no key has"),
-    ):
-        with Scripted(corrects) as server, pytest.raises(SystemExit):
-            revise(drafts, tmp_path / "round", server, setting)
-        said = capsys.readouterr().err
-        assert told in said
-        assert "sk-secret" not in said
 
 
 def test_requests_that_reach_nobody_do_not_count(drafts, tmp_path, capsys):

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.chat.client import ExpertError
-from src.chat.limits import Limits, ServerDown
+from src.chat.client import ChatError, ServerDown
+from src.chat.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.text.align import locate
 from src.text.tokenizer import Codec
@@ -135,7 +135,7 @@ def test_llmock_faults_that_pass(codec) -> None:
         answers = ask(expert, drafts_of(codec, 40))
         verdict, seen = tell(url, "verdict"), tell(url, "requests")["requests"]
     assert kinds(answers) == {"revised": 40}
-    assert expert.report()["counts"] == {"answered": 40, "rate_limited": 5, "server_error": 6, "timeout": 2}
+    assert expert.client.counts == {"answered": 40, "rate_limited": 5, "server_error": 6, "timeout": 2}
     assert len(seen) == 40 + 5 + 6 + 2
     assert verdict["passed"], verdict
     assert verdict["findings"] == []
@@ -170,7 +170,7 @@ def test_llmock_a_rate_limiter_is_kept_to(codec) -> None:
 def test_llmock_what_cannot_be_mended_stops_the_round(codec, status: int) -> None:
     with llmock() as url:
         tell(url, "scenario", {"behaviors": [{"type": "fail", "status": status, "times": None}]})
-        with pytest.raises(ExpertError, match=str(status)):
+        with pytest.raises(ChatError, match=str(status)):
             ask(expert_of(codec, url), drafts_of(codec, 100))
         assert len(tell(url, "requests")["requests"]) <= LIMITS.concurrency
 
@@ -231,7 +231,7 @@ def test_haproxy_breaks_http(codec, tmp_path: Path) -> None:
             expert = expert_of(codec, front, limits=replace(LIMITS, attempts=12))
             assert kinds(ask(expert, drafts_of(codec, 100))) == {"revised": 100}
         seen = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
-    counts = expert.report()["counts"]
+    counts = expert.client.counts
     assert len({"malformed_body", "no_choices", "rate_limited", "connection", "server_error"} & counts.keys()) >= 4
     assert len(seen) == 100
 
@@ -259,7 +259,7 @@ def test_haproxy_breaks_replies_that_were_paid(codec, tmp_path: Path) -> None:
     broken = Counter(one.fault for one in passed if one.fault)
     assert whole == dict.fromkeys(map(str, range(60)), 1)
     assert len(paid) == len(passed) == 60 + broken.total()
-    assert expert.report()["counts"] == {
+    assert expert.client.counts == {
         "answered": 60, "malformed_body": broken["half"], "connection": broken["truncated"],
     }  # fmt: skip
 
@@ -271,7 +271,7 @@ def test_haproxy_swallows_requests_and_has_no_backend(codec, tmp_path: Path) -> 
         with haproxy(tmp_path, "  http-request silent-drop if { rand(10) lt 2 }", to=url) as front:
             expert = expert_of(codec, front, limits=replace(LIMITS, timeout_s=0.5))
             assert kinds(ask(expert, drafts_of(codec, 40))) == {"revised": 40}
-        assert expert.report()["counts"]["timeout"] > 0
+        assert expert.client.counts["timeout"] > 0
     with haproxy(tmp_path, "", to=url) as front, pytest.raises(ServerDown, match="server_error"):
         ask(expert_of(codec, front, limits=replace(LIMITS, give_up_s=1.0)), drafts_of(codec, 40))
 
@@ -292,14 +292,14 @@ def test_transformers_gibberish_is_counted(codec, served_model) -> None:
     limits = replace(LIMITS, concurrency=2, timeout_s=60)
     expert = expert_of(codec, url, model=model, max_completion_tokens=30, temperature=1.0, limits=limits)
     answers = ask(expert, drafts_of(codec, 6))
-    assert expert.report()["counts"] == {"answered": 6}
+    assert expert.client.counts == {"answered": 6}
     assert set(kinds(answers)) <= {"revised", "length", "malformed", "wrong_schema", "empty", "contradiction"}
-    assert expert.report()["spent"]["tokens"] > 6 * 300  # it has counted the prompts
+    assert expert.client.budget.spent["tokens"] > 6 * 300  # it has counted the prompts
 
 
 @needs_transformers
 def test_transformers_refuses_what_it_does_not_know(codec, served_model) -> None:
     url, model = served_model
     limits = replace(LIMITS, concurrency=2, timeout_s=60)
-    with pytest.raises(ExpertError, match=r"every request is rejected.*see `profile`"):
+    with pytest.raises(ChatError, match=r"every request is rejected.*see `profile`"):
         ask(expert_of(codec, url, model=model, extra={"fruit": "apple"}, limits=limits), drafts_of(codec, 5))

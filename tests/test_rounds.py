@@ -535,22 +535,13 @@ def test_journal_drops_a_torn_last_line_wherever_it_is_torn(tmp_path):
         assert path.read_bytes() == data
 
 
-EDIT = {"org": "a", "target": "b", "start_char": 0, "reason": "r"}
-
-
 @pytest.mark.parametrize(
     "line",
     [
         '{"requ',
         "[1, 2]",
-        *(
-            json.dumps({"request": "x", "revision": {"edits": [], **given}})
-            for given in (
-                *({"edits": [{**EDIT, name: value}]} for name, value in {"org": 3, "target": None}.items()),
-                {"edits": [{**EDIT, "start_char": "0"}]},
-                {"usage": None},
-            )
-        ),
+        '{"request": "x", "revision": {"edits": [{"target": "b"}]}}',
+        '{"request": "x", "revision": {"edits": [], "usage": null}}',
     ],
 )
 def test_a_broken_line_of_the_journal_is_told_and_asked_again(tmp_path, caplog, line):

@@ -1,1 +1,1 @@
-"""Client of OpenAI-compatible servers: requests, limits, budget, journal. Experts and judges share it."""
+"""Client of OpenAI-compatible servers: messages in, reply and usage out. Experts and judges share it."""

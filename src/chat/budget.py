@@ -1,16 +1,18 @@
-"""The budget of a run for an expert: requests, tokens and dollars.
+"""The budget of a run: requests, tokens and dollars.
 
-    reservation = budget.reserve({"prompt_tokens": 900, "completion_tokens": 2500})      None: over budget
-    budget.settle(reservation, {"prompt_tokens": 880, "completion_tokens": 130})
+    budget.reserve({"prompt_tokens": 900, "completion_tokens": 2500})      False: it does not fit
+    budget.settle(reserved, {"requests": 1, "prompt_tokens": 880, "completion_tokens": 130})
 
-While a request is in flight its largest possible usage is reserved, so the limits are never exceeded.
+While a request is in flight its largest possible usage is reserved, so the limits are never exceeded. A usage is a
+mapping of counts, as in `Revision.usage`: `requests`, `prompt_tokens`, `completion_tokens`, `cached_tokens`, and
+`lost_prompt_tokens`, `lost_completion_tokens`: the most that lost replies may have used.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from src.distributed.parallel import world_size
 from src.io.errors import UserError
@@ -25,67 +27,58 @@ class Prices:
     cached: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input", "output", "cached"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:  # nan would switch max_cost off
                 raise UserError(f"prices.{name} must be at least 0, got {value}")
 
     def cost(self, usage: Mapping[str, float]) -> float:
         """Dollars for `prompt_tokens`, of which `cached_tokens` were cached, and `completion_tokens`."""
-        prompt, cached = usage.get("prompt_tokens", 0), usage.get("cached_tokens", 0)
+        cached = usage.get("cached_tokens", 0)
         cached_price = self.input if self.cached is None else self.cached
-        uncached_cost = (prompt - cached) * self.input
-        return (uncached_cost + cached * cached_price + usage.get("completion_tokens", 0) * self.output) / 1e6
+        cost = (usage.get("prompt_tokens", 0) - cached) * self.input + cached * cached_price
+        return (cost + usage.get("completion_tokens", 0) * self.output) / 1e6
 
 
-@dataclass
 class Budget:
-    """Limits for the whole run; None: no limit. `spent` includes what is reserved for requests in flight."""
+    """Limits of the whole run (None: no limit). `spent` includes what is reserved for the `pending` requests."""
 
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    prices: Prices | None = None
-    spent: dict[str, float] = field(default_factory=lambda: {"requests": 0, "tokens": 0, "cost": 0.0})
-    pending: int = 0  # open reservations
+    def __init__(
+        self,
+        *,
+        max_requests: int | None = None,
+        max_tokens: int | None = None,
+        max_cost: float | None = None,
+        prices: Prices | None = None,
+    ) -> None:
+        self.prices = prices
+        self._limits = {"requests": max_requests, "tokens": max_tokens, "cost": max_cost}
+        self.spent: dict[str, float] = {"requests": 0, "tokens": 0, "cost": 0.0}
+        self.pending = 0
 
-    def __post_init__(self) -> None:
-        for name, value in self._limits().items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"max_{name} must be above 0 or null, got {value}")
-        if self.max_cost is not None and self.prices is None:
-            raise UserError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")
-
-    def reserve(self, usage: Mapping[str, float]) -> dict[str, float] | None:
-        """Reserve one request with this usage; None where it does not fit this process's share of the budget."""
-        reservation = self._totals(usage) | {"requests": 1}
-        for name, limit in self._limits().items():
-            if limit is not None and self.spent[name] + reservation[name] > limit / world_size():
-                return None
-        self._add(reservation)
+    def reserve(self, usage: Mapping[str, float]) -> bool:
+        """Reserve a request with this usage; False where it does not fit into this process's share of the budget."""
+        needed = self._totals({"requests": 1, **usage})
+        for name, limit in self._limits.items():
+            if limit is not None and self.spent[name] + needed[name] > limit / world_size():
+                return False
+        self.charge({"requests": 1, **usage})
         self.pending += 1
-        return reservation
+        return True
 
-    def settle(self, reservation: Mapping[str, float], usage: Mapping[str, float], *, sent: bool = True) -> None:
-        """Replace a reservation by the actual usage. sent: whether the request reached a server."""
+    def settle(self, reserved: Mapping[str, float], used: Mapping[str, float]) -> None:
+        """Replace a reservation by the actual usage."""
         self.pending -= 1
-        self._add({name: -value for name, value in reservation.items()})
-        self._add(self._totals(usage) | {"requests": int(sent)})
+        for name, value in self._totals({"requests": 1, **reserved}).items():
+            self.spent[name] -= value
+        self.charge(used)
 
     def charge(self, usage: Mapping[str, float]) -> None:
-        """Add what was spent before this process started; `usage` as in a revision or a manifest."""
-        self._add(self._totals(usage) | {"requests": usage.get("requests", 1)})
-
-    def _limits(self) -> dict[str, float | None]:
-        return {"requests": self.max_requests, "tokens": self.max_tokens, "cost": self.max_cost}
+        """Add a usage, also that of an earlier process of the run."""
+        for name, value in self._totals(usage).items():
+            self.spent[name] += value
 
     def _totals(self, usage: Mapping[str, float]) -> dict[str, float]:
-        """Tokens and dollars, including the most that lost replies may have used (`lost_*`)."""
         lost = {name: usage.get(f"lost_{name}", 0) for name in ("prompt_tokens", "completion_tokens")}
-        parts = [usage, lost]
-        tokens = sum(part.get(name, 0) for part in parts for name in lost)
-        return {"tokens": tokens, "cost": sum(map(self.prices.cost, parts)) if self.prices else 0.0}
-
-    def _add(self, amounts: Mapping[str, float]) -> None:
-        for name, amount in amounts.items():
-            self.spent[name] += amount
+        tokens = sum(usage.get(name, 0) + value for name, value in lost.items())
+        cost = self.prices.cost(usage) + self.prices.cost(lost) if self.prices else 0.0
+        return {"requests": usage.get("requests", 0), "tokens": tokens, "cost": cost}

@@ -1,343 +1,394 @@
-"""Client of an OpenAI-compatible server: requests within limits, retried until there is a reply or a final error.
+"""Client of an OpenAI-compatible server: messages in, the text of a reply and its usage out.
 
-    client = Client(base_url=..., key_env="OPENAI_API_KEY", model="...", limits=Limits(...))
-    async with client.session():
-        text = await client.ask(make_request, call)          raises Unanswered(reason) where this draft gets no reply
+    client = Client(base_url=..., key_env="OPENAI_API_KEY", model="...", parameters={...}, limits=Limits(...))
+    async with client.session(), client.slot():
+        text = await client.ask(messages, max_usage, call)      raises Unanswered(reason) where there is no usable reply
 
-    gate -> breaker -> budget -> pace -> one HTTP request -> reply | RetryableError: backoff, back to the gate
+    attempt: server's pause -> budget -> rates -> one HTTP request -> reply | RetryableError: backoff, next attempt
 
-The SDK's own retries are off: they do not coordinate, and together fail against a rate limiter. An error that no retry
-can fix (wrong key, unknown model, empty account) raises ExpertError at once; a server that stays down, or rejects every
-request for as long, raises ServerDown. The key is read from the environment and never appears in messages, attributes
-or logs of ours.
+The SDK sends and receives; its retries are off, as ours count and charge every attempt and coordinate all requests. An
+error that no retry can fix (wrong key, unknown model, empty account) raises ChatError at once; a server that stays down
+or rejects all requests for `give_up_s` raises ServerDown. The key is read from the environment, and never appears in
+messages, attributes or logs of ours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
+import json
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from random import Random
-from typing import NoReturn
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
+import openai
 from aiohttp.http_exceptions import HttpProcessingError
 
 from src.chat.budget import Budget
-from src.chat.limits import MAX_429S, POLL_S, Breaker, Clock, Gate, Limits, Pace, ServerDown, backoff, retry_after
-from src.chat.link import Link, check_address, read_response
-from src.chat.replies import RetryableError, Unanswered, read_body, read_error
+from src.chat.limits import Limits, Rate, backoff, retry_after
 from src.distributed.parallel import world_size
 from src.io.errors import UserError
 from src.types import DEADLINE, FailedRound
 
-NO_KEY = "none"  # for servers without keys; the SDK requires one
-RETRYABLE_4XX = (408, 409, 425)
-UNAVAILABLE_5XX = (502, 503, 504)
-MIN_SECRET_CHARS = 12  # shorter keys are not redacted
+POLL_S = 0.1  # how often a request that the budget has no room for looks for what others have returned
+MIN_SECRET_CHARS = 12  # shorter keys are not redacted, as they may be plain words
 MAX_BAD_REQUESTS = 3  # before the first reply of a server
+MAX_MESSAGE_CHARS = 300  # of a server's error message
+MAX_TOKENS = 10**8  # a larger count in a usage is an error of the server
 _MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
 _TOO_LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
+# the SDK's transport lets through the errors of aiohttp that it has no name for
+_CONNECTION_ERRORS = (openai.APIConnectionError, aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError)
+Messages = Sequence[Mapping[str, Any]]
 
 
-class ExpertError(FailedRound):
+class ChatError(FailedRound):
     """An error that no retry can fix."""
 
 
-@dataclass
-class Request:
-    """body: JSON; expected: its largest possible usage, `prompt_tokens` and `completion_tokens`."""
+class ServerDown(ChatError):
+    """Raised when a server has been unreachable, failing or rejecting every request for longer than `give_up_s`."""
 
-    body: bytes
-    expected: Mapping[str, float]
+
+class Unanswered(ValueError):
+    """There is no usable reply. retry: asking again in another round may help."""
+
+    def __init__(self, reason: str, *, retry: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.retry = reason, retry
+
+
+class RetryableError(Unanswered):
+    """A failed request that may succeed on a retry.
+
+    unavailable: the server cannot be reached, whatever the request
+    sent, billed: the request reached a server, and that may charge for a reply
+    retry_after: seconds that the server asks the client to wait
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        unavailable: bool = False,
+        sent: bool = True,
+        billed: bool = False,
+        retry_after: float = 0.0,
+    ) -> None:
+        super().__init__(reason, retry=True)
+        self.detail, self.unavailable, self.sent = detail, unavailable, sent
+        self.billed, self.retry_after = billed, retry_after
 
 
 @dataclass
 class Call:
-    """The HTTP requests about one draft: their number, their replies, and the sum of their usage."""
+    """The requests about one thing: their replies, and the sum of their usage."""
 
-    attempts: int = 0
     model: str = ""
     replies: list[str] = field(default_factory=list)
-    usage: dict[str, float] = field(default_factory=dict)
+    usage: Counter[str] = field(default_factory=Counter)
 
-    def add(self, usage: Mapping[str, float]) -> None:
-        for name, value in usage.items():
-            self.usage[name] = self.usage.get(name, 0) + value
+    @property
+    def attempts(self) -> int:
+        return int(self.usage["requests"])
 
 
 class Client:
-    """One server, one model. `counts`: replies, and errors by reason; `budget.spent`: the usage so far."""
+    """One server, one model. `counts`: replies, and errors by reason; `budget.spent`: the usage so far.
 
-    def __init__(self, *, base_url: str | None, key_env: str | None, model: str, limits: Limits) -> None:
-        if key_env is not None and not os.environ.get(key_env):
-            raise UserError(f"the environment variable {key_env} holds no key; key_env=null is for servers without one")
-        key = os.environ.get(key_env, "") if key_env else ""
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"the key in {key_env} holds characters that no key has, such as a line break")
-        if base_url is not None:
-            check_address(base_url)
+    parameters: fields of every request besides model and messages, see src/chat/profiles.py
+    """
+
+    def __init__(
+        self, *, base_url: str | None, key_env: str | None, model: str, parameters: Mapping[str, Any], limits: Limits
+    ) -> None:
+        if key_env is not None and not re.fullmatch(r"[!-~]+", os.environ.get(key_env, "")):
+            raise UserError(
+                f"the environment variable {key_env} holds no key, or one with blanks or line breaks; key_env=null is "
+                "for servers without one"
+            )
+        parts = urlsplit(base_url or "http://default")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise UserError(
+                "base_url must begin with http:// or https:// and name a host, without a password (the key goes into "
+                f"the variable of key_env), got {(base_url or '').rpartition('@')[2]!r}"
+            )
         self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
-        self._clock, self._random = Clock(), Random()
-        self._requests = Pace(limits.requests_per_minute, self._clock)
-        self._tokens = Pace(limits.tokens_per_minute, self._clock)
-        self._breaker = Breaker(
-            after=limits.pause_after, pause_s=limits.pause_s, give_up_s=limits.give_up_s, clock=self._clock
-        )
-        self.budget = Budget(limits.max_requests, limits.max_tokens, limits.max_cost, limits.prices)
+        self._parameters = dict(parameters)
+        names = ("max_requests", "max_tokens", "max_cost", "prices")
+        self.budget = Budget(**{name: getattr(limits, name) for name in names})
         self.counts: Counter[str] = Counter()
-        self._consecutive_429s = self._pauses = 0  # since the last reply
-        self._first_429_at = 0.0
-        self._link: Link | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._users = 0
         self.trouble = ""  # the last error since the last reply
-        self._finished = False  # no further request of this session is sent
-        self._fatal_error: ExpertError | ServerDown | None = None  # why it finished; None: a deadline
-        self._waiting: set[asyncio.Task] = set()  # calls without a request in flight
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Open connections, or share those of another session in this event loop; the last one closes them."""
-        loop = asyncio.get_running_loop()
-        if self._link is None or self._loop is not loop:
-            self._link, self._loop, self._users = Link.open(self._base_url, self._key), loop, 0
-            self._finished, self._fatal_error = False, None
-            self._consecutive_429s = self._pauses = 0  # errors of an earlier session say nothing about this one
-            self._breaker.answered()
-            gc.freeze()  # a collection that scans all of PyTorch's objects stalls the event loop for 0.25 s
-        self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                link, self._link = self._link, None
-                gc.unfreeze()
-                await link.close()
-
-    async def ask(self, make: Callable[[], Awaitable[Request]], call: Call, *, first: bool = False) -> str:
-        """The text of a reply. make: builds the request once the gate is open; first: go ahead of the queue.
-
-        Raises Unanswered, or ExpertError or ServerDown. The latter two finish the session: no call sends anything more,
-        but requests in flight complete, as they are billed.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        self._waiting.add(task)
-        try:
-            return await self._ask(make, call, first)
-        except asyncio.CancelledError:
-            if not self._finished:
-                raise
-            task.uncancel()
-            raise self._finish_error() from None
-        except (ExpertError, ServerDown) as error:
-            if self._finished and not self._fatal_error:
-                raise Unanswered(DEADLINE, retry=True) from None
-            self._fatal_error = self._fatal_error or error
-            self.finish()
-            raise
-        finally:
-            self._waiting.discard(task)
-
-    def finish(self) -> None:
-        """Send nothing more in this session: requests in flight complete, all other calls end with `deadline`."""
-        if not self._finished:
-            self._finished = True
-            for task in self._waiting - {asyncio.current_task()}:
-                task.cancel()
-
-    def _finish_error(self) -> Exception:
-        """The error of a call that can no longer send: a copy of the fatal error, or `deadline`."""
-        if self._fatal_error:
-            return type(self._fatal_error)(str(self._fatal_error))
-        return Unanswered(DEADLINE, retry=True)
-
-    async def _ask(self, make: Callable[[], Awaitable[Request]], call: Call, first: bool) -> str:
-        failures, began, request = 0, None, None
-        while True:
-            if self._finished:
-                raise self._finish_error()
-            await self._gate.enter(first=first)
-            try:
-                await self._breaker.ready()
-                request = request or await make()
-                began = self._clock.now() if began is None else began
-                return await self._attempt(request, call)
-            except RetryableError as retryable:
-                server_down, error = self._record_failure(retryable), retryable
-            finally:
-                self._gate.leave()
-            first = True
-            if server_down and error.unavailable:
-                began = None  # not the fault of this draft: its deadline starts again
-            elif not error.rate_limited:
-                failures += 1
-            wait = backoff(max(1, failures), self._random, minimum=error.retry_after)
-            past_deadline = began is not None and self._clock.now() + wait - began > self._limits.deadline_s
-            if failures >= self._limits.attempts or past_deadline or self._finished:
-                raise Unanswered(error.reason, retry=True)
-            await self._clock.sleep(wait)
-
-    def check_processes(self) -> None:
-        """Raise UserError where a limit is too low to be shared by all processes."""
-        self._limits.check_processes()
+        self._failures = 0  # since the last reply
+        self._failing_since = self._resume_at = 0.0  # seconds of `time.monotonic`
+        self._sdk: openai.AsyncOpenAI | None = None
+        self._sessions = 0
 
     @property
     def at_once(self) -> int:
         """The most requests of this process in flight."""
         return max(1, self._limits.concurrency // world_size())
 
-    @cached_property
-    def _gate(self) -> Gate:
-        return Gate(self.at_once)  # built at the first request, when the number of processes is known
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """The body of a request."""
+        return {"model": self._model, "messages": messages, **self._parameters}
+
+    def charge(self, usage: Mapping[str, float]) -> None:
+        """Charge what an earlier process used. Raises UserError where a limit is too low for all processes."""
+        self._limits.check_processes()
+        self.budget.charge(usage)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        """Open connections, or share those of another session in this event loop; the last one closes them."""
+        if self._sdk is None:
+            http_client = openai.DefaultAioHttpClient()
+            self._sdk = openai.AsyncOpenAI(
+                api_key=self._key or "none", base_url=self._base_url, max_retries=0, http_client=http_client,
+                timeout=None,  # `_send` limits a request as a whole, the SDK each of its parts
+            )  # fmt: skip
+            self._slots, self._finished = asyncio.Semaphore(self.at_once), asyncio.Event()
+            self._requests = Rate(self._limits.requests_per_minute)
+            self._tokens = Rate(self._limits.tokens_per_minute)
+            self._fatal_error: ChatError | None = None  # why the session is finished; None: a deadline
+            self._failures, self._resume_at = 0, 0.0  # errors of an earlier session say nothing about this one
+        self._sessions += 1
+        try:
+            yield
+        finally:
+            self._sessions -= 1
+            if not self._sessions:
+                sdk, self._sdk = self._sdk, None
+                await sdk.close()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Context for the requests about one thing, which `at_once` may enter. A ChatError in it ends the session."""
+        async with self._slots:
+            self._check_finished()
+            try:
+                yield
+            except ChatError as error:
+                self._fatal_error = self._fatal_error or error
+                self.finish()
+                raise
+
+    def finish(self) -> None:
+        """Send nothing more in this session: requests in flight complete, as they are billed; all other calls fail."""
+        if self._sdk is not None:
+            self._finished.set()
+
+    async def ask(self, messages: Messages, max_usage: Mapping[str, float], call: Call) -> str:
+        """The text of a reply, which is recorded in `call` together with all usage. Call it in a slot.
+
+        max_usage: the most `prompt_tokens` and `completion_tokens` that one request may use
+
+        Raises Unanswered or ChatError.
+        """
+        began, num_attempts, num_failed = time.monotonic(), 0, 0
+        while True:
+            try:
+                while (pause := self._resume_at - time.monotonic()) > 0:
+                    await self._sleep(pause)
+                reply = await self._attempt(messages, max_usage, call)
+                return reply.checked()
+            except RetryableError as error:
+                if self._record_failure(error) and error.unavailable:
+                    began = time.monotonic()  # not the fault of this call: its deadline starts again
+                else:
+                    num_attempts += 1
+                    num_failed += error.reason != "rate_limited"
+                wait = error.retry_after + backoff(max(1, num_attempts))  # jitter, or all rejected return at once
+                past_deadline = time.monotonic() + wait - began > self._limits.deadline_s
+                if num_failed >= self._limits.attempts or past_deadline:
+                    raise
+            await self._sleep(wait)
+
+    async def _attempt(self, messages: Messages, max_usage: Mapping[str, float], call: Call) -> Reply:
+        """One HTTP request, within budget and rates. Its usage is charged, whatever becomes of it."""
+        now, max_tokens = time.monotonic(), sum(max_usage.values())
+        await self._sleep(max(self._requests.take(1, now), self._tokens.take(max_tokens, now)))
+        while not self.budget.reserve(max_usage):
+            if not self.budget.pending:
+                raise Unanswered("budget", retry=True)
+            await self._sleep(POLL_S)
+        used = {"requests": 1, **{f"lost_{name}": value for name, value in max_usage.items()}}  # the worst case
+        began = time.monotonic()
+        try:
+            reply = read_completion(await self._send(messages))
+            estimate = {**max_usage, "completion_tokens": len(reply.text) // 3}
+            usage = reply.usage or estimate  # some servers report none
+            used = {"requests": 1, **usage, "seconds": round(time.monotonic() - began, 3)}
+            if self.budget.prices:
+                used["cost"] = self.budget.prices.cost(usage)
+        except RetryableError as error:
+            if not error.billed:
+                used = {"requests": int(error.sent)}
+            raise
+        except (ChatError, Unanswered):
+            used = {"requests": 1}
+            raise
+        finally:
+            self.budget.settle(max_usage, used)
+            used_tokens = sum(used.get(name, used.get(f"lost_{name}", 0)) for name in max_usage)
+            self._tokens.give_back(max_tokens - used_tokens)
+            call.usage.update(used)
+        call.model = reply.model or call.model
+        call.replies.append(reply.text)
+        self.counts["answered"] += 1
+        self._failures, self.trouble = 0, ""
+        return reply
+
+    async def _send(self, messages: Messages) -> str:
+        """POST one request; returns the body of the response. Raises RetryableError, Unanswered, ChatError."""
+        assert self._sdk is not None
+        create, payload = self._sdk.chat.completions.with_raw_response.create, list[Any](messages)
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                response = await create(model=self._model, messages=payload, extra_body=self._parameters)
+            return self._redacted(response.text)
+        except TimeoutError:
+            raise RetryableError("timeout", billed=True) from None
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from None
+        except _CONNECTION_ERRORS as error:
+            cause, sent = error.__cause__ or error, True
+            message = self._line(cause)
+            while cause:
+                sent, cause = sent and not isinstance(cause, aiohttp.ClientConnectorError), cause.__cause__
+            raise RetryableError("connection", message, unavailable=True, sent=sent, billed=sent) from None
+
+    def _status_error(self, error: openai.APIStatusError) -> Exception:
+        """The error that a status of 400 or more stands for."""
+        status, message, wait = error.status_code, self._line(error), retry_after(error.response.headers)
+        server = f"{self._server} ({message})"
+        if status == 401 or (status == 403 and not _MODERATED.search(message)):
+            name = f"the key in {self._key_env}" if self._key_env else "requests without a key (set key_env)"
+            return ChatError(f"{name} is refused by {server}")
+        if status == 402 or (status == 429 and error.code == "insufficient_quota"):
+            return ChatError(f"the account is empty: {server}")
+        if status == 404 or error.code == "model_not_found":
+            return ChatError(f"there is no model {self._model}, or no such address: {server}")
+        if status == 429:
+            return RetryableError("rate_limited", message, retry_after=wait)
+        if status in (408, 409, 425) or status >= 500:
+            return RetryableError("server_error", message, unavailable=status in (502, 503, 504), retry_after=wait)
+        if _MODERATED.search(message):
+            return Unanswered("content_filter")
+        if _TOO_LONG.search(message) or status == 413:
+            return Unanswered("too_long")
+        self.counts["bad_request"] += 1
+        if not self.counts["answered"] and self.counts["bad_request"] >= MAX_BAD_REQUESTS:
+            return ChatError(f"every request is rejected by {server}; see `profile`")
+        return Unanswered("bad_request", retry=not self.counts["answered"])  # after a reply, this request is at fault
+
+    def _record_failure(self, error: RetryableError) -> bool:
+        """Count an error and pause all requests where it calls for it. Returns whether the server seems to be down.
+
+        Raises ServerDown where it has been for too long.
+        """
+        now, limits, rate_limited = time.monotonic(), self._limits, error.reason == "rate_limited"
+        self.counts[error.reason] += 1
+        self.trouble = f"{error.reason}, {self._server} ({error.detail})".removesuffix(" ()")
+        self._failing_since = self._failing_since if self._failures else now
+        self._failures += 1
+        elapsed, down = now - self._failing_since, self._failures >= limits.pause_after and not rate_limited
+        if error.retry_after > limits.deadline_s:
+            wait = f"{error.retry_after:.5g} s, longer than limits.deadline_s={limits.deadline_s:.0f}"
+            raise ServerDown(f"the server asks to wait {wait}: {self.trouble}")
+        if (rate_limited or down) and elapsed > limits.give_up_s:
+            raise ServerDown(f"the server has not answered for {elapsed:.0f} s: {self.trouble}")
+        pause = error.retry_after if rate_limited else limits.pause_s if down else 0.0
+        self._resume_at = max(self._resume_at, now + pause)
+        return down
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep. Raises Unanswered or ChatError once the session is finished."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._finished.wait()
+        self._check_finished()
+
+    def _check_finished(self) -> None:
+        if self._finished.is_set():
+            fatal = self._fatal_error
+            raise type(fatal)(str(fatal)) if fatal else Unanswered(DEADLINE, retry=True)
 
     @property
     def _server(self) -> str:
         """The server, and the proxy variables of the environment, for error messages."""
         proxies = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
-        return f"{self._base_url or 'the default server'}{''.join(f', {name} is set' for name in proxies)}; "
-
-    async def _attempt(self, request: Request, call: Call) -> str:
-        """One HTTP request, within budget and pace. Raises RetryableError, Unanswered, ExpertError."""
-        while (reservation := self.budget.reserve(request.expected)) is None:
-            if not self.budget.pending:
-                raise Unanswered("budget", retry=True)
-            await self._clock.sleep(POLL_S)  # requests in flight may return a part of their reservation
-        expected = sum(request.expected.values())
-        usage: Mapping[str, float] = {}  # charged to the budget
-        sent = False
-        try:
-            await self._requests.take(1)
-            await self._tokens.take(expected)
-            usage, began, sent = request.expected, self._clock.now(), True  # the worst case, until there is a reply
-            call.attempts += 1
-            call.add({"requests": 1})
-            data, headers = await self._send(request.body)
-            seconds = self._clock.now() - began
-            reply = read_body(self._redacted(data.decode("utf-8", "replace")).encode())
-            estimate = {**request.expected, "completion_tokens": len(reply.text) // 3}
-            usage = reply.usage or estimate  # some servers report no usage
-            call.add({**usage, "seconds": round(seconds, 3)} | self._cost(usage))
-            call.model = reply.model or call.model
-            call.replies.append(reply.text)
-            self._record_reply(headers)
-            return reply.checked()
-        except RetryableError as error:
-            usage = request.expected if error.billed else {}  # a lost reply may be billed all the same
-            call.add({f"lost_{name}": tokens for name, tokens in usage.items()})
-            if error.unsent:
-                sent = False
-                call.attempts -= 1
-                call.add({"requests": -1})
-            raise
-        except (ExpertError, Unanswered):
-            usage = usage if usage is not request.expected else {}
-            raise
-        finally:
-            self.budget.settle(reservation, usage, sent=sent)
-            self._tokens.settle(expected, sum(usage.get(name, 0) for name in request.expected))
-
-    def _cost(self, usage: Mapping[str, float]) -> dict[str, float]:
-        return {"cost": self.budget.prices.cost(usage)} if self.budget.prices else {}
-
-    async def _send(self, body: bytes) -> tuple[bytes, Mapping[str, str]]:
-        """POST a body; returns the response's body and headers. While in flight, `finish` does not cancel the task."""
-        task = asyncio.current_task()
-        assert self._link is not None
-        assert task is not None
-        self._waiting.discard(task)
-        try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                response = await self._link.connections.post(self._link.url, data=body, **self._link.settings)
-                data = await read_response(response)
-        except TimeoutError:
-            raise RetryableError("timeout", billed=True) from None
-        except (aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError) as error:
-            unsent = isinstance(error, aiohttp.ClientConnectorError)
-            detail = self._redacted(" ".join(str(error).split()))
-            raise RetryableError(
-                "connection", unavailable=True, billed=not unsent, unsent=unsent, detail=detail
-            ) from None
-        finally:
-            self._waiting.add(task)
-        if response.status >= 400:
-            self._raise_for_status(response.status, response.headers, data)
-        return data, response.headers
-
-    def _raise_for_status(self, status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
-        """Raise the error that a status of 400 or more stands for."""
-        message, code = read_error(body)
-        message = self._redacted(f"{status}: {message}")
-        server = f"{self._base_url or 'the default server'} ({message})"
-        if status == 401 or (status == 403 and not _MODERATED.search(message)):
-            name = f"the key in {self._key_env}" if self._key_env else "requests without a key (set key_env)"
-            raise ExpertError(f"{name} is refused by {server}")
-        if status == 402 or (status == 429 and code == "insufficient_quota"):
-            raise ExpertError(f"the account is empty: {server}")
-        if status == 404 or code == "model_not_found":
-            raise ExpertError(f"there is no model {self._model}, or no such address: {server}")
-        if status == 429:
-            self._requests.apply_headers(headers, "requests")
-            self._tokens.apply_headers(headers, "tokens")
-            raise RetryableError("rate_limited", rate_limited=True, retry_after=retry_after(headers))
-        if status in RETRYABLE_4XX or status >= 500:
-            raise RetryableError(
-                "server_error", unavailable=status in UNAVAILABLE_5XX, retry_after=retry_after(headers)
-            )
-        if _MODERATED.search(f"{message} {code}"):
-            raise Unanswered("content_filter")
-        if _TOO_LONG.search(message) or status == 413:
-            raise Unanswered("too_long")
-        self.counts["bad_request"] += 1
-        if not self.counts["answered"] and self.counts["bad_request"] >= MAX_BAD_REQUESTS:
-            raise ExpertError(f"every request is rejected by {server}; see `profile`")
-        raise Unanswered("bad_request", retry=not self.counts["answered"])  # after a reply, the draft is at fault
-
-    def _record_reply(self, headers: Mapping[str, str]) -> None:
-        self.counts["answered"] += 1
-        self.trouble = ""
-        self._consecutive_429s = self._pauses = 0
-        self._gate.answered()
-        self._breaker.answered()
-        self._requests.apply_headers(headers, "requests")
-        self._tokens.apply_headers(headers, "tokens")
-
-    def _record_failure(self, error: RetryableError) -> bool:
-        """Count an error and slow down; returns whether the server seems to be down. Raises ServerDown."""
-        self.counts[error.reason] += 1
-        self.trouble = f"{error.reason}, {self._server}{error.detail}".rstrip("; ")
-        if error.rate_limited or error.unavailable or error.reason == "timeout":  # the server may be overloaded
-            self._gate.refused()
-        if not error.rate_limited:
-            return self._breaker.failed(f"{error.reason} ({self._server}{error.detail})")
-        now = self._clock.now()
-        self._first_429_at = self._first_429_at if self._consecutive_429s else now
-        self._consecutive_429s += 1
-        if error.retry_after > self._limits.deadline_s:
-            raise ServerDown(
-                f"the expert's server asks to wait {error.retry_after:.5g} s, "
-                f"longer than limits.deadline_s={self._limits.deadline_s:.0f}"
-            )
-        if now - self._first_429_at > self._limits.give_up_s:
-            raise ServerDown(f"the expert's server has refused all requests for {now - self._first_429_at:.0f} s")
-        if self._consecutive_429s >= MAX_429S and not self._requests.closed:
-            self._pauses += 1
-            self._requests.close(error.retry_after or backoff(self._pauses, self._random))
-        return False
+        return f"{self._base_url or 'the default server'}{''.join(f', {name} is set' for name in proxies)}"
 
     @property
     def _key(self) -> str:
-        return os.environ.get(self._key_env, NO_KEY) if self._key_env else NO_KEY
+        return os.environ.get(self._key_env, "") if self._key_env else ""
 
     def _redacted(self, text: str) -> str:
-        """The text without the key, which servers may echo; a short key is no secret, and may be a plain word."""
-        key = self._key
-        return text.replace(key, "***") if len(key) >= MIN_SECRET_CHARS else text
+        """The text without the key, which servers may echo."""
+        return text.replace(self._key, "***") if len(self._key) >= MIN_SECRET_CHARS else text
+
+    def _line(self, error: BaseException) -> str:
+        """The message of an error, for one of ours: one line, without the key."""
+        return self._redacted(" ".join(str(error).split()))[:MAX_MESSAGE_CHARS]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One completion. problem: why the text is unusable, or empty; usage: token counts, empty where not reported."""
+
+    text: str
+    problem: str
+    model: str
+    usage: dict[str, int]
+
+    def checked(self) -> str:
+        """The text. Raises Unanswered where it is refused, filtered, cut off or empty."""
+        if self.problem:
+            raise Unanswered(self.problem, retry=self.problem in ("length", "empty"))
+        return self.text
+
+
+def read_completion(body: str) -> Reply:
+    """The first choice in the body of a response. Raises RetryableError where there is none, even with status 200."""
+    try:
+        content = json.loads(body)
+        if content.get("error"):
+            raise RetryableError("server_error")
+        if not (choices := content.get("choices")) or not choices[0]:
+            raise RetryableError("no_choices", billed=True)
+        message, finish = choices[0].get("message") or {}, choices[0].get("finish_reason")
+        text = message.get("content") or ""
+        if isinstance(text, list):  # some servers send parts
+            text = "".join(part.get("text") or "" for part in text)
+    except RetryableError:
+        raise
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # of another form than a completion
+        raise RetryableError("malformed_body", billed=True) from None
+    text = clean(text) if isinstance(text, str) else ""
+    ended = finish if finish in ("content_filter", "length") else "" if text.strip() else "empty"
+    problem = "refusal" if message.get("refusal") else ended
+    return Reply(text, problem, clean(str(content.get("model") or "")), _token_counts(content.get("usage")))
+
+
+def _token_counts(usage: Any) -> dict[str, int]:
+    """The counts of a `usage`; empty where it makes no sense."""
+    usage, counts = usage if isinstance(usage, dict) else {}, {}
+    for group in (usage, usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")):
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
+            count = group.get(name) if isinstance(group, dict) else None
+            if isinstance(count, int) and 0 < count <= MAX_TOKENS:
+                counts[name] = count
+    return counts if "prompt_tokens" in counts else {}
+
+
+def clean(text: str) -> str:
+    """Without lone surrogates, which JSON can escape but UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -68,18 +68,15 @@ class Answers:
         for number, line in enumerate(complete.split(b"\n")[:-1], 1):
             try:
                 if line.strip():
-                    entry = json.loads(line)
-                    request, answer = _check_type(entry["request"], str), _answer(entry)
+                    request, answer = _parse(line)
                     self.usage.update(_numbers(answer.usage))
                     if not _is_final(self._answers.get(request)):  # a final answer, perhaps of another process, stays
                         self._answers[request] = answer
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 broken.append(f"line {number} ({error!r})")
         if broken:
-            logger.warning(
-                "%s: %d broken lines, the first of them %s; their drafts are sent to the expert again",
-                path, len(broken), broken[0],
-            )  # fmt: skip
+            message = "%s: %d broken lines, the first of them %s; their drafts are sent to the expert again"
+            logger.warning(message, path, len(broken), broken[0])
         return len(complete)
 
 
@@ -92,7 +89,9 @@ class Journal(Answers):
     def __init__(self, path: str | Path, *, expert: str, also: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         super().__init__((other for other in also if other != self.path), expert=expert)
-        self._restore()
+        if self.path.exists() and (size := self._read(self.path)) < self.path.stat().st_size:
+            logger.warning("%s: dropped a partial last line", self.path)
+            os.truncate(self.path, size)
         self._stream = self.path.open("ab", buffering=0)
 
     def __enter__(self) -> Journal:
@@ -106,37 +105,34 @@ class Journal(Answers):
         self.add_all([(draft, answer)])
 
     def add_all(self, answers: Sequence[tuple[Draft, Answer]]) -> None:
-        """Append answers; when this returns all are on disk."""
+        """Append answers; when this returns all are on disk. A partial write is undone, as later lines may follow."""
         lines = []
         for draft, answer in answers:
             kind = "revision" if isinstance(answer, Revision) else "failure"
             line = {"request": self.request(draft), "key": draft.key, kind: asdict(answer)}
             lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        size, remaining = os.fstat(self._stream.fileno()).st_size, memoryview(b"".join(lines))
         with with_filename(self.path):
-            self._append(b"".join(lines))
+            try:
+                while remaining:
+                    remaining = remaining[self._stream.write(remaining) :]
+                os.fsync(self._stream.fileno())
+            except OSError:
+                os.ftruncate(self._stream.fileno(), size)
+                raise
         for draft, answer in answers:
             self._answers[self.request(draft)] = answer
             self.usage.update(_numbers(answer.usage))
 
-    def _append(self, data: bytes) -> None:
-        """Write and sync; a partial write is undone, as later lines may follow."""
-        size, remaining = os.fstat(self._stream.fileno()).st_size, memoryview(data)
-        try:
-            while remaining:
-                remaining = remaining[self._stream.write(remaining) :]
-            os.fsync(self._stream.fileno())
-        except OSError:
-            os.ftruncate(self._stream.fileno(), size)
-            raise
 
-    def _restore(self) -> None:
-        """Read the journal of an earlier process and cut off a partial last line."""
-        if not self.path.exists():
-            return
-        size = self._read(self.path)
-        if size < self.path.stat().st_size:
-            logger.warning("%s: dropped a partial last line", self.path)
-            os.truncate(self.path, size)
+def _parse(line: bytes) -> tuple[str, Answer]:
+    """The request and the answer of a line. Raises an error of Python's where it has another form."""
+    entry = json.loads(line)
+    if "failure" in entry:
+        return entry["request"], Failure(**entry["failure"])
+    revision = entry["revision"]
+    edits = tuple(Edit(**edit) for edit in revision["edits"])
+    return entry["request"], Revision(**{**revision, "edits": edits})
 
 
 def _numbers(usage: Mapping[str, Any]) -> dict[str, float]:
@@ -145,33 +141,3 @@ def _numbers(usage: Mapping[str, Any]) -> dict[str, float]:
 
 def _is_final(answer: Answer | None) -> bool:
     return answer is not None and not (isinstance(answer, Failure) and answer.retry)
-
-
-def _answer(entry: dict[str, Any]) -> Answer:
-    """Parse the answer in a line. Raises TypeError or KeyError where a field has the wrong type or is missing."""
-    if "failure" in entry:
-        answer: Answer = Failure(**entry["failure"])
-        _check_type(answer.reason, str)
-        _check_type(answer.retry, bool)
-    else:
-        answer = Revision(**{**entry["revision"], "edits": tuple(map(_edit, entry["revision"]["edits"]))})
-    for text in (answer.raw, answer.model):
-        _check_type(text, str)
-    _check_type(answer.usage, dict)
-    _check_type(answer.attempts, int)
-    return answer
-
-
-def _edit(content: dict[str, Any]) -> Edit:
-    edit = Edit(**content)
-    for text in (edit.org, edit.target, edit.reason, edit.kind):
-        _check_type(text, str)
-    _check_type(edit.start_char, int, type(None))
-    return edit
-
-
-def _check_type(value: Any, *types: type) -> Any:
-    """Return the value. Raises TypeError where it has none of these types."""
-    if type(value) not in types:
-        raise TypeError(f"expected {' or '.join(expected.__name__ for expected in types)}, got {value!r}")
-    return value

@@ -38,7 +38,7 @@ class Profile:
     thinks: bool = False
 
     def __post_init__(self) -> None:
-        if self.limit not in ("max_completion_tokens", "max_tokens"):
+        if self.limit not in ("max_completion_tokens", "max_tokens"):  # a server may ignore any other one
             raise UserError(f"limit must be 'max_completion_tokens' or 'max_tokens', got {self.limit!r}")
         if self.output not in OUTPUTS:
             raise UserError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
@@ -82,6 +82,6 @@ def choose(profile: str | Profile, model: str) -> Profile:
         return profile
     if profile == "auto":
         return PROFILES["reasoning" if _REASONING.search(model) else "chat"]
-    if not isinstance(profile, str) or profile not in PROFILES:
+    if profile not in PROFILES:
         raise UserError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]

@@ -5,9 +5,9 @@
     draft -> messages (revise.md, image) -> client (limits, retries) -> reply -> edits
           -> repair: edits that cannot be placed (src/text/align.py) are sent back once -> Revision | Failure
 
-An answer keeps the raw replies in `raw`, which `read_raw` parses again without a request. Edits that a repair does not
-fix stay in the answer: the round drops and counts them by reason. `usage` sums all requests of a draft: tokens, cost
-and seconds, and the edits that were `proposed`, `returned` (sent back) and `repaired`.
+An answer keeps the raw replies in `raw`, which `read_replies` parses again without a request. Edits that a repair does
+not fix stay in the answer: the round drops and counts them by reason. `usage` sums all requests of a draft: tokens,
+cost and seconds, and the edits that were `proposed`, `returned` (sent back) and `repaired`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from src.chat.client import Call, Client, ExpertError, Request
-from src.chat.limits import Limits, ServerDown
+from src.chat.client import Call, ChatError, Client, Unanswered, read_completion
+from src.chat.limits import Limits
 from src.chat.profiles import Profile, choose
-from src.chat.replies import RetryableError, Unanswered, read_body
-from src.experts.prompt import BadImage, Messages, Picture, Words, again, first, show, tokens_of
-from src.experts.reply import SCHEMA, UNREADABLE, UnreadableReply, read_reply
+from src.experts.prompt import Messages, Picture, Prompt, show, tokens_of
+from src.experts.reply import SCHEMA, UNREADABLE, read_reply
 from src.io.errors import UserError
 from src.text.align import locate
 from src.text.tokenizer import Codec
@@ -34,8 +33,6 @@ from src.types import Draft, Edit, Expert, Failure, Revision
 BETWEEN = "\x1e"  # between the replies in `raw`: ASCII's record separator
 RESERVED_FIELDS = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "response_format"}
 DRAFTS_PER_REQUEST = 2  # drafts in progress for each request that may be in flight
-PICTURE_MARK = "\0picture"  # placeholder of the data URL
-MAX_INLINE_BYTES = 100_000  # a larger image is re-encoded outside the event loop
 REPLY_TOKENS = 150  # of an average reply, for the estimate of a dry run
 THOUGHT_TOKENS = 1000  # hidden tokens before the reply of a reasoning model
 
@@ -93,121 +90,105 @@ class OpenAIExpert(Expert):
         repair: int = 1,
         limits: Limits | None = None,
     ) -> None:
-        for name, value in {"image_side": image_side, "max_completion_tokens": max_completion_tokens}.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
         if repair not in (0, 1):
             raise UserError(f"repair must be 0 or 1, got {repair}")
-        if not model:
-            raise UserError("model must name one, got an empty string")
         if reserved := RESERVED_FIELDS & set(extra or ()):
             raise UserError(f"extra must not hold {', '.join(sorted(reserved))}: limits and answers depend on it")
-        self._codec, self._model, self._repair = codec, model, repair
-        self._image_side, self._detail = image_side, detail
-        self._words = Words.load(any_length=codec.gap_id is not None)
-        self._profile, self._reply_limit = choose(profile, model), max_completion_tokens
-        self._sampling, self._extra = {"temperature": temperature, "effort": effort, "seed": seed}, dict(extra or {})
-        limit = max_completion_tokens
-        parameters = self._profile.parameters(limit=limit, sampling=self._sampling, name="revision", schema=SCHEMA)
-        self._parameters = parameters | self._extra
-        self._client = Client(base_url=base_url, key_env=key_env, model=model, limits=limits or Limits())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What an answer depends on. No address or limit: the length of a reply only decides whether it fails."""
-        return {
-            "model": self._model,
-            "words": self._words.digest,
-            "image_side": self._image_side,
-            "detail": self._detail,
+        self._codec, self._prompt = codec, Prompt(codec, detail=detail)
+        self._image_side, self._repair, self._reply_limit = image_side, repair, max_completion_tokens
+        self._profile, sampling = choose(profile, model), {"temperature": temperature, "effort": effort, "seed": seed}
+        parameters = self._profile.parameters(
+            limit=max_completion_tokens, sampling=sampling, name="revision", schema=SCHEMA
+        )
+        self.client = Client(
+            base_url=base_url, key_env=key_env, model=model, parameters={**parameters, **(extra or {})},
+            limits=limits or Limits(),
+        )  # fmt: skip
+        # what an answer depends on: no address or limit, as the length of a reply only decides whether it fails
+        self.settings = {
+            "model": model,
+            "words": self._prompt.digest,
+            "image_side": image_side,
+            "detail": detail,
             "output": self._profile.output,
-            **self._sampling,
-            "extra": self._extra,
-            "repair": self._repair,
+            **sampling,
+            "extra": dict(extra or {}),
+            "repair": repair,
         }
 
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
-        """Yield (key, answer) for each draft, in order of completion. Raises ExpertError, ServerDown."""
-        async with self._client.session():
-            # backpressure: a caller that takes no answers stops new requests
-            slots = asyncio.Semaphore(DRAFTS_PER_REQUEST * self._client.at_once)
-            done: asyncio.Queue[asyncio.Task] = asyncio.Queue()
-            pending: set[asyncio.Task] = set()
-
-            async def start_all() -> None:
-                for draft in drafts:
-                    await slots.acquire()
-                    task = asyncio.create_task(self._answer(draft))
-                    pending.add(task)
-                    task.add_done_callback(done.put_nowait)
-
-            starter, error = asyncio.create_task(start_all()), None
+        """Yield (key, answer) for each draft, in order of completion. Raises ChatError."""
+        waiting, running, error = iter(drafts), set[asyncio.Task](), None
+        async with self.client.session():
             try:
-                for _ in drafts:
-                    task = await done.get()
-                    pending.discard(task)
-                    if task.exception() is None:
-                        yield task.result()
-                    else:
-                        error = error or task.exception()
-                        self._client.finish()  # requests in flight complete, as they are billed
-                    slots.release()
+                while True:
+                    # a caller that takes no answers stops new requests
+                    while not error and len(running) < DRAFTS_PER_REQUEST * self.client.at_once:
+                        if (draft := next(waiting, None)) is None:
+                            break
+                        running.add(asyncio.create_task(self._answer(draft)))
+                    if not running:
+                        break
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        if not task.exception():
+                            yield task.result()
+                        else:
+                            error = error or task.exception()  # requests in flight complete, as they are billed
                 if error:
                     raise error
             finally:
-                unfinished = [starter, *pending]
-                for task in unfinished:
+                for task in running:
                     task.cancel()
-                await asyncio.gather(*unfinished, return_exceptions=True)
+                await asyncio.gather(*running, return_exceptions=True)
 
     def session(self) -> AbstractAsyncContextManager[None]:
         """Connections for several calls of `revise` to share; otherwise each call opens its own."""
-        return self._client.session()
+        return self.client.session()
 
     def finish(self) -> None:
         """Send nothing more in this round: open drafts fail with `deadline`. Call it in the event loop of `revise`."""
-        self._client.finish()
+        self.client.finish()
 
     @property
     def trouble(self) -> str:
         """The last error of the server since its last reply, else empty."""
-        return self._client.trouble
+        return self.client.trouble
 
     def charge(self, usage: Mapping[str, float]) -> None:
         """Charge the budget with the usage of an earlier process of this run, as in an answer or a manifest.
 
         Raises UserError where a limit is too low to be shared by all processes.
         """
-        self._client.check_processes()
-        self._client.budget.charge(usage)
-
-    def report(self) -> dict[str, Any]:
-        """Requests of this process by outcome, and its spending."""
-        return {"counts": dict(self._client.counts), "spent": dict(self._client.budget.spent)}
+        self.client.charge(usage)
 
     def estimate(self, drafts: Sequence[Draft], *, total: int | None = None) -> Estimate:
         """Estimate the cost of `total` drafts like these. Nothing is sent."""
         total = len(drafts) if total is None else total
-        sizes = [self._prompt_tokens(draft) for draft in drafts]
+        sizes = []
+        for draft in drafts:
+            try:
+                picture = show(draft.image, self._image_side)
+            except Unanswered:
+                picture = None
+            sizes.append(tokens_of(self._prompt.first(draft, picture), picture))
         prompts = round(sum(sizes) / max(1, len(sizes)) * total)
         replies = total * min(self._reply_limit, REPLY_TOKENS + THOUGHT_TOKENS * self._profile.thinks)
-        num_requests = 1 + self._repair  # the most for one draft
+        requests = 1 + self._repair  # the most for one draft
         expected = {"prompt_tokens": prompts, "completion_tokens": replies}
         bound = {
-            "prompt_tokens": prompts * num_requests + replies,
-            "completion_tokens": self._reply_limit * total * num_requests,
+            "prompt_tokens": prompts * requests + replies,
+            "completion_tokens": self._reply_limit * total * requests,
         }
-        prices = self._client.budget.prices
+        prices = self.client.budget.prices
         cost, max_cost = (prices.cost(usage) if prices else None for usage in (expected, bound))
-        return Estimate(total, prompts, replies, cost, total * num_requests, sum(bound.values()), max_cost)
+        return Estimate(total, prompts, replies, cost, total * requests, sum(bound.values()), max_cost)
 
     def body(self, draft: Draft) -> dict[str, Any]:
-        """The body of the first request about a draft, for a batch file. Raises ValueError or BadImage."""
+        """The body of the first request about a draft, for a batch file. Raises ValueError."""
         if not draft.text.strip():
-            raise ValueError("the draft is empty")
-        picture = show(draft.image, self._image_side)
-        messages = first(self._words, draft, picture=picture, detail=self._detail)
-        return {"model": self._model, "messages": messages, **self._parameters}
+            raise Unanswered("empty_draft")
+        return self.client.body(self._prompt.first(draft, show(draft.image, self._image_side)))
 
     def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
         """Parse the replies of a journaled answer again. A failure without a complete reply stays as it is."""
@@ -215,141 +196,89 @@ class OpenAIExpert(Expert):
             return answer
         fields = {"raw": answer.raw, "model": answer.model, "usage": answer.usage, "attempts": answer.attempts}
         try:
-            return Revision(read_raw(self._codec, draft, answer.raw), **fields)
-        except UnreadableReply as error:
-            return Failure(str(error), retry=True, **fields)
+            return Revision(read_replies(self._codec, draft, answer.raw.split(BETWEEN)).edits, **fields)
+        except Unanswered as error:
+            return Failure(error.reason, error.retry, **fields)
 
     def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
         """The answer in a response body of a batch file; without a repair."""
         raw, usage = "", {}
         try:
-            reply = read_body(json.dumps(body).encode())
+            reply = read_completion(json.dumps(body))
             raw, usage = reply.text, {"requests": 1, **reply.usage}
             parsed = read_replies(self._codec, draft, [reply.checked()])
-        except UnreadableReply as error:
-            return Failure(str(error), retry=True, raw=raw, usage=usage)
-        except (Unanswered, RetryableError) as error:
-            return Failure(error.reason, getattr(error, "retry", True), raw=raw, usage=usage)
-        return Revision(parsed.edits, raw, reply.model or self._model, {**usage, **parsed.counts})
+        except Unanswered as error:
+            return Failure(error.reason, error.retry, raw=raw, usage=usage)
+        return Revision(parsed.edits, raw, reply.model or self.settings["model"], {**usage, **parsed.counts})
 
     async def _answer(self, draft: Draft) -> tuple[str, Revision | Failure]:
-        if not draft.text.strip():
-            return draft.key, Failure("empty_draft")
-        call = Call()
+        """Ask about a draft, and send unusable edits back once. Raises ChatError."""
+        call, edits, failure = Call(), (), None
         try:
-            return draft.key, await self._revision(draft, call)
-        except BadImage:
-            return draft.key, Failure("bad_image")
-        except UnreadableReply as error:
-            reason, retry = str(error), True
-        except Unanswered as error:
-            reason, retry = error.reason, error.retry
-        raw, model = BETWEEN.join(call.replies), call.model or self._model
-        return draft.key, Failure(reason, retry, raw, model, call.usage, call.attempts)
-
-    async def _revision(self, draft: Draft, call: Call) -> Revision:
-        """Send a draft, and unusable edits back once. Raises BadImage, UnreadableReply, and as `Client.ask`."""
-        prompt: list[tuple[Messages, Picture | None]] = []  # of the first request, once it is built
-
-        async def make_request() -> Request:
-            if len(draft.image) > MAX_INLINE_BYTES:
+            if not draft.text.strip():
+                raise Unanswered("empty_draft")
+            async with self.client.slot():
+                # 1. The first request.
                 picture = await asyncio.to_thread(show, draft.image, self._image_side)
-            else:
-                picture = show(draft.image, self._image_side)
-            mark = picture and replace(picture, url=PICTURE_MARK)
-            prompt.append((first(self._words, draft, picture=mark, detail=self._detail), picture))
-            return self._request(*prompt[0])
-
-        replies = [await self._client.ask(make_request, call)]
-        parsed = read_replies(self._codec, draft, replies)
-        if parsed.problems and self._repair:
-            problems = [(edit, reason, _length_hint(self._codec, edit, reason)) for edit, reason in parsed.problems]
-
-            async def make_repair() -> Request:
-                messages, picture = prompt[0]
-                return self._request(again(self._words, messages, replies[0], problems), picture)
-
-            call.add({"returned": len(parsed.problems)})
-            try:
-                replies.append(await self._client.ask(make_repair, call, first=True))
+                messages = self._prompt.first(draft, picture)
+                replies = [await self.client.ask(messages, self._max_usage(messages, picture), call)]
                 parsed = read_replies(self._codec, draft, replies)
-            except (Unanswered, ExpertError, ServerDown):
-                call.add({"repair_failed": 1})  # the first reply stands; a fatal error shows again at the next request
-        call.add(parsed.counts)
-        raw = BETWEEN.join(call.replies)  # includes a repair that was cut off
-        return Revision(parsed.edits, raw, call.model or self._model, call.usage, call.attempts)
+                # 2. The repair. Where it fails the first reply stands; a fatal error shows again at the next request.
+                if parsed.problems and self._repair:
+                    messages = self._prompt.repair(messages, replies[0], parsed.problems)
+                    call.usage["returned"] = len(parsed.problems)
+                    try:
+                        replies.append(await self.client.ask(messages, self._max_usage(messages, picture), call))
+                        parsed = read_replies(self._codec, draft, replies)
+                    except (Unanswered, ChatError):
+                        call.usage["repair_failed"] = 1
+            edits = parsed.edits
+            call.usage.update(parsed.counts)
+        except Unanswered as error:
+            failure = error
+        # 3. `raw` holds all replies, also a repair that was cut off.
+        fields = {"raw": BETWEEN.join(call.replies), "model": call.model or self.settings["model"]}
+        fields |= {"usage": dict(call.usage), "attempts": call.attempts}
+        return draft.key, Failure(failure.reason, failure.retry, **fields) if failure else Revision(edits, **fields)
 
-    def _request(self, messages: Messages, picture: Picture | None) -> Request:
-        """messages: with PICTURE_MARK for the data URL, which needs no escaping and is put in after json.dumps."""
-        body = json.dumps({"model": self._model, "messages": messages, **self._parameters})
-        body = body.replace(json.dumps(PICTURE_MARK), f'"{picture.url}"', 1) if picture else body
-        expected = {"prompt_tokens": tokens_of(messages, picture), "completion_tokens": self._reply_limit}
-        return Request(body.encode(), expected)
-
-    def _prompt_tokens(self, draft: Draft) -> int:
-        """Estimated prompt tokens of the first request about a draft."""
-        try:
-            picture = show(draft.image, self._image_side)
-        except BadImage:
-            picture = None
-        return tokens_of(first(self._words, draft, picture=picture, detail=self._detail), picture)
+    def _max_usage(self, messages: Messages, picture: Picture | None) -> dict[str, float]:
+        return {"prompt_tokens": tokens_of(messages, picture), "completion_tokens": self._reply_limit}
 
 
-@dataclass(frozen=True)
-class ParsedReplies:
-    """usable: edits that can be placed; problems: the others, with the reason; counts: edits by outcome."""
+class ParsedReplies(NamedTuple):
+    """edits: those that can be placed, then the `problems`: those that cannot, with the reason; counts: by outcome."""
 
-    usable: list[Edit]
+    edits: tuple[Edit, ...]
     problems: list[tuple[Edit, str]]
     counts: Counter[str]
 
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        return (*self.usable, *(edit for edit, _ in self.problems))
-
-
-def read_raw(codec: Codec, draft: Draft, raw: str) -> tuple[Edit, ...]:
-    """The edits of an answer's raw replies. Raises UnreadableReply."""
-    return read_replies(codec, draft, raw.split(BETWEEN)).edits
-
 
 def read_replies(codec: Codec, draft: Draft, replies: Sequence[str]) -> ParsedReplies:
-    """Parse a reply, and the reply to a repair where there is one. Raises UnreadableReply for the first reply only.
+    """Parse a reply, and the reply to a repair where there is one. Raises Unanswered for the first reply only.
 
     Each repaired edit replaces one that was sent back; the remaining problems are kept, to be counted by reason.
     """
-    reading = read_reply(replies[0])
-    usable, problems = placeable(codec, draft, reading.edits)
-    counts = Counter(proposed=len(reading.edits), malformed_items=reading.malformed_items)
+    edits, malformed_items = read_reply(replies[0])
+    usable, problems = placeable(codec, draft, edits)
+    counts = Counter(proposed=len(edits), malformed_items=malformed_items)
     if len(replies) > 1:
         try:
-            extended, _ = placeable(codec, draft, [*usable, *read_reply(replies[1]).edits])
-        except UnreadableReply:
+            extended, _ = placeable(codec, draft, [*usable, *read_reply(replies[1])[0]])
+        except Unanswered:
             extended = usable
         repaired = extended[len(usable) :][: len(problems)]
-        counts.update(repaired=len(repaired))
+        counts["repaired"] = len(repaired)
         usable, problems = [*usable, *repaired], problems[len(repaired) :]
-    return ParsedReplies(usable, problems, +counts)
+    return ParsedReplies((*usable, *(edit for edit, _ in problems)), problems, +counts)
 
 
 def placeable(codec: Codec, draft: Draft, edits: Sequence[Edit]) -> tuple[list[Edit], list[tuple[Edit, str]]]:
     """The edits that can be placed together, and the others with the reason. Earlier edits take precedence."""
-    if not locate(codec, draft.token_ids, edits).rejected:
-        return list(edits), []
     usable: list[Edit] = []
     problems: list[tuple[Edit, str]] = []
     for edit in edits:
-        rejected = locate(codec, draft.token_ids, [*usable, edit]).rejected
-        if rejected:
+        if rejected := locate(codec, draft.token_ids, [*usable, edit]).rejected:
             problems.append((edit, next(iter(rejected))))
         else:
             usable.append(edit)
     return usable, problems
-
-
-def _length_hint(codec: Codec, edit: Edit, reason: str) -> str:
-    """For `unequal_length`: the number of tokens on both sides of an edit; else empty."""
-    if reason != "unequal_length":
-        return ""
-    org, target = (len(codec.encode(f" {text}")[0]) for text in (edit.org, edit.target))
-    return f"; `org` is about {org} tokens long, `target` {target}; find words of the same length"

@@ -1,8 +1,8 @@
 """The prompt of an expert model: the templates of revise.md, the image of a draft, and an estimate of its tokens.
 
-words = Words.load()
-first(words, draft, picture=show(draft.image, 1024), detail=None)      messages of the first request
-again(words, messages, reply, problems)                                messages of the repair, for unusable edits
+prompt, picture = Prompt(codec), show(draft.image, 1024)
+prompt.first(draft, picture)                    messages of the first request
+prompt.repair(messages, reply, problems)        messages of the repair, for unusable edits
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from src.chat.client import Unanswered
 from src.experts.reply import SCHEMA
-from src.io.errors import UserError
+from src.text.tokenizer import Codec
 from src.types import Draft, Edit
 
 FILE = Path(__file__).with_name("revise.md")
-SECTIONS = ("System", "Same", "Any", "Question", "Repair")
 PLAIN_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}  # formats that every server reads
 JPEG_QUALITY = 90  # of a downscaled image
 CHARS_PER_TOKEN = 3.5  # of English and JSON; a conservative estimate
@@ -34,17 +34,14 @@ PROBLEMS = {
     "absent": "`org` is not in the draft; copy it character by character",
     "ambiguous": "`org` is in the draft more than once; take in a neighbouring word",
     "no_change": "`target` changes nothing",
-    "unequal_length": "`target` has another number of tokens",
+    "unequal_length": "`target` has another number of tokens; `org` is about {org} tokens long, `target` {target}; "
+    "find words of the same length",
     "unknown": "`target` has a character that the model cannot write",
     "overlap": "it overlaps with another edit",
     "misaligned": "it cannot be written as a replacement of whole tokens; take in the neighbouring words",
     "empty": "`org` is empty",
 }
 Messages = list[dict[str, Any]]
-
-
-class BadImage(ValueError):
-    """Raised for bytes that cannot be decoded as an image."""
 
 
 @dataclass(frozen=True)
@@ -56,50 +53,41 @@ class Picture:
     height: int
 
 
-@dataclass(frozen=True)
-class Words:
-    """The templates of revise.md, and a hash of them and of the reply's JSON schema."""
+class Prompt:
+    """The templates of revise.md. `digest`: a hash of them and of the reply's JSON schema."""
 
-    system: str
-    question: Template
-    repair: Template
-    digest: str
+    def __init__(self, codec: Codec, *, detail: str | None = None, path: Path = FILE) -> None:
+        """detail: the server's own hint about images, `low` or `high`"""
+        parts = [part.strip() for part in re.split(r"^# (\w+)\n", path.read_text("utf-8"), flags=re.MULTILINE)]
+        sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+        lengths = sections["Same" if codec.gap_id is None else "Any"]
+        self._codec, self._detail = codec, detail
+        self._system = Template(sections["System"]).substitute(lengths=lengths)
+        self._question, self._repair = Template(sections["Question"]), Template(sections["Repair"])
+        texts = (self._system, sections["Question"], sections["Repair"], json.dumps(SCHEMA))
+        self.digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
-    @classmethod
-    def load(cls, path: str | Path = FILE, *, any_length: bool = False) -> Words:
-        """Read a file with the sections SECTIONS. any_length: whether an edit may change the number of tokens."""
-        text = Path(path).read_text(encoding="utf-8")
-        parts = re.split(r"^# (\w+)\n", text, flags=re.MULTILINE)[1:]
-        if tuple(parts[::2]) != SECTIONS:
-            raise UserError(f"{path} must have the sections {', '.join(SECTIONS)}, got {', '.join(parts[::2])}")
-        system_template, same_length, free_length, question, repair = (part.strip() for part in parts[1::2])
-        system = Template(system_template).substitute(lengths=free_length if any_length else same_length)
-        digest = hashlib.sha256("\0".join((system, question, repair, json.dumps(SCHEMA))).encode()).hexdigest()[:16]
-        return cls(system, Template(question), Template(repair), digest)
+    def first(self, draft: Draft, picture: Picture | None) -> Messages:
+        """The messages of the first request about a draft, with its image where there is one."""
+        fields = {"prompt": draft.prompt, "reference": draft.reference or "(none)", "draft": draft.text}
+        content: list[dict[str, Any]] = [{"type": "text", "text": self._question.substitute(fields)}]
+        if picture:
+            image_url = {"url": picture.url} | ({"detail": self._detail} if self._detail else {})
+            content.insert(0, {"type": "image_url", "image_url": image_url})
+        return [{"role": "system", "content": self._system}, {"role": "user", "content": content}]
 
-
-def first(words: Words, draft: Draft, *, picture: Picture | None, detail: str | None) -> Messages:
-    """The messages of the first request about a draft, with its image where there is one."""
-    fields = {"prompt": draft.prompt, "reference": draft.reference or "(none)", "draft": draft.text}
-    content: list[dict[str, Any]] = [{"type": "text", "text": words.question.substitute(fields)}]
-    if picture:
-        image_url = {"url": picture.url} | ({"detail": detail} if detail else {})
-        content.insert(0, {"type": "image_url", "image_url": image_url})
-    return [{"role": "system", "content": words.system}, {"role": "user", "content": content}]
-
-
-def again(words: Words, messages: Messages, reply: str, problems: Sequence[tuple[Edit, str, str]]) -> Messages:
-    """The messages of a repair request. problems: (edit, reason as in src/text/align.py, hint)"""
-    lines = [
-        f"{number}. {_quoted(edit)}: {PROBLEMS.get(reason, reason)}{hint}"
-        for number, (edit, reason, hint) in enumerate(problems, 1)
-    ]
-    repair = words.repair.substitute(problems="\n".join(lines))
-    return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": repair}]
+    def repair(self, messages: Messages, reply: str, problems: Sequence[tuple[Edit, str]]) -> Messages:
+        """The messages of a repair request. problems: edits, each with the reason as in src/text/align.py"""
+        lines = []
+        for number, (edit, reason) in enumerate(problems, 1):
+            sizes = {name: len(self._codec.encode(f" {getattr(edit, name)}")[0]) for name in ("org", "target")}
+            lines.append(f"{number}. `{edit.org}` -> `{edit.target}`: {PROBLEMS[reason].format(**sizes)}")
+        repair = self._repair.substitute(problems="\n".join(lines))
+        return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": repair}]
 
 
 def show(image: bytes, side: int) -> Picture | None:
-    """An encoded image as a Picture; None where there is none. Raises BadImage.
+    """An encoded image as a Picture; None where there is none. Raises Unanswered where it cannot be decoded.
 
     It is re-encoded only if its longer side exceeds `side` pixels or its format is not in PLAIN_TYPES.
     """
@@ -111,20 +99,9 @@ def show(image: bytes, side: int) -> Picture | None:
             if mime is None or max(size) > side:
                 image, size = _downscaled(opened, side)
                 mime = "image/jpeg"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(str(error)) from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Unanswered("bad_image") from error
     return Picture(f"data:{mime};base64,{base64.b64encode(image).decode()}", *size)
-
-
-def tokens_of(messages: Messages, picture: Picture | None) -> int:
-    """Estimate of the tokens of a request."""
-    texts = (text for message in messages for text in _texts(message["content"]))
-    pixels = picture.width * picture.height if picture else 0
-    return int(sum(map(len, texts)) / CHARS_PER_TOKEN + pixels / PIXELS_PER_TOKEN) + 1
-
-
-def _texts(content: str | Sequence[Mapping[str, Any]]) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _downscaled(opened: Image.Image, side: int) -> tuple[bytes, tuple[int, int]]:
@@ -139,5 +116,9 @@ def _downscaled(opened: Image.Image, side: int) -> tuple[bytes, tuple[int, int]]
     return stream.getvalue(), image.size
 
 
-def _quoted(edit: Edit) -> str:
-    return f"`{edit.org}` -> `{edit.target}`"
+def tokens_of(messages: Messages, picture: Picture | None) -> int:
+    """Estimate of the tokens of a request."""
+    contents = [message["content"] for message in messages]
+    parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
+    pixels = picture.width * picture.height if picture else 0
+    return int(sum(len(part.get("text", "")) for part in parts) / CHARS_PER_TOKEN + pixels / PIXELS_PER_TOKEN) + 1

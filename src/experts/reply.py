@@ -1,10 +1,10 @@
 """An expert model's reply -> edits. A pure function of the text, so a journaled reply can be parsed again offline.
 
-    read_reply('{"right": false, "edits": [{"org": "cat", "target": "dog", "kind": "object"}]}') -> Reading
-    read_reply("right") -> Reading without edits
+    read_reply('{"right": false, "edits": [{"org": "cat", "target": "dog", "kind": "object"}]}') -> (edits, 0)
+    read_reply("right") -> ((), 0)
 
 The JSON may be surrounded by prose, code fences and reasoning; of several JSON values the last answer counts. A reply
-that cannot be parsed raises UnreadableReply with a reason that the round counts:
+that cannot be parsed raises Unanswered with a reason that the round counts:
 
     empty           empty, or only whitespace
     malformed       no JSON, and not the word `right`
@@ -17,88 +17,69 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from src.chat.replies import clean
+from src.chat.client import Unanswered, clean
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes, explained in revise.md
-SCHEMA = {
+_ITEM = {
     "type": "object",
     "properties": {
-        "right": {"type": "boolean"},
-        "edits": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    **{name: {"type": "string"} for name in ("org", "target")},
-                    "kind": {"type": "string", "enum": list(KINDS)},
-                    "reason": {"type": "string"},
-                },
-                "required": ["org", "target", "kind", "reason"],
-                "additionalProperties": False,
-            },
-        },
+        "org": {"type": "string"},
+        "target": {"type": "string"},
+        "kind": {"type": "string", "enum": list(KINDS)},
+        "reason": {"type": "string"},
     },
+    "required": ["org", "target", "kind", "reason"],
+    "additionalProperties": False,
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"right": {"type": "boolean"}, "edits": {"type": "array", "items": _ITEM}},
     "required": ["right", "edits"],
     "additionalProperties": False,
 }
+UNREADABLE = ("empty", "malformed", "wrong_schema", "contradiction")
 LONGEST = 100_000  # characters of a reply that are parsed
 MAX_STARTS = 1000  # brackets tried as the start of a JSON value
 MOST_EDITS = 100  # of a reply that are parsed; the others count as malformed
 MAX_REASON_CHARS = 200
 _RIGHT = re.compile(r"\W*right\W*", re.IGNORECASE)
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_DECODER = json.JSONDecoder()
-UNREADABLE = ("empty", "malformed", "wrong_schema", "contradiction")
+_BRACKET = re.compile(r"[\[{]")
 
 
-class UnreadableReply(ValueError):
-    """A reply that cannot be parsed; the message is the reason, one of UNREADABLE."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The edits of a reply, and the number of items that are not valid edits."""
-
-    edits: tuple[Edit, ...]
-    malformed_items: int = 0
-
-
-def read_reply(text: str) -> Reading:
-    """Parse a reply; there are no edits where it says that the draft is right. Raises UnreadableReply."""
+def read_reply(text: str) -> tuple[tuple[Edit, ...], int]:
+    """The edits of a reply, none where the draft is right, and its number of malformed items. Raises Unanswered."""
     text = _THOUGHTS.sub("", clean(text[:LONGEST])).strip()
     if not text:
-        raise UnreadableReply("empty")
+        raise Unanswered("empty", retry=True)
     if _RIGHT.fullmatch(text):
-        return Reading(())
+        return (), 0
     values = list(_json_values(text))
     answers = [value for value in values if _is_answer(value)]
     if not answers:
-        raise UnreadableReply("wrong_schema" if values else "malformed")
-    answer = answers[-1]
-    items = answer if isinstance(answer, list) else answer.get("edits", [])
+        raise Unanswered("wrong_schema" if values else "malformed", retry=True)
+    answer = answers[-1] if isinstance(answers[-1], dict) else {"edits": answers[-1]}
+    items, right = answer.get("edits", []), answer.get("right")
     edits = tuple(edit for item in items[:MOST_EDITS] if (edit := _edit(item)))
     if items and not edits:
-        raise UnreadableReply("wrong_schema")
-    right = answer.get("right") if isinstance(answer, dict) else None
+        raise Unanswered("wrong_schema", retry=True)
     if right is not None and right != (not edits):
-        raise UnreadableReply("contradiction")
-    return Reading(edits, len(items) - len(edits))
+        raise Unanswered("contradiction", retry=True)
+    return edits, len(items) - len(edits)
 
 
 def _json_values(text: str) -> Iterator[Any]:
     """The outermost objects and arrays in a text, in order."""
-    position = 0
+    position, decoder = 0, json.JSONDecoder()
     for _ in range(MAX_STARTS):
-        bracket = re.compile(r"[\[{]").search(text, position)
-        if not bracket:
+        if not (bracket := _BRACKET.search(text, position)):
             return
         position = bracket.start()
         try:
-            value, position = _DECODER.raw_decode(text, position)
+            value, position = decoder.raw_decode(text, position)
             yield value
         except ValueError:
             position += 1
@@ -108,20 +89,18 @@ def _json_values(text: str) -> Iterator[Any]:
 
 def _is_answer(value: Any) -> bool:
     """Whether a value is an object with `right` or `edits`, or a list of objects (empty: the draft is right)."""
-    if isinstance(value, dict):
-        edits, right = value.get("edits", []), value.get("right")
-        has_answer = "edits" in value or right is True
-        return has_answer and isinstance(edits, list) and (right is None or isinstance(right, bool))
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    if isinstance(value, list):
+        return all(isinstance(item, dict) for item in value)
+    has_answer = "edits" in value or value.get("right") is True
+    return has_answer and isinstance(value.get("edits", []), list) and value.get("right") in (None, True, False)
 
 
 def _edit(item: Any) -> Edit | None:
     """An item of `edits` as an Edit; None where it is not valid."""
     if not isinstance(item, dict):
         return None
-    org, target, reason = item.get("org"), item.get("target"), item.get("reason", "")
+    org, target, reason, kind = (item.get(name) for name in ("org", "target", "reason", "kind"))
     if not isinstance(org, str) or not isinstance(target, str) or not org:
         return None
     reason = clean(reason)[:MAX_REASON_CHARS] if isinstance(reason, str) else ""
-    kind = item.get("kind")
     return Edit(clean(org), clean(target), None, reason, kind if kind in KINDS else "")
