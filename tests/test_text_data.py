@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from datamodules.collate import Collate
 from datamodules.shards import Reader, Sample, Stream, read_index
-from datamodules.text import TextCollate, TextData
+from datamodules.text import TextData
 from src.evaluate import main as evaluate
 from src.generate import main as generate
 from src.io.shards import write_shards
@@ -127,7 +128,7 @@ def test_share_of_hidden_prompts(folder: Path) -> None:
     codec = Codec.load(folder / "smiles" / "tokenizer")
     (sample, *_) = stored(folder / "smiles" / "train")
     for share in (0.0, 0.1, 1.0):
-        collate = TextCollate(codec, response_length=8, seed=3, prompt_dropout=share)
+        collate = Collate(codec, response_length=8, layout=None, seed=3, prompt_dropout=share)
         shown = codec.prompt_ids(sample.record["prompt"], images=0)
         found = [collate.prompt_ids(sample, epoch) for epoch in range(20_000)]
         assert {tuple(ids) for ids in found} <= {tuple(shown), (codec.mask_id,) * len(shown)}
