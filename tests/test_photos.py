@@ -70,20 +70,18 @@ def by_share(names: list[str]) -> list[str]:
     return sorted((Path(name).stem for name in names), key=lambda stem: hashed_share(stem, 0))
 
 
-@pytest.mark.parametrize("count", [3, 4, 40])
-def test_from_three_images_up_no_split_is_empty(count: int, tmp_path: Path) -> None:
-    names = names_with("train", count)
-    dataset(tmp_path, [record(name) for name in names]).run()
-    *train, second, first = by_share(names)  # the nearest to the border go, val first
-    assert split_keys(tmp_path) == {"train": set(train), "val": {first}, "test": {second}}
-
-
-def test_the_largest_split_gives(tmp_path: Path) -> None:
-    """Not the one whose hashes are nearer to the empty one's."""
-    train, test = names_with("train", 4), names_with("test", 2)
-    dataset(tmp_path, [record(name) for name in train + test]).run()
-    *rest, last = by_share(train)
-    assert split_keys(tmp_path) == {"train": set(rest), "val": {last}, "test": set(by_share(test))}
+@pytest.mark.parametrize(
+    ("train", "val", "test", "moved"),
+    [(3, 0, 0, "vt"), (4, 0, 0, "vt"), (40, 0, 0, "vt"), (4, 0, 2, "v"), (2, 2, 2, "")],
+)
+def test_the_largest_split_fills_empty_ones(train: int, val: int, test: int, moved: str, tmp_path: Path) -> None:
+    """The images nearest to the border of the hashes go, val first; where no split is empty, all stay."""
+    names = {split: names_with(split, count) for split, count in zip(SPLITS, (train, val, test), strict=True)}
+    dataset(tmp_path, [record(name) for split in SPLITS for name in names[split]]).run()
+    expected = {split: by_share(names[split]) for split in SPLITS}
+    for letter in moved:
+        expected["val" if letter == "v" else "test"].append(expected["train"].pop())
+    assert split_keys(tmp_path) == {split: set(keys) for split, keys in expected.items()}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -96,13 +94,6 @@ def test_whatever_the_hashes_say(split: str, count: int, tmp_path: Path) -> None
     assert sum(map(len, found.values())) == count
     assert found["train"]
     assert count < 3 or all(found.values())
-
-
-def test_large_sets_keep_their_splits(tmp_path: Path) -> None:
-    """An image stays where it was when others are added."""
-    names = [name for split in SPLITS for name in names_with(split, 2)]
-    dataset(tmp_path, [record(name) for name in names]).run()
-    assert split_keys(tmp_path) == {split: {Path(name).stem for name in names_with(split, 2)} for split in SPLITS}
 
 
 def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:

@@ -101,39 +101,39 @@ def test_val_and_test_do_not_depend_on_the_seed_and_are_never_trained_on(tmp_pat
 
 
 def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
-    seen: dict[str, set[str]] = {}
-    for split in SPLITS:
-        found = samples(scenes / split)
-        assert len(found) == SCENES[f"num_{split}"]
-        graphs = [without_jitter(Scene.from_dict(s.record["scene"])) for s in found]
-        seen[split] = set(graphs)
-        assert split == "train" or len(seen[split]) == len(graphs)
-    assert not seen["train"] & seen["val"]
-    assert not seen["train"] & seen["test"]
-    assert not seen["val"] & seen["test"]
+    found = {split: [Scene.from_dict(s.record["scene"]) for s in samples(scenes / split)] for split in SPLITS}
+    assert {f"num_{split}": len(members) for split, members in found.items()}.items() <= SCENES.items()
+    train, val, test = ({without_jitter(scene) for scene in found[split]} for split in SPLITS)
+    assert (len(val), len(test)) == (SCENES["num_val"], SCENES["num_test"])
+    assert not (train & val or train & test or val & test)
 
 
-def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
-    codec = Codec.load(scenes / "tokenizer")
+def check_swaps(codec: Codec, found: list[Sample]) -> Counter[str]:
+    """Every caption is true, and every swap makes it false and changes the tokens that it says; returns the facts."""
     facts: Counter[str] = Counter()
-    for s in samples(scenes / "train"):
+    for s in found:
         scene = Scene.from_dict(s.record["scene"])
-        assert len(s.record["captions"]) == 2
+        assert len(s.record["captions"]) == SCENES["captions_per_image"]
         for caption in s.record["captions"]:
-            text = caption["text"]
+            text, ids = caption["text"], codec.encode(caption["text"])[0]
             score = score_caption(scene, text)
             assert (score.factuality, score.syntax) == (1, 1)
-            ids = codec.encode(text)[0]
-            assert len(ids) < SCENES["response_length"]
             for swap in caption["swaps"]:
                 facts[swap["fact"]] += 1
                 assert text[swap["start"] : swap["end"]] == swap["right"]
                 false = text[: swap["start"]] + swap["wrong"] + text[swap["end"] :]
                 assert score_caption(scene, false).factuality < 1
-                first, end, wrong = swap["tokens"]
-                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
-                assert len(wrong) == end - first
-    assert set(facts) == {"object", "attribute", "count", "place", "relation"}
+                start, end, wrong = swap["tokens"]
+                assert codec.encode(false)[0] == [*ids[:start], *wrong, *ids[end:]]
+                assert len(wrong) == end - start
+    return facts
+
+
+def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
+    codec, found = Codec.load(scenes / "tokenizer"), samples(scenes / "train")
+    assert set(check_swaps(codec, found)) == {"object", "attribute", "count", "place", "relation"}
+    lengths = [len(codec.encode(caption["text"])[0]) for s in found for caption in s.record["captions"]]
+    assert max(lengths) < SCENES["response_length"]
 
 
 def test_images_show_the_scene(scenes: Path) -> None:
@@ -144,30 +144,14 @@ def test_images_show_the_scene(scenes: Path) -> None:
         assert 1 < difference.std() < 3  # noise of 2 grey levels
 
 
-def test_a_loader_takes_them(scenes: Path) -> None:
-    codec = Codec.load(scenes / "tokenizer")
-    data = CaptionData(path=str(scenes), codec=codec, batch_size=10, response_length=64, image_size=24)
-    for batch in data.train_dataloader():
-        for row, record in enumerate(batch.records):
-            assert codec.decode(batch.response[row].tolist()) in [c["text"] for c in record["captions"]]
-            scene = Scene.from_dict(record["scene"])
-            assert score_caption(scene, codec.decode(batch.flawed[row].tolist())).factuality < 1
-
-
-def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path, scenes: Path) -> None:
+def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path) -> None:
     codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
     codec.save(tmp_path / "tokenizer")
     settings = {**SCENES, "response_length": 400, "tokenizer": str(tmp_path / "tokenizer")}
     index = Scenes(out=str(tmp_path / "out"), **settings).run()
     assert index["tokenizer"] == codec.fingerprint == Codec.load(tmp_path / "out" / "tokenizer").fingerprint
     assert index["counts"]["train"]["swaps of unequal length"] > 0
-    for s in samples(tmp_path / "out" / "train"):
-        for caption in s.record["captions"]:
-            ids = codec.encode(caption["text"])[0]
-            for swap in caption["swaps"]:
-                first, end, wrong = swap["tokens"]
-                false = caption["text"][: swap["start"]] + swap["wrong"] + caption["text"][swap["end"] :]
-                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
+    check_swaps(codec, samples(tmp_path / "out" / "train"))
 
 
 def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
