@@ -178,6 +178,7 @@ def test_impossible_settings_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path, scenes: Path) -> None:
     """The real verb in a real process, killed while it writes its first shard."""
     out = tmp_path / "out"

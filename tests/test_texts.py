@@ -29,10 +29,6 @@ def records(folder: Path) -> list[dict]:
     return [sample["json"] for shard in index["shards"] for sample in read_shard(folder / shard["name"])]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def write_jsonl(path: Path, lines: list[Any]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -97,17 +93,6 @@ def test_a_book_is_cut_into_consecutive_parts(tmp_path: Path) -> None:
     assert index["counts"]["records"] == {"records": 4, "empty_text": 1}
     assert index["row"] == json.loads((tmp_path / "out" / "train" / "index.json").read_text())["row"] == 16
     assert codec.prompt_ids("", images=0) == [codec.bos_id]
-
-
-def test_equal_settings_make_equal_bytes_and_a_second_run_does_nothing(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in DOCUMENTS])
-    one, two = (packed(tmp_path, files=str(file), out=str(tmp_path / name)) for name in "ab")
-    assert one.run() == two.run()
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    file.unlink()
-    assert one.run() == two.run()
-    with pytest.raises(ValueError, match=r"other settings \(response_length\)"):
-        packed(tmp_path, files=str(file), out=str(tmp_path / "a"), response_length=8).run()
 
 
 def test_gpt2_is_read_from_two_files_and_keeps_its_ids(tmp_path: Path) -> None:
