@@ -252,6 +252,8 @@ GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
         ("a.json", b'[{"image": "a.jpg", "captions": ["x", "\\ud83d", " "]}]', ["a.jpg"],
          {"not_utf8": "a.json#1", "empty_caption": "a.json#1"}),
     ],
+    ids=["lines", "worse lines", "several lines", "file names", "records by name", "coco", "list", "csv", "tsv",
+         "surrogate"],
 )  # fmt: skip
 def test_one_reader_for_all_files(
     tmp_path: Path, name: str, content: bytes, images: list[str], skipped: dict[str, str]
