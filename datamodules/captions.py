@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -35,103 +37,111 @@ SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ShardData(L.LightningDataModule):
     """Shards under `path` (train, val, test), mixed with online rounds; a subclass defines their samples.
 
-    collate:       turns samples into a batch
-    rounds:        folders of online rounds; `add_round` adds more
-    data_share:    with rounds, the fraction of each training batch that comes from the data
-    limit:         use only the first `limit` samples of a split: a number for all, or {split: number}
-    epoch_batches: batches per training epoch and rank; null: one pass over the data, or over the rounds if any
-    restart_epoch: on resume with other ranks or workers in the middle of an epoch, start the epoch over
+    response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
+    workers:         processes that read shards, per rank
+    rounds:          folders of online rounds; `add_round` adds more
+    data_share:      with rounds, the fraction of each training batch that comes from the data
+    limit:           use only the first `limit` samples of a split: a number for all, or {split: number}
+    epoch_batches:   batches per training epoch and rank; null: one pass over the data, or over the rounds if any
+    restart_epoch:   on resume with other ranks or workers in the middle of an epoch, start the epoch over
     """
 
-    place = (0, 1)  # (rank, world size) without a trainer
-    kind: str  # kind of the split folders, as in their index.json
-    image: bool  # whether samples have an image
+    kind: ClassVar[str]  # of the split folders, as in their index.json
+    image: ClassVar[bool]  # whether samples have an image
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        codec: Codec,
-        batch_size: int,
-        collate: Collate,
-        seed: int,
-        workers: int,
-        rounds: Sequence[str],
-        data_share: float,
-        limit: int | Mapping[str, int] | None,
-        epoch_batches: int | None,
-        restart_epoch: bool,
-    ) -> None:
+    path: str
+    codec: Codec
+    batch_size: int
+    response_length: int
+    seed: int = 0
+    workers: int = 0
+    rounds: InitVar[Sequence[str]] = ()
+    data_share: float = 0.25
+    limit: int | Mapping[str, int] | None = None
+    epoch_batches: int | None = None
+    restart_epoch: bool = False
+
+    def __post_init__(self, rounds: Sequence[str]) -> None:
         super().__init__()
-        if workers:  # must be set before the fork, or the tokenizer warns in every worker
+        if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        sizes = {"batch_size": batch_size, "response_length": collate.response_length}
-        sizes["epoch_batches"] = 1 if epoch_batches is None else epoch_batches
-        for name, value in sizes.items():
-            minimum = 2 if name == "response_length" else 1  # a token and eot
-            if value < minimum:
+        least = {"batch_size": 1, "response_length": 2, "epoch_batches": 1, "workers": 0}  # response: a token and eot
+        for name, minimum in least.items():
+            if (value := getattr(self, name)) is not None and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
-        if workers < 0:
-            raise UserError(f"data.workers must be at least 0, got {workers}")
-        if not 0 <= data_share < 1:
-            raise UserError(f"data_share must be at least 0 and less than 1, got {data_share}")
-        self.path, self.codec, self.batch_size, self.seed = Path(path), codec, batch_size, seed
-        self.workers, self.data_share, self.epoch_batches = workers, data_share, epoch_batches
-        self.restart_epoch = restart_epoch
-        self.limit: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
-        if any(number < 0 for number in self.limit.values()):
-            raise UserError(f"data.limit must be at least 0, got {limit}")
-        if unknown := set(self.limit) - set(SPLITS):
+        if not 0 <= self.data_share < 1:
+            raise UserError(f"data_share must be at least 0 and less than 1, got {self.data_share}")
+        limit = self.limit
+        self.limits: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
+        if min(self.limits.values(), default=0) < 0:
+            raise UserError(f"data.limit must be at least 0, got {self.limit}")
+        if unknown := set(self.limits) - set(SPLITS):
             raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-        self.collate = collate
-        self.rounds: list[Index] = []
-        self._warned_empty_val = False
+        self.place = (0, 1)  # (rank, world size) without a trainer
+        self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
+        self._rounds: list[Index] = []
+        self._warned_empty_val = False
         for folder in rounds:
             self.add_round(folder)
+
+    @abstractmethod
+    def make_collate(self) -> Collate:
+        """What turns samples into training batches."""
 
     def add_round(self, path: str | Path) -> None:
         """Train on a finished round from the next train_dataloader() on; adding it twice has no effect."""
         if not Path(path).is_dir():
             raise UserError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
-        index = _require_samples(self._check(read_index(path, image=self.image), kind="round"))
-        if index.digest not in {added.digest for added in self.rounds}:
-            self.rounds.append(index)
+        index = _require_samples(self._read(path, kind="round"))
+        if index.digest not in {added.digest for added in self._rounds}:
+            self._rounds.append(index)
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds trained on. Lightning saves the loader's state, the position in the epoch."""
-        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self.rounds]}
+        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self._rounds]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounds = []
+        self._rounds = []
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
-            if self.rounds[-1].digest != saved["digest"]:
+            if self._rounds[-1].digest != saved["digest"]:
                 raise UserError(f"{saved['path']} is not the round of the checkpoint: its index.json differs")
 
     def train_dataloader(self) -> Loader:
         """Lazy, as Lightning calls it twice on resume: the epoch number is read at the first batch."""
-        base = self.index("train")
-        world, rows = self._place()[1], self._rows()
-        streams = {"data": [base], "rounds": self.rounds}
-        used_streams = {name: Stream(streams[name], seed=self.seed) for name in rows if rows[name]}
-        main = self._main_stream
-        batches = self.epoch_batches or self._batches_per_pass(used_streams[main], rows[main] * world)
-        # An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has ended,
-        # so that every sample is seen equally often.
+        world = self._place()[1]
+        # 1. rows of each stream in a batch; the last stream determines the length of an epoch
+        rows = {"data": self.batch_size}
+        if self._rounds:
+            rows["data"] = min(round(self.batch_size * self.data_share), self.batch_size - 1)
+            rows["rounds"] = self.batch_size - rows["data"]
+        folders = {"data": [self.index("train")], "rounds": self._rounds}
+        streams = {name: Stream(folders[name], seed=self.seed) for name in rows if rows[name]}
+        main = streams[name := next(reversed(streams))]
+        # 2. batches in an epoch
+        batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated
+        if not self._rounds and not self.epoch_batches and main.count < self.batch_size * world:
+            raise UserError(
+                f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
+                "lower batch_size, or set epoch_batches to repeat the data"
+            )
+        # 3. An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has
+        # ended, so that every sample is seen equally often.
         parts = []
-        for name, stream in used_streams.items():
+        for name, stream in streams.items():
             num = batches * rows[name] * world
-            is_pass = self.epoch_batches is None and name == main and num <= stream.count
+            is_pass = self.epoch_batches is None and stream is main and num <= stream.count
             parts.append(Part(stream, rows[name], stream.count if is_pass else num, batches * rows[name]))
-        return self._loader(parts, batches, self.collate, self._epoch)
+        return self._loader(parts, batches, self.collate, lambda: self.trainer.current_epoch if self.trainer else 0)
 
     def val_dataloader(self) -> Loader | list:
         """Empty if the split is, as in a small dataset: Lightning then skips validation."""
-        index = self._read("val")
+        index = self.read_split("val")
         if index.count:
             return self._eval_loader(index)
         if not self._warned_empty_val:
@@ -141,6 +151,10 @@ class ShardData(L.LightningDataModule):
 
     def test_dataloader(self) -> Loader:
         return self._eval_loader(self.index("test"))
+
+    def round_dataloader(self, path: str | Path) -> Loader:
+        """The corrected drafts of a finished round, in order."""
+        return self._eval_loader(_require_samples(self._read(path, kind="round")))
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterator[tuple[int, Batch]]:
         """The `num` distinct training samples that a round (1, 2, ...) drafts for, as (number, batch).
@@ -159,11 +173,7 @@ class ShardData(L.LightningDataModule):
         stream = Stream([index], seed=self.seed + cycle)
         part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
         settings = {"batches": last - first, "epoch": lambda: slot, "notes": self.notes, "workers": self.workers}
-        return Loader([part], self.collate.with_first_caption(), **settings).numbered(first)
-
-    def round_dataloader(self, path: str | Path) -> Loader:
-        """The corrected drafts of a finished round, in order."""
-        return self._eval_loader(_require_samples(self._check(read_index(path, image=self.image), kind="round")))
+        return Loader([part], replace(self.collate, first=True), **settings).numbered(first)
 
     def draft_settings(self) -> dict[str, Any]:
         """Settings of the data that the drafts depend on; stored with the drafts."""
@@ -173,65 +183,38 @@ class ShardData(L.LightningDataModule):
             "data_count": index.count,
             "data_seed": self.seed,
             "batch_size": self.batch_size,
-            "response_length": self.collate.response_length,
+            "response_length": self.response_length,
         }
 
     def index(self, split: str) -> Index:
         """The data folder of a split, cut to `limit`. Raises UserError if it is empty."""
-        return _require_samples(self._read(split))
+        return _require_samples(self.read_split(split))
 
-    def _read(self, split: str) -> Index:
-        index = read_index(self.path / split, image=self.image)
-        return self._check(index, kind=self.kind).first(self.limit.get(split))
+    def read_split(self, split: str) -> Index:
+        return self._read(Path(self.path) / split, kind=self.kind).first(self.limits.get(split))
 
     def _eval_loader(self, index: Index) -> Loader:
-        stream = Stream([index], seed=self.seed, shuffle=False)
-        return self._in_order(stream, index.count, advance=0, epoch=lambda: 0)
-
-    def _in_order(self, stream: Stream, num: int, *, advance: int, epoch: Callable[[], int]) -> Loader:
-        """`num` readable samples with their first captions, in order.
+        """All readable samples with their first captions, in order.
 
         One rank leaves damaged samples out. Several ranks need equally many batches: each gets an equal share, the
         last one reads on to fill its share, and other samples replace damaged ones.
         """
-        per_rank = -(-num // self._place()[1])
-        part = Part(stream, self.batch_size, advance, per_rank, stand_in=self._place()[1] > 1)
-        batches = -(-per_rank // self.batch_size)
-        return self._loader([part], batches, self.collate.with_first_caption(), epoch)
+        world = self._place()[1]
+        per_rank = -(-index.count // world)
+        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, 0, per_rank, stand_in=world > 1)
+        return self._loader([part], -(-per_rank // self.batch_size), replace(self.collate, first=True), lambda: 0)
 
     def _loader(self, parts: list[Part], batches: int, collate: Collate, epoch: Callable[[], int]) -> Loader:
         rank, world = self._place()
         settings = {"notes": self.notes, "workers": self.workers, "rank": rank, "world": world}
         return Loader(parts, collate, batches=batches, epoch=epoch, restart=self.restart_epoch, **settings)
 
-    @property
-    def _main_stream(self) -> str:
-        """The stream that determines the length of an epoch."""
-        return "rounds" if self.rounds else "data"
-
-    def _rows(self) -> dict[str, int]:
-        """Rows of each stream in a training batch."""
-        if not self.rounds:
-            return {"data": self.batch_size, "rounds": 0}
-        data = min(round(self.batch_size * self.data_share), self.batch_size - 1)
-        return {"data": data, "rounds": self.batch_size - data}
-
-    def _batches_per_pass(self, stream: Stream, rows: int) -> int:
-        """Batches in one pass over a stream. rows: of one batch, on all ranks together."""
-        if stream.count < rows and not self.rounds:
-            raise UserError(
-                f"{stream.count} training samples do not fill one batch of {rows} rows on all ranks; "
-                "lower batch_size, or set epoch_batches to repeat the data"
-            )
-        return max(1, stream.count // rows)  # a small round is repeated: its edits are paid for
-
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer else 0
-
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
 
-    def _check(self, index: Index, *, kind: str) -> Index:
+    def _read(self, folder: str | Path, *, kind: str) -> Index:
+        """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
+        index = read_index(folder, image=self.image)
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
@@ -245,52 +228,28 @@ class ShardData(L.LightningDataModule):
         return index
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class CaptionData(ShardData):
     """Images with captions, as `src.prepare` writes them.
 
-    response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
-    image_size:      input size of the vision tower in pixels; images are resized to this square
-    tiling:          cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
+    image_size: input size of the vision tower in pixels; images are resized to this square
+    tiling:     cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
     Other arguments: see `ShardData`.
     """
 
-    kind, image = "captions", True
+    kind: ClassVar[str] = "captions"
+    image: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        codec: Codec,
-        batch_size: int,
-        response_length: int,
-        image_size: int,
-        tiling: AnyRes | None = None,
-        seed: int = 0,
-        workers: int = 0,
-        rounds: Sequence[str] = (),
-        data_share: float = 0.25,
-        limit: int | Mapping[str, int] | None = None,
-        epoch_batches: int | None = None,
-        restart_epoch: bool = False,
-    ) -> None:
-        if image_size < 1:
-            raise UserError(f"image_size must be at least 1, got {image_size}")
-        if tiling and tiling.size != image_size:
-            raise UserError(f"image_size {image_size} and tiling.size {tiling.size} must be equal")
-        self.layout: Layout = tiling or Square(image_size)
-        super().__init__(
-            path=path,
-            codec=codec,
-            batch_size=batch_size,
-            collate=Collate(codec, response_length=response_length, layout=self.layout, seed=seed),
-            seed=seed,
-            workers=workers,
-            rounds=rounds,
-            data_share=data_share,
-            limit=limit,
-            epoch_batches=epoch_batches,
-            restart_epoch=restart_epoch,
-        )
+    image_size: int
+    tiling: AnyRes | None = None
+
+    def make_collate(self) -> Collate:
+        if self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
+        if self.tiling and self.tiling.size != self.image_size:
+            raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
+        self.layout: Layout = self.tiling or Square(self.image_size)
+        return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed)
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None

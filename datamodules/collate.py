@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.loader import Notes
-from datamodules.records import misfit
 from datamodules.shards import Sample
 from src.models.tiling import Layout
+from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 from src.types import Batch
+
+RESOLUTION = 2**32  # of a probability drawn by `choice`
 
 
 @dataclass
@@ -34,15 +36,22 @@ class Row:
 
     @classmethod
     def of(cls, ids: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
-        """spans: (start, end, correct ids, flawed ids); a span that overlaps an earlier one is left out."""
+        """spans: (start, end, correct ids, flawed ids); a span that overlaps an earlier one is left out.
+
+        Raises ValueError for what are not token ids, and for a span that does not fit them.
+        """
         row = cls(list(ids), list(ids), [0] * len(ids))
         number = 0
         for start, end, correct, flawed in spans:
+            if not (0 <= start < end <= len(ids) and len(correct) == len(flawed) == end - start):
+                raise ValueError(f"the span {start} to {end} with {len(flawed)} ids does not fit {len(ids)} tokens")
             if any(row.span[start:end]):
                 continue
             number += 1
             row.response[start:end], row.flawed[start:end] = correct, flawed
             row.span[start:end] = [number] * (end - start)
+        if not all(type(token) is int and token >= 0 for token in (*row.response, *row.flawed)):
+            raise ValueError("the ids are not a list of token ids")
         return row
 
     def fit(self, response_length: int, fill: int) -> Row:
@@ -56,29 +65,49 @@ class Row:
         return Row(fit(self.response), fit(flawed), span[:response_length] + [0] * padding)
 
 
+@dataclass(frozen=True)
 class Collate:
     """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
 
     layout: the model's layout, which cuts images into tiles; None for samples without images
-    first:  take the first caption of every image instead of one chosen by a hash
+    first:  for evaluation: take the first caption of every image instead of one chosen by a hash, and mask no prompt
+    prompt_dropout: probability of masking a prompt, drawn by a hash of (seed, epoch, key)
     """
 
-    def __init__(
-        self, codec: Codec, *, response_length: int, layout: Layout | None, seed: int, first: bool = False
-    ) -> None:
-        self.codec, self.response_length, self.layout = codec, response_length, layout
-        self.seed, self.first = seed, first
-
-    def with_first_caption(self) -> Collate:
-        return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed, first=True)
+    codec: Codec
+    _: KW_ONLY
+    response_length: int
+    layout: Layout | None
+    seed: int
+    first: bool = False
+    prompt_dropout: float = 0.0
 
     def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
-        uncut = [self._row(sample, epoch) for sample in samples]
+        # 1. one caption of every sample, or its draft, cut or filled to the response length
+        uncut = []
+        for sample in samples:
+            if "draft_ids" in sample.record:
+                uncut.append(draft_row(sample.record))
+                continue
+            captions = sample.record["captions"]
+            number = 0 if self.first else choice(f"{self.seed}/{epoch}/{sample.key}/caption", len(captions))
+            uncut.append(caption_row(captions[number], self.codec))
         rows = [row.fit(self.response_length, self.codec.eos_id) for row in uncut]
         num_cut = sum(len(row.span) > self.response_length for row in uncut)
         response = torch.tensor([row.response for row in rows])  # (B, L)
+        # 2. prompts, filled to the longest, and images
+        prompts = [self.prompt_ids(sample, epoch) for sample in samples]
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        longest = int(lengths.max())
+        filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
+        prefix = {"prompt_ids": torch.tensor(filled)}  # (B, T)
+        images = [[] if sample.image is None else [sample.image] for sample in samples]
+        if self.layout and any(images):
+            prefix |= image_inputs(images, self.layout)
+        if lengths.min() < longest:
+            prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
         batch = Batch(
-            prefix=self._prefix(samples, epoch),
+            prefix=prefix,
             response=response,
             editable=torch.ones_like(response, dtype=torch.bool),  # the filler behind eot is trained too
             flawed=torch.tensor([row.flawed for row in rows]),
@@ -92,32 +121,28 @@ class Collate:
         return batch, Counter({(str(self.response_length), "cut"): num_cut} if num_cut else {})
 
     def misfit(self, sample: Sample) -> str | None:
-        """Why a sample cannot be used; None if it can."""
-        images = int(sample.image is not None)
-        return misfit(sample.record, images=images, count=lambda text: len(self.codec.encode(text)[0]) + 1)
-
-    def _row(self, sample: Sample, epoch: int) -> Row:
-        if "draft_ids" in sample.record:
-            return draft_row(sample.record)
-        captions = sample.record["captions"]
-        number = 0 if self.first else choice(f"{self.seed}/{epoch}/{sample.key}/caption", len(captions))
-        return caption_row(captions[number], self.codec)
+        """Why a sample cannot be used, whichever of its captions is chosen; None if it can."""
+        record, num_images = sample.record, int(sample.image is not None)
+        try:
+            if (marks := record["prompt"].count(IMAGE)) > num_images:
+                return f"its prompt holds {marks} image marks for {num_images} images"
+            if "draft_ids" in record:
+                draft_row(record)
+                return None
+            if not all(caption.get("ids") or caption["text"].strip() for caption in record["captions"]):
+                return "the text of a caption is empty"
+            rows = [caption_row(caption, self.codec) for caption in record["captions"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None if rows else "it has no captions"
 
     def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
-        return self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
-
-    def _prefix(self, samples: list[Sample], epoch: int) -> dict[str, Tensor]:
-        images = [[] if sample.image is None else [sample.image] for sample in samples]
-        prompts = [self.prompt_ids(sample, epoch) for sample in samples]
-        longest = max(map(len, prompts))
-        filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
-        prefix = {"prompt_ids": torch.tensor(filled)}
-        if self.layout and any(images):
-            prefix |= image_inputs(images, self.layout)
-        if any(len(ids) < longest for ids in prompts):
-            lengths = torch.tensor([len(ids) for ids in prompts])
-            prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
-        return prefix
+        """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
+        ids = self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
+        if self.first or not self.prompt_dropout:
+            return ids
+        drawn = choice(f"{self.seed}/{epoch}/{sample.key}/prompt", RESOLUTION)
+        return [self.codec.mask_id] * len(ids) if drawn < self.prompt_dropout * RESOLUTION else ids
 
 
 def caption_row(caption: dict, codec: Codec) -> Row:

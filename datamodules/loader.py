@@ -63,10 +63,6 @@ class Part:
     stand_in: bool = True
     start: int = 0
 
-    def samples(self, reader: Reader, origin: int, first: int, last: int) -> Iterator[Sample]:
-        """The samples of batches `first` to `last` (exclusive) of the rank whose range starts at `origin`."""
-        return reader.samples(origin + first * self.rows, origin + min(last * self.rows, self.per_rank))
-
 
 class Collate(Protocol):
     """Makes a batch of samples, and checks whether a sample can be used."""
@@ -113,8 +109,20 @@ class Loader:
         epoch = self.epoch()
         done = self._resume_point(epoch)
         self._resume, self._position = None, (epoch, done)
-        for batch, notes in self._batches_with_notes(epoch, done):
-            self._count_notes(notes)
+        loader = DataLoader(
+            _Source(self, epoch, done),
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=_identity,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),  # otherwise the DataLoader draws its seed from the global generator
+        )
+        for batch, notes in loader:
+            for where, reason, count in notes:
+                if (where, reason) not in self.notes:
+                    log.warning(ADVICE[reason].format(where=where))
+                self.notes[where, reason] += count
             done += 1
             self._position = (epoch, done)
             if batch is not None:
@@ -150,13 +158,18 @@ class Loader:
         return {**position, "plan": self.plan, "world": self.world, "workers": self.workers}
 
     def _resume_point(self, epoch: int) -> int:
+        """The batches of the epoch that the checkpoint has seen."""
         if self._resume is None or self._resume["epoch"] != epoch:
             return 0
         if self._resume["batches"] >= self._resume["of"]:  # finished, even if rounds were added since
             return self.batches
         if self._resume["plan"] == self.plan or not self._resume["batches"]:
             return self._resume["batches"]
-        message = f"the checkpoint is from the middle of epoch {epoch}, with {self._difference(self._resume)}"
+        difference = "other data, batches or seed than now"
+        for name, label, current in (("world", "processes", self.world), ("workers", "data.workers", self.workers)):
+            if (saved := self._resume.get(name, current)) != current:
+                difference = f"{saved} {label}, and now there are {current}"
+        message = f"the checkpoint is from the middle of epoch {epoch}, with {difference}"
         if not self.restart:
             raise UserError(
                 f"{message}: resume with the same setup, or set data.restart_epoch=true to start that epoch over, "
@@ -164,25 +177,6 @@ class Loader:
             )
         log.warning("%s: that epoch starts over", message)
         return 0
-
-    def _difference(self, state: dict) -> str:
-        for name, label, current in (("world", "processes", self.world), ("workers", "data.workers", self.workers)):
-            if state.get(name, current) != current:
-                return f"{state[name]} {label}, and now there are {current}"
-        return "other data, batches or seed than now"
-
-    def _batches_with_notes(self, epoch: int, done: int) -> DataLoader:
-        source = _Source(self, epoch, done)
-        generator = torch.Generator()  # otherwise the DataLoader draws its seed from the global generator
-        pin = torch.cuda.is_available()
-        settings = {"generator": generator, "pin_memory": pin, "worker_init_fn": init_worker}
-        return DataLoader(source, batch_size=None, num_workers=self.workers, collate_fn=_identity, **settings)
-
-    def _count_notes(self, notes: list[tuple[str, str, int]]) -> None:
-        for where, reason, count in notes:
-            if (where, reason) not in self.notes:
-                log.warning(ADVICE[reason].format(where=where))
-            self.notes[where, reason] += count
 
 
 class _Source(IterableDataset):
@@ -196,10 +190,13 @@ class _Source(IterableDataset):
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
         first, last = share(self.batches, workers, (number + self.done) % workers, self.done)
-        misfit = self.collate.misfit
-        readers = [Reader(part.stream, stand_in=part.stand_in, misfit=misfit) for part in self.parts]
-        origins = [self.epoch * p.advance + p.start + self.rank * p.per_rank for p in self.parts]
-        streams = [p.samples(r, o, first, last) for p, r, o in zip(self.parts, readers, origins, strict=True)]
+        readers, streams = [], []
+        for part in self.parts:
+            reader = Reader(part.stream, stand_in=part.stand_in, misfit=self.collate.misfit)
+            origin = self.epoch * part.advance + part.start + self.rank * part.per_rank
+            stop = min(last * part.rows, part.per_rank)
+            readers.append(reader)
+            streams.append(reader.samples(origin + first * part.rows, origin + stop))
         for _ in range(first, last):
             rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
             samples = [sample for part_rows in rows for sample in part_rows]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -67,7 +67,7 @@ class Index:
         for shard in self.shards:
             kept.append(replace(shard, count=min(shard.count, remaining)))
             remaining -= kept[-1].count
-        return Index(self.path, self.kind, self.tokenizer, tuple(s for s in kept if s.count), self.digest, self.content)
+        return replace(self, shards=tuple(shard for shard in kept if shard.count))
 
 
 @dataclass
@@ -103,13 +103,6 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 
-class Segment(NamedTuple):
-    """Samples of one shard, by their index in it."""
-
-    shard: Shard
-    indices: list[int]
-
-
 class Stream:
     """An endless sequence of passes over the samples of data folders, each pass in its own order.
 
@@ -124,22 +117,19 @@ class Stream:
         if not self.count:
             raise ValueError("a stream needs at least one sample, but its data folders are empty")
 
-    def segments(self, start: int, stop: int) -> Iterator[Segment]:
-        """The samples at positions `start` to `stop` (exclusive) of the stream, in order."""
+    def segments(self, start: int, stop: int) -> Iterator[tuple[Shard, list[int]]]:
+        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive) of the stream, in order."""
         while start < stop:
             pass_number, offset = divmod(start, self.count)
             end = min(self.count, offset + stop - start)
-            yield from self._in_pass(pass_number, offset, end)
+            begin = 0  # of a shard within the pass
+            for number in self._order(len(self.shards), f"{pass_number}"):
+                shard = self.shards[number]
+                low, high = max(offset - begin, 0), min(end - begin, shard.count)
+                if low < high:
+                    yield shard, self._order(shard.count, f"{pass_number}/{number}")[low:high]
+                begin += shard.count
             start += end - offset
-
-    def _in_pass(self, pass_number: int, start: int, stop: int) -> Iterator[Segment]:
-        begin = 0
-        for number in self._order(len(self.shards), f"{pass_number}"):
-            shard = self.shards[number]
-            low, high = max(start - begin, 0), min(stop - begin, shard.count)
-            if low < high:
-                yield Segment(shard, self._order(shard.count, f"{pass_number}/{number}")[low:high])
-            begin += shard.count
 
     def _order(self, count: int, name: str) -> list[int]:
         order = list(range(count))

@@ -20,9 +20,9 @@ tell its format:
 A record may set "split" (train, val or test) and "prompt". Other images are split by a hash of their names; with three
 or more of them, each split gets at least one.
 
-Texts are read from .txt, .jsonl, .json, .csv and .tsv files and split by a hash of each text, unless files are given
-per split: prepare.files={train: FILE, val: FILE, test: FILE}. Unusable records are left out and counted, with an
-example of each reason.
+Texts are read from .txt files and from the same kinds of record files, and split by a hash of each text, unless files
+are given per split: prepare.files={train: FILE, val: FILE, test: FILE}. Unusable records are left out and counted, with
+an example of each reason.
 
 The dataset is written into OUT.partial, which is renamed to OUT at the end, so a killed run leaves nothing that looks
 finished. Running the same command again does nothing. The same settings write the same bytes.

@@ -16,10 +16,12 @@ from PIL import Image
 import src.draft
 import src.revise
 from datamodules.captions import CaptionData
-from datamodules.records import misfit
+from datamodules.collate import Collate
+from datamodules.shards import Sample
 from src.experts.scenes import ScenesExpert
 from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
+from src.models.tiling import Square
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
 from src.text.tokenizer import Codec
@@ -79,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # --- records ------------------------------------------------------------------------------------------------------
 
-CAPTION = {"text": "a red ring here", "swaps": [{"tokens": [1, 2, [7]]}]}
+CAPTION = {"ids": [9, 8, 7, 6, 5], "swaps": [{"tokens": [1, 2, [7]]}]}
 SPAN = {"start": 0, "end": 2, "target_ids": [5, 6]}
 
 
@@ -87,36 +89,37 @@ SPAN = {"start": 0, "end": 2, "target_ids": [5, 6]}
     ("record", "why"),
     [
         ({"prompt": "", "captions": [CAPTION]}, None),
-        ({"prompt": "<image> What?", "captions": [{"ids": [3, 4]}]}, None),
+        ({"prompt": "<image> What?", "captions": [{"ids": [3, 4]}, {"text": "a red ring"}]}, None),
         ({"prompt": "What?", "draft_ids": [1, 2, 3], "spans": [SPAN]}, None),
-        ([1, 2], "it is a list"),
-        (None, "it is a NoneType"),
-        ({"captions": [CAPTION]}, "its prompt is None"),
-        ({"prompt": 3, "captions": [CAPTION]}, "its prompt is 3"),
+        ({"captions": [CAPTION]}, "KeyError: 'prompt'"),
+        ({"prompt": 3, "captions": [CAPTION]}, "AttributeError"),
         ({"prompt": "<image><image>", "captions": [CAPTION]}, "2 image marks for 1 images"),
-        ({"prompt": "What?"}, "its captions are None"),
-        ({"prompt": "What?", "captions": []}, r"its captions are \[\]"),
-        ({"prompt": "What?", "captions": "a ring"}, "its captions are 'a ring'"),
-        ({"prompt": "What?", "captions": ["a ring"]}, "a caption is 'a ring'"),
-        ({"prompt": "What?", "captions": [{"text": 5}]}, "the text of a caption is 5"),
-        ({"prompt": "What?", "captions": [{"text": " "}]}, "the text of a caption is ' '"),
+        ({"prompt": "What?"}, "KeyError: 'captions'"),
+        ({"prompt": "What?", "captions": []}, "it has no captions"),
+        ({"prompt": "What?", "captions": ["a ring"]}, "AttributeError|TypeError"),
+        ({"prompt": "What?", "captions": [{"ids": [3]}, {"text": 5}]}, "AttributeError"),
+        ({"prompt": "What?", "captions": [{"text": " "}]}, "the text of a caption is empty"),
         ({"prompt": "What?", "captions": [{"ids": [1, "2"]}]}, "not a list of token ids"),
-        ({"prompt": "What?", "captions": [{**CAPTION, "swaps": None}]}, "the swaps of a caption are None"),
-        *(
-            ({"prompt": "", "captions": [{**CAPTION, "swaps": [swap]}]}, "does not fit a caption of 5 tokens")
-            for swap in (3, {}, *({"tokens": t} for t in ([3, 6, [1, 2, 3]], [2, 2, []], [0, 2, [1]], [-1, 1, [1, 2]])))
+        (
+            {"prompt": "What?", "captions": [{"ids": [1, 2], "swaps": [{"tokens": [0, 1, [-4]]}]}]},
+            "not a list of token",
         ),
-        ({"prompt": "", "draft_ids": 4, "spans": []}, "its draft_ids are not a list"),
-        ({"prompt": "", "draft_ids": [4]}, "its spans are None"),
-        ({"prompt": "", "draft_ids": [4], "spans": [SPAN]}, "does not fit a draft of 1 tokens"),
-        ({"prompt": "", "draft_ids": [4, 5], "spans": [{**SPAN, "target_ids": [1]}]}, "does not fit a draft"),
-        ({"prompt": "", "draft_ids": [4, 5], "spans": [7]}, "does not fit a draft"),
+        ({"prompt": "What?", "captions": [{**CAPTION, "swaps": None}]}, "TypeError"),
+        *(
+            ({"prompt": "", "captions": [{**CAPTION, "swaps": [{"tokens": t}]}]}, "does not fit 5 tokens")
+            for t in ([3, 6, [1, 2, 3]], [2, 2, []], [0, 2, [1]], [-1, 1, [1, 2]])
+        ),
+        ({"prompt": "", "captions": [{**CAPTION, "swaps": [{}]}]}, "KeyError: 'tokens'"),
+        ({"prompt": "", "draft_ids": 4, "spans": []}, "TypeError"),
+        ({"prompt": "", "draft_ids": [4]}, "KeyError: 'spans'"),
+        ({"prompt": "", "draft_ids": [4], "spans": [SPAN]}, "does not fit 1 tokens"),
+        ({"prompt": "", "draft_ids": [4, 5], "spans": [{**SPAN, "target_ids": [1]}]}, "does not fit"),
     ],
 )
 def test_what_a_record_has_to_hold(record, why):
-    """Tokens are words here, and eot."""
-    found = misfit(record, images=1, count=lambda text: len(text.split()) + 1)
-    assert (found is None) if why is None else re.search(why, found or "")
+    collate = Collate(Codec.load(BASE), response_length=8, layout=Square(4), seed=0)
+    message = collate.misfit(Sample("k", record, b"", Image.new("RGB", (4, 4))))
+    assert (message is None) if why is None else re.search(why, message or "")
 
 
 def rewrite(data: Path, change: Callable[[dict], Any], *, which: tuple[int, ...]) -> list[str]:
@@ -314,7 +317,7 @@ def prepare(photos: Path, out: Path) -> None:
 def test_overwriting_never_takes_the_pictures(photos, tmp_path):
     before = contents(tmp_path)
     for out in (photos, photos.parent, photos / "." / "", photos / "a.json"):
-        with pytest.raises(ValueError, match=r"would take the place of .*, which is read: choose another one"):
+        with pytest.raises(ValueError, match=r"would take the place of .*, which is read: choose another"):
             prepare(photos, out)
         assert contents(tmp_path) == before
     partial = photos.rename(tmp_path / "out.partial")
@@ -330,7 +333,7 @@ def test_overwriting_replaces_datasets_only(photos, tmp_path):
     prepare(photos, home)
     for content in ('{"format": 2, "kind": "round", "tokenizer": null, "shards": []}', "{}"):
         (home / INDEX).write_text(content)
-        with pytest.raises(ValueError, match="exists but is no dataset"):
+        with pytest.raises(ValueError, match="exists but is no finished dataset"):
             prepare(photos, home)
     (home / INDEX).unlink()
     before = contents(home)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from PIL import Image
 
 from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
-from src.preparation import counts as reasons
 from src.preparation.annotations import read_entries
-from src.preparation.counts import Counts, table
-from src.preparation.photos import Photo, Photos
-from src.preparation.splits import fill_splits, hashed_share, split_of
+from src.preparation.counts import Counts, Skip, table
+from src.preparation.photos import Photos
+from src.preparation.splits import Item, fill_splits, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main
 
@@ -72,20 +70,18 @@ def by_share(names: list[str]) -> list[str]:
     return sorted((Path(name).stem for name in names), key=lambda stem: hashed_share(stem, 0))
 
 
-@pytest.mark.parametrize("count", [3, 4, 40])
-def test_from_three_images_up_no_split_is_empty(count: int, tmp_path: Path) -> None:
-    names = names_with("train", count)
-    dataset(tmp_path, [record(name) for name in names]).run()
-    *train, second, first = by_share(names)  # the nearest to the border go, val first
-    assert split_keys(tmp_path) == {"train": set(train), "val": {first}, "test": {second}}
-
-
-def test_the_largest_split_gives(tmp_path: Path) -> None:
-    """Not the one whose hashes are nearer to the empty one's."""
-    train, test = names_with("train", 4), names_with("test", 2)
-    dataset(tmp_path, [record(name) for name in train + test]).run()
-    *rest, last = by_share(train)
-    assert split_keys(tmp_path) == {"train": set(rest), "val": {last}, "test": set(by_share(test))}
+@pytest.mark.parametrize(
+    ("train", "val", "test", "moved"),
+    [(3, 0, 0, "vt"), (4, 0, 0, "vt"), (40, 0, 0, "vt"), (4, 0, 2, "v"), (2, 2, 2, "")],
+)
+def test_the_largest_split_fills_empty_ones(train: int, val: int, test: int, moved: str, tmp_path: Path) -> None:
+    """The images nearest to the border of the hashes go, val first; where no split is empty, all stay."""
+    names = {split: names_with(split, count) for split, count in zip(SPLITS, (train, val, test), strict=True)}
+    dataset(tmp_path, [record(name) for split in SPLITS for name in names[split]]).run()
+    expected = {split: by_share(names[split]) for split in SPLITS}
+    for letter in moved:
+        expected["val" if letter == "v" else "test"].append(expected["train"].pop())
+    assert split_keys(tmp_path) == {split: set(keys) for split, keys in expected.items()}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -98,13 +94,6 @@ def test_whatever_the_hashes_say(split: str, count: int, tmp_path: Path) -> None
     assert sum(map(len, found.values())) == count
     assert found["train"]
     assert count < 3 or all(found.values())
-
-
-def test_large_sets_keep_their_splits(tmp_path: Path) -> None:
-    """An image stays where it was when others are added."""
-    names = [name for split in SPLITS for name in names_with(split, 2)]
-    dataset(tmp_path, [record(name) for name in names]).run()
-    assert split_keys(tmp_path) == {split: {Path(name).stem for name in names_with(split, 2)} for split in SPLITS}
 
 
 def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
@@ -147,39 +136,26 @@ def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: 
 
 def test_few_usable_images_are_looked_at_once() -> None:
     """Each look may decode an image."""
-    photos = [Photo(f"k{n}", Path(f"{n}"), "Q", "val", f"{n}", 0.9 + n / 100) for n in range(4)]
+    photos = [Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100) for n in range(4)]
     seen: list[str] = []
     fill_splits(photos, lambda photo: seen.append(photo.key) or photo.key in ("k1", "k3"))  # type: ignore[func-returns-value]
     assert sorted(seen) == sorted(set(seen))
     assert {photo.key: photo.split for photo in photos} == {"k0": "val", "k1": "train", "k2": "val", "k3": "val"}
 
 
-def test_the_table_is_aligned_and_says_what_reasons_mean() -> None:
+def test_the_table_is_aligned_and_has_examples_of_what_is_left_out() -> None:
     counts = Counts()
     for file in ("a/b.jpg", "c.jpg"):
-        counts.note("missing_image", file)
+        counts.skip("missing_image", file)
+    counts.skip(Skip("missing_field", " (its fields: a)"), "c.jsonl:3")
     counts["merged"] += 1000
-    counts["duplicate_id"] += 0
-    found = table({"records": counts, "val": {"written": 0}}, {"records": counts.examples})
-    assert found.splitlines() == [
-        "records     2  image files that are missing (left out), such as a/b.jpg",
-        "records  1000  merged into one image",
-        "val         0  samples written",
+    counts["later_turns"] += 0
+    assert table({"records": counts, "val": {"written": 0}}, {"records": counts.examples}).splitlines() == [
+        "records     2  missing image (left out), such as a/b.jpg",
+        "records     1  missing field (left out), such as c.jsonl:3 (its fields: a)",
+        "records  1000  merged",
+        "val         0  written",
     ]
-
-
-def test_every_reason_has_a_meaning() -> None:
-    """Reasons are the texts that the importers count or skip by."""
-    folder = Path(reasons.__file__).parent
-    files = [*folder.glob("*.py"), folder.parent / "io" / "images.py"]
-    used = "".join(
-        path.read_text() for path in files if path.name not in ("counts.py", "text.py", "smiles.py", "jsonl.py")
-    )
-    found = set(re.findall(r'counts(?:\.note\(|\[)"([^"]+)"', used))
-    raised = re.findall(r'(?:Skip|ImageProblem)\(([^)]*"[^)]*)\)', used)
-    found |= {name for names in raised for name in re.findall(r'"([^"]+)"', names)}
-    assert len(found) > 20
-    assert found - {"train", "val", "test"} <= reasons.MEANING.keys()
 
 
 HELP_RECORDS = [line.strip() for line in (prepare_help or "").splitlines() if line.startswith("    {")]

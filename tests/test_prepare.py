@@ -24,7 +24,7 @@ from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.annotations import Entry, read_entries
 from src.preparation.counts import Counts
-from src.preparation.photos import Album, Photos
+from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
@@ -101,39 +101,39 @@ def test_val_and_test_do_not_depend_on_the_seed_and_are_never_trained_on(tmp_pat
 
 
 def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
-    seen: dict[str, set[str]] = {}
-    for split in SPLITS:
-        found = samples(scenes / split)
-        assert len(found) == SCENES[f"num_{split}"]
-        graphs = [without_jitter(Scene.from_dict(s.record["scene"])) for s in found]
-        seen[split] = set(graphs)
-        assert split == "train" or len(seen[split]) == len(graphs)
-    assert not seen["train"] & seen["val"]
-    assert not seen["train"] & seen["test"]
-    assert not seen["val"] & seen["test"]
+    found = {split: [Scene.from_dict(s.record["scene"]) for s in samples(scenes / split)] for split in SPLITS}
+    assert {f"num_{split}": len(members) for split, members in found.items()}.items() <= SCENES.items()
+    train, val, test = ({without_jitter(scene) for scene in found[split]} for split in SPLITS)
+    assert (len(val), len(test)) == (SCENES["num_val"], SCENES["num_test"])
+    assert not (train & val or train & test or val & test)
 
 
-def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
-    codec = Codec.load(scenes / "tokenizer")
+def check_swaps(codec: Codec, found: list[Sample]) -> Counter[str]:
+    """Every caption is true, and every swap makes it false and changes the tokens that it says; returns the facts."""
     facts: Counter[str] = Counter()
-    for s in samples(scenes / "train"):
+    for s in found:
         scene = Scene.from_dict(s.record["scene"])
-        assert len(s.record["captions"]) == 2
+        assert len(s.record["captions"]) == SCENES["captions_per_image"]
         for caption in s.record["captions"]:
-            text = caption["text"]
+            text, ids = caption["text"], codec.encode(caption["text"])[0]
             score = score_caption(scene, text)
             assert (score.factuality, score.syntax) == (1, 1)
-            ids = codec.encode(text)[0]
-            assert len(ids) < SCENES["response_length"]
             for swap in caption["swaps"]:
                 facts[swap["fact"]] += 1
                 assert text[swap["start"] : swap["end"]] == swap["right"]
                 false = text[: swap["start"]] + swap["wrong"] + text[swap["end"] :]
                 assert score_caption(scene, false).factuality < 1
-                first, end, wrong = swap["tokens"]
-                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
-                assert len(wrong) == end - first
-    assert set(facts) == {"object", "attribute", "count", "place", "relation"}
+                start, end, wrong = swap["tokens"]
+                assert codec.encode(false)[0] == [*ids[:start], *wrong, *ids[end:]]
+                assert len(wrong) == end - start
+    return facts
+
+
+def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
+    codec, found = Codec.load(scenes / "tokenizer"), samples(scenes / "train")
+    assert set(check_swaps(codec, found)) == {"object", "attribute", "count", "place", "relation"}
+    lengths = [len(codec.encode(caption["text"])[0]) for s in found for caption in s.record["captions"]]
+    assert max(lengths) < SCENES["response_length"]
 
 
 def test_images_show_the_scene(scenes: Path) -> None:
@@ -144,30 +144,14 @@ def test_images_show_the_scene(scenes: Path) -> None:
         assert 1 < difference.std() < 3  # noise of 2 grey levels
 
 
-def test_a_loader_takes_them(scenes: Path) -> None:
-    codec = Codec.load(scenes / "tokenizer")
-    data = CaptionData(path=str(scenes), codec=codec, batch_size=10, response_length=64, image_size=24)
-    for batch in data.train_dataloader():
-        for row, record in enumerate(batch.records):
-            assert codec.decode(batch.response[row].tolist()) in [c["text"] for c in record["captions"]]
-            scene = Scene.from_dict(record["scene"])
-            assert score_caption(scene, codec.decode(batch.flawed[row].tolist())).factuality < 1
-
-
-def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path, scenes: Path) -> None:
+def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path) -> None:
     codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
     codec.save(tmp_path / "tokenizer")
     settings = {**SCENES, "response_length": 400, "tokenizer": str(tmp_path / "tokenizer")}
     index = Scenes(out=str(tmp_path / "out"), **settings).run()
     assert index["tokenizer"] == codec.fingerprint == Codec.load(tmp_path / "out" / "tokenizer").fingerprint
     assert index["counts"]["train"]["swaps of unequal length"] > 0
-    for s in samples(tmp_path / "out" / "train"):
-        for caption in s.record["captions"]:
-            ids = codec.encode(caption["text"])[0]
-            for swap in caption["swaps"]:
-                first, end, wrong = swap["tokens"]
-                false = caption["text"][: swap["start"]] + swap["wrong"] + caption["text"][swap["end"] :]
-                assert codec.encode(false)[0] == [*ids[:first], *wrong, *ids[end:]]
+    check_swaps(codec, samples(tmp_path / "out" / "train"))
 
 
 def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
@@ -194,6 +178,7 @@ def test_impossible_settings_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path, scenes: Path) -> None:
     """The real verb in a real process, killed while it writes its first shard."""
     out = tmp_path / "out"
@@ -224,9 +209,9 @@ def picture(path: Path, colour: str = "red", size: tuple[int, int] = (8, 8)) -> 
     return path
 
 
-def entries(path: Path) -> tuple[list[Entry], Counter[str]]:
-    counts: Counter[str] = Counter()
-    return list(read_entries(path, counts)), +counts
+def entries(path: Path) -> tuple[list[Entry], Counts]:
+    counts = Counts()
+    return list(read_entries(path, counts)), counts
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -239,32 +224,48 @@ def first(path: Path) -> tuple[str, str, str | None]:
     return entry.image, entry.captions[0].text, entry.prompt
 
 
-def test_jsonl_with_bom_crlf_blank_and_broken_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    good = ['{"image": "a.jpg", "caption": "Été. "}', '{"image": "c.jpg", "caption": "x"}']
-    lines = [good[0], "", '{"image": "b.jpg", "capt', good[1]]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    found, counts = entries(path)
-    assert [(e.image, e.captions[0].text) for e in found] == [("a.jpg", "Été."), ("c.jpg", "x")]
-    assert counts == {"records": 2, "broken_json": 1}
+GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
 
 
-def test_objects_one_after_another_and_mappings(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    pretty = '{\n "image_id": 42,\n "text": "one",\n "question_id": 1, "prompt": "p"}'
-    path.write_text(pretty + '\n{"image_id": 7, "text": "two"}')
-    assert [e.image for e in entries(path)[0]] == ["42", "7"]
-    assert first(write_json(path, {"x.png": "a cat"})) == ("x.png", "a cat", None)
-    nested = {"0": {"filename": "x.png", "caption": "a cat", "negative_caption": "a dog"}}
-    assert first(write_json(path, nested)) == ("x.png", "a cat", None)
-    coco = {
-        "images": [{"id": 3, "file_name": "x.png"}],
-        "annotations": [{"id": 1, "image_id": 3, "caption": "a cat"}],
-    }
-    assert first(write_json(path, coco)) == ("x.png", "a cat", None)
+@pytest.mark.parametrize(
+    ("name", "content", "images", "skipped"),
+    [
+        # lines with a byte order mark, CRLF, blank and broken ones
+        ("a.jsonl", b"\xef\xbb\xbf" + GOOD + b'\r\n\r\n{"image": "b.jpg", "capt\r\n' + GOOD, ["a.jpg"] * 2,
+         {"broken_json": "a.jsonl:3"}),
+        ("a.jsonl", GOOD + b"\n" + b"[" * 100_000 + b'\n\xff\n["a"]\n' + GOOD, ["a.jpg"] * 2,
+         {"broken_json": "a.jsonl:2", "not_utf8": "a.jsonl:3", "not_a_record": "a.jsonl:4"}),
+        # lines and objects over several lines, whatever the file is called
+        ("a.json", b'{\n "image_id": 42,\n "text": "one",\n "question_id": 1, "prompt": "p"}\n{\n' + GOOD,
+         ["42", "a.jpg"], {"broken_json": "a.json:5"}),
+        # mappings
+        ("a.json", b'{"x.png": "a cat", "y.avif": ["a dog"]}', ["x.png", "y.avif"], {}),
+        ("a.json", b'{"0": {"filename": "x.png", "caption": "a cat", "negative_caption": "a dog"}}', ["x.png"], {}),
+        ("a.json", b'{"images": [{"id": 3, "file_name": "x.png"}], "annotations": [{"image_id": 3, "caption": "a"}]}',
+         ["x.png"], {}),
+        ("a.json", b"\xef\xbb\xbf[" + GOOD + b", 2]", ["a.jpg"], {"not_a_record": "a.json#2"}),
+        # tables: a comma that is not quoted, a quotation mark that is not closed, a field of 140 kB
+        ("a.csv", b'\xef\xbb\xbfimage,caption\na.jpg,x\nb.jpg,"y ""z"",\n"\nc.jpg,red, and grey\nd.jpg,"e\nf.jpg,g\n',
+         ["a.jpg", "b.jpg"], {"broken_row": "a.csv:5"}),
+        ("a.tsv", b"image\tcaption\r\na.jpg\tx\r\n\xff\ty\r\nc.jpg\t" + b"z" * 140_000 + b"\r\nd.jpg\tw\r\n",
+         ["a.jpg", "d.jpg"], {"not_utf8": "a.tsv:3", "broken_row": "a.tsv:4"}),
+        ("a.json", b'[{"image": "a.jpg", "captions": ["x", "\\ud83d", " "]}]', ["a.jpg"],
+         {"not_utf8": "a.json#1", "empty_caption": "a.json#1"}),
+    ],
+    ids=["lines", "worse lines", "several lines", "file names", "records by name", "coco", "list", "csv", "tsv",
+         "surrogate"],
+)  # fmt: skip
+def test_one_reader_for_all_files(
+    tmp_path: Path, name: str, content: bytes, images: list[str], skipped: dict[str, str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    found, counts = entries(tmp_path / name)
+    assert [entry.image for entry in found] == images
+    assert counts.examples == skipped
+    assert found[0].captions[0].text in ("\u00c9t\u00e9.", "one", "a cat", "a", "x")
 
 
-def test_tables(tmp_path: Path) -> None:
+def test_texts_keep_line_ends_and_quotes_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", newline="", encoding="utf-8-sig") as stream:
         csv.writer(stream).writerows([["image", "caption", "split"], ["a.jpg", 'says "hi",\nthen goes', "val"]])
@@ -272,21 +273,21 @@ def test_tables(tmp_path: Path) -> None:
     assert (entry.image, entry.captions[0].text, entry.split) == ("a.jpg", 'says "hi",\nthen goes', "val")
 
 
-def test_unknown_formats_name_the_keys_they_have(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keys picture, words"):
-        entries(write_json(tmp_path / "a.json", [{"picture": "a.jpg", "words": "x"}]))
-    with pytest.raises(ValueError, match=r"needs an image .*file_name.* and a caption .*conversations or messages"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"picture": "a.jpg", "words": "x"}]', "keys picture, words.* needs an image .*file_name.* and a caption"),
+        (b"[]", "holds no records"),
+        (b'[{"image": "a.jpg", "caption": "x"},', "not valid JSON"),
+        (b'[{"image": "\xff", "caption": "x"}]', "not valid JSON: 'utf-8' codec"),
+        (None, "no file"),
+    ],
+)
+def test_files_without_annotations_are_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
         entries(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="holds no records"):
-        entries(write_json(tmp_path / "a.json", []))
-    (tmp_path / "b.json").write_text('[{"image": "a.jpg", "caption": "x"},')
-    with pytest.raises(ValueError, match="not valid JSON"):
-        entries(tmp_path / "b.json")
-    with pytest.raises(ValueError, match="no annotation file"):
-        entries(tmp_path / "none.json")
-    (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        entries(tmp_path / "c.json")
 
 
 def turns(*texts: str) -> list[dict]:
@@ -327,7 +328,7 @@ def test_conversations_give_their_first_answer(tmp_path: Path) -> None:
     (one, two), counts = entries(path)
     assert one == two
     assert (one.image, one.captions[0].text, one.prompt) == ("a.jpg", "A cat.", "What is it?")
-    assert counts == {"records": 2, "later_turns": 2, "duplicate_id": 1, "not_a_record": 1}
+    assert counts == {"records": 3, "later_turns": 2, "not_a_record": 1}
     roles = (("system", "S"), ("user", "<image>Q"), ("assistant", "A"))
     chat = {"images": ["a.jpg"], "messages": [{"role": role, "content": text} for role, text in roles]}
     assert first(write_json(path, [chat])) == ("a.jpg", "A", "Q")
@@ -383,29 +384,23 @@ def test_rediff_pairs_turn_the_flawed_text_true(tmp_path: Path) -> None:
 
 def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "000000000042.jpg")
-    counts = Counts()
-    album = Album(tmp_path / "images", prompt="P", seed=0, counts=counts)
-    swapped = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A blue cat.", "red", "blue")]))[0][0]
-    again = entries(write_json(tmp_path / "a.json", [vicrit("A red cat.", "A red dog.", "cat", "dog")]))[0][0]
-    names = [
-        "images/000000000042.jpg",
-        "COCO_val2014_000000000042.jpg",
-        "42",
-        "coco/x/000000000042",
-        "/images/42",
+    swap = vicrit("A red cat.", "A blue cat.", "red", "blue")
+    rows = [
+        {**swap, "image": "images/000000000042.jpg", "split": "test"},
+        {**swap, "image": "COCO_val2014_000000000042.jpg", "split": "test"},
+        {**swap, "image": "42", "split": "test"},
+        {**vicrit("A red cat.", "A red dog.", "cat", "dog"), "image": "coco/x/000000000042", "split": "train"},
+        {**swap, "image": "/images/42", "problem": "R", "split": "unheard of"},
+        {**swap, "image": "../../etc/passwd"},
     ]
-    for name in names[:3]:
-        album.add(Entry(name, swapped.captions, "Q", "test"))
-    album.add(Entry(names[3], again.captions, "Q", "train"))
-    album.add(Entry(names[4], swapped.captions, None, None))
-    album.add(Entry("../../etc/passwd", swapped.captions))
-    one, other = album.photos()
-    assert (one.prompt, other.prompt) == ("Q", "P")
+    annotations = write_json(tmp_path / "a.json", rows)
+    dataset = Photos(out="", **PHOTOS, images=str(tmp_path / "images"), annotations=str(annotations))
+    one, other = dataset.read(counts := Counts())
+    assert (one.prompt, other.prompt) == ("Q", "R")
     assert one.key != other.key
     assert one.split == other.split == "test"
     assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue"), ("cat", "dog")]
-    assert counts["merged"] == 3
-    assert counts["missing_image"] == 1
+    assert +counts == {"records": 6, "merged": 3, "missing_image": 1, "duplicate_caption": 2, "unknown_split": 1}
     assert counts.examples == {"missing_image": "../../etc/passwd"}
 
 
@@ -488,17 +483,16 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ])  # fmt: skip
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "records  11  records read",
-        "records   1  image files that are missing (left out), such as none.jpg",
-        "records   2  merged into one image",
-        "records   1  empty captions (left out)",
-        "train     5  samples written",
-        "train     1  hallucinated spans of other token length (not used)",
-        "train     1  captions too long (left out), such as p0.jpg; to keep them, raise prepare.response_length, "
-        "and data.response_length with it",
-        "train     1  image files that cannot be decoded (left out), such as bad.jpg",
-        "val       1  samples written",
-        "test      0  samples written",
+        "records  11  records",
+        "records   1  missing image (left out), such as none.jpg",
+        "records   2  merged",
+        "records   1  empty caption (left out), such as a.json#10",
+        "train     5  written",
+        "train     1  swaps of unequal length",
+        "train     1  captions too long (left out), such as p0.jpg",
+        "train     1  undecodable image (left out), such as bad.jpg",
+        "val       1  written",
+        "test      0  written",
     ]
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
     records = {s.record["key"][:2]: s for s in samples(out / "train")}
@@ -516,7 +510,7 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
     settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
-    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*1  image files that are missing"):
+    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*1  missing image"):
         Photos(out=str(tmp_path / "out"), **settings).run()
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no image folder"):
@@ -561,7 +555,7 @@ def test_odd_images_decode_or_are_reported() -> None:
         ("InternLM-XComposer__single_turn_single_image_example.json", 2, {}),
         ("LLaMA-Factory__mllm_demo.json", 6, {"later_turns": 6}),
         ("LLaVA__caps_boxes_coco2014_val_80.jsonl", 80, {}),
-        ("LLaVA__coco2014_val_gpt4_qa_30x3.jsonl", 90, {"duplicate_id": 60}),
+        ("LLaVA__coco2014_val_gpt4_qa_30x3.jsonl", 90, {}),
         ("POPE__Instruction1_llava_first12.json", 12, {}),
         ("ReDiff__readme_sample.json", 1, {}),
         ("lmms-finetune__multi_images.json", 0, {"several_images": 2}),

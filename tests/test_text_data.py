@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import yaml
 
+from datamodules.collate import Collate
 from datamodules.shards import Reader, Sample, Stream, read_index
-from datamodules.text import TextCollate, TextData
+from datamodules.text import TextData
 from src.evaluate import main as evaluate
 from src.generate import main as generate
 from src.io.shards import write_shards
@@ -127,7 +127,7 @@ def test_share_of_hidden_prompts(folder: Path) -> None:
     codec = Codec.load(folder / "smiles" / "tokenizer")
     (sample, *_) = stored(folder / "smiles" / "train")
     for share in (0.0, 0.1, 1.0):
-        collate = TextCollate(codec, response_length=8, seed=3, prompt_dropout=share)
+        collate = Collate(codec, response_length=8, layout=None, seed=3, prompt_dropout=share)
         shown = codec.prompt_ids(sample.record["prompt"], images=0)
         found = [collate.prompt_ids(sample, epoch) for epoch in range(20_000)]
         assert {tuple(ids) for ids in found} <= {tuple(shown), (codec.mask_id,) * len(shown)}
@@ -157,45 +157,6 @@ def test_evaluation_hides_no_prompt(folder: Path) -> None:
         *(batch for _, batch in module.draft_dataloader(1, 3)),
     ]
     assert not any((batch.prefix["prompt_ids"] == module.codec.mask_id).any() for batch in batches)
-
-
-class Recorder(L.LightningModule):
-    """Notes what every batch holds, and saves after step `save_at`."""
-
-    def __init__(self, path: Path, save_at: int = -1) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.path, self.save_at = path, save_at
-        self.seen: list[Any] = []
-
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        prompts = batch.prefix["prompt_ids"].tolist()
-        self.seen.append((self.current_epoch, batch.keys, prompts, batch.response.tolist()))
-        return self.weight.sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.global_step == self.save_at:
-            self.trainer.save_checkpoint(self.path)
-
-
-@pytest.mark.parametrize(("kind", "save_at", "workers"), [("text", 5, 0), ("smiles", 17, 0), ("smiles", 17, 2)])
-def test_a_run_resumes_within_an_epoch(folder: Path, tmp_path: Path, kind: str, save_at: int, workers: int) -> None:
-    def fit(module: Recorder, **settings: Any) -> list[Any]:
-        trainer = L.Trainer(
-            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
-        more = {} if kind == "text" else {"prompt_dropout": 0.5}
-        trainer.fit(module, datamodule=data(folder, kind, workers=workers, **more), **settings)
-        return module.seen
-
-    path = tmp_path / "saved.ckpt"
-    whole = fit(Recorder(path, save_at))
-    assert len({seen[0] for seen in whole}) == 2 and len(whole) > save_at
-    assert fit(Recorder(path), ckpt_path=str(path), weights_only=True) == whole[save_at:]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from src.io.errors import UserError
 
@@ -24,11 +24,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically."""
-    temporary = _temporary(path)
-    with with_filename(path), temporary.open("wb") as stream:
+    with atomic(path) as stream:
         stream.write(data)
-        _sync(stream)
-    _rename(temporary, path)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is synced to disk and gets its name when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with with_filename(path), temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync_path(path.parent)
 
 
 @contextmanager
@@ -63,7 +72,8 @@ def publish(temporary: Path, path: Path) -> None:
     """Sync a file, or a folder and its files, to disk and rename it to its final name."""
     for item in [*temporary.rglob("*"), temporary]:
         sync_path(item)
-    _rename(temporary, path)
+    os.replace(temporary, path)
+    sync_path(path.parent)
 
 
 def sync_path(path: Path) -> None:
@@ -73,17 +83,3 @@ def sync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
-    sync_path(path.parent)

@@ -22,17 +22,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 100_000_000
 GREY = (128, 128, 128)
 ENCODINGS = {"jpg": {"format": "JPEG", "quality": 92}, "png": {"format": "PNG"}}
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    KeyError,
-    IndexError,
-    ZeroDivisionError,
-    EOFError,
-    MemoryError,
-)
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, ZeroDivisionError, EOFError, MemoryError)
 
 
 class ImageProblem(Exception):

@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from src.io.errors import UserError
-from src.io.files import FORMAT, _rename, _sync, _temporary, read_json, sha256, with_filename, write_json
+from src.io.files import FORMAT, atomic, read_json, sha256, write_json
 
 REMAKE = {  # kind of a folder -> the command that makes it
     "drafts": "python -m src.draft conf=draft out={folder} ...",
@@ -66,22 +66,17 @@ def write_shards(
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
-    """Write one tar atomically and return its index entry: name, count, bytes, sha256."""
-    temporary = _temporary(path)
+    """Write one tar atomically and return its index entry."""
     count = 0
-    with with_filename(path), temporary.open("wb") as stream:
-        with TarWriter(stream, encoder=False, mtime=0) as tar:
-            for sample in samples:
-                tar.write(_encode(sample))
-                count += 1
-        _sync(stream)
-    entry = shard_entry(temporary, count)
-    _rename(temporary, path)
-    return {**entry, "name": path.name}
+    with atomic(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            tar.write(_encode(sample))
+            count += 1
+    return shard_entry(path, count)
 
 
 def shard_entry(path: Path, count: int) -> dict:
-    """The index entry of a shard."""
+    """The index entry of a shard: name, count, bytes, sha256."""
     return {"name": path.name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -131,19 +126,16 @@ def read_manifest(folder: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is not a finished data folder: it has no {INDEX}")
     content = read_json(path)
-    if missing_keys := {"format", "kind"} - content.keys():
-        raise UserError(f"{path} is damaged (it has no {missing_keys.pop()!r}); recreate the folder")
-    form, kind, shards = content["format"], content["kind"], content.get("shards")
-    complete = isinstance(kind, str) and "tokenizer" in content and isinstance(shards, list)
+    kind, form = content.get("kind"), content.get("format")
     if kind == DATASET:
         raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
-    if form != FORMAT:
+    if isinstance(kind, str) and form is not None and form != FORMAT:
         command = REMAKE.get(kind, "python -m src.prepare ... prepare.overwrite=true").format(folder=folder)
         raise UserError(f"{path} has format {form!r}, this version reads format {FORMAT}; remake the folder: {command}")
-    if not complete:
-        raise UserError(f"{path} is damaged (no tokenizer or no list of shards); recreate the folder")
-    if invalid := [entry for entry in content["shards"] if not _is_entry(entry)]:
-        raise UserError(f"{path} is damaged (no name and count of a shard in {invalid[0]!r}); recreate the folder")
+    shards = content.get("shards")
+    whole = isinstance(kind, str) and form == FORMAT and "tokenizer" in content and isinstance(shards, list)
+    if not whole or not all(map(_is_entry, shards)):  # type: ignore[arg-type]
+        raise UserError(f"{path} is damaged (it lacks the kind, the tokenizer, or shards with name and count)")
     return content
 
 

@@ -2,7 +2,27 @@
 
 OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
 
-The dataset is written into OUT.partial, which is renamed to OUT at the end.
+    read -> items -> tokenizer -> divide -> items of each split -> samples -> shards
+
+A dataset of your own is one file and one yaml that names it as `target:`
+
+    @dataclass(kw_only=True)
+    class Poems(Dataset):
+        kind: ClassVar[str] = "text"          # for TextData
+        file: str
+
+        def read(self, counts):
+            for place, record in read_records(Path(self.file), counts):
+                share = hashed_share(record["poem"], self.seed)
+                yield Poem(key=..., name=record["poem"], source=place, split=split_of(share), share=share, ...)
+
+        def texts(self, items):
+            return (item.poem for item in items)
+
+        def samples(self, items, codec, counts):
+            for item in items:
+                record = {"key": item.key, "prompt": "", "captions": [{"text": item.poem}]}
+                yield {"__key__": item.key, "json": record}
 """
 
 from __future__ import annotations
@@ -10,69 +30,48 @@ from __future__ import annotations
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from tqdm import tqdm
 
 from src.io.errors import UserError
 from src.io.files import publish, read_json, with_filename, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
-from src.preparation.counts import table
+from src.preparation.counts import Counts, table
+from src.preparation.splits import SPLITS, fill_splits
 from src.text.tokenizer import Codec
 
-SPLITS = ("train", "val", "test")
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Dataset(ABC):
-    """Base of all datasets: writes a folder with splits atomically. Subclasses make the samples in `write`.
+    """Base of all datasets: a subclass reads items and makes samples of them.
 
-    overwrite: replace `out`; if false, `out` is kept when its settings are the same, else a UserError is raised
+    response_length: in tokens; texts of more than response_length - 1 tokens are left out, so that end-of-turn fits
+    tokenizer:     folder of a tokenizer, to which missing special tokens are added; null trains one
+    vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet and the special tokens
+    prompt_format: a file in src/text/prompts; null uses that of the tokenizer's folder, or `tiny` for a new tokenizer
+    overwrite:     replace `out`; if false, `out` is kept when its settings are the same, else a UserError is raised
     """
+
+    kind: ClassVar[str] = "captions"  # of the split folders
+    alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text; or "seen"
+    noun: ClassVar[str] = "image"  # a sample, in messages
+    remedies: ClassVar[tuple[str, str]] = ("", "")  # what else to do if train is empty, and if only val or test is
 
     out: str
     response_length: int
     tokenizer: str | None = None
+    vocab_size: int = 0
+    prompt_format: str | None = None
     seed: int = 0
     per_shard: int = 512
     overwrite: bool = False
-
-    @property
-    def settings(self) -> dict:
-        """The settings that the content depends on; stored in index.json."""
-        return {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
-
-    def run(self) -> dict:
-        """Write the dataset unless it exists; return its index.json."""
-        out = Path(self.out)
-        with locked(out):
-            return self._run(out, out.with_name(f"{out.name}.partial"))
-
-    def _run(self, out: Path, partial: Path) -> dict:
-        for path in self.sources:
-            if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (out, partial)):
-                raise UserError(f"prepare.out={out} would take the place of {path}, which is read: choose another one")
-        if out.exists():
-            index = self._existing(out)
-            if index:
-                return index
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            with with_filename(partial):
-                index = {"format": FORMAT, "kind": DATASET, "settings": self.settings, **self.write(partial)}
-                write_json(partial / INDEX, index)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if out.exists():
-            shutil.rmtree(out)
-        publish(partial, out)
-        return index
 
     @property
     def sources(self) -> Sequence[str]:
@@ -80,24 +79,123 @@ class Dataset(ABC):
         return ()
 
     @abstractmethod
+    def read(self, counts: Counts) -> Iterable[Any]:
+        """All items, each an `Item` with its split."""
+
+    @abstractmethod
+    def texts(self, items: Sequence[Any]) -> Iterable[str]:
+        """Texts that a new tokenizer is trained on."""
+
+    def is_usable(self, item: Any, codec: Codec) -> bool:
+        """Whether `samples` will make a sample of an item; asked where a split might stay empty."""
+        return True
+
+    def divide(
+        self, items: Sequence[Any], codec: Codec, counts: Mapping[str, Counts]
+    ) -> tuple[dict[str, Sequence[Any]], dict]:
+        """The items of each split, and further entries for index.json."""
+        fill_splits(items, lambda item: self.is_usable(item, codec))
+        return {split: [item for item in items if item.split == split] for split in SPLITS}, {}
+
+    @abstractmethod
+    def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
+        """Samples for `write_shards` of consecutive items of a split. A sample depends on its own item only."""
+
+    def run(self) -> dict:
+        """Write the dataset unless it exists; return its index.json."""
+        out = Path(self.out)
+        partial = out.with_name(f"{out.name}.partial")
+        with locked(out):
+            for path in self.sources:
+                if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (out, partial)):
+                    raise UserError(
+                        f"prepare.out={out} would take the place of {path}, which is read: choose another one"
+                    )
+            if index := self._existing(out):
+                return index
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            try:
+                with with_filename(partial):
+                    index = self.write(partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            if out.exists():
+                shutil.rmtree(out)
+            publish(partial, out)
+        return index
+
     def write(self, folder: Path) -> dict:
-        """Write splits and tokenizer into a folder; the returned mapping goes into index.json."""
+        """Write tokenizer, splits and index.json into a folder; return the index."""
+        counts = {part: Counts() for part in ("records", *SPLITS)}
+        items = list(self.read(counts["records"]))
+        codec = self._codec(items)
+        codec.save(folder / "tokenizer")
+        parts, extra = self.divide(items, codec, counts)
+        for split in SPLITS:
+            progress = tqdm(parts[split], desc=split, unit="sample", disable=None)
+            samples = self.samples(progress, codec, counts[split])
+            settings = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split], "extra": extra}
+            index = write_shards(folder / split, samples, prefix=split, per_shard=self.per_shard, **settings)
+            counts[split]["written"] = index["counts"]["written"]
+        index = {
+            "format": FORMAT,
+            "kind": DATASET,
+            "settings": self._settings(),
+            "tokenizer": codec.fingerprint,
+            "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
+            "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
+            **extra,
+        }
+        self._check_splits(index)
+        write_json(folder / INDEX, index)
+        return index
+
+    def _codec(self, items: Sequence[Any]) -> Codec:
+        if self.tokenizer:
+            return Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
+        codec = Codec.train(
+            self.texts(items),
+            vocab_size=self.vocab_size,
+            alphabet=self.alphabet,
+            prompt_format=self.prompt_format or "tiny",
+        )
+        if 0 < self.vocab_size < codec.vocab_size:
+            raise UserError(
+                f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone take "
+                f"{codec.vocab_size}"
+            )
+        return codec
+
+    def _check_splits(self, index: dict) -> None:
+        """Raise UserError if train is empty; warn if val or test is empty."""
+        empty = [split for split in SPLITS if not index["counts"][split]["written"]]
+        reasons = table(index["counts"], index["examples"])
+        if len(empty) == 3:
+            raise UserError(f"nothing could be used; reasons:\n{reasons}")
+        if "train" in empty:
+            raise UserError(f"no {self.noun} is left for train; add some, or {self.remedies[0]}\n{reasons}")
+        if empty:
+            log.warning("no %s is in %s; add more, or %s", self.noun, " and in ".join(empty), self.remedies[1])
+
+    def _settings(self) -> dict:
+        """The settings that the content depends on; stored in index.json."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
 
     def _existing(self, out: Path) -> dict | None:
-        """The index of the dataset in `out`; None if it is to be replaced or the folder is empty."""
-        if out.is_dir() and not any(out.iterdir()):
+        """The index of the dataset in `out`; None if there is none, or it is to be replaced."""
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return None
-        if not (out / INDEX).is_file():
-            raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
-        index = read_json(out / INDEX)
+        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
         if index.get("kind") != DATASET:
-            raise UserError(f"{out} exists but is no dataset of `src.prepare`; remove it or choose another prepare.out")
+            raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
         if self.overwrite:
             return None
         if (form := index.get("format")) != FORMAT:
             raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
-        old, new = index.get("settings", {}), self.settings
-        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        old, new = index.get("settings", {}), self._settings()
+        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if changed:
             raise UserError(
                 f"{out} was made with other settings ({', '.join(changed)}); "
@@ -105,48 +203,3 @@ class Dataset(ABC):
             )
         log.info("%s is already complete: nothing to do", out)
         return index
-
-
-def check_splits(
-    counts: Mapping[str, Mapping[str, int]],
-    examples: Mapping[str, Mapping[str, str]],
-    *,
-    noun: str,
-    remedy: tuple[str, str],
-) -> None:
-    """Raise UserError if train is empty; warn if val or test is empty.
-
-    noun: a sample, in words; remedy: what else the user can do if train is empty, and if only val or test is
-    """
-    empty = [split for split in SPLITS if not counts[split]["written"]]
-    if len(empty) == 3:
-        raise UserError(f"nothing could be used; reasons:\n{table(counts, examples)}")
-    if "train" in empty:
-        raise UserError(f"no {noun} is left for train; add some, or {remedy[0]}\n{table(counts, examples)}")
-    if empty:
-        log.warning("no %s is in %s; add more, or %s", noun, " and in ".join(empty), remedy[1])
-
-
-def write_split(
-    folder: Path,
-    split: str,
-    samples: Iterable[dict],
-    codec: Codec,
-    per_shard: int,
-    counts: Counter[str],
-    *,
-    kind: str = "captions",
-    extra: Mapping[str, Any] | None = None,
-) -> dict:
-    """Write one split and return its counts, including `written`."""
-    index = write_shards(
-        folder / split,
-        samples,
-        prefix=split,
-        per_shard=per_shard,
-        kind=kind,
-        tokenizer=codec.fingerprint,
-        counts=counts,
-        extra=extra,
-    )
-    return index["counts"]

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
 from src.io.errors import UserError
-from src.preparation.annotations import Skip
-from src.preparation.counts import Counts
-from src.preparation.jsonl import count_skipped, read_records, text_of
-from src.preparation.text import Item, Texts, check_field_name
+from src.preparation.counts import Counts, Skip
+from src.preparation.records import text_of
+from src.preparation.text import Text, Texts, check_field_name
 from src.text.tokenizer import Codec
 
 log = logging.getLogger(__name__)
@@ -80,8 +78,8 @@ class Smiles(Texts):
     value: column of the property; null uses the number of rings
     """
 
-    alphabet: ClassVar[str] = "seen"
-    words: ClassVar[Sequence[str]] = ("0", "1")
+    alphabet = "seen"
+    words = ("0", "1")
 
     field: str = "smiles"
     value: str | None = None
@@ -94,21 +92,14 @@ class Smiles(Texts):
         if self.value is not None:
             check_field_name("prepare.value", self.value)
 
-    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, record in read_records(path, counts):
-            try:
-                text = text_of(record, self.field).strip()
-                yield place, "", text, self._property(text, record)
-            except Skip as reason:
-                count_skipped(counts, reason, place, record)
-
-    def _property(self, smiles: str, record: dict) -> dict:
+    def parse(self, record: dict) -> tuple[str, str, dict]:
+        smiles = text_of(record, self.field).strip()
         try:
             rings = count_rings(smiles)
         except ValueError:
             raise Skip("broken_smiles") from None
         if self.value is None:
-            return {"rings": rings}
+            return "", smiles, {"rings": rings}
         if record.get(self.value) is None:
             raise Skip("missing_field")
         try:
@@ -117,28 +108,29 @@ class Smiles(Texts):
             raise Skip("not_a_number") from None
         if not np.isfinite(number):
             raise Skip("not_a_number")
-        return {self.value: number}
+        return "", smiles, {self.value: number}
 
-    def check(self, item: Item, codec: Codec) -> None:
+    def check(self, item: Text, codec: Codec) -> None:
         super().check(item, codec)
         if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
 
     def divide(
-        self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Iterable[dict]], dict]:
+        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
+    ) -> tuple[dict[str, Sequence[Any]], dict]:
+        parts, _ = super().divide(items, codec, counts)
         name = self.value or "rings"
-        values = [item.extra[name] for item in items if item.split == "train"]
+        values = [item.extra[name] for item in parts["train"]]
         threshold = float(np.percentile(values, self.percentile)) if values else 0.0
-        for item in items:
-            item.prompt = str(int(item.extra[name] >= threshold))
-            counts[item.split]["class_1"] += item.prompt == "1"
-        classes = {item.prompt for item in items if item.split == "train"}
+        for split, molecules in parts.items():
+            for item in molecules:
+                item.prompt = str(int(item.extra[name] >= threshold))
+                counts[split]["class_1"] += item.prompt == "1"
+        classes = {item.prompt for item in parts["train"]}
         if len(classes) == 1:
             log.warning(
                 "all molecules of train are of class %s, as the percentile %g of %s is %g: the model cannot learn "
                 "guidance by class; change prepare.percentile or prepare.value",
                 classes.pop(), self.percentile, name, threshold,
             )  # fmt: skip
-        samples, _ = super().divide(items, codec, counts)
-        return samples, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}
+        return parts, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}

@@ -1,7 +1,7 @@
-"""Assign images and texts to splits by a hash of their names, so that splits do not depend on the order of records.
+"""Assign items to splits by a hash of their names, so that splits do not depend on the order of records.
 
 split_of(hashed_share(name, seed))      train, val or test
-fill_splits(photos, usable)             gives every split a usable image, if there are enough
+fill_splits(items, usable)              gives every split a usable item, if there are enough
 """
 
 from __future__ import annotations
@@ -9,26 +9,32 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
-class Placed(Protocol):
-    """What `fill_splits` needs of a photo or text; see `Photo`."""
+@dataclass(kw_only=True)
+class Item:
+    """What becomes a sample: a photo with its captions, a scene, a text.
 
+    key:    of the sample, unique
+    name:   decides the split; items of one name, such as one image with two prompts, share it
+    source: where the item comes from, for messages
+    share:  hash of `name` in 0..1; None if the split is given
+    """
+
+    key: str
+    name: str
+    source: str
     split: str
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def share(self) -> float | None: ...
+    share: float | None = None
 
 
-P = TypeVar("P", bound=Placed)
+I = TypeVar("I", bound=Item)  # noqa: E741
 
 
 def hashed_share(name: str, seed: int) -> float:
@@ -42,24 +48,24 @@ def split_of(share: float) -> str:
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
 
 
-def fill_splits(photos: Sequence[P], usable: Callable[[P], bool]) -> None:
-    """Move an image into each split without a usable one. Train comes first; val and test take one only if its
+def fill_splits(items: Sequence[I], usable: Callable[[I], bool]) -> None:
+    """Move an item into each split without a usable one. Train comes first; val and test take one only if its
     split keeps another usable one.
 
-    Images are taken from the largest split, in the order of their hashes. An image whose record sets its split stays.
+    Items are taken from the largest split, in the order of their hashes. An item whose split is given stays.
     """
-    by_key = {photo.key: photo for photo in photos}
+    by_key = {item.key: item for item in items}
     is_usable = cache(lambda key: usable(by_key[key]))
-    for split in ("train", "val", "test"):
-        if any(is_usable(photo.key) for photo in photos if photo.split == split):
+    for split in SPLITS:
+        if any(is_usable(item.key) for item in items if item.split == split):
             continue
-        sizes = Counter({photo.name: photo.split for photo in photos}.values())
-        movable = [photo for photo in photos if photo.share is not None]
+        sizes = Counter({item.name: item.split for item in items}.values())
+        movable = [item for item in items if item.share is not None]
         sign = 1 if split == "train" else -1
-        for photo in sorted(movable, key=lambda p: (-sizes[p.split], sign * (p.share or 0))):
-            others = (p.key for p in photos if p.split == photo.split and p.name != photo.name)
-            if is_usable(photo.key) and (split == "train" or any(map(is_usable, others))):
-                for moved in photos:
-                    if moved.name == photo.name:
+        for item in sorted(movable, key=lambda item: (-sizes[item.split], sign * (item.share or 0))):
+            others = (o.key for o in items if o.split == item.split and o.name != item.name)
+            if is_usable(item.key) and (split == "train" or any(map(is_usable, others))):
+                for moved in items:
+                    if moved.name == item.name:
                         moved.split = split
                 break

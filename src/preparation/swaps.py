@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 
 from src.scenes.grammar import Swap, split_sentences
@@ -42,19 +43,9 @@ class SwapLocator:
         if spans is None:
             spans = [locate_swap(self.codec, text, s.start, s.end, s.wrong) for s in swaps]
         counts["swaps of unequal length"] += spans.count(None)
-        kept = [(swap, span) for swap, span in zip(swaps, spans, strict=True) if span]
-        counts["swaps"] += len(kept)
-        return [
-            {
-                "start": s.start,
-                "end": s.end,
-                "right": s.right,
-                "wrong": s.wrong,
-                "fact": s.fact,
-                "tokens": list(span),
-            }
-            for s, span in kept
-        ]
+        located = [{**asdict(swap), "tokens": list(span)} for swap, span in zip(swaps, spans, strict=True) if span]
+        counts["swaps"] += len(located)
+        return located
 
     def _by_sentence(self, text: str, swaps: Sequence[Swap]) -> list[tuple[int, int, list[int]] | None] | None:
         """(start, end, new ids) of each swap, None for unequal lengths; None as a whole if the check fails."""

@@ -4,8 +4,6 @@
     Pairs    records with two fields  -> a prompt and its response
     Smiles   in smiles.py             -> a class label as the prompt, a molecule as the response
 
-    files -> items without duplicates -> tokenizer -> items that fit -> splits -> shards (kind `text`, for `TextData`)
-
 A sample has only JSON: {"key", "source", "prompt", "captions": [{"text": ..., "ids": ...}], ...}. `captions[0]` is the
 reference for metrics; `ids` are stored only if encoding the text again might give other ids.
 """
@@ -13,73 +11,50 @@ reference for metrics; `ids` are stored only if encoding the text again might gi
 from __future__ import annotations
 
 import hashlib
-import logging
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from src.io.errors import UserError
-from src.preparation.annotations import Skip
-from src.preparation.builder import SPLITS, Dataset, check_splits, write_split
-from src.preparation.counts import Counts
-from src.preparation.jsonl import count_skipped, read_documents, read_records, text_of
-from src.preparation.splits import fill_splits, hashed_share, split_of
+from src.preparation.builder import Dataset
+from src.preparation.counts import Counts, Skip
+from src.preparation.records import read_records, text_of
+from src.preparation.splits import SPLITS, Item, hashed_share, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
-KIND = "text"
 RESERVED_KEYS = ("key", "source", "prompt", "captions")  # keys of a sample that `extra` may not have
-log = logging.getLogger(__name__)
 Files = str | Sequence[str]
 
 
-@dataclass
-class Item:
-    """A text before it is written.
+@dataclass(kw_only=True)
+class Text(Item):
+    """A text of one record. name: a hash of its content; extra: further fields of the sample."""
 
-    source: file and line or number, for messages and samples
-    share:  hash of the key in 0..1; None if its file sets the split
-    extra:  further fields of the sample
-    """
-
-    key: str
-    source: str
-    split: str
-    share: float | None
     prompt: str
     text: str
     extra: dict
 
-    @property
-    def name(self) -> str:
-        return self.key
-
 
 @dataclass(kw_only=True)
 class Texts(Dataset):
-    """Base of the text datasets.
+    """Base of the text datasets. A subclass says in `parse` what a record means.
 
-    files:         one file, several, or {train: ..., val: ..., test: ...}; without the mapping, texts are split by a
-        hash of their content, 90 % train, 5 % val, 5 % test
-    tokenizer:     folder of a tokenizer, to which missing special tokens are added; null trains one
-    vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet and the special tokens
-    prompt_format: a file in src/text/prompts; null uses that of the tokenizer's folder, or `tiny` for a new tokenizer
+    files: one file, several, or {train: ..., val: ..., test: ...}; without the mapping, texts are split by a hash of
+        their content, 90 % train, 5 % val, 5 % test
     """
 
-    remedy: ClassVar[str] = "name files for them"  # advice if val or test is empty
-    alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text
+    kind = "text"
+    noun = "row"
+    remedies: ClassVar[tuple[str, str]] = ("name a file for it", "name files for them")
     words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # training texts besides those of the items
 
     files: Files | Mapping[str, Files | None]
-    vocab_size: int = 0
-    prompt_format: str | None = None
 
     def __post_init__(self) -> None:
         if self.response_length < 2:
@@ -89,80 +64,75 @@ class Texts(Dataset):
 
     @property
     def sources(self) -> Sequence[str]:
-        groups = self.files.values() if isinstance(self.files, Mapping) else [self.files]
-        return [path for files in groups for path in ([files] if isinstance(files, str) else files or ())]
+        return [path for _, path in self._split_files()]
 
-    def write(self, folder: Path) -> dict:
-        read_counts = Counts()
-        items = self._collect(read_counts)
-        codec = self._codec(items)
-        codec.save(folder / "tokenizer")
-        items = [item for item in items if self._fits(item, codec, read_counts)]
-        fill_splits(items, lambda item: True)
-        split_counts = {split: Counts() for split in SPLITS}
-        samples, extra = self.divide(items, codec, split_counts)
-        counts, examples = {"records": dict(read_counts)}, {"records": read_counts.examples}
-        for split in SPLITS:
-            rows = tqdm(samples[split], desc=split, unit="row", disable=None)
-            counts[split] = write_split(
-                folder, split, rows, codec, self.per_shard, split_counts[split], kind=KIND, extra=extra
-            )
-        check_splits(counts, examples, noun="row", remedy=("name a file for it", self.remedy))
-        return {"tokenizer": codec.fingerprint, "counts": counts, "examples": examples, **extra}
+    def _split_files(self) -> list[tuple[str, str]]:
+        """(split, file). Test and val come first, so that train holds no copies of their texts; "": by hash."""
+        by_split = self.files if isinstance(self.files, Mapping) else {"": self.files}
+        if unknown := set(by_split) - {*SPLITS, ""}:
+            raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
+        groups = {split: by_split.get(split) or [] for split in ("test", "val", "train", "")}
+        return [(split, f) for split, files in groups.items() for f in ([files] if isinstance(files, str) else files)]
 
     @abstractmethod
-    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        """Yield (place, prompt, text, extra fields of the sample) for each usable record of a file."""
+    def parse(self, record: dict) -> tuple[str, str, dict]:
+        """(prompt, text, extra fields of the sample) of a record. Raises Skip if it cannot be used."""
 
-    def check(self, item: Item, codec: Codec) -> None:
+    def check(self, item: Text, codec: Codec) -> None:
         """Raises `Skip` if the item does not fit the tokenizer or the settings."""
         if is_lossy(codec, item.text):
             raise Skip("not_in_vocabulary")
 
-    def divide(
-        self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Iterable[dict]], dict]:
-        """The samples of each split, one per item by default, and extra entries for index.json."""
-        return {split: samples([item for item in items if item.split == split], split) for split in SPLITS}, {}
-
-    def _collect(self, counts: Counts) -> list[Item]:
-        """Items of all files without duplicates. Test and val come first, so train holds no copies of their items."""
-        by_split = dict(self.files) if isinstance(self.files, Mapping) else {"": self.files}
-        if unknown := set(by_split) - {*SPLITS, ""}:
-            raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-        items: dict[str, Item] = {}
-        for split in ("test", "val", "train", ""):
-            files = by_split.get(split) or []
-            for file in [files] if isinstance(files, str) else files:
-                for source, prompt, text, extra in self.read(Path(file), counts):
-                    key = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
-                    share = hashed_share(key, self.seed)
-                    item = Item(key, source, split or split_of(share), None if split else share, prompt, text, extra)
-                    if items.setdefault(key, item) is not item:
-                        counts.note("duplicate_text", source)
+    def read(self, counts: Counts) -> list[Text]:
+        """The texts of all files without duplicates."""
+        items: dict[str, Text] = {}
+        for split, file in self._split_files():
+            for source, record in read_records(Path(file), counts):
+                try:
+                    prompt, text, extra = self.parse(record)
+                    name = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
+                    if name in items:
+                        raise Skip("duplicate_text")
+                except Skip as reason:
+                    counts.skip(reason, source)
+                    continue
+                share = None if split else hashed_share(name, self.seed)
+                placed = {"split": split or split_of(hashed_share(name, self.seed)), "share": share}
+                items[name] = Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
         return list(items.values())
 
-    def _codec(self, items: Sequence[Item]) -> Codec:
-        if self.tokenizer:
-            return Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
-        texts = chain(self.words, (text for item in items for text in (item.prompt, item.text)))
-        codec = Codec.train(
-            texts, vocab_size=self.vocab_size, alphabet=self.alphabet, prompt_format=self.prompt_format or "tiny"
-        )
-        if 0 < self.vocab_size < codec.vocab_size:
-            raise UserError(
-                f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone take "
-                f"{codec.vocab_size}"
-            )
-        return codec
+    def texts(self, items: Sequence[Text]) -> Iterator[str]:
+        yield from self.words
+        for item in items:
+            yield item.prompt
+            yield item.text
 
-    def _fits(self, item: Item, codec: Codec, counts: Counts) -> bool:
-        try:
-            self.check(item, codec)
-        except Skip as reason:
-            counts.note(str(reason), item.source)
-            return False
-        return True
+    def divide(
+        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
+    ) -> tuple[dict[str, Sequence[Any]], dict]:
+        fitting = []
+        for item in items:
+            try:
+                self.check(item, codec)
+                fitting.append(item)
+            except Skip as reason:
+                counts["records"].skip(reason, item.source)
+        parts, extra = super().divide(fitting, codec, counts)
+        for split in SPLITS:
+            for number, item in enumerate(parts[split]):
+                item.key = f"{split}-{number:06d}"
+        return parts, extra
+
+    def samples(self, items: Iterable[Text], codec: Codec, counts: Counts) -> Iterator[dict]:
+        for item in items:
+            yield sample(item.key, item.prompt, {"text": item.text}, source=item.source, **item.extra)
+
+
+class Row(NamedTuple):
+    """Packed token ids, which become a sample."""
+
+    key: str
+    ids: list[int]
 
 
 @dataclass(kw_only=True)
@@ -170,12 +140,15 @@ class Packed(Texts):
     """Plain text without prompts. The documents of a split, each followed by end-of-text, form one sequence of tokens,
     which is cut into rows of `response_length`; tokens at the end that do not fill a row are left out.
 
-    field: the field of a record that holds the text, for files other than .txt
+    field: the field of a record that holds the text; `text` for .txt files
     split: `documents` assigns whole documents to splits; `rows` cuts the sequence of all documents, such as a single
         book: the first 90 % are train, the next 5 % val, the last 5 % test. Needs `files` without a mapping
     """
 
-    remedy: ClassVar[str] = "name files for them; with few documents prepare.split=rows cuts their text instead"
+    remedies = (
+        "name a file for it",
+        "name files for them; with few documents prepare.split=rows cuts their text instead",
+    )
 
     field: str = "text"
     split: str = "documents"
@@ -187,27 +160,33 @@ class Packed(Texts):
         if self.split == "rows" and isinstance(self.files, Mapping):
             raise UserError("prepare.split=rows needs prepare.files without {train: ..., val: ..., test: ...}")
 
-    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, text in read_documents(path, self.field, counts):
-            yield place, "", text, {}
+    def parse(self, record: dict) -> tuple[str, str, dict]:
+        return "", text_of(record, self.field), {}
+
+    def read(self, counts: Counts) -> list[Text]:
+        items = super().read(counts)
+        for item in items if self.split == "rows" else ():
+            item.split, item.share = "train", None  # all of them, in order: the rows are split instead
+        return items
 
     def divide(
-        self, items: Sequence[Item], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Iterable[dict]], dict]:
+        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
+    ) -> tuple[dict[str, Sequence[Any]], dict]:
+        documents, _ = super().divide(items, codec, counts)
         if self.split == "rows":
-            rows, counts["test"]["tokens_left"] = pack(items, codec, self.response_length)
+            rows, counts["test"]["tokens_left"] = pack(documents["train"], codec, self.response_length)
             first, second = round(0.90 * len(rows)), round(0.95 * len(rows))
             parts = {"train": rows[:first], "val": rows[first:second], "test": rows[second:]}
         else:
             parts = {}
             for split in SPLITS:
-                split_items = [item for item in items if item.split == split]
-                parts[split], counts[split]["tokens_left"] = pack(split_items, codec, self.response_length)
-        return {split: self._rows(parts[split], split, codec) for split in SPLITS}, {"row": self.response_length}
+                parts[split], counts[split]["tokens_left"] = pack(documents[split], codec, self.response_length)
+        extra = {"row": self.response_length}
+        return {s: [Row(f"{s}-{n:06d}", ids) for n, ids in enumerate(parts[s].tolist())] for s in SPLITS}, extra
 
-    def _rows(self, rows: np.ndarray, split: str, codec: Codec) -> Iterator[dict]:
-        for index, ids in enumerate(rows.tolist()):
-            yield sample(f"{split}-{index:06d}", "", {"text": codec.decode(ids), "ids": ids})
+    def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
+        for key, ids in items:
+            yield sample(key, "", {"text": codec.decode(ids), "ids": ids})
 
 
 @dataclass(kw_only=True)
@@ -230,26 +209,19 @@ class Pairs(Texts):
         for name in self.keep:
             check_field_name("prepare.keep", name)
 
-    def _collect(self, counts: Counts) -> list[Item]:
-        items = super()._collect(counts)
+    def parse(self, record: dict) -> tuple[str, str, dict]:
+        prompt, response = text_of(record, self.prompt), text_of(record, self.response)
+        if IMAGE in prompt:
+            raise Skip("image_mark")
+        return prompt, response, {name: record[name] for name in self.keep if name in record}
+
+    def read(self, counts: Counts) -> list[Text]:
+        items = super().read(counts)
         if items and (unknown := [name for name in self.keep if not any(name in item.extra for item in items)]):
             raise UserError(f"prepare.keep: no record has a field {unknown[0]!r}")
         return items
 
-    def read(self, path: Path, counts: Counts) -> Iterator[tuple[str, str, str, dict]]:
-        for place, record in read_records(path, counts):
-            try:
-                prompt, response = text_of(record, self.prompt), text_of(record, self.response)
-                if IMAGE in prompt:
-                    raise Skip("image_mark")
-            except Skip as reason:
-                count_skipped(counts, reason, place, record)
-                continue
-            if "\r" in record[self.prompt] + record[self.response]:
-                counts.note("carriage_returns", place)
-            yield place, prompt, response, {name: record[name] for name in self.keep if name in record}
-
-    def check(self, item: Item, codec: Codec) -> None:
+    def check(self, item: Text, codec: Codec) -> None:
         if any(token in item.prompt for token in codec.controls):
             raise Skip("special_token")
         if is_lossy(codec, item.prompt):
@@ -261,17 +233,11 @@ class Pairs(Texts):
             raise Skip("responses too long")
 
 
-def pack(items: Sequence[Item], codec: Codec, size: int) -> tuple[np.ndarray, int]:
+def pack(items: Sequence[Text], codec: Codec, size: int) -> tuple[np.ndarray, int]:
     """(rows, size) ids of all texts, each followed by end-of-text, and the number of tokens left at the end."""
     ids = [token for item in items for token in (*codec.encode(item.text)[0], codec.eos_id)]
     full = len(ids) // size * size
     return np.array(ids[:full], dtype=np.int32).reshape(-1, size), len(ids) - full
-
-
-def samples(items: Iterable[Item], split: str) -> Iterator[dict]:
-    """Yield one sample per item."""
-    for index, item in enumerate(items):
-        yield sample(f"{split}-{index:06d}", item.prompt, {"text": item.text}, source=item.source, **item.extra)
 
 
 def sample(key: str, prompt: str, caption: dict, **extra: object) -> dict:

@@ -1,0 +1,159 @@
+"""Read record files of any kind: the one reader for annotations and texts.
+
+    read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
+    text_of(record, "question")                    the text of a field; raises `Skip` with the reason
+
+    .csv, .tsv   a table whose first line names the columns
+    .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
+    any other    JSON: a list of records, records one after another (JSON lines, or over several lines), COCO's tables,
+                 {name: record}, or {file name: caption or captions}
+
+What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from src.io.errors import UserError
+from src.preparation.counts import Counts, Skip
+
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+FILE_NAME = re.compile(r"\.\w{2,5}$")
+
+
+def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
+    """Yield (place, record). Raises UserError if the file is missing, or is a JSON list with a syntax error."""
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        values = _table(path, counts, delimiter="\t" if suffix == ".tsv" else ",")
+    elif suffix == ".txt":
+        values = _documents(path, counts)
+    elif suffix == ".jsonl":
+        values = _one_after_another(path, counts)
+    else:
+        values = _json(path, counts)
+    for place, value in values:
+        counts["records"] += 1
+        if isinstance(value, dict):
+            yield place, value
+        else:
+            counts.skip("not_a_record", place)
+
+
+def text_of(record: dict, field: str) -> str:
+    """The text of a field, with LF line ends. Raises `Skip` if it is missing, empty or not text."""
+    value = record.get(field)
+    if value is None:
+        names = ", ".join(str(name) for name in record if name is not None)
+        raise Skip("missing_field", f" (its fields: {names[:80]})")  # shows a misspelling
+    if not isinstance(value, str):
+        raise Skip("not_a_text")
+    if not value.strip():
+        raise Skip("empty_text")
+    check_unicode(value)
+    return value.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_unicode(text: str) -> None:
+    """Raise `Skip` for half of a surrogate pair, which is valid in JSON, but cannot be stored as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Skip("not_utf8") from None
+
+
+def _json(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
+    content = path.read_bytes()
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+        yield from _one_after_another(path, counts)
+        return
+    if isinstance(values, dict):
+        values = _records_of(values)
+    for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
+        yield f"{path.name}#{number}", value
+
+
+def _records_of(content: dict) -> list[Any]:
+    """The records of a JSON file that is one mapping."""
+    images, annotations = content.get("images"), content.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):  # COCO
+        names = {image.get("id"): image.get("file_name") for image in images}
+        return [{**row, "image": names.get(row.get("image_id"))} for row in annotations]
+    if content and all(isinstance(item, dict) for item in content.values()):
+        return [{"id": name, **item} for name, item in content.items()]
+    if content and all(FILE_NAME.search(name) for name in content):
+        return [{"image": name, "captions": item} for name, item in content.items()]
+    return [content] if content else []
+
+
+def _one_after_another(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
+    """JSON values that white space separates. After a broken one, reading goes on in the next line."""
+    lines = dict(_lines(path, counts))
+    text = "".join(lines.get(number, "\n") for number in range(1, max(lines, default=0) + 1))
+    decoder, blank, number, end = json.JSONDecoder(), re.compile(r"\s*"), 1, 0
+    while (start := blank.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        number += text.count("\n", end, start)
+        place = f"{path.name}:{number}"
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (json.JSONDecodeError, RecursionError):
+            counts.skip("broken_json", place)
+            newline = text.find("\n", start)
+            end = len(text) if newline < 0 else newline
+        else:
+            yield place, value
+        number += text.count("\n", start, end)
+
+
+def _table(path: Path, counts: Counts, *, delimiter: str) -> Iterator[tuple[str, dict]]:
+    place = f"{path.name}:1"
+
+    def lines() -> Iterator[str]:
+        nonlocal place
+        for number, line in _lines(path, counts):
+            place = f"{path.name}:{number}"
+            yield line
+
+    rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error:  # too long, or with a quotation mark that is not closed
+            counts.skip("broken_row", place)
+            continue
+        if None in row:  # more cells than columns, as with a comma that is not quoted
+            counts.skip("broken_row", place)
+        else:
+            yield place, row
+
+
+def _documents(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
+    documents = "".join(line for _, line in _lines(path, counts)).split(SEPARATOR)
+    if len(documents) > 1 and not documents[-1].strip():  # a separator may end the file
+        documents.pop()
+    for number, document in enumerate(documents, start=1):
+        yield f"{path.name}#{number}", {"text": document.strip()}
+
+
+def _lines(path: Path, counts: Counts) -> Iterator[tuple[int, str]]:
+    """Yield (number, line with its line end); lines that are not UTF-8 are counted and left out."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                counts.skip("not_utf8", f"{path.name}:{number}")
