@@ -14,7 +14,7 @@ from PIL import Image
 
 from datamodules.collate import image_inputs
 from src.generate import main
-from src.generation.batches import memory_of
+from src.generation.responder import Responder
 from src.io.errors import UserError
 from src.io.shards import write_shards
 from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch

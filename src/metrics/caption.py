@@ -54,7 +54,10 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
 
 
 class CaptionMetric(Metric):
-    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`."""
+    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`.
+
+    latest: the scores of each caption of the last `update`
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -69,10 +72,15 @@ class CaptionMetric(Metric):
         self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("squares", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.latest: list[dict[str, float]] = []
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         """The values of `names` for one caption."""
         raise NotImplementedError
+
+    def check(self, record: dict) -> None:
+        """Raise UserError for a record that cannot be scored; called for all records before the first caption."""
+        self.score("", record)
 
     def marks(self, text: str, record: dict) -> list[Mark]:
         """Flaws of a caption, to highlight in pictures; most metrics report none."""
@@ -80,8 +88,8 @@ class CaptionMetric(Metric):
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         """Add captions, each with the record of its sample."""
-        for text, record in zip(texts, records, strict=True):
-            scores = self.score(text, record)
+        self.latest = [self.score(text, record) for text, record in zip(texts, records, strict=True)]
+        for scores in self.latest:
             values = self.total.new_tensor([scores[name] for name in self.names])
             self.total += values
             self.squares += values.square()
