@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     codec = codec.with_format(system=cfg.system, join=cfg.join)
     folder = ModelFolder.open(cfg.model.path)
     check_vocabulary(folder, codec)
-    _check_request(cfg, codec, sampler)
+    _check_request(cfg, codec, sampler, positions=folder.positions)
 
     with locked(path):
         # 2. What an earlier run has written; then the model and the requests.
@@ -90,14 +90,22 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
-    """Raise UserError for a request that would be answered wrongly without a word."""
+def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
+    """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
     if cfg.images is not None:
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
-    if cfg.images is not None and cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt)):
+    is_question = not (cfg.prompt is None or cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
+    if cfg.images is not None and cfg.prompt is not None and not is_question:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
+    # raises UserError if the question's image marks do not match the images
+    prompt_ids = codec.prompt_ids(cfg.prompt, images=int(cfg.images is not None)) if is_question else []
+    if positions is not None and len(prompt_ids) + sampler.length > positions:
+        raise UserError(
+            f"{len(prompt_ids)} prompt tokens and {sampler.length} after them exceed the model's {positions} positions "
+            f"(config.json): lower length={sampler.length}, or shorten the prompt"
+        )
     if cfg.caption is None:
         return
     if not sampler.post_steps:

@@ -40,7 +40,7 @@ class Output:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"out={path} cannot be created: {error.filename} is not a folder") from error
+            raise UserError(f"out={path} cannot be created: {error}") from error
         lines = _restore(path)
         for line in lines:
             if changed := [name for name, value in settings.items() if line.get(name) != value]:
