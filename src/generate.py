@@ -96,11 +96,12 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
-    is_question = not (cfg.prompt is None or cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
-    if cfg.images is not None and cfg.prompt is not None and not is_question:
+    many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
+    if many and cfg.images is not None:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
     # raises UserError if the question's image marks do not match the images
-    prompt_ids = codec.prompt_ids(cfg.prompt, images=int(cfg.images is not None)) if is_question else []
+    has_image = cfg.images is not None
+    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(str(cfg.prompt), images=int(has_image))
     if positions is not None and len(prompt_ids) + sampler.length > positions:
         raise UserError(
             f"{len(prompt_ids)} prompt tokens and {sampler.length} after them exceed the model's {positions} positions "

@@ -53,20 +53,18 @@ class Output:
     def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
         """Append a line per row. Returns (key, text) of each. Raises OSError with the file's name on a full disk."""
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
-        counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
         if self.trace_path:
-            steps = (
-                [{"text": _text_with_masks(codec, step.tokens), **asdict(step)} for step in row]
-                for row in sampled.traces or []
-            )
-            _append(self.trace_path, ({"key": key, "steps": row} for key, row in zip(keys, steps, strict=True)))
-        _append(
-            self.path,
-            (
-                {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
-                for key, text, (forwards, edits) in zip(keys, texts, counts, strict=True)
-            ),
-        )
+            traces = []
+            for key, steps in zip(keys, sampled.traces or [], strict=True):
+                rows = [{"text": _text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
+                traces.append({"key": key, "steps": rows})
+            _append(self.trace_path, traces)
+        counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
+        lines = [
+            {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
+            for key, text, (forwards, edits) in zip(keys, texts, counts, strict=True)
+        ]
+        _append(self.path, lines)
         return list(zip(keys, texts, strict=True))
 
 

@@ -8,6 +8,7 @@ set, or reducing over ranks, gives the result of a single pass.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
@@ -51,6 +52,11 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
         return Stat(mean=mean, se=None, n=count)
     variance = max(0.0, squares - count * mean * mean) / (count - 1)
     return Stat(mean=mean, se=math.sqrt(variance / count), n=count)
+
+
+def hash64(text: str) -> int:
+    """A 64-bit hash, to count distinct texts: only tensors can be reduced over ranks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 class CaptionMetric(Metric):
