@@ -19,20 +19,19 @@ import json
 import logging
 import sys
 from dataclasses import asdict
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from datamodules.collate import Collate
-from src.cli.config import load_config, load_part, path_of
+from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
-from src.generation.batches import Outcome, caption_batch, memory_of, read_batches
-from src.generation.requests import find_entries, is_split
+from src.generation.requests import find_requests, is_split, readable
+from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
 from src.io.errors import UserError
 from src.io.lock import locked
@@ -44,92 +43,68 @@ from src.text.tokenizer import Codec
 logger = logging.getLogger(__name__)
 SHOWN = 20  # responses printed at the end; the file has all of them
 TEXTS = ("prompt", "caption", "suffix", "system")  # keys whose command-line values are not parsed as yaml
-SAMPLER = ("length", "post_steps", "temperature", "cfg_scale", "early_stop")  # sampler settings that the config may set
 
 
 @main_guard
 def main(argv: list[str]) -> None:
     """Write a response for each image or question that the config names."""
+    # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     cfg = load_config(argv, verb="src.generate", needs=NEEDS["src.generate"], texts=TEXTS)
+    check(cfg)
     path = path_of(cfg, "out")
     sampler = choose_sampler(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
-    _check_request(cfg, codec, sampler)
-    out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
-    with locked(path), out:  # before the model is loaded, as either may refuse
+    folder = ModelFolder.open(cfg.model.path)
+    check_vocabulary(folder, codec)
+    _check_request(cfg, codec, sampler, positions=folder.positions)
+
+    with locked(path):
+        # 2. What an earlier run has written; then the model and the requests.
+        out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
         backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-        device = next(backbone.parameters()).device
-        count, entries = find_entries(cfg, backbone.layout)
-        collate = Collate(codec, response_length=sampler.length, layout=backbone.layout, seed=cfg.seed, first=True)
-        options = {
-            "seed": cfg.seed,
-            "correct": cfg.caption is not None,
-            "suffix": torch.tensor(codec.encode(cfg.suffix)[0]) if cfg.suffix else None,
-            "trace": cfg.trace,
-            "max_positions": ModelFolder.open(cfg.model.path).positions,
-        }
-        outcome = Outcome()
-        with memory_of(cfg.batch_size), tqdm(total=count, unit="text", desc="generate") as bar:
-            for samples in read_batches(
-                entries, batch_size=cfg.batch_size, caption=cfg.caption, done=out.keys, outcome=outcome, bar=bar
-            ):
-                batch = collate(samples, 0)[0].to(device)
-                sampled = caption_batch(backbone, batch, sampler, codec, **options)
-                outcome.texts += out.add(batch.keys, sampled, codec)
+        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": cfg.trace}
+        respond = Responder(backbone, codec, sampler, positions=folder.positions, **options)
+        count, requests = find_requests(cfg.images, prompt=cfg.prompt, layout=backbone.layout)
+
+        # 3. Responses, batch by batch.
+        unreadable: list[str] = []
+        texts: list[tuple[str, str]] = []
+        samples = readable((request for request in requests if request[0] not in out.keys), unreadable=unreadable)
+        with tqdm(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
+            while batch := list(islice(samples, cfg.batch_size)):
+                texts += out.add([sample.key for sample in batch], respond(batch), codec)
                 bar.update(len(batch))
-        _print(outcome, out.path)
+
+    # 4. Responses to standard output, a summary to standard error.
+    sys.stdout.writelines(f"{key}: {text}\n" for key, text in texts[:SHOWN])
+    if len(texts) > SHOWN:
+        sys.stdout.write(f"... and {len(texts) - SHOWN} more in {path}\n")
+    parts = [f"{len(texts)} captions written to {path}"]
+    if skipped := count - len(texts) - len(unreadable):
+        parts.append(f"{skipped} already there")
+    if unreadable:
+        parts.append(f"{len(unreadable)} images could not be read: {', '.join(unreadable)}")
+    sys.stderr.write("; ".join(parts) + "\n")
+    if unreadable and not texts and not skipped:
+        sys.exit(1)
 
 
-def choose_sampler(cfg: DictConfig) -> AnySampler:
-    """The sampler of conf/sampler/NAME.yaml, or of another .yaml file, with the settings of the config on top.
-
-    Without `length` it writes the response length that the model was trained with, if its folder has it.
-    """
-    node = load_part("sampler", cfg.sampler)
-    response_length = ModelFolder.open(cfg.model.path).config.get("response_length")
-    settings = {"length": response_length} if response_length else {}
-    settings |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
-    if cfg.tokens_per_step is not None or cfg.steps is not None:
-        settings |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    sampler = build({**node, **settings})
-    if not isinstance(sampler, AnySampler):
-        raise UserError(f"sampler={cfg.sampler}: {node['target']} is not a sampler")
-    return sampler
-
-
-def _settings(cfg: DictConfig, sampler: AnySampler) -> dict[str, Any]:
-    """What a response depends on besides its image or question; part of every line."""
-    schedule = asdict(sampler.schedule)
-    speed = {name: schedule[name] for name in ("tokens_per_step", "steps") if schedule[name] is not None}
-    sampling = {name: getattr(sampler, name) for name in SAMPLER}
-    request = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption", "suffix")}
-    prompt = {name: cfg[name] for name in ("prompt_format", "system", "join")}
-    model = {name: value for name, value in plain(cfg.model).items() if name != "path"}
-    options = json.dumps([describe(sampler), model], sort_keys=True)  # hashed, as it is too long for every line
-    digest = hashlib.sha256(options.encode()).hexdigest()[:16]
-    return {**speed, **sampling, **request, **prompt, "options": digest, "model": sketch(cfg.model.path)}
-
-
-def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
-    """Raise UserError for mistakes in the request before the model is loaded."""
-    check(cfg)
+def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
+    """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
     if cfg.images is not None:
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
-    folder = ModelFolder.open(cfg.model.path)
-    check_vocabulary(folder, codec)
-    prompt = cfg.prompt
-    question = None if prompt is None or prompt.endswith(".jsonl") or is_split(prompt) else str(prompt)
-    if cfg.images is not None and prompt is not None and question is None:
-        raise UserError(f"prompt={prompt} is not a question: with images, one question serves for all of them")
+    many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
+    if many and cfg.images is not None:
+        raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
     # raises UserError if the question's image marks do not match the images
-    prompt_ids = [] if question is None else codec.prompt_ids(question, images=0 if cfg.images is None else 1)
-    length = sampler.length + len(codec.encode(cfg.suffix or "")[0])
-    if folder.positions is not None and len(prompt_ids) + length > folder.positions:
+    has_image = cfg.images is not None
+    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(str(cfg.prompt), images=int(has_image))
+    if positions is not None and len(prompt_ids) + sampler.length > positions:
         raise UserError(
-            f"{len(prompt_ids)} prompt tokens and {length} after them exceed the model's {folder.positions} positions "
+            f"{len(prompt_ids)} prompt tokens and {sampler.length} after them exceed the model's {positions} positions "
             f"(config.json): lower length={sampler.length}, or shorten the prompt"
         )
     if cfg.caption is None:
@@ -143,20 +118,17 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler) -> None:
         logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
 
 
-def _print(outcome: Outcome, out: Path) -> None:
-    """Responses to standard output, a summary to standard error; exit code 1 if no image could be read."""
-    for key, text in outcome.texts[:SHOWN]:
-        sys.stdout.write(f"{key}: {text}\n")
-    if len(outcome.texts) > SHOWN:
-        sys.stdout.write(f"... and {len(outcome.texts) - SHOWN} more in {out}\n")
-    parts = [f"{len(outcome.texts)} captions written to {out}"]
-    if outcome.skipped:
-        parts.append(f"{outcome.skipped} already there")
-    if outcome.unreadable:
-        parts.append(f"{len(outcome.unreadable)} images could not be read: {', '.join(outcome.unreadable)}")
-    sys.stderr.write("; ".join(parts) + "\n")
-    if outcome.unreadable and not outcome.texts and not outcome.skipped:
-        sys.exit(1)
+def _settings(cfg: DictConfig, sampler: AnySampler) -> dict[str, Any]:
+    """What a response depends on besides its image or question; part of every line."""
+    schedule = asdict(sampler.schedule)
+    speed = {name: schedule[name] for name in ("tokens_per_step", "steps") if schedule[name] is not None}
+    sampling = {name: getattr(sampler, name) for name in SAMPLER}
+    request = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption", "suffix")}
+    prompt = {name: cfg[name] for name in ("prompt_format", "system", "join")}
+    model = {name: value for name, value in plain(cfg.model).items() if name != "path"}
+    options = json.dumps([describe(sampler), model], sort_keys=True)  # hashed, as it is too long for every line
+    digest = hashlib.sha256(options.encode()).hexdigest()[:16]
+    return {**speed, **sampling, **request, **prompt, "options": digest, "model": sketch(cfg.model.path)}
 
 
 if __name__ == "__main__":

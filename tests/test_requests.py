@@ -20,6 +20,7 @@ from src.text.tokenizer import Codec
 from testing.files import read_jsonl
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+NOT_A_QUESTION = 'q.jsonl is not {"key": "a", "prompt": "Why?"}: '
 VISION = {**SIZES, "image_size": 16, "patch_size": 8}
 
 
@@ -112,9 +113,12 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over(model, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"key": "a", "prompt": "Why?", "image": "a.png"}\n', "q.jsonl has 'image', but only key and prompt are read"),
-        ('{"key": "a", "prompt": "Why?", "seed": 1}\n', "line 1 of"),
-        ('{"key": 1, "prompt": "Why?"}\n', "the key must be a string"),
+        ('{"key": "a", "prompt": "Why?", "image": "a.png"}\n', NOT_A_QUESTION),
+        ('{"key": 1, "prompt": "Why?"}\n', NOT_A_QUESTION),
+        ('{"key": "b"}', NOT_A_QUESTION),
+        ('{"key": "b", "prompt": 3}', NOT_A_QUESTION),
+        ("not json", NOT_A_QUESTION),
+        ('{"key": "a", "prompt": "Why?"}\n' * 2, "repeats the key 'a'"),
         ("", "no questions in"),
         ("\n \n", "no questions in"),
         (b"\xff\xfe\x00", "q.jsonl cannot be read"),

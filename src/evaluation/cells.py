@@ -1,8 +1,7 @@
-"""One cell of the table: a split answered by one model with one sampler, scored; and a model's likelihood bound.
+"""One cell of the table: prompts answered by one model with one sampler, scored; and a model's likelihood bound.
 
-sampling = Sampling(loader=loader, num=256, codec=codec, metrics=[node, ...], offers={...}, seed=0, device=device)
-stats, captions = evaluate_cell(backbone, sampler, sampling)
-stats = evaluate_bound(backbone, Bound(...), sampling)
+stats, captions = evaluate_cell(backbone, sampler, codec, first_batches(loader, 256), metrics, seed=0)
+stats = evaluate_bound(backbone, Bound(...), first_batches(loader, 256))
 
 batches -> prefix -> sampler -> texts -> metrics -> {name: {mean, se, n}}, [{key, text, scores}, ...]
 """
@@ -10,93 +9,50 @@ batches -> prefix -> sampler -> texts -> metrics -> {name: {mean, se, n}}, [{key
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torchmetrics import Metric
 from tqdm import tqdm
 
-from src.cli.instantiate import build
 from src.io.errors import UserError
 from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
+from src.models.llada_v import LLaDAV
 from src.samplers.uniform import AnySampler
 from src.text.tokenizer import Codec
-from src.types import Backbone, Batch
+from src.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What all cells of a model share: the samples, the tokenizer, the config nodes of the metrics and their offers."""
-
-    loader: Any
-    num: int
-    codec: Codec
-    metrics: list[dict]
-    offers: dict
-    seed: int
-    device: torch.device
-
-    def build_metrics(self) -> list[Metric]:
-        return [build(node, **self.offers).to(self.device) for node in self.metrics]
-
-
-def evaluate_cell(
-    backbone: Backbone, sampler: AnySampler, sampling: Sampling, *, bar: tqdm | None = None
-) -> tuple[dict[str, Stat], list[dict]]:
-    """Answer all prompts with one sampler: statistics by name, and each caption with its scores."""
-    metrics = sampling.build_metrics()
-    special = sampling.codec.special
-    captions: list[dict] = []
-    seconds: list[float] = []
-    for batch in first_batches(sampling.loader, sampling.num):
-        inputs = batch.to(sampling.device)
-        with torch.inference_mode():
-            prefix = backbone.encode_prefix(inputs.prefix)
-            sampled = sampler(backbone, prefix, special=special, keys=batch.keys, seed=sampling.seed)
-        texts = [sampling.codec.decode(ids) for ids in sampled.ids.tolist()]
-        seconds.append(sampled.wall_s / len(batch))
-        counts = {"forwards": sampled.forwards, "edits": sampled.edits, "remasks": sampled.remasks}
-        for row, text in enumerate(texts):
-            scores = {name: float(values[row]) for name, values in counts.items()}
-            scores |= response_counts(sampled.ids[row].tolist(), special)
-            scores |= _scores(metrics, text, batch.records[row])
-            captions.append({"key": batch.keys[row], "text": text, "scores": scores})
-        for metric in metrics:
-            metric.update(texts, batch.records)
+def first_batches(loader: Any, num: int, bar: tqdm | None = None) -> Iterator[Batch]:
+    """Batches of the first `num` samples of a loader. bar: counts the samples of the batches that are done."""
+    left = num
+    for batch in loader:
+        taken = batch.rows(slice(0, left)) if len(batch) > left else batch
+        yield taken
+        left -= len(taken)
         if bar is not None:
-            bar.update(len(batch))
-    return _statistics(metrics, captions, seconds), captions
+            bar.update(len(taken))
+        if not left:
+            return
 
 
-def evaluate_bound(
-    backbone: Backbone, metric: Bound, sampling: Sampling, *, bar: tqdm | None = None
-) -> dict[str, Stat]:
-    """The likelihood bound of a model on the reference responses, by name."""
-    metric.reset()
-    for batch in first_batches(sampling.loader, sampling.num):
-        with torch.inference_mode():
-            metric.update(backbone, batch.to(sampling.device))
-        if bar is not None:
-            bar.update(len(batch))
-    return metric.compute()
-
-
-def count_samples(loader: Any, num: int, metrics: list[Metric], *, split: str) -> dict[str, int]:
+def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: str) -> dict[str, int]:
     """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those.
 
-    Scores the empty text against every record, so that a record that a metric cannot use fails before sampling starts.
+    Raises UserError for a record that a metric cannot score, so that this fails before the first caption.
     """
     taken = 0
     for batch in first_batches(loader, num):
         taken += len(batch)
-        for record in batch.records:
-            _scores(metrics, "", record)
+        for metric in metrics:
+            if isinstance(metric, CaptionMetric):
+                for record in batch.records:
+                    metric.check(record)
     if not taken:
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:
@@ -105,25 +61,54 @@ def count_samples(loader: Any, num: int, metrics: list[Metric], *, split: str) -
     return {"taken": taken, "left_out": left_out}
 
 
-def first_batches(loader: Any, num: int) -> Iterator[Batch]:
-    """Batches of the first `num` samples of a loader."""
-    left = num
-    for batch in loader:
-        yield batch.rows(slice(0, left)) if len(batch) > left else batch
-        left -= min(left, len(batch))
-        if not left:
-            return
+def evaluate_cell(
+    backbone: LLaDAV,
+    sampler: AnySampler,
+    codec: Codec,
+    batches: Iterable[Batch],
+    metrics: Sequence[Metric],
+    *,
+    seed: int,
+) -> tuple[dict[str, Stat], list[dict]]:
+    """Answer all prompts with one sampler: statistics by name, and each caption with its scores.
 
-
-def _scores(metrics: list[Metric], text: str, record: dict) -> dict[str, float]:
-    """Scores of one caption; corpus metrics such as BLEU have none."""
-    per_metric = (metric.score(text, record) for metric in metrics if isinstance(metric, CaptionMetric))
-    return {name: value for scores in per_metric for name, value in scores.items()}
-
-
-def _statistics(metrics: list[Metric], captions: list[dict], seconds: list[float]) -> dict[str, Stat]:
-    """The metrics' statistics, means of the counts, and seconds per caption (its n is the number of batches)."""
+    The statistics are those of the metrics, the means of the counts of every caption (forward calls, tokens, ...), and
+    `seconds` per caption, whose n is the number of batches.
+    """
+    device = next(backbone.parameters()).device
+    captions: list[dict] = []
+    seconds: list[float] = []
+    for metric in metrics:
+        metric.reset()
+    for batch in batches:
+        with torch.inference_mode():
+            prefix = backbone.encode_prefix(batch.to(device).prefix)
+            sampled = sampler(backbone, prefix, special=codec.special, keys=batch.keys, seed=seed)
+        ids = sampled.ids.tolist()
+        texts = [codec.decode(row) for row in ids]
+        scores = [
+            {"forwards": float(forwards), "edits": float(edits), "remasks": float(remasks)}
+            | response_counts(row, codec.special)
+            for row, forwards, edits, remasks in zip(ids, sampled.forwards, sampled.edits, sampled.remasks, strict=True)
+        ]
+        for metric in metrics:
+            metric.update(texts, batch.records)
+            if isinstance(metric, CaptionMetric):  # a corpus metric such as BLEU has no scores of captions
+                scores = [{**old, **new} for old, new in zip(scores, metric.latest, strict=True)]
+        rows = zip(batch.keys, texts, scores, strict=True)
+        captions += [{"key": key, "text": text, "scores": row} for key, text, row in rows]
+        seconds.append(sampled.wall_s / len(batch))
     stats = {name: stat for metric in metrics for name, stat in metric.compute().items()}
     for name in captions[0]["scores"]:
         stats.setdefault(name, summarise([line["scores"][name] for line in captions]))
-    return {**stats, "seconds": summarise(seconds)}
+    return {**stats, "seconds": summarise(seconds)}, captions
+
+
+def evaluate_bound(backbone: LLaDAV, bound: Bound, batches: Iterable[Batch]) -> dict[str, Stat]:
+    """The likelihood bound of a model on the reference responses, by name."""
+    device = next(backbone.parameters()).device
+    bound.reset()
+    for batch in batches:
+        with torch.inference_mode():
+            bound.update(backbone, batch.to(device))
+    return bound.compute()

@@ -1,80 +1,114 @@
 """Text in boxes, drawn with PIL: captions with coloured words for reports, and tokens for TensorBoard.
 
-placed = layout(pieces, width=300, size=13)      wraps the pieces into lines
-paint(draw, placed, at=(10, 10), size=13)        draws them, placed.height pixels high
+text_box(pieces, width=300)         pieces in lines, as an image that is as high as it has to be
+sheet([[image, box, box], ...])     images in a grid
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
+from torchmetrics import Metric
+
+from src.evaluation.results import Cell
+from src.metrics.caption import CaptionMetric, Mark
+from src.types import Batch
 
 Colour = tuple[int, int, int]
 INK: Colour = (30, 30, 30)
+FILL: dict[str, Colour] = {"ungrammatical": (255, 226, 150), "false": (250, 190, 190)}
+MEANING = {"false": "contradicts the image", "ungrammatical": "not a sentence of the grammar"}
+SIDE, PAD = 150, 14  # pixels: longer side of an image, space around the parts of a sheet
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A word or token, its ink, and the fill and edge of the box behind it (None: no box, no edge).
-
-    The box of a `wide` piece extends to the next piece if both have the same fill, so a marked sentence is one band.
-    """
+class Piece(NamedTuple):
+    """A word or token, and the fill and edge of the box behind it (None: no box, no edge)."""
 
     text: str
     ink: Colour = INK
     fill: Colour | None = None
     edge: Colour | None = None
-    wide: bool = False
 
 
-@dataclass(frozen=True)
-class Placed:
-    """Pieces with their boxes (left, top, right, bottom), relative to the top left corner, and the total height."""
-
-    pieces: list[tuple[Piece, tuple[int, int, int, int]]]
-    height: int
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """PIL's own font."""
-    return ImageFont.load_default(size=size)
-
-
-def layout(pieces: Sequence[Piece], *, width: int, size: int, gap: int = 4) -> Placed:
-    """Wrap pieces, `gap` pixels apart, into lines of `width` pixels; a piece that is too wide gets its own line."""
-    step = round(size * 1.45)
-    placed: list[tuple[Piece, tuple[int, int, int, int]]] = []
-    x = y = 0
+def text_box(pieces: Sequence[Piece], *, width: int, size: int = 14, gap: int = 0) -> Image.Image:
+    """Pieces, `gap` pixels apart, wrapped into lines of `width` pixels."""
+    font, step = ImageFont.load_default(size=size), round(size * 1.45)
+    box = Image.new("RGB", (width, step * (len(pieces) + 1)), "white")
+    draw, x, y = ImageDraw.Draw(box), 0, 0
     for piece in pieces:
-        length = round(font(size).getlength(piece.text))
+        length = round(font.getlength(piece.text))
         if x and x + length > width:
             x, y = 0, y + step
-        elif x and placed[-1][0].wide and placed[-1][0].fill == piece.fill:
-            previous, box = placed[-1]
-            placed[-1] = previous, (box[0], box[1], x, box[3])
-        placed.append((piece, (x, y, x + length, y + step - 2)))
-        x += length + gap
-    return Placed(placed, y + step if placed else 0)
-
-
-def paint(draw: ImageDraw.ImageDraw, placed: Placed, *, at: tuple[int, int], size: int) -> None:
-    """Draw a layout with its top left corner at `at`."""
-    dx, dy = at
-    for piece, (left, top, right, bottom) in placed.pieces:
-        box = (dx + left - 1, dy + top, dx + right, dy + bottom)
+        if not x and piece.text.isspace():
+            continue
         if piece.fill or piece.edge:
-            draw.rectangle(box, fill=piece.fill, outline=piece.edge)
-    for piece, (left, top, _, bottom) in placed.pieces:
-        place = (dx + left, dy + (top + bottom) // 2)
-        draw.text(place, piece.text, fill=piece.ink, font=font(size), anchor="lm")
+            draw.rectangle((x, y, x + length - 1, y + step - 3), fill=piece.fill, outline=piece.edge)
+        draw.text((x, y + step // 2 - 1), piece.text, fill=piece.ink, font=font, anchor="lm")
+        x += length + gap
+    return box.crop((0, 0, width, y + step))
 
 
-def enlarge(image: Image.Image, *, side: int) -> Image.Image:
-    """The image resized to a longer side of `side` pixels; a small one keeps its pixels as sharp squares."""
+def sheet(rows: Sequence[Sequence[Image.Image]], *, pad: int = PAD) -> Image.Image:
+    """Images in a grid: columns as wide as their widest image, rows as high as their highest one."""
+    widths = [max(image.width for image in column) for column in zip(*rows, strict=True)]
+    heights = [max(image.height for image in row) for row in rows]
+    grid = Image.new("RGB", (pad + sum(widths) + pad * len(widths), pad + sum(heights) + pad * len(heights)), "white")
+    top = pad
+    for row, height in zip(rows, heights, strict=True):
+        left = pad
+        for image, width in zip(row, widths, strict=True):
+            grid.paste(image, (left, top))
+            left += width + pad
+        top += height + pad
+    return grid
+
+
+def enlarge(data: bytes, *, side: int = SIDE) -> Image.Image:
+    """An encoded image, resized to a longer side of `side` pixels; a small one keeps its pixels as sharp squares."""
+    image = Image.open(BytesIO(data)).convert("RGB")
     scale = side / max(image.size)
     width, height = (max(1, round(n * scale)) for n in image.size)
     return image.resize((width, height), Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
+
+
+def marked_text(text: str, marks: Sequence[Mark]) -> list[Piece]:
+    """The words of a caption and the spaces between them, with the flaws in colour."""
+    if not text.strip():
+        return [Piece("(empty)", ink=(140, 140, 140))]
+    pieces = []
+    for match in re.finditer(r"\s+|\S+", text):
+        mark = next((mark for mark in marks if mark.start < match.end() and match.start() < mark.end), None)
+        pieces.append(Piece(" " if match[0].isspace() else match[0], fill=FILL[mark.flaw] if mark else None))
+    return pieces
+
+
+def draw_examples(captions: Mapping[Cell, list[dict]], metrics: Sequence[Metric], examples: Batch) -> Image.Image:
+    """The first images with their captions at the highest tokens/step, flaws in colour; a legend names the colours.
+
+    Shows the baseline, and the last method with its first and its last sampler.
+    """
+    # 1. Columns.
+    speed = max(cell.tokens_per_step for cell in captions)
+    fastest = [cell for cell in captions if cell.tokens_per_step == speed]
+    last_method = [cell for cell in fastest if cell.method == fastest[-1].method]
+    shown = list(dict.fromkeys([fastest[0], last_method[0], last_method[-1]]))
+    blank, width, flaws = Image.new("RGB", (1, 1), "white"), 310, set()
+    titles = [f"{cell.method}, {cell.sampler}, {cell.tokens_per_step} tokens/step" for cell in shown]
+    rows = [[blank, *(text_box([Piece(title)], width=width) for title in titles)]]
+    # 2. One row for each image.
+    marking = [metric for metric in metrics if isinstance(metric, CaptionMetric)]
+    for number, (record, image) in enumerate(zip(examples.records, examples.images, strict=True)):
+        boxes = []
+        for cell in shown:
+            text = captions[cell][number]["text"]
+            marks = [mark for metric in marking for mark in metric.marks(text, record)]
+            boxes.append(text_box(marked_text(text, marks), width=width))
+            flaws |= {mark.flaw for mark in marks}
+        rows.append([enlarge(image), *boxes])
+    # 3. Legend.
+    legend = [Piece(meaning, fill=FILL[flaw]) for flaw, meaning in MEANING.items() if flaw in flaws]
+    return sheet([*rows, [blank, text_box(legend, width=width, gap=24), *[blank] * (len(shown) - 1)]])

@@ -1,4 +1,4 @@
-"""Settings of an evaluation, checked: grids of sampler settings, speeds, samplers, `curve` and `bound`.
+"""Settings of an evaluation: samplers by name, grids of their options, speeds.
 
     grid:                              -> proseco[every=1,passes=1], proseco[every=1,passes=4], ...
       proseco:
@@ -18,13 +18,60 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
-from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, walk
+from src.cli.config import load_part
+from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, nodes, walk
 from src.evaluation.results import Cell
 from src.io.errors import UserError
 from src.samplers.uniform import AnySampler
 
 SPEED = "tokens_per_step"
 BEST = ("highest", "lowest")  # which values of a metric are good
+STAGES = {"train": "fit", "val": "validate", "test": "test"}  # splits, and Lightning's names of the stages
+
+
+def complete(settings: dict) -> dict:
+    """The settings, with named samplers loaded, the grid expanded, and null models and samplers removed.
+
+    A named sampler writes `data.response_length` tokens, whatever length its file has, because the models were trained
+    for that. Adds `speeds`: the tokens per step of each sampler.
+    """
+    if settings["num"] < 1:
+        raise UserError(f"evaluate.num must be at least 1, got {settings['num']}")
+    if not settings["headline"]:
+        raise UserError("evaluate.headline: name at least one metric, for example [quality]")
+    if settings["split"] not in STAGES:
+        raise UserError(f"evaluate.split must be train, val or test, got {settings['split']!r}")
+
+    curve = settings.get("curve")
+    if curve is not None:
+        given, curve = curve, {"best": BEST[0], **curve} if isinstance(curve, dict) else {}
+        if set(curve) != {"metric", "best"} or curve["best"] not in BEST:
+            raise UserError(
+                f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {given!r}"
+            )
+    bound = {"draws": None, "estimator": "count", **(settings.get("bound") or {})}
+    if len(bound) > 2:
+        raise UserError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {bound!r}")
+
+    listed, length = settings["samplers"] or {}, settings["data"]["response_length"]
+    files = {name: file for name, file in listed.items() if isinstance(file, str)}
+    loaded = {name: {**load_part("sampler", file), "length": length} for name, file in files.items()}
+    samplers = nodes({**listed, **loaded}, "evaluate.samplers")
+    speeds = check_speeds(settings[SPEED], f"evaluate.{SPEED}")
+    samplers, speeds = expand(samplers, settings.get("grid") or {}, speeds, known=set(listed))
+    models = {str(name): folder for name, folder in (settings["models"] or {}).items() if folder is not None}
+    for part, left in (("models", models), ("samplers", samplers)):
+        if not left:
+            raise UserError(f"evaluate.{part}: none left to evaluate")
+    changed = {"models": models, "samplers": samplers, "speeds": speeds, "curve": curve}
+    return {**settings, **changed, "bound": bound if bound["draws"] is not None else None}
+
+
+def check_speeds(counts: Any, place: str) -> list[int]:
+    """Speeds in tokens per step, ascending and without repeats. Raises UserError for anything else."""
+    if not (counts and fits(counts, list[int]) and min(counts) > 0):
+        raise UserError(f"{place}: expected a list of whole numbers such as [1, 8], got {counts!r}")
+    return sorted(set(counts))
 
 
 def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: set[str]) -> tuple[dict, dict]:
@@ -36,52 +83,33 @@ def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: se
 
     Raises UserError for an unknown option of a sampler, with the nearest one.
     """
-    axes = _axes(grid or {}, known | set(samplers))
+    if not isinstance(grid, dict):
+        raise UserError(f"evaluate.grid: expected a mapping of samplers to options, got {grid!r}")
+    known = known | set(samplers)
+    if unknown := [name for name in grid if name not in known]:
+        raise UserError(f"evaluate.grid: there is no sampler {unknown[0]!r}{hint(str(unknown[0]), known)}")
     expanded, own_speeds = {}, {}
     for name, node in samplers.items():
-        options = dict(axes.get(name, {}))
-        counts = check_speeds(options.pop(SPEED, speeds), f"evaluate.grid.{name}.{SPEED}")
-        labels = _labels([option for option, values in options.items() if len(values) > 1])
-        for values in product(*options.values()):
-            settings = dict(zip(options, values, strict=True))
-            suffix = ",".join(f"{labels[option]}={_text(settings[option])}" for option in labels)
+        place = f"evaluate.grid.{name}"
+        axes = dict(_axes(grid.get(name), place))
+        counts = check_speeds(axes.pop(SPEED, speeds), f"{place}.{SPEED}")
+        # the label of an option is its last part, or all of it if another one ends alike
+        varying = [option for option, values in axes.items() if len(values) > 1]
+        ends = Counter(option.rpartition(".")[2] for option in varying)
+        labels = {option: end if ends[end := option.rpartition(".")[2]] == 1 else option for option in varying}
+        for values in product(*axes.values()):
+            options = dict(zip(axes, values, strict=True))
+            suffix = ",".join(f"{label}={_text(options[option])}" for option, label in labels.items())
             variant = f"{name}[{suffix}]" if suffix else name
-            expanded[variant] = copy.deepcopy(node)
-            own_speeds[variant] = counts
-            for option, value in settings.items():
-                _set(expanded[variant], option, value, place=f"evaluate.grid.{name}")
+            expanded[variant], own_speeds[variant] = copy.deepcopy(node), counts
+            for option, value in options.items():
+                _set(expanded[variant], option, value, place=place)
     return expanded, own_speeds
 
 
 def family(name: str) -> str:
     """The sampler of a variant: `proseco` for `proseco[every=1]`."""
     return name.partition("[")[0]
-
-
-def check_speeds(counts: Any, place: str) -> list[int]:
-    """Speeds in tokens per step, ascending and without repeats. Raises UserError for anything else."""
-    if not (counts and fits(counts, list[int]) and min(counts) > 0):
-        raise UserError(f"{place}: expected a list of whole numbers such as [1, 8], got {counts!r}")
-    return sorted(set(counts))
-
-
-def check_curve(curve: Any) -> dict | None:
-    """`evaluate.curve`: a metric, and whether its highest or its lowest values are best."""
-    if curve is None:
-        return None
-    settings = {"best": "highest", **curve} if isinstance(curve, dict) else {}
-    if set(settings) != {"metric", "best"} or not isinstance(settings["metric"], str) or settings["best"] not in BEST:
-        raise UserError(f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {curve!r}")
-    return settings
-
-
-def check_bound(bound: Any) -> dict | None:
-    """`evaluate.bound`: the number of draws and the estimator; None without draws."""
-    defaults = {"draws": None, "estimator": "count"}
-    settings = {**defaults, **(bound or {})} if bound is None or isinstance(bound, dict) else {}
-    if set(settings) != set(defaults) or not fits(settings["draws"], int | None):
-        raise UserError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {bound!r}")
-    return None if settings["draws"] is None else settings
 
 
 def build_samplers(
@@ -108,43 +136,26 @@ def build_samplers(
     return {Cell(method, *key): sampler for method in methods for key, sampler in samplers.items()}
 
 
-def _axes(grid: Any, known: set[str]) -> dict[str, dict[str, list]]:
-    """sampler -> {dotted option: values}."""
-    if not isinstance(grid, dict):
-        raise UserError(f"evaluate.grid: expected a mapping of samplers to options, got {grid!r}")
-    if unknown := [name for name in grid if name not in known]:
-        raise UserError(f"evaluate.grid: there is no sampler {unknown[0]!r}{hint(str(unknown[0]), known)}")
-    return {name: dict(_leaves(options or {}, f"evaluate.grid.{name}", "")) for name, options in grid.items()}
-
-
-def _leaves(options: Any, place: str, name: str) -> Iterator[tuple[str, list]]:
+def _axes(options: Any, place: str, name: str = "") -> Iterator[tuple[str, list]]:
     """(dotted option, values) of nested mappings, without the options that are null."""
-    if options is None:
-        return
     if isinstance(options, dict):
         for key, inner in options.items():
-            yield from _leaves(inner, place, dotted(name, key))
-        return
-    scalars = isinstance(options, list) and not any(isinstance(value, dict | list) for value in options)
-    if not (scalars and options and len({_text(value) for value in options}) == len(options)):
-        raise UserError(f"{dotted(place, name)}: expected a list of different plain values, got {options!r}")
-    yield name, options
-
-
-def _labels(options: list[str]) -> dict[str, str]:
-    """The label of each option in a name: its last part, or all of it if another option ends in the same part."""
-    ends = Counter(option.rpartition(".")[2] for option in options)
-    return {option: end if ends[end := option.rpartition(".")[2]] == 1 else option for option in options}
+            yield from _axes(inner, place, dotted(name, key))
+    elif options is not None:
+        plain = isinstance(options, list) and not any(isinstance(value, dict | list) for value in options)
+        if not (plain and options and len(set(map(_text, options))) == len(options)):
+            raise UserError(f"{dotted(place, name)}: expected a list of different plain values, got {options!r}")
+        yield name, options
 
 
 def _set(node: dict, option: str, value: Any, *, place: str) -> None:
     """Set an argument of a sampler's node, or of a node inside it."""
+    if option == "steps":
+        raise UserError(f"{place}: the steps follow from {SPEED}; set that instead")
     owner: Any = node
     *above, last = option.split(".")
     for part in above:
         owner = owner.get(part) if isinstance(owner, dict) else None
-    if option == "steps":
-        raise UserError(f"{place}: the steps follow from {SPEED}; set that instead")
     if not is_node(owner) or last not in arguments(owner):
         options = [dotted(inner, argument) for inner, at in walk(node) if is_node(at) for argument in arguments(at)]
         raise UserError(f"{place}: the sampler has no option {option!r}{hint(option, options)}")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_bytes, write_json
@@ -25,11 +25,9 @@ CODE = (  # a change in any of these makes stored results stale
     *("src/types.py", "src/evaluate.py", "src/evaluation/cells.py", "src/io/shards.py"),
     *("src/diffusion", "src/samplers", "src/metrics", "src/models", "src/text", "src/scenes", "datamodules"),
 )
-MAX_NAME = 120  # characters of a cell's file name, without its hash
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One entry of the table: a model (`method`), a sampler and a speed."""
 
     method: str
@@ -42,103 +40,75 @@ class Cell:
 
     @property
     def file(self) -> str:
-        """`name` as a safe file name; if that differs from `name`, a hash keeps it unique."""
-        plain = re.sub(r"[^\w.=-]+", "_", self.name, flags=re.ASCII)[:MAX_NAME]
-        digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
-        return plain if plain == self.name and not plain.startswith(".") else f"{plain.lstrip('.')}-{digest}"
+        """`name` as a file name that no other cell has."""
+        return quote(self.name, safe="[],= ")
+
+
+Stats = dict[str, Stat]  # by metric
+Table = dict[Cell, Stats]
 
 
 class ResultStore:
-    """Entries are added one by one, and kept from an earlier run if their signature is the same.
+    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of the config.
 
-    signatures: by cell, in the order of the table
-    bounds: signatures of the likelihood bounds, by model
+    signatures: of each cell; bound_signatures: of each model's bound. Entries of an earlier run are kept if theirs are
+        the same
 
-    Raises UserError if two cells have the same file name.
+    Raises UserError if two cells have the same name.
     """
 
-    def __init__(self, out: Path, meta: dict, signatures: dict[Cell, str], bounds: dict[str, str]) -> None:
-        self.out, self.meta, self.signatures, self.bound_signatures = out, meta, signatures, bounds
-        if len({cell.file for cell in signatures}) < len(signatures):
+    def __init__(
+        self, out: Path, meta: dict, *, signatures: Mapping[Cell, str], bound_signatures: Mapping[str, str]
+    ) -> None:
+        self.out, self.meta, self._signatures, self._bound_signatures = out, meta, signatures, bound_signatures
+        if len({cell.name for cell in signatures}) < len(signatures):
             raise UserError("two cells of the evaluation have the same name; rename a model or a sampler")
         old = read_json(path) if (path := out / "results.json").is_file() else {}
-        self.stats: dict[Cell, dict[str, Stat]] = {}
-        self.hashes: dict[str, str] = {}
-        for cell, signature in signatures.items():
-            entry = old.get("meta", {}).get("cells", {}).get(cell.name)
-            if entry and entry["signature"] == signature and self._intact(cell, entry["captions"]):
-                self.stats[cell] = _read(old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)])
-                self.hashes[cell.name] = entry["captions"]
-        stored = old.get("meta", {}).get("bounds", {})
-        kept = [name for name, signature in bounds.items() if stored.get(name) == signature]
-        self.bounds = {name: _read(old["bounds"][name]) for name in kept}
-        self.write()
+        entries, bounds = (old.get("meta", {}).get(name, {}) for name in ("cells", "bounds"))
+        self.table: Table = {
+            cell: _with_nan(old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)])
+            for cell in signatures
+            if entries.get(cell.name) == self._entry(cell)
+        }
+        kept = [name for name, signature in bound_signatures.items() if bounds.get(name) == signature]
+        self.bounds: dict[str, Stats] = {name: _with_nan(old["bounds"][name]) for name in kept}
+        self._write()
 
-    def add(self, cell: Cell, stats: dict[str, Stat], captions: list[dict]) -> None:
+    def add(self, cell: Cell, stats: Stats, captions: list[dict]) -> None:
         """Write a finished cell: first its captions, then results.json with their hash."""
-        path = self._path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(
-            path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in without_nan(captions)).encode()
-        )
-        self.stats[cell], self.hashes[cell.name] = stats, sha256(path)
-        self.write()
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _without_nan(captions))
+        self._path(cell).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self._path(cell), lines.encode())
+        self.table[cell] = stats
+        self._write()
 
-    def add_bound(self, method: str, stats: dict[str, Stat]) -> None:
+    def add_bound(self, method: str, stats: Stats) -> None:
         """Write the likelihood bound of a model."""
         self.bounds[method] = stats
-        self.write()
+        self._write()
 
     def captions(self, cell: Cell) -> list[dict]:
-        """The captions of a finished cell, one dict per sample."""
+        """The captions of a finished cell, one dict per sample: key, text, scores."""
         lines = [json.loads(line) for line in self._path(cell).read_text(encoding="utf-8").split("\n") if line]
         return [{**line, "scores": {k: _number(v) for k, v in line["scores"].items()}} for line in lines]
 
-    def missing(self, method: str) -> tuple[list[Cell], bool]:
-        """The missing cells of a model, and whether its bound is missing."""
-        cells = [cell for cell in self.signatures if cell.method == method and cell not in self.stats]
-        return cells, method in self.bound_signatures and method not in self.bounds
-
-    @property
-    def results(self) -> dict:
-        """The content of results.json, methods and samplers in the order of the config."""
-        finished = [cell for cell in self.signatures if cell in self.stats]
-        methods: dict[str, dict[str, dict[str, dict[str, Stat]]]] = {}
-        for cell in finished:
-            row = methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})
-            row[str(cell.tokens_per_step)] = self.stats[cell]
-        cells = {c.name: {"signature": self.signatures[c], "captions": self.hashes[c.name]} for c in finished}
-        bounds = {name: self.bounds[name] for name in self.bound_signatures if name in self.bounds}
-        signatures = {name: self.bound_signatures[name] for name in bounds}
-        return {"methods": methods, "bounds": bounds, "meta": {**self.meta, "cells": cells, "bounds": signatures}}
-
-    def write(self) -> None:
+    def _write(self) -> None:
+        self.table = {cell: self.table[cell] for cell in self._signatures if cell in self.table}
+        self.bounds = {name: self.bounds[name] for name in self._bound_signatures if name in self.bounds}
+        methods: dict[str, dict[str, dict[str, Stats]]] = {}
+        for cell, stats in self.table.items():
+            methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})[str(cell.tokens_per_step)] = stats
+        cells = {cell.name: self._entry(cell) for cell in self.table}
+        meta = {**self.meta, "cells": cells, "bounds": {name: self._bound_signatures[name] for name in self.bounds}}
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "results.json", without_nan(self.results))
+        write_json(self.out / "results.json", _without_nan({"methods": methods, "bounds": self.bounds, "meta": meta}))
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "captions" / f"{cell.file}.jsonl"
 
-    def _intact(self, cell: Cell, digest: str) -> bool:
-        return self._path(cell).is_file() and sha256(self._path(cell)) == digest
-
-
-def without_nan(tree: Any) -> Any:
-    """Plain data with None in place of every NaN."""
-    if isinstance(tree, dict):
-        return {key: without_nan(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_nan(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree
-
-
-def _read(stats: dict[str, Stat]) -> dict[str, Stat]:
-    """Statistics read from JSON: a mean that is null becomes NaN again."""
-    return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    def _entry(self, cell: Cell) -> dict:
+        path = self._path(cell)
+        return {"signature": self._signatures[cell], "captions": sha256(path) if path.is_file() else None}
 
 
 def signature(*parts: Any) -> str:
@@ -151,3 +121,20 @@ def code_hash(root: Path) -> str:
     paths = [root / name for name in CODE]
     files = sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]
+
+
+def _without_nan(tree: Any) -> Any:
+    """Plain data with None in place of every NaN."""
+    if isinstance(tree, dict):
+        return {key: _without_nan(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_nan(value) for value in tree]
+    return None if isinstance(tree, float) and math.isnan(tree) else tree
+
+
+def _with_nan(stats: Stats) -> Stats:
+    return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,1 +1,1 @@
-"""What generate, serve and demo share: reading requests, sampling them in batches, writing JSON lines."""
+"""What generate, serve and demo share: reading requests, answering them in batches, writing JSON lines."""

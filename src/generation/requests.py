@@ -1,23 +1,24 @@
-"""Requests: image files, a split of a dataset, or questions, as a count and a stream of entries.
+"""Requests: image files, a split of a dataset, or questions, as a count and a stream.
 
-    count, entries = find_entries(cfg, layout)
-    for key, read in entries: sample = read()        raises ImageProblem if the sample cannot be read
+    count, requests = find_requests("photos", prompt="Describe it.", layout=backbone.layout)
+    for sample in readable(requests, unreadable=[]): ...
 
-Files are opened only when `read` is called, so a damaged file costs one entry and not the run.
+A request is a key and a function that reads its sample. Files are opened only when it is called, so a damaged file
+costs one request and not the run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from PIL import Image
 
 from datamodules.shards import Index, Sample, decode, read_index, read_tar
@@ -28,35 +29,44 @@ from src.io.shards import INDEX
 from src.models.tiling import Layout, Square
 from src.text.prompt_format import IMAGE
 
-Entry = tuple[
-    str, Callable[[], Sample]
-]  # key of an image or question, and a function that reads it or raises ImageProblem
+Request = tuple[str, Callable[[], Sample]]  # the function raises ImageProblem if the sample cannot be read
+logger = logging.getLogger(__name__)
 
 
-def find_entries(cfg: DictConfig, layout: Layout | None) -> tuple[int, Iterator[Entry]]:
-    """Number of images or questions in the config, and their entries. layout: the model's; None for a text model."""
-    if cfg.images is None:
-        return find_questions(cfg.prompt)
+def find_requests(images: str | None, *, prompt: str | None, layout: Layout | None) -> tuple[int, Iterator[Request]]:
+    """The number of requests, and the requests.
+
+    images: an image, a folder of images, or a dataset split, whose own prompts `prompt` replaces; None: questions only
+    prompt: one question; without images also a .jsonl file of questions, or a split of a text dataset
+    layout: the model's; None for a text model
+    """
+    if images is None:
+        return _find_questions(prompt)
+    path = Path(images)
     if layout is None:
         raise UserError("the model has no vision path, so it cannot caption images; use images=null")
-    return find_images(Path(cfg.images), layout=layout, prompt=cfg.prompt)
-
-
-def find_questions(prompt: str | None) -> tuple[int, Iterator[Entry]]:
-    """One question, a .jsonl file with {"key": ..., "prompt": ...} per line, or a split of a text dataset."""
+    if (path / INDEX).is_file():
+        index = read_index(path)
+        return index.count, _of_split(index, prompt, image=True)
+    if not path.exists():
+        raise UserError(f"images: no file or folder {path}")
     if prompt is None:
-        raise UserError("images=null needs a prompt: a question, a .jsonl file of them, or a split of a text dataset")
-    if is_split(prompt):
-        index = read_index(prompt, image=False)
-        if index.kind != TextData.kind:
-            raise UserError(f"{prompt} holds {index.kind!r}, not texts; pass it as images=")
-        return index.count, _split_entries(index, None, image=False)
-    if not prompt.endswith(".jsonl"):
-        return 1, iter([("prompt", partial(_question, "prompt", prompt))])
-    if not Path(prompt).is_file():
-        raise UserError(f"prompt: no file {prompt}")
-    questions = _read_questions(Path(prompt))
-    return len(questions), iter([(key, partial(_question, key, text)) for key, text in questions.items()])
+        raise UserError('image files need a prompt, such as prompt="Describe the picture."')
+    root, files = (path, _image_files(path)) if path.is_dir() else (path.parent, [path])
+    if not files:
+        raise UserError(f"images: no image in {path}; for a dataset, name one split (a folder with {INDEX})")
+    by_key = {file.relative_to(root).as_posix(): file for file in files}
+    return len(files), ((key, partial(_read_image, key, file, layout, prompt)) for key, file in by_key.items())
+
+
+def readable(requests: Iterable[Request], *, unreadable: list[str]) -> Iterator[Sample]:
+    """The samples of the requests. Those that cannot be read are logged, and their keys added to `unreadable`."""
+    for key, read in requests:
+        try:
+            yield read()
+        except ImageProblem as problem:
+            logger.warning("%s: %s", key, problem)
+            unreadable.append(key)
 
 
 def is_split(prompt: str | None) -> bool:
@@ -64,6 +74,20 @@ def is_split(prompt: str | None) -> bool:
     with suppress(OSError):  # a question may be too long for a file name
         return bool(prompt) and (Path(prompt) / INDEX).is_file()
     return False
+
+
+def _find_questions(prompt: str | None) -> tuple[int, Iterator[Request]]:
+    if prompt is None:
+        raise UserError("images=null needs a prompt: a question, a .jsonl file of them, or a split of a text dataset")
+    if is_split(prompt):
+        index = read_index(prompt, image=False)
+        if index.kind != TextData.kind:
+            raise UserError(f"{prompt} holds {index.kind!r}, not texts; pass it as images=")
+        return index.count, _of_split(index, None, image=False)
+    questions = _read_questions(Path(prompt)) if prompt.endswith(".jsonl") else {"prompt": prompt}
+    return len(questions), (
+        (key, partial(Sample, key, {"prompt": question}, b"", None)) for key, question in questions.items()
+    )
 
 
 def _read_questions(file: Path) -> dict[str, str]:
@@ -78,45 +102,17 @@ def _read_questions(file: Path) -> dict[str, str]:
             continue
         try:
             fields = json.loads(line)
-            key, question = fields["key"], fields["prompt"].strip()
+            key, question = fields.pop("key"), fields.pop("prompt").strip()
+            if fields or not isinstance(key, str):
+                raise ValueError("another key, or a key that is no string")
         except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f'line {number} of {file} is not {{"key": "a", "prompt": "Why?"}}: {line}') from error
-        if not isinstance(key, str):
-            raise UserError(f'line {number} of {file}: the key must be a string such as "{key}", got {key!r}')
-        if unknown := sorted(fields.keys() - {"key", "prompt"}):
-            hint = "; images=FOLDER takes images, and one prompt for all" if "image" in unknown else ""
-            raise UserError(f"line {number} of {file} has {unknown[0]!r}, but only key and prompt are read{hint}")
-        if IMAGE in question:
-            raise UserError(f"line {number} of {file} has an image mark, but there are no images")
         if key in questions:
             raise UserError(f"line {number} of {file} repeats the key {key!r}")
         questions[key] = question
     if not questions:
         raise UserError(f"prompt: no questions in {file}")
     return questions
-
-
-def _question(key: str, question: str) -> Sample:
-    return Sample(key, {"prompt": question}, b"", None)
-
-
-def find_images(path: Path, *, layout: Layout, prompt: str | None) -> tuple[int, Iterator[Entry]]:
-    """Number of images in a file, below a folder or in a dataset split, and their entries.
-
-    Keys are file names relative to the folder, or keys of the dataset; `prompt` replaces the dataset's prompts.
-    """
-    if (path / INDEX).is_file():
-        index = read_index(path)
-        return index.count, _split_entries(index, prompt, image=True)
-    if not path.exists():
-        raise UserError(f"images: no file or folder {path}")
-    if prompt is None:
-        raise UserError('image files need a prompt, such as prompt="Describe the picture."')
-    root, files = (path, _image_files(path)) if path.is_dir() else (path.parent, [path])
-    if not files:
-        raise UserError(f"images: no image in {path}; for a dataset, name one split (a folder with {INDEX})")
-    by_key = {file.relative_to(root).as_posix(): file for file in files}
-    return len(files), iter([(key, partial(_read_image, key, file, layout, prompt)) for key, file in by_key.items()])
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -132,15 +128,12 @@ def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
     return Sample(key, {"prompt": prompt}, b"", image)
 
 
-def _split_entries(index: Index, prompt: str | None, *, image: bool) -> Iterator[Entry]:
-    """Entries of all samples of a split; reading one that a truncated shard lacks raises ImageProblem."""
+def _of_split(index: Index, prompt: str | None, *, image: bool) -> Iterator[Request]:
+    """One request per sample of a split, also for those that a truncated shard lacks."""
     for shard in index.shards:
-        num_read = 0
-        for raw in islice(read_tar(shard.path, strict=False), shard.count):
-            num_read += 1
-            yield raw["__key__"], partial(_decode, raw, prompt, image)
-        for number in range(num_read, shard.count):
-            yield f"{shard.path.name}#{number}", partial(_decode, {}, prompt, image)
+        raws = islice(read_tar(shard.path, strict=False), shard.count)
+        for number, raw in zip_longest(range(shard.count), raws, fillvalue={}):
+            yield raw.get("__key__", f"{shard.path.name}#{number}"), partial(_decode, raw, prompt, image)
 
 
 def _decode(raw: dict[str, Any], prompt: str | None, image: bool) -> Sample:

@@ -8,6 +8,7 @@ set, or reducing over ranks, gives the result of a single pass.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
@@ -53,8 +54,16 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
     return Stat(mean=mean, se=math.sqrt(variance / count), n=count)
 
 
+def hash64(text: str) -> int:
+    """A 64-bit hash, to count distinct texts: only tensors can be reduced over ranks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 class CaptionMetric(Metric):
-    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`."""
+    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`.
+
+    latest: the scores of each caption of the last `update`
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -69,10 +78,15 @@ class CaptionMetric(Metric):
         self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("squares", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.latest: list[dict[str, float]] = []
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         """The values of `names` for one caption."""
         raise NotImplementedError
+
+    def check(self, record: dict) -> None:
+        """Raise UserError for a record that cannot be scored; called for all records before the first caption."""
+        self.score("", record)
 
     def marks(self, text: str, record: dict) -> list[Mark]:
         """Flaws of a caption, to highlight in pictures; most metrics report none."""
@@ -80,8 +94,8 @@ class CaptionMetric(Metric):
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         """Add captions, each with the record of its sample."""
-        for text, record in zip(texts, records, strict=True):
-            scores = self.score(text, record)
+        self.latest = [self.score(text, record) for text, record in zip(texts, records, strict=True)]
+        for scores in self.latest:
             values = self.total.new_tensor([scores[name] for name in self.names])
             self.total += values
             self.squares += values.square()

@@ -6,7 +6,6 @@ Smiles(property="qed", train="data/qm9")     needs rdkit: pip install rediff-lig
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from src.io.errors import UserError
 from src.io.shards import read_manifest, read_shard
-from src.metrics.caption import CaptionMetric, Stat, summarise
+from src.metrics.caption import CaptionMetric, Stat, hash64, summarise
 from src.metrics.text import references_of
 
 Property = Literal["qed", "rings", "logp", "weight"]
@@ -48,8 +47,7 @@ class Smiles(CaptionMetric):
             raise UserError(f"train={train!r} holds no split 'train'; give a folder written by src.prepare")
         self.property: Property | None = property
         self.train_path = train
-        # hashes of canonical SMILES, as only tensors can be reduced over ranks
-        self.add_state("hashes", [], dist_reduce_fx="cat")
+        self.add_state("hashes", [], dist_reduce_fx="cat")  # of canonical SMILES
         self.add_state("values", [], dist_reduce_fx="cat")  # the property of each molecule; 0 without a property
 
     def score(self, text: str, record: dict) -> dict[str, float]:
@@ -60,7 +58,7 @@ class Smiles(CaptionMetric):
         assert isinstance(self.hashes, list)
         assert isinstance(self.values, list)
         molecules = [molecule for text in texts if (molecule := _molecule(text)) is not None]
-        hashes = [_hash(chemistry().MolToSmiles(molecule)) for molecule in molecules]
+        hashes = [hash64(chemistry().MolToSmiles(molecule)) for molecule in molecules]
         values = [property_of(molecule, self.property) if self.property else 0.0 for molecule in molecules]
         self.hashes.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
         self.values.append(torch.tensor(values, dtype=torch.float64, device=self.total.device))
@@ -113,7 +111,7 @@ def training_hashes(path: str) -> frozenset[int]:
     shards = [folder / entry["name"] for entry in read_manifest(folder)["shards"]]
     texts = (text for shard in shards for sample in read_shard(shard) for text in references_of(sample["json"]))
     molecules = (_molecule(text) for text in texts)
-    return frozenset(_hash(chemistry().MolToSmiles(molecule)) for molecule in molecules if molecule is not None)
+    return frozenset(hash64(chemistry().MolToSmiles(molecule)) for molecule in molecules if molecule is not None)
 
 
 def _molecule(text: str) -> Any:
@@ -124,7 +122,3 @@ def _molecule(text: str) -> Any:
 
 def _share(part: int, whole: int) -> Stat:
     return Stat(mean=part / whole if whole else 0.0, se=None, n=whole)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -10,7 +10,6 @@ Quality metrics can look good while a text degenerates; these are cheap enough t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from torchmetrics.text import BLEUScore
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat
+from src.metrics.caption import CaptionMetric, Stat, hash64
 from src.types import SpecialIds
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
@@ -69,11 +68,11 @@ class TextHealth(CaptionMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes, as only tensors can be reduced over ranks
+        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         words = words_of(text)
-        pairs = _bigrams(words)
+        pairs = list(pairwise(words))
         return {
             "words": float(len(words)),
             "duplicate_bigrams": 1 - len(set(pairs)) / len(pairs) if pairs else 0.0,
@@ -84,7 +83,7 @@ class TextHealth(CaptionMetric):
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         super().update(texts, records)
         assert isinstance(self.bigrams, list)
-        hashes = [_hash(pair) for text in texts for pair in _bigrams(words_of(text))]
+        hashes = [hash64("\n".join(pair)) for text in texts for pair in pairwise(words_of(text))]
         self.bigrams.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
 
     def compute(self) -> dict[str, Stat]:
@@ -131,15 +130,6 @@ def references_of(record: dict) -> list[str]:
     if not texts:
         raise UserError(f"record {record.get('key', '?')!r} has no captions to compare with")
     return texts
-
-
-def _bigrams(words: list[str]) -> list[tuple[str, str]]:
-    return list(pairwise(words))
-
-
-def _hash(pair: tuple[str, str]) -> int:
-    digest = hashlib.blake2b("\n".join(pair).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _f1(words: list[str], reference: list[str]) -> float:

@@ -5,7 +5,6 @@ Dull texts have a low generative perplexity, so read it together with these, as 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat
+from src.metrics.caption import CaptionMetric, Stat, hash64
 from src.metrics.text import words_of
 from src.text.tokenizer import Codec
 
@@ -44,7 +43,7 @@ class Variety(CaptionMetric):
         self.names = tuple(f"{self.name_prefix}{name}" for name in ("entropy", *(f"repeat_{n}" for n in sizes)))
         super().__init__()
         self.sizes, self.unit, self.codec = tuple(sizes), unit, codec
-        for n in self.sizes:  # hashes, as only tensors can be reduced over ranks
+        for n in self.sizes:  # hashes
             self.add_state(f"grams_{n}", [], dist_reduce_fx="cat")
 
     def score(self, text: str, record: dict) -> dict[str, float]:
@@ -56,7 +55,7 @@ class Variety(CaptionMetric):
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         super().update(texts, records)
         for n in self.sizes:
-            hashes = [_hash(ngram) for text in texts for ngram in _ngrams(self._units(text), n)]
+            hashes = [hash64("\n".join(ngram)) for text in texts for ngram in _ngrams(self._units(text), n)]
             getattr(self, f"grams_{n}").append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
 
     def compute(self) -> dict[str, Stat]:
@@ -82,8 +81,3 @@ def unigram_entropy(units: Sequence[str]) -> float:
 
 def _ngrams(units: list[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
-
-
-def _hash(ngram: tuple[str, ...]) -> int:
-    digest = hashlib.blake2b("\n".join(ngram).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
