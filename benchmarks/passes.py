@@ -18,7 +18,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from benchmarks.memory import MID, SPECIAL
 from src.models.llada_v import LLaDAV
@@ -26,7 +25,7 @@ from src.objectives.base import Objective, Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
-from src.training.memory_tracker import Live
+from src.training.memory_plan import Live
 from src.types import Batch, SpecialIds
 from testing.one_graph import one_graph
 
@@ -58,7 +57,7 @@ def main() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         step = lambda name=name, objective=objective: steps[name](objective, batch)  # noqa: E731
-        peaks[name] = _peak(options.device, step, allocated=[p.grad for p in model.parameters() if p.grad is not None])
+        peaks[name] = _peak(options.device, step)
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for _ in range(options.steps):
         for name, objective in objectives.items():
@@ -92,8 +91,8 @@ def _pass_by_pass(objective: Objective, batch: Batch) -> None:
     objective.forward_backward(batch, views, objective.denominators([(batch, views)]))
 
 
-def _peak(device: str, step: Callable[[], None], *, allocated: list[Tensor]) -> int:
-    """Peak bytes that a step allocates, without the tensors in `allocated`."""
+def _peak(device: str, step: Callable[[], None]) -> int:
+    """Peak bytes that a step allocates; gradients exist already."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -101,10 +100,7 @@ def _peak(device: str, step: Callable[[], None], *, allocated: list[Tensor]) -> 
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    live = Live()
-    for tensor in allocated:
-        live.hold(tensor, "allocated")
-    with live:
+    with Live() as live:
         live.enter("step", "new")
         step()
     return live.peaks["step"]["new"]

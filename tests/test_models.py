@@ -14,7 +14,7 @@ from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
-from src.training.memory_tracker import Live
+from src.training.memory_plan import Live
 from src.types import Prefix
 
 VISION = {

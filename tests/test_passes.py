@@ -19,7 +19,7 @@ from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
 from src.objectives.uniform import UniformNoise
-from src.training.memory_tracker import Live
+from src.training.memory_plan import Live
 from src.types import Batch, Corrupted, Kind
 from testing.one_graph import one_graph
 from tests.test_corruption import SPECIAL
@@ -111,10 +111,7 @@ def fullest(objective: Objective, batch: Batch) -> int:
     views = objective.corrupt(batch)
     totals = objective.denominators([(batch, views)])
     gc.collect()
-    live = Live()
-    for parameter in objective.parameters():
-        live.hold(parameter.grad, "gradients")
-    with live:
+    with Live() as live:
         live.enter("step", "made")
         objective.forward_backward(batch, views, totals)
     return live.peaks["step"]["made"]

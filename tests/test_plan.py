@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
@@ -26,27 +27,27 @@ from src.models.tiling import anyres
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
+from src.objectives.proseco import ProSeCo
 from src.objectives.revision import RevisionObjective
 from src.text.tokenizer import Codec
 from src.train import main
 from src.training.memory_plan import (
-    CAST,
-    DECODER,
+    ACTIVATIONS,
     GATHERED,
     GRADIENTS,
-    HEAD,
+    LOGITS,
     PARAMETERS,
     PHASES,
     REDUCED,
     STATES,
     TEMPORARY,
-    TOWER,
     TYPES,
+    Live,
     Plan,
+    Shapes,
     measure,
 )
 from src.types import Batch, SpecialIds
-from tests.test_objectives import total
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, MLP, LAYERS, HEADS, KEY_HEADS = 50, 24, 40, 3, 4, 2
@@ -124,60 +125,56 @@ def test_what_lasts_is_that_of_the_closed_form():
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 16])
-def test_gpus_share_what_lasts_by_rows_and_hold_whole_blocks_for_a_moment(gpus):
-    plan = plan_of(make_model(), make_batch(), gpus=gpus)
-    shard = sum(math.ceil(shape[0] / gpus) * math.prod(shape[1:]) for shape in SHAPES)
-    assert plan.parameters == size(SHAPES)
-    assert plan.phases["saved"][PARAMETERS] == 4 * shard
-    assert plan.phases["saved"][STATES] == 8 * shard + 4 * len(SHAPES)
-    assert plan.phases["optimizer"][GRADIENTS] == 4 * shard
-    assert plan.total("optimizer") == pytest.approx(5 * 4 * shard, rel=0.05)
+def test_gpus_share_what_lasts_and_hold_whole_blocks_for_a_moment(gpus):
+    one, plan = plan_of(make_model(), make_batch()), plan_of(make_model(), make_batch(), gpus=gpus)
+    num = size(SHAPES)
+    assert plan.parameters == num
+    assert plan.phases["saved"][PARAMETERS] == plan.phases["saved"][GRADIENTS] == 4 * num // gpus
+    assert plan.phases["saved"][STATES] == (8 * num + 4 * len(SHAPES)) // gpus
+    assert plan.total("optimizer") == pytest.approx(5 * 4 * num / gpus, rel=0.05)
     block, ends = size(LAYER), size([MODULE["head"]])
     two = sum(sorted([*[block] * LAYERS, ends, ends])[-2:])
     assert plan.phases["forward"][GATHERED] == plan.phases["backward"][GATHERED] == 4 * two
     assert plan.phases["backward"][REDUCED] == 4 * max(block, ends)
-
-
-def test_activations_do_not_depend_on_the_number_of_gpus():
-    one, many = (plan_of(make_model(), make_batch(), gpus=gpus).phases["saved"] for gpus in (1, 8))
-    assert one[DECODER] == many[DECODER] > 0
-    assert one[HEAD] == many[HEAD] > 0
+    for row in (ACTIVATIONS, LOGITS):
+        assert plan.phases["saved"][row] == one.phases["saved"][row] > 0
 
 
 # what a pass saves
 
 
-def really_kept(objective: RevisionObjective, batch: Batch) -> int:
-    """Bytes that are alive between the passes of the last view of a real step, but for weights and the batch.
+def really_saved(objective: RevisionObjective, batch: Batch) -> int:
+    """Bytes that a real step keeps between the two passes of its last view, but for parameters and the batch.
 
-    What its forward pass saves, the prefix between its two graphs, and what earlier views said of that prefix.
+    By PyTorch's hooks: what the graphs of the prefix and of the last view save. Beside these the prefix itself, which
+    all views read, and the gradients of earlier views with respect to it.
     """
-    noise = Noise(batch.keys, seed=0)
-    state = corruption.start(batch, torch.ones(len(batch)))
-    states = [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
-    given = [*objective.parameters(), *batch.prefix.values(), batch.response, batch.editable]
-    given += [tensor for state in states for tensor in (state.tokens, state.target, state.kind, state.rate)]
-    known = {tensor.untyped_storage()._cdata for tensor in given}
-    kept: dict[int, torch.UntypedStorage] = {}
+    noise, state = Noise(batch.keys, seed=0), corruption.start(batch, torch.ones(len(batch)))
+    views = [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
+    given = [*objective.parameters(), *batch.prefix.values(), batch.response, batch.editable, batch.flawed, batch.span]
+    given += [tensor for view in views for tensor in (view.tokens, view.target, view.kind, view.rate)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    saved: dict[str, dict[int, torch.UntypedStorage]] = {"prefix": {}, "view": {}}
+    graph, read = "prefix", []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        saved[graph][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    def encode(inputs, run=objective.backbone.encode_prefix):
-        prefix = run(inputs)
-        pairs = prefix.cache or []
-        for tensor in (prefix.embeds, *(tensor for pair in pairs for tensor in pair)):
-            pack(tensor)
-        read.extend([tensor for pair in pairs for tensor in pair] or [prefix.embeds])
-        return prefix
+    def before_view(_, inputs):
+        nonlocal graph
+        prefix, graph = inputs[0], "view"
+        saved["view"] = {}
+        read[:] = [tensor for pair in prefix.cache or () for tensor in pair] or [prefix.embeds]
+        for tensor in (*read, prefix.embeds):
+            saved["prefix"][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
 
-    read: list[torch.Tensor] = []
-    objective.backbone.encode_prefix = encode
+    objective.backbone.register_forward_pre_hook(before_view)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        total(objective, batch, states)
-    gathered = sum(tensor.nbytes for tensor in read) if len(states) > 1 else 0
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in known) + gathered
+        objective.forward_backward(batch, views, objective.denominators([(batch, views)]))
+    storages = {address: storage for graph in saved.values() for address, storage in graph.items()}
+    gradients = sum(tensor.nbytes for tensor in read) if len(views) > 1 else 0
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in known) + gradients
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])
@@ -188,9 +185,9 @@ def test_activations_are_those_that_a_real_pass_saves(attention, vision, views, 
     settings = {"views": views, "vision_lr": vision_lr}
     real = make_objective(make_model(vision=vision, attention=attention), **settings)
     real.make_optimizer()  # freezes the tower, if it is frozen
-    plan = plan_of(make_model(vision=vision, attention=attention), batch, **settings)
-    found = plan.total("saved") - sum(plan.phases["saved"][row] for row in (PARAMETERS, GRADIENTS, STATES))
-    assert found == pytest.approx(really_kept(real, batch), abs=200)  # integers
+    planned = plan_of(make_model(vision=vision, attention=attention), batch, **settings).phases["saved"]
+    found = sum(planned[row] for row in (ACTIVATIONS, LOGITS, TEMPORARY))  # the last: gradients of the prefix
+    assert found == pytest.approx(really_saved(real, batch), abs=200)  # integers
 
 
 def test_a_frozen_tower_saves_nothing_and_has_neither_gradients_nor_states():
@@ -202,7 +199,7 @@ def test_a_frozen_tower_saves_nothing_and_has_neither_gradients_nor_states():
     assert plan.trained == plan.parameters - tower
     assert plan.phases["optimizer"][GRADIENTS] == 4 * plan.trained
     assert plan.phases["saved"][STATES] == 8 * plan.trained + 4 * tensors
-    assert plan.phases["saved"][TOWER] == 0 < trained.phases["saved"][TOWER]
+    assert plan.phases["saved"][ACTIVATIONS] < 0.8 * trained.phases["saved"][ACTIVATIONS]
     assert plan.prefix == trained.prefix == PROMPT - 1 + anyres(28).num_tokens((40, 30), side=4)
 
 
@@ -210,7 +207,7 @@ def test_a_frozen_tower_saves_nothing_and_has_neither_gradients_nor_states():
 def test_views_take_the_memory_of_one_and_what_they_say_of_the_prefix(attention):
     batch = make_batch(prompt=200)
     one, two = (plan_of(make_model(attention=attention), batch, views=n).phases["saved"] for n in (1, 2))
-    assert two[HEAD] == pytest.approx(one[HEAD], rel=0.01)
+    assert two[LOGITS] == pytest.approx(one[LOGITS], rel=0.01)
     assert two[GRADIENTS] == 4 * size(SHAPES)
     keys_values = 2 * LAYERS * KEY_HEADS / HEADS  # times the width
     prefix = 200 * WIDTH * 4 * len(batch) * (keys_values if attention == "prefix" else 1)
@@ -220,22 +217,67 @@ def test_views_take_the_memory_of_one_and_what_they_say_of_the_prefix(attention)
 def test_all_tokens_bear_a_loss_even_if_only_masked_ones_do():
     objective = MaskPrediction(Setup(backbone=make_model, special=SPECIAL, optim=Optim(lr=1e-3)))
     plan = measure(objective, make_batch(2), gpus=1, precision="32-true")
-    assert plan.phases["saved"][HEAD] >= 4 * 2 * LENGTH * VOCABULARY  # logarithms of the probabilities
+    assert plan.phases["saved"][LOGITS] >= 4 * 2 * LENGTH * VOCABULARY  # logarithms of the probabilities
+
+
+@pytest.mark.parametrize("pick", ["argmax", "sample"])
+def test_a_second_pass_on_predictions_takes_the_memory_of_one(pick):
+    setup = Setup(backbone=make_model, special=SPECIAL, optim=Optim(lr=1e-3))
+    one, two = (MaskPrediction(setup), ProSeCo(setup, pick=pick, t_min=0.1))
+    one, two = (
+        measure(objective, make_batch(), gpus=2, precision="32-true").total("saved") for objective in (one, two)
+    )
+    assert two == pytest.approx(one, rel=0.01)
 
 
 def test_micro_batches_bound_activations_and_find_gradients():
     whole, cut = plan_of(make_model(), make_batch(4)), plan_of(make_model(), make_batch(4), micro_batch=1)
-    assert whole.phases["saved"][DECODER] == pytest.approx(4 * cut.phases["saved"][DECODER], rel=0.02)
+    assert whole.phases["saved"][ACTIVATIONS] == pytest.approx(4 * cut.phases["saved"][ACTIVATIONS], rel=0.02)
+    assert whole.phases["forward"][GRADIENTS] == 0
     assert cut.phases["forward"][GRADIENTS] == 4 * size(SHAPES)
+
+
+def test_storages_are_counted_once_until_they_are_freed_by_label():
+    weight = torch.ones(1024, requires_grad=True)
+    with Live() as live:
+        live.enter("forward", "activations")
+        hidden = weight.exp()
+        part = hidden.view(2, 512)[1]  # no memory of its own
+        loss = hidden.exp().sum()  # each exp keeps its result
+        assert live.now == {"activations": 2 * 4096 + 4}
+        live.enter("backward", "temporary")
+        loss.backward()
+        live.hold(weight.grad, "gradients")
+        del loss, hidden
+        assert live.now == {"activations": 4096, "temporary": 0, "gradients": 4096}  # `part` needs the first
+        del part
+    assert live.now == {"activations": 0, "temporary": 0, "gradients": 4096}
+    assert live.peaks["forward"] == {"activations": 2 * 4096 + 4}
+
+
+def test_code_runs_without_data_and_still_knows_masks_and_indices():
+    shapes = Shapes()
+    table = torch.nn.Embedding(10, 1 << 30, device="meta")  # 40 GiB
+    with shapes.fake:
+        table.to_empty(device="cpu")
+    ids, keep = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[True, False, True], [False, False, True]])
+    with shapes:
+        chosen = table(ids)[keep]
+        assert chosen.shape == (3, 1 << 30)
+        losses = torch.zeros(keep.shape)
+        losses[keep] = F.cross_entropy(chosen, ids[keep], reduction="none")
+        assert int(keep.sum()) == 3 and ids[keep].tolist() == [1, 3, 6]
+        losses.sum().backward()
+    assert table.weight.grad.shape == (10, 1 << 30)
 
 
 # precision
 
 
-def test_autocast_keeps_a_copy_of_what_is_multiplied():
+def test_autocast_keeps_a_copy_of_what_is_multiplied_until_the_step_is_over():
     plan = plan_of(make_model(), make_batch(), precision="bf16-mixed")
     matrices = [shape for shape in SHAPES if len(shape) == 2][1:]  # the embedding is looked up
-    assert plan.phases["saved"][CAST] == 2 * size(matrices)
+    assert plan.phases["optimizer"][ACTIVATIONS] == pytest.approx(2 * size(matrices), abs=100)
     assert plan.phases["saved"][PARAMETERS] == 4 * size(SHAPES)
 
 
@@ -244,8 +286,8 @@ def test_several_gpus_compute_in_the_lower_type_and_keep_the_higher():
     full = plan_of(make_model(), make_batch(), gpus=2)
     assert plan.phases["saved"][PARAMETERS] == full.phases["saved"][PARAMETERS]
     assert plan.phases["forward"][GATHERED] * 2 == full.phases["forward"][GATHERED]
-    assert plan.phases["saved"].get(CAST, 0) == 0
-    assert plan.phases["saved"][DECODER] < full.phases["saved"][DECODER]
+    assert plan.phases["optimizer"][ACTIVATIONS] == 0
+    assert plan.phases["saved"][ACTIVATIONS] < full.phases["saved"][ACTIVATIONS]
 
 
 def test_half_precision_halves_what_lasts():
@@ -278,13 +320,6 @@ def test_noise_is_the_same_when_half_precision_is_the_default_type():
 
 
 # mistakes
-
-
-def test_mistakes_are_told():
-    with pytest.raises(ValueError, match="at least 1 GPU, got -1"):
-        plan_of(make_model(), make_batch(), gpus=-1)
-    with pytest.raises(ValueError, match="no plan for precision '64-true'; known are 32-true"):
-        plan_of(make_model(), make_batch(), precision="64-true")
 
 
 def test_an_objective_that_looks_at_its_numbers_cannot_be_planned():
@@ -337,7 +372,7 @@ def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens after a prefix of" in text
     numbers = {line[:26].strip(): re.findall(r"[\d.]+(?= MiB)", line) for line in text.splitlines()}
-    assert {PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, TOWER, DECODER, HEAD, "sum"} <= numbers.keys()
+    assert {PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY, "sum"} <= numbers.keys()
     rows = [
         [float(value) for value in values] for name, values in numbers.items() if len(values) == 4 and name != "sum"
     ]
@@ -347,7 +382,7 @@ def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
+def test_a_larger_picture_or_prompt_takes_more_and_no_picture_takes_least(tmp_path, capsys):
     def prefix(*more: str) -> int:
         main(arguments(tmp_path, "plan.gpus=1", *more))
         found = re.search(r"prefix of (\d+)", capsys.readouterr().out)
@@ -361,17 +396,18 @@ def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
     )
     assert large > small
     assert prefix("model.vision=null", "plan.image=null") < small
+    assert prefix("plan.prompt=") < prefix()
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("plan.gpus=-2", "a plan is for at least 1 GPU, got -2"),
-        ("plan.gpus=0", "a plan is for at least 1 GPU, got 0; plan.gpus=null trains"),
+        ("plan.gpus=0", "plan.gpus: a plan is for at least 1 GPU, got 0; plan.gpus=null trains"),
+        ("plan.gpus=true", "plan.gpus: a plan is for at least 1 GPU, got True"),
+        ("plan.gpus=", "plan.gpus: a plan is for at least 1 GPU, got ''"),
         ("plan=true", r"plan: expected a mapping, got True; set a key of it, such as plan.gpus=..."),
         ("plan.image=[640]", r"plan.image: expected \[width, height\] or null, got \[640\]"),
         ("plan.image=[0,0]", r"plan.image: expected \[width, height\] or null, got \[0, 0\]"),
-        ("plan.image=[-5,5]", r"plan.image: expected \[width, height\] or null, got \[-5, 5\]"),
         ("plan.image=[100000,100000]", "at most 100,000,000 in all"),
         ("plan.prompt=null", "plan.prompt: expected a text, got None"),
         ("model.vision.image_size=24", "different ways: .*; set data.image_size=24$"),
@@ -380,20 +416,7 @@ def test_a_larger_picture_takes_more_and_none_takes_least(tmp_path, capsys):
 )
 def test_the_command_tells_mistakes(tmp_path, setting, message):
     with pytest.raises(UserError, match=message):
-        main.__wrapped__(arguments(tmp_path, "plan.gpus=1", setting))
-
-
-@pytest.mark.parametrize(("gpus", "told"), [("1.5", "1.5"), ("true", "True"), ("eight", "'eight'"), ("", "''")])
-def test_a_number_of_gpus_is_a_number(tmp_path, gpus, told):
-    with pytest.raises(UserError, match=rf"plan.gpus: a plan is for at least 1 GPU, got {told}; plan.gpus=null"):
-        main.__wrapped__(arguments(tmp_path, f"plan.gpus={gpus}"))
-
-
-def test_the_question_of_a_plan_may_be_empty(tmp_path, capsys):
-    main(arguments(tmp_path, "plan.gpus=1"))
-    main(arguments(tmp_path, "plan.gpus=1", "plan.prompt="))
-    default, empty = map(int, re.findall(r"prefix of (\d+)", capsys.readouterr().out))
-    assert empty < default
+        main.__wrapped__(arguments(tmp_path, *["plan.gpus=1"] * (not setting.startswith("plan.gpus")), setting))
 
 
 def test_a_plan_without_a_number_of_gpus_trains(tmp_path):
@@ -422,7 +445,6 @@ def test_llada_v_is_planned_in_little_memory_and_as_the_page_says():
     )
     assert "8,434,837,024 parameters" in done.stdout
     table = done.stdout.split("\n\n")[1]
-    assert "vision tower" in table
     assert table in (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert int(done.stdout.splitlines()[-1]) < 2e6  # KiB: the model alone takes 33e6
 

@@ -26,11 +26,10 @@ LISTED = {
     "_batches_that_stepped": "objectives/base.py: the step of the log is the optimizer step, also after a resume",
     "_last_train_dl_reload_epoch": "self_correction.py: rebuilds the loader of the epoch that has begun",
     "_trainer": "edit_noise.py: an objective that no trainer has yet",
-    "_cdata": "memory_tracker.py: the identity of a storage, which several tensors share",
-    "_schema": "memory_tracker.py: whether an operation changes its arguments",
-    "torch._subclasses": "memory_tracker.py: errors of code that reads values which fake tensors lack",
-    "torch.utils._python_dispatch": "memory_tracker.py: sees every operation of a planned step",
-    "torch.utils._pytree": "memory_tracker.py: the tensors in arguments and results",
+    "_cdata": "memory_plan.py: the identity of a storage, which several tensors share",
+    "torch._subclasses": "memory_plan.py: errors of code that reads values which fake tensors lack",
+    "torch.utils._python_dispatch": "memory_plan.py: sees every operation of a planned step",
+    "torch.utils._pytree": "memory_plan.py: the tensors in arguments and results",
 }
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples and of `os`: public in spite of their names
 
@@ -115,8 +114,6 @@ def test_parts_of_torch():
     tensor = torch.ones(4)
     assert tensor[1:].untyped_storage()._cdata == tensor.untyped_storage()._cdata
     assert torch.ones(4).untyped_storage()._cdata != tensor.untyped_storage()._cdata
-    assert torch.ops.aten.add_.Tensor._schema.is_mutable
-    assert not torch.ops.aten.add.Tensor._schema.is_mutable
     names: list[str] = []
     with Seen():
         torch.ones(2) + 1

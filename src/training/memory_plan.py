@@ -3,27 +3,17 @@
     python -m src.train conf=stage1 plan.gpus=8
     measure(objective, batch, gpus=8, precision="bf16-mixed")
 
-    objective and batch -> its own losses, backward pass and optimizer step on fake tensors (memory_tracker.py)
-      -> every storage that is allocated and freed -> peak memory of each phase
+    objective and batch -> its own losses, backward pass and optimizer step on fake tensors (`Shapes`)
+      -> every storage from its allocation until it is freed (`Live`) -> peak memory of each phase
 
-No formula of any layer is used: the plan counts what the real step keeps alive.
-
-Counted: parameters, gradients, optimizer states, weights cast by autocast, and every result of an operation until it is
-freed, both activations saved for the backward pass and temporaries. Attention is one fused kernel that saves queries,
-keys, values, output and one number per query. Every response token has a loss, the worst case of the noise. The step is
-not the first one, so the optimizer states exist.
-
-Several GPUs are planned as FSDP2: parameters, gradients and optimizer states are sharded by rows, and a `mixed`
-precision runs both passes in the lower dtype. Whole blocks come on top, always the largest ones: the gathered weights
-of the block in use and of the next one, and in the backward pass the unsharded gradients of one.
-
-Not counted: CUDA and its libraries, NCCL buffers, workspace within kernels, fragmentation, pixels and ids of the
-batch, gradient clipping, validation, drafting.
+No formula of any layer is used: the plan counts what the real step keeps alive. docs/memory.md says what is counted
+and what is not.
 """
 
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -35,7 +25,15 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from datamodules.shards import Sample
 from src.cli.instantiate import plain
@@ -45,7 +43,6 @@ from src.io.errors import UserError
 from src.io.images import MAX_PIXELS
 from src.objectives.base import Objective
 from src.training.build import build_on_meta, component_args, data_and_objective, load_codec, silence_lightning
-from src.training.memory_tracker import DATA_ACCESS_ERRORS, Live, Shapes
 from src.types import Batch, Corrupted
 
 # Precision of the trainer -> dtype that parameters are converted to, and lower dtype of a mixed precision.
@@ -54,33 +51,107 @@ TYPES = {
     "bf16-true": (torch.bfloat16, None),
     "16-true": (torch.float16, None),
     "bf16-mixed": (None, torch.bfloat16),
-    "16-mixed": (None, torch.float16),
 }
-PARAMETERS, GRADIENTS, STATES, CAST = "parameters", "gradients", "optimizer states", "weights cast by autocast"
-WHOLE, BATCH = "whole parameters", "batch"  # not counted: gathered block by block instead; small
-GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
-TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY = "vision tower", "projector", "decoder", "head and loss", "temporary"
-ROWS = (PARAMETERS, GRADIENTS, STATES, CAST, GATHERED, REDUCED, TOWER, PROJECTOR, DECODER, HEAD, TEMPORARY)
-PARTS = {"vision.vision_tower": TOWER, "vision": PROJECTOR, "lm_head": HEAD}  # of a backbone; else DECODER
-GIB, MIB = 1 << 30, 1 << 20
 PHASES = ("forward", "saved", "backward", "optimizer")  # saved: the moment between the two passes
-UNIT = re.compile(r"(.*?\.\d+)\.")  # gathered as a whole: an element of a list of layers
+PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
+GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
+ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits and loss", "temporary"
+ROWS = (PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY)
+BLOCK = re.compile(r"(.*?\.\d+)\.")  # gathered as a whole: an element of a list of layers
+GIB, MIB = 1 << 30, 1 << 20
+
+
+class Shapes(TorchDispatchMode):
+    """Replaces floating-point tensors by fake ones, with a shape and a dtype but no data, as they are created.
+
+    Integers and masks stay real, as control flow depends on them: image positions, loss positions, shapes. Code that
+    reads the value of a fake tensor (`.item()`, `if x > 0`, positions of a computed mask) raises
+    `DataDependentOutputException` or `DynamicOutputShapeException`. active: whether new tensors lose their data
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake, self.active = FakeTensorMode(allow_non_fake_inputs=True), True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not inputs:
+            return tree_map_only(Tensor, self._without_data, func(*args, **(kwargs or {})))
+        if any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            args = [self._positions(arg) if isinstance(arg, list | tuple) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+    def _without_data(self, tensor: Tensor) -> Tensor:
+        return self.fake.from_tensor(tensor) if self.active and tensor.is_floating_point() else tensor
+
+    def _positions(self, indices: list | tuple) -> list:
+        """Indices of a fake tensor, with real masks replaced by positions: the shape of the result must be known."""
+        positions = []
+        for index in indices:
+            is_mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+            positions += index.nonzero().unbind(1) if is_mask else [index]
+        return positions
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operations create, real or fake, until they are freed.
+
+    label: of the storages that are created next; now: {label: bytes}; peaks: {phase: {label: bytes}}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self.label = ""
+        self.now: Counter[str] = Counter()
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._labels: dict[int, str] = {}  # address of a storage -> label
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs:
+                self.hold(leaf, self.label)
+        return out
+
+    def enter(self, phase: str, label: str) -> None:
+        """Begin a phase, with a label for its new storages."""
+        self.phase, self.label = phase, label
+        self._update_peak()
+
+    def hold(self, tensor: Tensor, label: str) -> None:
+        """Count a tensor's storage under `label` until it is freed, instead of under an earlier label."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._labels:
+            self.now[self._labels[key]] -= size
+        else:
+            weakref.finalize(storage, self._free, key, size).atexit = False
+        self._labels[key] = label
+        self.now[label] += size
+        self._update_peak()
+
+    def _free(self, key: int, size: int) -> None:
+        self.now[self._labels.pop(key)] -= size
+
+    def _update_peak(self) -> None:
+        if self.now.total() >= sum(self.peaks.get(self.phase, {}).values()):
+            self.peaks[self.phase] = dict(self.now)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each of `gpus` GPUs.
+    """Bytes on each GPU.
 
     phases: {phase: {row: bytes}} at the peak of each phase
     parameters, trained: number of parameters of the whole model, and of those that are trained
     prefix: tokens of the prefix
     """
 
-    gpus: int
     parameters: int
     trained: int
     prefix: int
-    phases: Mapping[str, Mapping[str, int]]
+    phases: Mapping[str, Counter[str]]
 
     @property
     def peak(self) -> int:
@@ -89,178 +160,141 @@ class Plan:
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
 
-    def table(self) -> str:
-        """One line per row that is not empty, one column per phase, and the sums."""
-        rows = {row: [self.phases[phase].get(row, 0) for phase in PHASES] for row in ROWS}
-        rows = {row: values for row, values in rows.items() if any(values)}
-        rows["sum"] = [self.total(phase) for phase in PHASES]
-        lines = [[f"{row:26}", *(f"{self.format(value):>14}" for value in values)] for row, values in rows.items()]
-        return "".join("".join(line) + "\n" for line in [[" " * 26, *(f"{phase:>14}" for phase in PHASES)], *lines])
-
     def format(self, size: int) -> str:
         """Bytes as text, in the same unit for the whole plan."""
         return f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
 
+    def table(self) -> str:
+        """One line per row that is not empty, one column per phase, and the sums."""
+        rows = {row: [self.phases[phase][row] for phase in PHASES] for row in ROWS}
+        rows = {row: sizes for row, sizes in rows.items() if any(sizes)}
+        rows["sum"] = [self.total(phase) for phase in PHASES]
+        lines = [["", *PHASES], *([row, *map(self.format, sizes)] for row, sizes in rows.items())]
+        return "".join(f"{row:26}" + "".join(f"{cell:>14}" for cell in cells) + "\n" for row, *cells in lines)
 
-def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, foreach: bool = True) -> Plan:
-    """Plan one step of `objective` on `batch`, the rows of one GPU.
 
-    objective: its tensors lose their data; precision: of Lightning's trainer
-    foreach: whether the optimizer updates all parameters at once, as on a GPU, or one by one
+def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str) -> Plan:
+    """Plan one step of `objective`, whose tensors lose their data, on `batch`, the rows of one GPU of `gpus`.
 
-    Raises UserError for less than one GPU, for an unknown precision, and if the control flow of the objective depends
-    on values that it computes.
+    Raises UserError for an unknown precision, and if the control flow of the objective depends on values that it
+    computes.
     """
-    if gpus < 1:
-        raise UserError(f"a plan is for at least 1 GPU, got {gpus}")
     if precision not in TYPES:
         raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
     dtype, lower = TYPES[precision]
-    step = Step(objective.to(device="meta", dtype=dtype), gpus=gpus, lower=lower, foreach=foreach)
-    micro = batch.split(objective.optim.micro_batch or len(batch))
-    try:
-        step.run(micro[0], _all_masked(objective, micro[0]), last=len(micro) > 1)
-    except DATA_ACCESS_ERRORS as error:
-        raise UserError(f"no plan: the control flow of this objective depends on computed values ({error})") from error
-    phases = {phase: Counter({row: step.live.peaks[phase].get(row, 0) for row in ROWS}) for phase in PHASES}
+    micro_batches = batch.split(objective.optim.micro_batch or len(batch))
+    accumulated = gpus > 1 or len(micro_batches) > 1  # gradients exist before the passes
+    live, shapes = Live(), Shapes()
+
+    # 1. Parameters, gradients and optimizer states, which several GPUs share, and the optimizer step.
+    objective.to(device="meta", dtype=dtype)
+    shares = {row: size // gpus for row, size in _run_optimizer(objective, live).items()}
+    live.peaks["optimizer"][TEMPORARY] //= gpus
+
+    # 2. The passes over the last micro-batch. One GPU autocasts to the lower dtype; several gather parameters in it,
+    #    and keep only shards of the gradients.
     if gpus > 1:
-        _add_whole_blocks(phases, objective)
+        objective.to(dtype=lower)
+    with shapes.fake:
+        objective.to_empty(device="cpu")
+    autocast = torch.autocast("cpu", lower) if gpus == 1 and lower else nullcontext()
+    try:
+        prefix_tokens = _run_passes(objective, micro_batches[0], live, shapes, autocast, keep_gradients=not accumulated)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(f"no plan: the control flow of this objective depends on computed values ({error})") from error
+
+    # 3. The sums.
+    phases = {phase: Counter(live.peaks[phase]) for phase in PHASES}
+    for phase, peak in phases.items():
+        peak.update({row: n for row, n in shares.items() if row != GRADIENTS or accumulated or phase == "optimizer"})
+    if gpus > 1:
+        _add_gathered_blocks(phases, objective)
     sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
-    return Plan(gpus, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), step.prefix, phases)
+    return Plan(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), prefix_tokens, phases)
 
 
-class Step:
-    """A training step whose storages `live` counts. `prefix`: tokens of the prefix, set by `run`.
+def _run_optimizer(objective: Objective, live: Live) -> dict[str, int]:
+    """Bytes of parameters, gradients and states. Makes the second optimizer step, as the first one creates states."""
+    optimizer = objective.make_optimizer()  # freezes parameters that are not trained
+    parameters = list(objective.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["foreach"] = True  # all parameters at once, as on a GPU
+    optimizer.step()
+    with live:
+        live.enter("optimizer", TEMPORARY)
+        optimizer.step()
+    optimizer.zero_grad()
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    tensors = {PARAMETERS: parameters, GRADIENTS: trained, STATES: states}
+    return {row: sum(tensor.nbytes for tensor in group) for row, group in tensors.items()}
 
-    lower: lower dtype of a mixed precision: several GPUs gather parameters in it, one GPU autocasts to it
+
+def _run_passes(
+    objective: Objective, batch: Batch, live: Live, shapes: Shapes, autocast: Any, *, keep_gradients: bool
+) -> int:
+    """Forward and backward of a batch, in phases and with labels. Returns the number of tokens of the prefix.
+
+    keep_gradients: count gradients from when they are complete; otherwise they go into existing ones at once
     """
+    noise, state = Noise(batch.keys, seed=0), corruption.start(batch, torch.ones(len(batch)))  # all masked
+    views = [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
+    totals, prefix_tokens = objective.denominators([(batch, views)]), 0
+    weighted, choose = objective.weighted, objective.second_input
 
-    def __init__(self, objective: Objective, *, gpus: int, lower: torch.dtype | None, foreach: bool) -> None:
-        self.objective, self.shapes, self.live, self.prefix = objective, Shapes(), Live(copies={PARAMETERS: CAST}), 0
-        self.autocast = torch.autocast("cpu", lower) if gpus == 1 and lower else nullcontext()
-        dtypes = [parameter.dtype for parameter in objective.parameters()]
-        objective.to(dtype=lower if gpus > 1 else None)
-        with self.shapes.fake:
-            objective.to_empty(device="cpu")
-            self.optimizer = objective.make_optimizer()  # freezes parameters that are not trained
-            parameters = zip(objective.parameters(), dtypes, strict=True)
-            self.shards = {p: p if gpus == 1 else _shard(p, gpus, dtype) for p, dtype in parameters}
-        for group in self.optimizer.param_groups:
-            group["params"] = [self.shards[p] for p in group["params"]]
-            group["foreach"] = foreach
-        self._label_parts(objective.backbone)
-        self._label_passes(objective)
+    def before_backbone(_: nn.Module, inputs: tuple) -> None:
+        nonlocal prefix_tokens
+        prefix_tokens = inputs[0].embeds.shape[1]
+        live.enter("forward", ACTIVATIONS)
 
-    def run(self, batch: Batch, corrupted: list[Corrupted], *, last: bool) -> None:
-        """One micro-batch and the optimizer step. last: it is the last of several, so gradients exist already."""
-        with self.autocast:
-            with self.live:
-                for tensor in _tensors(batch, *corrupted):
-                    self.live.hold(tensor, BATCH)
-                self._make_states()
-            if not last:
-                self.optimizer.zero_grad()
-            with self.shapes, self.live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                self._pass(batch, corrupted)
-            with self.live:
-                self.live.enter("optimizer", TEMPORARY)
-                self.optimizer.step()
+    def after_backbone(_: nn.Module, inputs: tuple, logits: Tensor) -> None:
+        live.hold(logits, LOGITS)
+        live.label = LOGITS
 
-    def _make_states(self) -> None:
-        """Create the optimizer states, and a gradient for each trained parameter."""
-        for parameter, shard in self.shards.items():
-            self.live.hold(parameter, WHOLE)
-            self.live.hold(shard, PARAMETERS)
-            if parameter.requires_grad:
-                shard.grad = torch.zeros_like(shard)
-                self.live.hold(shard.grad, GRADIENTS)
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self.live.enter("first step", STATES)
-        self.optimizer.step()
+    def after_loss(values: dict[str, Tensor]) -> Tensor:
+        loss = weighted(values)
+        loss.register_hook(before_backward)
+        return loss
 
-    def _pass(self, batch: Batch, corrupted: list[Corrupted]) -> None:
-        """All forward and backward passes, including the backward pass through the prefix."""
-        self.live.enter("forward", HEAD)
-        self.objective.forward_backward(batch, corrupted, self.objective.denominators([(batch, corrupted)]))
+    def before_backward(_: Tensor) -> None:
+        live.enter("saved", LOGITS)
+        live.enter("backward", TEMPORARY)
 
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
-        """Label a complete gradient; on several GPUs, keep only its shard."""
-        shard = self.shards[parameter]
-        if shard.grad is None:
-            shard.grad = torch.zeros_like(shard)
-        self.live.hold(shard.grad, GRADIENTS)
-        if shard is not parameter:
+    def second_input(batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise) -> Corrupted | None:
+        shapes.active = False  # predictions choose positions: they are those of real logits, all zero
+        second = choose(batch, state, where, torch.zeros(logits.shape), noise)
+        shapes.active = True
+        return second
+
+    def on_gradient(parameter: nn.Parameter) -> None:
+        if keep_gradients:
+            live.hold(parameter.grad, GRADIENTS)  # type: ignore[arg-type]
+        else:
             parameter.grad = None
 
-    def _label_parts(self, backbone: Any) -> None:
-        """Label storages by the part of the backbone that allocates them."""
-        outer: list[str] = []
-
-        def begin(part: str) -> None:
-            outer.append(self.live.label)
-            self.live.label = part
-
-        def end(*_: Any) -> None:
-            self.live.label = outer.pop()
-
-        def encode_prefix(inputs: dict[str, Tensor], encode: Any = backbone.encode_prefix) -> Any:
-            begin(DECODER)
-            prefix = encode(inputs)
-            self.prefix = prefix.embeds.shape[1]
-            end()
-            return prefix
-
-        for name, module in backbone.named_modules():
-            part = next((PARTS[start] for start in PARTS if f"{name}.".startswith(f"{start}.")), DECODER)
-            module.register_forward_pre_hook(lambda *_, part=part: begin(part))
-            module.register_forward_hook(end)
-        backbone.encode_prefix = encode_prefix
-
-    def _label_passes(self, objective: Any) -> None:
-        """Start a new phase with the logits of each pass, and around the sum of its losses."""
-        positions, weighted = objective.positions, objective.weighted
-
-        def enter_forward(*args: Any) -> Tensor:
-            self.live.enter("forward", HEAD)
-            return positions(*args)
-
-        def enter_backward(*args: Any) -> Tensor:
-            loss = weighted(*args)
-            self.live.enter("saved", HEAD)
-            self.live.enter("backward", TEMPORARY)
-            return loss
-
-        objective.positions, objective.weighted = enter_forward, enter_backward
+    objective.backbone.register_forward_pre_hook(before_backbone)
+    objective.backbone.register_forward_hook(after_backbone)
+    objective.weighted, objective.second_input = after_loss, second_input
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(on_gradient)
+    live.enter("forward", ACTIVATIONS)
+    with autocast, shapes, live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        objective.forward_backward(batch, views, totals)
+        live.peaks["optimizer"][ACTIVATIONS] = live.now[ACTIVATIONS]  # weights that autocast keeps for the step
+    return prefix_tokens
 
 
-def _all_masked(objective: Objective, batch: Batch) -> list[Corrupted]:
-    """A corrupted response for each view, at noise level 1."""
-    noise = Noise(batch.keys, seed=0)
-    state = corruption.start(batch, torch.ones(len(batch)))
-    return [objective.corruption(batch, state, noise) for _ in range(objective.optim.views)]
-
-
-def _tensors(batch: Batch, *corrupted: Corrupted) -> list[Tensor]:
-    values = [*batch.prefix.values(), *(value for item in (batch, *corrupted) for value in vars(item).values())]
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _shard(parameter: nn.Parameter, gpus: int, dtype: torch.dtype) -> nn.Parameter:
-    """The rows of a parameter on the first GPU, which has the most."""
-    rows = -(-parameter.shape[0] // gpus)
-    return nn.Parameter(parameter.new_empty(rows, *parameter.shape[1:], dtype=dtype), parameter.requires_grad)
-
-
-def _add_whole_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> None:
-    """Add the blocks that FSDP2 gathers, and the largest block's unsharded gradients."""
+def _add_gathered_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> None:
+    """Add the two largest blocks, one in use and one prefetched, and the largest block's unsharded gradients."""
     weights, gradients = Counter(), Counter()
     for name, parameter in objective.named_parameters():
-        unit = UNIT.match(name)
-        block = unit[1] if unit else name.rpartition(".")[0]
+        block = match[1] if (match := BLOCK.match(name)) else name.rpartition(".")[0]
         weights[block] += parameter.nbytes
         gradients[block] += parameter.nbytes * parameter.requires_grad
-    for phase in ("forward", "backward"):
-        phases[phase][GATHERED] = sum(sorted(weights.values())[-2:])
+    phases["forward"][GATHERED] = phases["backward"][GATHERED] = sum(sorted(weights.values())[-2:])
     phases["backward"][REDUCED] = max(gradients.values())
 
 
@@ -281,7 +315,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
         error.add_note("a plan reads no data, so the objective cannot read more of a record than its captions")
         raise
     return (
-        f"{cfg.name}: {cfg.data.batch_size} rows on each of {planned.gpus} GPUs, {min(micro, len(batch))} at a time; "
+        f"{cfg.name}: {cfg.data.batch_size} rows on each of {gpus} GPUs, {min(micro, len(batch))} at a time; "
         f"{objective.optim.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
         f"{cfg.trainer.precision}\n{planned.parameters:,} parameters, {planned.trained:,} of them trained\n\n"
         f"{planned.table()}\nat most {planned.format(planned.peak)} on each GPU; docs/memory.md says what it omits\n"
@@ -290,18 +324,16 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
 
 def _black_batch(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
     """A batch of black images of size `plan.image`, collated like the data."""
-    size = plain(cfg.plan.image)
-    if size is not None and not _is_size(size):
-        limit = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
-        raise UserError(f"plan.image: expected [width, height] or null, got {size} ({limit})")
-    if not isinstance(cfg.plan.prompt, str):
-        raise UserError(f"plan.prompt: expected a text, got {cfg.plan.prompt!r}")
-    image: Any = size and Image.new("RGB", (size[0], size[1]))
-    record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
+    size, prompt = plain(cfg.plan.image), cfg.plan.prompt
+    if not isinstance(prompt, str):
+        raise UserError(f"plan.prompt: expected a text, got {prompt!r}")
+    match size:
+        case None:
+            image = None
+        case [int(width), int(height)] if min(size) > 0 and width * height <= MAX_PIXELS:
+            image: Any = Image.new("RGB", (width, height))
+        case _:
+            limit = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
+            raise UserError(f"plan.image: expected [width, height] or null, got {size} ({limit})")
+    record = {"prompt": prompt, "captions": [{"text": ""}]}
     return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
-
-
-def _is_size(size: Any) -> bool:
-    if not isinstance(size, list) or len(size) != 2 or any(type(length) is not int or length < 1 for length in size):
-        return False
-    return size[0] * size[1] <= MAX_PIXELS
