@@ -31,7 +31,7 @@ LISTED = {
     "torch.utils._python_dispatch": "memory_plan.py: sees every operation of a planned step",
     "torch.utils._pytree": "memory_plan.py: the tensors in arguments and results",
 }
-DOCUMENTED = {"_replace", "_exit"}  # of named tuples and of `os`: public in spite of their names
+DOCUMENTED = {"_replace", "_asdict", "_exit"}  # of named tuples and of `os`: public in spite of their names
 
 
 class Module(L.LightningModule):
