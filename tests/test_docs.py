@@ -31,11 +31,16 @@ PAGES = [
 ]
 SMALL = {
     "prepare conf=scenes": ["prepare.num_train=64", "prepare.num_val=8", "prepare.num_test=8"],
-    "train": ["trainer.max_steps=2", "data.batch_size=4", "trainer.limit_val_batches=1", "data.workers=0"],
+    "train": [
+        "trainer.max_steps=2",
+        "optim.warmup_steps=0",
+        "data.batch_size=4",
+        "trainer.limit_val_batches=1",
+        "data.workers=0",
+    ],
     "train conf=stage2": ["callbacks.self_correction.drafts_per_round=4", "callbacks.self_correction.allow_empty=true"],
     "draft": ["num=4"],
     "evaluate": ["evaluate.num=2", "evaluate.tokens_per_step=[8]"],
-    "evaluate conf=sweep": ["evaluate.samplers={plain: plain, refine: refine}"],
 }
 
 
