@@ -35,13 +35,14 @@ from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
-from src.io.files import publish
+from src.io.files import FORMAT, publish
 from src.io.hub import local_folder
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
 from src.models.hf.formats import FORMATS, Description
 from src.models.hf.stored import is_checkpoint, model_state
 from src.models.hf.weights import check_finite, read_dtype, write_weights
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
+from src.training.run_dir import read_config
 
 LIGHTNING = "lightning"  # a single checkpoint file instead of a model folder
 logger = logging.getLogger(__name__)
@@ -146,7 +147,9 @@ def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]
         raise UserError(
             f"{path} is not in a run's folder (no {config}): set like=DIR to the model that it started from"
         )
-    run = OmegaConf.load(config)
+    run = read_config(config.parent)
+    if run.get("format") != FORMAT:
+        raise UserError(f"{config.parent} holds a run of format {run.get('format', 1)}, not {FORMAT}: set like=DIR")
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
     tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
     response_length = OmegaConf.select(run, "data.response_length")

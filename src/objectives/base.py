@@ -252,8 +252,6 @@ class Objective(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(f"trainer.max_steps must be set, as the learning rate schedule depends on it, got {total}")
-        if optim.warmup_steps > total:
-            raise UserError(f"optim.warmup_steps={optim.warmup_steps} is more than trainer.max_steps={total}")
         _init_state(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}

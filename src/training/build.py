@@ -118,6 +118,13 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
+    if cfg.optim.get("warmup_steps", 0) > cfg.trainer.max_steps:
+        raise UserError(
+            f"optim.warmup_steps={cfg.optim.warmup_steps} is more than trainer.max_steps={cfg.trainer.max_steps}"
+        )
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        if cfg.trainer.get(name) == 0:
+            raise UserError(f"trainer.{name} must be at least 1, or null, got 0")
     devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
     if (
         TorchElasticEnvironment.detect()

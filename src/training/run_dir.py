@@ -38,7 +38,7 @@ OWN = (FINISHED, MODEL, "checkpoints", "rounds", "tensorboard", INPUTS, CONFIG)
 LOOP = "callbacks.self_correction"
 # Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
-    *("data", "gap", "model", "objective", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
+    *("data", "gap", "model", "objective", "optim", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
     *(f"{LOOP}.{name}" for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler")),
     *(f"{LOOP}.{name}" for name in ("tokens_per_step", "train_from")),
 )
@@ -56,8 +56,8 @@ def check_format(cfg: DictConfig) -> None:
     """Raise UserError for the saved config of a run that another version wrote."""
     if cfg.get("format") != FORMAT:
         raise UserError(
-            f"this config has format {cfg.get('format', 1)}, this version reads format {FORMAT}: repeat the run from "
-            f"the configurations, as in `python -m src.train conf={cfg.name} run_dir=... key=value`, and save it anew"
+            f"this config has format {cfg.get('format', 1)}, this version reads format {FORMAT}: train the run again "
+            "from today's configurations, as in `python -m src.train conf=NAME run_dir=NEW key=value`"
         )
 
 
@@ -71,9 +71,7 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
         if any(not item.name.startswith(".") for item in run_dir.iterdir()):
             raise UserError(f"{run_dir} is not a run's folder (no {CONFIG}): choose another run_dir")
         return
-    old = _read_config(run_dir / CONFIG)
-    if not {"model", "objective", "trainer", "run_dir"} <= set(old):
-        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is no training config): choose another run_dir")
+    old = read_config(run_dir)
     if cfg.resume and old.get("format") != FORMAT:
         raise UserError(f"{run_dir} holds a run of format {old.get('format', 1)}, not {FORMAT}; {REMEDY}")
     if not cfg.resume:
@@ -166,11 +164,13 @@ def _check_outside(cfg: DictConfig, run_dir: Path) -> None:
             raise UserError(f"{key}={path} is in {run_dir}, which resume=false would remove: copy it elsewhere first")
 
 
-def _read_config(path: Path) -> DictConfig:
+def read_config(run_dir: Path) -> DictConfig:
+    """The config that a run saved. Raises UserError if it cannot be read or is no training config."""
+    path = run_dir / CONFIG
     try:
         cfg = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; fix it, or choose another run_dir") from error
-    if not isinstance(cfg, DictConfig):
-        raise UserError(f"{path}: expected a mapping; fix it, or choose another run_dir")
+    if not isinstance(cfg, DictConfig) or not {"model", "data"} <= set(cfg):
+        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is no training config): choose another run_dir")
     return cfg
