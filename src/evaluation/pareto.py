@@ -97,11 +97,11 @@ def budgets_of(points: Sequence[Point]) -> list[Budget]:
 def to_dict(points: Sequence[Point], *, metric: str, best: str) -> dict:
     """The content of curve.json."""
     front = front_of(points)
-    listed = [
-        {"cell": p.cell.name, **p.cell._asdict(), "forwards": p.forwards, "seconds": p.seconds, "value": p.value}
-        | {"front": p in front}
-        for p in points
-    ]
+    listed = []
+    for point in points:
+        stats = {"forwards": point.forwards, "seconds": point.seconds, "value": point.value}
+        place = dict(zip(("method", "sampler", "tokens_per_step"), point.cell, strict=True))
+        listed.append({"cell": point.cell.name, **place, **stats, "front": point in front})
     budgets = [
         {"forwards": b.forwards, "best": b.best.cell.name, "baseline": b.baseline and b.baseline.cell.name}
         for b in budgets_of(points)
