@@ -25,8 +25,8 @@ from src.io.errors import UserError
 from src.io.files import FORMAT, atomic, read_json, sha256, write_json
 
 REMAKE = {  # kind of a folder -> the command that makes it
-    "drafts": "python -m src.draft conf=draft out={folder} ...",
-    "round": "python -m src.revise conf=revise out={folder} ...",
+    "drafts": "python -m src.draft conf=draft out=...",
+    "round": "python -m src.revise conf=revise out=...",
 }
 INDEX = "index.json"
 DATASET = "dataset"  # kind of a folder that contains splits instead of shards
@@ -130,8 +130,11 @@ def read_manifest(folder: str | Path) -> dict:
     if kind == DATASET:
         raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
     if isinstance(kind, str) and form is not None and form != FORMAT:
-        command = REMAKE.get(kind, "python -m src.prepare ... prepare.overwrite=true").format(folder=folder)
-        raise UserError(f"{path} has format {form!r}, this version reads format {FORMAT}; remake the folder: {command}")
+        command = REMAKE.get(kind, "python -m src.prepare conf=... prepare.out=...")
+        raise UserError(
+            f"{path} has format {form!r}, this version reads format {FORMAT}: remove the folder and make it again with "
+            f"`{command}`"
+        )
     shards = content.get("shards")
     whole = isinstance(kind, str) and form == FORMAT and "tokenizer" in content and isinstance(shards, list)
     if not whole or not all(map(_is_entry, shards)):  # type: ignore[arg-type]

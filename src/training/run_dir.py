@@ -171,6 +171,6 @@ def read_config(run_dir: Path) -> DictConfig:
         cfg = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}; fix it, or choose another run_dir") from error
-    if not isinstance(cfg, DictConfig) or not {"model", "data"} <= set(cfg):
-        raise UserError(f"{run_dir} is not a run's folder ({CONFIG} is no training config): choose another run_dir")
+    if not isinstance(cfg, DictConfig) or not {"model", "objective", "trainer", "run_dir"} <= set(cfg):
+        raise UserError(f"{path} is no training config, so {run_dir} is not a run's folder: choose another run_dir")
     return cfg
