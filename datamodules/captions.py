@@ -17,8 +17,8 @@ import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,7 +43,7 @@ class ShardData(L.LightningDataModule):
 
     response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
     workers:         processes that read shards, per rank
-    rounds:          folders of online rounds; `add_round` adds more
+    rounds:          folders of online rounds, which become `Index`es; `add_round` adds more
     data_share:      with rounds, the fraction of each training batch that comes from the data
     limit:           use only the first `limit` samples of a split: a number for all, or {split: number}
     epoch_batches:   batches per training epoch and rank; null: one pass over the data, or over the rounds if any
@@ -59,13 +59,13 @@ class ShardData(L.LightningDataModule):
     response_length: int
     seed: int = 0
     workers: int = 0
-    rounds: InitVar[Sequence[str]] = ()
+    rounds: list[Any] = field(default_factory=list)
     data_share: float = 0.25
     limit: int | Mapping[str, int] | None = None
     epoch_batches: int | None = None
     restart_epoch: bool = False
 
-    def __post_init__(self, rounds: Sequence[str]) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
         if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -84,9 +84,9 @@ class ShardData(L.LightningDataModule):
         self.place = (0, 1)  # (rank, world size) without a trainer
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
-        self._rounds: list[Index] = []
         self._warned_empty_val = False
-        for folder in rounds:
+        folders, self.rounds = self.rounds, []
+        for folder in folders:
             self.add_round(folder)
 
     @abstractmethod
@@ -98,18 +98,18 @@ class ShardData(L.LightningDataModule):
         if not Path(path).is_dir():
             raise UserError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
         index = _require_samples(self._read(path, kind="round"))
-        if index.digest not in {added.digest for added in self._rounds}:
-            self._rounds.append(index)
+        if index.digest not in {added.digest for added in self.rounds}:
+            self.rounds.append(index)
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds trained on. Lightning saves the loader's state, the position in the epoch."""
-        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self._rounds]}
+        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self.rounds]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rounds = []
+        self.rounds = []
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
-            if self._rounds[-1].digest != saved["digest"]:
+            if self.rounds[-1].digest != saved["digest"]:
                 raise UserError(f"{saved['path']} is not the round of the checkpoint: its index.json differs")
 
     def train_dataloader(self) -> Loader:
@@ -117,15 +117,15 @@ class ShardData(L.LightningDataModule):
         world = self._place()[1]
         # 1. rows of each stream in a batch; the last stream determines the length of an epoch
         rows = {"data": self.batch_size}
-        if self._rounds:
+        if self.rounds:
             rows["data"] = min(round(self.batch_size * self.data_share), self.batch_size - 1)
             rows["rounds"] = self.batch_size - rows["data"]
-        folders = {"data": [self.index("train")], "rounds": self._rounds}
+        folders = {"data": [self.index("train")], "rounds": self.rounds}
         streams = {name: Stream(folders[name], seed=self.seed) for name in rows if rows[name]}
         main = streams[name := next(reversed(streams))]
         # 2. batches in an epoch
         batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated
-        if not self._rounds and not self.epoch_batches and main.count < self.batch_size * world:
+        if not self.rounds and not self.epoch_batches and main.count < self.batch_size * world:
             raise UserError(
                 f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
                 "lower batch_size, or set epoch_batches to repeat the data"
