@@ -290,7 +290,7 @@ def test_out_of_memory_says_what_to_do(scenes, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(RevisionObjective, "corrupt", corrupt)
     error = refusal(arguments(scenes, tmp_path / "run"), capsys).splitlines()[-1]
-    assert re.match(r"error: out of memory at step 0 .*plan\.gpus=1 .* objective\.training\.micro_batch", error)
+    assert re.match(r"error: out of memory at step 0 .*plan\.gpus=1 .* optim\.micro_batch", error)
 
 
 def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
