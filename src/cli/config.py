@@ -1,14 +1,13 @@
 """Yaml layers and key=value settings -> one resolved, read-only config.
 
-    python -m src.train conf=stage2,debug seed=1 optimizer.lr=1e-4
+    python -m src.train conf=stage2,debug seed=1 optim.lr=1e-4
 
     conf=a,b       reads ROOT/a.yaml, then ROOT/b.yaml on top; a name may be `cluster/NAME`; a name that ends
                    in `.yaml` is a path: the `config.yaml` in a run's folder repeats that run
     base: [x, y]   inside a yaml: layers that apply before it, each once
     key=value      changes an existing key (dotted; list indices are numbers), or gives a node an argument that its
                    target accepts; the value is read as yaml, and an empty one (key= or key="") is the empty string;
-                   text keys of a verb, such as prompt= of src.generate, are taken literally: only null is None, and
-                   a value that is wholly quoted loses its quotes
+                   text keys of a verb, such as prompt= of src.generate, are taken literally: only null is None
     +key=value     adds a key to a mapping, as in +evaluate.models.mine=runs/mine/model
     key=NAME       for a top-level key that holds a mapping: applies the layer ROOT/key/NAME.yaml, as in
                    model=llada_v; a NAME that ends in `.yaml` is a path
@@ -26,10 +25,8 @@ For a secret, give a component the *name* of the variable and let it read the en
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.cli.help import available, config_root
 from src.cli.instantiate import SCALARS, arguments, dotted, fits, hint, is_node, one_line, plain, walk
 from src.io.errors import UserError
+from src.io.files import write_bytes
 
 PRINT = "--print"
 
@@ -62,14 +60,26 @@ def load_config(
     """
     argv, folder = list(argv), config_root(root)
     names, settings = _parse([argument for argument in argv if argument != PRINT], folder, set(texts))
-    tree = _compose(_layers(names, folder))
-    if missing_keys := [key for key in needs if key not in tree]:
-        raise UserError(f"conf={','.join(names)} is not for {verb}: it has no key {missing_keys[0]!r}; see --help")
-    layers = [(key, value) for key, value in settings if _names_layer(tree, key, value, folder)]
+
+    # 1. The layers of conf=.
+    tree = _compose(names, folder)
+    if missing := [key for key in needs if key not in tree]:
+        raise UserError(f"conf={','.join(names)} is not for {verb}: it has no key {missing[0]!r}; see --help")
+
+    # 2. Settings that name a further layer: key=NAME for a mapping, or for a null where the folder ROOT/key exists.
+    layers = [
+        (key, value)
+        for key, value in settings
+        if isinstance(value, str)
+        and (isinstance(tree.get(key), dict) or (key in tree and tree[key] is None and (folder / key).is_dir()))
+    ]
     if layers:
-        tree = _compose(_layers([*names, *(_layer_name(key, value) for key, value in layers)], folder))
-    for name, value in [setting for setting in settings if setting not in layers]:
-        _set(tree, name, value)
+        tree = _compose([*names, *(_layer_name(key, value) for key, value in layers)], folder)
+
+    # 3. All other settings, then interpolations.
+    for key, value in settings:
+        if (key, value) not in layers:
+            _set(tree, key, value)
     resolved = _resolve(tree)
     if PRINT in argv:
         sys.stdout.write(OmegaConf.to_yaml(resolved))
@@ -87,14 +97,8 @@ def load_part(key: str, name: str, *, root: str | Path = "conf") -> dict:
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
     """Write the resolved config as yaml, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(OmegaConf.to_yaml(cfg, resolve=True))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(Path(path), OmegaConf.to_yaml(cfg, resolve=True).encode())
 
 
 def path_of(cfg: DictConfig, key: str) -> Path:
@@ -103,12 +107,6 @@ def path_of(cfg: DictConfig, key: str) -> Path:
     if not isinstance(value, str) or not value:
         raise UserError(f"{key}: expected a path, got {value!r}")
     return Path(value)
-
-
-def _names_layer(tree: dict, key: str, value: Any, root: Path) -> bool:
-    """Whether key=value selects a layer: the key holds a mapping, or is null and ROOT/key is a folder."""
-    old = tree.get(key, value)
-    return isinstance(value, str) and (isinstance(old, dict) or (old is None and (root / key).is_dir()))
 
 
 def _layer_name(key: str, name: str) -> str:
@@ -128,6 +126,9 @@ def _resolve(tree: dict) -> dict:
     return resolved
 
 
+# The command line
+
+
 def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str], list[tuple[str, Any]]]:
     """The names in `conf=` and the (dotted name, value) of every other argument."""
     names, settings = None, []
@@ -137,7 +138,7 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
             suggestion = f"; did you mean conf={argument}?" if (root / f"{argument}.yaml").is_file() else ""
             raise UserError(f"expected key=value, got {argument!r}{suggestion}")
         if key != "conf":
-            settings.append((key, (_text if key in texts else _value)(key, text)))
+            settings.append((key, _text(key, text) if key in texts else _value(key, text)))
         elif names is None:
             names = [name for name in text.split(",") if name]
         else:
@@ -149,24 +150,34 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
 
 def _value(key: str, text: str) -> Any:
     """The value of a setting, read as yaml. Empty is the empty string: the shell removes the quotes of key=""."""
-    if not text:
-        return ""
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+        return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
 
 def _text(key: str, text: str) -> str | None:
-    """The value of a text key: literal, but without quotes if it is one quoted string."""
+    """The value of a text key: literal, and None for `null`."""
     if "${" in text:
         raise UserError(f"{key}: '${{' stands for the value of a key, so a text must not contain it, got {text!r}")
-    if text[:1] in ("'", '"'):
-        with suppress(yaml.YAMLError):
-            node = yaml.compose(text)
-            if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text):
-                return node.value
     return None if text == "null" else text
+
+
+# Layers
+
+
+def _compose(names: list[str], root: Path) -> dict:
+    """The layers merged, lowest first. Raises UserError for a new top-level key or a value of another type."""
+    (lowest, schema), *upper = _layers(names, root)
+    tree = schema
+    for name, layer in upper:
+        if unknown := [str(key) for key in layer if key not in schema]:
+            suggestion = hint(unknown[0], map(str, schema))
+            raise UserError(f"{name}: {lowest} has no top-level key {unknown[0]!r}{suggestion}")
+        if problem := next(_mistyped(tree, layer), None):
+            raise UserError(f"{name}: {problem}")
+        tree = _merge(tree, layer)
+    return tree
 
 
 def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
@@ -176,10 +187,16 @@ def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
     def apply(name: str, *above: str) -> None:
         if name in above:
             raise UserError(f"`base:` is circular: {' -> '.join([*above[above.index(name) :], name])}")
-        path = _find(name, root)
+        path = (Path(name) if name.endswith(".yaml") else root / f"{name}.yaml").resolve()
+        if not path.is_file():
+            raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
         if path in layers:
             return
-        tree, bases = _read(path)
+        tree = _read(path)
+        bases = tree.pop("base", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not fits(bases, list[str]):
+            raise UserError(f"{path}: base: expected a list of names, got {bases!r}")
         lowest = next(iter(layers.values()), ("", {}))[0]
         if bases and lowest.endswith(".yaml"):  # a complete config, such as the saved one of a run
             raise UserError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
@@ -192,43 +209,22 @@ def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
     return list(layers.values())
 
 
-def _find(name: str, root: Path) -> Path:
-    path = Path(name) if name.endswith(".yaml") else root / f"{name}.yaml"
-    if path.is_file():
-        return path.resolve()
-    raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
-
-
-def _read(path: Path) -> tuple[dict, list[str]]:
-    """The content of a yaml file and the names under its `base:`."""
+def _read(path: Path) -> dict:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping at the top, got a {type(tree).__name__}")
-    bases = tree.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not fits(bases, list[str]):
-        raise UserError(f"{path}: base: expected a list of names, got {bases!r}")
-    return tree, bases
-
-
-def _compose(layers: list[tuple[str, dict]]) -> dict:
-    (lowest, schema), *upper = layers
-    tree = schema
-    for name, layer in upper:
-        if unknown := [str(key) for key in layer if key not in schema]:
-            suggestion = hint(unknown[0], map(str, schema))
-            raise UserError(f"{name}: {lowest} has no top-level key {unknown[0]!r}{suggestion}")
-        if problem := next(_mistyped(tree, layer), None):
-            raise UserError(f"{name}: {problem}")
-        tree = _merge(tree, layer)
     return tree
 
 
 def _merge(lower: Any, upper: Any) -> Any:
-    if not (isinstance(lower, dict) and isinstance(upper, dict)) or _retargets(lower, upper):
+    """`upper` on top of `lower`. OmegaConf.merge would merge a node into one of another target."""
+    if not (isinstance(lower, dict) and isinstance(upper, dict)) or upper.get("target") not in (
+        None,
+        lower.get("target"),
+    ):
         return upper
     return lower | {key: _merge(lower[key], value) if key in lower else value for key, value in upper.items()}
 
@@ -237,20 +233,27 @@ def _mistyped(lower: Any, upper: Any, name: str = "") -> Iterator[str]:
     """Messages for values whose type differs from the one they replace. Nodes are left to `check`."""
     if is_node(upper) or _is_open(lower) or _is_open(upper):
         return
-    if is_node(lower):  # a string may name a layer
-        if not isinstance(upper, dict | str):
-            yield f"{name}: expected a mapping with `target:` or null, got {upper!r}"
-    elif isinstance(lower, dict) and isinstance(upper, dict):
-        for key in lower.keys() & upper.keys():
+    if isinstance(lower, dict) and isinstance(upper, dict):
+        for key in [] if is_node(lower) else lower.keys() & upper.keys():
             yield from _mistyped(lower[key], upper[key], dotted(name, key))
     elif isinstance(lower, list) and isinstance(upper, list):
         for index, item in enumerate(upper if lower else []):
             yield from _mistyped(lower[0], item, dotted(name, index))
-    elif type(upper) not in SCALARS.get(type(lower), (type(lower),)):
-        suggestion = f"; write [{upper}]" if isinstance(lower, list) and not isinstance(upper, dict) else ""
-        if isinstance(lower, dict) and lower:
-            suggestion = f"; set a key of it, such as {dotted(name, next(iter(lower)))}=..."
-        yield f"{name}: expected {_type_name(lower)}, got {upper!r}{suggestion}"
+    elif type(upper) not in SCALARS.get(type(lower), ()) and not (is_node(lower) and isinstance(upper, str)):
+        yield f"{name}: expected {_expected(lower, upper, name)}"  # a string in place of a node may name a layer
+
+
+def _expected(lower: Any, upper: Any, name: str) -> str:
+    """What may replace a value, and what was given instead."""
+    if is_node(lower):
+        return f"a mapping with `target:` or null, got {upper!r}"
+    if isinstance(lower, dict):
+        return f"a mapping, got {upper!r}" + "".join(
+            f"; set a key of it, such as {name}.{key}=..." for key in [*lower][:1]
+        )
+    if isinstance(lower, list):
+        return f"a list, got {upper!r}" + ("" if isinstance(upper, dict) else f"; write [{upper}]")
+    return f"{type(lower).__name__}, got {upper!r}"
 
 
 def _is_open(value: Any) -> bool:
@@ -258,76 +261,54 @@ def _is_open(value: Any) -> bool:
     return value is None or (isinstance(value, str) and (value == "???" or "${" in value))
 
 
-def _type_name(value: Any) -> str:
-    return {dict: "a mapping", list: "a list"}.get(type(value), type(value).__name__)
-
-
-def _retargets(old: dict, new: dict) -> bool:
-    return "target" in new and new["target"] != old.get("target")
+# Settings
 
 
 def _set(tree: dict, name: str, value: Any) -> None:
-    """Replace a value, or give a node another argument of its target; with a + add a key to a mapping.
+    """Set a value of the tree by its dotted name; a name with a + adds a key to a mapping.
 
-    A mapping is merged key by key, unless its `target:` changes.
+    A mapping is merged key by key, unless its `target:` changes. Raises UserError for an unknown key.
     """
-    parts = name.removeprefix("+").split(".")
-    chain = _chain(tree, parts)
-    if len(chain) <= len(parts):
-        _add(tree, chain, name, value)
+    full = name.removeprefix("+")
+    parent = full.rpartition(".")[0]
+    values = dict(walk(tree))  # dotted name -> value
+    if full not in values:
+        while parent not in values:
+            parent = parent.rpartition(".")[0]
+        _add(values[parent], parent, full, value, plus=name.startswith("+"), names=list(values))
         return
     if name.startswith("+"):
-        raise UserError(f"{name[1:]!r} exists already: set it without the +")
-    owner, old = chain[-2:]
-    if not any(map(is_node, chain[:-1])) and (problem := next(_mistyped(old, value, name), None)):
+        raise UserError(f"{full!r} exists already: set it without the +")
+    old = values[full]
+    parts = full.split(".")
+    within_node = any(is_node(values[".".join(parts[:end])]) for end in range(1, len(parts)))
+    if not within_node and (problem := next(_mistyped(old, value, full), None)):
         raise UserError(problem)
-    if old and value and isinstance(old, dict) and isinstance(value, dict) and not _retargets(old, value):
+    if old and value and isinstance(old, dict) and isinstance(value, dict) and _merge(old, value) is not value:
         for child, inner in value.items():
-            _set(tree, f"{name}.{child}", inner)
+            _set(tree, f"{full}.{child}", inner)
     else:
-        owner[_key(owner, parts[-1])] = value
+        owner = values[parent]
+        keys = range(len(owner)) if isinstance(owner, list) else owner
+        owner[next(key for key in keys if dotted(parent, key) == full)] = value
 
 
-def _add(tree: dict, chain: list[Any], name: str, value: Any) -> None:
-    """Add a missing key to the last value of `chain`. Raises UserError with the nearest key if it cannot take it.
+def _add(owner: Any, owner_name: str, name: str, value: Any, *, plus: bool, names: list[str]) -> None:
+    """Add a key to a mapping below the top level: any with a +, otherwise an argument of a node's target.
 
-    No key can be added at the top level.
+    owner: the innermost existing value on the way to `name`; names: all existing ones, for the hint
     """
-    parts, owner = name.removeprefix("+").split("."), chain[-1]
-    owner_name = dotted(*parts[: len(chain) - 1])
-    names = [existing for existing, _ in walk(tree)]
-    accepted = _arguments(owner, owner_name)
-    is_owner = isinstance(owner, dict) and owner is not tree and len(chain) == len(parts)
-    if is_owner and (name.startswith("+") or parts[-1] in accepted):
-        owner[parts[-1]] = value
+    key = name.removeprefix(f"{owner_name}.")
+    can_take = isinstance(owner, dict) and owner_name != "" and "." not in key
+    accepted: list[str] = []
+    if is_node(owner) and not _is_open(owner["target"]):
+        try:
+            accepted = arguments(owner)
+        except UserError as error:
+            raise UserError(f"{dotted(owner_name, 'target')}: {error}") from error
+    if can_take and (plus or key in accepted):
+        owner[key] = value
         return
-    adds = f" (+{name}=... adds it)" if is_owner and not is_node(owner) else ""
-    suggestion = hint(dotted(*parts), [*names, *(dotted(owner_name, argument) for argument in accepted)])
-    raise UserError(f"unknown key {dotted(*parts)!r}{suggestion}{adds}")
-
-
-def _arguments(owner: Any, owner_name: str) -> list[str]:
-    """Arguments that the target of an owner accepts; none if it is no node or its target is still open."""
-    if not is_node(owner) or _is_open(owner["target"]):
-        return []
-    try:
-        return arguments(owner)
-    except UserError as error:
-        raise UserError(f"{dotted(owner_name, 'target')}: {error}") from error
-
-
-def _chain(tree: dict, parts: list[str]) -> list[Any]:
-    """The tree and the nested values along `parts`, up to the first part that does not exist."""
-    chain: list[Any] = [tree]
-    for part in parts:
-        key = _key(chain[-1], part)
-        if key is None:
-            break
-        chain.append(chain[-1][key])
-    return chain
-
-
-def _key(owner: Any, part: str) -> Any:
-    """The key or list index that a part of a dotted name refers to; None if it does not exist."""
-    keys = owner if isinstance(owner, dict) else range(len(owner)) if isinstance(owner, list) else ()
-    return next((key for key in keys if str(key) == part), None)
+    suggestion = hint(name, [*names, *(dotted(owner_name, argument) for argument in accepted)])
+    adds = f" (+{name}=... adds it)" if can_take and not is_node(owner) else ""
+    raise UserError(f"unknown key {name!r}{suggestion}{adds}")

@@ -50,17 +50,19 @@ def docstring(verb: str) -> str | None:
 def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
     """Names of the complete configurations for a verb, and of the layers that fit on top of one of them."""
     trees = {name: _read(root, name) for name in available(root)}
-    schemas = {name: set(trees.get(_lowest(trees, name), {})) for name in trees}
     if verb not in NEEDS:
         return list(trees), []
-    alone = [name for name, keys in schemas.items() if keys.issuperset(NEEDS[verb])]
-    complete = [name for name, keys in schemas.items() if any(keys.issuperset(needs) for needs in NEEDS.values())]
-    layers = [
-        name
-        for name, tree in trees.items()
-        if tree and name not in complete and any(set(tree) - {"base"} <= schemas[base] for base in alone)
-    ]
-    return alone, layers
+    lowest_keys = {}  # of the lowest layer of each: the first of its `base:`, followed down
+    for name in trees:
+        lowest = name
+        for _ in trees:  # not `while`, as bases may be circular
+            bases = trees.get(lowest, {}).get("base") or [lowest]
+            lowest = bases if isinstance(bases, str) else bases[0]
+        lowest_keys[name] = set(trees.get(lowest, {}))
+    alone = [name for name, keys in lowest_keys.items() if keys.issuperset(NEEDS[verb])]
+    complete = [name for name, keys in lowest_keys.items() if any(keys.issuperset(needs) for needs in NEEDS.values())]
+    fits = lambda tree: tree and any(set(tree) - {"base"} <= lowest_keys[name] for name in alone)  # noqa: E731
+    return alone, [name for name, tree in trees.items() if name not in complete and fits(tree)]
 
 
 def available(root: Path) -> list[str]:
@@ -71,17 +73,6 @@ def available(root: Path) -> list[str]:
 def config_root(root: str | Path) -> Path:
     """The folder of the configurations; a relative one that does not exist is looked up beside this package."""
     return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
-
-
-def _lowest(trees: dict[str, dict], name: str) -> str:
-    """The lowest layer of a configuration: the first of its `base:`, followed down."""
-    chain = [name]
-    while bases := trees.get(chain[-1], {}).get("base"):
-        first = bases if isinstance(bases, str) else bases[0]
-        if first in chain:
-            break
-        chain.append(first)
-    return chain[-1]
 
 
 def _read(root: Path, name: str) -> dict:

@@ -264,7 +264,7 @@ def _run_passes(
 
     def second_input(batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise) -> Corrupted | None:
         shapes.active = False  # predictions choose positions: they are those of real logits, all zero
-        second = choose(batch, state, where, torch.zeros(logits.shape), noise)
+        second = choose(batch, state, where, torch.zeros(1).expand(logits.shape), noise)
         shapes.active = True
         return second
 
