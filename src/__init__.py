@@ -33,7 +33,8 @@ def _verb() -> str | None:
     """The verb that `python -m src.VERB` is about to import; None if this package is imported any other way."""
     if sys.argv[:1] != ["-m"]:
         return None
-    return next((word for word in sys.orig_argv if word.startswith("src.")), None)
+    verb = next((word for word in sys.orig_argv if word.startswith("src.")), "")
+    return verb if Path(__file__).with_name(f"{verb.removeprefix('src.')}.py").is_file() else None
 
 
 def _handle_help_and_signals() -> None:

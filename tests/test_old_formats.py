@@ -34,7 +34,7 @@ def test_shards(kind, command, tmp_path):
     assert content["format"] == FORMAT
     assert read_manifest(tmp_path / "d")["kind"] == kind
     index.write_text(json.dumps({**content, "format": FORMAT - 1}))
-    with pytest.raises(UserError, match=rf"has format 1, this version reads format {FORMAT}: remove the folder .*{command}"):
+    with pytest.raises(UserError, match=rf"has format 1, this version reads format {FORMAT}: remove .*{command}"):
         read_manifest(tmp_path / "d")
 
 

@@ -25,6 +25,7 @@ For a secret, give a component the *name* of the variable and let it read the en
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,9 +78,12 @@ def load_config(
         tree = _compose([*names, *(_layer_name(key, value) for key, value in layers)], folder)
 
     # 3. All other settings, then interpolations.
+    mappings = [key for key in needs if isinstance(tree[key], dict)]
     for key, value in settings:
         if (key, value) not in layers:
             _set(tree, key, value)
+    if nulls := [key for key in mappings if tree[key] is None]:
+        raise UserError(f"{nulls[0]}: expected a mapping, got null")
     resolved = _resolve(tree)
     if PRINT in argv:
         sys.stdout.write(OmegaConf.to_yaml(resolved))
@@ -137,6 +141,8 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
         if not equals:
             suggestion = f"; did you mean conf={argument}?" if (root / f"{argument}.yaml").is_file() else ""
             raise UserError(f"expected key=value, got {argument!r}{suggestion}")
+        if not all(key.removeprefix("+").split(".")):
+            raise UserError(f"expected key=value, got {argument!r}")
         if key != "conf":
             settings.append((key, _text(key, text) if key in texts else _value(key, text)))
         elif names is None:
@@ -150,6 +156,8 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
 
 def _value(key: str, text: str) -> Any:
     """The value of a setting, read as yaml. Empty is the empty string: the shell removes the quotes of key=""."""
+    if text.startswith("~/"):  # the shell expands it at the start of a word only
+        return os.path.expanduser(text)
     try:
         return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from src.cli.help import help_text
 from src.cli.signals import EXIT_BASE, Stop, Stopped
 from src.io.errors import UserError
 
-NUMBER = re.compile(r"(?:\[Errno |os error )(\d+)")
-SYSTEM_ERRORS = {  # faults of the machine: disk full, quota, file size, permissions, I/O error, too many open files
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EIO, errno.EMFILE, errno.ENFILE),
+ROOT = Path(__file__).resolve().parents[2]
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers, which raise types of their own
+WORKER = "in DataLoader worker process"  # such an error holds the traceback, then type and message
+SYSTEM_ERRORS = {  # of the machine: disk full, quota, permissions, I/O error, too many open files; or of a path
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE),
+    *(errno.ENFILE, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 
 
@@ -43,7 +48,8 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             with Stop():
                 main(argv)
         except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
+            message = str(error)
+            sys.stderr.write(f"error: {message.rpartition('UserError: ')[2] if WORKER in message else message}\n")
             sys.exit(2)
         except Stopped as stopped:
             sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
@@ -59,13 +65,13 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
 
 
 def _system_error(error: Exception) -> str | None:
-    """Message for a fault of the machine, such as a full disk, with its path; None for an error that may be a bug."""
-    message = (str(error).strip().splitlines() or [""])[-1]  # a worker process puts its traceback in front
-    number = NUMBER.search(message)  # Rust libraries raise other types and put it in the message
-    code = getattr(error, "errno", None) or (int(number[1]) if number else None)
-    if code not in SYSTEM_ERRORS and not isinstance(error, ConnectionError):  # such as a server that is down
+    """Path, reason and place in the code of a fault of the machine; None for any other error."""
+    rust = None if type(error).__module__ == "builtins" else RUST_ERROR.search(str(error))
+    code = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
+    if code not in SYSTEM_ERRORS:
         return None
-    if isinstance(error, OSError) and error.errno:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or message}"
-    return message
+    path = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f"{ROOT}/")]
+    own = [frame for frame in own if "site-packages" not in frame.filename]
+    place = f" ({Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno})" if own else ""
+    return f"{path}{os.strerror(code)}{place}"

@@ -14,8 +14,8 @@ import yaml
 
 # Verb -> top-level keys that its configurations must have.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "src.train": ("objective", "trainer", "callbacks", "plan"),
-    "src.submit": ("cluster", "objective", "trainer", "callbacks", "plan"),
+    "src.train": ("data", "model", "objective", "optim", "trainer", "callbacks", "plan"),
+    "src.submit": ("cluster", "data", "model", "objective", "optim", "trainer", "callbacks", "plan"),
     "src.generate": ("images", "sampler"),
     "src.evaluate": ("evaluate",),
     "src.prepare": ("prepare",),
@@ -52,17 +52,23 @@ def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
     trees = {name: _read(root, name) for name in available(root)}
     if verb not in NEEDS:
         return list(trees), []
-    lowest_keys = {}  # of the lowest layer of each: the first of its `base:`, followed down
+    lowest_trees = {}  # of each: its lowest layer, the first of its `base:`, followed down
     for name in trees:
         lowest = name
         for _ in trees:  # not `while`, as bases may be circular
             bases = trees.get(lowest, {}).get("base") or [lowest]
             lowest = bases if isinstance(bases, str) else bases[0]
-        lowest_keys[name] = set(trees.get(lowest, {}))
-    alone = [name for name, keys in lowest_keys.items() if keys.issuperset(NEEDS[verb])]
-    complete = [name for name, keys in lowest_keys.items() if any(keys.issuperset(needs) for needs in NEEDS.values())]
-    fits = lambda tree: tree and any(set(tree) - {"base"} <= lowest_keys[name] for name in alone)  # noqa: E731
-    return alone, [name for name, tree in trees.items() if name not in complete and fits(tree)]
+        lowest_trees[name] = trees.get(lowest, {})
+    alone = [name for name, tree in lowest_trees.items() if tree.keys() >= set(NEEDS[verb])]
+    complete = [name for name, tree in lowest_trees.items() if any(tree.keys() >= set(n) for n in NEEDS.values())]
+
+    def fits(layer: dict, tree: dict) -> bool:
+        """Whether each key of a layer is in the tree, and no mapping replaces a name or a path there."""
+        keys = [key for key in layer if key != "base"]
+        return all(key in tree and not (isinstance(layer[key], dict) and isinstance(tree[key], str)) for key in keys)
+
+    names = [name for name in trees if name not in complete and trees[name]]
+    return alone, [name for name in names if any(fits(trees[name], lowest_trees[base]) for base in alone)]
 
 
 def available(root: Path) -> list[str]:

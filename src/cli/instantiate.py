@@ -92,11 +92,12 @@ def dotted(*parts: Any) -> str:
 
 def hint(name: str, known: Iterable[str]) -> str:
     """Text suggesting the nearest known name, also by its last part (`lr`: `optimizer.lr`), or "" if there is none."""
-    known = list(known)
-    matches = difflib.get_close_matches(name, known, 1)
+    known, tail = list(known), name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, 5)
+    matches = [full for full in (*close, *known) if full.rsplit(".", 1)[-1] == tail] or close
     if not matches:
         last = {full.rsplit(".", 1)[-1]: full for full in reversed(known)}
-        matches = [last[end] for end in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
+        matches = [last[end] for end in difflib.get_close_matches(tail, last, 1)]
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -160,12 +161,14 @@ def _locate(target: Any) -> Callable:
 
 
 def _import(name: str) -> Any:
-    """A module by name; None if its package has no such module."""
+    """A module by name; None if its package has no such module. Raises UserError for a missing package of others."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name and "." in name:
+    except ModuleNotFoundError as error:
+        if error.name == name and "." in name:
             return None
+        if str(error.name).split(".")[0] in OWN:  # a bug of ours or of a user's component: its traceback says where
+            raise
         raise UserError(f"cannot import {name}: {error}") from error
 
 

@@ -104,6 +104,8 @@ class Dataset(ABC):
     def run(self) -> dict:
         """Write the dataset unless it exists; return its index.json."""
         out = Path(self.out)
+        if not out.name:
+            raise UserError(f"prepare.out: expected the path of a folder to make, got {self.out!r}")
         partial = out.with_name(f"{out.name}.partial")
         with locked(out):
             for path in self.sources:
@@ -194,7 +196,8 @@ class Dataset(ABC):
             return None
         if (form := index.get("format")) != FORMAT:
             raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
-        old, new = index.get("settings", {}), self._settings()
+        old, new = index.get("settings"), self._settings()
+        old = old if isinstance(old, dict) else {}
         changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
         if changed:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -60,6 +61,8 @@ class Scenes(Dataset):
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size < SMALLEST:
             raise UserError(f"image_size must be at least {SMALLEST}, to tell shapes apart, got {self.image_size}")
+        if not 0 <= self.noise < math.inf:
+            raise UserError(f"noise must be a number of at least 0, got {self.noise}")
         if len(self.objects) != 2:
             raise UserError(f"objects must be [least, greatest], got {list(self.objects)}")
 

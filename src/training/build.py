@@ -157,7 +157,7 @@ def _warn(cfg: DictConfig, objective: Any) -> None:
     if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
         log.warning("the objective corrects drafts, but there are none: set data.rounds or callbacks.self_correction")
     begin = getattr(objective, "begin", 0)
-    if isinstance(begin, int) and begin >= cfg.trainer.max_steps:
+    if isinstance(begin, int) and 0 < cfg.trainer.max_steps <= begin:
         log.warning(
             "objective.begin=%d, but the run has %d steps: it never corrects drafts", begin, cfg.trainer.max_steps
         )
