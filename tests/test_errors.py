@@ -5,7 +5,10 @@ The components are a user's own, in a module of a temporary folder that the `src
 
 from __future__ import annotations
 
+import errno
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -16,6 +19,8 @@ import pytest
 import torch
 
 import src
+from src.cli.entrypoint import main_guard
+from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +39,8 @@ class Objective(MaskPrediction):
         raise ERROR("my objective is broken")
 
 class Unbuilt(MaskPrediction):
-    def __init__(self, setup):
-        super().__init__(setup)
+    def __init__(self, setup, **options):
+        super().__init__(setup, **options)
         raise ERROR("my constructor is broken")
 
 class Shapes(MaskPrediction):
@@ -184,7 +189,8 @@ def test_draft_and_revise_show_where_a_component_failed(error, scenes, tmp_path)
 def test_export_shows_where_a_model_failed(error, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text(f"{{model: {{target: src.mine.model}}, tokenizer: {BASE}}}")
+    config = f"{{format: 2, model: {{target: src.mine.model}}, tokenizer: {BASE}, objective: , trainer: , run_dir: }}"
+    (run / "config.yaml").write_text(config)
     torch.save({"state_dict": {"backbone.x": torch.zeros(1)}, "global_step": 1}, run / "checkpoints" / "a.ckpt")
     found = raised("export", "conf=export", f"model={run / 'checkpoints' / 'a.ckpt'}", f"out={tmp_path / 'out'}")
     check(found, error, "my model is broken")
@@ -231,3 +237,43 @@ def test_a_mistake_that_a_component_reports_is_one_line(install, scenes, tmp_pat
     assert isinstance(found, SystemExit)
     assert found.code == 2
     assert "error: my objective is broken\n" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_machine_is_one_line_that_says_where(capsys):
+    @main_guard
+    def main(argv):
+        raise PermissionError(errno.EACCES, "no", "/my/cache")
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 1
+    place = r"\(tests/test_errors\.py, line \d+\)"
+    assert re.fullmatch(rf"\nerror: /my/cache: Permission denied {place}; once that .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("mistake", [IndexError("bad [Errno 13] x"), ConnectionResetError("peer"), OSError("plain")])
+def test_what_only_looks_like_a_fault_of_the_machine_keeps_its_traceback(mistake):
+    @main_guard
+    def main(argv):
+        raise mistake
+
+    with pytest.raises(type(mistake)):
+        main([])
+
+
+def test_a_bug_in_the_model_is_no_damaged_folder(monkeypatch):
+    monkeypatch.setattr("src.models.llada.RMSNorm.__init__", lambda self, *_, **__: self.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        from_pretrained(str(BASE))
+
+
+def test_a_mistake_in_a_worker_process_is_one_line(scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    for shard in (data / "train").glob("*.tar"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    found = raised("train", *training(data, tmp_path / "run", "data.workers=1"))
+    assert isinstance(found, SystemExit)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: .*readable", message)
+    assert "Traceback" not in message

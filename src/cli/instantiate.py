@@ -94,7 +94,8 @@ def hint(name: str, known: Iterable[str]) -> str:
     """Text suggesting the nearest known name, also by its last part (`lr`: `optimizer.lr`), or "" if there is none."""
     known, tail = list(known), name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, known, 5)
-    matches = [full for full in (*close, *known) if full.rsplit(".", 1)[-1] == tail] or close
+    matches = [full for full in (*close, *known) if full.rsplit(".", 1)[-1] == tail and not tail.isdigit()]
+    matches = matches or close
     if not matches:
         last = {full.rsplit(".", 1)[-1]: full for full in reversed(known)}
         matches = [last[end] for end in difflib.get_close_matches(tail, last, 1)]
