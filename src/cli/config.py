@@ -151,7 +151,7 @@ def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str],
 def _value(key: str, text: str) -> Any:
     """The value of a setting, read as yaml. Empty is the empty string: the shell removes the quotes of key=""."""
     try:
-        return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
