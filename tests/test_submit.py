@@ -61,7 +61,7 @@ esac
 """
 SRUN = """#!/bin/bash
 echo "srun $*" >> {folder}/calls
-echo "$MASTER_ADDR $MASTER_PORT $PYTHONPATH" >> {folder}/seen
+echo "$MASTER_ADDR $MASTER_PORT $PYTHONPATH $PYTHONSAFEPATH" >> {folder}/seen
 touch {folder}/started
 {body}
 """
@@ -126,7 +126,8 @@ class Job:
             cluster(gpus_per_node=0, stop_before=stop_before), name="job", run_dir=self.run, command=["conf=a"]
         )
         env |= {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "15042", "SLURM_JOB_NODELIST": "n[7-8]"}
-        (self.run / "STOP").touch()  # of an earlier job
+        for name in ("STOP", "REQUEUE"):  # of an earlier job
+            (self.run / name).touch()
         command = ["bash", "-c", job]
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 20
@@ -153,7 +154,7 @@ def test_a_signal_stops_the_processes_and_queues_the_job_again(tmp_path):
     called = (tmp_path / "calls").read_text().splitlines()
     train = f"-m src.train conf={job.run}/config.yaml"
     assert called[1] == f"srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 {sys.executable} {train}"
-    assert (tmp_path / "seen").read_text() == f"n7 15042 {job.run}/code\n"
+    assert (tmp_path / "seen").read_text() == f"n7 15042 {job.run}/code 1\n"
 
 
 def test_processes_that_do_not_end_in_time_are_not_waited_for(tmp_path):
@@ -196,7 +197,7 @@ def test_a_job_that_only_ever_starts_is_given_up(tmp_path):
     for number in range(12):
         made = {2: "checkpoints/a.ckpt", 4: "rounds/.round-0001.partial/drafts/0.tar"}.get(number)
         body = "touch {run}/REQUEUE" + (f"; mkdir -p {{run}}/{Path(made).parent}; touch {{run}}/{made}" if made else "")
-        hidden = "; mkdir -p {run}/checkpoints; touch {run}/checkpoints/.half.tmp"  # a save that was cut short
+        hidden = "; mkdir -p {run}/checkpoints; echo x >>{run}/checkpoints/.half.tmp"  # a save that was cut short
         job = Job(tmp_path, body + hidden, SLURM_RESTART_COUNT=str(number))
         left.append(job.done())
         (tmp_path / "started").unlink(missing_ok=True)
