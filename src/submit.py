@@ -39,7 +39,6 @@ from src.training.build import OFFERS, STORED, check_trainer, rehearse
 from src.training.run_dir import CONFIG, check_folder, check_format, is_complete
 from src.training.slurm import Cluster, script, submit
 
-DRY = {"dry=true": True, "dry=false": False}
 TARGET, SAVES = "src.training.slurm.Cluster", "callbacks.stop.SaveAndStop"
 INTERACTIVE = ("bash", "interactive")  # job names that Lightning treats as an interactive session
 
@@ -47,15 +46,22 @@ INTERACTIVE = ("bash", "interactive")  # job names that Lightning treats as an i
 @main_guard
 def main(argv: list[str]) -> None:
     """Check the config of each run, prepare its folder, submit."""
-    dry = any(DRY.get(argument, False) for argument in argv)
-    argv = [argument for argument in argv if argument not in DRY]
+    dry, argv = "dry=true" in argv, [argument for argument in argv if argument not in ("dry=true", "dry=false")]
+
+    # 1. The config, and one more for each seed.
     cfg = _checked(argv)
     cluster, run_dir = build(cfg.cluster), path_of(cfg, "run_dir")
     runs = [_checked([*argv, f"seed={seed}", f"run_dir={run_dir}-seed{seed}"]) for seed in cluster.seeds] or [cfg]
-    unfinished = [run for run in runs if not _is_finished(run)]
+    for run in runs:
+        check_folder(run, path_of(run, "run_dir"))
+    unfinished = [run for run in runs if not (run.resume and is_complete(path_of(run, "run_dir")))]
+
+    # 2. All that can be built on this machine.
     if unfinished:
-        world = cluster.nodes * cluster.tasks_per_node
-        _rehearse(unfinished[0], world=world, model_pending=cluster.after is not None)
+        model = _existing_model(plain(cfg.model), pending=cluster.after is not None)
+        rehearse(OmegaConf.create({**unfinished[0], "model": model}), world=cluster.nodes * cluster.tasks_per_node)
+
+    # 3. The job.
     text = script(cluster, name=cfg.name, run_dir=run_dir.absolute(), command=argv)
     if dry:
         sys.stdout.write(text)
@@ -100,44 +106,26 @@ def _check_processes(cfg: DictConfig, cluster: Cluster) -> None:
         raise UserError(f"trainer.strategy.replicas={replicas} does not divide the {processes} processes")
 
 
-def _rehearse(cfg: DictConfig, *, world: int, model_pending: bool) -> None:
-    """Build what can be built on this machine, for `world` processes. Raises UserError.
+def _existing_model(model: dict[str, Any], *, pending: bool) -> dict[str, Any]:
+    """The model's node, checked to have weights.
 
-    model_pending: whether an earlier job may still have to train the model
+    pending: an earlier job may still have to train it. For a missing RUN/model this is then the model that RUN starts
+    from, which has the same layout.
     """
-    model = plain(cfg.model)
-    if model["target"] == STORED:
-        model["path"] = os.path.normpath(model["path"])  # resolves `run_dir/../stage1/model` before run_dir exists
-    if model_pending:
-        model = _initial_model(model)
-    rehearse(OmegaConf.create({**cfg, "model": model}), world=world)
-    if model["target"] == STORED and Path(model["path"]).is_dir() and not is_model_folder(model["path"]):
-        raise UserError(f"model.path: {model['path']} holds no weights")
-
-
-def _initial_model(model: dict[str, Any]) -> dict[str, Any]:
-    """An existing model with the same layout: for a missing RUN/model, the one that RUN starts from.
-
-    Raises UserError if there is no such run.
-    """
-    seen = set()
-    while model["target"] == STORED and not Path(model["path"]).exists() and model["path"] not in seen:
-        seen.add(model["path"])
-        source = Path(model["path"]).parent / CONFIG
+    while model["target"] == STORED:
+        path = os.path.normpath(model["path"])  # resolves `run_dir/../stage1/model` before run_dir exists
+        if Path(path).is_dir() and not is_model_folder(path):
+            raise UserError(f"model.path: {path} holds no weights")
+        if Path(path).exists() or not pending:
+            return {**model, "path": path}
+        source = Path(path).parent / CONFIG
         if not source.is_file():
             raise UserError(
-                f"model.path={model['path']} does not exist, nor a run that trains it ({source}): submit that run first"
+                f"model.path={path} does not exist, nor a run that trains it ({source}): submit that run first"
             )
         initial = plain(OmegaConf.load(source).model)
-        model = {**model, "path": os.path.normpath(initial["path"])} if initial["target"] == STORED else initial
+        model = {**model, "path": initial["path"]} if initial["target"] == STORED else initial
     return model
-
-
-def _is_finished(cfg: DictConfig) -> bool:
-    """Whether there is nothing left to do. Raises UserError if the folder is not this run's."""
-    run_dir = path_of(cfg, "run_dir")
-    check_folder(cfg, run_dir)
-    return cfg.resume and is_complete(run_dir)
 
 
 if __name__ == "__main__":

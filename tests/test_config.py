@@ -158,7 +158,7 @@ def test_an_unknown_configuration_suggests_the_nearest(conf):
     ("setting", "value"),
     [("m.x=1e-4", 1e-4), ("m.x=7", 7), ("m.x=null", None), ("m.x=", ""), ('m.x=""', ""), ("m.x=true", True),
      ("m.x='1'", "1"), ("m.x=a=b", "a=b"), ("m.x=[1,2.5]", [1, 2.5]), ("m.x={new: 1}", {"new": 1}),
-     ("m.x=/a,b", "/a,b")],
+     ("m.x=/a,b", "/a,b"), ("m.x={a: '${m.y}/b'}", {"a": "1/b"})],
 )  # fmt: skip
 def test_a_setting_is_read_as_yaml(conf, setting, value):
     found = plain(load_config(["conf=base", setting], root=conf(base="m: {x: null, y: 1}\n")))

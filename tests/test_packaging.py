@@ -75,7 +75,7 @@ def test_a_wheel_has_the_files_that_code_reads(project: Path, tmp_path: Path) ->
     packed = set(zipfile.ZipFile(wheel).namelist())
     read = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".yaml", ".md")]
     assert {path.relative_to(ROOT).as_posix() for path in read} <= packed
-    assert {"src/text/prompt_format.py", "src/text/prompts/llada_v.yaml"} <= packed
+    assert {"src/text/prompt_format.py", "src/text/prompts/llada_v.yaml", "src/training/job.sbatch"} <= packed
 
 
 @pytest.mark.parametrize("name", ["callbacks", "datamodules"])

@@ -159,7 +159,7 @@ def _value(key: str, text: str) -> Any:
     if text.startswith("~/"):  # the shell expands it at the start of a word only
         return os.path.expanduser(text)
     try:
-        return plain(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
@@ -198,8 +198,6 @@ def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
         path = (Path(name) if name.endswith(".yaml") else root / f"{name}.yaml").resolve()
         if not path.is_file():
             raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
-        if path in layers:
-            return
         tree = _read(path)
         bases = tree.pop("base", [])
         bases = [bases] if isinstance(bases, str) else bases
@@ -210,7 +208,7 @@ def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
             raise UserError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
         for base in bases:
             apply(base, *above, name)
-        layers[path] = (name, tree)
+        layers[path] = (name, tree)  # a second time keeps the first place
 
     for name in names:
         apply(name)
@@ -229,10 +227,8 @@ def _read(path: Path) -> dict:
 
 def _merge(lower: Any, upper: Any) -> Any:
     """`upper` on top of `lower`. OmegaConf.merge would merge a node into one of another target."""
-    if not (isinstance(lower, dict) and isinstance(upper, dict)) or upper.get("target") not in (
-        None,
-        lower.get("target"),
-    ):
+    both = isinstance(lower, dict) and isinstance(upper, dict)
+    if not both or upper.get("target", lower.get("target")) != lower.get("target"):
         return upper
     return lower | {key: _merge(lower[key], value) if key in lower else value for key, value in upper.items()}
 
