@@ -18,9 +18,10 @@ from src.objectives.proseco import ProSeCo
 from src.samplers.proseco import Corrector
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
+from src.train import main
 from src.types import Batch, SpecialIds
 from testing.files import read_jsonl
-from tests.test_train import arguments, run, write_scenes
+from tests.test_train import arguments, write_scenes
 
 SAMPLERS = {
     "proseco": ("proseco", []),
@@ -40,7 +41,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("conf", SAMPLERS)
 def test_a_method_trains_and_samples(conf, scenes, tmp_path):
-    run(arguments(scenes, tmp_path / "run", "trainer.max_steps=2", "data.batch_size=4", conf=conf))
+    main(arguments(scenes, tmp_path / "run", "trainer.max_steps=2", "data.batch_size=4", conf=conf))
     sampler, more = SAMPLERS[conf]
     out = tmp_path / "captions.jsonl"
     model = f"model.path={tmp_path / 'run' / 'model'}"

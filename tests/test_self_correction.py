@@ -359,7 +359,7 @@ def test_state_survives_a_checkpoint(data, codec, tmp_path, kind):
     trainer = trainer_for(tmp_path, [first], max_steps=STEPS_PER_EPOCH)
     trainer.fit(module, datamodule=data_for(data, codec, kind))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    second, datamodule = correction(codec, tmp_path, rounds=1, expert=object()), data_for(data, codec, kind)
+    second, datamodule = correction(codec, tmp_path, rounds=1, expert=Expert()), data_for(data, codec, kind)
     trainer_for(tmp_path, [second], max_steps=2 * STEPS_PER_EPOCH).fit(
         Noisy(codec), datamodule=datamodule, ckpt_path=tmp_path / "end.ckpt"
     )  # fmt: skip

@@ -170,7 +170,13 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
         write_json(folder / SETTINGS, dict(settings))
     elif changed := differences(stored, settings):
         raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
-    return (folder / INDEX).exists()
+    if not (folder / INDEX).exists():
+        return False
+    shards = [(folder / shard["name"], shard["sha256"]) for shard in read_drafts_index(folder)["shards"]]
+    if all(path.is_file() and sha256(path) == digest for path, digest in shards):
+        return True
+    (folder / INDEX).unlink()  # what is missing or damaged is drawn again
+    return False
 
 
 def _read_existing(path: Path, keys: Sequence[str]) -> list[Draft] | None:
@@ -233,7 +239,7 @@ class DamagedDrafts(UserError):
     """Raised for a shard of drafts that is unreadable, incomplete or changed."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}): remove it and {INDEX} beside it, and repeat `src.draft`")
+        super().__init__(f"{path} is damaged ({reason}); repeat the `src.draft` command, which draws it again")
 
 
 def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:

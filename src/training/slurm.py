@@ -132,14 +132,6 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
     return f"job {job} runs in {', '.join(map(str, folders))}\n"
 
 
-def _sbatch(*arguments: str, text: str | None = None) -> str:
-    """The output of sbatch. text: the script, if no argument names it. Raises UserError if sbatch refuses the job."""
-    result = subprocess.run(["sbatch", *arguments], input=text, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")
-    return result.stdout
-
-
 def keep_code(folder: Path) -> None:
     """Copy the code into `folder`, with its git commit and the diff to it in VERSION."""
     root, new = Path(__file__).resolve().parents[2], folder.with_name(f".{folder.name}.new")
