@@ -138,6 +138,7 @@ class Bench:
     def _drafter(self) -> Drafter:
         return Drafter(
             backbone=self.backbone,
+            model=str(BASE),
             sampler=self.sampler,
             codec=self.codec,
             tokens_per_step=SPEEDS,

@@ -281,7 +281,7 @@ def write_drafts(folder: Path, num: int) -> None:
         return Batch({}, empty, empty, empty, empty, empty, keys=keys)
 
     batches = ((start, batch_of([str(n) for n in range(start, min(num, start + 50))])) for start in range(0, num, 50))
-    common: dict[str, Any] = {"backbone": None, "sampler": None, "data": {}, "round_number": 1, "seed": 0}
+    common: dict[str, Any] = {"backbone": None, "model": "f", "sampler": None, "data": {}, "round_number": 1, "seed": 0}
     drafter = Numbers(codec=codec, tokens_per_step=[1], num=num, **common)
     for _ in draw_drafts(folder, batches, drafter, team=Team()):
         pass

@@ -33,6 +33,7 @@ from src.distributed.checkpoints import is_intact, remove
 from src.distributed.parallel import Team, all_reduce_sum, gathered
 from src.io.errors import UserError
 from src.metrics.fixing import count_fixes
+from src.models.hf.folder import fingerprint
 from src.models.inference import evaluating
 from src.rounds.drafts import Drafter, DraftSampler, cap_num_drafts
 from src.rounds.round import EmptyRound, RoundOptions, charge, read_round, reopen, run_round, update_manifest
@@ -269,8 +270,10 @@ class SelfCorrection(L.Callback):
 
     def _round(self, number: int, datamodule: OnlineDataModule, pl_module: L.LightningModule) -> Round:
         """Make a round; its manifest then also has P(fix) and P(break) of the model that drafted it."""
+        backbone: Any = pl_module.backbone
         drafter = Drafter(
-            backbone=pl_module.backbone,
+            backbone=backbone,
+            model=fingerprint(backbone),
             sampler=self.sampler,
             codec=self.codec,
             tokens_per_step=self.tokens_per_step,

@@ -29,6 +29,7 @@ from src.cli.instantiate import build, check
 from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.models.hf.folder import fingerprint
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.rounds.drafts import Drafter, cap_num_drafts, draw_drafts
@@ -71,6 +72,7 @@ def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
     num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
     drafter = Drafter(
         backbone=backbone,
+        model=fingerprint(backbone),
         sampler=build(cfg.sampler),
         codec=codec,
         tokens_per_step=list(cfg.tokens_per_step),

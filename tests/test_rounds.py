@@ -124,7 +124,14 @@ class Case:
 
     def drafter(self, draw=None, **changed) -> Drafter:
         """draw: called for each chunk before it is drawn; changed: settings"""
-        common = {"backbone": self.backbone, "sampler": self.sampler, "codec": self.codec, "num": NUM, "seed": 3}
+        common = {
+            "backbone": self.backbone,
+            "model": fingerprint(self.backbone),
+            "sampler": self.sampler,
+            "codec": self.codec,
+            "num": NUM,
+            "seed": 3,
+        }
         data = {"data": "d" * 64, "response_length": CANVAS, "image_size": 48, **changed}
         drafter = Drafter(tokens_per_step=[4, 16], round_number=1, data=data, **common)
         if draw:

@@ -28,7 +28,6 @@ from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
 from src.io.settings import as_json, describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
-from src.models.hf.folder import fingerprint
 from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
@@ -53,6 +52,7 @@ class DraftSampler(Protocol):
 class Drafter:
     """What draws the drafts of a round.
 
+    model: hash of the weights, `fingerprint(backbone)`; of a sharded backbone to be computed before it is gathered
     tokens_per_step: speeds; the samples of a round are split among them
     num: drafts of all ranks; seed: the same (seed, key) gives the same draft, whatever else is in the batch
     data: the datamodule's part of what drafts depend on (`draft_settings`)
@@ -61,6 +61,7 @@ class Drafter:
     """
 
     backbone: Any
+    model: str
     sampler: DraftSampler
     codec: Codec
     tokens_per_step: Sequence[int]
@@ -79,7 +80,7 @@ class Drafter:
         """Everything that the drafts depend on, stored beside them."""
         gap = self.codec.prompt_format.gap
         return {
-            "model": fingerprint(self.backbone),
+            "model": self.model,
             "tokenizer": self.codec.fingerprint,
             "sampler": describe(self.sampler),
             "tokens_per_step": list(self.tokens_per_step),
@@ -110,7 +111,7 @@ class Drafter:
                 steps=steps,
                 reference=captions[0]["text"],
                 sampler=describe(sampler),
-                fingerprint=self.settings["model"],
+                fingerprint=self.model,
                 seed=self.seed,
                 record=record,
                 image=image,
