@@ -173,11 +173,12 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
         raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
     if not (folder / INDEX).exists():
         return False
-    shards = [(folder / shard["name"], shard["sha256"]) for shard in read_drafts_index(folder)["shards"]]
-    if all(path.is_file() and sha256(path) == digest for path, digest in shards):
-        return True
-    (folder / INDEX).unlink()  # what is missing or damaged is drawn again
-    return False
+    hashes = {folder / shard["name"]: shard["sha256"] for shard in read_drafts_index(folder)["shards"]}
+    damaged = [path for path, digest in hashes.items() if not path.is_file() or sha256(path) != digest]
+    for path in damaged:  # to be drawn again
+        path.unlink(missing_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)
+    return not damaged
 
 
 def _read_existing(path: Path, keys: Sequence[str]) -> list[Draft] | None:
