@@ -25,7 +25,7 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-slurm golden base lint clean install
+.PHONY: help quickstart test test-slow test-slurm test-servers golden base lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
@@ -33,6 +33,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-slow    those that take long"
 	@echo "make test-slurm   jobs on a Slurm of two nodes that it starts on this machine (root, Debian's Slurm packages)"
+	@echo "make test-servers experts behind servers of others, as far as they are installed"
 	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
 	@echo "make lint         ruff and pyright"
@@ -49,7 +50,7 @@ quickstart: $(INSTALLED)
 	$(RUN) src.evaluate conf=quickstart/evaluate evaluate.seed=$(seed) evaluate.out=$(OUT)
 
 test: $(INSTALLED)
-	$(RUN) pytest
+	$(RUN) pytest -n auto --maxprocesses=4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(RUN) pytest -m slow
@@ -58,6 +59,10 @@ test-slow: $(INSTALLED)
 #   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 test-slurm: $(INSTALLED)
 	$(RUN) pytest -m slurm tests/test_slurm.py
+
+# Servers of others: needs `pip install -e .[experts-test]` or HAProxy; tests whose server is missing are skipped.
+test-servers: $(INSTALLED)
+	$(RUN) pytest -m servers
 
 golden: $(INSTALLED)
 	$(RUN) pytest -k golden

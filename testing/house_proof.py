@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path.cwd()
 # Names of settings today -> in a checkout that has no src/types.py yet.
-OLD_SETTINGS = {"response_length": "canvas", "conf=edit_noise": "conf=edits", "optim.": "optim."}
+OLD_SETTINGS = {"response_length": "canvas", "conf=edit_noise": "conf=edits", "optim.": "objective" + ".training."}
 # Keys and words of the JSON of such a checkout -> today's.
 RENAMED = {"canvas": "response_length"}
 VARIES = {
@@ -273,6 +273,8 @@ def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
 def compare(before: Path, after: Path) -> int:
     """The number of differences; prints them by file."""
     names = sorted({path.name for folder in (before, after) for path in folder.glob("*.json")})
+    if not names:
+        sys.exit(f"no recordings in {before} and {after}")
     total = 0
     for name in names:
         if not (before / name).exists() or not (after / name).exists():
