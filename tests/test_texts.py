@@ -156,11 +156,11 @@ def test_malformed_rows_are_counted_with_an_example_and_left_out(tmp_path: Path)
     file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*good, *bad]) + b"\n")
     index, rows, _ = made(pairs(tmp_path, files=str(file)))
     assert index["counts"]["records"] == {
-        "records": 21, "broken_json": 2, "not_utf8": 2, "not_a_record": 1, "missing_field": 2, "not_a_text": 2,
+        "records": 21, "broken_json": 2, "not_utf-8": 2, "not_a_record": 1, "missing_field": 2, "not_a_text": 2,
         "empty_text": 1, "image_mark": 1, "responses too long": 1, "prompts too long": 1, "duplicate_text": 1,
     }  # fmt: skip
     assert index["examples"]["records"] == {
-        "broken_json": "rows.jsonl:10", "not_utf8": "rows.jsonl:11", "not_a_record": "rows.jsonl:12",
+        "broken_json": "rows.jsonl:10", "not_utf-8": "rows.jsonl:11", "not_a_record": "rows.jsonl:12",
         "missing_field": "rows.jsonl:13 (its fields: question)", "not_a_text": "rows.jsonl:15",
         "empty_text": "rows.jsonl:17", "image_mark": "rows.jsonl:19", "responses too long": "rows.jsonl:20",
         "prompts too long": "rows.jsonl:21", "duplicate_text": "rows.jsonl:23",

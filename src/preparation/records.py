@@ -67,7 +67,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Skip("not_utf8") from None
+        raise Skip("not_utf-8") from None
 
 
 def _json(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
@@ -156,4 +156,4 @@ def _lines(path: Path, counts: Counts) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                counts.skip("not_utf8", f"{path.name}:{number}")
+                counts.skip("not_utf-8", f"{path.name}:{number}")
