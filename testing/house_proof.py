@@ -13,8 +13,8 @@
 
 Everything runs through `python -m src.VERB`, so the script does not depend on how the code inside is arranged. A
 checkout from before a rename is driven with the old names (`OLD_SETTINGS`), and its JSON is read through `RENAMED`.
-Losses, norms, ids, images, texts, edits and tensors must be equal bit for bit; `VARIES` lists the keys that may not be
-(times, and hashes of settings whose names changed).
+Losses, norms, ids, images, texts, edits, tensors and settings must be equal bit for bit; `VARIES` and `VARYING_PLACES`
+list what may not be: times, and hashes of settings, code and indexes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ ROOT = Path.cwd()
 # Names of settings today -> in a checkout that has no src/types.py yet.
 OLD_SETTINGS = {"response_length": "canvas", "conf=edit_noise": "conf=edits", "optim.": "objective" + ".training."}
 # Keys and words of the JSON of such a checkout -> today's.
-RENAMED = {"canvas": "response_length"}
-VARIES = {
-    *("drawing", "waited", "wall_s", "seconds", "time", "created", "format", "fingerprint", "options", "settings"),
-    *("sampler", "hash", "version", "code", "expert", "samplers"),
+RENAMED = {
+    '"canvas"': '"response_length"',
+    "src.diffusion.sampler.": "src.samplers.sampler.",
+    "src.diffusion.unmask.": "src.samplers.unmask.",
+    "src.diffusion.revisers.OverwriteAll": "src.samplers.rediff.OverwriteAll",
 }
+# Times, and hashes of settings, of code and of indexes, whose names and format number changed.
+VARIES = {"drawing", "waited", "wall_s", "seconds", "created", "format", "options", "signature", "code", "index_sha256"}
+VARYING_PLACES = re.compile(r"/settings(\.json)?/data$|/meta/model_configs/|/examples/")
 OBJECTIVES = {
     "mask": ["conf=mask"],
     "stage1": ["conf=stage1"],
@@ -257,16 +261,18 @@ def scalars(folder: Path) -> dict[str, list]:
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
     """Where two recordings differ, one line each."""
     if isinstance(before, dict) and isinstance(after, dict):
-        before = {RENAMED.get(key, key): value for key, value in before.items()}
         for key in sorted({*before, *after} - VARIES):
-            if key not in before or key not in after:
+            missing = key not in before or key not in after
+            if missing and not (before.get(key) or after.get(key)):
+                continue  # an empty entry, or a setting that is not set
+            if missing and not VARYING_PLACES.search(f"{place}/{key}"):
                 yield f"{place}/{key}: only {'after' if key in after else 'before'}"
-            else:
+            elif not missing:
                 yield from differences(before[key], after[key], f"{place}/{key}")
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for number, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from differences(old, new, f"{place}/{number}")
-    elif before != after:
+    elif before != after and not VARYING_PLACES.search(place):
         yield f"{place}: {str(before)[:80]} -> {str(after)[:80]}"
 
 
@@ -280,7 +286,11 @@ def compare(before: Path, after: Path) -> int:
         if not (before / name).exists() or not (after / name).exists():
             lines = [f"only {'after' if (after / name).exists() else 'before'}"]
         else:
-            lines = list(differences(*(json.loads((folder / name).read_bytes()) for folder in (before, after))))
+            # paths inside the recording's own folder are the same path
+            texts = [(folder / name).read_text().replace(str(folder.resolve()), "") for folder in (before, after)]
+            for old, new in RENAMED.items():
+                texts[0] = texts[0].replace(old, new)
+            lines = list(differences(*map(json.loads, texts)))
         total += len(lines)
         for line in lines[:12]:
             sys.stdout.write(f"{name}: {line}" + "\n")

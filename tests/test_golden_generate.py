@@ -41,7 +41,7 @@ def command(golden, golden_folder_v, tmp_path):
         main(
             ["conf=generate", "model=llada_v", f"model.path={golden_folder_v}", "model.dtype=float32",
              f"model.vision={json.dumps(golden.meta['vision_config'])}", f"images={images}", f"out={tmp_path / out}",
-             *([f"prompt={json.dumps(prompt)}"] if prompt else []), f"system={json.dumps(case['system'])}", *settings]
+             *([f"prompt={prompt}"] if prompt else []), f"system={case['system']}", *settings]
         )  # fmt: skip
         return read_jsonl(tmp_path / out)
 
