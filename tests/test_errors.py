@@ -242,7 +242,7 @@ def test_a_mistake_that_a_component_reports_is_one_line(install, scenes, tmp_pat
 def test_a_fault_of_the_machine_is_one_line_that_says_where(capsys):
     @main_guard
     def main(argv):
-        raise PermissionError(errno.EACCES, "no", "/my/cache")
+        raise PermissionError(errno.EACCES, "Permission denied", "/my/cache")
 
     with pytest.raises(SystemExit) as stop:
         main([])

@@ -74,4 +74,5 @@ def _system_error(error: Exception) -> str | None:
     own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f"{ROOT}/")]
     own = [frame for frame in own if "site-packages" not in frame.filename]
     place = f" ({Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno})" if own else ""
-    return f"{path}{os.strerror(code)}{place}"
+    reason = error.strerror if isinstance(error, OSError) else None
+    return f"{path}{reason or os.strerror(code)}{place}"
