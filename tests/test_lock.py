@@ -26,9 +26,9 @@ from src.io.lock import locked
 
 with locked(sys.argv[1]):
     if not os.fork():
+        print("held", flush=True)  # by the child, as it lets go of what it inherits when it starts
         time.sleep(60)
         os._exit(0)
-    print("held", flush=True)
     sys.stdin.read()
 """
 # Runs a verb with a limit on the size of files, or with signals to itself within a call of a function.
