@@ -71,6 +71,14 @@ class Term:
         right = corrupted.tokens == corrupted.target
         return where & (right if self.only == "right" else ~right)
 
+    def values(self, cross_entropy: Tensor) -> Tensor:
+        """(B, L): the loss of each token from its cross-entropy. Override it for another form."""
+        return -(-cross_entropy).exp() if self.form == "probability" else cross_entropy
+
+    def weights(self, corrupted: Corrupted) -> Tensor | float:
+        """(B,) weight of each sample. Override it for another dependence on the noise level."""
+        return 1 / corrupted.rate.clamp(min=self.floor) if self.weight == "inverse_rate" else 1.0
+
 
 def editable(corrupted: Corrupted) -> Tensor:
     """(B, L) bool: all but the frozen positions."""
@@ -89,14 +97,12 @@ def denominator(term: Term, corrupted: Corrupted) -> Tensor:
 def term_sum(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Tensor:
     """Weighted sum of a term over per-token cross-entropies (B, L), before the division by `denominator`."""
     where = term.where(corrupted)
-    values = -(-cross_entropy).exp() if term.form == "probability" else cross_entropy
-    sums = (values * where).sum(1)  # (B,)
+    sums = (term.values(cross_entropy) * where).sum(1)  # (B,)
     if term.reduce == "kind_mean":
         sums = sums / where.sum(1).clamp(min=1)
     elif term.reduce == "answer_len":
         sums = sums / editable(corrupted).sum(1).clamp(min=1)
-    weight = 1 / corrupted.rate.clamp(min=term.floor) if term.weight == "inverse_rate" else 1.0
-    return (weight * sums).sum()
+    return (term.weights(corrupted) * sums).sum()
 
 
 def positions_of(terms: tuple[Term, ...], corrupted: Corrupted) -> Tensor:

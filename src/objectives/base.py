@@ -68,8 +68,8 @@ class Objective(L.LightningModule):
     second_terms: the losses of a second pass, whose input `second_input` derives from the logits of the first
     t_min: noise levels are uniform on [t_min, 1)
 
-    Raises UserError if there are no terms, t_min is outside [0, 1), or a term of the second pass has reduce=tokens:
-    its positions are not known when the denominators are computed.
+    Raises UserError if there are no terms, two of one name, t_min is outside [0, 1), or a term of the second pass has
+    reduce=tokens: its positions are not known when the denominators are computed.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class Objective(L.LightningModule):
             raise UserError("the objective trains nothing: all coefficients are 0")
         if any(term.reduce == "tokens" for term in second_terms):
             raise UserError("reduce=tokens cannot be used by a second pass, use 'batch_tokens' or 'answer_len'")
+        if len({term.name for term in (*terms, *second_terms)}) < len((*terms, *second_terms)):
+            raise UserError(f"each term needs a name of its own, got {[t.name for t in (*terms, *second_terms)]}")
         if not 0 <= t_min < 1:
             raise UserError(f"t_min must be at least 0 and less than 1, got {t_min}")
         self.automatic_optimization = False

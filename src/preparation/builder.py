@@ -4,25 +4,7 @@ OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.t
 
     read -> items -> tokenizer -> divide -> items of each split -> samples -> shards
 
-A dataset of your own is one file and one yaml that names it as `target:`
-
-    @dataclass(kw_only=True)
-    class Poems(Dataset):
-        kind: ClassVar[str] = "text"          # for TextData
-        file: str
-
-        def read(self, counts):
-            for place, record in read_records(Path(self.file), counts):
-                share = hashed_share(record["poem"], self.seed)
-                yield Poem(key=..., name=record["poem"], source=place, split=split_of(share), share=share, ...)
-
-        def texts(self, items):
-            return (item.poem for item in items)
-
-        def samples(self, items, codec, counts):
-            for item in items:
-                record = {"key": item.key, "prompt": "", "captions": [{"text": item.poem}]}
-                yield {"__key__": item.key, "json": record}
+A dataset of your own is one file and one yaml that names it as `target:` (docs/data.md has one).
 """
 
 from __future__ import annotations

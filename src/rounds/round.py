@@ -72,6 +72,10 @@ class RoundOptions:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.expert, Expert) and getattr(self.expert, "name", "")):
+            raise UserError(
+                f"expert: {type(self.expert).__name__} must be a subclass of src.types.Expert with a `name`"
+            )
         if self.per_shard < 1:
             raise UserError(f"per_shard must be at least 1, got {self.per_shard}")
 

@@ -86,6 +86,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         reviser = self.reviser or Reviser()
+        if not isinstance(reviser, Reviser):
+            raise UserError(f"reviser: {type(reviser).__name__} must be a subclass of src.samplers.reviser.Reviser")
         if self.post_steps < 0 or (self.post_steps and self.reviser is None):
             raise UserError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
         if self.post_steps and type(reviser).overwrite is Reviser.overwrite:
@@ -242,7 +244,12 @@ class _Run:
             unmasked = eligible
         # 4. overwrite: new ids for visible tokens
         new_ids = reviser.overwrite(state, prediction)
+        if new_ids.shape != before.shape or new_ids.dtype != before.dtype:
+            form = f"{tuple(new_ids.shape)} {new_ids.dtype}"
+            raise ValueError(f"{type(reviser).__name__}.overwrite returns {form}, not {tuple(before.shape)} int64 ids")
         rewritten = editable & (new_ids != before)
+        if (rewritten & (new_ids == self.mask_id)).any():
+            raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
         # 5. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 3.
         state = replace(state, confidence=torch.where(unmasked, confidence, self.confidence))
         to_mask = may_remask & reviser.remask(state, prediction)

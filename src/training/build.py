@@ -34,7 +34,7 @@ from src.io.errors import UserError
 from src.models.hf.meta import Deferred
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
-from src.objectives.base import Setup
+from src.objectives.base import Objective, Setup
 from src.text.tokenizer import Codec
 from src.training.strategy import DDP, FSDP2
 from src.types import Kind
@@ -97,6 +97,8 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
     data = build(cfg.data, **offers)
     setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
     objective = build(cfg.objective, setup=setup, **offers)
+    if not isinstance(objective, Objective):
+        raise UserError(f"objective: {cfg.objective.target} must be a subclass of src.objectives.base.Objective")
     if images and hasattr(data, "layout"):  # a datamodule without images has none
         check_layout(data.layout, objective.backbone.layout)
     return data, objective
