@@ -71,6 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "book.txt").write_text("\n".join(f"The {n} foxes jump over {n * n} dogs." for n in range(2000)))
     pairs = [json.dumps({"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."}) for n in range(200)]
     (folder / "gsm8k.jsonl").write_text("\n".join(pairs))
+    poems = [json.dumps({"title": f"Poem {n}", "text": f"Roses are red, number {n}."}) for n in range(60)]
+    (folder / "poems.jsonl").write_text("\n".join(poems))
     (folder / "qm9.csv").write_text("\n".join(["smiles", *("C" * (n % 9 + 1) + "O" * (n % 4) for n in range(400))]))
     return folder
 

@@ -405,7 +405,7 @@ def page_commands() -> list[str]:
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
         commands += [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
         commands += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    yours = ("...", "conf=keep_more", "cluster/mine")  # of files that the reader writes
+    yours = ("...", "conf=keep_more", "conf=focal", "conf=poems", "cluster/mine")  # of files that the reader writes
     commands = [line for line in commands if not any(word in line for word in yours)]
     return [line for line in commands if re.match(r"(python -m src\.\w+ \w+=|make )", line)]
 
