@@ -47,7 +47,8 @@ SMALL = {
 def small(command: str) -> list[str]:
     """The settings that make a command small, as far as it does not set them itself."""
     settings = [s for start, more in SMALL.items() if command.startswith(f"python -m src.{start}") for s in more]
-    return [setting for setting in settings if f" {setting.partition('=')[0]}=" not in command]
+    given = re.findall(r"\+?([\w.]+)=", command)
+    return [s for s in settings if not any(f"{s.partition('=')[0]}.".startswith(f"{key}.") for key in given)]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -62,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     for name in ("src", "callbacks", "datamodules", "conf", "assets"):
         shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "docs" / "llada_v", folder / "docs" / "llada_v")
     (folder / "photos").mkdir()
     captions = {}
     for number, name in enumerate("abcdefgh"):
