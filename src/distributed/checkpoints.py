@@ -65,8 +65,8 @@ def is_intact(path: Path) -> bool:
         if path.is_dir():
             files = json.loads((path / MANIFEST).read_bytes())["files"]
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                found = list(pool.map(_size_and_checksum, [path / name for name in files]))
-            return found == list(files.values())
+                sizes_and_checksums = list(pool.map(_size_and_checksum, [path / name for name in files]))
+            return sizes_and_checksums == list(files.values())
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
