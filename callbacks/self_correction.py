@@ -310,7 +310,7 @@ class SelfCorrection(L.Callback):
         batches = islice(datamodule.round_dataloader(finished_round.path), NUM_FIX_BATCHES)
         backbone: Any = pl_module.backbone
         counts = all_reduce_sum(
-            count_fixes(backbone, batches, filler=self.codec.eos_id, device=pl_module.device)
+            count_fixes(backbone, batches, special=self.codec.special, device=pl_module.device)
         ).tolist()
         shares = {"p_fix": counts[:2], "p_break": counts[2:]}
         return {name: hits / tries for name, (hits, tries) in shares.items() if tries}

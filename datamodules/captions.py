@@ -7,7 +7,7 @@
     shards -> Loader (chooses samples) -> Collate (ids, spans, pixels) -> Batch
 
 Without rounds every training row is a caption; with rounds a fraction `data_share` of each batch is, and the
-other rows are corrected drafts. Training chooses a caption of each image by a hash of (seed, epoch, key), evaluation
+other rows are corrected drafts. Training chooses a caption of each image by a hash of (seed, pass, key), evaluation
 takes the first.
 """
 

@@ -1,7 +1,7 @@
 """Collate samples of shards into a `Batch`: token ids, hallucinated spans, prompts and pixels.
 
 collate = Collate(codec, response_length=64, layout=Square(48), seed=0)
-batch, notes = collate(samples, epoch)
+batch, notes = collate(samples)
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples of one batch -> (`Batch`, notes). A pure function of the samples and the epoch.
+    """Samples of one batch -> (`Batch`, notes). A pure function of the samples.
 
     layout: the model's layout, which cuts images into tiles; None for samples without images
     first:  for evaluation: take the first caption of every image instead of one chosen by a hash, and mask no prompt
-    prompt_dropout: probability of masking a prompt, drawn by a hash of (seed, epoch, key)
+    prompt_dropout: probability of masking a prompt, drawn by a hash of (seed, pass, key)
     """
 
     codec: Codec
@@ -82,7 +82,7 @@ class Collate:
     first: bool = False
     prompt_dropout: float = 0.0
 
-    def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]:
+    def __call__(self, samples: list[Sample]) -> tuple[Batch, Notes]:
         # 1. one caption of every sample, or its draft, cut or filled to the response length
         uncut = []
         for sample in samples:
@@ -90,13 +90,13 @@ class Collate:
                 uncut.append(draft_row(sample.record))
                 continue
             captions = sample.record["captions"]
-            number = 0 if self.first else choice(f"{self.seed}/{epoch}/{sample.key}/caption", len(captions))
+            number = 0 if self.first else choice(f"{self.seed}/{sample.passes}/{sample.key}/caption", len(captions))
             uncut.append(caption_row(captions[number], self.codec))
         rows = [row.fit(self.response_length, self.codec.eos_id) for row in uncut]
         num_cut = sum(len(row.span) > self.response_length for row in uncut)
         response = torch.tensor([row.response for row in rows])  # (B, L)
         # 2. prompts, filled to the longest, and images
-        prompts = [self.prompt_ids(sample, epoch) for sample in samples]
+        prompts = [self.prompt_ids(sample) for sample in samples]
         lengths = torch.tensor([len(ids) for ids in prompts])
         longest = int(lengths.max())
         filled = [ids + [self.codec.eos_id] * (longest - len(ids)) for ids in prompts]
@@ -114,7 +114,8 @@ class Collate:
             span=torch.tensor([row.span for row in rows]),
             drafted=torch.tensor(["draft_ids" in sample.record for sample in samples]),
             keys=[sample.key for sample in samples],
-            epoch=epoch,
+            passes=[sample.passes for sample in samples],
+            order=[sample.position for sample in samples],
             records=[sample.record for sample in samples],
             images=[sample.data for sample in samples],
         )
@@ -136,12 +137,12 @@ class Collate:
             return f"{type(error).__name__}: {error}"
         return None if rows else "it has no captions"
 
-    def prompt_ids(self, sample: Sample, epoch: int) -> list[int]:
+    def prompt_ids(self, sample: Sample) -> list[int]:
         """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
         ids = self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
         if self.first or not self.prompt_dropout:
             return ids
-        drawn = choice(f"{self.seed}/{epoch}/{sample.key}/prompt", RESOLUTION)
+        drawn = choice(f"{self.seed}/{sample.passes}/{sample.key}/prompt", RESOLUTION)
         return [self.codec.mask_id] * len(ids) if drawn < self.prompt_dropout * RESOLUTION else ids
 
 

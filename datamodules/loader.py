@@ -200,7 +200,7 @@ class _Source(IterableDataset):
         for _ in range(first, last):
             rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
             samples = [sample for part_rows in rows for sample in part_rows]
-            batch, notes = self.collate(samples, self.epoch) if samples else (None, Counter())
+            batch, notes = self.collate(samples) if samples else (None, Counter())
             for reader in readers:
                 notes.update(reader.damage)
                 reader.damage.clear()

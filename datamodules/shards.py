@@ -72,12 +72,18 @@ class Index:
 
 @dataclass
 class Sample:
-    """A decoded sample. record: its JSON; data, image: the encoded image and its RGB pixels, or b"" and None."""
+    """A decoded sample.
+
+    record: its JSON; data, image: the encoded image and its RGB pixels, or b"" and None
+    position: in the stream, over all passes; passes: how often the stream had been read before
+    """
 
     key: str
     record: dict
     data: bytes
     image: Image.Image | None
+    position: int = 0
+    passes: int = 0
 
 
 def read_index(folder: str | Path, *, image: bool = True) -> Index:
@@ -157,10 +163,12 @@ class Reader:
         for shard, indices in self.stream.segments(start, stop):
             selected = set(indices)
             raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
-            for index in indices:
+            for position, index in enumerate(indices, start):
                 sample = self._decode(shard, raws.pop(index, None))
                 if sample or self.stand_in:
-                    yield sample or self._stand_in(shard, index)
+                    sample = sample or self._stand_in(shard, index)
+                    yield replace(sample, position=position, passes=position // self.stream.count)
+            start += len(indices)
 
     def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
         sample = None if raw is None else decode(raw, image=shard.image)

@@ -51,6 +51,17 @@ class SpecialIds:
     unwritten: tuple[int, ...] = ()
     gap: int | None = None
 
+    def ban(self, logits: Tensor) -> Tensor:
+        """A copy of logits (N, V) with -inf at what a response never holds: mask, banned ids, ids past the tokenizer."""
+        logits = logits.index_fill(-1, torch.tensor([self.mask, *self.banned], device=logits.device), -torch.inf)
+        logits[:, self.vocab_size :] = -torch.inf
+        return logits
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """(N,) the most likely ids that a response may hold, of logits (N, V); copies a part of them at a time."""
+        parts = [self.ban(part).argmax(-1) for part in logits.detach().split(1024)]
+        return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.int64)
+
 
 @dataclass
 class Batch:
@@ -64,7 +75,8 @@ class Batch:
     span:     (B, L) int64, number of the span (1, 2, ...), 0 outside spans
     drafted:  (B,) bool, true for rows of an online round: `flawed` is a draft, its spans are the corrected mistakes
     keys:     one key per row; its noise is a function of the key
-    epoch:    epoch of this batch's noise
+    passes:   how often the stream of each row had been read before: its noise is new in each pass; empty: 0
+    order:    position of each row in its stream, over all passes and ranks; empty outside training
     records:  JSON record of each row from the shard (text, scene, ...), for callbacks and metrics
     images:   encoded image of each row from the shard, for drafts and logging
     """
@@ -76,7 +88,8 @@ class Batch:
     span: Tensor
     drafted: Tensor
     keys: list[str]
-    epoch: int = 0
+    passes: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
 
@@ -95,7 +108,7 @@ class Batch:
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def rows(self, index: slice) -> Batch:
-        lists = {name: getattr(self, name)[index] for name in ("keys", "records", "images")}
+        lists = {name: getattr(self, name)[index] for name in ("keys", "passes", "order", "records", "images")}
         return self._map(lambda t: t[index], **lists)
 
     def _map(self, function, **changed: Any) -> Batch:

@@ -43,7 +43,7 @@ def make_batch(rows: int = 4, length: int = 12, *, padding: int = 3, seed: int =
 
 def run(corruption, batch: Batch, rate: float = 0.5, *, seed: int = 0):
     state = start(batch, torch.full((len(batch),), rate))
-    return corruption(batch, state, Noise(batch.keys, seed=seed, epoch=batch.epoch))
+    return corruption(batch, state, Noise(batch.keys, seed=seed, passes=batch.passes))
 
 
 def draft() -> Only:
@@ -179,20 +179,30 @@ def test_a_sample_gets_the_same_noise_in_any_batch_with_any_padding():
         assert torch.equal(out.kind[0], whole.kind[row, :kept])
 
 
-def test_noise_differs_between_epochs_draws_seeds_and_keys():
-    where = torch.ones(1, 8, dtype=torch.bool)
-    draws = [
-        Noise([key], seed=seed, epoch=epoch, draw=draw).uniform(where)
-        for key, seed, epoch, draw in (("a", 0, 0, 0), ("b", 0, 0, 0), ("a", 1, 0, 0), ("a", 0, 1, 0), ("a", 0, 0, 1))
-    ]
-    assert len({tuple(d.flatten().tolist()) for d in draws}) == len(draws)
-    assert torch.equal(draws[0], Noise(["a"], seed=0).uniform(where))
+def with_text(rows: int, length: int) -> Batch:
+    """A batch whose row r is a text of 4 + r % 5 tokens, then eot, then end-of-text filler."""
+    batch = make_batch(rows, length, padding=0)
+    for row in range(rows):
+        end = 4 + row % 5
+        batch.response[row, end], batch.response[row, end + 1 :] = SPECIAL.eot, SPECIAL.eos
+    batch.flawed, batch.span = batch.response.clone(), torch.zeros_like(batch.span)
+    return batch
 
 
-def test_noise_levels_are_uniform_on_their_range():
-    levels = Noise([f"k{i}" for i in range(4000)], seed=0).level(0.2)
-    assert levels.min() >= 0.2 and levels.max() < 1
-    assert abs(levels.mean() - 0.6) < 4 * 0.8 / 12**0.5 / 4000**0.5
+@pytest.mark.parametrize("corruption", ["uniform", "response", "edits"])
+def test_replacements_stay_inside_the_text_and_write_no_end_of_text(corruption):
+    batch = with_text(200, 20)
+    ends = (batch.response == SPECIAL.eot).int().argmax(1, keepdim=True)
+    inside = torch.arange(20) <= ends
+    if corruption == "edits":
+        out = run(EditNoise(special=SPECIAL, rate=1.0), batch)
+    else:
+        out = run(Replace(special=SPECIAL, rate=1.0, source=corruption), batch)
+        assert not torch.isin(out.tokens[out.where(Kind.SYNTAX)], torch.tensor([SPECIAL.eos, SPECIAL.eot])).any()
+    assert torch.equal(out.tokens[~inside], batch.response[~inside])
+    assert out.where(Kind.SYNTAX)[inside].float().mean() > 0.4
+    everywhere = run(Replace(special=SPECIAL, rate=1.0, filler=True), batch)
+    assert everywhere.where(Kind.SYNTAX)[~inside].all()  # the released code
 
 
 @pytest.mark.parametrize(

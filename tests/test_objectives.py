@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from src.diffusion.losses import Term, denominator, term_sum
+from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
@@ -213,7 +214,7 @@ class Flawed(MaskPrediction):
 def test_a_skipped_step_changes_nothing_and_is_counted():
     batches = [batch_with_prompt(4, padding=0) for _ in range(6)]
     for number, batch in enumerate(batches):
-        batch.epoch = number  # other noise
+        batch.passes = [number] * len(batch)  # other noise
 
     def trained(objective, batches):
         trainer = L.Trainer(max_steps=3, accelerator="cpu", **QUIET)
@@ -230,6 +231,20 @@ def test_a_skipped_step_changes_nothing_and_is_counted():
 def test_a_second_pass_cannot_divide_by_positions_that_are_not_known_before():
     with pytest.raises(UserError, match="reduce=tokens cannot be used by a second pass"):
         make(ProSeCo, reduce="tokens")
+
+
+def test_strata_spread_the_levels_of_consecutive_samples_over_ranks_and_batches():
+    """Each of eight consecutive samples of the stream gets a level in its own eighth of [t_min, 1)."""
+    objective, batch = make(MaskPrediction, t_min=0.2, optim=Optim(lr=1e-3, strata=8)), batch_with_prompt(4, padding=0)
+    levels = []
+    for start in (16, 20):  # two batches, or the batches of two ranks
+        batch.keys, batch.order = [f"k{start + row}" for row in range(4)], list(range(start, start + 4))
+        levels.append(objective.corrupt(batch)[0].rate)
+    eighths = ((torch.cat(levels) - 0.2) / 0.8 * 8).long()
+    assert eighths.tolist() == list(range(8))
+    drawn_alone = [Noise([f"k{n}"], seed=0).level() for n in range(16, 24)]
+    inside = (torch.cat(levels) - 0.2) / 0.8 * 8 - eighths
+    assert torch.allclose(inside, torch.cat(drawn_alone), atol=1e-5)  # and its place in the eighth is its own
 
 
 def test_views_share_a_prefix_and_average_their_losses():

@@ -33,6 +33,12 @@ def _write(state: Corrupted, where: Tensor, tokens: Tensor, kind: Kind) -> Corru
     return Corrupted(torch.where(where, tokens, state.tokens), state.target, kinds, state.rate)
 
 
+def text_positions(response: Tensor, eot: int) -> Tensor:
+    """(B, L) bool: everything up to the first eot, and that eot; all of a row without one."""
+    ends = (response == eot).int()
+    return ends.cumsum(1) - ends == 0
+
+
 class Absorb:
     """Mask each clean token with probability `rate` of its row (LLaDA, eq. 3)."""
 
@@ -48,17 +54,28 @@ class Absorb:
 class Replace:
     """Replace each clean token by another one with probability `rate` ("syntax" errors; ReDiff, section 3.2).
 
-    source: `uniform` draws from all ordinary ids, `response` from the tokens of the same response (plausible words in
-        the wrong place; a draw that equals the original leaves it clean)
+    source: `uniform` draws from all ordinary ids, `response` from the text of the same response without eot (plausible
+        words in the wrong place; a draw that equals the original leaves it clean)
     dynamic: cap the rate at the row's noise level (an ablation of the paper, which found it worse)
+    filler: also replace the end-of-text filler behind the text, as the released code does. It teaches that junk becomes
+        end of text, which a sampler that rewrites then writes inside texts
     """
 
-    def __init__(self, *, special: SpecialIds, rate: float, source: str = "uniform", dynamic: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        special: SpecialIds,
+        rate: float,
+        source: str = "uniform",
+        dynamic: bool = False,
+        filler: bool = False,
+    ) -> None:
         if not 0 <= rate <= 1:
             raise UserError(f"the replacement rate must be within 0..1, got {rate}")
         if source not in ("uniform", "response"):
             raise UserError(f"source must be 'uniform' or 'response', got {source!r}")
-        self.rate, self.source, self.dynamic = rate, source, dynamic
+        self.rate, self.source, self.dynamic, self.filler = rate, source, dynamic, filler
+        self.eos, self.eot = special.eos, special.eot
         forbidden = {*special.banned, *special.unwritten, special.mask, special.eos, special.eot}
         self.ordinary = torch.tensor([i for i in range(special.vocab_size) if i not in forbidden])
         self.rank = torch.full((special.vocab_size,), len(self.ordinary))  # index of an id among the ordinary ones
@@ -69,6 +86,8 @@ class Replace:
         hit = noise.uniform(batch.editable) < rate[:, None]
         tokens = self.draw(batch, noise)
         hit &= state.where(Kind.CLEAN) & (tokens != state.target)
+        if not self.filler:
+            hit &= text_positions(state.target, self.eot)
         return _write(state, hit, tokens, Kind.SYNTAX)
 
     def draw(self, batch: Batch, noise: Noise) -> Tensor:
@@ -78,9 +97,9 @@ class Replace:
             index = noise.integers(batch.editable, len(self.ordinary) - 1)
             index += index >= self.rank.to(original.device)[original]  # skip the original: uniform over all others
             return self.ordinary.to(original.device)[index]
-        count = batch.editable.sum(1, keepdim=True)
-        place = (noise.uniform(batch.editable) * count).long().clamp(max=original.shape[1] - 1)
-        ordered = torch.argsort((~batch.editable).int(), dim=1, stable=True)  # editable positions first
+        words = batch.editable & (original != self.eos) & (original != self.eot)
+        place = (noise.uniform(batch.editable) * words.sum(1, keepdim=True)).long().clamp(max=original.shape[1] - 1)
+        ordered = torch.argsort((~words).int(), dim=1, stable=True)  # words first
         return original.gather(1, ordered.gather(1, place))
 
 
@@ -169,7 +188,7 @@ OPERATIONS = ("substitute", "swap", "duplicate", "shift")
 class EditNoise:
     """Random edits of the text, one after another (SEED Diffusion, arXiv 2508.02193). No masks.
 
-    A text of n tokens gets floor(a n) edits, a uniform on [0, rate]: `substitute` a random token, `swap` two
+    A text of n tokens, eot included, gets floor(a n) edits, a uniform on [0, rate]: `substitute` a random token, `swap` two
     neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens left by one position: the
     token before them is deleted, and a random one inserted behind them. Insertions and deletions come in such pairs,
     because one alone would move all text behind it, and the model cannot move text.
@@ -184,7 +203,7 @@ class EditNoise:
             raise UserError(f"operations must be one or more of {OPERATIONS}, got {list(operations)}")
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
-        self.rate, self.operations, self.window = rate, tuple(operations), window
+        self.rate, self.operations, self.window, self.eot = rate, tuple(operations), window, special.eot
         self.replace = Replace(special=special, rate=1.0)
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
@@ -192,7 +211,7 @@ class EditNoise:
         operations, places, lengths = (noise.uniform(batch.editable).tolist() for _ in range(3))
         tokens = self.replace.draw(batch, noise).tolist()
         edited = state.tokens.tolist()
-        for row, clean in enumerate(state.where(Kind.CLEAN).tolist()):
+        for row, clean in enumerate((state.where(Kind.CLEAN) & text_positions(state.target, self.eot)).tolist()):
             where = [place for place, is_clean in enumerate(clean) if is_clean]
             text = [edited[row][place] for place in where]
             for edit in range(int(level[row] * self.rate * len(text))):

@@ -1,34 +1,77 @@
-"""P(fix) and P(break): what one forward call of a model changes in drafts that an expert has corrected.
+"""P(fix) and P(break): what one forward call of a model changes in texts that are given to it.
 
-P(fix):   share of the wrong tokens that it corrects
-P(break): share of the right tokens that it changes
+    count_fixes(backbone, batches, special=...)                     on drafts that an expert has corrected
+    count_looks(backbone, batches, special=..., levels=[0, 0.5])    on true texts, by the share of masked tokens
+
+P(fix): share of the wrong tokens that it corrects. P(break): share of the right tokens that it changes. Predictions are
+the argmax over the ids that a sampler may write; the filler behind a text does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from src.types import Backbone, Batch
+from src.diffusion.corruption import Absorb, Replace, start, text_positions
+from src.diffusion.noise import Noise
+from src.types import Backbone, Batch, Kind, Prefix, SpecialIds
 
 
 @torch.no_grad()
 def count_fixes(
-    backbone: Backbone, batches: Iterable[Batch], *, filler: int, device: torch.device | str = "cpu"
+    backbone: Backbone, batches: Iterable[Batch], *, special: SpecialIds, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Counts (4,) float64: corrected wrong tokens, wrong tokens, changed right tokens, right tokens.
 
     batches: corrected drafts, in which `flawed` is the draft and `response` its correction
-    filler: id that fills the response length after the end of the text; it does not count as a right token
     """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        predicted = backbone(backbone.encode_prefix(batch.prefix), batch.flawed).argmax(-1)  # (B, L)
+        predicted = _predict(backbone, backbone.encode_prefix(batch.prefix), batch.flawed, special)
         wrong = batch.flawed != batch.response
-        right = batch.editable & ~wrong & (batch.response != filler)
+        right = batch.editable & ~wrong & (batch.response != special.eos)
         fixed, broken = wrong & (predicted == batch.response), right & (predicted != batch.flawed)
         counts += torch.stack([mask.sum() for mask in (fixed, wrong, broken, right)])
     return counts
+
+
+@torch.no_grad()
+def count_looks(
+    backbone: Backbone,
+    batches: Iterable[Batch],
+    *,
+    special: SpecialIds,
+    levels: Sequence[float],
+    rate: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Counts (levels, 4) as of `count_fixes`, with each token masked with probability `level`.
+
+    Right tokens are those of true texts that are still visible; wrong ones, in a forward call of their own, the share
+    `rate` of these that is replaced by random tokens.
+    """
+    counts = torch.zeros(len(levels), 4, dtype=torch.float64, device=device)
+    absorb, replace = Absorb(special=special), Replace(special=special, rate=rate)
+    for batch in batches:
+        batch = batch.to(device)
+        prefix = backbone.encode_prefix(batch.prefix)
+        for row, level in enumerate(levels):
+            noise = Noise(batch.keys, seed=seed, draw=f"look/{level}")
+            masked = absorb(batch, start(batch, torch.full((len(batch),), level, device=device)), noise)
+            right = masked.where(Kind.CLEAN) & text_positions(batch.response, special.eot)
+            broken = right & (_predict(backbone, prefix, masked.tokens, special) != batch.response)
+            flawed = replace(batch, masked, noise)
+            wrong = flawed.where(Kind.SYNTAX)
+            fixed = wrong & (_predict(backbone, prefix, flawed.tokens, special) == batch.response)
+            counts[row] += torch.stack([mask.sum() for mask in (fixed, wrong, broken, right)])
+    return counts
+
+
+def _predict(backbone: Backbone, prefix: Prefix, tokens: Tensor, special: SpecialIds) -> Tensor:
+    """(B, L) the ids that one forward call finds most likely."""
+    logits = backbone(prefix, tokens)  # (B, L, V)
+    return special.argmax(logits.flatten(0, 1)).view_as(tokens)

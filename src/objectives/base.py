@@ -119,14 +119,18 @@ class Objective(L.LightningModule):
         return None
 
     def corrupt(self, batch: Batch) -> list[Corrupted]:
-        """One corrupted response per view; a pure function of seed, epoch, key and view."""
+        """One corrupted response per view; a pure function of seed, pass, key and view."""
         views = []
         for view in range(self.optim.views):
             noise = self._noise(batch, view)
-            level = noise.level(self.t_min, device=batch.response.device)  # (B,)
+            of_level = self._noise(batch, "levels") if self.optim.antithetic else noise
+            level = of_level.level(device=batch.response.device)  # (B,), on [0, 1)
+            if self.optim.strata and batch.order:
+                strata = torch.tensor(batch.order, device=level.device) % self.optim.strata
+                level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
-                offset = self._noise(batch, "levels").level(device=level.device)
-                level = self.t_min + (1 - self.t_min) * ((offset + view / self.optim.views) % 1)
+                level = (level + view / self.optim.views) % 1
+            level = self.t_min + (1 - self.t_min) * level
             views.append(self.corruption(batch, corruption.start(batch, level), noise))
         return views
 
@@ -298,12 +302,12 @@ class Objective(L.LightningModule):
             log.warning("%s: the step is skipped", message)
 
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
-        return Noise(batch.keys, seed=self.seed, epoch=batch.epoch, draw=draw)
+        return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
 
     def _count(self, logits: Tensor, state: Corrupted, where: Tensor, terms: tuple[Term, ...]) -> None:
         """Count the correctly predicted tokens of each kind that the terms cover."""
         correct = torch.zeros_like(where)
-        correct[where] = logits.detach().argmax(-1) == state.target[where]
+        correct[where] = self.special.argmax(logits) == state.target[where]
         for kind in dict.fromkeys(kind for term in terms for kind in term.kinds):
             of_kind = state.where(kind)
             self.tally(f"accuracy/{kind.name.lower()}", correct & of_kind, of_kind)

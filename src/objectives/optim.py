@@ -21,6 +21,8 @@ class Optim:
     views: noise draws per sample and step; they share one encoded prefix
     antithetic: spread the noise levels of a sample's views evenly (two views: t and t + 1/2, wrapped) instead of
         drawing each. Rows of a batch stay independent, as noise depends on the sample and not on its batch
+    strata: spread the noise levels of this many consecutive samples of the stream evenly over [t_min, 1), one in each
+        equal part, as ProSeCo does for the rows of a batch (None: each level is drawn alone)
     micro_batch: rows per forward call (None: all); affects memory, not the result
     checkpointing: activations of the model's blocks: `none` keeps them for the backward pass, `full` recomputes them,
         `selective` keeps only the outputs of matrix products and attention
@@ -40,6 +42,7 @@ class Optim:
     clip_norm: float | None = 1.0
     views: int = 1
     antithetic: bool = False
+    strata: int | None = None
     micro_batch: int | None = None
     checkpointing: str = "none"
     compile: bool = False
@@ -70,8 +73,9 @@ class Optim:
                 raise UserError(f"optim.{name} must be more than 0{hint}, got {value}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas must be at least 0 and less than 1, got {list(self.betas)}")
-        if self.views < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise UserError(f"views and micro_batch must be at least 1, got {self.views} and {self.micro_batch}")
+        for name in ("views", "micro_batch", "strata"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"optim.{name} must be at least 1, got {value}")
 
     def factor(self, step: int, total: int) -> float:
         """Learning rate at optimizer step `step` of `total`, as a factor of the peak."""

@@ -90,13 +90,10 @@ class ProSeCo(Objective):
         if self.global_step < self.begin:
             return None
         # 1. Predict, never the mask or a banned id.
-        logits = logits.clone()  # (N, V)
-        logits[:, [self.special.mask, *self.special.banned]] = -torch.inf
-        logits[:, self.special.vocab_size :] = -torch.inf
         if self.pick == "argmax":
-            predicted = logits.argmax(-1)  # (N,)
+            predicted = self.special.argmax(logits)  # (N,)
         else:
-            predicted = draw(logits, temperature=1.0, noise=noise, counts=where.sum(1).tolist())
+            predicted = draw(self.special.ban(logits), where, temperature=1.0, noise=noise)
         # 2. The true tokens elsewhere.
         tokens = state.target.masked_scatter(where, predicted)  # (B, L)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)

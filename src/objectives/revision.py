@@ -20,6 +20,7 @@ def stage_one(
     rate: float,
     source: str,
     dynamic: bool,
+    filler: bool,
     hallucination: str,
     alone_share: float,
     weight: str,
@@ -29,7 +30,7 @@ def stage_one(
 ) -> tuple[Corruption, tuple[Term, ...]]:
     """Corruption and terms of Stage I; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
     # 1. masks, then random tokens
-    mask, replace = Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic)
+    mask, replace = Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic, filler=filler)
     corruption: Corruption = Chain(mask, replace)
     # 2. hallucinated spans
     if hallucination == "mixed":
@@ -54,7 +55,7 @@ def stage_one(
 class RevisionObjective(Objective):
     """Stage I.
 
-    rate, source, dynamic: random replacements, see `Replace`; rate 0 trains without syntax errors
+    rate, source, dynamic, filler: random replacements, see `Replace`; rate 0 trains without syntax errors
     hallucination: `mixed`: masks, noise and a hallucinated span in one sample (paper)
         `alone`: a share `alone_share` of the samples that have hallucinated spans get one and no other noise (released
         code, where the data determine this share)
@@ -66,10 +67,11 @@ class RevisionObjective(Objective):
         self,
         setup: Setup,
         *,
-        t_min: float = 0.001,
+        t_min: float = 0.0,
         rate: float = 0.10,
         source: str = "uniform",
         dynamic: bool = False,
+        filler: bool = False,
         hallucination: str = "mixed",
         alone_share: float = 0.6,
         weight: str = "inverse_rate",
@@ -82,6 +84,7 @@ class RevisionObjective(Objective):
             rate=rate,
             source=source,
             dynamic=dynamic,
+            filler=filler,
             hallucination=hallucination,
             alone_share=alone_share,
             weight=weight,

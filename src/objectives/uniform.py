@@ -27,7 +27,7 @@ class UniformNoise(Objective):
     ) -> None:
         super().__init__(
             setup,
-            corruption=Replace(special=setup.special, rate=1.0, dynamic=True),  # with probability t
+            corruption=Replace(special=setup.special, rate=1.0, dynamic=True, filler=True),  # with probability t
             terms=(Term("token", None, weight, reduce, floor=floor),),
             t_min=t_min,
         )

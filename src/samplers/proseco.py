@@ -115,7 +115,7 @@ class Corrector(Reviser):
         if self.pick == "sample":
             logits = corrected.at(region)[:, : special.vocab_size]
             logits[:, special.mask] = -torch.inf
-            draft[region] = draw(logits, temperature=1.0, noise=state.noise, counts=region.sum(1).tolist())
+            draft[region] = draw(logits, region, temperature=1.0, noise=state.noise)
             return draft
         if self.pick == "edit":
             region = region & (corrected.best != draft)

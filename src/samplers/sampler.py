@@ -307,11 +307,11 @@ class _Run:
         """Token and confidence, both (B, L), at eligible positions: sampled where `drawn`, else the argmax."""
         proposal, temperature = prediction.best.clone(), self.sampler.temperature
         if temperature > 0:
-            logits, counts = prediction.at(drawn)[:, : self.predict.special.vocab_size], drawn.sum(1).tolist()
+            logits = prediction.at(drawn)[:, : self.predict.special.vocab_size]
             logits[:, self.mask_id] = -torch.inf
             if self.sampler.top_p < 1:
                 keep_nucleus(logits, temperature=temperature, top_p=self.sampler.top_p)
-            proposal[drawn] = draw(logits, temperature=temperature, noise=self.noise["sampler"], counts=counts)
+            proposal[drawn] = draw(logits, drawn, temperature=temperature, noise=self.noise["sampler"])
         return proposal, prediction.confidence(eligible, proposal)
 
     def _score(self, prediction: Prediction, eligible: Tensor, proposal: Tensor, confidence: Tensor) -> Tensor:

@@ -92,12 +92,12 @@ class FromNoise:
         states, random = (tensor.to(device) for tensor in states_of(special))  # (K,), (K,) bool
         noise = Noise(keys, seed=seed, draw="sampler")
         everywhere = torch.ones(len(keys), self.length, dtype=torch.bool, device=device)
-        tokens = states[random][(uniform(noise, everywhere) * random.sum()).long()]  # (B, L)
+        tokens = states[random][(noise.uniform(everywhere, dtype=torch.float64) * random.sum()).long()]  # (B, L)
         edits = torch.zeros_like(predict.forwards)
         traces: list[list[TraceStep]] = [[] for _ in keys]
         steps = self.schedule.block_steps
         for left in range(steps, 0, -1):
-            logits, chance = predict(tokens, everywhere).logits, uniform(noise, everywhere)  # (B * L, V), (B, L)
+            logits, chance = predict(tokens, everywhere).logits, noise.uniform(everywhere, dtype=torch.float64)  # (B * L, V), (B, L)
             place = torch.searchsorted(states, tokens)  # index of each token among the states
             parts = zip(logits.split(PART), place.flatten().split(PART), chance.flatten().split(PART), strict=True)
             drawn = [self._draw(states, random, *part, left=left, steps=steps) for part in parts]
@@ -180,18 +180,6 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     return (logits.double() / temperature).softmax(-1)
-
-
-def uniform(noise: Noise, where: Tensor) -> Tensor:
-    """(B, L) float64 on [0, 1) at the true positions of `where`, 0 elsewhere; each row from its own generator.
-
-    NOTE: float64, as the spacing of float32 numbers is as wide as the probability of a token of a large vocabulary.
-    """
-    out = torch.zeros(where.shape, dtype=torch.float64, device=where.device)
-    counts = where.sum(1).tolist()
-    rows = zip(counts, noise.generators, strict=True)
-    out[where] = torch.cat([torch.rand(n, generator=g, dtype=torch.float64) for n, g in rows]).to(where.device)
-    return out
 
 
 def pick(weight: Tensor, chance: Tensor) -> Tensor:

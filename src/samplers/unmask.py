@@ -1,6 +1,6 @@
 """Which masked tokens to unmask: scores, policies, and the draw of the tokens themselves.
 
-    proposal = draw(logits, temperature=0.7, noise=noise, counts=[3, 5])    (N,) token ids
+    proposal = draw(logits, where, temperature=0.7, noise=noise)    (N,) token ids
     score = low_confidence(logits, rows, proposal)                          (M,) probability of each proposal
     TopK().select(confidence, eligible, count, chance, noise)               (B, L) bool, what to unmask
 
@@ -17,10 +17,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from src.diffusion.noise import Noise
+from src.diffusion.noise import PART, Noise
 from src.io.errors import UserError
 
-PART = 64  # rows of logits that are converted to float64 at once
 
 
 class Unmask(Protocol):
@@ -149,18 +148,11 @@ SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int]) -> Tensor:
-    """(N,) token ids by the Gumbel-max rule. `counts`: how many of the N positions each row of the batch has.
-
-    Each row draws from its own generator, so its tokens do not depend on the other rows of the batch.
-    """
-    ids = []
-    for row, generator in zip(logits.split(counts), noise.generators, strict=True):
-        for part in row.split(PART):
-            # NOTE: float64, as float32 truncates the tail of Gumbel noise, which lowers the effective temperature.
-            gumbel = -(-torch.rand(part.shape, generator=generator, dtype=torch.float64).log()).log()
-            ids.append((part.double() + temperature * gumbel.to(part.device)).argmax(-1))
-    return torch.cat(ids)
+def draw(logits: Tensor, where: Tensor, *, temperature: float, noise: Noise) -> Tensor:
+    """(N,) token ids by the Gumbel-max rule, from logits (N, V) at the N true positions of `where` (B, L) bool."""
+    parts = zip(logits.split(PART), noise.gumbel(where, logits.shape[1]), strict=True)
+    ids = [(part.double() + temperature * gumbel).argmax(-1) for part, gumbel in parts]
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device=logits.device)
 
 
 def keep_nucleus(logits: Tensor, *, temperature: float, top_p: float) -> None:
