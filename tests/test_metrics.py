@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from random import Random
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from src.metrics.caption import Mark, summarise
 from src.metrics.fixing import count_fixes
 from src.metrics.scenes import SceneQuality
 from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
+from src.scenes.grammar import write_caption
+from src.scenes.graph import draw_scene
+from src.scenes.score import score_caption
 from src.types import Prefix, SpecialIds
 from tests.test_corruption import make_batch
 
@@ -29,15 +33,25 @@ PERFECT = (
     "The picture shows two objects on a pink background. A small red circle is in the upper left. "
     "In the lower right there is a large blue ring. The red circle is above the blue ring."
 )
-# introduction: number wrong, background right; object: colour wrong, three of four right; then no sentence
-# covered facts: background, place, shape, size = 4 of 2 * 4 + 2; claims: 2 + 4, true 1 + 3
+# introduction: number wrong, background right. Object: all right but one of two attributes. The last sentence is broken
+# and names an attribute and an object. (true claims, claims, covered facts, facts) of each kind:
+#   object 1 2 1 2, attribute 1 3 1 4, place 1 1 1 2, background 1 1 1 1, number 0 1 0 1, relation 0 0 0 1
 FLAWED = "On a pink background we find three objects. A small green circle is in the upper left. A red red is ring."
-NOTHING = {"coverage": 0.0, "factuality": 0.0, "quality": 0.0}
+# a wrong place costs the place alone: object 1 1 1 2, attribute 2 2 2 4, place 0 1 0 2, no introduction
+ELSEWHERE = "A small red circle is in the middle left."
 HAND = {
     PERFECT: {"coverage": 1.0, "factuality": 1.0, "syntax": 1.0, "quality": 1.0},
-    FLAWED: {"coverage": 0.4, "factuality": 4 / 6, "syntax": 2 / 3, "quality": (0.4 + 4 / 6) / 2},
-    "": {**NOTHING, "syntax": 0.0},
-    "A small red circle is in the middle left.": {**NOTHING, "syntax": 1.0},  # an empty place: four false claims
+    FLAWED: {"coverage": 0.4, "factuality": 0.5, "syntax": 2 / 3, "quality": (1 / 2 + 2 / 7 + 2 / 3 + 1 + 0) / 5},
+    "": {"coverage": 0.0, "factuality": 0.0, "syntax": 0.0, "quality": 0.0},
+    ELSEWHERE: {"coverage": 0.3, "factuality": 0.75, "syntax": 1.0, "quality": (2 / 3 + 2 / 3) / 5},
+}
+KINDS = {  # precision and recall of each kind over the four captions
+    "object": (1.0 * (2 + 1 + 1) / (2 + 2 + 1), (2 + 1 + 0 + 1) / 8),
+    "attribute": ((4 + 1 + 2) / (4 + 3 + 2), (4 + 1 + 0 + 2) / 16),
+    "place": ((2 + 1 + 0) / (2 + 1 + 1), (2 + 1 + 0 + 0) / 8),
+    "background": (2 / 2, 2 / 4),
+    "number": (1 / 2, 1 / 4),
+    "relation": (1 / 1, 1 / 4),
 }
 
 
@@ -49,11 +63,36 @@ def test_scene_quality_of_hand_made_captions(text):
 def test_means_and_standard_errors_match_the_definition():
     metric = SceneQuality()
     metric.update(list(HAND), [RECORD] * len(HAND))
-    for name, stat in metric.compute().items():
-        values = [hand[name] for hand in HAND.values()]
+    stats = metric.compute()
+    for name in SceneQuality.names:
+        stat, values = stats[name], [hand[name] for hand in HAND.values()]
         assert stat["mean"] == pytest.approx(sum(values) / 4)
         assert stat["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(4))
         assert stat["n"] == 4
+
+
+def test_precision_and_recall_of_each_kind_of_fact():
+    metric = SceneQuality()
+    metric.update(list(HAND), [RECORD] * len(HAND))
+    stats = metric.compute()
+    for kind, (precision, recall) in KINDS.items():
+        assert stats[f"precision_{kind}"]["mean"] == pytest.approx(precision), kind
+        assert stats[f"recall_{kind}"]["mean"] == pytest.approx(recall), kind
+    shares = [3 / 7] + 4 * [1 / 7]  # "A small ... is in the ..." three times, four other sentences once
+    assert stats["templates"]["mean"] == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+
+
+@pytest.mark.parametrize("breakage", [("in the", "in"), (" is ", " "), (".", ",")])
+def test_broken_text_costs_as_much_as_it_says(breakage):
+    """Sentences that no longer parse neither cover facts nor raise the precision of the rest."""
+    rng = Random(0)
+    for _ in range(50):
+        scene = draw_scene(rng, objects=(2, 3))
+        text = write_caption(scene, rng)
+        whole, broken = score_caption(scene, text), score_caption(scene, text.replace(*breakage))
+        assert (whole.quality, whole.factuality, whole.coverage) == (1.0, 1.0, 1.0)
+        if broken.syntax < 1:
+            assert broken.quality < 1 and broken.factuality < 1
 
 
 def test_summarise_needs_two_values_for_an_error_and_one_for_a_mean():
@@ -164,6 +203,7 @@ def test_fixes_and_breaks_against_written_out_loops():
 
     batch = make_batch(2, 5, padding=0)
     batch.response, batch.flawed = torch.tensor(right), torch.tensor(drafts)
+    special = SpecialIds(mask=0, eos=9, eot=8, banned=(), vocab_size=10)
     expected = [0, 0, 0, 0]
     for row, draft in zip(right, drafts, strict=True):
         for true, said in zip(row, draft, strict=True):
@@ -174,5 +214,5 @@ def test_fixes_and_breaks_against_written_out_loops():
             elif true != 9:
                 expected[2] += seen != said
                 expected[3] += 1
-    assert count_fixes(Next(), [batch, batch], filler=9).tolist() == [2 * count for count in expected]
+    assert count_fixes(Next(), [batch, batch], special=special).tolist() == [2 * count for count in expected]
     assert expected == [3, 3, 4, 4]

@@ -32,7 +32,9 @@ class Noise:
     ) -> None:
         names = [f"{seed}/{p}/{key}/{draw}" for key, p in zip(keys, passes or [0] * len(keys), strict=True)]
         digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
-        self.start = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)  # (B,)
+        self.start = torch.tensor(
+            [int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64
+        )  # (B,)
         self.calls = torch.zeros_like(self.start)
 
     def level(self, low: float = 0.0, *, device: torch.device | str = "cpu") -> Tensor:

@@ -25,7 +25,7 @@ from torchmetrics import Metric
 
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.metrics.caption import Stat
+from src.metrics.caption import Stat, ratio_stat
 from src.types import Backbone, Batch, Prefix, SpecialIds
 
 Estimator = Literal["count", "iid"]
@@ -124,21 +124,6 @@ class Bound(Metric):
         stats = {name: _scaled(nelbo, nelbo["mean"] * factor, factor) for name, factor in factors.items()}
         perplexity = math.exp(nelbo["mean"])
         return {**stats, "perplexity": _scaled(nelbo, perplexity, perplexity)}
-
-
-def ratio_stat(sums: list[float], count: int) -> Stat:
-    """sum(s) / sum(n) and its linearised standard error, from the sums of s, n, s^2, sn, n^2 over `count` texts.
-
-    Raises ValueError if sum(n) is 0.
-    """
-    s, n, ss, sn, nn = sums
-    if not n:
-        raise ValueError("no tokens were scored")
-    ratio = s / n
-    if count < 2:
-        return Stat(mean=ratio, se=None, n=count)
-    residual = max(0.0, ss - 2 * ratio * sn + ratio * ratio * nn) / (count - 1)
-    return Stat(mean=ratio, se=math.sqrt(residual * count) / n, n=count)
 
 
 def _scaled(stat: Stat, mean: float, factor: float) -> Stat:

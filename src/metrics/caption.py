@@ -54,6 +54,21 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
     return Stat(mean=mean, se=math.sqrt(variance / count), n=count)
 
 
+def ratio_stat(sums: list[float], count: int) -> Stat:
+    """sum(s) / sum(n) and its linearised standard error, from the sums of s, n, s^2, sn, n^2 over `count` texts.
+
+    Raises ValueError if sum(n) is 0.
+    """
+    s, n, ss, sn, nn = sums
+    if not n:
+        raise ValueError("no tokens were scored")
+    ratio = s / n
+    if count < 2:
+        return Stat(mean=ratio, se=None, n=count)
+    residual = max(0.0, ss - 2 * ratio * sn + ratio * ratio * nn) / (count - 1)
+    return Stat(mean=ratio, se=math.sqrt(residual * count) / n, n=count)
+
+
 def hash64(text: str) -> int:
     """A 64-bit hash, to count distinct texts: only tensors can be reduced over ranks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

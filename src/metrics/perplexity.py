@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.io.errors import UserError
-from src.metrics.bound import ratio_stat
+from src.metrics.caption import ratio_stat
 from src.metrics.caption import Stat
 
 

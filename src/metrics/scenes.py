@@ -1,33 +1,69 @@
-"""Exact caption quality on scenes: coverage, factuality, syntax, and quality, the mean of the first two.
+"""Exact caption quality on scenes (`src/scenes/score.py`).
 
-metric = SceneQuality()
-metric.update(texts, records)      records with a `scene`, as in the shards of the embedded data
-metric.compute()                   {"coverage": {"mean", "se", "n"}, ...}
+    metric = SceneQuality()
+    metric.update(texts, records)      records with a `scene`, as in the shards of the embedded data
+    metric.compute()                   {"quality": {"mean", "se", "n"}, "precision_object": ..., ...}
+
+Per caption: `quality` (the mean over kinds of fact of F1), `coverage`, `factuality`, `syntax`. Over all captions:
+`precision_KIND` and `recall_KIND`, and `templates`, the effective number of sentence templates in use: the exponential of
+their entropy, of at most 14. A model that always writes the same sentences gets a high quality and few templates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Mark
-from src.scenes.grammar import Sentence, false_fields, read_caption
+from src.metrics.caption import CaptionMetric, Mark, Stat, ratio_stat
+from src.scenes.grammar import TEMPLATES, Sentence, false_fields, read_caption
 from src.scenes.graph import Scene
-from src.scenes.score import score_caption
+from src.scenes.score import KINDS, score_caption
+
+NUMBER = {
+    (kind, index): n for n, (kind, index) in enumerate((k, i) for k in TEMPLATES for i in range(len(TEMPLATES[k])))
+}
 
 
 class SceneQuality(CaptionMetric):
-    """Scores of `src.scenes.score`, as means over captions. Raises UserError for a record without a scene."""
+    """Scores of captions against their scenes. Raises UserError for a record without a scene."""
 
     higher_is_better = True
     names = ("coverage", "factuality", "syntax", "quality")
+    sums: Tensor
+    uses: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(len(KINDS), 2, 5, dtype=torch.float64)  # s, n, s^2, s n, n^2 of precision and recall
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("uses", torch.zeros(len(NUMBER), dtype=torch.float64), dist_reduce_fx="sum")
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         score = score_caption(_scene(record), text)
-        return {
-            "coverage": score.coverage,
-            "factuality": score.factuality,
-            "syntax": score.syntax,
-            "quality": (score.coverage + score.factuality) / 2,
-        }
+        return {name: getattr(score, name) for name in self.names}
+
+    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
+        super().update(texts, records)
+        for text, record in zip(texts, records, strict=True):
+            score = score_caption(_scene(record), text)
+            for row, kind in enumerate(KINDS):
+                ratios = [(score.true_claims[kind], score.claims[kind]), (score.covered[kind], score.facts[kind])]
+                self.sums[row] += self.sums.new_tensor([[s, n, s * s, s * n, n * n] for s, n in ratios])
+            for sentence in read_caption(text):
+                if sentence.statement:
+                    self.uses[NUMBER[sentence.statement.kind, sentence.statement.template]] += 1
+
+    def compute(self) -> dict[str, Stat]:
+        stats, count = super().compute(), int(self.count)
+        for kind, ratios in zip(KINDS, self.sums.tolist(), strict=True):
+            for name, sums in zip(("precision", "recall"), ratios, strict=True):
+                if sums[1]:  # some caption claims such a fact, some scene has one
+                    stats[f"{name}_{kind}"] = ratio_stat(sums, count)
+        entropy = torch.special.entr(self.uses / self.uses.sum().clamp(min=1)).sum()
+        return {**stats, "templates": Stat(mean=float(entropy.exp()), se=None, n=count)}
 
     def marks(self, text: str, record: dict) -> list[Mark]:
         """Sentences that the grammar rejects, and in the other sentences the words that contradict the scene."""

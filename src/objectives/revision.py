@@ -30,7 +30,10 @@ def stage_one(
 ) -> tuple[Corruption, tuple[Term, ...]]:
     """Corruption and terms of Stage I; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
     # 1. masks, then random tokens
-    mask, replace = Absorb(special=special), Replace(special=special, rate=rate, source=source, dynamic=dynamic, filler=filler)
+    mask, replace = (
+        Absorb(special=special),
+        Replace(special=special, rate=rate, source=source, dynamic=dynamic, filler=filler),
+    )
     corruption: Corruption = Chain(mask, replace)
     # 2. hallucinated spans
     if hallucination == "mixed":

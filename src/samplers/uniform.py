@@ -97,7 +97,10 @@ class FromNoise:
         traces: list[list[TraceStep]] = [[] for _ in keys]
         steps = self.schedule.block_steps
         for left in range(steps, 0, -1):
-            logits, chance = predict(tokens, everywhere).logits, noise.uniform(everywhere, dtype=torch.float64)  # (B * L, V), (B, L)
+            logits, chance = (
+                predict(tokens, everywhere).logits,
+                noise.uniform(everywhere, dtype=torch.float64),
+            )  # (B * L, V), (B, L)
             place = torch.searchsorted(states, tokens)  # index of each token among the states
             parts = zip(logits.split(PART), place.flatten().split(PART), chance.flatten().split(PART), strict=True)
             drawn = [self._draw(states, random, *part, left=left, steps=steps) for part in parts]

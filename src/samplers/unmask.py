@@ -21,7 +21,6 @@ from src.diffusion.noise import PART, Noise
 from src.io.errors import UserError
 
 
-
 class Unmask(Protocol):
     """A policy: `select` chooses some of the `eligible` (B, L) bool positions of each row.
 
