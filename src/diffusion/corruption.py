@@ -188,10 +188,10 @@ OPERATIONS = ("substitute", "swap", "duplicate", "shift")
 class EditNoise:
     """Random edits of the text, one after another (SEED Diffusion, arXiv 2508.02193). No masks.
 
-    A text of n tokens, eot included, gets floor(a n) edits, a uniform on [0, rate]: `substitute` a random token, `swap` two
-    neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens left by one position: the
-    token before them is deleted, and a random one inserted behind them. Insertions and deletions come in such pairs,
-    because one alone would move all text behind it, and the model cannot move text.
+    A text of n tokens, eot included, gets floor(a n) edits, a uniform on [0, rate]: `substitute` a random token, `swap`
+    two neighbours, `duplicate` a token over its right neighbour, or `shift` up to `window` tokens left by one position:
+    the token before them is deleted, and a random one inserted behind them. Insertions and deletions come in such
+    pairs, because one alone would move all text behind it, and the model cannot move text.
     """
 
     def __init__(

@@ -20,8 +20,7 @@ from torchmetrics import Metric
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.io.errors import UserError
-from src.metrics.caption import ratio_stat
-from src.metrics.caption import Stat
+from src.metrics.caption import Stat, ratio_stat
 
 
 class GenerativePerplexity(Metric):

@@ -5,8 +5,8 @@
     metric.compute()                   {"quality": {"mean", "se", "n"}, "precision_object": ..., ...}
 
 Per caption: `quality` (the mean over kinds of fact of F1), `coverage`, `factuality`, `syntax`. Over all captions:
-`precision_KIND` and `recall_KIND`, and `templates`, the effective number of sentence templates in use: the exponential of
-their entropy, of at most 14. A model that always writes the same sentences gets a high quality and few templates.
+`precision_KIND` and `recall_KIND`, and `templates`, the effective number of sentence templates in use: the exponential
+of their entropy, of at most 14. A model that always writes the same sentences gets a high quality and few templates.
 """
 
 from __future__ import annotations
