@@ -52,7 +52,7 @@ class SpecialIds:
     gap: int | None = None
 
     def ban(self, logits: Tensor) -> Tensor:
-        """A copy of logits (N, V) with -inf at what a response cannot hold: mask, banned ids, ids past the tokenizer."""
+        """A copy of logits (N, V) with -inf at what is never written: mask, banned ids, ids past the tokenizer."""
         logits = logits.index_fill(-1, torch.tensor([self.mask, *self.banned], device=logits.device), -torch.inf)
         logits[:, self.vocab_size :] = -torch.inf
         return logits
