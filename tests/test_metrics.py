@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import one_hot
 
 from src.metrics.caption import Mark, summarise
-from src.metrics.fixing import count_fixes
+from src.metrics.fixing import count_fixes, count_looks
 from src.metrics.scenes import SceneQuality
 from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
 from src.scenes.grammar import write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.score import score_caption
 from src.types import Prefix, SpecialIds
-from tests.test_corruption import make_batch
+from tests.test_corruption import SPECIAL, make_batch, with_text
 
 SCENE = {
     "objects": [
@@ -216,3 +216,40 @@ def test_fixes_and_breaks_against_written_out_loops():
                 expected[3] += 1
     assert count_fixes(Next(), [batch, batch], special=special).tolist() == [2 * count for count in expected]
     assert expected == [3, 3, 4, 4]
+
+
+class Fixer:
+    """Predicts the true text wherever a token is masked or wrong, and `broken` at one visible position."""
+
+    def __init__(self, response, place):
+        self.response, self.place, self.seen = response, place, []
+
+    def encode_prefix(self, prefix):
+        return Prefix(torch.zeros(len(self.response), 1, 1), None)
+
+    def __call__(self, prefix, tokens, **_):
+        self.seen.append(tokens)
+        says = self.response.clone()
+        says[:, self.place] = 5
+        return one_hot(says, SPECIAL.vocab_size).float()
+
+
+def test_looks_by_noise_level():
+    """At every level, 0 included, a model is shown the true text, and the text with replaced tokens."""
+    batch = with_text(300, 16)
+    batch.response[:, 0] = 6  # the place at which the model says 5
+    batch.flawed = batch.response.clone()
+    model = Fixer(batch.response, 0)
+    levels = [0, 0.5]
+    counts = count_looks(model, [batch], special=SPECIAL, levels=levels, rate=0.2)
+    inside = torch.arange(16) <= (batch.response == SPECIAL.eot).int().argmax(1, keepdim=True)
+    for level, (fixed, wrong, broken, right), (true, flawed) in zip(
+        levels, counts.tolist(), (model.seen[:2], model.seen[2:]), strict=True
+    ):
+        visible = (true != SPECIAL.mask) & inside
+        assert torch.equal(true[visible], batch.response[visible]) and right == visible.sum()
+        assert abs(right / inside.sum() - (1 - level)) < 0.05
+        assert broken == visible[:, 0].sum()
+        changed = flawed != true
+        assert wrong == changed.sum() and abs(wrong / right - 0.2) < 0.04
+        assert fixed == changed[:, 1:].sum()

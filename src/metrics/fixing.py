@@ -59,7 +59,7 @@ def count_looks(
     for batch in batches:
         batch = batch.to(device)
         prefix = backbone.encode_prefix(batch.prefix)
-        for row, level in enumerate(levels):
+        for row, level in enumerate(map(float, levels)):
             noise = Noise(batch.keys, seed=seed, draw=f"look/{level}")
             masked = absorb(batch, start(batch, torch.full((len(batch),), level, device=device)), noise)
             right = masked.where(Kind.CLEAN) & text_positions(batch.response, special.eot)
