@@ -15,6 +15,7 @@ step corrects.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,45 +26,40 @@ from src.samplers.reviser import DraftPrediction, Predict, Prediction, Reviser, 
 from src.samplers.schedule import Schedule
 from src.samplers.unmask import draw, top
 
-SCOPES = ("written", "block")
-PICKS = ("argmax", "sample", "edit")
-COUNTS = ("block", "text")
+CHOICES = {"scope": ("written", "block"), "pick": ("argmax", "sample", "edit"), "counts": ("block", "text")}
 
 
+@dataclass(kw_only=True)
 class Corrector(Reviser):
     """Corrects in every `every`-th step, and in post steps.
 
+    begin:  first step, by the count of `counts`, that may correct
+    counts: steps are counted from 1 in each `block` (LLaDA, as released) or over the whole `text`
     passes: most forward calls of one correction; 0 never corrects
-    scope:  `written` corrects the current block and all before it, `block` only the current one
     pick:   how a pass changes the draft. `argmax`: every token becomes its argmax. `sample`: every token is drawn at
             temperature 1. `edit`: as `argmax`, but only the `num_edits` changes whose new token is most probable
-    counts: steps are counted from 1 in each `block` (LLaDA, as released) or over the whole `text`
-    begin:  first step, by that count, that may correct
+    scope:  `written` corrects the current block and all before it, `block` only the current one
     """
 
-    def __init__(
-        self,
-        *,
-        every: int = 1,
-        passes: int = 1,
-        scope: Literal["written", "block"] = "written",
-        pick: Literal["argmax", "sample", "edit"] = "argmax",
-        num_edits: int | None = None,
-        counts: Literal["block", "text"] = "block",
-        begin: int = 1,
-    ) -> None:
-        if every < 1 or passes < 0 or begin < 1:
-            raise UserError(
-                f"every and begin must be at least 1 and passes at least 0, got {every=} {begin=} {passes=}"
-            )
-        for name, value, choices in (("scope", scope, SCOPES), ("pick", pick, PICKS), ("counts", counts, COUNTS)):
-            if value not in choices:
-                raise UserError(f"{name} must be one of {choices}, got {value!r}")
-        if (num_edits is not None) != (pick == "edit") or (num_edits is not None and num_edits < 1):
-            raise UserError(f"num_edits must be at least 1 with pick=edit and null without it, got {num_edits}")
-        self.every, self.passes, self.scope = every, passes, scope
-        self.pick, self.num_edits, self.counts, self.begin = pick, num_edits, counts, begin
-        self.random = pick == "sample"
+    begin: int = 1
+    counts: Literal["block", "text"] = "block"
+    every: int = 1
+    num_edits: int | None = None
+    passes: int = 1
+    pick: Literal["argmax", "sample", "edit"] = "argmax"
+    random: bool = field(init=False)
+    scope: Literal["written", "block"] = "written"
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.passes < 0 or self.begin < 1:
+            numbers = f"every={self.every} begin={self.begin} passes={self.passes}"
+            raise UserError(f"every and begin must be at least 1 and passes at least 0, got {numbers}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if (self.num_edits is not None) != (self.pick == "edit") or (self.num_edits is not None and self.num_edits < 1):
+            raise UserError(f"num_edits must be at least 1 with pick=edit and null without it, got {self.num_edits}")
+        self.random = self.pick == "sample"
 
     def check(self, schedule: Schedule) -> None:
         """Raises UserError if no step of the schedule corrects."""
@@ -80,8 +76,8 @@ class Corrector(Reviser):
         return self._region(state) & state.visible
 
     def reads(self, state: State) -> Tensor:
-        """All masks, in later blocks too: the draft is full."""
-        return ~state.visible & self._corrects(state)[:, None]
+        """Also all masks, in later blocks too: the draft is full."""
+        return self.editable(state) | (~state.visible & self._corrects(state)[:, None])
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
         """The logits of the last pass where the draft is corrected, those of the first call elsewhere."""

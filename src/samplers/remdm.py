@@ -16,6 +16,7 @@ from 1 to 0 in each block. Only tokens that the sampler unmasked itself are rema
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,24 +28,28 @@ from src.samplers.schedule import Schedule, ceil_divide
 from src.samplers.unmask import top
 
 
+@dataclass(frozen=True, kw_only=True)
 class Remasking(Reviser):
     """Base class of ReMDM's revisers: sigma decides what is remasked, rho how many masks are unmasked (float64).
 
     B rows, L positions. eta: how much is remasked; 0 is the ancestral sampler of MDLM
     """
 
-    needs_logits: ClassVar[bool] = False
+    eta: float
     uses_all_steps: ClassVar[bool] = True
 
-    def __init__(self, *, eta: float) -> None:
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be within 0..1, got {eta}")
-        self.eta = eta
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta must be within 0..1, got {self.eta}")
 
     def check(self, schedule: Schedule) -> None:
         """Raises UserError for less than 3 steps a block: in the first nothing is visible, the last remasks nothing."""
         if schedule.block_steps < 3:
             raise UserError(f"{type(self).__name__} needs at least 3 steps a block, got {schedule.block_steps}")
+
+    def reads(self, state: State) -> Tensor:
+        """Nothing: visible tokens are remasked whatever their logits."""
+        return torch.zeros_like(state.visible)
 
     def visible_share(self, t: Tensor) -> Tensor:
         """(B,) a_t, the fraction of the block visible at time t (B,): 0 at t = 1, 1 at t = 0."""
@@ -78,6 +83,7 @@ class Remasking(Reviser):
         return torch.where(before > 0, (1 - after) / before, 1.0).clamp(max=1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Cap(Remasking):
     """ReMDM-cap: sigma = min(eta, sigma_max)."""
 
@@ -85,6 +91,7 @@ class Cap(Remasking):
         return self.sigma_max(state).clamp(max=self.eta)[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rescale(Remasking):
     """ReMDM-rescale: sigma = eta sigma_max."""
 
@@ -92,6 +99,7 @@ class Rescale(Remasking):
         return self.eta * self.sigma_max(state)[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Confident(Remasking):
     """ReMDM-conf: sigma = eta sigma_max softmax(-c) over the visible tokens; c is their probability when unmasked.
 
@@ -100,9 +108,8 @@ class Confident(Remasking):
         tokens) / (number of masks), clipped to [0, 1]; n is the number of positions of the block not given by `start`
     """
 
-    def __init__(self, *, eta: float = 1.0, compensate: bool = False) -> None:
-        super().__init__(eta=eta)
-        self.compensate = compensate
+    eta: float = 1.0
+    compensate: bool = False
 
     def sigma(self, state: State) -> Tensor:
         where = unmasked_tokens(state)
@@ -120,6 +127,7 @@ class Confident(Remasking):
         return (to_unmask / masks.clamp(min=1)).clamp(0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Loop(Remasking):
     """ReMDM-loop: a rises to `share` by time t_on, stays there until t_off while tokens are remasked, then rises to 1.
 
@@ -127,11 +135,16 @@ class Loop(Remasking):
     of the time at which it ends; the released code completes such a step in its first phase.
     """
 
-    def __init__(self, *, eta: float = 0.02, t_on: float = 0.55, t_off: float = 0.05, share: float = 0.9) -> None:
-        super().__init__(eta=eta)
-        if not 0 < t_off < t_on < 1 or not 0 < share < 1:
-            raise UserError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {t_off=} {t_on=} {share=}")
-        self.t_on, self.t_off, self.share = t_on, t_off, share
+    eta: float = 0.02
+    share: float = 0.9
+    t_off: float = 0.05
+    t_on: float = 0.55
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.t_off < self.t_on < 1 or not 0 < self.share < 1:
+            times = f"t_off={self.t_off} t_on={self.t_on} share={self.share}"
+            raise UserError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {times}")
 
     def check(self, schedule: Schedule) -> None:
         """Raises UserError if no step begins in the middle phase."""
@@ -150,6 +163,7 @@ class Loop(Remasking):
         return (self.sigma_max(state).clamp(max=self.eta) * middle)[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class RemaskLowest(Reviser):
     """ReMDM for LLaDA: some of a block's steps remask its least confident tokens and unmask as many masks.
 
@@ -159,16 +173,18 @@ class RemaskLowest(Reviser):
     begins at 7/8 of the block's *length*, which is right only for one token a step; here it is a fraction of steps.
     """
 
-    needs_logits: ClassVar[bool] = False
+    begin: float = 0.875
+    number: int = 1
+    share: float = 0.5
     uses_all_steps: ClassVar[bool] = True
     can_veto: ClassVar[bool] = True
 
-    def __init__(self, *, number: int = 1, share: float = 0.5, begin: float = 0.875) -> None:
-        if number < 1:
-            raise UserError(f"number must be at least 1, got {number}")
-        if not (0 < share < 1 and 0 < begin <= 1):
-            raise UserError(f"share must be between 0 and 1, begin above 0 and at most 1, got {share=} {begin=}")
-        self.number, self.share, self.begin = number, share, begin
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UserError(f"number must be at least 1, got {self.number}")
+        if not (0 < self.share < 1 and 0 < self.begin <= 1):
+            values = f"share={self.share} begin={self.begin}"
+            raise UserError(f"share must be between 0 and 1, begin above 0 and at most 1, got {values}")
 
     def check(self, schedule: Schedule) -> None:
         """Raises UserError if no step revises, or fewer than `number` tokens are unmasked before the first one."""
@@ -186,6 +202,9 @@ class RemaskLowest(Reviser):
         left = state.steps_left
         writing_steps = torch.where(state.steps_done < begin, left - revising, left).clamp(min=1)
         return torch.where(self._revises(state, state.steps_done), self.number, ceil_divide(masks, writing_steps))
+
+    def reads(self, state: State) -> Tensor:
+        return torch.zeros_like(state.visible)
 
     def chance(self, state: State) -> Tensor:
         masks = (state.block & ~state.visible).sum(1).clamp(min=1)
@@ -207,6 +226,7 @@ class RemaskLowest(Reviser):
         return (steps_done >= begin) & (steps_done < begin + revising)
 
 
+@dataclass(frozen=True, kw_only=True)
 class KeepSurest(Reviser):
     """RemeDi's sampler (arXiv 2509.23653) without its second network: each step chooses anew which tokens are visible.
 

@@ -2,10 +2,10 @@
 
 One step of the sampler calls the hooks of its reviser in this order:
 
-    count, chance   how many masks to unmask, and for policies that draw: each with which probability
     editable        which visible positions the step may change
-    reads           which further positions `refine` needs logits of
+    reads           which positions need logits, besides the masks that may be unmasked
     refine          predict -> refine: may make further forward calls and return a better `Prediction`
+    count, chance   how many masks to unmask, and for policies that draw: each with which probability
     overwrite       unmask -> overwrite: new ids for visible positions
     remask          overwrite -> remask: positions that become masks again
 
@@ -103,14 +103,12 @@ class Reviser:
     """Base class; leaves visible tokens alone.
 
     random: may act differently in the same state, so that a text that was seen before is no reason to stop
-    needs_logits: needs logits of the positions that it may change
     uses_all_steps: rows make all steps of a block even if no mask is left, as it may remask tokens
     can_veto: `remask` may also name positions that the step is about to unmask; these stay masked
     selects_positions: every mask is proposed to be unmasked, and `remask` alone decides which ones are
     """
 
     random: bool = False
-    needs_logits: ClassVar[bool] = True
     uses_all_steps: ClassVar[bool] = False
     can_veto: ClassVar[bool] = False
     selects_positions: ClassVar[bool] = False
@@ -139,15 +137,15 @@ class Reviser:
         return state.visible & state.block if acts else torch.zeros_like(state.visible)
 
     def reads(self, state: State) -> Tensor:
-        """(B, L) bool: further positions that `refine` needs logits of; they are not changed."""
-        return torch.zeros_like(state.visible)
+        """(B, L) bool: positions that need logits besides the masks that may be unmasked; by default the editable."""
+        return self.editable(state) & state.visible
 
     def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
         """The prediction for the rest of the step: a new object that covers the positions of `prediction.where`."""
         return prediction
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
-        """(B, L) ids; only those at editable positions are used."""
+        """(B, L) int64 ids; only those at editable positions are used. Never the mask: use `remask`."""
         return state.tokens
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:

@@ -6,6 +6,7 @@ TokenToMask(below=0.1, differs=0.9, gap=0.3)    remasks suspicious tokens (arXiv
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from src.io.errors import UserError
 from src.samplers.reviser import DraftPrediction, Predict, Prediction, Reviser, State
 
 
+@dataclass(frozen=True, kw_only=True)
 class ThresholdEdit(Reviser):
     """A visible token becomes its argmax if that is another token with a probability above `tau`.
 
@@ -25,14 +27,17 @@ class ThresholdEdit(Reviser):
         of them is the first step of the next block. After the last block there are the `post_steps`
     """
 
-    def __init__(self, *, tau: float, scope: Literal["block", "all"] = "block", block_passes: int = 0) -> None:
-        if not 0 <= tau <= 1:
-            raise UserError(f"tau must be within 0..1, got {tau}")
-        if scope not in ("block", "all"):
-            raise UserError(f"scope must be 'block' or 'all', got {scope!r}")
-        if block_passes < 0:
-            raise UserError(f"block_passes must be at least 0, got {block_passes}")
-        self.tau, self.scope, self.block_passes = tau, scope, block_passes
+    block_passes: int = 0
+    scope: Literal["block", "all"] = "block"
+    tau: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise UserError(f"tau must be within 0..1, got {self.tau}")
+        if self.scope not in ("block", "all"):
+            raise UserError(f"scope must be 'block' or 'all', got {self.scope!r}")
+        if self.block_passes < 0:
+            raise UserError(f"block_passes must be at least 0, got {self.block_passes}")
 
     def editable(self, state: State) -> Tensor:
         return state.visible & (self._in_scope(state) | self._previous_block(state))
@@ -72,6 +77,7 @@ class ThresholdEdit(Reviser):
         return (place < start) & (place >= start - size) & first[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class TokenToMask(Reviser):
     """Remasks a visible token if any of three conditions holds; null switches a condition off.
 
@@ -81,17 +87,20 @@ class TokenToMask(Reviser):
     limit: how often one position may be remasked, so that a text on which the model cannot settle ends
     """
 
-    def __init__(
-        self, *, below: float | None = 0.1, differs: float | None = 0.9, gap: float | None = 0.3, limit: int = 3
-    ) -> None:
-        for name, value in {"below": below, "differs": differs, "gap": gap}.items():
+    below: float | None = 0.1
+    differs: float | None = 0.9
+    gap: float | None = 0.3
+    limit: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("below", "differs", "gap"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name} must be within 0..1 or null, got {value}")
-        if below is None and differs is None and gap is None:
+        if self.below is None and self.differs is None and self.gap is None:
             raise UserError("below, differs and gap are all null, so nothing is ever remasked: set one of them")
-        if limit < 1:
-            raise UserError(f"limit must be at least 1, got {limit}")
-        self.below, self.differs, self.gap, self.limit = below, differs, gap, limit
+        if self.limit < 1:
+            raise UserError(f"limit must be at least 1, got {self.limit}")
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
         where = self.editable(state) & prediction.where & (state.num_remasks < self.limit)

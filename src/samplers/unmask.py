@@ -27,7 +27,7 @@ class Unmask(Protocol):
     """A policy: `select` chooses some of the `eligible` (B, L) bool positions of each row.
 
     confidence: (B, L) float64, the score of each position
-    count:      (B,) the scheduled number; above the length in the last forward call of a budget: unmask everything
+    count:      (B,) the scheduled number
     chance:     (B,) float64, probability of each position to be unmasked, for policies that draw
     noise:      for policies that draw
     scores:     the values of `Sampler.score` that the policy can use; empty if it does not use a score
@@ -70,7 +70,7 @@ class Threshold:
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:
-            count = one_or_all(count, eligible)
+            count = count.clamp(max=1)
         return top(confidence, eligible, count) | (eligible & (confidence >= self.tau))
 
 
@@ -91,7 +91,7 @@ class Factor:
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:
-            count = one_or_all(count, eligible)
+            count = count.clamp(max=1)
         ordered = confidence.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True).values
         number = torch.arange(1, eligible.shape[1] + 1, device=eligible.device)  # n
         fits = (number + 1) * (1 - ordered) < self.factor  # false where the confidence is -inf
@@ -112,13 +112,7 @@ class Bernoulli:
 def top(confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     """(B, L) bool: the `count` (B,) most confident eligible positions; among equal ones the leftmost."""
     order = confidence.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
-    return eligible & (rank < count[:, None])
-
-
-def one_or_all(count: Tensor, eligible: Tensor) -> Tensor:
-    """(B,) at most one for each row, or `count` in the last forward call of a budget, which unmasks everything."""
-    return count.where(count > eligible.shape[1], count.clamp(max=1))
+    return eligible & (order.argsort(dim=1) < count[:, None])
 
 
 def low_confidence(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
