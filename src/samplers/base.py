@@ -1,9 +1,4 @@
-"""What all samplers share: their speed, their call, the end of a text, and the record of a step.
-
-    sampled = sampler(backbone, prefix, special=codec.special, keys=["a", "b"], seed=0)
-
-B rows, L response positions.
-"""
+"""What all samplers share: their speed, their call, the end of a text, and the record of a step."""
 
 from __future__ import annotations
 
@@ -95,10 +90,7 @@ class AnySampler:
 def record(
     traces: list[list[TraceStep]], rows: Tensor, forwards: Tensor, before: Tensor, after: Tensor, **masks: Tensor
 ) -> None:
-    """Append a step to the trace of each of `rows` (B,) bool.
-
-    masks: (B, L) unmasked, rewritten, remasked, all bool, and the confidence of what was unmasked
-    """
+    """Append a step to the trace of each of `rows` (B,) bool. masks: (B, L), what `TraceStep` lists."""
     host = {name: values.tolist() for name, values in masks.items()}
     old, new, calls = before.tolist(), after.tolist(), forwards.tolist()
     for row in rows.nonzero()[:, 0].tolist():

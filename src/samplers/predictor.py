@@ -1,21 +1,62 @@
 """Forward calls of a sampler: only for rows that need logits, guided if asked for, counted, and cached.
 
-    predict = Predictor(backbone, prefix, special, cfg_scale=0.0, suffix=None)
-    prediction = predict(tokens, where)          one call for each row that has a true position in `where`
-    predict.keep(prediction, unchanged)          cache the logits of rows whose tokens the step left unchanged
-    prediction = predict.reuse(tokens, where)    no call for a cached row that needs no further positions
-
 B rows, L response positions, N positions with logits, S suffix positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.samplers.reviser import Prediction
+from src.samplers.unmask import SCORES
 from src.types import Backbone, Prefix, SpecialIds
+
+
+@dataclass
+class Prediction:
+    """Logits of the backbone at the true positions of `where` (B, L).
+
+    logits: (N, V) float32 at those positions in row-major order. -inf at banned ids and at ids beyond the tokenizer's,
+            which thus get no probability, whether the head is cut to the tokenizer's length (LLaDA-V) or not. The mask
+            keeps its logit unless it is banned, but is never written
+    best:   (B, L) their argmax over the ids that may be written; elsewhere the input tokens
+    """
+
+    where: Tensor
+    logits: Tensor
+    best: Tensor
+
+    def at(self, positions: Tensor) -> Tensor:
+        """(M, V), a copy: logits at the M true positions of `positions` (B, L), which must lie within `where`."""
+        return self.logits[positions[self.where]]
+
+    def confidence(self, positions: Tensor, tokens: Tensor, score: str = "probability") -> Tensor:
+        """(B, L) float64 probability, or another score, of `tokens` (B, L) where `positions` is true; 0 elsewhere."""
+        out = torch.zeros(positions.shape, dtype=torch.float64, device=positions.device)
+        if positions.any():
+            out[positions] = SCORES[score](self.logits, positions[self.where].nonzero()[:, 0], tokens[positions])
+        return out
+
+
+@dataclass
+class DraftPrediction(Prediction):
+    """A prediction that further forward calls update, and the draft (B, L) that these calls read."""
+
+    draft: Tensor
+
+    @classmethod
+    def copy_of(cls, prediction: Prediction, draft: Tensor) -> DraftPrediction:
+        """A copy whose logits may be changed without changing those of `prediction`."""
+        return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
+
+    def update(self, predict: Predictor, where: Tensor) -> None:
+        """One forward call with the draft, for the true positions of `where` (B, L)."""
+        fresh = predict(self.draft, where)
+        self.logits[where[self.where]] = fresh.logits
+        self.best = torch.where(where, fresh.best, self.best)
 
 
 class Predictor:
@@ -42,7 +83,7 @@ class Predictor:
         self.cached: Prediction | None = None
 
     def __call__(self, tokens: Tensor, where: Tensor) -> Prediction:
-        """Logits and argmax at the true positions of `where` (B, L)."""
+        """Logits and argmax at the true positions of `where` (B, L): one call for each row that has any."""
         needed, best = where.any(1), tokens.clone()
         self.forwards = self.forwards + needed * self.cost
         rows = needed.nonzero()[:, 0]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.predictor import Prediction
+from src.samplers.reviser import Reviser, State
 from src.samplers.unmask import top
 
 
@@ -27,8 +28,6 @@ class OverwriteAll(Reviser):
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.scope not in ("block", "all"):
-            raise UserError(f"scope must be 'block' or 'all', got {self.scope!r}")
         if not 0 < self.share <= 1:
             raise UserError(f"share must be above 0 and at most 1, got {self.share}")
         if not 0 <= self.begin <= 1:

@@ -24,8 +24,8 @@ from torch import Tensor
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.samplers.base import AnySampler, record
-from src.samplers.predictor import Predictor
-from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.predictor import Prediction, Predictor
+from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Progress, Schedule
 from src.samplers.unmask import TopK, Unmask, draw, keep_nucleus
 from src.types import SpecialIds, TraceStep
@@ -35,7 +35,7 @@ from src.types import SpecialIds, TraceStep
 class Sampler(AnySampler):
     """Writes responses of `length` tokens with a backbone.
 
-    tokens_per_step or steps: how fast masks are unmasked; give one of the two, neither means one token a step
+    tokens_per_step, steps, cfg_scale: see `AnySampler`
     blocks: the response is written in this many equal parts, left to right, which share `steps` equally
     shift: how unevenly a block's steps share its masks, see `Schedule`
     unmask: policy that chooses which masks to unmask (default `TopK()`)
@@ -50,7 +50,6 @@ class Sampler(AnySampler):
     early_stop: the earliest eot ever seen after a step ends the text, even if it is rewritten later. The masks before
         it are then unmasked, in other blocks too, and the row is done; the positions behind it are left as they are.
         `block`: a row is done when a block is full and ends in end-of-text (LLaDA's evaluation, ProSeCo)
-    cfg_scale: classifier-free guidance, see `AnySampler`
     max_forwards: forward calls that a row may use, checked once a step; the last one fills every mask with its argmax
     """
 
@@ -74,29 +73,32 @@ class Sampler(AnySampler):
         """Raises UserError for settings that do not fit together, or that would be ignored."""
         super().__post_init__()
         policy, reviser = self.unmask or TopK(), self.reviser or Reviser()
-        kind, policy_name = type(reviser), type(policy).__name__
+        kind, cost = type(reviser), 2 if self.cfg_scale else 1
         if self.post_steps < 0 or (self.post_steps and self.reviser is None):
             raise UserError(f"post_steps must be at least 0, and 0 without a reviser, got {self.post_steps}")
         if self.post_steps and kind.overwrite is Reviser.overwrite:
             raise UserError(f"post_steps only rewrite, which {kind.__name__} never does: set post_steps=0")
         if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
             raise UserError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
-        cost = 2 if self.cfg_scale else 1
         if self.max_forwards is not None and self.max_forwards < cost:
             raise UserError(f"max_forwards must be at least {cost}, got {self.max_forwards}")
         if policy.scores and self.score not in policy.scores:
-            raise UserError(f"{policy_name} needs a score of {policy.scores}, got {self.score!r}")
-        order = f"score={self.score!r} eos_last={self.eos_last}"
+            raise UserError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
         if not policy.scores and (self.eos_last or self.score != "probability"):
-            raise UserError(f"{policy_name} unmasks by chance, so remove eos_last and score, got {order}")
+            raise UserError(
+                f"{type(policy).__name__} unmasks by chance, so remove eos_last and score, "
+                f"got eos_last={self.eos_last} score={self.score!r}"
+            )
         if reviser.selects_positions and (policy, self.score, self.eos_last) != (TopK(), "probability", False):
-            chooses = f"{kind.__name__} chooses what to unmask"
-            raise UserError(f"{chooses}, so remove unmask, score and eos_last, got unmask={policy} {order}")
+            raise UserError(
+                f"{kind.__name__} chooses what to unmask, so remove unmask, score and eos_last, "
+                f"got unmask={policy} score={self.score!r} eos_last={self.eos_last}"
+            )
         # NOTE: each step unmasks a token at least, unless the policy draws or the reviser remasks.
         too_many = self.steps is not None and self.steps > self.length
         if too_many and policy.scores and not reviser.uses_all_steps:
             raise UserError(f"{self.steps} steps are more than the {self.length} tokens of the response")
-        scheduled = kind.count is Reviser.count and not reviser.selects_positions
+        scheduled = kind.chance is Reviser.chance and not reviser.selects_positions
         if self.shift != 1 and not (scheduled and policy.scheduled):
             raise UserError(f"shift={self.shift} is for samplers that unmask a scheduled number of masks")
         reviser.check(self.schedule)
@@ -148,8 +150,8 @@ class Sampler(AnySampler):
             prediction = reviser.refine(state, first, predict)
             # 4. unmask: propose a token for each eligible mask, and choose which masks become it
             proposal, probability, score = self._propose(prediction, eligible, last, special, noise)
-            count = reviser.count(state, progress.count(before))
-            chance = reviser.chance(state).masked_fill(is_final, 1.0)
+            chance = reviser.chance(state, self.schedule.chance(state.steps, state.steps_left))
+            count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
             unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
             if reviser.selects_positions:
                 unmasked = eligible
@@ -202,13 +204,11 @@ class Sampler(AnySampler):
             if self.top_p < 1:
                 keep_nucleus(logits, temperature=self.temperature, top_p=self.top_p)
             proposal[drawn] = draw(logits, temperature=self.temperature, noise=noise["sampler"], counts=counts)
-        probability = prediction.confidence(eligible, proposal)
+        score = probability = prediction.confidence(eligible, proposal)
         if self.score == "random":
             score = noise["score"].uniform(eligible).double()
-        else:
-            score = (
-                prediction.confidence(eligible, proposal, self.score) if self.score != "probability" else probability
-            )
+        elif self.score != "probability":
+            score = prediction.confidence(eligible, proposal, self.score)
         if self.eos_last:  # eot and end-of-text score below all others
             span = 1 + math.log(special.vocab_size) if self.score == "entropy" else 1.0  # no two scores differ by more
             score = score - span * ((proposal == special.eos) | (proposal == special.eot)).double()

@@ -1,10 +1,4 @@
-"""How many tokens a step unmasks, and where.
-
-    schedule = Schedule(length=32, tokens_per_step=4, steps=None, blocks=2)
-    progress = Progress(schedule, tokens, special)
-    progress.enter(tokens)        moves rows whose block is full to their next block
-    progress.count(tokens)        (B,) number to unmask in this step
-    progress.finish(tokens, post=post, last=last)       counts the step, and finds the rows that are done
+"""How many tokens a step unmasks, where, and when a row is done.
 
 The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, also if a reviser
 remasks tokens or the given text has few masks. The last scheduled step of a block unmasks all its masks, so every row
@@ -68,29 +62,26 @@ class Schedule:
             return torch.full_like(masks, self.steps // self.blocks)
         return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
 
-    def count(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
-        """(B,) how many of `masks` (B,) to unmask now, with `left` (B,) of a block's `steps` left; rounded up."""
+    def chance(self, steps: Tensor, left: Tensor) -> Tensor:
+        """(B,) float64: the fraction of a block's masks to unmask now, with `left` (B,) of its `steps` (B,) left."""
         left = left.clamp(min=1)
         if self.shift == 1:
-            return ceil_divide(masks, left)
+            return 1 / left.double()
         done = 1 - torch.stack([left, left - 1]).double() / steps.clamp(min=1).maximum(left)
         masked = 1 - self.shift * done / (1 + (self.shift - 1) * done)  # fraction before the step and after it
-        return (masks * (1 - masked[1] / masked[0]) - 1e-9).ceil().long()
+        return 1 - masked[1] / masked[0]
 
 
 class Progress:
     """Where each row stands, and when it is done.
 
-    active:     (B,) bool, rows that are not done
-    end:        (B,) end of the row's current block
-    steps:      (B,) number of steps scheduled for this block; steps_left: how many of them are left
-    steps_done: (B,) steps made in this block, which may exceed `steps` if a policy ignores the schedule
-    stop:       (B,) position of the eot that ends its text, or the response length
-    passes:     (B,) post steps made
+    active: (B,) bool, rows that are not done
+    end:    (B,) end of the row's current block; steps, steps_left, steps_done: (B,) as in `State`
+    stop:   (B,) position of the eot that ends its text, or the response length
+    passes: (B,) post steps made
+    seen:   (B, post_steps + 1, L) the text after each of them
 
-    early_stop, post_steps: as in `Sampler`
-    uses_all_steps: a row makes all steps of its block even if no mask is left in it
-    random: a text that the row had before is no reason to stop
+    early_stop, post_steps: as in `Sampler`; uses_all_steps, random: as in `Reviser`
     """
 
     def __init__(
@@ -110,7 +101,7 @@ class Progress:
         self.active = (tokens == special.mask).any(1) | (post_steps > 0)
         self.end, self.steps, self.steps_left, self.steps_done, self.passes = tokens.new_zeros(5, len(tokens))
         self.stop = torch.full_like(self.end, schedule.length)
-        self.seen = tokens.new_full((len(tokens), post_steps + 1, schedule.length), -1)  # text after each post step
+        self.seen = tokens.new_full((len(tokens), post_steps + 1, schedule.length), -1)
         self.seen[:, 0] = tokens
 
     def enter(self, tokens: Tensor) -> None:
@@ -124,10 +115,10 @@ class Progress:
         self.steps_left = torch.where(full, steps, self.steps_left)
         self.steps_done = self.steps_done.masked_fill(full, 0)
 
-    def count(self, tokens: Tensor) -> Tensor:
-        """(B,) how many masks up to the end of the block to unmask in this step."""
+    def count(self, tokens: Tensor, chance: Tensor) -> Tensor:
+        """(B,) the fraction `chance` (B,) of the masks up to the end of the block, rounded up."""
         masks = ((tokens == self.special.mask) & self.before_end).sum(1)
-        return self.schedule.count(masks, self.steps, self.steps_left)
+        return (masks * chance - 1e-9).ceil().long()  # NOTE: rounding may exceed a whole number
 
     def finish(self, tokens: Tensor, *, post: Tensor, last: Tensor) -> None:
         """Count a step as made, and find the rows that are done.
@@ -188,5 +179,4 @@ class Progress:
 
 
 def ceil_divide(number: Tensor, by: Tensor) -> Tensor:
-    """Integer division that rounds up."""
     return (number + by - 1) // by

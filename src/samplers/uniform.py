@@ -1,14 +1,10 @@
-"""Samplers that start from random tokens: every position holds an ordinary token at every step, never a mask.
-
-    sampler = Posterior(length=64, steps=32)
-    sampled = sampler(backbone, prefix, special=codec.special, keys=["a", "b"], seed=0)
+"""Samplers that start from random tokens; a model has to be trained on such noise.
 
     random ids -> T times: logits -> p(x0) over the states -> new ids -> end of text
 
 B rows, L response positions, V vocabulary, K states: the ids that a text may contain, which are all but the mask and
 the banned and unwritten ids. Noise is uniform over the ordinary ids, as in training (`Replace`): eot and end-of-text
-are never noise, or texts would end where no model meant it. These samplers have the interface and counts of `Sampler`;
-all tokens may change in every step, so there is no reviser. A model has to be trained on such noise.
+are never noise, or texts would end where no model meant it.
 """
 
 from __future__ import annotations
@@ -33,9 +29,8 @@ from src.types import TraceStep
 class FromNoise(AnySampler):
     """Base class: time runs from 1 (noise) to 0 (text) in T equal steps; a subclass defines `transition`.
 
-    tokens_per_step or steps: T is `steps`, or length / tokens_per_step, rounded up; give one, neither means T = length
+    T is `steps`, or length / tokens_per_step, rounded up
     temperature: p is softmax(logits / temperature); at 0 the argmax has probability 1
-    cfg_scale: classifier-free guidance, see `AnySampler`
     """
 
     length: int
@@ -130,10 +125,8 @@ class Jumps(FromNoise):
 
 
 def uniform(noise: Noise, where: Tensor) -> Tensor:
-    """Random float64 numbers on [0, 1) in the shape of `where` (B, L); each row from its own generator.
-
-    NOTE: float64, as the spacing of float32 numbers is as wide as the probability of a token of a large vocabulary.
-    """
+    """Random float64 numbers on [0, 1) in the shape of `where` (B, L); each row from its own generator."""
+    # NOTE: the spacing of float32 numbers is as wide as the probability of a token of a large vocabulary.
     rows = [torch.rand(where.shape[1], generator=generator, dtype=torch.float64) for generator in noise.generators]
     return torch.stack(rows).to(where.device)
 

@@ -1,16 +1,11 @@
-"""Which masked tokens to unmask: scores, policies, and the draw of the tokens themselves.
+"""Which masked tokens to unmask: policies, the scores they rank by, and the draw of the tokens themselves.
 
-    proposal = draw(logits, temperature=0.7, noise=noise, counts=[3, 5])    (N,) token ids
-    score = low_confidence(logits, rows, proposal)                          (M,) probability of each proposal
-    TopK().select(confidence, eligible, count, chance, noise)               (B, L) bool, what to unmask
-
-N eligible positions of all rows in row-major order. Scores do not depend on the temperature, which would saturate
-them. Logits are converted to float64 in parts, since a copy of them all would take gigabytes.
+B rows, L response positions, V vocabulary, N positions with logits of all rows, M of them scored. Scores do not depend
+on the temperature, which would saturate them. A copy of all logits in float64 would take gigabytes, so it is in parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -55,9 +50,9 @@ class TopK:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every position whose confidence reaches `tau` (Fast-dLLM, arXiv 2505.22618), and at least the scheduled number.
+    """Every position whose confidence reaches `tau`, and at least the scheduled number, or one if `scheduled` is false.
 
-    scheduled: false unmasks at least one position instead, whatever the schedule says
+    Fast-dLLM, arXiv 2505.22618.
     """
 
     tau: float
@@ -78,7 +73,7 @@ class Threshold:
 class Factor:
     """The n most confident positions, n the largest with (n + 1)(1 - c_n) < factor; c_n is the n-th highest confidence.
 
-    Fast-dLLM's other rule. Like `Threshold`, at least the scheduled number, or one if `scheduled` is false.
+    Fast-dLLM's other rule, and at least as many as with `Threshold`.
     """
 
     factor: float
@@ -136,18 +131,11 @@ def negative_entropy(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
 
 
 # Scores that are functions of the logits; the score "random" is drawn from the row's noise instead.
-SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "probability": low_confidence,
-    "margin": margin,
-    "entropy": negative_entropy,
-}
+SCORES = {"probability": low_confidence, "margin": margin, "entropy": negative_entropy}
 
 
 def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int]) -> Tensor:
-    """(N,) token ids by the Gumbel-max rule. `counts`: how many of the N positions each row of the batch has.
-
-    Each row draws from its own generator, so its tokens do not depend on the other rows of the batch.
-    """
+    """(N,) ids by the Gumbel-max rule, each row from its own generator. counts: how many of the N are each row's."""
     ids = []
     for row, generator in zip(logits.split(counts), noise.generators, strict=True):
         for part in row.split(PART):
@@ -158,10 +146,7 @@ def draw(logits: Tensor, *, temperature: float, noise: Noise, counts: list[int])
 
 
 def keep_nucleus(logits: Tensor, *, temperature: float, top_p: float) -> None:
-    """Nucleus sampling (arXiv 1904.09751): set logits (N, V) outside the smallest set of probability `top_p` to -inf.
-
-    In place. Probabilities are softmax(logits / temperature). The id that crosses `top_p` is kept.
-    """
+    """Set logits (N, V) outside the nucleus, the smallest set of probability `top_p`, to -inf (arXiv 1904.09751)."""
     for part in logits.split(PART):
         probs, order = (part.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         outside = probs.cumsum(-1) - probs >= top_p
