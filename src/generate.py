@@ -37,7 +37,7 @@ from src.io.errors import UserError
 from src.io.lock import locked
 from src.io.settings import describe
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
-from src.samplers.uniform import AnySampler
+from src.samplers.base import AnySampler
 from src.text.tokenizer import Codec
 
 logger = logging.getLogger(__name__)

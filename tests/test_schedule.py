@@ -6,21 +6,24 @@ import pytest
 import torch
 
 from src.samplers.schedule import Progress, Schedule
+from src.types import SpecialIds
 
 MASK, EOT = 0, 2
+SPECIAL = SpecialIds(mask=MASK, eos=1, eot=EOT, banned=(MASK,), vocab_size=12)
+NO_ROW = torch.zeros(1, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n])
 def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     tokens = torch.full((1, number), MASK)
-    progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, MASK)
+    progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, SPECIAL)
     counts, left = [], []
     while (tokens == MASK).any():
         progress.enter(tokens)
         left.append(int(progress.steps_left))
-        counts.append(int(progress.take(tokens)))
-        done = sum(counts)
-        tokens[:, :done] = 5
+        counts.append(int(progress.count(tokens)))
+        tokens[:, : sum(counts)] = 5
+        progress.finish(tokens, post=NO_ROW, last=NO_ROW)
     assert counts == [number // steps + (step < number % steps) for step in range(steps)]
     assert left == list(range(steps, 0, -1))
     assert int(progress.steps) == steps
@@ -28,15 +31,16 @@ def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
 
 def test_the_earliest_end_ever_seen_counts():
     tokens = torch.tensor([[5, MASK, 5, MASK, 5, MASK]] * 3)
-    progress = Progress(Schedule(length=6, tokens_per_step=1, steps=None, blocks=3), tokens, MASK)
+    progress = Progress(Schedule(length=6, tokens_per_step=1, steps=None, blocks=3), tokens, SPECIAL, early_stop=True)
     progress.enter(tokens)
     assert progress.reach.tolist() == [[True] * 2 + [False] * 4] * 3
     for row, place in ((0, 4), (1, 2), (1, 5), (2, 0)):
         tokens[row, place] = EOT
-    progress.stop_at(tokens, EOT)
+    progress.finish(tokens, post=NO_ROW, last=NO_ROW)
     assert progress.stop.tolist() == [4, 2, 0]
-    progress.stop_at(torch.where(tokens == EOT, 7, tokens), EOT)
-    progress.stop_at(torch.tensor([[5, 5, 5, 5, 5, EOT], [5, EOT, 5, 5, 5, 5], [5] * 6]), EOT)
+    progress.finish(torch.where(tokens == EOT, 7, tokens), post=NO_ROW, last=NO_ROW)
+    moved = torch.tensor([[5, 5, 5, 5, 5, EOT], [5, EOT, 5, 5, 5, 5], [5] * 6])
+    progress.finish(moved, post=NO_ROW, last=NO_ROW)
     assert progress.stop.tolist() == [4, 1, 0]
     assert progress.reach.sum(1).tolist() == [4, 1, 0]
     assert [row.nonzero()[:, 0].tolist() for row in progress.pending(tokens)] == [[1, 3], [], []]
@@ -48,17 +52,18 @@ def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
     """LaViDa's: of n tokens, n s x / (1 + (s - 1) x) after the share x of the steps; at least one a step."""
     tokens = torch.full((1, number), MASK)
     schedule = Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1, shift=shift)
-    progress = Progress(schedule, tokens, MASK)
+    progress = Progress(schedule, tokens, SPECIAL)
     unmasked = 0
     for step in range(1, steps + 1):
         progress.enter(tokens)
-        count = int(progress.take(tokens))
+        count = int(progress.count(tokens))
         assert count >= min(1, number - unmasked)
         expected = number * shift * (step / steps) / (1 + (shift - 1) * step / steps)
         ahead = unmasked - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)
         unmasked += count
         assert expected - 1e-6 <= unmasked < expected + max(ahead, 0) + 1 or count == 1
         tokens[:, :unmasked] = 5
+        progress.finish(tokens, post=NO_ROW, last=NO_ROW)
     assert unmasked == number
 
 

@@ -149,10 +149,6 @@ def test_the_factor_rule_by_enumeration():
             assert sorted(chosen) == found[row].nonzero()[:, 0].tolist()
             sizes.add(len(chosen))
     assert len(sizes) > 4
-    everything = Factor(0.1, scheduled=False).select(
-        confidence, eligible, count * (L + 1), count.double(), Noise([], seed=0)
-    )
-    assert torch.equal(everything, eligible)  # the last call of a budget
     one = Factor(0.1, scheduled=False).select(confidence, eligible, count * L, count.double(), Noise([], seed=0))
     assert (one.sum(1) < eligible.sum(1)).any()  # a schedule of one step
     scheduled = Factor(0.1).select(confidence, eligible, count * 5, count.double(), Noise([], seed=0))

@@ -21,7 +21,7 @@ from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.llada_v import LLaDAV
-from src.samplers.uniform import AnySampler
+from src.samplers.base import AnySampler
 from src.text.tokenizer import Codec
 from src.types import Batch
 

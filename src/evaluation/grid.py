@@ -22,7 +22,7 @@ from src.cli.config import load_part
 from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, nodes, walk
 from src.evaluation.results import Cell
 from src.io.errors import UserError
-from src.samplers.uniform import AnySampler
+from src.samplers.base import AnySampler
 
 SPEED = "tokens_per_step"
 BEST = ("highest", "lowest")  # which values of a metric are good

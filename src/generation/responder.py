@@ -20,7 +20,7 @@ from src.cli.instantiate import build
 from src.io.errors import UserError
 from src.models.hf.folder import ModelFolder
 from src.models.llada_v import LLaDAV
-from src.samplers.uniform import AnySampler
+from src.samplers.base import AnySampler
 from src.text.tokenizer import Codec
 from src.types import Sampled
 

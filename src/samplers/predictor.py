@@ -1,27 +1,68 @@
 """Forward calls of a sampler: only for rows that need logits, guided if asked for, counted, and cached.
 
-    predict = Predictor(backbone, prefix, special, cfg_scale=0.0, suffix=None)
-    prediction = predict(tokens, where)          one call for each row that has a true position in `where`
-    predict.keep(prediction, unchanged)          cache the logits of rows whose tokens the step left unchanged
-    prediction = predict.reuse(tokens, where)    no call for a cached row that needs no further positions
-
 B rows, L response positions, N positions with logits, S suffix positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.samplers.reviser import Prediction
+from src.samplers.unmask import SCORES
 from src.types import Backbone, Prefix, SpecialIds
+
+
+@dataclass
+class Prediction:
+    """Logits of the backbone at the true positions of `where` (B, L).
+
+    logits: (N, V) float32 at those positions in row-major order. -inf at banned ids and at ids beyond the tokenizer's,
+            which thus get no probability, whether the head is cut to the tokenizer's length (LLaDA-V) or not. The mask
+            keeps its logit unless it is banned, but is never written
+    best:   (B, L) their argmax over the ids that may be written; elsewhere the input tokens
+    """
+
+    where: Tensor
+    logits: Tensor
+    best: Tensor
+
+    def at(self, positions: Tensor) -> Tensor:
+        """(M, V), a copy: logits at the M true positions of `positions` (B, L), which must lie within `where`."""
+        return self.logits[positions[self.where]]
+
+    def confidence(self, positions: Tensor, tokens: Tensor, score: str = "probability") -> Tensor:
+        """(B, L) float64 probability, or another score, of `tokens` (B, L) where `positions` is true; 0 elsewhere."""
+        out = torch.zeros(positions.shape, dtype=torch.float64, device=positions.device)
+        if positions.any():
+            out[positions] = SCORES[score](self.logits, positions[self.where].nonzero()[:, 0], tokens[positions])
+        return out
+
+
+@dataclass
+class DraftPrediction(Prediction):
+    """A prediction that further forward calls update, and the draft (B, L) that these calls read."""
+
+    draft: Tensor
+
+    @classmethod
+    def copy_of(cls, prediction: Prediction, draft: Tensor) -> DraftPrediction:
+        """A copy whose logits may be changed without changing those of `prediction`."""
+        return cls(**{**vars(prediction), "logits": prediction.logits.clone()}, draft=draft)
+
+    def update(self, predict: Predictor, where: Tensor) -> None:
+        """One forward call with the draft, for the true positions of `where` (B, L)."""
+        fresh = predict(self.draft, where)
+        self.logits[where[self.where]] = fresh.logits
+        self.best = torch.where(where, fresh.best, self.best)
 
 
 class Predictor:
     """Makes forward calls and counts them per row in `forwards` (B,). Never proposes a banned id or the mask.
 
-    prefixes: the prefixes of one guided call: the given one and, if cfg_scale is not 0, one that is all masks
+    cost: forward calls of one prediction of a row: two with guidance, the second behind a prefix that is all masks
 
     Raises ValueError if suffix is not one-dimensional.
     NOTE: float32 logits of the backbone are changed in place, since a copy may take gigabytes.
@@ -32,8 +73,8 @@ class Predictor:
     ) -> None:
         self.backbone, self.special, self.scale = backbone, special, cfg_scale
         self.prefixes = [prefix, masked_prefix(backbone, prefix, special)] if self.scale else [prefix]
-        device = prefix.embeds.device
-        self.forwards = torch.zeros(prefix.embeds.shape[0], dtype=torch.int64, device=device)
+        self.cost, device = len(self.prefixes), prefix.embeds.device
+        self.forwards = torch.zeros(len(prefix.embeds), dtype=torch.int64, device=device)
         self.banned = torch.tensor(special.banned, dtype=torch.int64, device=device)
         if suffix is not None and suffix.ndim != 1:
             raise ValueError(f"suffix must be one row of ids, (S,), got shape {tuple(suffix.shape)}")
@@ -42,17 +83,26 @@ class Predictor:
         self.cached: Prediction | None = None
 
     def __call__(self, tokens: Tensor, where: Tensor) -> Prediction:
-        """Logits and argmax at the true positions of `where` (B, L)."""
-        needed = where.any(1)
-        self.forwards = self.forwards + needed * len(self.prefixes)
+        """Logits and argmax at the true positions of `where` (B, L): one call for each row that has any."""
+        needed, best = where.any(1), tokens.clone()
+        self.forwards = self.forwards + needed * self.cost
         rows = needed.nonzero()[:, 0]
         if not len(rows):
-            return Prediction(where, torch.zeros(0, self.special.vocab_size, device=tokens.device), tokens.clone())
-        logits = self._logits(rows, tokens[rows], where[rows])  # (N, V)
+            return Prediction(where, torch.zeros(0, self.special.vocab_size, device=tokens.device), best)
+        if not torch.equal(rows, self.rows):
+            self.rows, self.row_prefixes = rows, [prefix.select(rows) for prefix in self.prefixes]
+        suffix = self.suffix.expand(len(rows), -1)  # (n, S)
+        texts, positions = torch.cat([tokens[rows], suffix], 1), F.pad(where[rows], (0, len(self.suffix)))  # (n, L + S)
+        logits = self.backbone(self.row_prefixes[0], texts, positions=positions).float()  # (N, V)
+        if self.scale:
+            uncond = self.backbone(self.row_prefixes[1], texts, positions=positions).float()
+            logits.sub_(uncond).mul_(self.scale + 1).add_(uncond)
         logits[:, self.banned] = -torch.inf
         logits[:, self.special.vocab_size :] = -torch.inf
-        best = tokens.clone()
-        best[where] = argmax_without(logits, self.special.mask)
+        mask_logits = logits[:, self.special.mask].clone()
+        logits[:, self.special.mask] = -torch.inf  # restored below: cheaper than a copy of all logits
+        best[where] = logits.argmax(-1)
+        logits[:, self.special.mask] = mask_logits
         return Prediction(where, logits, best)
 
     def keep(self, prediction: Prediction, rows: Tensor) -> None:
@@ -77,27 +127,6 @@ class Predictor:
         logits = fresh.logits.new_empty(int(where.sum()), fresh.logits.shape[1])
         logits[hits[where]], logits[~hits[where]] = cached.at(hits), fresh.logits
         return Prediction(where, logits, torch.where(hits, cached.best, fresh.best))
-
-    def _logits(self, rows: Tensor, tokens: Tensor, where: Tensor) -> Tensor:
-        """(N, V) float32 logits of `rows`, with the suffix behind the response, guided if cfg_scale is not 0."""
-        if not torch.equal(rows, self.rows):
-            self.rows, self.row_prefixes = rows, [prefix.select(rows) for prefix in self.prefixes]
-        suffix = self.suffix.expand(len(rows), -1)  # (n, S)
-        tokens, where = torch.cat([tokens, suffix], 1), F.pad(where, (0, len(self.suffix)))  # (n, L + S)
-        logits = [self.backbone(p, tokens, positions=where).float() for p in self.row_prefixes]
-        if not self.scale:
-            return logits[0]
-        cond, uncond = logits
-        return cond.sub_(uncond).mul_(self.scale + 1).add_(uncond)
-
-
-def argmax_without(logits: Tensor, mask: int) -> Tensor:
-    """(N,) argmax of logits (N, V) over all ids but `mask`."""
-    mask_logits = logits[:, mask].clone()
-    logits[:, mask] = -torch.inf  # restored below: cheaper than a copy of all logits
-    best = logits.argmax(-1)
-    logits[:, mask] = mask_logits
-    return best
 
 
 def masked_prefix(backbone: Backbone, prefix: Prefix, special: SpecialIds) -> Prefix:

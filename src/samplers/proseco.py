@@ -1,89 +1,73 @@
 """ProSeCo's corrector: the model reads its own full draft, several times if it changes (arXiv 2602.11590).
 
-    Corrector(every=2, passes=4)                     in blocks, as for LLaDA
-    Corrector(every=2, passes=4, counts="text")      whole texts, with `unmask: Bernoulli`, as for MDLM
-
 The same network is a denoiser where it sees masks and a corrector where it sees none. A correcting step fills every
 mask with its argmax and runs the network on that draft up to `passes` times; each pass changes the draft by the new
 logits. Visible tokens become those of the last draft, and masks are unmasked by the last logits.
 
-Forward calls: at most T + floor(T / every) * passes for T steps. Known logits cost no call, as the network gets no
-time: none for the first pass over a text without masks (post steps), none once a draft does not change. Guidance
-holds for corrections too, at two calls a pass; the released code drops it there, so its scale has no effect if every
-step corrects.
+Forward calls: at most T + floor(T / every) * passes for T steps, none for logits that are known, as the network gets no
+time. Guidance holds for corrections too, at two calls a pass; the released code drops it there.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import DraftPrediction, Predict, Prediction, Reviser, State
+from src.samplers.predictor import DraftPrediction, Prediction, Predictor
+from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Schedule
 from src.samplers.unmask import draw, top
 
-SCOPES = ("written", "block")
-PICKS = ("argmax", "sample", "edit")
-COUNTS = ("block", "text")
 
-
+@dataclass(kw_only=True)
 class Corrector(Reviser):
     """Corrects in every `every`-th step, and in post steps.
 
+    begin:  first step, by the count of `counts`, that may correct
+    counts: steps are counted from 1 in each `block` (LLaDA, as released) or over the whole `text`
     passes: most forward calls of one correction; 0 never corrects
-    scope:  `written` corrects the current block and all before it, `block` only the current one
     pick:   how a pass changes the draft. `argmax`: every token becomes its argmax. `sample`: every token is drawn at
             temperature 1. `edit`: as `argmax`, but only the `num_edits` changes whose new token is most probable
-    counts: steps are counted from 1 in each `block` (LLaDA, as released) or over the whole `text`
-    begin:  first step, by that count, that may correct
+    scope:  `written` corrects the current block and all before it, `block` only the current one
     """
 
-    def __init__(
-        self,
-        *,
-        every: int = 1,
-        passes: int = 1,
-        scope: Literal["written", "block"] = "written",
-        pick: Literal["argmax", "sample", "edit"] = "argmax",
-        num_edits: int | None = None,
-        counts: Literal["block", "text"] = "block",
-        begin: int = 1,
-    ) -> None:
-        if every < 1 or passes < 0 or begin < 1:
-            raise UserError(
-                f"every and begin must be at least 1 and passes at least 0, got {every=} {begin=} {passes=}"
-            )
-        for name, value, choices in (("scope", scope, SCOPES), ("pick", pick, PICKS), ("counts", counts, COUNTS)):
-            if value not in choices:
-                raise UserError(f"{name} must be one of {choices}, got {value!r}")
-        if (num_edits is not None) != (pick == "edit") or (num_edits is not None and num_edits < 1):
-            raise UserError(f"num_edits must be at least 1 with pick=edit and null without it, got {num_edits}")
-        self.every, self.passes, self.scope = every, passes, scope
-        self.pick, self.num_edits, self.counts, self.begin = pick, num_edits, counts, begin
-        self.random = pick == "sample"
+    begin: int = 1
+    counts: Literal["block", "text"] = "block"
+    every: int = 1
+    num_edits: int | None = None
+    passes: int = 1
+    pick: Literal["argmax", "sample", "edit"] = "argmax"
+    random: bool = field(init=False)
+    scope: Literal["written", "block"] = "written"
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.passes < 0 or self.begin < 1:
+            numbers = f"every={self.every} begin={self.begin} passes={self.passes}"
+            raise UserError(f"every and begin must be at least 1 and passes at least 0, got {numbers}")
+        if (self.num_edits is not None) != (self.pick == "edit") or (self.num_edits is not None and self.num_edits < 1):
+            raise UserError(f"num_edits must be at least 1 with pick=edit and null without it, got {self.num_edits}")
+        self.random = self.pick == "sample"
 
     def check(self, schedule: Schedule) -> None:
-        """Raises UserError if no step of the schedule corrects."""
         steps = schedule.block_steps * (1 if self.counts == "block" else schedule.blocks)
         if self.passes and steps // self.every * self.every < self.begin:
-            unit = "a block" if self.counts == "block" else "the text"
-            count_text = ", counts=text" if self.counts == "block" and schedule.blocks > 1 else ""
             raise UserError(
-                f"every={self.every} begin={self.begin} never corrects where {unit} has {steps} steps: "
-                f"lower these, or take more steps{count_text}, or passes=0 for no corrections"
+                f"every={self.every} begin={self.begin} never corrects where a {self.counts} has {steps} steps: "
+                "lower these, or take more steps, or counts=text, or passes=0 for no corrections"
             )
 
     def editable(self, state: State) -> Tensor:
         return self._region(state) & state.visible
 
     def reads(self, state: State) -> Tensor:
-        """All masks, in later blocks too: the draft is full."""
-        return ~state.visible & self._corrects(state)[:, None]
+        """Also all masks, in later blocks too: the draft is full."""
+        return self.editable(state) | (~state.visible & self._corrects(state)[:, None])
 
-    def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
+    def refine(self, state: State, prediction: Prediction, predict: Predictor) -> Prediction:
         """The logits of the last pass where the draft is corrected, those of the first call elsewhere."""
         region = self._region(state) & prediction.where
         # 1. fill every mask with its argmax
@@ -109,12 +93,11 @@ class Corrector(Reviser):
         assert isinstance(prediction, DraftPrediction)
         return prediction.draft
 
-    def _change(self, state: State, corrected: DraftPrediction, region: Tensor, predict: Predict) -> Tensor:
-        """(B, L) the next draft, changed where `region` is true."""
-        draft, special = corrected.draft.clone(), predict.special
+    def _change(self, state: State, corrected: DraftPrediction, region: Tensor, predict: Predictor) -> Tensor:
+        draft = corrected.draft.clone()
         if self.pick == "sample":
-            logits = corrected.at(region)[:, : special.vocab_size]
-            logits[:, special.mask] = -torch.inf
+            logits = corrected.at(region)[:, : predict.special.vocab_size]
+            logits[:, predict.special.mask] = -torch.inf
             draft[region] = draw(logits, region, temperature=1.0, noise=state.noise)
             return draft
         if self.pick == "edit":
@@ -124,7 +107,6 @@ class Corrector(Reviser):
         return torch.where(region, corrected.best, draft)
 
     def _corrects(self, state: State) -> Tensor:
-        """(B,) bool: whether this step corrects."""
         number = 1 + (state.steps_done if self.counts == "block" else state.step)
         due = (number % self.every == 0) & (number >= self.begin)
         return (due | (state.steps_done < 0)) & (self.passes > 0)

@@ -1,33 +1,37 @@
-"""ReDiff's own decoding: every step also rewrites the visible tokens (arXiv 2510.19871)."""
+"""ReDiff's own decoding: every step also rewrites the visible tokens."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.predictor import Prediction
+from src.samplers.reviser import Reviser, State
 from src.samplers.unmask import top
 
 
+@dataclass(frozen=True, kw_only=True)
 class OverwriteAll(Reviser):
     """ReDiff: every token that was visible before the step becomes its argmax (arXiv 2510.19871).
 
+    begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
     scope: `block` rewrites the current block, `all` every block. Post steps always rewrite every block
     share: rewrite only this fraction of the visible tokens, rounded down: those with the most probable argmax
-    begin: only the last `begin` of a block's steps rewrite, rounded up; 0 leaves it to the post steps
     """
 
-    def __init__(self, *, scope: Literal["block", "all"] = "block", share: float = 1.0, begin: float = 1.0) -> None:
-        if scope not in ("block", "all"):
-            raise UserError(f"scope must be 'block' or 'all', got {scope!r}")
-        if not 0 < share <= 1:
-            raise UserError(f"share must be above 0 and at most 1, got {share}")
-        if not 0 <= begin <= 1:
-            raise UserError(f"begin must be within 0..1, got {begin}")
-        self.scope, self.share, self.begin = scope, share, begin
+    begin: float = 1.0
+    scope: Literal["block", "all"] = "block"
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"share must be above 0 and at most 1, got {self.share}")
+        if not 0 <= self.begin <= 1:
+            raise UserError(f"begin must be within 0..1, got {self.begin}")
 
     def editable(self, state: State) -> Tensor:
         rewrites = state.steps_left <= (state.steps.double() * self.begin).ceil()  # (B,)

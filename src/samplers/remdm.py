@@ -1,7 +1,5 @@
 """ReMDM: visible tokens become masks again at random, and are then unmasked anew (arXiv 2503.00307).
 
-    Sampler(length=64, unmask=Bernoulli(), reviser=Cap(eta=0.008), temperature=1.0)
-
 A step goes from time t to s < t; a_t = 1 - t is the fraction of the text that is visible at t. It remasks each visible
 token with probability sigma, and unmasks each mask with probability
 
@@ -10,41 +8,41 @@ token with probability sigma, and unmasks each mask with probability
 so that the fraction visible at s is a_s for any sigma. `Cap`, `Rescale`, `Confident` and `Loop` differ in sigma. They
 are meant for `unmask: Bernoulli`, which draws; with other policies the number unmasked is the expected one. Time runs
 from 1 to 0 in each block. Only tokens that the sampler unmasked itself are remasked: those of `start` stay.
-
-`RemaskLowest` and `KeepSurest` remask a fixed number of tokens, by confidence.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import Prediction, Reviser, State
+from src.samplers.predictor import Prediction
+from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Schedule, ceil_divide
 from src.samplers.unmask import top
 
 
+@dataclass(frozen=True, kw_only=True)
 class Remasking(Reviser):
-    """Base class of ReMDM's revisers: sigma decides what is remasked, rho how many masks are unmasked (float64).
+    """Base class. eta: how much is remasked; 0 is the ancestral sampler of MDLM."""
 
-    B rows, L positions. eta: how much is remasked; 0 is the ancestral sampler of MDLM
-    """
-
-    needs_logits: ClassVar[bool] = False
+    eta: float
     uses_all_steps: ClassVar[bool] = True
 
-    def __init__(self, *, eta: float) -> None:
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be within 0..1, got {eta}")
-        self.eta = eta
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta must be within 0..1, got {self.eta}")
 
     def check(self, schedule: Schedule) -> None:
-        """Raises UserError for less than 3 steps a block: in the first nothing is visible, the last remasks nothing."""
+        # In the first step nothing is visible, and the last remasks nothing.
         if schedule.block_steps < 3:
             raise UserError(f"{type(self).__name__} needs at least 3 steps a block, got {schedule.block_steps}")
+
+    def reads(self, state: State) -> Tensor:
+        return torch.zeros_like(state.visible)
 
     def visible_share(self, t: Tensor) -> Tensor:
         """(B,) a_t, the fraction of the block visible at time t (B,): 0 at t = 1, 1 at t = 0."""
@@ -54,14 +52,10 @@ class Remasking(Reviser):
         """(B, 1) or (B, L): probability of a visible token to be remasked."""
         raise NotImplementedError
 
-    def chance(self, state: State) -> Tensor:
+    def chance(self, state: State, chance: Tensor) -> Tensor:
         """(B,) rho, if sigma is the same at all positions."""
         before, after = self.visible_shares(state)
         return (after - (1 - self.sigma(state)[:, 0]) * before) / (1 - before)
-
-    def count(self, state: State, count: Tensor) -> Tensor:
-        masks = (state.block & ~state.visible).sum(1)
-        return (self.chance(state) * masks - 1e-9).ceil().long()  # NOTE: rounding may exceed a whole number
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
         where = unmasked_tokens(state)
@@ -92,6 +86,7 @@ class Rescale(Remasking):
         return self.eta * self.sigma_max(state)[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Confident(Remasking):
     """ReMDM-conf: sigma = eta sigma_max softmax(-c) over the visible tokens; c is their probability when unmasked.
 
@@ -100,9 +95,8 @@ class Confident(Remasking):
         tokens) / (number of masks), clipped to [0, 1]; n is the number of positions of the block not given by `start`
     """
 
-    def __init__(self, *, eta: float = 1.0, compensate: bool = False) -> None:
-        super().__init__(eta=eta)
-        self.compensate = compensate
+    eta: float = 1.0
+    compensate: bool = False
 
     def sigma(self, state: State) -> Tensor:
         where = unmasked_tokens(state)
@@ -110,7 +104,7 @@ class Confident(Remasking):
         weights = weights.masked_fill(~where, 0.0)  # NaN in rows without such tokens
         return self.eta * self.sigma_max(state)[:, None] * weights
 
-    def chance(self, state: State) -> Tensor:
+    def chance(self, state: State, chance: Tensor) -> Tensor:
         before, after = self.visible_shares(state)
         if not self.compensate:
             return (after - before) / (1 - before)
@@ -120,6 +114,7 @@ class Confident(Remasking):
         return (to_unmask / masks.clamp(min=1)).clamp(0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Loop(Remasking):
     """ReMDM-loop: a rises to `share` by time t_on, stays there until t_off while tokens are remasked, then rises to 1.
 
@@ -127,14 +122,18 @@ class Loop(Remasking):
     of the time at which it ends; the released code completes such a step in its first phase.
     """
 
-    def __init__(self, *, eta: float = 0.02, t_on: float = 0.55, t_off: float = 0.05, share: float = 0.9) -> None:
-        super().__init__(eta=eta)
-        if not 0 < t_off < t_on < 1 or not 0 < share < 1:
-            raise UserError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {t_off=} {t_on=} {share=}")
-        self.t_on, self.t_off, self.share = t_on, t_off, share
+    eta: float = 0.02
+    share: float = 0.9
+    t_off: float = 0.05
+    t_on: float = 0.55
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.t_off < self.t_on < 1 or not 0 < self.share < 1:
+            times = f"t_off={self.t_off} t_on={self.t_on} share={self.share}"
+            raise UserError(f"expected 0 < t_off < t_on < 1 and 0 < share < 1, got {times}")
 
     def check(self, schedule: Schedule) -> None:
-        """Raises UserError if no step begins in the middle phase."""
         steps = schedule.block_steps
         if not any(self.t_off < left / steps <= self.t_on for left in range(2, steps)):
             raise UserError(f"of {steps} steps a block none begins between t_on={self.t_on} and t_off={self.t_off}")
@@ -150,6 +149,7 @@ class Loop(Remasking):
         return (self.sigma_max(state).clamp(max=self.eta) * middle)[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class RemaskLowest(Reviser):
     """ReMDM for LLaDA: some of a block's steps remask its least confident tokens and unmask as many masks.
 
@@ -159,37 +159,36 @@ class RemaskLowest(Reviser):
     begins at 7/8 of the block's *length*, which is right only for one token a step; here it is a fraction of steps.
     """
 
-    needs_logits: ClassVar[bool] = False
+    begin: float = 0.875
+    number: int = 1
+    share: float = 0.5
     uses_all_steps: ClassVar[bool] = True
     can_veto: ClassVar[bool] = True
 
-    def __init__(self, *, number: int = 1, share: float = 0.5, begin: float = 0.875) -> None:
-        if number < 1:
-            raise UserError(f"number must be at least 1, got {number}")
-        if not (0 < share < 1 and 0 < begin <= 1):
-            raise UserError(f"share must be between 0 and 1, begin above 0 and at most 1, got {share=} {begin=}")
-        self.number, self.share, self.begin = number, share, begin
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise UserError(f"number must be at least 1, got {self.number}")
+        if not (0 < self.share < 1 and 0 < self.begin <= 1):
+            values = f"share={self.share} begin={self.begin}"
+            raise UserError(f"share must be between 0 and 1, begin above 0 and at most 1, got {values}")
 
     def check(self, schedule: Schedule) -> None:
-        """Raises UserError if no step revises, or fewer than `number` tokens are unmasked before the first one."""
-        steps, masks = schedule.block_steps, schedule.block_length
-        revising, begin = (int(number) for number in self._phase(torch.tensor([steps])))
-        if not revising:
+        steps = schedule.block_steps
+        if not int(steps * self.share):
             raise UserError(f"share={self.share} of {steps} steps a block is no step: raise share or take more steps")
-        writing = steps - revising
-        if begin * (masks // writing) + min(begin, masks % writing) < self.number:
-            raise UserError(f"number={self.number} is more than the tokens that the first {begin} steps unmask")
 
-    def count(self, state: State, count: Tensor) -> Tensor:
+    def chance(self, state: State, chance: Tensor) -> Tensor:
         revising, begin = self._phase(state.steps)
         masks = (state.block & ~state.visible).sum(1)
-        left = state.steps_left
-        writing_steps = torch.where(state.steps_done < begin, left - revising, left).clamp(min=1)
-        return torch.where(self._revises(state, state.steps_done), self.number, ceil_divide(masks, writing_steps))
+        writing_steps = torch.where(state.steps_done < begin, state.steps_left - revising, state.steps_left).clamp(
+            min=1
+        )
+        revises = self._revises(state, state.steps_done)
+        count = torch.where(revises, self.number, ceil_divide(masks, writing_steps))
+        return (count / masks.clamp(min=1).double()).clamp(max=1)
 
-    def chance(self, state: State) -> Tensor:
-        masks = (state.block & ~state.visible).sum(1).clamp(min=1)
-        return (self.count(state, masks) / masks.double()).clamp(max=1)
+    def reads(self, state: State) -> Tensor:
+        return torch.zeros_like(state.visible)
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
         unmasked = state.block & state.confidence.isfinite()  # includes the tokens of this step

@@ -1,10 +1,4 @@
-"""How many tokens a step unmasks, and where.
-
-    schedule = Schedule(length=32, tokens_per_step=4, steps=None, blocks=2)
-    progress = Progress(schedule, tokens, mask_id)
-    progress.enter(tokens)        moves rows whose block is full to their next block
-    progress.take(tokens)         (B,) number to unmask in this step; uses up one scheduled step
-    progress.stop_at(tokens, eot) ends rows at their first eot, for good: masks behind it are never unmasked
+"""How many tokens a step unmasks, where, and when a row is done.
 
 The number is `ceil(masks now / steps left)`: an even split with the remainder in the earliest steps, also if a reviser
 remasks tokens or the given text has few masks. The last scheduled step of a block unmasks all its masks, so every row
@@ -15,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from src.io.errors import UserError
+from src.types import SpecialIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +31,7 @@ class Schedule:
     length: int
     tokens_per_step: int | None
     steps: int | None
-    blocks: int
+    blocks: int = 1
     shift: float = 1.0
 
     def __post_init__(self) -> None:
@@ -66,36 +62,52 @@ class Schedule:
             return torch.full_like(masks, self.steps // self.blocks)
         return ceil_divide(masks, torch.full_like(masks, self.tokens_per_step or 1))
 
-    def count(self, masks: Tensor, steps: Tensor, left: Tensor) -> Tensor:
-        """(B,) how many of `masks` (B,) to unmask now, with `left` (B,) of a block's `steps` left; rounded up."""
+    def chance(self, steps: Tensor, left: Tensor) -> Tensor:
+        """(B,) float64: the fraction of a block's masks to unmask now, with `left` (B,) of its `steps` (B,) left."""
         left = left.clamp(min=1)
         if self.shift == 1:
-            return ceil_divide(masks, left)
+            return 1 / left.double()
         done = 1 - torch.stack([left, left - 1]).double() / steps.clamp(min=1).maximum(left)
         masked = 1 - self.shift * done / (1 + (self.shift - 1) * done)  # fraction before the step and after it
-        return (masks * (1 - masked[1] / masked[0]) - 1e-9).ceil().long()
+        return 1 - masked[1] / masked[0]
 
 
 class Progress:
-    """Where each row stands.
+    """Where each row stands, and when it is done.
 
-    end:        (B,) end of its current block
-    steps:      (B,) number of steps scheduled for this block; steps_left: how many of them are left
-    steps_done: (B,) steps made in this block, which may exceed `steps` if a policy ignores the schedule
-    stop:       (B,) position of the eot that ends its text, or the response length
-    uses_all_steps: a row makes all steps of its block even if no mask is left in it
+    active: (B,) bool, rows that are not done
+    end:    (B,) end of the row's current block; steps, steps_left, steps_done: (B,) as in `State`
+    stop:   (B,) position of the eot that ends its text, or the response length
+    passes: (B,) post steps made
+    seen:   (B, post_steps + 1, L) the text after each of them
+
+    early_stop, post_steps: as in `Sampler`; uses_all_steps, random: as in `Reviser`
     """
 
-    def __init__(self, schedule: Schedule, tokens: Tensor, mask_id: int, *, uses_all_steps: bool = False) -> None:
-        self.schedule, self.mask_id, self.uses_all_steps = schedule, mask_id, uses_all_steps
+    def __init__(
+        self,
+        schedule: Schedule,
+        tokens: Tensor,
+        special: SpecialIds,
+        *,
+        early_stop: bool | Literal["eot", "block"] = False,
+        post_steps: int = 0,
+        uses_all_steps: bool = False,
+        random: bool = False,
+    ) -> None:
+        self.schedule, self.special, self.early_stop, self.post_steps = schedule, special, early_stop, post_steps
+        self.uses_all_steps, self.random = uses_all_steps, random
         self.place = torch.arange(schedule.length, device=tokens.device)[None]  # (1, L)
-        self.end, self.steps, self.steps_left, self.steps_done = (tokens.new_zeros(len(tokens)) for _ in range(4))
+        self.active = (tokens == special.mask).any(1) | (post_steps > 0)
+        self.end, self.steps, self.steps_left, self.steps_done, self.passes = tokens.new_zeros(5, len(tokens))
         self.stop = torch.full_like(self.end, schedule.length)
+        self.seen = tokens.new_full((len(tokens), post_steps + 1, schedule.length), -1)
+        self.seen[:, 0] = tokens
 
     def enter(self, tokens: Tensor) -> None:
         """Move rows without a mask up to the end of their block to the next block that has masks."""
-        size, masked = self.schedule.block_length, tokens == self.mask_id
-        full = ~(masked & self.before_end).any(1) & masked.any(1) & ~self._stays
+        size, masked = self.schedule.block_length, tokens == self.special.mask
+        full = ~(masked & self.before_end).any(1) & masked.any(1) & ~self._stays()
         block = masked.int().argmax(1) // size  # of the first mask
         self.end = torch.where(full, (block + 1) * size, self.end)
         steps = self.schedule.steps_for((masked & self.before_end).sum(1))
@@ -103,43 +115,57 @@ class Progress:
         self.steps_left = torch.where(full, steps, self.steps_left)
         self.steps_done = self.steps_done.masked_fill(full, 0)
 
-    def take(self, tokens: Tensor) -> Tensor:
-        """(B,) how many masks up to the end of the block to unmask now; counts the step as made."""
-        masks = ((tokens == self.mask_id) & self.before_end).sum(1)
-        count = self.schedule.count(masks, self.steps, self.steps_left)
+    def count(self, tokens: Tensor, chance: Tensor) -> Tensor:
+        """(B,) the fraction `chance` (B,) of the masks up to the end of the block, rounded up."""
+        masks = ((tokens == self.special.mask) & self.before_end).sum(1)
+        return (masks * chance - 1e-9).ceil().long()  # NOTE: rounding may exceed a whole number
+
+    def finish(self, tokens: Tensor, *, post: Tensor, last: Tensor) -> None:
+        """Count a step as made, and find the rows that are done.
+
+        tokens: (B, L) after the step; post: (B,) rows that were only revised; last: (B,) rows whose budget is spent
+        """
         self.steps_left = (self.steps_left - 1).clamp(min=0)
         self.steps_done = self.steps_done + 1
-        return count
+        # 1. where the text ends, if it is known before everything is unmasked
+        if self.early_stop in (True, "block"):  # the block is full and its last token is an end
+            final = tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
+            ends = (final == self.special.eos) | ((final == self.special.eot) & (self.early_stop is True))
+            full = ~((tokens == self.special.mask) & self.before_end).any(1)
+            self.stop = torch.where(full & ends, self.end.minimum(self.stop), self.stop)
+        elif self.early_stop == "eot":  # at the first eot, or at an earlier one of a previous step
+            self.stop = torch.where(tokens == self.special.eot, self.place, self.stop[:, None]).amin(1)
+        # 2. whether the row is revised: it has made its post steps, or has a text that it had before.
+        # NOTE: greedy revision may alternate between texts forever; from one seen before it can only repeat itself.
+        self.passes = self.passes + post
+        repeated = (self.seen == tokens[:, None]).all(-1).any(1) & post & (not self.random)
+        self.seen[torch.arange(len(tokens), device=tokens.device), self.passes] = tokens
+        revised = repeated | (self.passes >= self.post_steps)
+        # 3. A row is done when no mask is pending and it is revised, or when its budget is spent.
+        self.active = self.active & ~last & (self.unfinished(tokens) | ~revised)
 
-    def stop_at(self, tokens: Tensor, eot: int) -> None:
-        """End each row at its first `eot`, or at an earlier one of a previous step."""
-        self.stop = torch.where(tokens == eot, self.place, self.stop[:, None]).amin(1)
-
-    def stop_behind(self, tokens: Tensor, eos: int) -> None:
-        """End the rows whose current block is full and has end-of-text in its last position."""
-        last = tokens.gather(1, (self.end - 1).clamp(min=0)[:, None])[:, 0]
-        full = ~((tokens == self.mask_id) & self.before_end).any(1)
-        self.stop = torch.where(full & (last == eos), self.end.minimum(self.stop), self.stop)
+    def text(self, tokens: Tensor) -> Tensor:
+        """(B, L) the tokens, with the end of each row that stopped early: eot there, or end-of-text from there on."""
+        stop = self.stop[:, None]
+        if self.early_stop in (True, "block"):
+            return tokens.masked_fill(self.place >= stop, self.special.eos)
+        return tokens.masked_fill(self.place == stop, self.special.eot)
 
     def pending(self, tokens: Tensor) -> Tensor:
         """(B, L) bool: the masks that must be unmasked before the row is done."""
-        return (tokens == self.mask_id) & (self.place < self.stop[:, None])
+        return (tokens == self.special.mask) & (self.place < self.stop[:, None])
 
     def unfinished(self, tokens: Tensor) -> Tensor:
         """(B,) bool: rows with a pending mask, or with steps of a block still to make."""
-        return self.pending(tokens).any(1) | self._stays
+        return self.pending(tokens).any(1) | self._stays()
 
-    @property
     def _stays(self) -> Tensor:
         """(B,) bool: rows that may not leave their block yet."""
         return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.uses_all_steps
 
     @property
     def reach(self) -> Tensor:
-        """(B, L) bool: where masks may be unmasked: up to the end of the block or, once known, of the text.
-
-        The latter as in ReDiff's released code.
-        """
+        """(B, L) bool: where masks may be unmasked, up to the end of the block or, once known, of the text (ReDiff)."""
         return self.place < torch.where(self.stop < self.schedule.length, self.stop, self.end)[:, None]
 
     @property
@@ -154,5 +180,4 @@ class Progress:
 
 
 def ceil_divide(number: Tensor, by: Tensor) -> Tensor:
-    """Integer division that rounds up."""
     return (number + by - 1) // by

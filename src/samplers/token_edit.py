@@ -1,43 +1,41 @@
-"""Token edits where the model is confident, remasking where it is not: revisers that use the logits of the step itself.
-
-ThresholdEdit(tau=0.5, block_passes=16)         LLaDA2.1 (arXiv 2602.08676)
-TokenToMask(below=0.1, differs=0.9, gap=0.3)    remasks suspicious tokens (arXiv 2604.18738)
-"""
+"""Token edits where the model is confident, remasking where it is not, by the logits of the step itself."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.reviser import DraftPrediction, Predict, Prediction, Reviser, State
+from src.samplers.predictor import DraftPrediction, Prediction, Predictor
+from src.samplers.reviser import Reviser, State
 
 
+@dataclass(frozen=True, kw_only=True)
 class ThresholdEdit(Reviser):
-    """A visible token becomes its argmax if that is another token with a probability above `tau`.
-
-    With tau=0 this is `OverwriteAll`; with tau=1 it never acts.
+    """LLaDA2.1 (arXiv 2602.08676): a visible token becomes its argmax if that has a probability above `tau`.
 
     scope: `block` edits the current block, `all` every block
     block_passes: forward calls that may edit a full block until nothing changes, before the next one begins. The last
         of them is the first step of the next block. After the last block there are the `post_steps`
     """
 
-    def __init__(self, *, tau: float, scope: Literal["block", "all"] = "block", block_passes: int = 0) -> None:
-        if not 0 <= tau <= 1:
-            raise UserError(f"tau must be within 0..1, got {tau}")
-        if scope not in ("block", "all"):
-            raise UserError(f"scope must be 'block' or 'all', got {scope!r}")
-        if block_passes < 0:
-            raise UserError(f"block_passes must be at least 0, got {block_passes}")
-        self.tau, self.scope, self.block_passes = tau, scope, block_passes
+    block_passes: int = 0
+    scope: Literal["block", "all"] = "block"
+    tau: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise UserError(f"tau must be within 0..1, got {self.tau}")
+        if self.block_passes < 0:
+            raise UserError(f"block_passes must be at least 0, got {self.block_passes}")
 
     def editable(self, state: State) -> Tensor:
-        return state.visible & (self._in_scope(state) | self._previous_block(state))
+        return state.visible & (self._scope(state) | self._previous_block(state))
 
-    def refine(self, state: State, prediction: Prediction, predict: Predict) -> Prediction:
+    def refine(self, state: State, prediction: Prediction, predict: Predictor) -> Prediction:
         """Edit the block that was filled last and predict again, until nothing changes."""
         region = self._previous_block(state) & state.visible & prediction.where
         edited = DraftPrediction.copy_of(prediction, state.tokens)
@@ -52,28 +50,27 @@ class ThresholdEdit(Reviser):
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
         assert isinstance(prediction, DraftPrediction)
-        return self._edit(prediction, self._in_scope(state) & state.visible & prediction.where)
+        return self._edit(prediction, self._scope(state) & state.visible & prediction.where)
 
     def _edit(self, prediction: DraftPrediction, region: Tensor) -> Tensor:
-        """(B, L) the draft, edited where `region` is true."""
         region = region & (prediction.best != prediction.draft)
         region = region & (prediction.confidence(region, prediction.best) > self.tau)
         return torch.where(region, prediction.best, prediction.draft)
 
-    def _in_scope(self, state: State) -> Tensor:
-        """(B, L) bool: what every step may edit."""
+    def _scope(self, state: State) -> Tensor:
         return state.block if self.scope == "block" else torch.ones_like(state.block)
 
     def _previous_block(self, state: State) -> Tensor:
-        """(B, L) bool: the block before the current one, for rows in the first step of a block."""
+        # (B, L) bool: the block before the current one, for rows in the first step of a block
         first = (state.steps_left == state.steps) & (self.block_passes > 0)  # (B,)
         start, size = state.block.int().argmax(1, keepdim=True), state.block.sum(1, keepdim=True)
         place = torch.arange(state.block.shape[1], device=state.block.device)
         return (place < start) & (place >= start - size) & first[:, None]
 
 
+@dataclass(frozen=True, kw_only=True)
 class TokenToMask(Reviser):
-    """Remasks a visible token if any of three conditions holds; null switches a condition off.
+    """Remasks a visible token if any of three conditions holds (arXiv 2604.18738); null switches a condition off.
 
     below: its probability is lower than this
     differs: the argmax is another token, with a probability above this
@@ -81,17 +78,20 @@ class TokenToMask(Reviser):
     limit: how often one position may be remasked, so that a text on which the model cannot settle ends
     """
 
-    def __init__(
-        self, *, below: float | None = 0.1, differs: float | None = 0.9, gap: float | None = 0.3, limit: int = 3
-    ) -> None:
-        for name, value in {"below": below, "differs": differs, "gap": gap}.items():
+    below: float | None = 0.1
+    differs: float | None = 0.9
+    gap: float | None = 0.3
+    limit: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("below", "differs", "gap"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name} must be within 0..1 or null, got {value}")
-        if below is None and differs is None and gap is None:
+        if self.below is None and self.differs is None and self.gap is None:
             raise UserError("below, differs and gap are all null, so nothing is ever remasked: set one of them")
-        if limit < 1:
-            raise UserError(f"limit must be at least 1, got {limit}")
-        self.below, self.differs, self.gap, self.limit = below, differs, gap, limit
+        if self.limit < 1:
+            raise UserError(f"limit must be at least 1, got {self.limit}")
 
     def remask(self, state: State, prediction: Prediction) -> Tensor:
         where = self.editable(state) & prediction.where & (state.num_remasks < self.limit)

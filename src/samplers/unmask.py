@@ -1,16 +1,11 @@
-"""Which masked tokens to unmask: scores, policies, and the draw of the tokens themselves.
+"""Which masked tokens to unmask: policies, the scores they rank by, and the draw of the tokens themselves.
 
-    proposal = draw(logits, where, temperature=0.7, noise=noise)    (N,) token ids
-    score = low_confidence(logits, rows, proposal)                          (M,) probability of each proposal
-    TopK().select(confidence, eligible, count, chance, noise)               (B, L) bool, what to unmask
-
-N eligible positions of all rows in row-major order. Scores do not depend on the temperature, which would saturate
-them. Logits are converted to float64 in parts, since a copy of them all would take gigabytes.
+B rows, L response positions, V vocabulary, N positions with logits of all rows, M of them scored. Scores do not depend
+on the temperature, which would saturate them. A copy of all logits in float64 would take gigabytes, so it is in parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -25,7 +20,7 @@ class Unmask(Protocol):
     """A policy: `select` chooses some of the `eligible` (B, L) bool positions of each row.
 
     confidence: (B, L) float64, the score of each position
-    count:      (B,) the scheduled number; above the length in the last forward call of a budget: unmask everything
+    count:      (B,) the scheduled number
     chance:     (B,) float64, probability of each position to be unmasked, for policies that draw
     noise:      for policies that draw
     scores:     the values of `Sampler.score` that the policy can use; empty if it does not use a score
@@ -53,9 +48,9 @@ class TopK:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every position whose confidence reaches `tau` (Fast-dLLM, arXiv 2505.22618), and at least the scheduled number.
+    """Every position whose confidence reaches `tau`, and at least the scheduled number, or one if `scheduled` is false.
 
-    scheduled: false unmasks at least one position instead, whatever the schedule says
+    Fast-dLLM, arXiv 2505.22618.
     """
 
     tau: float
@@ -68,7 +63,7 @@ class Threshold:
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:
-            count = one_or_all(count, eligible)
+            count = count.clamp(max=1)
         return top(confidence, eligible, count) | (eligible & (confidence >= self.tau))
 
 
@@ -76,7 +71,7 @@ class Threshold:
 class Factor:
     """The n most confident positions, n the largest with (n + 1)(1 - c_n) < factor; c_n is the n-th highest confidence.
 
-    Fast-dLLM's other rule. Like `Threshold`, at least the scheduled number, or one if `scheduled` is false.
+    Fast-dLLM's other rule, and at least as many as with `Threshold`.
     """
 
     factor: float
@@ -89,7 +84,7 @@ class Factor:
 
     def select(self, confidence: Tensor, eligible: Tensor, count: Tensor, chance: Tensor, noise: Noise) -> Tensor:
         if not self.scheduled:
-            count = one_or_all(count, eligible)
+            count = count.clamp(max=1)
         ordered = confidence.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True).values
         number = torch.arange(1, eligible.shape[1] + 1, device=eligible.device)  # n
         fits = (number + 1) * (1 - ordered) < self.factor  # false where the confidence is -inf
@@ -110,13 +105,7 @@ class Bernoulli:
 def top(confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     """(B, L) bool: the `count` (B,) most confident eligible positions; among equal ones the leftmost."""
     order = confidence.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
-    return eligible & (rank < count[:, None])
-
-
-def one_or_all(count: Tensor, eligible: Tensor) -> Tensor:
-    """(B,) at most one for each row, or `count` in the last forward call of a budget, which unmasks everything."""
-    return count.where(count > eligible.shape[1], count.clamp(max=1))
+    return eligible & (order.argsort(dim=1) < count[:, None])
 
 
 def low_confidence(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
@@ -140,25 +129,18 @@ def negative_entropy(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
 
 
 # Scores that are functions of the logits; the score "random" is drawn from the row's noise instead.
-SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "probability": low_confidence,
-    "margin": margin,
-    "entropy": negative_entropy,
-}
+SCORES = {"probability": low_confidence, "margin": margin, "entropy": negative_entropy}
 
 
 def draw(logits: Tensor, where: Tensor, *, temperature: float, noise: Noise) -> Tensor:
-    """(N,) token ids by the Gumbel-max rule, from logits (N, V) at the N true positions of `where` (B, L) bool."""
+    """(N,) ids by the Gumbel-max rule, from logits (N, V) at the N true positions of `where` (B, L) bool."""
     parts = zip(logits.split(PART), noise.gumbel(where, logits.shape[1]), strict=True)
     ids = [(part.double() + temperature * gumbel).argmax(-1) for part, gumbel in parts]
     return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device=logits.device)
 
 
 def keep_nucleus(logits: Tensor, *, temperature: float, top_p: float) -> None:
-    """Nucleus sampling (arXiv 1904.09751): set logits (N, V) outside the smallest set of probability `top_p` to -inf.
-
-    In place. Probabilities are softmax(logits / temperature). The id that crosses `top_p` is kept.
-    """
+    """Set logits (N, V) outside the nucleus, the smallest set of probability `top_p`, to -inf (arXiv 1904.09751)."""
     for part in logits.split(PART):
         probs, order = (part.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         outside = probs.cumsum(-1) - probs >= top_p

@@ -1,0 +1,108 @@
+"""What all samplers share: their speed, their call, the end of a text, and the record of a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from src.diffusion.noise import Noise
+from src.io.errors import UserError
+from src.samplers.predictor import Predictor
+from src.samplers.schedule import Schedule
+from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
+
+DRAWS = ("sampler", "unmask", "score", "reviser")  # noise for tokens, policies, the random score, revisers
+
+
+class AnySampler:
+    """Base class of what a file in conf/sampler describes: a dataclass with these settings that defines `write`.
+
+    tokens_per_step or steps: give one of the two; neither means one token a step
+    cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u are the logits behind a prefix that is
+        all masks. 0 is none; otherwise each step costs two forward calls
+    """
+
+    length: int
+    tokens_per_step: int | None
+    steps: int | None
+    temperature: float
+    cfg_scale: float
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "cfg_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        _ = self.schedule  # raises here, not at the first batch
+
+    @property
+    def schedule(self) -> Schedule:
+        tokens = 1 if self.tokens_per_step is None and self.steps is None else self.tokens_per_step
+        return Schedule(length=self.length, tokens_per_step=tokens, steps=self.steps)
+
+    def with_steps(self, *, tokens_per_step: int | None = None, steps: int | None = None) -> Self:
+        """The same sampler at another speed."""
+        return type(self)(**{**vars(self), "tokens_per_step": tokens_per_step, "steps": steps})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        *,
+        special: SpecialIds,
+        keys: list[str],
+        seed: int,
+        start: Tensor | None = None,
+        suffix: Tensor | None = None,
+        trace: bool = False,
+    ) -> Sampled:
+        """Responses for the rows of `prefix`, one key each.
+
+        start: (B, L) ids to begin with, filled with end-of-text; rows without masks only get the post steps
+        suffix: (S,) ids behind every response, which the model attends to; not part of the result
+        trace: record every step of every row in `Sampled.traces`
+
+        Raises ValueError for keys or a start of another shape than the prefix and the response length demand.
+        """
+        started = time.perf_counter()
+        if len(prefix.embeds) != len(keys):
+            raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
+        predict = Predictor(backbone, prefix, special, cfg_scale=self.cfg_scale, suffix=suffix)
+        noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
+        traces: list[list[TraceStep]] | None = [[] for _ in keys] if trace else None
+        tokens, edits, remasks = self.write(predict, noise, start, traces)
+        # The first eot ends the text; behind it is end-of-text.
+        eot = (tokens == special.eot).long()
+        ids = tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
+        return Sampled(ids, predict.forwards, edits, remasks, time.perf_counter() - started, traces)
+
+    def write(
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens (B, L), and how many were rewritten (B,) and remasked (B,). `noise`: one of each of `DRAWS`."""
+        raise NotImplementedError
+
+
+def record(
+    traces: list[list[TraceStep]], rows: Tensor, forwards: Tensor, before: Tensor, after: Tensor, **masks: Tensor
+) -> None:
+    """Append a step to the trace of each of `rows` (B,) bool. masks: (B, L), what `TraceStep` lists."""
+    host = {name: values.tolist() for name, values in masks.items()}
+    old, new, calls = before.tolist(), after.tolist(), forwards.tolist()
+    for row in rows.nonzero()[:, 0].tolist():
+        places = {name: [i for i, true in enumerate(values[row]) if true] for name, values in host.items()}
+        traces[row].append(
+            TraceStep(
+                tokens=new[row],
+                unmasked=places["unmasked"],
+                # NOTE: a token can be rewritten and remasked in one step; its new id is the mask then.
+                rewritten=[(i, old[row][i], new[row][i]) for i in places["rewritten"]],
+                remasked=places["remasked"],
+                confidence=[host["confidence"][row][i] for i in places["unmasked"]],
+                forwards=calls[row],
+            )
+        )
