@@ -176,25 +176,6 @@ def test_guidance_holds_for_corrections_at_twice_the_calls(picked):
     assert ids[0.0] != ids[0.5] != ids[3.0]
 
 
-def test_argmax_stops_where_it_agrees_and_sampling_does_not():
-    stops, most = check({"passes": 8})
-    assert int(stops.forwards.min()) < most
-    sampled, most = check({"passes": 8, "pick": "sample"}, steps=2)
-    assert sampled.forwards.tolist() == [most] * 3  # a draft that comes out the same would need no call
-
-
-def test_a_sure_model_is_not_asked_for_what_it_has_said():
-    """Each draw gives the same draft, so that its logits are known: one call for each first pass."""
-    backbone = table()
-    backbone.left, backbone.right = torch.zeros(V, V), torch.zeros(V, V)
-    backbone.own[:, :, 7] = 60.0
-    for pick in ("argmax", "sample"):
-        sampler = Sampler(length=LENGTH, steps=3, reviser=Corrector(passes=5, pick=pick))
-        sampled = sample(backbone, sampler)
-        assert sampled.ids.tolist() == [[7] * LENGTH] * 3
-        assert sampled.forwards.tolist() == [6] * 3
-
-
 def test_a_draft_that_is_drawn_again_may_change_later():
     """One place is undecided, so that half of the draws give the draft that was read before."""
     backbone = table()

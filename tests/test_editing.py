@@ -176,21 +176,6 @@ def test_suspicious_tokens_are_hidden_again_as_written_out(below, differs, gap, 
     assert total > 0
 
 
-def test_a_position_is_hidden_no_more_often_than_the_limit():
-    """A model that doubts all it has said: without the limit each token would go in every step."""
-    for limit in (1, 2, 5):
-        sampler = Sampler(
-            length=LENGTH, steps=LENGTH, unmask=Threshold(0.2, scheduled=False),
-            reviser=TokenToMask(below=1.0, differs=None, gap=None, limit=limit),
-        )  # fmt: skip
-        sampled = sample(sampler)
-        for steps in sampled.traces:
-            times = [sum(place in step.remasked for step in steps) for place in range(LENGTH)]
-            assert max(times) <= limit
-        assert int(sampled.remasks.max()) > 0
-        assert not (sampled.ids == MASK).any()
-
-
 def test_given_tokens_have_no_confidence_to_fall_from():
     start = torch.full((ROWS, LENGTH), MASK)
     start[:, ::2] = 5

@@ -142,19 +142,6 @@ def test_what_has_no_share_is_never_drawn():
     assert pick(weight, chance).tolist() == [1, 1, 3, 3]
 
 
-def test_the_text_ends_at_its_first_eot():
-    logits = torch.full((1, 6, V), -1e4)
-    logits[0, torch.arange(6), torch.tensor([4, 5, EOT, 6, EOT, 7])] = 1e4
-    assert sample(Posterior(length=6, steps=3), Fixed(logits)).ids.tolist() == [[4, 5, EOT, EOS, EOS, EOS]]
-
-
-def test_a_suffix_is_read_and_never_changed():
-    backbone = Fixed(torch.zeros(1, 6, V))
-    sampled = sample(Jumps(length=6, steps=3), backbone, suffix=torch.tensor([7, 7]))
-    assert sampled.ids.shape == (1, 6)
-    assert all(ids[6:] == [7, 7] for _, ids in backbone.texts)
-
-
 @pytest.mark.parametrize("kind", BOTH)
 def test_settings_that_do_not_fit_are_refused(kind):
     for settings, words in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -234,25 +233,3 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
         False,
         True,
     ]  # each model with its own gap
-
-
-def test_random_edits_of_drafts_with_gaps_train_on_the_right_text(codec: Codec) -> None:
-    """Several rounds: what was corrected, gaps and all, is a draft again."""
-    rng, texts = Random(3), ["A small red ring is in the upper left.", "There is a cross, large and blue."]
-    for _ in range(40):
-        text = rng.choice(texts)
-        ids = [*codec.encode(text)[0], codec.eot_id]
-        for _ in range(6):
-            words = text.rstrip(".").split(" ")
-            place = rng.randrange(len(words))
-            new = " ".join(rng.choices(["red", "blue", "ring", "small"], k=rng.randint(1, 3)))
-            char = len(" ".join(words[:place])) + (place > 0)
-            aligned = locate(codec, ids, [Edit(words[place], new, char)])
-            words[place] = new
-            if aligned.rejected:
-                assert set(aligned.rejected) == {"no_change"}
-                continue
-            assert codec.decode(aligned.ids) == text
-            ids, text = apply_spans(aligned.ids, aligned.spans), " ".join(words) + "."
-            assert codec.decode(ids) == text
-            assert ids[-1] == codec.eot_id

@@ -123,12 +123,6 @@ def test_scope_says_whether_earlier_blocks_are_revised(scope, expected):
     assert sample(post, Scripted(backbone.script)).ids.tolist() == [[6, 6, 6, 6]]  # every block, whatever the scope
 
 
-def test_a_block_starts_only_when_the_one_before_is_full():
-    backbone = Scripted(lambda r, call, t: peaked([5] * 6, [1, 2, 3, 7, 8, 9]))
-    sampled = sample(Sampler(length=6, tokens_per_step=2, blocks=2), backbone, trace=True)
-    assert [step.unmasked for step in sampled.traces[0]] == [[1, 2], [0], [4, 5], [3]]
-
-
 def test_threshold_unmasks_what_is_sure_and_at_least_the_scheduled_number():
     def probability(p):  # the height that gives the peak probability p over the 22 ids that may be written
         return math.log(p / (1 - p) * 21)
@@ -171,12 +165,6 @@ def test_a_confidence_is_a_share_of_the_ids_that_the_tokenizer_has():
         assert sampled.traces[0][0].confidence == pytest.approx([float(considered.softmax(0)[7])] * 2)
 
 
-def test_what_is_behind_the_first_eot_becomes_end_of_text():
-    backbone = Scripted(lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r]))
-    sampled = sample(Sampler(length=5, tokens_per_step=5), backbone, count=3)
-    assert sampled.ids.tolist() == [[5, EOT, EOS, EOS, EOS], [5, 6, 7, 8, 9], [EOT, EOS, EOS, EOS, EOS]]
-
-
 # --- a given start ---------------------------------------------------------------------------------------
 
 
@@ -206,14 +194,6 @@ def test_rows_that_are_done_cost_nothing_more():
     assert [len(tokens) for tokens in backbone.seen] == [2, 1, 1]
 
 
-def test_a_start_may_hold_masks_in_a_later_block_only():
-    start = torch.tensor([[4, 5, 6, MASK, MASK, 9]])
-    backbone = Scripted(lambda r, call, t: peaked([14, 15, 16, 17, 18, 19]))
-    sampled = sample(Sampler(length=6, steps=2, blocks=2, reviser=OverwriteAll()), backbone, start=start)
-    assert sampled.ids.tolist() == [[4, 5, 6, 17, 18, 19]]  # the one scheduled step of block 2
-    assert (sampled.forwards.tolist(), sampled.edits.tolist()) == ([1], [1])
-
-
 def test_a_start_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(1, 5\).*\(1, 6\)"):
         sample(Sampler(length=6), Scripted(lambda r, c, t: peaked([5] * 6)), start=torch.full((1, 5), MASK))
@@ -224,17 +204,6 @@ def test_a_start_of_another_shape_is_refused():
 
 
 # --- when it stops ---------------------------------------------------------------------------------------
-
-
-def test_an_early_stop_takes_the_place_of_the_block():
-    start = torch.tensor([[MASK, MASK, MASK, MASK, EOT, MASK], [MASK, MASK, MASK, MASK, 5, MASK]])
-    backbone = Scripted(lambda r, call, t: peaked([6] * 6, [1, 2, 3, 9, 4, 4]))
-    sampled = sample(Sampler(length=6, blocks=3, early_stop=True), backbone, count=2, start=start, trace=True)
-    # the end is looked for after each step: the first one still keeps to its block
-    assert [step.unmasked for step in sampled.traces[0]] == [[1], [3], [2], [0]]
-    assert [step.unmasked for step in sampled.traces[1]] == [[1], [0], [3], [2], [5]]
-    assert sampled.traces[0][-1].tokens == [6, 6, 6, 6, EOT, MASK]
-    assert sampled.ids.tolist() == [[6, 6, 6, 6, EOT, EOS], [6, 6, 6, 6, 5, 6]]
 
 
 def test_an_end_that_was_seen_is_not_undone():

@@ -30,23 +30,6 @@ def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     assert int(progress.steps) == steps
 
 
-def test_the_earliest_end_ever_seen_counts():
-    tokens = torch.tensor([[5, MASK, 5, MASK, 5, MASK]] * 3)
-    progress = Progress(Schedule(length=6, tokens_per_step=1, steps=None, blocks=3), tokens, SPECIAL, early_stop=True)
-    progress.enter(tokens)
-    assert progress.reach.tolist() == [[True] * 2 + [False] * 4] * 3
-    for row, place in ((0, 4), (1, 2), (1, 5), (2, 0)):
-        tokens[row, place] = EOT
-    progress.finish(tokens, post=NO_ROW, last=NO_ROW)
-    assert progress.stop.tolist() == [4, 2, 0]
-    progress.finish(torch.where(tokens == EOT, 7, tokens), post=NO_ROW, last=NO_ROW)
-    moved = torch.tensor([[5, 5, 5, 5, 5, EOT], [5, EOT, 5, 5, 5, 5], [5] * 6])
-    progress.finish(moved, post=NO_ROW, last=NO_ROW)
-    assert progress.stop.tolist() == [4, 1, 0]
-    assert progress.reach.sum(1).tolist() == [4, 1, 0]
-    assert [row.nonzero()[:, 0].tolist() for row in progress.pending(tokens)] == [[1, 3], [], []]
-
-
 @pytest.mark.parametrize("shift", [1 / 3, 0.9, 3.0, 20.0])
 @pytest.mark.parametrize(("number", "steps"), [(64, 8), (64, 64), (13, 5), (128, 16)])
 def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
