@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from src.samplers.uniform import Jumps, Posterior, pick
-from src.types import Prefix, SpecialIds
+from src.types import SpecialIds
+from tests.backbones import Fixed, rows_of
 
 MASK, EOS, EOT, BOS, ROLE = 0, 1, 2, 3, 8
 V = 9
@@ -21,30 +22,16 @@ P = [0.05, 0.1, 0.4, 0.25, 0.0, 0.2]  # of the states
 BOTH = (Posterior, Jumps)
 
 
-class Fixed:
-    """A backbone that says `table[row]` (L, V) whatever it reads; counts the rows it was asked for."""
+class Guided(Fixed):
+    """Says nothing without the prefix."""
 
-    def __init__(self, table):
-        self.table, self.rows, self.seen = table, 0, []
-
-    def encode_prefix(self, inputs):  # the unguided prefix: all rows say nothing
-        return Prefix(torch.full((*inputs["prompt_ids"].shape, 1), -1.0))
-
-    def __call__(self, prefix, tokens, *, attend=None, positions=None):
-        self.rows += len(tokens)
-        self.seen.append(tokens.clone())
-        rows = prefix.embeds[:, 0, 0].int().tolist()
-        logits = torch.stack([self.table[r] if r >= 0 else torch.zeros(tokens.shape[1], V) for r in rows])
-        return logits[positions[:, : logits.shape[1]]] if positions is not None else logits
-
-
-def rows_of(*rows):
-    return Prefix(torch.tensor(rows, dtype=torch.float32)[:, None, None])
+    def encode_prefix(self, inputs):
+        return rows_of([len(self.logits) - 1] * len(inputs["prompt_ids"]))
 
 
 def sample(sampler, backbone, rows=(0,), **settings):
     settings = {"special": SPECIAL, "keys": [f"k{i}" for i in rows], "seed": 0} | settings
-    return sampler(backbone, rows_of(*rows), **settings)
+    return sampler(backbone, rows_of(rows), **settings)
 
 
 def said(share, length):
@@ -61,13 +48,13 @@ def posterior(share, z, t, s):
     """
     noise = NOISE if NOISE[z] else [0.25] * K
     kept, later = 1 - s, (1 - t) / (1 - s)
-    found = [0.0] * K
+    sampled = [0.0] * K
     for x in range(K):
         bridge = [
             (kept * (x == k) + (1 - kept) * NOISE[k]) * (later * (k == z) + (1 - later) * noise[z]) for k in range(K)
         ]
-        found = [total + share[x] * part / sum(bridge) for total, part in zip(found, bridge, strict=True)]
-    return found
+        sampled = [total + share[x] * part / sum(bridge) for total, part in zip(sampled, bridge, strict=True)]
+    return sampled
 
 
 def euler(share, z, t, s):
@@ -92,31 +79,16 @@ def test_transitions_are_those_of_all_paths(kind, share):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_texts_are_as_frequent_as_the_chain_says(kind):
-    """With a prediction that never changes the places are chains of their own, from uniform noise."""
-    length, steps = 20000, 4
-    expected = NOISE
-    for left in range(steps, 0, -1):
-        rows = [RULES[kind](P, z, left / steps, (left - 1) / steps) for z in range(K)]
-        expected = [sum(expected[z] * rows[z][k] for z in range(K)) for k in range(K)]
-    found = sample(kind(length=length, steps=steps), Fixed(said(P, length)), trace=True)
-    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)  # before the text is cut at an eot
-    assert counts[[MASK, BOS, ROLE]].sum() == 0
-    for state, share in zip(STATES, expected, strict=True):
-        assert float(counts[state]) == pytest.approx(length * share, abs=4 * math.sqrt(length * share * (1 - share)))
-
-
-@pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sure_model_gets_its_text_and_the_way_there_follows_the_schedule(kind, temperature):
     length, steps = 8000, 6
     target = torch.tensor([4, 5, 6, 7] * (length // 4))
     logits = torch.full((1, length, V), -1e4)
     logits[0, torch.arange(length), target] = 1e4
-    found = sample(kind(length=length, steps=steps, temperature=temperature), Fixed(logits), trace=True)
-    assert found.ids.tolist() == [target.tolist()]
+    sampled = sample(kind(length=length, steps=steps, temperature=temperature), Fixed(logits), trace=True)
+    assert sampled.ids.tolist() == [target.tolist()]
     untouched = 1.0
-    for done, step in enumerate(found.traces[0], start=1):
+    for done, step in enumerate(sampled.traces[0], start=1):
         left = steps - done
         # a_s = 1 - s. Euler steps lag behind: a place is untouched where it has never jumped
         untouched = left / steps if kind is Posterior else untouched * math.exp(-1 / (left + 1)) * (left > 0)
@@ -141,21 +113,25 @@ def test_a_row_does_not_depend_on_the_others(kind):
 @pytest.mark.parametrize(("scale", "calls"), [(0.0, 1), (1.5, 2)])
 def test_each_forward_call_is_counted(kind, scale, calls):
     backbone = Fixed(torch.zeros(2, 10, V))
-    found = sample(kind(length=10, tokens_per_step=3, cfg_scale=scale), backbone, rows=(0, 1), trace=True)
-    assert found.forwards.tolist() == [4 * calls] * 2
-    assert backbone.rows == 2 * 4 * calls
-    assert [step.forwards for step in found.traces[0]] == [calls * n for n in range(1, 5)]
-    assert [len(steps) for steps in found.traces] == [4, 4]
-    assert found.edits.tolist() == [sum(len(step.rewritten) for step in steps) for steps in found.traces]
-    assert not found.remasks.any()
+    sampled = sample(kind(length=10, tokens_per_step=3, cfg_scale=scale), backbone, rows=(0, 1), trace=True)
+    assert sampled.forwards.tolist() == [4 * calls] * 2
+    assert len(backbone.texts) == 2 * 4 * calls
+    assert [step.forwards for step in sampled.traces[0]] == [calls * n for n in range(1, 5)]
+    assert [len(steps) for steps in sampled.traces] == [4, 4]
+    assert sampled.edits.tolist() == [sum(len(step.rewritten) for step in steps) for steps in sampled.traces]
+    assert not sampled.remasks.any()
 
 
 def test_guidance_sharpens_what_the_prefix_says():
     """Twice the log ratio to an unguided prefix that says nothing is the square of the probabilities."""
     length = 20000
     squares = [p * p / sum(q * q for q in P) for p in P]
-    found = sample(Posterior(length=length, steps=1, cfg_scale=1.0), Fixed(said(P, length)), trace=True)
-    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)
+    sampled = sample(
+        Posterior(length=length, steps=1, cfg_scale=1.0),
+        Guided(torch.cat([said(P, length), torch.zeros(1, length, V)])),
+        trace=True,
+    )
+    counts = torch.tensor(sampled.traces[0][-1].tokens).bincount(minlength=V)
     for state, share in zip(STATES, squares, strict=True):
         assert float(counts[state]) == pytest.approx(length * share, abs=4 * math.sqrt(length * share * (1 - share)))
 
@@ -164,19 +140,6 @@ def test_what_has_no_share_is_never_drawn():
     weight = torch.tensor([[0.0, 2.0, 0.0, 2.0, 0.0]], dtype=torch.float64).repeat(4, 1)
     chance = torch.tensor([0.0, 0.49, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert pick(weight, chance).tolist() == [1, 1, 3, 3]
-
-
-def test_the_text_ends_at_its_first_eot():
-    logits = torch.full((1, 6, V), -1e4)
-    logits[0, torch.arange(6), torch.tensor([4, 5, EOT, 6, EOT, 7])] = 1e4
-    assert sample(Posterior(length=6, steps=3), Fixed(logits)).ids.tolist() == [[4, 5, EOT, EOS, EOS, EOS]]
-
-
-def test_a_suffix_is_read_and_never_changed():
-    backbone = Fixed(torch.zeros(1, 6, V))
-    found = sample(Jumps(length=6, steps=3), backbone, suffix=torch.tensor([7, 7]))
-    assert found.ids.shape == (1, 6)
-    assert all(tokens[0, 6:].tolist() == [7, 7] for tokens in backbone.seen)
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -211,7 +174,7 @@ class Knows(Fixed):
         seen = torch.tensor([[intact * (x == z) + (1 - intact) * NOISE[z] for x in range(K)] for z in range(K)])
         logits = torch.full((*tokens.shape, V), -1e4)
         logits[..., STATES] = (seen[torch.searchsorted(torch.tensor(STATES), tokens)] * torch.tensor(self.law)).log()
-        self.table = logits.clamp(min=-1e4)
+        self.logits = logits.clamp(min=-1e4)
         return super().__call__(prefix, tokens, **settings)
 
 
@@ -221,8 +184,9 @@ def test_the_best_network_gives_the_law_of_the_data(kind, steps, slack):
     law = [0.0, 0.0, 0.6, 0.25, 0.1, 0.05]
     length = 20000
     sampler = kind(length=length, steps=steps)
-    found = sample(sampler, Knows(law, sampler), trace=True)
-    counts = torch.tensor(found.traces[0][-1].tokens).bincount(minlength=V)
+    sampled = sample(sampler, Knows(law, sampler), trace=True)
+    counts = torch.tensor(sampled.traces[0][-1].tokens).bincount(minlength=V)  # before the text is cut at an eot
+    assert counts[[MASK, BOS, ROLE]].sum() == 0
     for state, share in zip(STATES, law, strict=True):
         assert float(counts[state]) / length == pytest.approx(
             share, abs=slack + 4 * math.sqrt(share * (1 - share) / length)

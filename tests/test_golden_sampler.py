@@ -21,6 +21,7 @@ from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.samplers.unmask import Threshold
 from src.types import Prefix, Sampled, SpecialIds
+from tests.backbones import Recording
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 TRACES = json.loads((FOLDER / "sampler_traces.json").read_text())
@@ -68,15 +69,15 @@ def traces(golden):
 
 
 @pytest.fixture(scope="module")
-def found(golden, golden_model):
+def sampled(golden, golden_model):
     """What our sampler makes of each case."""
     return {name: generate(golden, golden_model, case) for name, case in TRACES.items()}
 
 
 @pytest.mark.parametrize("name", TRACES)
-def test_each_step_is_that_of_the_released_code(found, traces, name):
+def test_each_step_is_that_of_the_released_code(sampled, traces, name):
     case, length = TRACES[name], TRACES[name]["gen_length"]
-    (steps,) = found[name].traces
+    (steps,) = sampled[name].traces
     tokens, unmasked, confidence = (traces[f"{name}/{part}"][:, :length] for part in ("x", "transfer", "conf"))
     assert [step.tokens for step in steps] == tokens.tolist()
     assert [step.unmasked for step in steps] == [row.nonzero()[0].tolist() for row in unmasked]
@@ -84,19 +85,14 @@ def test_each_step_is_that_of_the_released_code(found, traces, name):
         assert step.confidence == pytest.approx(row[step.unmasked].tolist(), rel=1e-3)
     assert len(steps) == case["steps_run"]
     assert [step.forwards for step in steps] == [calls_of(case) * (i + 1) for i in range(len(steps))]
-
-
-@pytest.mark.parametrize("name", TRACES)
-def test_each_written_token_is_the_best_of_its_step(found, traces, name):
-    (steps,) = found[name].traces
-    for step, row in zip(steps, traces[f"{name}/x0"], strict=True):
+    for step, row in zip(steps, traces[f"{name}/x0"], strict=True):  # each written token is the best of its step
         assert [step.tokens[place] for place in step.unmasked] == row[step.unmasked].tolist()
         assert [new for _, _, new in step.rewritten] == [int(row[place]) for place, _, _ in step.rewritten]
-    assert any(step.rewritten for step in steps) == TRACES[name]["revise"]
+    assert any(step.rewritten for step in steps) == case["revise"]
 
 
 @pytest.mark.parametrize("name", TRACES)
-def test_the_text_is_the_released_one_up_to_its_end(golden, found, traces, name):
+def test_the_text_is_the_released_one_up_to_its_end(golden, sampled, traces, name):
     case = TRACES[name]
     special, suffix = ids_of(golden.meta, case), case.get("suffix_ids", [])
     assert case["final"] == traces[f"{name}/final"].tolist()
@@ -104,7 +100,7 @@ def test_the_text_is_the_released_one_up_to_its_end(golden, found, traces, name)
     if not case.get("stop_ids") and special.eot in text:  # nothing stops the released code there
         text = text[: text.index(special.eot)]
     expected = [*text, special.eot, *[special.eos] * case["gen_length"]][: case["gen_length"]]
-    assert found[name].ids.tolist() == [expected]
+    assert sampled[name].ids.tolist() == [expected]
 
 
 @pytest.mark.parametrize("name", LLADA)
@@ -118,10 +114,10 @@ def test_each_step_is_that_of_the_text_sampler(golden, golden_text_model, name):
     )  # fmt: skip
     prefix = golden_text_model.encode_prefix(padded_right(prompts, masks, special.mask))
     keys = [str(row) for row in range(len(prompts))]
-    found = sampler_of(case)(golden_text_model, prefix, special=special, keys=keys, seed=0, trace=True)
-    for row, steps in enumerate(found.traces):
+    sampled = sampler_of(case)(golden_text_model, prefix, special=special, keys=keys, seed=0, trace=True)
+    for row, steps in enumerate(sampled.traces):
         assert [step.tokens for step in steps] == states[:, row, prompts.shape[1] :].tolist()
-    assert found.forwards.tolist() == [calls_of(case) * case["calls"]] * len(prompts)
+    assert sampled.forwards.tolist() == [calls_of(case) * case["calls"]] * len(prompts)
 
 
 def padded_right(prompts, masks, mask_id: int) -> dict[str, torch.Tensor]:
@@ -130,17 +126,6 @@ def padded_right(prompts, masks, mask_id: int) -> dict[str, torch.Tensor]:
     width = max(map(len, rows))
     ids = torch.tensor([row + [mask_id] * (width - len(row)) for row in rows])
     return {"prompt_ids": ids, "prompt_mask": torch.tensor([[i < len(row) for i in range(width)] for row in rows])}
-
-
-class Listening:
-    """A text model, and the responses it was given, row by row."""
-
-    def __init__(self, model) -> None:
-        self.model, self.heard = model, []
-
-    def __call__(self, prefix, tokens, **where):
-        self.heard.append(tokens.clone())
-        return self.model(prefix, tokens, **where)
 
 
 @pytest.mark.parametrize("name", PROSECO)
@@ -166,13 +151,13 @@ def test_each_call_and_step_is_that_of_proseco(golden, golden_text_model, name):
         unmask=Threshold(case["threshold"], scheduled=False) if "threshold" in case else None,
         early_stop="block" if case["early_eos_stopping"] else False,
     )
-    heard = Listening(golden_text_model)
+    recording = Recording(golden_text_model)
     prefix = golden_text_model.encode_prefix({"prompt_ids": torch.from_numpy(prompts)})
     keys = [str(row) for row in range(rows)]
-    found = sampler(heard, prefix, special=special, keys=keys, seed=0, trace=True)
-    for row, steps in enumerate(found.traces):
+    sampled = sampler(recording, prefix, special=special, keys=keys, seed=0, trace=True)
+    for row, steps in enumerate(sampled.traces):
         assert [step.tokens for step in steps] == states[:, row].tolist()
-    assert found.ids.tolist() == arrays[f"{name}/final"][:, prompts.shape[1] :].tolist()
+    assert sampled.ids.tolist() == arrays[f"{name}/final"][:, prompts.shape[1] :].tolist()
     if rows == 1:
-        assert [tokens[0].tolist() for tokens in heard.heard] == calls[:, 0, prompts.shape[1] :].tolist()
-    assert int(found.forwards.max()) == case["total_nfe"]
+        assert [ids for _, ids in recording.texts] == calls[:, 0, prompts.shape[1] :].tolist()
+    assert int(sampled.forwards.max()) == case["total_nfe"]

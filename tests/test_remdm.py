@@ -11,44 +11,33 @@ from itertools import pairwise
 import pytest
 import torch
 
-from src.models.llada_v import LLaDAV
 from src.samplers.remdm import Cap, Confident, KeepSurest, Loop, RemaskLowest, Rescale
 from src.samplers.sampler import Sampler
 from src.samplers.unmask import Bernoulli, Threshold
-from src.types import Prefix, SpecialIds
+from src.types import SpecialIds
+from tests.backbones import Fixed, Recording, rows_of, small_model
 
 MASK, EOS, EOT, V = 0, 1, 2, 12
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK,), vocab_size=V)
 LOOP = {"t_on": 0.75, "t_off": 0.25, "share": 0.8}
 
 
-class Fixed:
-    """A backbone that says the same of a position whatever stands elsewhere, and notes the texts it is asked about."""
-
-    def __init__(self, length, *, scale=1.5):
-        self.logits = torch.randn(length, V, generator=torch.Generator().manual_seed(0)) * scale
-        self.logits[:, [MASK, EOT]] = -math.inf
-        self.asked = []
-
-    def __call__(self, prefix, tokens, *, attend=None, positions=None):
-        self.asked += zip(prefix.embeds[:, 0, 0].int().tolist(), tokens.tolist(), strict=True)
-        return self.logits.expand(len(tokens), -1, -1)[positions]
-
-
-def prefix_of(rows):
-    return Prefix(torch.tensor(list(rows), dtype=torch.float32)[:, None, None])
+def fixed(length, *, scale=1.5):
+    logits = torch.randn(length, V, generator=torch.Generator().manual_seed(0)) * scale
+    logits[:, [MASK, EOT]] = -math.inf
+    return Fixed(logits[None])
 
 
 def run(sampler, rows, backbone=None, *, seed=0, start=None):
     """Result, and the texts (B, T + 1, L) before the first step and after each; of a row that is over, its last."""
     keys = [f"k{row}" for row in rows]
-    backbone = backbone or Fixed(sampler.length)
+    backbone = backbone or fixed(sampler.length)
     options = {"special": SPECIAL, "keys": keys, "seed": seed, "trace": True, "start": start}
-    found = sampler(backbone, prefix_of(rows), **options)
+    sampled = sampler(backbone, rows_of(rows), **options)
     first = [[MASK] * sampler.length] * len(keys) if start is None else start.tolist()
-    texts = [[a, *(step.tokens for step in trace)] for a, trace in zip(first, found.traces, strict=True)]
+    texts = [[a, *(step.tokens for step in trace)] for a, trace in zip(first, sampled.traces, strict=True)]
     most = max(map(len, texts))
-    return found, torch.tensor([row + row[-1:] * (most - len(row)) for row in texts])
+    return sampled, torch.tensor([row + row[-1:] * (most - len(row)) for row in texts])
 
 
 def sampler(reviser, *, length, steps, unmask=None, temperature=1.0, **settings):
@@ -64,31 +53,22 @@ def sampler(reviser, *, length, steps, unmask=None, temperature=1.0, **settings)
 def test_with_eta_0_each_step_is_that_of_the_ancestral_sampler(reviser, blocks):
     settings = {"length": 16, "steps": 12, "blocks": blocks}
     plain, texts = run(sampler(None, **settings), range(20))
-    found, ours = run(sampler(reviser, **settings), range(20))
-    assert torch.equal(found.ids, plain.ids)
+    sampled, ours = run(sampler(reviser, **settings), range(20))
+    assert torch.equal(sampled.ids, plain.ids)
     if blocks == 1:  # a full block is left at once by the plain sampler only
         assert torch.equal(ours[:, : texts.shape[1]], texts)
-        assert torch.equal(found.forwards, plain.forwards)
-
-
-def test_conf_with_one_visible_token_is_rescale():
-    """The softmax over one token is 1; for one token the two differ in what they unmask, not in what they hide."""
-    conf, one = run(sampler(Confident(eta=0.5, compensate=True), length=1, steps=6), range(400))
-    rescale, other = run(sampler(Rescale(eta=0.5), length=1, steps=6), range(400))
-    assert conf.remasks.sum() > 0
-    assert abs(int(conf.remasks.sum()) - int(rescale.remasks.sum())) < 4 * math.sqrt(2 * int(rescale.remasks.sum()))
-    assert one.shape == other.shape
+        assert torch.equal(sampled.forwards, plain.forwards)
 
 
 # --- the share that is visible ---------------------------------------------------------------------------
 
 
-def shares_of(kind, steps):
+def shares_of(reviser, steps):
     """a after each step, by the formulas of the paper."""
     times = [1 - (i + 1) / steps for i in range(steps)]
-    if kind is not Loop:
+    if not isinstance(reviser, Loop):
         return [1 - t for t in times]
-    on, off, share = LOOP["t_on"], LOOP["t_off"], LOOP["share"]
+    on, off, share = reviser.t_on, reviser.t_off, reviser.share
     rising = [share * (1 - t) / (1 - on) for t in times]
     return [
         r if t > on else share if t >= off else 1 - (1 - share) * t / off for r, t in zip(rising, times, strict=True)
@@ -99,53 +79,20 @@ MARGINALS = [
     *((reviser, 32, 200) for reviser in (Cap(eta=0.2), Rescale(eta=0.3), Loop(eta=0.2, **LOOP))),
     *((reviser, 3, 800) for reviser in (Cap(eta=1.0), Rescale(eta=0.5), Loop(eta=0.5, **LOOP))),  # often full
     (Confident(compensate=True), 32, 200),  # with few tokens its clip would show
+    (Loop(eta=0.1, t_on=0.7, t_off=0.3, share=0.8), 40, 200),  # steps across the borders of its phases
 ]
 
 
 @pytest.mark.parametrize(("reviser", "length", "rows"), MARGINALS, ids=lambda value: getattr(value, "eta", value))
 def test_the_share_that_is_visible_is_that_of_the_schedule(reviser, length, rows):
     steps = 16
-    found, texts = run(sampler(reviser, length=length, steps=steps), range(rows))
+    sampled, texts = run(sampler(reviser, length=length, steps=steps), range(rows))
     assert texts.shape[1] == steps + 1
-    for number, share in enumerate(shares_of(type(reviser), steps), 1):
+    for number, share in enumerate(shares_of(reviser, steps), 1):
         seen = float((texts[:, number] != MASK).double().mean())
         error = math.sqrt(max(share * (1 - share), 0) / (rows * length))
         assert abs(seen - share) <= 4 * error + 1e-9, (number, seen, share)
-    assert (found.remasks > 0).double().mean() > 0.3
-
-
-def test_released_conf_lags_behind_its_schedule():
-    """Each step hides sigma_max tokens in the mean (a softmax sums to 1) and unmasks one of `left` masks."""
-    length, steps, rows = 1024, 256, 2
-    _, texts = run(sampler(Confident(), length=length, steps=steps), range(rows))
-    _, kept = run(sampler(Confident(compensate=True), length=length, steps=steps), range(rows))
-    visible = 0.0
-    for step in range(steps):
-        before, after = step / steps, (step + 1) / steps
-        limit = min(1.0, (1 - after) / before) if before else 1.0
-        visible += (length - visible) / (steps - step) - (limit if visible else 0.0)
-        seen = float((texts[:, step + 1] != MASK).double().mean())
-        assert abs(seen - visible / length) <= 4 * 0.5 / math.sqrt(rows * length), step
-        if step + 1 == steps // 2:
-            assert seen == pytest.approx(0.41, abs=0.02)  # the schedule says one half
-            assert float((kept[:, step + 1] != MASK).double().mean()) == pytest.approx(0.5, abs=0.02)
-    assert (texts[:, -1] != MASK).all()
-
-
-def test_a_step_across_the_border_of_a_phase_ends_on_schedule():
-    share = 0.8
-    _, texts = run(sampler(Loop(eta=0.1, t_on=0.7, t_off=0.3, share=share), length=40, steps=8), range(200))
-    visible = [float((texts[:, i] != MASK).double().mean()) for i in range(9)]
-    expected = [
-        0,
-        share / 0.3 * 0.125,
-        share / 0.3 * 0.25,
-        *[share] * 3,
-        1 - 0.2 * 0.25 / 0.3,
-        1 - 0.2 * 0.125 / 0.3,
-        1,
-    ]
-    assert visible == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(8000))
+    assert (sampled.remasks > 0).double().mean() > 0.3
 
 
 # --- frequencies of each step ----------------------------------------------------------------------------
@@ -156,9 +103,9 @@ def test_a_step_across_the_border_of_a_phase_ends_on_schedule():
 )
 def test_a_step_hides_and_unmasks_with_the_probabilities_of_the_paper(reviser):
     length, steps, rows = 12, 8, 400
-    backbone = Fixed(length)
+    backbone = fixed(length)
     _, texts = run(sampler(reviser, length=length, steps=steps), range(rows), backbone)
-    shares = [0.0, *shares_of(type(reviser), steps)]
+    shares = [0.0, *shares_of(reviser, steps)]
     for step, (before, after) in enumerate(pairwise(shares)):
         limit = min(1.0, (1 - after) / before) if before else 1.0
         time = 1 - step / steps
@@ -170,7 +117,7 @@ def test_a_step_hides_and_unmasks_with_the_probabilities_of_the_paper(reviser):
         for number, hits, chance in ((int(a.sum()), int(b.sum()), p) for a, b, p in both):
             assert abs(hits - number * chance) <= 4 * math.sqrt(max(number * chance * (1 - chance), 0)) + 1e-6, step
         assert (texts[:, step + 1] == texts[:, step])[was & now].all()  # a visible token is hidden or stays
-    share = backbone.logits.double().softmax(-1)  # (L, V)
+    share = backbone.logits[0].double().softmax(-1)  # (L, V)
     observed = torch.stack([(texts[:, -1] == token).sum(0) for token in range(V)], 1)
     error = (rows * share * (1 - share)).sqrt()
     assert ((observed - rows * share).abs() <= 4.5 * error + 1e-9).all()
@@ -179,10 +126,10 @@ def test_a_step_hides_and_unmasks_with_the_probabilities_of_the_paper(reviser):
 @pytest.mark.parametrize("compensate", [False, True])
 def test_conf_hides_the_tokens_that_were_improbable(compensate):
     length, steps, rows, eta = 6, 6, 3000, 0.9
-    backbone = Fixed(length, scale=3.0)
+    backbone = fixed(length, scale=3.0)
     reviser = Confident(eta=eta, compensate=compensate)
     _, texts = run(sampler(reviser, length=length, steps=steps, temperature=0), range(rows), backbone)
-    sure = backbone.logits.double().softmax(-1).amax(-1).tolist()  # of the one token that is ever written
+    sure = backbone.logits[0].double().softmax(-1).amax(-1).tolist()  # of the one token that is ever written
     for step in range(1, steps):
         before, after = step / steps, (step + 1) / steps
         limit = eta * min(1.0, (1 - after) / before)
@@ -201,8 +148,8 @@ def test_conf_hides_the_tokens_that_were_improbable(compensate):
             unmasked, noise = unmasked + masks * rho, noise + masks * rho * (1 - rho)
         now = texts[:, step + 1] != MASK
         old = torch.tensor(was)
-        for found, expected, variance in zip((old & ~now).sum(0).tolist(), hidden, spread, strict=True):
-            assert abs(found - expected) <= 4 * math.sqrt(variance) + 1e-6
+        for sampled, expected, variance in zip((old & ~now).sum(0).tolist(), hidden, spread, strict=True):
+            assert abs(sampled - expected) <= 4 * math.sqrt(variance) + 1e-6
         assert abs(int((~old & now).sum()) - unmasked) <= 4 * math.sqrt(noise) + 1e-6
 
 
@@ -230,8 +177,8 @@ def ids(value):
 def test_rows_are_their_own_and_every_one_ends(reviser, settings):
     settings = {"unmask": Bernoulli(), **settings}
     given = Sampler(length=16, steps=12, reviser=reviser, temperature=1.0, **settings)
-    backbone = Fixed(16)
-    backbone.logits[:, EOT] = 0.0
+    backbone = fixed(16)
+    backbone.logits[0, :, EOT] = 0.0
     together, texts = run(given, range(6), backbone)
     again, _ = run(given, range(6), backbone)
     other, _ = run(given, range(6), backbone, seed=1)
@@ -251,14 +198,14 @@ def test_rows_are_their_own_and_every_one_ends(reviser, settings):
 
 @pytest.mark.parametrize("reviser", [Cap(eta=0.5), Confident(), Loop(eta=0.2)], ids=ids)
 def test_a_full_text_waits_for_its_steps_without_calls(reviser):
-    backbone = Fixed(3)
-    found, texts = run(sampler(reviser, length=3, steps=6), range(50), backbone)
-    asked = [sum(row == r for r, _ in backbone.asked) for row in range(50)]
-    assert found.forwards.tolist() == asked
-    assert all(len(trace) == 6 for trace in found.traces)
+    backbone = fixed(3)
+    sampled, texts = run(sampler(reviser, length=3, steps=6), range(50), backbone)
+    asked = [sum(row == r for r, _ in backbone.texts) for row in range(50)]
+    assert sampled.forwards.tolist() == asked
+    assert all(len(trace) == 6 for trace in sampled.traces)
     full = (texts[:, 1:-1] != MASK).all(2)
     assert full.any()
-    assert not any(MASK not in text for _, text in backbone.asked)
+    assert not any(MASK not in text for _, text in backbone.texts)
 
 
 def test_a_given_beginning_is_never_hidden():
@@ -267,9 +214,9 @@ def test_a_given_beginning_is_never_hidden():
     for reviser in (Cap(eta=1.0), Confident(), RemaskLowest(number=3), KeepSurest()):
         unmask = Bernoulli() if isinstance(reviser, Cap | Confident) else None
         given = Sampler(length=12, steps=8, unmask=unmask, reviser=reviser, temperature=1.0)
-        found, texts = run(given, range(30), start=start)
+        sampled, texts = run(given, range(30), start=start)
         assert (texts[:, :, ::3] == 7).all()
-        assert found.remasks.sum() > 0
+        assert sampled.remasks.sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -284,7 +231,6 @@ def test_a_given_beginning_is_never_hidden():
         (lambda: Sampler(length=8, steps=2, reviser=Cap(eta=0.1), unmask=Bernoulli()), "at least 3 steps a block.*2"),
         (lambda: Sampler(length=8, steps=2, reviser=Loop(), unmask=Bernoulli()), "of 2 steps a block none begins"),
         (lambda: Sampler(length=8, steps=1, reviser=RemaskLowest()), "share=0.5 of 1 steps"),
-        (lambda: Sampler(length=8, steps=8, reviser=RemaskLowest(number=9)), "number=9 is more"),
         (lambda: Sampler(length=8, reviser=KeepSurest(), eos_last=True), "KeepSurest chooses"),
         (lambda: Sampler(length=8, reviser=KeepSurest(), unmask=Threshold(0.5)), r"KeepSurest.*tau=0\.5"),
         (lambda: Sampler(length=8, reviser=Cap(eta=0.1), post_steps=2), "post_steps only rewrite, which Cap never"),
@@ -300,27 +246,9 @@ def test_settings_that_can_never_act_are_refused(make, words):
 PROMPTS = torch.tensor([[4, 9, 7], [5, 6, 11], [10, 4, 3]])
 
 
-class Listening:
-    """A model that notes the texts it is asked about."""
-
-    def __init__(self, model):
-        self.model, self.heard = model, []
-
-    def __call__(self, prefix, tokens, **where):
-        self.heard += tokens.tolist()
-        return self.model(prefix, tokens, **where)
-
-
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LLaDAV(decoder={"vocab_size": V, **sizes}, vision=None).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-    return model
+    return small_model(V)
 
 
 @torch.no_grad()
@@ -364,13 +292,13 @@ def test_remasking_the_lowest_is_the_official_loop(model, length, blocks, number
     reviser = RemaskLowest(number=number)
     given = Sampler(length=length, steps=2 * writing * blocks, blocks=blocks, reviser=reviser)
     for prompt in PROMPTS:
-        heard = Listening(model)
+        recording = Recording(model)
         prefix = model.encode_prefix({"prompt_ids": prompt[None]})
-        found = given(heard, prefix, special=SPECIAL, keys=["a"], seed=0, trace=True)
+        sampled = given(recording, prefix, special=SPECIAL, keys=["a"], seed=0, trace=True)
         text, asked = port(model, prompt, length=length, blocks=blocks, number=number, writing=writing, begin=begin)
-        assert found.traces[0][-1].tokens == text
-        assert heard.heard == [x for i, x in enumerate(asked) if i == 0 or x != asked[i - 1]]
-        assert int(found.forwards[0]) == len(heard.heard)
+        assert sampled.traces[0][-1].tokens == text
+        assert [ids for _, ids in recording.texts] == [x for i, x in enumerate(asked) if i == 0 or x != asked[i - 1]]
+        assert int(sampled.forwards[0]) == len(recording.texts)
 
 
 def keep(model, prompt, *, length, blocks, steps):
@@ -393,8 +321,8 @@ def keep(model, prompt, *, length, blocks, steps):
 def test_keeping_the_surest_is_remedis_loop(model, blocks, steps):
     given = Sampler(length=12, steps=steps * blocks, blocks=blocks, reviser=KeepSurest())
     prefix = model.encode_prefix({"prompt_ids": PROMPTS})
-    found = given(model, prefix, special=SPECIAL, keys=list("abc"), seed=0, trace=True)
+    sampled = given(model, prefix, special=SPECIAL, keys=list("abc"), seed=0, trace=True)
     for row, prompt in enumerate(PROMPTS):
         expected = keep(model, prompt, length=12, blocks=blocks, steps=steps)
-        assert [step.tokens for step in found.traces[row]] == expected
-    assert found.remasks.sum() > 0
+        assert [step.tokens for step in sampled.traces[row]] == expected
+    assert sampled.remasks.sum() > 0

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.samplers.rediff import OverwriteAll
 from src.samplers.remdm import KeepSurest, RemaskLowest
 from src.samplers.reviser import Reviser
 from src.samplers.sampler import Sampler
-from src.samplers.unmask import PART, Bernoulli, Factor, Threshold, low_confidence
-from src.types import Prefix, SpecialIds
+from src.samplers.unmask import PART, Bernoulli, Factor, Threshold
+from src.types import SpecialIds
+from tests.backbones import rows_of
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24
@@ -37,11 +37,6 @@ class Scripted:
         return logits if positions is None else logits[positions]
 
 
-def rows_of(count):
-    """A prefix that only tells which row is which."""
-    return Prefix(torch.arange(count, dtype=torch.float32)[:, None, None])
-
-
 def peaked(ids, heights=None):
     """(L, V) logits with the argmax `ids`; a higher height means more confidence."""
     logits = torch.zeros(len(ids), V)
@@ -52,7 +47,13 @@ def peaked(ids, heights=None):
 
 def sample(sampler, backbone, count=1, **settings):
     settings = {"special": SPECIAL, "keys": [f"k{i}" for i in range(count)], "seed": 0} | settings
-    return sampler(backbone, rows_of(count), **settings)
+    return sampler(backbone, rows_of(range(count)), **settings)
+
+
+NO_SCHEDULE = [
+    *({"unmask": policy} for policy in (Bernoulli(), Threshold(0.9, scheduled=False), Factor(0.9, scheduled=False))),
+    *({"reviser": reviser} for reviser in (KeepSurest(), RemaskLowest(number=1))),
+]
 
 
 @pytest.mark.parametrize(
@@ -71,21 +72,20 @@ def sample(sampler, backbone, count=1, **settings):
         ({"max_forwards": 0}, "at least 1, got 0"),
         ({"max_forwards": 1, "cfg_scale": 0.5}, "at least 2, got 1"),
         ({"cfg_scale": -0.5}, "got -0.5"),
+        *(
+            ({name: bad}, f"{name} must be at least 0, got")
+            for name in ("temperature", "cfg_scale")
+            for bad in (math.nan, math.inf)
+        ),
+        *(
+            ({"shift": 3, **options}, "shift=3 is for samplers that unmask a scheduled number")
+            for options in NO_SCHEDULE
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Sampler(length=8, **settings)
-
-
-def test_parts_refuse_wrong_settings():
-    with pytest.raises(ValueError, match=r"got 1.5"):
-        Threshold(1.5)
-    with pytest.raises(ValueError, match="'rows'"):
-        OverwriteAll(scope="rows")  # type: ignore[arg-type]
-    for wrong in ({"share": 0.0}, {"begin": 1.2}):
-        with pytest.raises(ValueError, match=r"got (0\.0|1\.2)$"):
-            OverwriteAll(**wrong)
 
 
 def test_with_steps_changes_the_speed_only():
@@ -96,15 +96,6 @@ def test_with_steps_changes_the_speed_only():
     assert sampler.tokens_per_step == 4
 
 
-@pytest.mark.parametrize("length", [1, 7, 11])
-@pytest.mark.parametrize("tokens_per_step", [1, 2, 3, 5, 7])
-def test_every_length_and_speed_ends(length, tokens_per_step):
-    speed = min(tokens_per_step, length)
-    found = sample(Sampler(length=length, tokens_per_step=speed), Scripted(lambda r, c, t: peaked([7] * length)))
-    assert found.ids.tolist() == [[7] * length]
-    assert found.forwards.tolist() == [math.ceil(length / speed)]
-
-
 # --- what a step does, by hand ---------------------------------------------------------------------------
 
 
@@ -112,13 +103,13 @@ def test_tokens_unmasked_in_a_step_are_rewritten_only_by_the_next():
     best = [[4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     heights = [[9, 8, 3, 2], [5, 5, 4, 6], [5, 5, 5, 5]]
     backbone = Scripted(lambda r, call, t: peaked(best[call], heights[call]))
-    found = sample(Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True)
+    sampled = sample(Sampler(length=4, tokens_per_step=2, reviser=OverwriteAll(), post_steps=1), backbone, trace=True)
     # step 1 unmasks 0 and 1; step 2 rewrites these and unmasks 2 and 3; the post step rewrites all
-    assert [step.tokens for step in found.traces[0]] == [[4, 5, MASK, MASK], [8, 9, 10, 11], [12, 13, 14, 15]]
-    assert [step.rewritten for step in found.traces[0]] == [
+    assert [step.tokens for step in sampled.traces[0]] == [[4, 5, MASK, MASK], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert [step.rewritten for step in sampled.traces[0]] == [
         [], [(0, 4, 8), (1, 5, 9)], [(0, 8, 12), (1, 9, 13), (2, 10, 14), (3, 11, 15)],
     ]  # fmt: skip
-    assert (found.forwards.tolist(), found.edits.tolist(), found.remasks.tolist()) == ([3], [6], [0])
+    assert (sampled.forwards.tolist(), sampled.edits.tolist(), sampled.remasks.tolist()) == ([3], [6], [0])
     without = sample(Sampler(length=4, tokens_per_step=2), Scripted(backbone.script))
     assert without.ids.tolist() == [[4, 5, 10, 11]]
 
@@ -126,20 +117,10 @@ def test_tokens_unmasked_in_a_step_are_rewritten_only_by_the_next():
 @pytest.mark.parametrize(("scope", "expected"), [("block", [4, 4, 5, 5]), ("all", [5, 5, 5, 5])])
 def test_scope_says_whether_earlier_blocks_are_revised(scope, expected):
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
-    found = sample(Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope)), backbone)
-    assert found.ids.tolist() == [expected]
-
-
-def test_post_steps_revise_every_block_whatever_the_scope():
-    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4))
-    sampler = Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope="block"), post_steps=1)
-    assert sample(sampler, backbone).ids.tolist() == [[6, 6, 6, 6]]
-
-
-def test_a_block_starts_only_when_the_one_before_is_full():
-    backbone = Scripted(lambda r, call, t: peaked([5] * 6, [1, 2, 3, 7, 8, 9]))
-    found = sample(Sampler(length=6, tokens_per_step=2, blocks=2), backbone, trace=True)
-    assert [step.unmasked for step in found.traces[0]] == [[1, 2], [0], [4, 5], [3]]
+    sampled = sample(Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope)), backbone)
+    assert sampled.ids.tolist() == [expected]
+    post = Sampler(length=4, tokens_per_step=2, blocks=2, reviser=OverwriteAll(scope=scope), post_steps=1)
+    assert sample(post, Scripted(backbone.script)).ids.tolist() == [[6, 6, 6, 6]]  # every block, whatever the scope
 
 
 def test_threshold_unmasks_what_is_sure_and_at_least_the_scheduled_number():
@@ -148,9 +129,9 @@ def test_threshold_unmasks_what_is_sure_and_at_least_the_scheduled_number():
 
     sure = [[0.9, 0.3, 0.95, 0.2, 0.1], [0.5, 0.4, 0.5, 0.3, 0.2], [0.5, 0.5, 0.5, 0.91, 0.92]]
     backbone = Scripted(lambda r, call, t: peaked([5] * 5, [probability(p) for p in sure[call]]))
-    found = sample(Sampler(length=5, unmask=Threshold(0.85)), backbone, trace=True)
-    assert [step.unmasked for step in found.traces[0]] == [[0, 2], [1], [3, 4]]
-    assert found.traces[0][0].confidence == pytest.approx([0.9, 0.95])
+    sampled = sample(Sampler(length=5, unmask=Threshold(0.85)), backbone, trace=True)
+    assert [step.unmasked for step in sampled.traces[0]] == [[0, 2], [1], [3, 4]]
+    assert sampled.traces[0][0].confidence == pytest.approx([0.9, 0.95])
     two = sample(Sampler(length=5, tokens_per_step=2, unmask=Threshold(0.99)), Scripted(backbone.script), trace=True)
     assert [len(step.unmasked) for step in two.traces[0]] == [2, 2, 1]
 
@@ -166,9 +147,9 @@ def test_banned_ids_are_never_written(temperature, reviser):
         return logits
 
     settings = {"temperature": temperature, "reviser": reviser, "post_steps": 2 if reviser else 0}
-    found = sample(Sampler(length=9, tokens_per_step=2, **settings), Scripted(script), count=20)
+    sampled = sample(Sampler(length=9, tokens_per_step=2, **settings), Scripted(script), count=20)
     allowed = {*WORDS, EOS, EOT}
-    assert {token for row in found.ids.tolist() for token in row} <= allowed
+    assert {token for row in sampled.ids.tolist() for token in row} <= allowed
 
 
 def test_a_confidence_is_a_share_of_the_ids_that_the_tokenizer_has():
@@ -177,17 +158,11 @@ def test_a_confidence_is_a_share_of_the_ids_that_the_tokenizer_has():
     special = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(BOS,), vocab_size=V)
     for temperature in (0.0, 0.1):
         sampler = Sampler(length=2, tokens_per_step=2, temperature=temperature)
-        found = sample(sampler, Scripted(lambda r, c, t: row.expand(2, -1)), special=special, trace=True)
-        assert found.ids.tolist() == [[7, 7]]  # neither mask nor a row too many
+        sampled = sample(sampler, Scripted(lambda r, c, t: row.expand(2, -1)), special=special, trace=True)
+        assert sampled.ids.tolist() == [[7, 7]]  # neither mask nor a row too many
         considered = row[:V].double()  # the mask as well
         considered[BOS] = -math.inf
-        assert found.traces[0][0].confidence == pytest.approx([float(considered.softmax(0)[7])] * 2)
-
-
-def test_what_is_behind_the_first_eot_becomes_end_of_text():
-    backbone = Scripted(lambda r, call, t: peaked([[5, EOT, 6, EOT, 7], [5, 6, 7, 8, 9], [EOT, 4, 4, 4, 4]][r]))
-    found = sample(Sampler(length=5, tokens_per_step=5), backbone, count=3)
-    assert found.ids.tolist() == [[5, EOT, EOS, EOS, EOS], [5, 6, 7, 8, 9], [EOT, EOS, EOS, EOS, EOS]]
+        assert sampled.traces[0][0].confidence == pytest.approx([float(considered.softmax(0)[7])] * 2)
 
 
 # --- a given start ---------------------------------------------------------------------------------------
@@ -199,10 +174,10 @@ def test_an_oracle_corrects_a_flawed_caption_in_one_forward_call():
     kept = flawed.clone()
     backbone = Scripted(lambda r, call, t: peaked(true[r]))
     sampler = Sampler(length=6, reviser=OverwriteAll(), post_steps=10)
-    found = sample(sampler, backbone, count=2, start=flawed)
-    assert found.ids.tolist() == true
-    assert found.edits.tolist() == [2, 3]
-    assert found.forwards.tolist() == [2, 2]  # the second one shows that nothing changes any more
+    sampled = sample(sampler, backbone, count=2, start=flawed)
+    assert sampled.ids.tolist() == true
+    assert sampled.edits.tolist() == [2, 3]
+    assert sampled.forwards.tolist() == [2, 2]  # the second one shows that nothing changes any more
     assert torch.equal(flawed, kept)
     shorter = Sampler(length=6, reviser=OverwriteAll(), post_steps=1)
     once = sample(shorter, Scripted(backbone.script), count=2, start=kept)
@@ -213,18 +188,10 @@ def test_rows_that_are_done_cost_nothing_more():
     true = [4, 5, 6, 7, 8, EOT]
     start = torch.tensor([[MASK] * 6, [4, MASK, 6, 7, 8, EOT], [4, 5, 6, 7, 8, EOT]])
     backbone = Scripted(lambda r, call, t: peaked(true))
-    found = sample(Sampler(length=6, tokens_per_step=2), backbone, count=3, start=start)
-    assert found.ids.tolist() == [true] * 3
-    assert found.forwards.tolist() == [3, 1, 0]
+    sampled = sample(Sampler(length=6, tokens_per_step=2), backbone, count=3, start=start)
+    assert sampled.ids.tolist() == [true] * 3
+    assert sampled.forwards.tolist() == [3, 1, 0]
     assert [len(tokens) for tokens in backbone.seen] == [2, 1, 1]
-
-
-def test_a_start_may_hold_masks_in_a_later_block_only():
-    start = torch.tensor([[4, 5, 6, MASK, MASK, 9]])
-    backbone = Scripted(lambda r, call, t: peaked([14, 15, 16, 17, 18, 19]))
-    found = sample(Sampler(length=6, steps=2, blocks=2, reviser=OverwriteAll()), backbone, start=start)
-    assert found.ids.tolist() == [[4, 5, 6, 17, 18, 19]]  # the one scheduled step of block 2
-    assert (found.forwards.tolist(), found.edits.tolist()) == ([1], [1])
 
 
 def test_a_start_of_another_shape_is_refused():
@@ -239,36 +206,25 @@ def test_a_start_of_another_shape_is_refused():
 # --- when it stops ---------------------------------------------------------------------------------------
 
 
-def test_an_early_stop_takes_the_place_of_the_block():
-    start = torch.tensor([[MASK, MASK, MASK, MASK, EOT, MASK], [MASK, MASK, MASK, MASK, 5, MASK]])
-    backbone = Scripted(lambda r, call, t: peaked([6] * 6, [1, 2, 3, 9, 4, 4]))
-    found = sample(Sampler(length=6, blocks=3, early_stop=True), backbone, count=2, start=start, trace=True)
-    # the end is looked for after each step: the first one still keeps to its block
-    assert [step.unmasked for step in found.traces[0]] == [[1], [3], [2], [0]]
-    assert [step.unmasked for step in found.traces[1]] == [[1], [0], [3], [2], [5]]
-    assert found.traces[0][-1].tokens == [6, 6, 6, 6, EOT, MASK]
-    assert found.ids.tolist() == [[6, 6, 6, 6, EOT, EOS], [6, 6, 6, 6, 5, 6]]
-
-
 def test_an_end_that_was_seen_is_not_undone():
     best = [[EOT, 6, 7, 8], [4, EOT, 7, 8], [4, 5, EOT, 8]]
     backbone = Scripted(lambda r, call, t: peaked(best[call], [[1, 1, 9, 8], [1, 9, 1, 1], [1, 1, 1, 1]][call]))
     sampler = Sampler(length=4, reviser=OverwriteAll(), early_stop=True)
-    found = sample(sampler, backbone, trace=True)
+    sampled = sample(sampler, backbone, trace=True)
     # place 1 ends the text at the second step; the third unmasks place 0 and rewrites the end, in vain
-    assert [step.tokens for step in found.traces[0]] == [
+    assert [step.tokens for step in sampled.traces[0]] == [
         [MASK, MASK, 7, MASK], [MASK, EOT, 7, MASK], [4, 5, EOT, MASK],
     ]  # fmt: skip
-    assert found.ids.tolist() == [[4, EOT, EOS, EOS]]
+    assert sampled.ids.tolist() == [[4, EOT, EOS, EOS]]
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
 def test_a_cycle_ends_the_post_steps(period):
     script = lambda r, call, t: peaked([(int(t[0]) - 4 + 1) % period + 4, 9, 9])  # noqa: E731
     start = torch.tensor([[4, 9, 9], [4, 8, 9]])
-    found = sample(Sampler(length=3, reviser=OverwriteAll(), post_steps=50), Scripted(script), count=2, start=start)
+    sampled = sample(Sampler(length=3, reviser=OverwriteAll(), post_steps=50), Scripted(script), count=2, start=start)
     # row 0 starts in the cycle and is back after `period` passes; row 1 first leaves its start for good
-    assert found.forwards.tolist() == [period, period + 1]
+    assert sampled.forwards.tolist() == [period, period + 1]
 
 
 class Restless(OverwriteAll):
@@ -280,20 +236,20 @@ class Restless(OverwriteAll):
 def test_a_reviser_that_draws_is_not_stopped_by_a_text_that_came_back():
     start = torch.tensor([[4, 9, 9]])
     sampler = Sampler(length=3, reviser=Restless(), post_steps=5)
-    found = sample(sampler, Scripted(lambda r, call, t: peaked([4, 9, 9])), start=start, trace=True)
-    assert len(found.traces[0]) == 5
-    assert found.forwards.tolist() == [1]  # what is known is not asked again
+    sampled = sample(sampler, Scripted(lambda r, call, t: peaked([4, 9, 9])), start=start, trace=True)
+    assert len(sampled.traces[0]) == 5
+    assert sampled.forwards.tolist() == [1]  # what is known is not asked again
     swing = Scripted(lambda r, call, t: peaked([9 - int(t[0]) + 4, 9, 9]))
     assert sample(sampler, swing, start=start).forwards.tolist() == [5]
 
 
 def test_max_forwards_fills_the_rest_with_the_last_logits():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 6, [6, 5, 4, 3, 2, 1]))
-    found = sample(Sampler(length=6, blocks=2, max_forwards=2), backbone, trace=True)
-    assert found.ids.tolist() == [[4, 5, 5, 5, 5, 5]]
-    assert found.forwards.tolist() == [2]
-    assert found.traces[0][-1].unmasked == [1, 2, 3, 4, 5]
-    assert all(0 < p < 1 for p in found.traces[0][-1].confidence)
+    sampled = sample(Sampler(length=6, blocks=2, max_forwards=2), backbone, trace=True)
+    assert sampled.ids.tolist() == [[4, 5, 5, 5, 5, 5]]
+    assert sampled.forwards.tolist() == [2]
+    assert sampled.traces[0][-1].unmasked == [1, 2, 3, 4, 5]
+    assert all(0 < p < 1 for p in sampled.traces[0][-1].confidence)
     drawn = sample(Sampler(length=6, max_forwards=1, temperature=9.0), Scripted(backbone.script))
     assert drawn.ids.tolist() == [[4] * 6]  # what the budget fills is the argmax at any temperature
     post = Sampler(length=6, tokens_per_step=6, reviser=OverwriteAll(), post_steps=9, max_forwards=3)
@@ -303,26 +259,18 @@ def test_max_forwards_fills_the_rest_with_the_last_logits():
 # --- memory ----------------------------------------------------------------------------------------------
 
 
-def test_confidences_in_parts_are_those_of_all_logits_at_once():
-    torch.manual_seed(0)
-    logits, proposal = torch.randn(3 * PART, V) * 4, torch.randint(0, V, (3 * PART,))
-    rows = torch.randperm(3 * PART)[: 2 * PART + 7]
-    expected = logits.double().softmax(-1)[rows, proposal[rows]]
-    torch.testing.assert_close(low_confidence(logits, rows, proposal[rows]), expected, rtol=1e-12, atol=0)
-
-
 class Large(TorchDispatchMode):
     """Notes the operations that make a new tensor of at least `size` bytes."""
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.found = size, []
+        self.size, self.operations = size, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in given:
-            self.found += [str(func)] * (out.untyped_storage().nbytes() >= self.size)
+            self.operations += [str(func)] * (out.untyped_storage().nbytes() >= self.size)
         return out
 
 
@@ -336,7 +284,7 @@ def test_a_greedy_step_makes_no_copy_of_the_logits(reviser):
     sampler = Sampler(length=length, tokens_per_step=length, reviser=reviser)
     with Large(logits.nbytes) as large:
         sample(sampler, lambda prefix, tokens, positions: logits, count=rows, special=special, start=start)
-    assert large.found == []
+    assert large.operations == []
 
 
 # --- temperature and seeds -------------------------------------------------------------------------------
@@ -346,12 +294,12 @@ def test_tokens_are_drawn_from_the_tempered_softmax_and_scored_by_the_plain_one(
     row = torch.full((V,), -math.inf)
     row[[5, 6, 7, 8]] = torch.tensor([1.0, 0.5, 0.0, -1.0])
     sampler = Sampler(length=5, tokens_per_step=5, temperature=0.5)
-    found = sample(sampler, Scripted(lambda r, c, t: row.expand(5, V)), count=800, trace=True)
+    sampled = sample(sampler, Scripted(lambda r, c, t: row.expand(5, V)), count=800, trace=True)
     expected = (row[[5, 6, 7, 8]] / 0.5).softmax(0) * 4000
-    observed = torch.stack([(found.ids == token).sum() for token in (5, 6, 7, 8)])
+    observed = torch.stack([(sampled.ids == token).sum() for token in (5, 6, 7, 8)])
     assert int(observed.sum()) == 4000
     assert float(((observed - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees of freedom, p = 0.001
-    step, plain = found.traces[0][0], row.softmax(0)
+    step, plain = sampled.traces[0][0], row.softmax(0)
     assert step.confidence == pytest.approx([float(plain[token]) for token in step.tokens])
 
 
@@ -373,19 +321,8 @@ def test_seeds_and_keys_decide_the_draw_and_the_global_generator_is_left_alone()
 # --- trace and hooks -------------------------------------------------------------------------------------
 
 
-class RemaskOnce(Reviser):
-    """Hides the first visible token again at the second step."""
-
-    def editable(self, state):
-        return state.visible & state.block
-
-    def remask(self, state, prediction):
-        first = state.visible & (state.visible.cumsum(1) == 1)
-        return first & (state.step == 1)[:, None]
-
-
-class RemaskAlways(RemaskOnce):
-    """Hides all that it may."""
+class RemaskAlways(Reviser):
+    """Remasks all that it may."""
 
     def remask(self, state, prediction):
         return state.visible
@@ -405,22 +342,22 @@ class LookTwice(Reviser):
         return type(prediction)(prediction.where, logits, best)
 
 
-class HideFirst(Reviser):
-    """Says only what to hide."""
+class RemaskFirst(Reviser):
+    """Defines `remask` only."""
 
     def remask(self, state, prediction):
         return (state.visible.cumsum(1) == 1) & (state.step == 1)[:, None]
 
 
 class Rewrite(Reviser):
-    """Says only what to write."""
+    """Defines `overwrite` only."""
 
     def overwrite(self, state, prediction):
         return prediction.best
 
 
 class OnlyRefine(Reviser):
-    """Neither hides nor writes."""
+    """Neither remasks nor overwrites."""
 
     def refine(self, state, prediction, predict):
         assert not (prediction.where & state.visible).any()
@@ -429,88 +366,32 @@ class OnlyRefine(Reviser):
 
 def test_a_hook_alone_acts_on_the_visible_places_of_the_block():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4, [4, 3, 2, 1]))
-    hidden = sample(Sampler(length=4, steps=4, reviser=HideFirst()), backbone, trace=True)
-    assert [step.remasked for step in hidden.traces[0]] == [[], [0], [], []]
+    remasked = sample(Sampler(length=4, steps=4, reviser=RemaskFirst()), backbone, trace=True)
+    # step 2 unmasks place 1 and remasks place 0; three masks in two steps: 0 and 2 next, then 3
+    assert [step.unmasked for step in remasked.traces[0]] == [[0], [1], [0, 2], [3]]
+    assert [step.remasked for step in remasked.traces[0]] == [[], [0], [], []]
+    assert (remasked.ids.tolist(), remasked.remasks.tolist()) == ([[6, 5, 6, 7]], [1])
     written = sample(Sampler(length=4, blocks=2, reviser=Rewrite()), Scripted(backbone.script), trace=True)
     # each block is written in two steps; the second one rewrites what the first unmasked, in its own block only
     assert [step.rewritten for step in written.traces[0]] == [[], [(0, 4, 5)], [], [(2, 6, 7)]]
     post = sample(Sampler(length=4, blocks=2, reviser=Rewrite(), post_steps=1), Scripted(backbone.script))
     assert post.ids.tolist() == [[8, 8, 8, 8]]
     for idle in (OnlyRefine(), Reviser()):
-        found = sample(Sampler(length=4, reviser=idle), Scripted(backbone.script))
-        assert (found.ids.tolist(), found.forwards.tolist()) == ([[4, 5, 6, 7]], [4])
-
-
-def test_a_remasking_reviser_is_scheduled_and_counted():
-    backbone = Scripted(lambda r, call, t: peaked([4 + call] * 4, [4, 3, 2, 1]))
-    found = sample(Sampler(length=4, steps=4, reviser=RemaskOnce()), backbone, trace=True)
-    # step 2 unmasks place 1 and hides place 0; three masks in two steps: 0 and 2 next, then 3
-    assert [step.unmasked for step in found.traces[0]] == [[0], [1], [0, 2], [3]]
-    assert [step.remasked for step in found.traces[0]] == [[], [0], [], []]
-    assert (found.ids.tolist(), found.remasks.tolist()) == ([[6, 5, 6, 7]], [1])
+        sampled = sample(Sampler(length=4, reviser=idle), Scripted(backbone.script))
+        assert (sampled.ids.tolist(), sampled.forwards.tolist()) == ([[4, 5, 6, 7]], [4])
 
 
 def test_remasking_without_end_still_ends():
     sampler = Sampler(length=6, steps=4, blocks=2, reviser=RemaskAlways())
-    found = sample(sampler, Scripted(lambda r, c, t: peaked([5] * 6)), count=2)
-    assert found.ids.tolist() == [[5] * 6] * 2
-    assert found.forwards.tolist() == [4, 4]
+    sampled = sample(sampler, Scripted(lambda r, c, t: peaked([5] * 6)), count=2)
+    assert sampled.ids.tolist() == [[5] * 6] * 2
+    assert sampled.forwards.tolist() == [4, 4]
 
 
 def test_a_refining_reviser_sees_filled_masks_and_its_passes_are_counted():
     backbone = Scripted(lambda r, call, t: peaked([4 + call] * 3, [3, 2, 1]))
-    found = sample(Sampler(length=3, reviser=LookTwice()), backbone)
+    sampled = sample(Sampler(length=3, reviser=LookTwice()), backbone)
     # calls: 0 step 1, 1 step 2, 2 its second look (with call 1's guesses filled in), 3 step 3
-    assert found.ids.tolist() == [[4, 6, 7]]
-    assert found.forwards.tolist() == [4]
+    assert sampled.ids.tolist() == [[4, 6, 7]]
+    assert sampled.forwards.tolist() == [4]
     assert backbone.seen[2].tolist() == [[4, 5, 5]]
-
-
-class Tail(nn.Module):
-    """Sure of end-of-text at the end of the response length, less sure of the words before it."""
-
-    def encode_prefix(self, prefix):
-        raise AssertionError("the test makes the prefix")
-
-    def forward(self, prefix, tokens, *, attend=None, positions=None):
-        logits = torch.zeros(*tokens.shape, 12)
-        logits[:, :4, 7] = 2.0
-        logits[:, 4, SPECIAL_TAIL.eot] = 6.0
-        logits[:, 5:, SPECIAL_TAIL.eos] = 8.0
-        return logits if positions is None else logits[positions]
-
-
-SPECIAL_TAIL = SpecialIds(mask=0, eos=1, eot=2, banned=(0,), vocab_size=12)
-
-
-@pytest.mark.parametrize(("eos_last", "order"), [(False, [5, 6, 7, 4, 0, 1, 2, 3]), (True, [0, 1, 2, 3, 5, 6, 7, 4])])
-def test_the_end_of_the_text_can_be_kept_for_last(eos_last, order):
-    sampler = Sampler(length=8, tokens_per_step=1, eos_last=eos_last)
-    out = sampler(Tail(), Prefix(torch.zeros(1, 1, 1)), special=SPECIAL_TAIL, keys=["a"], seed=0, trace=True)
-    assert out.traces is not None
-    assert [step.unmasked[0] for step in out.traces[0]] == order
-    assert out.ids[0].tolist() == [7, 7, 7, 7, 2, 1, 1, 1]
-    assert all(0 < c <= 1 for step in out.traces[0] for c in step.confidence)
-
-
-@pytest.mark.parametrize("name", ["temperature", "cfg_scale"])
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_numbers_that_are_none_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be at least 0, got"):
-        Sampler(length=8, **{name: value})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"unmask": Bernoulli()},
-        {"unmask": Threshold(0.9, scheduled=False)},
-        {"unmask": Factor(0.9, scheduled=False)},
-        {"reviser": KeepSurest()},
-        {"reviser": RemaskLowest(number=1)},
-    ],
-)
-def test_a_shift_is_refused_where_no_schedule_is_kept_to(options):
-    with pytest.raises(ValueError, match="shift=3 is for samplers that unmask a scheduled number"):
-        Sampler(length=8, shift=3, **options)
-    Sampler(length=8, shift=3, unmask=Threshold(0.9))

@@ -16,12 +16,13 @@ NO_ROW = torch.zeros(1, dtype=torch.bool)
 @pytest.mark.parametrize(("number", "steps"), [(n, s) for n in (1, 2, 7, 10, 13) for s in (1, 2, 3, 7) if s <= n])
 def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     tokens = torch.full((1, number), MASK)
-    progress = Progress(Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1), tokens, SPECIAL)
+    schedule = Schedule(length=number, tokens_per_step=None, steps=steps)
+    progress = Progress(schedule, tokens, SPECIAL)
     counts, left = [], []
     while (tokens == MASK).any():
         progress.enter(tokens)
         left.append(int(progress.steps_left))
-        counts.append(int(progress.count(tokens)))
+        counts.append(int(progress.count(tokens, schedule.chance(progress.steps, progress.steps_left))))
         tokens[:, : sum(counts)] = 5
         progress.finish(tokens, post=NO_ROW, last=NO_ROW)
     assert counts == [number // steps + (step < number % steps) for step in range(steps)]
@@ -29,34 +30,17 @@ def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     assert int(progress.steps) == steps
 
 
-def test_the_earliest_end_ever_seen_counts():
-    tokens = torch.tensor([[5, MASK, 5, MASK, 5, MASK]] * 3)
-    progress = Progress(Schedule(length=6, tokens_per_step=1, steps=None, blocks=3), tokens, SPECIAL, early_stop=True)
-    progress.enter(tokens)
-    assert progress.reach.tolist() == [[True] * 2 + [False] * 4] * 3
-    for row, place in ((0, 4), (1, 2), (1, 5), (2, 0)):
-        tokens[row, place] = EOT
-    progress.finish(tokens, post=NO_ROW, last=NO_ROW)
-    assert progress.stop.tolist() == [4, 2, 0]
-    progress.finish(torch.where(tokens == EOT, 7, tokens), post=NO_ROW, last=NO_ROW)
-    moved = torch.tensor([[5, 5, 5, 5, 5, EOT], [5, EOT, 5, 5, 5, 5], [5] * 6])
-    progress.finish(moved, post=NO_ROW, last=NO_ROW)
-    assert progress.stop.tolist() == [4, 1, 0]
-    assert progress.reach.sum(1).tolist() == [4, 1, 0]
-    assert [row.nonzero()[:, 0].tolist() for row in progress.pending(tokens)] == [[1, 3], [], []]
-
-
 @pytest.mark.parametrize("shift", [1 / 3, 0.9, 3.0, 20.0])
 @pytest.mark.parametrize(("number", "steps"), [(64, 8), (64, 64), (13, 5), (128, 16)])
 def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
     """LaViDa's: of n tokens, n s x / (1 + (s - 1) x) after the share x of the steps; at least one a step."""
     tokens = torch.full((1, number), MASK)
-    schedule = Schedule(length=number, tokens_per_step=None, steps=steps, blocks=1, shift=shift)
+    schedule = Schedule(length=number, tokens_per_step=None, steps=steps, shift=shift)
     progress = Progress(schedule, tokens, SPECIAL)
     unmasked = 0
     for step in range(1, steps + 1):
         progress.enter(tokens)
-        count = int(progress.count(tokens))
+        count = int(progress.count(tokens, schedule.chance(progress.steps, progress.steps_left)))
         assert count >= min(1, number - unmasked)
         expected = number * shift * (step / steps) / (1 + (shift - 1) * step / steps)
         ahead = unmasked - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)
@@ -68,15 +52,12 @@ def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
 
 
 def test_an_even_split_is_the_shift_of_one():
-    for number in range(1, 40):
-        for left in range(1, 40):
-            masks, steps = torch.tensor([number]), torch.tensor([left + 3])
-            even = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1)
-            near = Schedule(length=64, tokens_per_step=1, steps=None, blocks=1, shift=1 + 1e-12)
-            assert even.count(masks, steps, torch.tensor([left])) == near.count(masks, steps, torch.tensor([left]))
+    left = torch.arange(1, 40)
+    even, near = (Schedule(length=64, tokens_per_step=1, steps=None, shift=shift) for shift in (1, 1 + 1e-12))
+    torch.testing.assert_close(even.chance(left + 3, left), near.chance(left + 3, left))
 
 
 @pytest.mark.parametrize("shift", [0, -1, float("inf"), float("nan")])
 def test_a_shift_that_is_no_curve_is_refused(shift):
     with pytest.raises(ValueError, match="shift must be above 0"):
-        Schedule(length=8, tokens_per_step=1, steps=None, blocks=1, shift=shift)
+        Schedule(length=8, tokens_per_step=1, steps=None, shift=shift)

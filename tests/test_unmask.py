@@ -11,41 +11,22 @@ import torch
 from src.diffusion.noise import Noise
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
-from src.samplers.unmask import (
-    PART,
-    SCORES,
-    Bernoulli,
-    Factor,
-    Threshold,
-    draw,
-    keep_nucleus,
-    margin,
-    negative_entropy,
-)
-from src.types import Prefix, SpecialIds
+from src.samplers.unmask import PART, SCORES, Bernoulli, Factor, Threshold, keep_nucleus
+from src.types import SpecialIds
+from tests.backbones import Fixed, rows_of
 
 MASK, EOS, EOT, V, L = 0, 1, 2, 12, 16
 SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK,), vocab_size=V)
 
 
-class Fixed:
-    """A backbone that says the same of a position whatever stands elsewhere; row r of the batch has its own logits."""
-
-    def __init__(self, rows, *, length=L, scale=2.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.randn(rows, length, V, generator=generator) * scale
-
-    def __call__(self, prefix, tokens, *, attend=None, positions=None):
-        return self.logits[prefix.embeds[:, 0, 0].long()][positions]
-
-
-def prefix_of(rows):
-    return Prefix(torch.tensor(list(rows), dtype=torch.float32)[:, None, None])
+def fixed(rows, *, length=L, scale=2.0):
+    """A backbone that says the same of a position whatever stands elsewhere; each row has its own logits."""
+    return Fixed(torch.randn(rows, length, V, generator=torch.Generator().manual_seed(0)) * scale)
 
 
 def run(sampler, backbone, rows=range(1), seed=0):
     keys = [f"k{row}" for row in rows]
-    return sampler(backbone, prefix_of(rows), special=SPECIAL, keys=keys, seed=seed, trace=True)
+    return sampler(backbone, rows_of(rows), special=SPECIAL, keys=keys, seed=seed, trace=True)
 
 
 def allowed(logits):
@@ -63,19 +44,24 @@ def test_scores_in_parts_are_the_formulas():
     logits = torch.randn(3 * PART, V) * 4
     logits[:, MASK] = -math.inf
     rows = torch.randperm(3 * PART)[: 2 * PART + 7]
-    for row, first, second in zip(
-        rows.tolist(), margin(logits, rows, rows).tolist(), negative_entropy(logits, rows, rows).tolist(), strict=True
-    ):
-        total = sum(math.exp(v) for v in logits[row].tolist())
-        share = sorted((math.exp(v) / total for v in logits[row].tolist()), reverse=True)
-        assert first == pytest.approx(share[0] - share[1], rel=1e-6)
-        assert second == pytest.approx(sum(p * math.log(p) for p in share if p), rel=1e-6)
+    proposal = torch.randint(1, V, rows.shape)
+    probability, margin, entropy = (
+        SCORES[name](logits, rows, proposal) for name in ("probability", "margin", "entropy")
+    )
+    shares = logits[rows].double().softmax(-1)
+    torch.testing.assert_close(probability, shares[range(len(rows)), proposal], rtol=1e-12, atol=0)
+    for share, difference, negative in zip(shares.tolist(), margin.tolist(), entropy.tolist(), strict=True):
+        first, second = sorted(share, reverse=True)[:2]
+        assert difference == pytest.approx(first - second, rel=1e-6)
+        assert negative == pytest.approx(sum(p * math.log(p) for p in share if p), rel=1e-6)
 
 
-@pytest.mark.parametrize("score", sorted(SCORES))
-def test_the_order_of_unmasks_is_that_of_the_score(score):
-    backbone = Fixed(1)
-    found = run(Sampler(length=L, score=score), backbone)
+@pytest.mark.parametrize(
+    ("score", "temperature"), [*((score, 0.0) for score in sorted(SCORES)), ("margin", 5.0), ("entropy", 5.0)]
+)
+def test_the_order_of_unmasks_is_that_of_the_score(score, temperature):
+    backbone = fixed(1)
+    sampled = run(Sampler(length=L, score=score, temperature=temperature), backbone)
     values = []
     for share in allowed(backbone.logits[0]):
         ordered = sorted(share, reverse=True)
@@ -86,42 +72,26 @@ def test_the_order_of_unmasks_is_that_of_the_score(score):
                 "entropy": sum(p * math.log(p) for p in share if p),
             }[score]
         )
-    assert [step.unmasked for step in found.traces[0]] == [[i] for i in sorted(range(L), key=lambda i: -values[i])]
-    best = [max(share) for share in allowed(backbone.logits[0])]
-    assert [step.confidence[0] for step in found.traces[0]] == pytest.approx(
-        [best[s.unmasked[0]] for s in found.traces[0]]
-    )
-
-
-def test_the_three_scores_differ():
-    orders = [[s.unmasked for s in run(Sampler(length=L, score=name), Fixed(1)).traces[0]] for name in SCORES]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert [step.unmasked for step in sampled.traces[0]] == [[i] for i in sorted(range(L), key=lambda i: -values[i])]
 
 
 def test_a_random_order_is_uniform_and_belongs_to_the_row():
     rows = 600
-    found = run(Sampler(length=4, score="random"), Fixed(rows, length=4), range(rows))
+    sampled = run(Sampler(length=4, score="random"), fixed(rows, length=4), range(rows))
     counts = torch.zeros(4, 4)  # (step, place)
-    for trace in found.traces:
+    for trace in sampled.traces:
         for number, step in enumerate(trace):
             counts[number, step.unmasked[0]] += 1
     expected = rows / 4
     assert float(((counts - expected) ** 2 / expected).sum()) < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
 
 
-def test_a_score_ignores_the_temperature():
-    sampler = Sampler(length=L, score="entropy", temperature=5.0)
-    plain = Sampler(length=L, score="entropy")
-    orders = [[step.unmasked for step in run(s, Fixed(1)).traces[0]] for s in (sampler, plain)]
-    assert orders[0] == orders[1]
-
-
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy", "random"])
 def test_the_end_of_the_text_is_last_by_any_score(score):
-    backbone = Fixed(1, scale=0.5)
+    backbone = fixed(1, scale=0.5)
     backbone.logits[0, ::2, EOS] = 3.0
-    found = run(Sampler(length=L, score=score, eos_last=True), backbone)
-    order = [step.unmasked[0] for step in found.traces[0]]
+    sampled = run(Sampler(length=L, score=score, eos_last=True), backbone)
+    order = [step.unmasked[0] for step in sampled.traces[0]]
     ends = {place for place in range(L) if int(backbone.logits[0, place, 1:].argmax()) + 1 in (EOS, EOT)}
     assert set(order[L - len(ends) :]) == ends
     assert len(ends) >= L // 2
@@ -139,14 +109,14 @@ def test_the_factor_rule_by_enumeration():
     sizes = set()
     for factor in (0.1, 1.0, 2.5):
         policy = Factor(factor, scheduled=False)
-        found = policy.select(confidence, eligible, count * 5, count.double(), Noise(["a"], seed=0))
+        sampled = policy.select(confidence, eligible, count * 5, count.double(), Noise(["a"], seed=0))
         for row in range(40):
             places = sorted(eligible[row].nonzero()[:, 0].tolist(), key=lambda i: -float(confidence[row, i]))
             fits = [
                 n for n in range(1, len(places) + 1) if (n + 1) * (1 - float(confidence[row, places[n - 1]])) < factor
             ]
             chosen = places[: max([1, *fits])]
-            assert sorted(chosen) == found[row].nonzero()[:, 0].tolist()
+            assert sorted(chosen) == sampled[row].nonzero()[:, 0].tolist()
             sizes.add(len(chosen))
     assert len(sizes) > 4
     one = Factor(0.1, scheduled=False).select(confidence, eligible, count * L, count.double(), Noise([], seed=0))
@@ -157,21 +127,15 @@ def test_the_factor_rule_by_enumeration():
 
 def test_ancestral_sampling_unmasks_each_mask_by_chance():
     rows, steps = 500, 8
-    found = run(Sampler(length=L, steps=steps, unmask=Bernoulli()), Fixed(rows), range(rows))
+    sampled = run(Sampler(length=L, steps=steps, unmask=Bernoulli()), fixed(rows), range(rows))
     for number in range(steps):
         masks = sum(
-            trace[number - 1].tokens.count(MASK) if number else L for trace in found.traces if len(trace) > number
+            trace[number - 1].tokens.count(MASK) if number else L for trace in sampled.traces if len(trace) > number
         )
-        unmasked = sum(len(trace[number].unmasked) for trace in found.traces if len(trace) > number)
+        unmasked = sum(len(trace[number].unmasked) for trace in sampled.traces if len(trace) > number)
         chance = 1 / (steps - number)
         assert abs(unmasked - masks * chance) <= 4 * math.sqrt(masks * chance * (1 - chance)), number
-    assert MASK not in found.ids
-
-
-def test_ancestral_sampling_fills_everything_in_the_last_call_of_a_budget():
-    found = run(Sampler(length=L, unmask=Bernoulli(), max_forwards=2), Fixed(3), range(3))
-    assert MASK not in found.ids
-    assert found.forwards.tolist() == [2, 2, 2]
+    assert MASK not in sampled.ids
 
 
 RANDOM = [
@@ -186,7 +150,7 @@ RANDOM = [
 
 @pytest.mark.parametrize("settings", RANDOM)
 def test_a_row_is_the_same_alone_and_in_a_batch_and_under_the_seed(settings):
-    sampler, backbone, rows = Sampler(length=L, **settings), Fixed(5), range(5)
+    sampler, backbone, rows = Sampler(length=L, **settings), fixed(5), range(5)
     together = run(sampler, backbone, rows)
     assert torch.equal(together.ids, run(sampler, backbone, rows).ids)
     for row in rows:
@@ -200,7 +164,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_under_the_seed(settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"score": "entropie"}, "'entropie'"),
+        ({"score": "entropie"}, "TopK needs a score of.*'entropie'"),
         ({"score": "entropy", "unmask": Threshold(0.9)}, "Threshold needs a score of"),
         ({"score": "margin", "unmask": Factor(1.0)}, "Factor needs a score of"),
         ({"score": "margin", "unmask": Bernoulli()}, "Bernoulli unmasks by chance.*'margin'"),
@@ -213,11 +177,9 @@ def test_a_row_is_the_same_alone_and_in_a_batch_and_under_the_seed(settings):
 def test_settings_that_would_be_ignored_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Sampler(length=L, **settings)
-
-
-def test_a_factor_is_positive():
-    with pytest.raises(ValueError, match="got 0"):
-        Factor(0)
+    for policy, wrong in ((Threshold, 1.5), (Factor, 0)):
+        with pytest.raises(ValueError, match=f"got {wrong}"):
+            policy(wrong)
 
 
 # --- nucleus ---------------------------------------------------------------------------------------------
@@ -230,7 +192,7 @@ def test_the_nucleus_is_the_smallest_set_with_that_share(temperature, top_p):
     logits = torch.randn(PART + 9, V) * 2
     kept = logits.clone()
     keep_nucleus(kept, temperature=temperature, top_p=top_p)
-    for row, found in zip(logits, kept, strict=True):
+    for row, sampled in zip(logits, kept, strict=True):
         share = (row.double() / temperature).softmax(0).tolist()
         expected, total = set(), 0.0
         for token in sorted(range(V), key=lambda token: -share[token]):
@@ -238,47 +200,23 @@ def test_the_nucleus_is_the_smallest_set_with_that_share(temperature, top_p):
             total += share[token]
             if total >= top_p - 1e-12:
                 break
-        assert {token for token in range(V) if found[token] > -math.inf} == expected
-        assert all(found[token] == row[token] for token in expected)
+        assert {token for token in range(V) if sampled[token] > -math.inf} == expected
+        assert all(sampled[token] == row[token] for token in expected)
 
 
 def test_tokens_come_from_the_nucleus_in_the_proportion_of_their_shares():
     row = torch.full((V,), -math.inf)
     row[[5, 6, 7, 8]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    backbone = Fixed(200)
+    backbone = fixed(200)
     backbone.logits[:] = row
-    found = run(Sampler(length=L, steps=1, temperature=1.0, top_p=0.6), backbone, range(200))
-    observed = torch.stack([(found.ids == token).sum() for token in (5, 6)])
+    sampled = run(Sampler(length=L, steps=1, temperature=1.0, top_p=0.6), backbone, range(200))
+    observed = torch.stack([(sampled.ids == token).sum() for token in (5, 6)])
     expected = torch.tensor([4 / 7, 3 / 7]) * 200 * L
     assert int(observed.sum()) == 200 * L
     assert float(((observed - expected) ** 2 / expected).sum()) < 10.8  # chi-square, 1 degree of freedom, p = 0.001
 
 
-def test_a_nucleus_of_all_changes_no_draw():
-    logits = torch.randn(9, V)
-    same = logits.clone()
-    keep_nucleus(same, temperature=1.0, top_p=1.0)
-    drawn = [draw(given, temperature=1.0, noise=Noise(["a"], seed=0), counts=[9]).tolist() for given in (logits, same)]
-    assert drawn[0] == drawn[1]
-
-
 # --- calls -----------------------------------------------------------------------------------------------
-
-
-class Counting(Fixed):
-    """Notes each text that it is asked about."""
-
-    def __init__(self, rows, **settings):
-        super().__init__(rows, **settings)
-        self.asked = [[] for _ in range(rows)]
-
-    def encode_prefix(self, inputs):  # of guidance: the same rows
-        return prefix_of(range(len(inputs["prompt_ids"])))
-
-    def __call__(self, prefix, tokens, *, attend=None, positions=None):
-        for row, text in zip(prefix.embeds[:, 0, 0].int().tolist(), tokens.tolist(), strict=True):
-            self.asked[row].append(text)
-        return super().__call__(prefix, tokens, attend=attend, positions=positions)
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
@@ -286,13 +224,14 @@ class Counting(Fixed):
 @pytest.mark.parametrize("reviser", [None, OverwriteAll()])
 def test_calls_are_counted_as_they_are_made_and_no_text_is_asked_about_twice(cfg_scale, blocks, reviser):
     rows, each = 6, 2 if cfg_scale else 1
-    backbone = Counting(rows, length=8)
+    backbone = fixed(rows, length=8)
     sampler = Sampler(length=8, steps=8, blocks=blocks, unmask=Bernoulli(), cfg_scale=cfg_scale, reviser=reviser)
-    found = run(sampler, backbone, range(rows))
-    assert found.forwards.tolist() == [len(asked) for asked in backbone.asked]
-    assert int(found.forwards.sum()) < sum(map(len, found.traces)) * each  # some steps unmasked nothing
-    for row, trace in enumerate(found.traces):
-        texts = backbone.asked[row][::each]
+    sampled = run(sampler, backbone, range(rows))
+    read = [[text for row, text in backbone.texts if row == wanted] for wanted in range(rows)]
+    assert sampled.forwards.tolist() == [len(texts) for texts in read]
+    assert int(sampled.forwards.sum()) < sum(map(len, sampled.traces)) * each  # some steps unmasked nothing
+    for row, trace in enumerate(sampled.traces):
+        texts = read[row][::each]
         again = sum(a == b for a, b in pairwise(texts))
         assert again <= blocks - 1  # a new block asks for other places of the same text
         before = [[MASK] * 8, *(step.tokens for step in trace)]
@@ -303,9 +242,9 @@ def test_calls_are_counted_as_they_are_made_and_no_text_is_asked_about_twice(cfg
 def test_what_is_reused_gives_the_steps_of_asking_again(monkeypatch):
     rows = range(6)
     sampler = Sampler(length=L, steps=L, unmask=Bernoulli(), temperature=1.0, reviser=OverwriteAll())
-    found = run(sampler, Fixed(6), rows)
+    sampled = run(sampler, fixed(6), rows)
     monkeypatch.setattr("src.samplers.predictor.Predictor.keep", lambda *_: None)
-    asking = run(sampler, Fixed(6), rows)
-    assert [[s.tokens for s in t] for t in found.traces] == [[s.tokens for s in t] for t in asking.traces]
-    assert (found.forwards < asking.forwards).all()
+    asking = run(sampler, fixed(6), rows)
+    assert [[s.tokens for s in t] for t in sampled.traces] == [[s.tokens for s in t] for t in asking.traces]
+    assert (sampled.forwards < asking.forwards).all()
     assert asking.forwards.tolist() == [len(trace) for trace in asking.traces]
