@@ -50,22 +50,19 @@ def load(path: Path, *, size: int = 0) -> Image.Image:
         warnings.simplefilter("ignore")  # for corrupt EXIF; unusable images raise
         try:
             with Image.open(path) as image:
-                return _upright_rgb(image, size)
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                if size:
+                    image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth
+                image.load()
+                upright: Image.Image = image
+                with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
+                    upright = ImageOps.exif_transpose(image)
+                return to_rgb(upright)
         except Image.DecompressionBombError as error:
             raise ImageProblem("image_too_large") from error
         except BROKEN as error:
             raise ImageProblem("undecodable_image") from error
-
-
-def _upright_rgb(image: Image.Image, size: int) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageProblem("image_too_large")
-    if size:
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth of the size
-    image.load()
-    with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
-        image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -94,7 +91,6 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, size: int) -> Image.Image:
-    """The image with a longer side of `size` pixels."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

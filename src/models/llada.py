@@ -37,9 +37,7 @@ CHECKPOINTING = ("none", "selective", "full")
 class DecoderConfig:
     """Sizes of the decoder, under the names of the released config.json.
 
-    attention: `full` or `prefix`; shift: the logits of a token come from the position before it
-
-    Raises UserError for numbers of heads that do not divide, and for another attention mode.
+    Raises UserError for numbers of heads that do not divide, and for an unknown attention mode.
     """
 
     vocab_size: int
@@ -50,8 +48,8 @@ class DecoderConfig:
     num_key_value_heads: int | None = None
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
-    attention: str = "full"
-    shift: bool = False
+    attention: str = "full"  # or `prefix`
+    shift: bool = False  # the logits of a token come from the position before it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
@@ -94,9 +92,8 @@ class Attention(nn.Module):
         query = rotate(self._split(self.q_proj(x), self.heads), rope)
         own = self.keys_values(x, rope)
         key, value = own if past is None else (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
-        )  # (B, H, T, d)
+        gqa = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=gqa)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).flatten(2)), own
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
@@ -104,8 +101,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -130,8 +125,6 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

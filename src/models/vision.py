@@ -27,26 +27,22 @@ class VisionPath(nn.Module):
     """Image tokens for the decoder.
 
     tower: fields of `SiglipVisionConfig`; hidden_size: width of the decoder
-    tiling: None means Square, one tile of the tower's `image_size`
+    tiling: None means Square, one tile of the tower's `image_size`; another size raises UserError
     chunk: tiles in one forward call of the tower; changes memory, not the result
 
     NOTE: one FSDP2 unit, as ranks differ in the number of chunks, but not in the number of calls of `forward`.
-    Raises UserError for sizes that are impossible or differ between tower and tiling, and for a chunk below 1.
     """
 
     def __init__(self, tower: dict, hidden_size: int, *, tiling: AnyRes | None = None, chunk: int = 32) -> None:
         super().__init__()
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
         size, patch = self.config.image_size, self.config.patch_size
-        if not (isinstance(size, int) and isinstance(patch, int)):
-            raise UserError(f"tiles are square: image_size and patch_size must be integers, got {size} and {patch}")
+        assert isinstance(size, int) and isinstance(patch, int)  # tiles are square
         if size < patch:
             raise UserError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)
         if self.layout.size != size:
             raise UserError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}: make them equal")
-        if chunk < 1:
-            raise UserError(f"chunk must be at least 1 tile, got {chunk}")
         self.chunk, self.side = chunk, size // patch
         self.vision_tower = SiglipVisionModel(self.config)
         self.vision_tower.post_layernorm.requires_grad_(False)  # stored in the released weights, never applied

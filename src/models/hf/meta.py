@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from src.io.hub import local_folder
-from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights, with_attention
+from src.models.hf.folder import CONFIG, build_empty, from_pretrained, load_weights
 from src.models.hf.formats import recognise
 from src.models.hf.weights import is_model_folder, read_dtype, reading
 from src.models.llada_v import LLaDAV
@@ -44,24 +43,20 @@ def outline(
     with reading(path / CONFIG):
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
-        description = replace(with_attention(description, attention), image_id=codec.image_id)
+        description = replace(description.with_attention(attention), image_id=codec.image_id)
         return build_empty(description).to(read_dtype(dtype))
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """`from_pretrained` in two steps, for a model that is sharded before its memory is allocated.
-
-    options: the arguments of `outline`
-    """
+    """`from_pretrained` in two steps, for a model that is sharded before its memory is allocated."""
 
     path: str
-    options: dict[str, Any]
+    options: dict[str, Any]  # arguments of `outline`
 
     def __call__(self) -> LLaDAV:
         """The model on the meta device."""
         return outline(self.path, **self.options)
 
-    def fill(self, model: nn.Module) -> None:
-        """Load the weights; each rank reads its own part of a sharded model."""
+    def fill(self, model: LLaDAV) -> None:
         load_weights(model, self.path)

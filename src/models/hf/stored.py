@@ -23,7 +23,6 @@ FAULTS = (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.Unpicklin
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint of a training run: one file, or a sharded folder."""
     return path.is_file() or (path / ".metadata").is_file()
 
 
