@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from src.io.errors import UserError
 from src.io.hub import local_folder
-from src.models.hf.folder import fingerprint, from_pretrained, load_weights, save_pretrained
-from src.models.hf.meta import outline
+from src.models.hf.folder import fingerprint, from_pretrained, load_weights, outline, save_pretrained
 from src.models.hf.weights import INDEX, is_model_folder, weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny

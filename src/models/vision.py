@@ -37,7 +37,8 @@ class VisionPath(nn.Module):
         super().__init__()
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
         size, patch = self.config.image_size, self.config.patch_size
-        assert isinstance(size, int) and isinstance(patch, int)  # tiles are square
+        assert isinstance(size, int)  # tiles are square
+        assert isinstance(patch, int)
         if size < patch:
             raise UserError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)

@@ -1,8 +1,9 @@
 """Hugging Face model folders: our own layout, and the released ones of LLaDA-V and LLaDA-8B.
 
 model = from_pretrained("runs/mask/model")          or a name on the hub, such as "GSAI-ML/LLaDA-8B-Instruct"
-save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
+model = outline("GSAI-ML/LLaDA-8B-Instruct")        the same on the meta device, without its weights
 load_weights(model, folder)                         into an existing model, also one sharded by FSDP2
+save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
 
     config.json -> layout (src/models/hf/formats.py) -> empty model -> tensors one at a time (src/models/hf/weights.py)
 """
@@ -14,7 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from src.models.hf.weights import (
 )
 from src.models.llada import DecoderConfig
 from src.models.llada_v import LLaDAV
-from src.text.tokenizer import NO_IMAGE_TOKEN, Codec, image_mark
+from src.text.tokenizer import NEEDED, NO_IMAGE_TOKEN, Codec, image_mark
 
 CONFIG = "config.json"
 SHOWN = 5  # tensor names listed in an error
@@ -99,6 +100,44 @@ def from_pretrained(
     return model
 
 
+def outline(
+    path: str | Path,
+    *,
+    codec: Codec,
+    attention: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    vision: dict | None = None,
+) -> LLaDAV:
+    """The model that `from_pretrained` returns for the same arguments, on the meta device (`device` is ignored).
+
+    Downloads no weights from the hub, and a folder with only a config.json is enough. Without weight files the dtype is
+    `dtype` or float32, and the image mark is the codec's.
+    """
+    path = local_folder(path, patterns=NEEDED)
+    if is_model_folder(path):
+        return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
+    with reading(path / CONFIG):
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
+        description = replace(description.with_attention(attention), image_id=codec.image_id)
+        return build_empty(description).to(read_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """`from_pretrained` in two steps, for a model that is sharded before its memory is allocated."""
+
+    path: str
+    options: dict[str, Any]  # arguments of `outline`
+
+    def __call__(self) -> LLaDAV:
+        return outline(self.path, **self.options)
+
+    def fill(self, model: LLaDAV) -> None:
+        load_weights(model, self.path)
+
+
 @torch.no_grad()
 def load_weights(model: LLaDAV, path: str | Path) -> None:
     """Read the weights of a model folder into an allocated model, keeping the dtype and device of its parameters.
@@ -142,10 +181,7 @@ def fingerprint(model: nn.Module | str | Path) -> str:
 
 
 def sketch(path: str | Path) -> str:
-    """Hash of a model folder's config and of blocks of every tensor: distinguishes models without a full read.
-
-    Unlike `fingerprint` it may miss a change of only a few values; training changes values in every block.
-    """
+    """Hash of a model folder's config and of blocks of every tensor: tells trained models apart without a full read."""
     folder = ModelFolder.open(path)
     digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
     for name, tensor in folder.sorted_tensors():
@@ -202,12 +238,9 @@ class ModelFolder:
             yield name, self.read(name)
 
     def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
-        """The model that config.json describes; `attention` and `vision` as in `from_pretrained`.
-
-        In the code files that `auto_map` of a model on the hub names, the hub name is added: a download omits them.
-        """
+        """The model that config.json describes; `attention` and `vision` as in `from_pretrained`."""
         config = self.config
-        if self.hub and "auto_map" in config:
+        if self.hub and "auto_map" in config:  # a download omits the code files, so they are named there
             config = {**config, "auto_map": _on_hub(config["auto_map"], self.hub)}
         shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self.stored.items()}
         image_id = NO_IMAGE_TOKEN if self.form.name == "own" else image_mark(self.path)
@@ -241,7 +274,7 @@ def build_empty(description: Description) -> LLaDAV:
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], place: str | Path) -> None:
-    """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
+    """Raise one UserError that lists the tensors that are missing, unexpected or of the wrong shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     problems = [
@@ -285,7 +318,7 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def _set_position_ids(model: LLaDAV) -> None:
-    """Compute the position ids of the vision tower: they are a buffer that no file stores."""
+    """Position ids of the vision tower are a buffer that no file stores."""
     if model.vision:
         embeddings: Any = model.vision.vision_tower.embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions, device=model.lm_head.weight.device)[None]

@@ -280,14 +280,11 @@ def _rope_theta(config: dict) -> float:
 
 
 def _grids(config: dict, vision: dict) -> list:
-    """The tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles.
-
-    The tile size in pixels is then `image_size` of `vision` or of `vision_config`, else the number that ends the
-    tower's name.
-    """
+    """Tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles."""
     pinpoints = config["image_grid_pinpoints"]
     if not isinstance(pinpoints, str):
         return pinpoints
+    # the size of a tile in pixels is given, or ends the tower's name
     name = re.search(r"-(\d+)$", str(config["mm_vision_tower"]))
     size = vision.get("image_size") or (config.get("vision_config") or {}).get("image_size") or (name and int(name[1]))
     numbers = [int(number) for number in re.findall(r"\d+", pinpoints)]

@@ -27,10 +27,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def model_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of the model: memory-mapped from a file, read from a folder without the optimizer's.
-
-    Raises UserError if the checkpoint is damaged or contains no model.
-    """
+    """Tensors of the model, memory-mapped if the checkpoint is one file. Raises UserError if it is damaged."""
     try:
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]

@@ -8,7 +8,6 @@ write_weights(folder, state, max_shard_bytes=5e9)     one shard at a time in mem
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +36,10 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether a folder contains the weights of a model."""
     return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     with reading(folder / INDEX):
@@ -64,10 +61,8 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor on the CPU, a memory-mapped view of the file: only what you copy is read from disk.
-
-    The file is reopened for every tensor, so that pages already read do not stay in memory.
-    """
+    """One tensor on the CPU, a memory-mapped view of the file: only what you copy is read from disk."""
+    # opened for every tensor, so that pages already read do not stay in memory
     with reading(file), safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
@@ -99,15 +94,12 @@ def write_weights(
 
 def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
     """Raise UserError if a tensor has NaN or infinite values. One pass, without a copy."""
-    if tensor.is_meta or not tensor.numel():
-        return
-    if not all(math.isfinite(extreme) for extreme in torch.stack(tensor.aminmax()).tolist()):
+    if not tensor.is_meta and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"{name} of the model in {place} has NaN or infinite values as {dtype}")
 
 
 def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of a name such as `bfloat16`; None stays None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
