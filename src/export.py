@@ -36,8 +36,7 @@ from src.io.files import FORMAT, atomic
 from src.io.hub import local_folder
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
 from src.models.hf.formats import FORMATS, Description
-from src.models.hf.stored import is_checkpoint, model_state
-from src.models.hf.weights import check_finite, read_dtype, write_weights
+from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
 from src.training.run_dir import read_config
 

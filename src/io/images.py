@@ -30,7 +30,7 @@ class ImageProblem(Exception):
 
 
 def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> bytes:
-    """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it. Raises ImageProblem."""
+    """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it."""
     stream = io.BytesIO()
     resize = fit if square else shrink
     resize(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
@@ -38,10 +38,7 @@ def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> byt
 
 
 def load(path: Path, *, size: int = 0) -> Image.Image:
-    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size.
-
-    Raises ImageProblem.
-    """
+    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size."""
     if not path.is_file():
         raise ImageProblem("missing_image")
     if not path.stat().st_size:

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ. `stored` was read from JSON, `present` is converted to it."""
+    """Names of the settings that differ from those read from JSON."""
     present = as_json(present)
     return sorted(name for name in stored.keys() | present.keys() if stored.get(name) != present.get(name))
 

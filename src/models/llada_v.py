@@ -88,7 +88,7 @@ class LLaDAV(nn.Module):
             self.vision.checkpoint(mode != "none")
 
     def compile_blocks(self) -> None:
-        """Compile the forward pass of each decoder block; parameter names and hooks stay as they are."""
+        """Compile each decoder block; parameter names and hooks stay as they are."""
         for block in self.model.layers:
             block.forward = torch.compile(block.forward)
 
@@ -102,8 +102,11 @@ class LLaDAV(nn.Module):
             if num_marks != len(images):
                 message = f"the prompt holds {num_marks} image marks, but there are {len(images)} images"
                 raise UserError(f"row {row}: {message}")
-        if any(sizes):
-            embeds, mask = self._splice(ids, keep, marks, self._image_tokens(prefix, sizes))
+        if self.vision and any(sizes):
+            pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
+            real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
+            images = self.vision(pixels[real], [size for row in sizes for size in row])
+            embeds, mask = self._splice(ids, keep, marks, images)
         else:
             embeds = self.model.embed_tokens(ids)
         if self.config.attention == "full":
@@ -139,13 +142,6 @@ class LLaDAV(nn.Module):
             image_sizes_by_row.append(image_sizes)
         return image_sizes_by_row
 
-    def _image_tokens(self, prefix: dict[str, Tensor], sizes: list[list[Size]]) -> list[Tensor]:
-        """Tokens (., D) of all images, row by row; padding is not encoded."""
-        assert self.vision is not None  # checked by `_image_sizes`
-        pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
-        real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
-        return self.vision(pixels[real], [size for row in sizes for size in row])
-
     def _splice(self, ids: Tensor, keep: Tensor, marks: Tensor, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, P, D) of the prompt with the tokens of `images` at the `marks` (B, T), in order; mask (B, P).
 
@@ -166,7 +162,6 @@ class LLaDAV(nn.Module):
 
 
 def _init(module: nn.Module, *, std: float) -> None:
-    """Normal weights, zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

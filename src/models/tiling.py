@@ -49,15 +49,11 @@ class Square:
 
 @dataclass(frozen=True)
 class AnyRes:
-    """LLaDA-V's tiling for images of any shape and resolution.
+    """LLaDA-V's tiling for images of any shape and resolution."""
 
-    size: pixels on a tile's side; grids: (width, height) in pixels of the grids that an image may be fitted into
-    max_tiles: roughly, keep at most the features of this many tiles (`anyres_max_4` in the released config)
-    """
-
-    size: int
-    grids: Sequence[Sequence[int]]
-    max_tiles: int = 4
+    size: int  # pixels on a tile's side
+    grids: Sequence[Sequence[int]]  # (width, height) in pixels of the grids that an image may be fitted into
+    max_tiles: int = 4  # roughly, keep at most the features of this many tiles (`anyres_max_4` in the released config)
 
     def __post_init__(self) -> None:
         for grid in self.grids:

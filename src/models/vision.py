@@ -1,11 +1,8 @@
 """The vision path: SigLIP tower (transformers), two-layer projector and packing of tiles, as in LLaDA-V.
 
 tiles (N, 3, S, S) uint8 of some images -> [-1, 1] -> tower -> last hidden states, no final norm (N, n, W)
-  -> projector (N, n, D) -> tokens of each image
-
-`src.models.tiling` decides how images are cut into tiles and which features are kept. The tokens of a Square image are
-the features of its one tile. Those of an AnyRes image are the features of the whole image, then those of the grid,
-joined, without the black bars, shrunk to the budget, with a newline vector after each row.
+  -> projector (N, n, D) -> tokens of each image. Square: the features of its one tile. AnyRes: those of the whole
+  image, then those of the grid, joined, without the black bars, shrunk to the budget, a newline vector after each row
 
 N tiles, n = side x side features of a tile, W width of the tower, D width of the decoder.
 """
@@ -53,7 +50,6 @@ class VisionPath(nn.Module):
             self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
     def checkpoint(self, on: bool) -> None:
-        """Switch activation checkpointing of the tower's layers on or off."""
         renamed = hasattr(self.vision_tower, "activation_checkpointing_enable")  # in transformers 5.23
         kind = "activation" if renamed else "gradient"
         if on:

@@ -31,7 +31,6 @@ from src.types import SpecialIds
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
-NO_GAP = tuple(token for token in SPECIAL if token != BOS)  # tokens with a meaning in a response or a prompt
 BROKEN = "\ufffd"  # the decoding of bytes that are not a complete character
 LONGEST = 1000  # characters of the longest word in the training of a tokenizer
 _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
@@ -67,14 +66,14 @@ class Codec:
         tokenizer.chat_template = self.prompt_format.template  # for readers of a saved folder
         vocabulary, suppress, gap = tokenizer.get_vocab(), self.prompt_format.suppress, self.prompt_format.gap
         # 1. Special tokens and their ids
-        needed = dict.fromkeys((MASK, EOS, EOT, *(suppress or ()), *([gap] if gap else [])))
+        needed = [MASK, EOS, EOT, *(suppress or ()), *([gap] if gap else [])]
         if missing := [token for token in needed if token not in vocabulary]:
             raise UserError(f"the tokenizer has no {', '.join(missing)} token")
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
         self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        if gap and (gap not in self.controls or gap in NO_GAP):
+        if gap and (gap not in self.controls or gap in set(SPECIAL) - {BOS}):
             raise UserError(f"{gap} cannot be the gap: a gap is a special token, and one without another meaning")
         self.gap_id = vocabulary[gap] if gap else None
         # 2. Special ids that a response never contains. An explicit `suppress` list is used as it is, even without the

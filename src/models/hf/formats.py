@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from src.io.errors import UserError
@@ -89,13 +89,12 @@ class Own(Format):
             raise UserError(f"vision={vision} is for released models; this folder describes its vision tower itself")
         if "canvas" in config:
             raise UserError("config.json is of a version before 0.2.0: rename its key canvas to response_length")
-        more = {key: config[key] for key in ("tiling", "response_length", "original") if key in config}
-        return Description(config["decoder"], config["vision"], config["image_id"], **more)
+        return Description(**{field.name: config[field.name] for field in fields(Description) if field.name in config})
 
     def config(self, description: Description) -> dict:
-        fields = asdict(description)
         optional = ("tiling", "response_length", "original")
-        return {"model_type": MODEL_TYPE} | {key: fields[key] for key in fields if fields[key] or key not in optional}
+        stored = {key: value for key, value in asdict(description).items() if value or key not in optional}
+        return {"model_type": MODEL_TYPE, **stored}
 
 
 class LlamaStyle(Format):
