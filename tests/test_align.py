@@ -128,10 +128,6 @@ def test_minimal_span_of_a_long_quote(codec: Codec) -> None:
     assert (span.start, span.end) == (place, place + 1)
     assert span.target_ids == codec.encode(" blue")[0]
     assert (span.org, span.target) == ("A small red ring is in", "A small blue ring is in")
-
-
-def test_shared_context_of_two_quotes_is_no_overlap(codec: Codec) -> None:
-    ids, _ = codec.encode("A small red ring is in the upper left.")
     aligned = locate(codec, ids, [Edit("red ring", "blue ring"), Edit("red ring", "red square")])
     assert codec.decode(apply_spans(ids, aligned.spans)) == "A small blue square is in the upper left."
 
@@ -140,15 +136,12 @@ def test_shared_context_of_two_quotes_is_no_overlap(codec: Codec) -> None:
     ("org", "target", "start", "result"),
     [
         ("One", "Two", None, "Two object is red, quite red, left."),  # start of the text: no blank before it
-        ("One", "Two", 0, "Two object is red, quite red, left."),
         ("red", "blue", 14, "One object is blue, quite red, left."),
         ("red", "blue", 25, "One object is red, quite blue, left."),  # before a comma
         ("red,", "blue,", 25, "One object is red, quite blue, left."),
         ("left", "right", None, "One object is red, quite red, right."),  # before the full stop
         ("left.", "right.", None, "One object is red, quite red, right."),
-        (" left", " right", None, "One object is red, quite red, right."),
         ("left", "right", 999, "One object is red, quite red, right."),  # a wrong place, but unique
-        ("left", "right", -5, "One object is red, quite red, right."),
     ],
 )
 def test_known_edits(codec: Codec, org: str, target: str, start: int | None, result: str) -> None:
@@ -166,23 +159,15 @@ def test_known_edits(codec: Codec, org: str, target: str, start: int | None, res
         (Edit("purple", "blue"), "absent"),
         (Edit("red", "blue"), "ambiguous"),
         (Edit("red", "blue", 15), "ambiguous"),
-        (Edit("object", "red object"), "unequal_length"),
         (Edit(" object", ""), "unequal_length"),
         (Edit("object is", "object is is"), "unequal_length"),
-        (Edit("left.", "left. left."), "unequal_length"),
+        *((Edit("One", target), "unknown") for target in ("One€", "€Two", "東京")),  # would be dropped silently
     ],
 )
 def test_reasons(codec: Codec, edit: Edit, reason: str) -> None:
     ids, _ = codec.encode("One object is red, quite red, left.")
-    aligned = locate(codec, ids, [edit])
-    assert aligned.spans == []
-    assert aligned.rejected == {reason: 1}
-
-
-def test_characters_that_the_tokenizer_lacks_are_not_left_out(codec: Codec) -> None:
-    ids, _ = codec.encode("One object is red.")
-    for target in ("red€", "€blue", "東京"):
-        assert locate(codec, ids, [Edit("red", target)]).rejected == {"unknown": 1}
+    assert locate(codec, ids, [edit]) == Aligned([], Counter({reason: 1}), ids)
+    assert locate(codec, [], []) == Aligned([], Counter())
 
 
 def test_the_first_of_overlapping_edits_wins(codec: Codec) -> None:
@@ -191,24 +176,18 @@ def test_the_first_of_overlapping_edits_wins(codec: Codec) -> None:
     aligned = locate(codec, ids, edits)
     assert aligned.rejected == {"overlap": 1}
     assert codec.decode(apply_spans(ids, aligned.spans)) == "One object on blue, quite red, left."
-
-
-def test_two_edits_within_one_token_overlap(codec: Codec) -> None:
     ids, _ = codec.encode("A red square.")
-    assert len(codec.encode(" square")[0]) == 1
+    assert len(codec.encode(" square")[0]) == 1  # two edits within one token
     aligned = locate(codec, ids, [Edit("squ", "squ"), Edit("square", "circle"), Edit("are", "ARE")])
     assert aligned.rejected["no_change"] == 1
-    assert len(aligned.spans) == 1
     assert codec.decode(apply_spans(ids, aligned.spans)) == "A red circle."
 
 
-def test_whole_words_come_before_parts_of_words(raw_codec: Codec) -> None:
-    text = "scattered red dots"
-    ids = raw_codec.encode(text)[0]
-    (span,) = locate(raw_codec, ids, [Edit("red", "tan")]).spans
-    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered tan dots"
-    (span,) = locate(raw_codec, ids, [Edit("dot", "hat")]).spans
-    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered red hats"
+@pytest.mark.parametrize(("org", "target"), [("red", "tan"), ("dot", "hat")])
+def test_whole_words_come_before_parts_of_words(raw_codec: Codec, org: str, target: str) -> None:
+    ids = raw_codec.encode("scattered red dots")[0]
+    (span,) = locate(raw_codec, ids, [Edit(org, target)]).spans
+    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered red dots".replace(f" {org}", f" {target}")
 
 
 def test_special_tokens_inside_a_draft(codec: Codec) -> None:
@@ -239,17 +218,9 @@ def test_broken_bytes_in_a_draft_do_no_harm(raw_codec: Codec) -> None:
     text = raw_codec.decode(ids)
     (span,) = locate(raw_codec, ids, [Edit("dots", "hats")]).spans
     assert raw_codec.decode(apply_spans(ids, [span])) == text.replace("dots", "hats")
-
-
-def test_half_of_a_broken_character_is_misaligned(raw_codec: Codec) -> None:
-    ids = [*raw_codec.encode("€")[0][:2], *raw_codec.encode("A")[0]]  # two bytes that read as one odd sign
+    ids = [*euro[:2], *raw_codec.encode("A")[0]]  # two bytes that read as one odd sign
     assert raw_codec.decode(ids) == "\ufffdA"
     assert locate(raw_codec, ids, [Edit("\ufffd", "x")]).rejected == {"misaligned": 1}
-
-
-def test_no_edits_and_an_empty_draft(codec: Codec) -> None:
-    assert locate(codec, [], []) == Aligned([], Counter())
-    assert locate(codec, [codec.eot_id], [Edit("a", "b")]).rejected == {"absent": 1}
 
 
 def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_codec: Codec, raw_codec: Codec) -> None:
@@ -262,18 +233,18 @@ def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_
             for changes in (0, 1, 5):
                 for _ in range(changes):
                     ids[rng.randrange(len(ids))] = rng.randrange(one.vocab_size)
-                decoded, found = one.decode(ids), []
+                decoded, expected = one.decode(ids), []
                 for token in range(len(ids) + 1):
                     head = one.tokenizer.decode(ids[:token], skip_special_tokens=True)
                     if one.eot_id not in ids[:token] and decoded.startswith(head):
-                        found.append((len(head), token))
-                assert _boundaries(one, ids, decoded) == found
+                        expected.append((len(head), token))
+                assert _boundaries(one, ids, decoded) == expected
                 broken += "\ufffd" in decoded
     assert broken > 20
 
 
 def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
-    rng, found, total = Random(3), 0, 0
+    rng, accepted, total = Random(3), 0, 0
     for _ in range(60):
         scene = draw_scene(rng)
         text = write_caption(scene, rng)
@@ -285,29 +256,21 @@ def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
             total += 1
             assert (located is None) == (len(wrong_ids) != len(ids))
             if located:
-                found += 1
+                accepted += 1
                 first, end, wrong = located
                 assert [*ids[:first], *wrong, *ids[end:]] == wrong_ids
                 assert all(a < swap.end and b > swap.start for a, b in offsets[first:end])
-    assert found > total / 2
+    assert accepted > total / 2
 
 
-def test_swaps_that_cannot_be_had(codec: Codec, byte_codec: Codec) -> None:
+def test_swaps_that_cannot_be_had(codec: Codec) -> None:
     text = "A red ring is in the upper left."
-    assert locate_swap(codec, text, 2, 5, "red") is None
-    assert locate_swap(codec, text, 2, 5, "red blue") is None
-    assert locate_swap(codec, text, 2, 5, "€blue") is None  # the tokenizer would drop the sign silently
-    assert locate_swap(codec, text, 0, 1, "") is None
-    located = locate_swap(byte_codec, "Ein ä.", 4, 5, "ö")
-    assert located is not None
-    assert byte_codec.decode([*byte_codec.encode("Ein ä.")[0][: located[0]], *located[2]]) == "Ein ö"
-
-
-def test_a_swap_that_changes_its_surroundings_is_refused() -> None:
-    codec = Codec.train(["ab"] * 9 + ["xc"] * 9, vocab_size=265, alphabet="bytes")
-    assert [len(codec.encode(text)[0]) for text in ("ab", "xc", "abc", "axc")] == [1, 1, 2, 2]
-    assert locate_swap(codec, "abc", 1, 2, "x") is None  # ab|c becomes a|xc: the c changes its token
-    assert locate_swap(codec, "abc", 1, 3, "xc") == (0, 2, codec.encode("axc")[0])
+    for start, end, wrong in ((2, 5, "red"), (2, 5, "red blue"), (0, 1, ""), (2, 5, "€blue")):  # € would be dropped
+        assert locate_swap(codec, text, start, end, wrong) is None
+    merged = Codec.train(["ab"] * 9 + ["xc"] * 9, vocab_size=265, alphabet="bytes")
+    assert [len(merged.encode(text)[0]) for text in ("ab", "xc", "abc", "axc")] == [1, 1, 2, 2]
+    assert locate_swap(merged, "abc", 1, 2, "x") is None  # ab|c becomes a|xc: the c changes its token
+    assert locate_swap(merged, "abc", 1, 3, "xc") == (0, 2, merged.encode("axc")[0])
 
 
 def _gapped(codec: Codec) -> Codec:
@@ -329,13 +292,7 @@ def _sprinkled(codec: Codec, ids: list[int], rng: Random, count: int) -> list[in
         (Edit("is is", "is"), "One|object|is|is|red,|quite|red.", None, "One|object|is|_|red,|quite|red."),
         (Edit(" object", ""), "One|object|is|red.", None, "One|_|is|red."),
         (Edit("object is", "ring"), "One|object|is|red.", None, "One|ring|_|red."),
-        (
-            Edit("One object", "One blue object"),
-            "One|object|is|red.",
-            "One|_|object|is|red.",
-            "One|blue|object|is|red.",
-        ),
-        (Edit("is", "is quite"), "One|object|is|red.", "One|object|is|_|red.", "One|object|is|quite|red."),
+        (Edit("One", "One blue"), "One|object|is|red.", "One|_|object|is|red.", "One|blue|object|is|red."),
         (Edit("is", "holds two"), "One|object|is|red.", "One|object|is|_|red.", "One|object|holds|two|red."),
         (Edit("red.", "red. red."), "One|object|is|red.", None, "One|object|is|red.|red."),
         # gaps of the draft are used up first, on either side, and stay where they are not needed
