@@ -31,8 +31,8 @@ class Description:
     vision: dict[str, Any] | None
     image_id: int
     tiling: dict[str, Any] | None = None
-    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
     response_length: int | None = None  # response length used in training
+    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
 
     def with_attention(self, attention: str | None) -> Description:
         """The same model with another attention mode, unless that is None."""
@@ -152,7 +152,7 @@ class LlamaStyle(Format):
             value = config.get("image_aspect_ratio")
             raise UserError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
         tiling = {"size": tower["image_size"], "grids": grids, "max_tiles": int(ratio[1])}
-        return Description(decoder, tower, image_id, tiling, original)
+        return Description(decoder, tower, image_id, tiling, original=original)
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
         unused = StoredTower(config, shapes, self.tower).unused()
