@@ -99,7 +99,8 @@ def test_files_of_the_tokenizer_survive_training(golden_folder_text, golden, tmp
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True, **special}
     (tmp_path / "start" / "tokenizer_config.json").write_text(json.dumps(fields, indent=7))
     (tmp_path / "start" / "special_tokens_map.json").write_text(json.dumps(special))
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
     original = {name: (tmp_path / "start" / name).read_bytes() for name in names}
     codec = Codec.load(tmp_path / "start")
     save_pretrained(from_pretrained(tmp_path / "start"), codec, tmp_path / "model")

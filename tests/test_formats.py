@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from src.models.hf.folder import build_empty, describe, from_pretrained
+from src.models.hf.folder import from_pretrained
 from src.models.hf.formats import FORMATS, MODEL_TYPE, Description, LlamaStyle, OlmoStyle, recognise
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -204,44 +203,12 @@ def test_fields_of_a_tower_need_a_tower(golden, golden_folder_text, edited):
         from_pretrained(edited("llada_v", mm_vision_tower=None), vision={"num_attention_heads": 4})
 
 
-@pytest.mark.parametrize("which", ["llada_v", "llada"])
-def test_names_are_a_rename_and_back(golden, golden_folder_v, golden_folder_text, which):
-    folder = golden_folder_v if which == "llada_v" else golden_folder_text
-    config = json.loads((folder / "config.json").read_text())
-    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
-    names = FORMATS[which].names(config, shapes)
-    assert set(names.values()) == set(shapes)
-    assert {ours: FORMATS[which].theirs(ours) for ours in names} == names
-
-
 def description(**changes) -> Description:
     decoder = {
         "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "rope_theta": 123.0, "rms_norm_eps": 1e-4, "attention": "full",
     }  # fmt: skip
     return Description(**{"decoder": decoder, "vision": None, "image_id": -200, **changes})
-
-
-@pytest.mark.parametrize("name", list(FORMATS))
-def test_a_model_of_our_own_is_described_in_every_layout(name):
-    """What is written is read as the same model, without any original to copy from."""
-    form = FORMATS[name]
-    config = json.loads(json.dumps(form.config(description())))
-    assert recognise(config) is form
-    assert form.describe(config, {}, vision=None, image_id=-200).decoder == description().decoder
-
-
-def test_a_tower_of_our_own_is_described_for_llada_v():
-    vision = {
-        "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 6,
-        "patch_size": 3, "num_channels": 3, "layer_norm_eps": 1e-3,
-    }  # fmt: skip
-    ours = description(vision=vision, tiling={"size": 6, "grids": [[6, 12], [12, 6]], "max_tiles": 3})
-    form = FORMATS["llada_v"]
-    config = json.loads(json.dumps(form.config(ours)))
-    shapes = {form.theirs(name): tuple(t.shape) for name, t in build_empty(ours).state_dict().items()}
-    again = form.describe(config, shapes, vision=None, image_id=-200)
-    assert (again.vision, again.tiling) == (vision, ours.tiling)
 
 
 @pytest.mark.parametrize(
@@ -256,22 +223,3 @@ def test_a_tower_of_our_own_is_described_for_llada_v():
 def test_what_a_layout_cannot_express_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         FORMATS[name].config(description(**changes))
-
-
-@pytest.mark.parametrize("which", ["llada_v", "llada"])
-def test_the_fields_of_an_original_survive(golden, golden_model, golden_text_model, which):
-    """All of them, also the ones that mean nothing here, even when the model has been in our own layout in between."""
-    model, name = (golden_model, "llada_v_tiny") if which == "llada_v" else (golden_text_model, "llada_text_tiny_olmo")
-    original = golden.json(f"{name}.config")
-    kept = FORMATS["own"].config(describe(model))
-    again = FORMATS["own"].describe(json.loads(json.dumps(kept)), {}, vision=None, image_id=0)
-    config = FORMATS[which].config(again)
-    assert {key: config.get(key) for key in original if key != "torch_dtype"} == {
-        key: value for key, value in original.items() if key != "torch_dtype"
-    }
-
-
-def test_position_ids_of_the_tower_are_whole(golden_model):
-    """They are in no file."""
-    embeddings = golden_model.vision.vision_tower.embeddings
-    assert torch.equal(embeddings.position_ids[0], torch.arange(embeddings.num_positions))

@@ -167,43 +167,6 @@ def test_folders_of_earlier_versions_keep_their_fingerprint(tmp_path) -> None:
     assert Codec.load(tmp_path).special == codec.special
 
 
-def as_released(folder: Path) -> dict[str, bytes]:
-    """Give a folder with tokenizer.json the other files as transformers 4 wrote them; the content of all four."""
-    state = json.loads((folder / "tokenizer.json").read_text())
-    state["model"]["merges"] = [" ".join(pair) for pair in state["model"]["merges"]]
-    added = {str(token.pop("id")): token for token in json.loads(json.dumps(state["added_tokens"]))}
-    others = [EOT, HEADER_START, HEADER_END, IMAGE]
-    config = {
-        "added_tokens_decoder": added, "additional_special_tokens": others, "bos_token": BOS, "eos_token": EOS,
-        "chat_template": "{{ messages[0]['content'] }}" + EOT, "clean_up_tokenization_spaces": True,
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 10**30, "pad_token": EOS, "add_bos_token": False,
-    }  # fmt: skip
-    roles = {"bos_token": {"content": BOS, "lstrip": False, "rstrip": False}, "additional_special_tokens": others}
-    for name, content in {"tokenizer": state, "tokenizer_config": config, "special_tokens_map": roles}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=4))
-    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_files_of_a_tokenizer_are_saved_as_they_were_read(folder, tmp_path) -> None:
-    """Byte for byte, also when the source is gone: earlier transformers cannot read what this one writes."""
-    original = as_released(folder)
-    first = Codec.load(folder)
-    shutil.rmtree(folder)
-    first.save(tmp_path / "one")
-    again = Codec.load(tmp_path / "one").with_format(system="Be brief.")
-    again.save(tmp_path / "two")
-    assert len(original) == 4
-    for saved in (tmp_path / "one", tmp_path / "two"):
-        copied = {file.name: file.read_bytes() for file in saved.iterdir()}
-        assert copied.pop("prompt.yaml")
-        assert copied == original
-    last = Codec.load(tmp_path / "two")
-    assert (last.fingerprint, last.special) == (first.fingerprint, first.special)
-    assert last.prompt_format.system == "Be brief."
-
-
 def test_a_tokenizer_without_a_config_knows_its_special_tokens(folder, codec) -> None:
     bare = Codec.load(folder, prompt_format="tiny")
     assert bare.fingerprint == codec.fingerprint
@@ -275,7 +238,6 @@ def test_a_broken_chat_template_is_one_line_that_names_its_folder(template, word
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_named(name, folder) -> None:
-    as_released(folder)
     (folder / name).write_text("{")
     with pytest.raises(UserError, match=rf"^the tokenizer in {re.escape(str(folder))} is damaged"):
         Codec.load(folder)
