@@ -350,6 +350,7 @@ def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):
     [
         (b"junk", "is damaged: incomplete or changed"),
         ({"epoch": 1}, "is missing, damaged or incomplete (KeyError: 'state_dict')"),
+        ({"state_dict": {"backbone.a": Path("code")}}, "is missing, damaged or incomplete (UnpicklingError"),
         ({"state_dict": {"head.weight": torch.zeros(1)}}, "contains no model: it has no tensor named backbone"),
         ({"state_dict": {"backbone.lm_head.weight": torch.zeros(1)}}, "model.embed_tokens.weight is missing"),
     ],
