@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.memory import MIB, SPECIAL, TEXT, make_batch, resident
 from src.distributed.parallel import Sharding
-from src.models.hf.folder import from_pretrained
-from src.models.hf.meta import Deferred
+from src.models.hf.folder import Deferred, from_pretrained
 from src.models.hf.weights import write_weights
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup

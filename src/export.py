@@ -5,13 +5,10 @@
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 
-    model folder            memory-mapped, so a large model needs little memory
-    Lightning checkpoint    a .ckpt file (memory-mapped), or the folder of a sharded checkpoint (its model is read into
-                            memory); `like` is the model folder whose config.json and tokenizer belong to it, default:
-                            the one its run started from
-
     tensors, config.json, tokenizer -> OUT, with the names and fields of the layout
 
+The tensors of a model folder or .ckpt file are memory-mapped, those of a sharded checkpoint are read into memory. The
+config.json and tokenizer of a checkpoint are those of the model folder `like`, default: the one its run started from.
 `llada_v` and `llada` are for code that reads the released models: config.json fields that this project does not use
 are kept, and so are the code files (*.py) beside it; for a model on the hub, `auto_map` refers to them there. `own` is
 for this project. `lightning` merges a sharded checkpoint into one file that training can resume from.
@@ -35,12 +32,11 @@ from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
-from src.io.files import FORMAT, publish
+from src.io.files import FORMAT, atomic
 from src.io.hub import local_folder
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
 from src.models.hf.formats import FORMATS, Description
-from src.models.hf.stored import is_checkpoint, model_state
-from src.models.hf.weights import check_finite, read_dtype, write_weights
+from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
 from src.training.run_dir import read_config
 
@@ -50,14 +46,16 @@ logger = logging.getLogger(__name__)
 
 @main_guard
 def main(argv: list[str]) -> None:
-    """Export the model of a config."""
     cfg = load_config(argv, verb="src.export", needs=NEEDS["src.export"])
     check(cfg)
     out = path_of(cfg, "out")
     if out.exists():
         raise UserError(f"out={out} already exists; choose another folder or remove it")
+    path = path_of(cfg, "model")
+    if (path.is_file() or (path / MANIFEST).is_file()) and not is_intact(path):
+        raise UserError(f"{path} is damaged: incomplete or changed since it was written; use another checkpoint")
     if cfg.format == LIGHTNING:
-        _merge_shards(path_of(cfg, "model"), out)
+        merge_shards(path, out)
     elif cfg.format in FORMATS:
         export(cfg, out)
     else:
@@ -98,23 +96,15 @@ def export(cfg: DictConfig, out: Path) -> None:
     sys.stdout.write(f"{out}: {len(state)} tensors, {size / 1e9:.2f} GB, layout {form.name}\n")
 
 
-def _merge_shards(path: Path, out: Path) -> None:
+def merge_shards(path: Path, out: Path) -> None:
     """Write a sharded checkpoint as the one file that a single process would have written."""
     if not is_checkpoint(path):
         raise UserError(f"format={LIGHTNING} is for checkpoints of a run, but {path} is not one")
-    _check_whole(path)
     content = read_full(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    torch.save(content, temporary)
-    publish(temporary, out)
+    with atomic(out) as stream:
+        torch.save(content, stream)
     sys.stdout.write(f"{out}: step {content['global_step']}, {len(content['state_dict'])} tensors\n")
-
-
-def _check_whole(path: Path) -> None:
-    """Raise UserError for a checkpoint that is incomplete or changed."""
-    if (path.is_file() or (path / MANIFEST).is_file()) and not is_intact(path):
-        raise UserError(f"{path} is damaged: incomplete or changed since it was written; use another checkpoint")
 
 
 def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path]:
@@ -126,7 +116,6 @@ def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path
         folder = ModelFolder.open(cfg.model)
         state = {name: folder.read(name) for name in folder.names}
         return state, folder.describe(vision=vision), folder.path, folder.path
-    _check_whole(path)
     if cfg.like:
         like = ModelFolder.open(cfg.like)
         description, tokenizer, origin = like.describe(vision=vision), like.path, like.path

@@ -44,16 +44,6 @@ def _cut(codec: Codec, text: str, rng: Random) -> list[int]:
     return [i for a, b in pairwise(cuts) for i in codec.encode(text[a:b])[0]]
 
 
-def _check_invariants(ids: list[int], aligned: Aligned) -> None:
-    end = 0
-    for span in aligned.spans:
-        assert end <= span.start < span.end <= len(ids)
-        assert len(span.target_ids) == span.end - span.start
-        assert span.target_ids[0] != ids[span.start]
-        assert span.target_ids[-1] != ids[span.end - 1]
-        end = span.end
-
-
 def _apart(rng: Random, places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     chosen: list[tuple[int, int]] = []
     for start, end in rng.sample(places, min(count, len(places))):
@@ -68,32 +58,56 @@ def _replaced(text: str, changes: list[tuple[int, int, str]]) -> str:
     return text
 
 
-def _run_and_compare(codec: Codec, text: str, ids: list[int], changes: list[tuple[int, int, str]]) -> Counter:
+def _locate(codec: Codec, ids: list[int], changes: list[tuple[int, int, str]]) -> Aligned:
     """Locate all changes; the result must read as if exactly the accepted ones were made in the text."""
-    edits = [Edit(text[a:b], new, a) for a, b, new in changes]
-    aligned = locate(codec, ids, edits)
-    _check_invariants(ids, aligned)
-    assert len(aligned.spans) + sum(aligned.rejected.values()) == len(edits)
+    text = codec.decode(ids)
+    aligned = locate(codec, ids, [Edit(text[a:b], new, a) for a, b, new in changes])
+    end = 0
+    for span in aligned.spans:
+        assert end <= span.start < span.end <= len(aligned.ids)
+        assert len(span.target_ids) == span.end - span.start
+        assert span.target_ids[0] != aligned.ids[span.start]
+        assert span.target_ids[-1] != aligned.ids[span.end - 1]
+        end = span.end
+    assert len(aligned.spans) + sum(aligned.rejected.values()) == len(changes)
+    assert codec.decode(aligned.ids) == text
     wanted = Counter((span.org, span.target) for span in aligned.spans)
     accepted = [c for c in changes if wanted[text[c[0] : c[1]], c[2]]]
     if len(accepted) == len(aligned.spans):  # else two edits read the same, and only one of them was accepted
-        assert codec.decode(apply_spans(ids, aligned.spans)) == _replaced(text, accepted)
-    return aligned.rejected
+        assert codec.decode(apply_spans(aligned.ids, aligned.spans)) == _replaced(text, accepted)
+    return aligned
 
 
 @pytest.mark.parametrize("chopped", [False, True])
-def test_accepted_word_edits_equal_replacement_on_captions(codec: Codec, chopped: bool) -> None:
-    rng, accepted, total = Random(1), 0, 0
+@pytest.mark.parametrize("gaps", [None, 0, 4])
+def test_edits_of_captions_equal_replacement(codec: Codec, chopped: bool, gaps: int | None) -> None:
+    """Of several edits in captions, by a codec without a gap, and by one with gaps in the draft or without."""
+    rng, resized, rejected, total = Random(11), Counter[str](), Counter[str](), 0
+    one = codec if gaps is None else _gapped(codec)
     words = sorted({w for name in ("size", "colour", "shape", "row", "number") for w in LEXICON[name]})
-    for text in _captions(60):
-        ids = _cut(codec, text, rng) if chopped else codec.encode(text)[0]
+    longest = 0 if gaps is None else 3  # further words of an edit
+    for text in _captions(120):
+        ids = _cut(one, text, rng) if chopped else one.encode(text)[0]
+        ids = [*_sprinkled(one, ids, rng, gaps or 0), one.eot_id, one.eos_id]
         starts = [0, *(i + 1 for i, char in enumerate(text) if char == " ")]
-        places = [(i, i + len(text[i:].split(" ")[0].strip(".,"))) for i in starts]
-        changes = [(a, b, rng.choice(words)) for a, b in _apart(rng, places, 6)]
-        rejected = _run_and_compare(codec, text, [*ids, codec.eot_id, codec.eos_id], changes)
+        ends = [i + len(text[i:].split(" ")[0].rstrip(".,")) for i in starts]
+        places = [(a, ends[min(i + rng.randint(0, min(longest, 2)), len(ends) - 1)]) for i, a in enumerate(starts)]
+        places = _apart(rng, places, 5)
+        changes = [(a, b, " ".join(rng.choices(words, k=rng.randint(1, 1 + longest)))) for a, b in places]
+        aligned = _locate(one, ids, changes)
+        bare = [token for token in ids if token != one.gap_id]
+        assert [token for token in aligned.ids if token != one.gap_id] == bare
+        assert aligned.ids[-2:] == ids[-2:]
+        assert bool(aligned.resized["stretched"]) == (len(aligned.ids) > len(ids))
+        resized, rejected, total = resized + aligned.resized, rejected + aligned.rejected, total + len(changes)
+    if gaps is None:
         assert set(rejected) <= {"unequal_length", "no_change"}
-        total, accepted = total + len(changes), accepted + len(changes) - sum(rejected.values())
-    assert accepted > total / 4
+        assert sum(rejected.values()) < 0.75 * total
+    else:
+        assert set(rejected) <= {"no_change", "overlap"}
+        assert sum(rejected.values()) < total / 20
+        assert min(resized["stretched"], resized["shortened"]) > 50
+        assert bool(resized["filled"]) == bool(gaps)
 
 
 @pytest.mark.parametrize("chopped", [False, True])
@@ -104,7 +118,7 @@ def test_accepted_character_edits_equal_replacement_on_odd_text(byte_codec: Code
         ids = _cut(byte_codec, text, rng) if chopped else byte_codec.encode(text)[0]
         places = [(a, a + rng.randint(1, 5)) for a in range(len(text) - 5)]
         changes = [(a, b, "".join(rng.sample(ODD, b - a))) for a, b in _apart(rng, places, 4)]
-        rejected += _run_and_compare(byte_codec, text, ids, changes)
+        rejected += _locate(byte_codec, ids, changes).rejected
         total += len(changes)
     assert set(rejected) <= {"unequal_length", "no_change", "overlap"}
     assert sum(rejected.values()) < total * 0.95
@@ -128,10 +142,6 @@ def test_minimal_span_of_a_long_quote(codec: Codec) -> None:
     assert (span.start, span.end) == (place, place + 1)
     assert span.target_ids == codec.encode(" blue")[0]
     assert (span.org, span.target) == ("A small red ring is in", "A small blue ring is in")
-
-
-def test_shared_context_of_two_quotes_is_no_overlap(codec: Codec) -> None:
-    ids, _ = codec.encode("A small red ring is in the upper left.")
     aligned = locate(codec, ids, [Edit("red ring", "blue ring"), Edit("red ring", "red square")])
     assert codec.decode(apply_spans(ids, aligned.spans)) == "A small blue square is in the upper left."
 
@@ -140,15 +150,12 @@ def test_shared_context_of_two_quotes_is_no_overlap(codec: Codec) -> None:
     ("org", "target", "start", "result"),
     [
         ("One", "Two", None, "Two object is red, quite red, left."),  # start of the text: no blank before it
-        ("One", "Two", 0, "Two object is red, quite red, left."),
         ("red", "blue", 14, "One object is blue, quite red, left."),
         ("red", "blue", 25, "One object is red, quite blue, left."),  # before a comma
         ("red,", "blue,", 25, "One object is red, quite blue, left."),
         ("left", "right", None, "One object is red, quite red, right."),  # before the full stop
         ("left.", "right.", None, "One object is red, quite red, right."),
-        (" left", " right", None, "One object is red, quite red, right."),
         ("left", "right", 999, "One object is red, quite red, right."),  # a wrong place, but unique
-        ("left", "right", -5, "One object is red, quite red, right."),
     ],
 )
 def test_known_edits(codec: Codec, org: str, target: str, start: int | None, result: str) -> None:
@@ -166,23 +173,15 @@ def test_known_edits(codec: Codec, org: str, target: str, start: int | None, res
         (Edit("purple", "blue"), "absent"),
         (Edit("red", "blue"), "ambiguous"),
         (Edit("red", "blue", 15), "ambiguous"),
-        (Edit("object", "red object"), "unequal_length"),
         (Edit(" object", ""), "unequal_length"),
         (Edit("object is", "object is is"), "unequal_length"),
-        (Edit("left.", "left. left."), "unequal_length"),
+        *((Edit("One", target), "unknown") for target in ("One€", "€Two", "東京")),  # would be dropped silently
     ],
 )
 def test_reasons(codec: Codec, edit: Edit, reason: str) -> None:
     ids, _ = codec.encode("One object is red, quite red, left.")
-    aligned = locate(codec, ids, [edit])
-    assert aligned.spans == []
-    assert aligned.rejected == {reason: 1}
-
-
-def test_characters_that_the_tokenizer_lacks_are_not_left_out(codec: Codec) -> None:
-    ids, _ = codec.encode("One object is red.")
-    for target in ("red€", "€blue", "東京"):
-        assert locate(codec, ids, [Edit("red", target)]).rejected == {"unknown": 1}
+    assert locate(codec, ids, [edit]) == Aligned([], Counter({reason: 1}), ids)
+    assert locate(codec, [], []) == Aligned([], Counter())
 
 
 def test_the_first_of_overlapping_edits_wins(codec: Codec) -> None:
@@ -191,24 +190,18 @@ def test_the_first_of_overlapping_edits_wins(codec: Codec) -> None:
     aligned = locate(codec, ids, edits)
     assert aligned.rejected == {"overlap": 1}
     assert codec.decode(apply_spans(ids, aligned.spans)) == "One object on blue, quite red, left."
-
-
-def test_two_edits_within_one_token_overlap(codec: Codec) -> None:
     ids, _ = codec.encode("A red square.")
-    assert len(codec.encode(" square")[0]) == 1
+    assert len(codec.encode(" square")[0]) == 1  # two edits within one token
     aligned = locate(codec, ids, [Edit("squ", "squ"), Edit("square", "circle"), Edit("are", "ARE")])
     assert aligned.rejected["no_change"] == 1
-    assert len(aligned.spans) == 1
     assert codec.decode(apply_spans(ids, aligned.spans)) == "A red circle."
 
 
-def test_whole_words_come_before_parts_of_words(raw_codec: Codec) -> None:
-    text = "scattered red dots"
-    ids = raw_codec.encode(text)[0]
-    (span,) = locate(raw_codec, ids, [Edit("red", "tan")]).spans
-    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered tan dots"
-    (span,) = locate(raw_codec, ids, [Edit("dot", "hat")]).spans
-    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered red hats"
+@pytest.mark.parametrize(("org", "target"), [("red", "tan"), ("dot", "hat")])
+def test_whole_words_come_before_parts_of_words(raw_codec: Codec, org: str, target: str) -> None:
+    ids = raw_codec.encode("scattered red dots")[0]
+    (span,) = locate(raw_codec, ids, [Edit(org, target)]).spans
+    assert raw_codec.decode(apply_spans(ids, [span])) == "scattered red dots".replace(f" {org}", f" {target}")
 
 
 def test_special_tokens_inside_a_draft(codec: Codec) -> None:
@@ -239,17 +232,9 @@ def test_broken_bytes_in_a_draft_do_no_harm(raw_codec: Codec) -> None:
     text = raw_codec.decode(ids)
     (span,) = locate(raw_codec, ids, [Edit("dots", "hats")]).spans
     assert raw_codec.decode(apply_spans(ids, [span])) == text.replace("dots", "hats")
-
-
-def test_half_of_a_broken_character_is_misaligned(raw_codec: Codec) -> None:
-    ids = [*raw_codec.encode("€")[0][:2], *raw_codec.encode("A")[0]]  # two bytes that read as one odd sign
+    ids = [*euro[:2], *raw_codec.encode("A")[0]]  # two bytes that read as one odd sign
     assert raw_codec.decode(ids) == "\ufffdA"
     assert locate(raw_codec, ids, [Edit("\ufffd", "x")]).rejected == {"misaligned": 1}
-
-
-def test_no_edits_and_an_empty_draft(codec: Codec) -> None:
-    assert locate(codec, [], []) == Aligned([], Counter())
-    assert locate(codec, [codec.eot_id], [Edit("a", "b")]).rejected == {"absent": 1}
 
 
 def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_codec: Codec, raw_codec: Codec) -> None:
@@ -262,18 +247,18 @@ def test_borders_are_those_found_by_decoding_every_beginning(codec: Codec, byte_
             for changes in (0, 1, 5):
                 for _ in range(changes):
                     ids[rng.randrange(len(ids))] = rng.randrange(one.vocab_size)
-                decoded, found = one.decode(ids), []
+                decoded, expected = one.decode(ids), []
                 for token in range(len(ids) + 1):
                     head = one.tokenizer.decode(ids[:token], skip_special_tokens=True)
                     if one.eot_id not in ids[:token] and decoded.startswith(head):
-                        found.append((len(head), token))
-                assert _boundaries(one, ids, decoded) == found
+                        expected.append((len(head), token))
+                assert _boundaries(one, ids, decoded) == expected
                 broken += "\ufffd" in decoded
     assert broken > 20
 
 
 def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
-    rng, found, total = Random(3), 0, 0
+    rng, accepted, total = Random(3), 0, 0
     for _ in range(60):
         scene = draw_scene(rng)
         text = write_caption(scene, rng)
@@ -285,29 +270,21 @@ def test_swaps_of_captions_change_only_their_tokens(codec: Codec) -> None:
             total += 1
             assert (located is None) == (len(wrong_ids) != len(ids))
             if located:
-                found += 1
+                accepted += 1
                 first, end, wrong = located
                 assert [*ids[:first], *wrong, *ids[end:]] == wrong_ids
                 assert all(a < swap.end and b > swap.start for a, b in offsets[first:end])
-    assert found > total / 2
+    assert accepted > total / 2
 
 
-def test_swaps_that_cannot_be_had(codec: Codec, byte_codec: Codec) -> None:
+def test_swaps_that_cannot_be_had(codec: Codec) -> None:
     text = "A red ring is in the upper left."
-    assert locate_swap(codec, text, 2, 5, "red") is None
-    assert locate_swap(codec, text, 2, 5, "red blue") is None
-    assert locate_swap(codec, text, 2, 5, "€blue") is None  # the tokenizer would drop the sign silently
-    assert locate_swap(codec, text, 0, 1, "") is None
-    located = locate_swap(byte_codec, "Ein ä.", 4, 5, "ö")
-    assert located is not None
-    assert byte_codec.decode([*byte_codec.encode("Ein ä.")[0][: located[0]], *located[2]]) == "Ein ö"
-
-
-def test_a_swap_that_changes_its_surroundings_is_refused() -> None:
-    codec = Codec.train(["ab"] * 9 + ["xc"] * 9, vocab_size=265, alphabet="bytes")
-    assert [len(codec.encode(text)[0]) for text in ("ab", "xc", "abc", "axc")] == [1, 1, 2, 2]
-    assert locate_swap(codec, "abc", 1, 2, "x") is None  # ab|c becomes a|xc: the c changes its token
-    assert locate_swap(codec, "abc", 1, 3, "xc") == (0, 2, codec.encode("axc")[0])
+    for start, end, wrong in ((2, 5, "red"), (2, 5, "red blue"), (0, 1, ""), (2, 5, "€blue")):  # € would be dropped
+        assert locate_swap(codec, text, start, end, wrong) is None
+    merged = Codec.train(["ab"] * 9 + ["xc"] * 9, vocab_size=265, alphabet="bytes")
+    assert [len(merged.encode(text)[0]) for text in ("ab", "xc", "abc", "axc")] == [1, 1, 2, 2]
+    assert locate_swap(merged, "abc", 1, 2, "x") is None  # ab|c becomes a|xc: the c changes its token
+    assert locate_swap(merged, "abc", 1, 3, "xc") == (0, 2, merged.encode("axc")[0])
 
 
 def _gapped(codec: Codec) -> Codec:
@@ -329,13 +306,7 @@ def _sprinkled(codec: Codec, ids: list[int], rng: Random, count: int) -> list[in
         (Edit("is is", "is"), "One|object|is|is|red,|quite|red.", None, "One|object|is|_|red,|quite|red."),
         (Edit(" object", ""), "One|object|is|red.", None, "One|_|is|red."),
         (Edit("object is", "ring"), "One|object|is|red.", None, "One|ring|_|red."),
-        (
-            Edit("One object", "One blue object"),
-            "One|object|is|red.",
-            "One|_|object|is|red.",
-            "One|blue|object|is|red.",
-        ),
-        (Edit("is", "is quite"), "One|object|is|red.", "One|object|is|_|red.", "One|object|is|quite|red."),
+        (Edit("One", "One blue"), "One|object|is|red.", "One|_|object|is|red.", "One|blue|object|is|red."),
         (Edit("is", "holds two"), "One|object|is|red.", "One|object|is|_|red.", "One|object|holds|two|red."),
         (Edit("red.", "red. red."), "One|object|is|red.", None, "One|object|is|red.|red."),
         # gaps of the draft are used up first, on either side, and stay where they are not needed
@@ -367,64 +338,6 @@ def test_gaps_take_up_edits_of_unequal_length(
         assert aligned.ids == ids_of(drafted or marked)
     assert one.decode(aligned.ids) == one.decode(ids)
     assert apply_spans(aligned.ids, aligned.spans) == ids_of(corrected)
-
-
-@pytest.mark.parametrize("gaps", [0, 4])
-@pytest.mark.parametrize("chopped", [False, True])
-def test_edits_of_any_length_equal_replacement_on_captions(codec: Codec, chopped: bool, gaps: int) -> None:
-    """Of several edits in captions, with gaps in the draft or without: texts, order, and the number of tokens."""
-    one, rng, resized, rejected, total = _gapped(codec), Random(11), Counter[str](), Counter[str](), 0
-    words = sorted({w for name in ("size", "colour", "shape", "row", "number") for w in LEXICON[name]})
-    for text in _captions(120):
-        ids = _cut(one, text, rng) if chopped else one.encode(text)[0]
-        ids = [*_sprinkled(one, ids, rng, gaps), one.eot_id, one.eos_id]
-        starts = [0, *(i + 1 for i, char in enumerate(text) if char == " ")]
-        ends = [text.find(" ", start) if " " in text[start:] else len(text) for start in starts]
-        places = [(a, ends[min(i + rng.randint(0, 2), len(ends) - 1)]) for i, a in enumerate(starts)]
-        changes = [(a, b, " ".join(rng.choices(words, k=rng.randint(1, 4)))) for a, b in _apart(rng, places, 5)]
-        aligned = locate(one, ids, [Edit(text[a:b], new, a) for a, b, new in changes])
-        _check_invariants(aligned.ids, aligned)
-        wanted = Counter((span.org, span.target) for span in aligned.spans)
-        accepted = [c for c in changes if wanted[text[c[0] : c[1]], c[2]]]
-        assert one.decode(aligned.ids) == text
-        bare = [token for token in ids if token != one.gap_id]
-        assert [token for token in aligned.ids if token != one.gap_id] == bare
-        assert aligned.ids[-2:] == ids[-2:]
-        if len(accepted) == len(aligned.spans):
-            assert one.decode(apply_spans(aligned.ids, aligned.spans)) == _replaced(text, accepted)
-        assert bool(aligned.resized["stretched"]) == (len(aligned.ids) > len(ids))
-        resized, rejected, total = resized + aligned.resized, rejected + aligned.rejected, total + len(changes)
-    assert set(rejected) <= {"no_change", "overlap"}
-    assert sum(rejected.values()) < total / 20
-    assert resized["stretched"] > 50
-    assert resized["shortened"] > 50
-    assert bool(resized["filled"]) == bool(gaps)
-
-
-def test_a_gap_changes_nothing_about_edits_that_need_none(codec: Codec, byte_codec: Codec) -> None:
-    """Edit by edit: equal lengths give the same spans, other ones as many more ids as the text takes more tokens."""
-    rng, kinds = Random(13), Counter[str]()
-    for plain, texts in ((codec, _captions(60)), (byte_codec, [ODD] * 30)):
-        one = _gapped(plain)
-        for text in texts:
-            ids = plain.encode(text)[0] if rng.random() < 0.5 else _cut(plain, text, rng)
-            for _ in range(6):
-                start = rng.randrange(len(text) - 6)
-                org = text[start : start + rng.randint(1, 6)]
-                target = "".join(rng.choices(text, k=rng.randint(0, 8)))
-                before, after = (locate(c, ids, [Edit(org, target, start)]) for c in (plain, one))
-                assert before.ids == ids
-                if before.rejected != {"unequal_length": 1}:
-                    assert before == after
-                    kinds["same"] += len(before.spans)
-                elif after.spans:
-                    right = [token for token in apply_spans(after.ids, after.spans) if token != one.gap_id]
-                    assert one.decode(right) == text[:start] + target + text[start + len(org) :]
-                    assert len(after.ids) == max(len(ids), len(right))
-                    kinds["longer" if len(right) > len(ids) else "shorter"] += 1
-                else:
-                    assert set(after.rejected) == {"misaligned"}
-    assert min(kinds[name] for name in ("same", "longer", "shorter")) > 30
 
 
 def test_two_insertions_at_one_place_keep_their_order(codec: Codec) -> None:

@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from src.io.errors import UserError
 from src.io.hub import local_folder
-from src.models.hf.folder import fingerprint, from_pretrained, load_weights, save_pretrained
-from src.models.hf.meta import outline
-from src.models.hf.weights import INDEX, is_model_folder, weight_files
+from src.models.hf.folder import fingerprint, from_pretrained, load_weights, outline, save_pretrained
+from src.models.hf.weights import INDEX, weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
@@ -52,24 +51,21 @@ def sharded(model, codec, tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def same(found: LLaDAV, expected: LLaDAV) -> bool:
-    other = expected.state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in found.state_dict().items())
+def same(one: LLaDAV, other: LLaDAV) -> bool:
+    expected = other.state_dict()
+    return all(torch.equal(tensor, expected[name]) for name, tensor in one.state_dict().items())
 
 
-# Shards
+# Shards and dtypes
 
 
 def test_a_sharded_folder_is_the_same_model(model, codec, sharded, tmp_path):
+    """Every tensor once, files no larger than they may be, and readable by those who may read the folder."""
     save_pretrained(model, codec, tmp_path / "single")
     assert [file.name for file in weight_files(tmp_path / "single")] == ["model.safetensors"]
     again = from_pretrained(sharded)
     assert same(again, model) and again.config == model.config
     assert fingerprint(sharded) == fingerprint(tmp_path / "single") == fingerprint(model)
-    assert is_model_folder(sharded) and is_model_folder(tmp_path / "single") and not is_model_folder(tmp_path)
-
-
-def test_shards_hold_every_tensor_once_and_no_more_than_they_may(model, sharded):
     shards = {file.name: load_file(file) for file in weight_files(sharded)}
     assert len(shards) > 2
     assert sorted(name for shard in shards.values() for name in shard) == sorted(model.state_dict())
@@ -78,12 +74,7 @@ def test_shards_hold_every_tensor_once_and_no_more_than_they_may(model, sharded)
     index = json.loads((sharded / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
     assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
-
-
-def test_others_may_read_what_they_may_read_of_the_folder(sharded):
-    """On a cluster one person trains and another samples."""
-    modes = {file.stat().st_mode & 0o666 for file in sharded.iterdir()}
-    assert modes == {sharded.stat().st_mode & 0o666}
+    assert {file.stat().st_mode & 0o666 for file in sharded.iterdir()} == {sharded.stat().st_mode & 0o666}
 
 
 def test_the_fingerprint_is_a_hash_of_the_sorted_tensors(model, codec, tmp_path):
@@ -96,14 +87,10 @@ def test_the_fingerprint_is_a_hash_of_the_sorted_tensors(model, codec, tmp_path)
         assert fingerprint(folder) == digest.hexdigest()[:16]
 
 
-# Dtypes
-
-
 def test_weights_are_cast_when_they_are_read(model, sharded):
     again = from_pretrained(sharded, dtype="bfloat16")
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.bfloat16())
-    assert from_pretrained(sharded, dtype=torch.float64).lm_head.weight.dtype == torch.float64
     with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'int8'"):
         from_pretrained(sharded, dtype="int8")
 
@@ -118,14 +105,14 @@ def test_loaded_weights_are_no_view_of_the_file(model, codec, tmp_path):
     assert same(again, model)
 
 
-def test_a_model_that_has_memory_is_filled_in_its_own_dtype(model, codec, sharded):
+def test_an_allocated_model_keeps_its_dtype_and_one_on_meta_is_allocated_first(model, codec, sharded):
     other = tiny(codec, decoder=DECODER, vision=VISION, seed=2).bfloat16()
     kept = other.lm_head.weight
     load_weights(other, sharded)
     assert other.lm_head.weight is kept and torch.equal(kept, model.lm_head.weight.bfloat16())
-    with torch.device("meta"):
-        bare = tiny(codec, decoder=DECODER, vision=VISION)
-    with pytest.raises(ValueError, match=r"is on the meta device: call the model's to_empty"):
+    bare = from_pretrained(sharded, device="meta")
+    assert {tensor.device.type for tensor in [*bare.parameters(), *bare.buffers()]} == {"meta"}
+    with pytest.raises(AssertionError, match="is on the meta device"):
         load_weights(bare, sharded)
     load_weights(bare.to_empty(device="cpu"), sharded)
     assert same(bare, model)
@@ -133,12 +120,12 @@ def test_a_model_that_has_memory_is_filled_in_its_own_dtype(model, codec, sharde
 
 
 def test_the_attention_mode_may_be_another(model, sharded):
-    assert model.config.attention == "full"
     assert from_pretrained(sharded, attention="prefix").config == replace(model.config, attention="prefix")
     with pytest.raises(ValueError, match="attention must be 'full' or 'prefix', got 'causal'"):
         from_pretrained(sharded, attention="causal")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_model(codec, tmp_path):
     """Peak of a real process: the model and less than a shard. All shards at once would be twice the model."""
@@ -148,15 +135,15 @@ def test_loading_takes_little_more_memory_than_the_model(codec, tmp_path):
     save_pretrained(large, codec, tmp_path / "model", max_shard_bytes=size / 4)
     command = [sys.executable, "-m", "benchmarks.loading", "--side", "ours", "--folder", str(tmp_path / "model")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["fingerprint"] == fingerprint(large)
-    assert size <= found["memory"] < 1.25 * size
+    report = json.loads(done.stdout)
+    assert report["fingerprint"] == fingerprint(large)
+    assert size <= report["memory"] < 1.25 * size
 
 
 # Damage
 
 
-def test_all_that_does_not_fit_is_listed_at_once(sharded):
+def test_all_that_does_not_fit_is_listed_at_once_up_to_five(sharded):
     for file in weight_files(sharded):
         state = load_file(file)
         if state.pop("model.norm.weight", None) is not None:
@@ -171,13 +158,10 @@ def test_all_that_does_not_fit_is_listed_at_once(sharded):
     )
     with pytest.raises(UserError, match=f"does not match its config: {'; '.join(parts)}$"):
         from_pretrained(sharded)
-
-
-def test_long_lists_are_cut_and_counted(sharded):
     config = json.loads((sharded / "config.json").read_text())
     config["decoder"]["num_hidden_layers"] = 30
     (sharded / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"model.layers.10.* is missing.*; and {28 * 9 - 5} more$"):
+    with pytest.raises(UserError, match=rf"lm_head.* is .*; and {28 * 9 + 3 - 5} more$"):
         from_pretrained(sharded)
 
 
@@ -197,11 +181,8 @@ def with_decoder(folder: Path, **decoder: object) -> None:
         (lambda folder: cut(weight_files(folder)[1]), r"model-00002-of-\d+.safetensors is missing, damaged"),
         (lambda folder: cut(folder / INDEX), "index.json is missing, damaged"),
         (lambda folder: (folder / INDEX).unlink(), "is not a model folder: it needs"),
-        (lambda folder: (folder / "config.json").unlink(), "is not a model folder: it needs"),
         (lambda folder: cut(folder / "config.json"), "config.json is missing, damaged"),
-        (lambda folder: with_decoder(folder), "config.json is missing, damaged"),
         (lambda folder: with_decoder(folder, **DECODER, vocab_size=9, hiden_size=16), "config.json is .*'hiden_size'"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llada"}'), "'llada' .* is unknown"),
         (
             lambda folder: save_file({"a": torch.zeros(2, dtype=torch.int8)}, folder / "model.safetensors"),
             "a has dtype torch.int8; supported are",
@@ -216,7 +197,7 @@ def test_damage_is_explained(sharded, damage, message):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(model, codec, value, tmp_path):
+def test_weights_that_are_no_numbers_are_refused(codec, value, tmp_path):
     broken = tiny(codec, decoder=DECODER, vision=None)
     with torch.no_grad():
         broken.model.norm.weight[3] = value
@@ -251,24 +232,41 @@ def test_a_model_belongs_to_its_tokenizer(sharded, codec):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A cache of downloads in which nothing is yet, and no network."""
+    """A cache of downloads without a network. Returns the folder of a model somebody/NAME, not made yet."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+
+    def snapshot(name: str) -> Path:
+        cached = tmp_path / "hub" / f"models--somebody--{name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("c" * 40)
+        return cached / "snapshots" / ("c" * 40)
+
+    return snapshot
 
 
-def test_a_name_on_the_hub_is_downloaded_or_explained(offline, model, codec):
+def test_a_name_on_the_hub_is_downloaded_or_explained(offline, model, codec, tmp_path):
+    """A local folder of that name takes precedence, and a run records the model that it starts from."""
+    cfg = OmegaConf.create({"model": {"path": "somebody/model-1.5"}, "data": {}})
     with pytest.raises(ValueError, match=r"no local folder somebody/model-1.5, and its download .* failed"):
         from_pretrained("somebody/model-1.5")
-    cached = offline / "hub" / "models--somebody--model-1.5"
-    save_pretrained(model, codec, cached / "snapshots" / "abc")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("abc")
+    assert inputs(cfg) == {}
+    save_pretrained(model, codec, offline("model-1.5"))
     assert same(from_pretrained("somebody/model-1.5", codec=codec), model)
     assert fingerprint("somebody/model-1.5") == fingerprint(model)
+    assert inputs(cfg) == {"model.path": fingerprint(model)}
+    other = tiny(codec, decoder=DECODER, vision=VISION, seed=2)
+    save_pretrained(other, codec, tmp_path / "somebody" / "model-1.5")
+    assert same(from_pretrained("somebody/model-1.5"), other)
+
+
+@pytest.mark.parametrize("path", ["model", "runs/stage1/model", "/runs/model", "./model", "../model", "a/b/"])
+def test_paths_are_no_names(path):
+    """They are not asked for on the hub, also when they do not exist."""
+    assert local_folder(path) == Path(path)
 
 
 @pytest.fixture
@@ -293,7 +291,7 @@ def hub(monkeypatch, tmp_path):
     return SimpleNamespace(remote=tmp_path / "remote", cache=tmp_path / "cache", revisions=revisions)
 
 
-def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, model, codec):
+def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, codec, golden):
     """Each reader downloads what it reads, all of one revision; program text never."""
     text = tiny(codec, decoder=DECODER, vision=None)
     name = "somebody/in-parts"
@@ -310,50 +308,11 @@ def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, model, codec
     assert here() == files - {"modeling_llada.py"}
     assert hub.revisions == [None, "a" * 40]
     assert outline(name, codec=codec).config == text.config
-
-
-def test_a_run_records_the_model_of_the_hub_that_it_starts_from(offline, model, codec):
-    cfg = OmegaConf.create({"model": {"path": "somebody/start"}, "data": {}})
-    assert inputs(cfg) == {}  # building the model says that it is not there
-    cached = offline / "hub" / "models--somebody--start"
-    save_pretrained(model, codec, cached / "snapshots" / ("c" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("c" * 40)
-    assert inputs(cfg) == {"model.path": fingerprint(model)}
-
-
-def test_the_outline_of_a_tower_of_the_hub_says_what_to_do(hub, golden, codec):
-    shutil.copytree(golden.folder, hub.remote / "somebody" / "tower")
+    (hub.remote / "somebody" / "tower").mkdir()
     config = hub.remote / "somebody" / "tower" / "config.json"
     config.write_text(json.dumps(golden.json("llada_v_tiny.config")))
     with pytest.raises(ValueError, match=r"config\.json names the vision tower .* download the whole model"):
         outline("somebody/tower", codec=codec)
-
-
-def test_the_device_is_where_all_of_the_model_goes(sharded):
-    found = from_pretrained(sharded, device="meta")
-    places = {name: tensor.device.type for name, tensor in [*found.named_parameters(), *found.named_buffers()]}
-    assert any("position_ids" in name for name in places) and set(places.values()) == {"meta"}
-    found = from_pretrained(sharded, device=torch.device("cpu"))
-    assert {tensor.device.type for tensor in [*found.parameters(), *found.buffers()]} == {"cpu"}
-
-
-def test_a_folder_here_goes_before_the_hub(offline, model, codec):
-    save_pretrained(model, codec, offline / "runs" / "mask")
-    assert same(from_pretrained("runs/mask"), model)
-
-
-@pytest.mark.parametrize("path", ["model", "runs/stage1/model", "/runs/model", "./model", "../model", "a/b/"])
-def test_paths_are_no_names(path):
-    """They are not asked for on the hub, also when they do not exist."""
-    assert local_folder(path) == Path(path)
-
-
-def test_the_hub_is_not_imported_for_local_folders(sharded):
-    code = (
-        f"import sys, src.io.hub; src.io.hub.local_folder({str(sharded)!r}); sys.exit('huggingface_hub' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # FSDP2
@@ -388,32 +347,26 @@ assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel
 ids = torch.arange(7)[None]
 image = {"pixel_values": torch.zeros(1, 1, 3, 6, 6, dtype=torch.uint8), "num_tiles": torch.ones(1, 1, dtype=torch.long),
          "image_sizes": torch.full((1, 1, 2), 6), "prompt_ids": torch.tensor([[model.image_id, 3]])}
-for name, parameter in model.named_parameters():
-    assert torch.equal(parameter.full_tensor(), whole.get_parameter(name)), name
 for module in (model, *model.model.layers):
     module.unshard()
 with torch.no_grad():
-    found, expected = (m.forward(m.encode_prefix(image), ids) for m in (model, whole))
-assert torch.equal(found, expected)
+    logits, expected = (m.forward(m.encode_prefix(image), ids) for m in (model, whole))
+assert torch.equal(logits, expected)
 dist.destroy_process_group()
 os._exit(0)  # threads of gloo may abort a process that ends by itself
 """
 
 
 @pytest.mark.dist
-def test_each_rank_reads_its_part_of_a_sharded_model(model, codec, tmp_path):
-    save_pretrained(model, codec, tmp_path / "model", max_shard_bytes=4000)
+def test_each_rank_reads_its_part_of_a_sharded_model(sharded, tmp_path):
     code = tmp_path / "load.py"
     code.write_text(SHARDED)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([sys.executable, str(code), str(tmp_path / "model"), str(rank)], env=env, cwd=ROOT,
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
+    commands = [[sys.executable, str(code), str(sharded), str(rank)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        ends = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(ends)
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from src.models.hf.folder import fingerprint, from_pretrained, save_pretrained
+from src.models.hf.folder import fingerprint
 from src.models.llada import RMSNorm
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
@@ -17,35 +17,25 @@ from src.text.tokenizer import Codec
 from src.training.memory_plan import Live
 from src.types import Prefix
 
+DECODER = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+}  # fmt: skip
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 48,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48,
     "patch_size": 16,
-}
+}  # fmt: skip
 IMAGE = 90
 
 
 def make(attention: str = "full", *, kv_heads: int = 4, vision: dict | None = None, shift: bool = False) -> LLaDAV:
     torch.manual_seed(0)
-    decoder = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": kv_heads,
-        "attention": attention,
-        "shift": shift,
-    }
+    decoder = {**DECODER, "num_key_value_heads": kv_heads, "attention": attention, "shift": shift}
     return LLaDAV(decoder=decoder, vision=vision, image_id=IMAGE, init_std=0.2).eval()
 
 
-def pictures(*rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def pictures(*rows: int) -> dict[str, Tensor]:
     """Inputs for rows of so many images of one tile, of noise."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     num_tiles = torch.tensor([[i < count for i in range(max(rows))] for count in rows]).long()
     sizes = num_tiles[..., None] * torch.tensor([60, 48])
     pixels = torch.randint(0, 256, (len(rows), max(rows), 3, 48, 48), dtype=torch.uint8)
@@ -54,47 +44,29 @@ def pictures(*rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def oracle(model: LLaDAV) -> LlamaForCausalLM:
     """transformers' Llama with our weights and bidirectional attention."""
-    c = model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.kv_heads,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=c.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=False,
-    )
+    fields = model.config.to_dict()
+    rope = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    sizes = {name: value for name, value in fields.items() if name not in ("attention", "shift")}
+    config = LlamaConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False)
     config.is_causal = False
     llama = LlamaForCausalLM(config).eval()
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision")}
-    llama.load_state_dict(state)
+    llama.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("vision")})
     return llama
 
 
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("attention", "kv_heads"), [("full", 4), ("full", 2), ("prefix", 4)])
 @torch.no_grad()
-def test_full_attention_equals_a_bidirectional_llama(kv_heads, shift):
-    """With Dream's shift, the logits of a token are those of the place before it."""
-    model = make(kv_heads=kv_heads, shift=shift)
-    prompt, response = torch.randint(0, 90, (3, 5)), torch.randint(0, 90, (3, 7))
-    ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
-    theirs = oracle(model)(torch.cat([prompt, response], 1)).logits[:, 5 - shift : 12 - shift]
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+def test_the_decoder_equals_a_bidirectional_llama(attention, kv_heads, shift):
+    """With Dream's shift, the logits of a token are those of the place before it.
 
-
-@pytest.mark.parametrize("shift", [False, True])
-@torch.no_grad()
-def test_prefix_attention_equals_a_masked_llama(shift):
-    """In `prefix` mode the cached prefix is exact: the same as one pass in which the prefix sees only itself."""
-    model = make("prefix", shift=shift)
+    In `prefix` mode the cached prefix is exact: the same as one pass in which the prefix sees only itself.
+    """
+    model = make(attention, kv_heads=kv_heads, shift=shift)
     prompt, response = torch.randint(0, 90, (2, 5)), torch.randint(0, 90, (2, 7))
     ours = model(model.encode_prefix({"prompt_ids": prompt}), response)
     allowed = torch.ones(12, 12, dtype=torch.bool)
-    allowed[:5, 5:] = False
+    allowed[:5, 5:] = attention == "full"
     bias = torch.zeros(12, 12).masked_fill(~allowed, float("-inf"))[None, None].expand(2, 1, 12, 12)
     theirs = oracle(model)(torch.cat([prompt, response], 1), attention_mask=bias).logits[:, 5 - shift : 12 - shift]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -107,9 +79,9 @@ def test_a_norm_of_low_precision_is_computed_in_float32():
     x, norm = (torch.randn(64, 256) * 7).bfloat16(), RMSNorm(256, 1e-5).bfloat16()
     norm.weight.normal_()
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    found, expected = norm(x), norm.weight * exact.bfloat16()
-    assert found.dtype == torch.bfloat16
-    assert float((found != expected).double().mean()) < 0.001  # a float32 next to a tie may fall on its other side
+    output, expected = norm(x), norm.weight * exact.bfloat16()
+    assert output.dtype == torch.bfloat16
+    assert float((output != expected).double().mean()) < 0.001  # a float32 next to a tie may fall on its other side
 
 
 @torch.no_grad()
@@ -119,9 +91,9 @@ def test_square_images_are_put_among_float32_words_under_autocast():
     inputs = {"prompt_ids": torch.tensor([[5, IMAGE, 6]]), **pictures(1)}
     expected = model(model.encode_prefix(inputs), response)
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(model.encode_prefix(inputs), response)
-    assert found.dtype == torch.bfloat16
-    assert float((found.float() - expected).abs().mean() / expected.std()) < 0.04
+        logits = model(model.encode_prefix(inputs), response)
+    assert logits.dtype == torch.bfloat16
+    assert float((logits.float() - expected).abs().mean() / expected.std()) < 0.04
 
 
 @torch.no_grad()
@@ -130,7 +102,7 @@ def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
     assert vision is not None
     levels = torch.arange(3 * 48 * 48).reshape(1, 3, 48, 48) % 256
     seen = []
-    vision.vision_tower.embeddings.patch_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    vision.vision_tower.embeddings.patch_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     assert vision.features(levels.to(torch.uint8)).dtype == torch.bfloat16
     assert torch.equal(seen[0], ((levels.double() / 255 - 0.5) / 0.5).bfloat16())
 
@@ -138,9 +110,8 @@ def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
 @torch.no_grad()
 def test_with_shift_the_first_token_of_all_keeps_its_own_logits():
     """As in Dream: l'[0] = l[0], l'[i] = l[i - 1]."""
-    response = torch.randint(0, 90, (2, 7))
     plain, shifted = (make(shift=shift).model for shift in (False, True))
-    embeds = plain.embed_tokens(response)
+    embeds = plain.embed_tokens(torch.randint(0, 90, (2, 7)))
     own = plain(embeds, Prefix(embeds[:, :0]), None)
     torch.testing.assert_close(shifted(embeds, Prefix(embeds[:, :0]), None), torch.cat([own[:, :1], own[:, :-1]], 1))
 
@@ -167,32 +138,9 @@ def test_padded_rows_give_what_they_give_alone(attention, shift):
         torch.testing.assert_close(together[row, : len(response)], logits[0], rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_image_tokens_stand_where_the_mark_was():
-    model = make(vision=VISION)
-    images = pictures(2)
-    first, second = model.vision(images["pixel_values"][0], [(60, 48), (60, 48)])
-    embeds = model.encode_prefix({"prompt_ids": torch.tensor([[3, IMAGE, IMAGE, 4]]), **images}).embeds[0]
-    words = model.model.embed_tokens(torch.tensor([3, 4]))
-    torch.testing.assert_close(embeds, torch.cat([words[:1], first, second, words[1:]]))
-    assert (first - second).abs().max() > 0.01
-
-
-@torch.no_grad()
-def test_the_image_path_stops_before_the_final_norm():
-    model = make(vision=VISION)
-    tower = SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)).eval()
-    tower.load_state_dict(model.vision.vision_tower.state_dict())
-    tiles = pictures(2)["pixel_values"][0]
-    pixels = (tiles / 255 - 0.5) / 0.5
-    expected = tower(pixels, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(model.vision.features(tiles), expected)
-    assert (model.vision.features(tiles) - tower(pixels).last_hidden_state).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 @torch.no_grad()
-def test_the_chunks_of_the_tower_change_nothing(chunk):
+def test_the_tower_encodes_in_chunks_and_no_padding(chunk):
     model = make(vision=VISION)
     tiles = pictures(5)["pixel_values"][0]
     expected = model.vision.mm_projector(model.vision.features(tiles))
@@ -201,28 +149,13 @@ def test_the_chunks_of_the_tower_change_nothing(chunk):
     model.vision.chunk = chunk
     torch.testing.assert_close(torch.stack(model.vision(tiles, [(9, 9)] * 5)), expected)
     assert (sum(sizes), max(sizes)) == (5, chunk)
-
-
-@torch.no_grad()
-def test_padding_tiles_are_not_encoded():
-    model = make(vision=VISION)
-    sizes = []
-    model.vision.vision_tower.encoder.register_forward_hook(lambda *call: sizes.append(len(call[2].last_hidden_state)))
+    sizes.clear()
     model.encode_prefix({"prompt_ids": torch.tensor([[IMAGE, 5, 6], [IMAGE, IMAGE, IMAGE]]), **pictures(1, 3)})
-    assert sizes == [4]
+    assert sum(sizes) == 4
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])
-@torch.no_grad()
-def test_logits_only_where_asked(attention):
-    model = make(attention)
-    prefix = model.encode_prefix({"prompt_ids": torch.randint(0, 90, (2, 4))})
-    response, where = torch.randint(0, 90, (2, 6)), torch.rand(2, 6) < 0.5
-    torch.testing.assert_close(model(prefix, response, positions=where), model(prefix, response)[where])
-
-
-@pytest.mark.parametrize("attention", ["full", "prefix"])
-def test_a_shared_prefix_gives_the_gradients_of_copies(attention):
+def test_logits_only_where_asked_and_gradients_of_a_shared_prefix(attention):
     model = make(attention, vision=VISION)
     inputs = {"prompt_ids": torch.tensor([[IMAGE, 5]]), **pictures(1)}
     views = [torch.randint(0, 90, (1, 6)) for _ in range(2)]
@@ -235,35 +168,8 @@ def test_a_shared_prefix_gives_the_gradients_of_copies(attention):
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def codec() -> Codec:
-    return Codec.train(["a red ring", "a blue ring user Describe assistant"], vocab_size=80)
-
-
-@torch.no_grad()
-def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
-    words = codec()
-    decoder = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "attention": "prefix",
-    }
-    model = tiny(words, decoder=decoder, vision=VISION, seed=3).eval()
-    save_pretrained(model, words, tmp_path / "model")
-    again = from_pretrained(tmp_path / "model").eval()
-    assert again.config == model.config
-    batch = {"prompt_ids": torch.tensor([words.prompt_ids("Describe")]), **pictures(1)}
-    response = torch.randint(7, words.vocab_size, (1, 5))
-    assert torch.equal(again(again.encode_prefix(batch), response), model(model.encode_prefix(batch), response))
-    assert Codec.load(tmp_path / "model").fingerprint == words.fingerprint
-    first = fingerprint(tmp_path / "model")
-    assert first == fingerprint(model) == fingerprint(again)
-    again.lm_head.weight.mul_(1.01)
-    save_pretrained(again, words, tmp_path / "model")
-    assert fingerprint(tmp_path / "model") != first
+    where = torch.tensor([[True, False, True, True, False, False]])
+    torch.testing.assert_close(model(once, views[0], positions=where), model(once, views[0])[where])
 
 
 def test_the_fingerprint_sees_names_shapes_types_and_every_number():
@@ -272,86 +178,56 @@ def test_the_fingerprint_sees_names_shapes_types_and_every_number():
     changed = table.clone()
     changed[3001] = -1.0
     states = [{"a": table}, {"b": table}, {"a": changed}, {"a": table.view(60, 100)}, {"a": table.view(torch.int32)}]
-    found = []
+    states.append({"a": table.bfloat16(), "count": torch.tensor(3)})
+    fingerprints = []
     for state in states:
         module = nn.Module()
         for name, tensor in state.items():
             module.register_buffer(name, tensor)
-        found.append(fingerprint(module))
-    assert len(set(found)) == len(states)
-    module = nn.Module()
-    module.register_buffer("a", table.bfloat16())
-    module.register_buffer("count", torch.tensor(3))
-    assert fingerprint(module) == fingerprint(copy.deepcopy(module))
+        fingerprints.append(fingerprint(module))
+        assert fingerprint(copy.deepcopy(module)) == fingerprints[-1]
+    assert len(set(fingerprints)) == len(states)
 
 
 def test_tiny_models_follow_their_seed():
-    words = codec()
-    decoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    codec = Codec.train(["a red ring"], vocab_size=80)
     state = torch.random.get_rng_state()
-    a, b, c = (tiny(words, decoder=decoder, vision=None, seed=s).lm_head.weight for s in (0, 0, 1))
+    a, b, c = (tiny(codec, decoder=DECODER, vision=None, seed=s).lm_head.weight for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("decoder", "more", "message"),
     [
-        ({"attention": "causal"}, "causal"),
-        ({"num_attention_heads": 5}, "5 heads"),
-        ({"num_key_value_heads": 3}, "3 key"),
+        ({"attention": "causal"}, {}, "causal"),
+        ({"num_attention_heads": 5}, {}, "5 heads"),
+        ({"num_key_value_heads": 3}, {}, "3 key"),
+        ({}, {"vision": VISION, "tiling": {"size": 32, "grids": [[32, 32]]}}, "the tower takes 48 pixels"),
+        ({}, {"tiling": {"size": 32, "grids": [[32, 32]]}}, "no vision path"),
     ],
 )
-def test_impossible_sizes_are_named(changed, message):
-    sizes = {
-        "vocab_size": 9,
-        "hidden_size": 32,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
+def test_settings_that_contradict_each_other_are_named(decoder, more, message):
     with pytest.raises(ValueError, match=message):
-        LLaDAV(decoder={**sizes, **changed}, vision=None)
+        LLaDAV(decoder={**DECODER, **decoder}, **{"vision": None, **more})
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"prompt_ids": torch.tensor([[IMAGE, 4], [3, 4]])}, "row 1: the prompt holds 0 image marks, .* 1 images"),
-        ({"prompt_ids": torch.tensor([[IMAGE, IMAGE], [IMAGE, 4]])}, "row 0: the prompt holds 2 image marks, .* 1 im"),
         ({"num_tiles": torch.tensor([[1], [0]])}, "row 1: the prompt holds 1 image marks, but there are 0 images"),
         ({"num_tiles": torch.tensor([[1], [2]])}, r"row 1: an image of 60 x 48 pixels comes as 2 tiles.* makes 1 "),
-        ({"num_tiles": torch.ones(2, 2).long(), "image_sizes": torch.ones(2, 2, 2).long()},
-         "row 0: num_tiles adds up to 2, but there are 1 tiles"),
-        ({"pixel_values": torch.zeros(2, 1, 3, 48, 48)}, r"torch.float32 \(2, 1, 3, 48, 48\), but the model takes"),
-        ({"pixel_values": torch.zeros(2, 1, 3, 64, 48, dtype=torch.uint8)}, r"\(2, 1, 3, 64, 48\).*tiles, 3, 48, 48"),
-        ({"pixel_values": torch.zeros(3, 1, 3, 48, 48, dtype=torch.uint8)}, "'prompt_ids': 2, 'pixel_values': 3"),
+        ({"pixel_values": torch.zeros(2, 1, 3, 48, 48)}, "other pixels"),
     ],
-)  # fmt: skip
+)
 def test_prompts_and_images_must_agree(changed, message):
-    model = make(vision=VISION)
-    right = {"prompt_ids": torch.tensor([[IMAGE, 4], [3, IMAGE]]), **pictures(1, 1)}
-    model.encode_prefix(right)
-    with pytest.raises(ValueError, match=message):
-        model.encode_prefix({**right, **changed})
-
-
-def test_images_need_a_model_and_inputs_that_have_them():
-    prompt = {"prompt_ids": torch.tensor([[IMAGE]])}
+    inputs = {"prompt_ids": torch.tensor([[IMAGE, 4], [3, IMAGE]]), **pictures(1, 1)}
+    make(vision=VISION).encode_prefix(inputs)
+    with pytest.raises((ValueError, AssertionError), match=message):
+        make(vision=VISION).encode_prefix({**inputs, **changed})
     with pytest.raises(ValueError, match="no vision path"):
-        make().encode_prefix({**prompt, **pictures(1)})
-    with pytest.raises(ValueError, match="row 0: the prompt holds 1 image marks, but there are 0 images"):
-        make(vision=VISION).encode_prefix(prompt)
-    with pytest.raises(ValueError, match="'num_tiles': 0"):
-        make(vision=VISION).encode_prefix({**prompt, "pixel_values": pictures(1)["pixel_values"]})
-    assert make().layout is None
-    with pytest.raises(ValueError, match="the tower takes 48 pixels"):
-        LLaDAV(decoder=make().config.to_dict(), vision=VISION, tiling={"size": 32, "grids": [[32, 32]]})
-    with pytest.raises(ValueError, match="no vision path"):
-        LLaDAV(decoder=make().config.to_dict(), vision=None, tiling={"size": 32, "grids": [[32, 32]]})
-
-
-# activation checkpointing
+        make().encode_prefix(inputs)
 
 
 @pytest.mark.parametrize("vision", [None, VISION])
@@ -372,8 +248,5 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(attention, vision):
         gradients[mode] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert torch.equal(gradients["none"], gradients["full"]) and torch.equal(gradients["none"], gradients["selective"])
     assert kept["full"] < 0.4 * kept["none"] and kept["full"] < kept["selective"] < 0.8 * kept["none"]
-
-
-def test_an_unknown_way_of_checkpointing_is_refused():
     with pytest.raises(ValueError, match=r"checkpointing must be one of .*, got 'some'"):
-        make().checkpoint("some")
+        model.checkpoint("some")

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.models.hf.folder import save_pretrained
-from src.models.hf.meta import outline
+from src.models.hf.folder import outline, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.models.tiling import anyres
 from src.objectives.base import Setup

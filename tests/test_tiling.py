@@ -55,13 +55,6 @@ def test_counts_of_the_released_layout(size: tuple[int, int], tiles: int, tokens
     assert RELEASED.num_tokens(size, side=SIDE) == tokens
 
 
-def test_counts_over_many_sizes() -> None:
-    counts = [RELEASED.num_tokens(size, side=SIDE) for size in random_sizes(20_000, 64, 2600)]
-    assert (min(counts), max(counts)) == (869, 4341)
-    assert abs(np.median(counts) - 3640) <= 5
-    assert abs(np.percentile(counts, 90) - 3699) <= 5
-
-
 @pytest.mark.parametrize("layout", [anyres(32), anyres(24, columns=3, rows=2)], ids=["6x6", "3x2"])
 def test_tiles_equal_those_of_another_implementation(layout: AnyRes) -> None:
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -102,20 +95,18 @@ def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
     layout, side = anyres(16), 4
     tiles = layout.tiles(Image.new("RGB", size, "white"))
     columns, rows = layout.grid(size)
+    height, width = 16 * rows, 16 * columns
     assert (tiles[0] == 255).all()
-    response_length = np.zeros((16 * rows, 16 * columns), dtype=bool)
+    assert np.isin(tiles, (0, 255)).all()
+    white = np.zeros((height, width), dtype=bool)
     for number, tile in enumerate(tiles[1:]):
         top, left = 16 * (number // columns), 16 * (number % columns)
-        response_length[top : top + 16, left : left + 16] = (tile == 255).all(-1)
-        assert np.isin(tile, (0, 255)).all()
-    found = [np.flatnonzero(response_length.any(1)), np.flatnonzero(response_length.any(0))]  # rows, columns
-    (top, bottom), (left, right) = ((int(places[0]), int(places[-1]) + 1) for places in found)
-    assert response_length[top:bottom, left:right].all()
-    assert (top, left) == (
-        (response_length.shape[0] - bottom + top) // 2,
-        (response_length.shape[1] - right + left) // 2,
-    )
-    assert bottom - top == response_length.shape[0] or right - left == response_length.shape[1]
+        white[top : top + 16, left : left + 16] = (tile == 255).all(-1)
+    places = [np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))]  # rows, columns
+    (top, bottom), (left, right) = ((int(numbers[0]), int(numbers[-1]) + 1) for numbers in places)
+    assert white[top:bottom, left:right].all()
+    assert (top, left) == ((height - bottom + top) // 2, (width - right + left) // 2)
+    assert bottom - top == height or right - left == width
     assert abs((right - left) / (bottom - top) / (size[0] / size[1]) - 1) < 1 / min(bottom - top, right - left) + 0.02
     for kept, first, last in zip(layout.unpadded(size, side=side), (top, left), (bottom, right), strict=True):
         assert abs(kept.start - first / 16 * side) < 1
@@ -148,47 +139,29 @@ def test_a_square_is_the_whole_image() -> None:
     assert Square(7).num_tokens((30, 5), side=3) == 9
 
 
-def test_layouts_come_from_the_config_and_go_into_one() -> None:
-    made = build({"target": "src.models.tiling.anyres", "size": 384})
-    assert made == RELEASED
-    assert made.grids[:7] == (*((384, 384 * n) for n in range(1, 7)), (768, 384))
-    spelt = build({"target": "src.models.tiling.AnyRes", "size": 8, "grids": [[8, 16], [16, 8]]})
-    assert spelt == AnyRes(8, [(8, 16), (16, 8)])
-    assert AnyRes(**spelt.to_dict()) == spelt
-    assert anyres(8, max_tiles=9).num_tokens((48, 48), side=2) > anyres(8).num_tokens((48, 48), side=2)
-    with pytest.raises(UserError, match="grids"):
-        build({"target": "src.models.tiling.AnyRes", "size": 8, "grids": 16})
-
-
 @pytest.mark.parametrize(
-    "tiling",
+    ("tiling", "expected"),
     [
-        "{target: src.models.tiling.AnyRes, size: 384, grids: [[384, 768], [768, 384]]}",
-        "{target: src.models.tiling.anyres, size: 384, columns: 2, rows: 3}",
+        ("{target: src.models.tiling.AnyRes, size: 8, grids: [[8, 16], [16, 8]]}", AnyRes(8, [(8, 16), (16, 8)])),
+        ("{target: src.models.tiling.anyres, size: 384}", RELEASED),
     ],
 )
-def test_a_training_config_takes_a_tiling(tiling: str) -> None:
+def test_a_training_config_takes_a_tiling(tiling: str, expected: AnyRes) -> None:
     root = Path(__file__).parents[1] / "conf"
-    settings = ["conf=mask,model/tiny", "data.image_size=384", f"data.tiling={tiling}"]
+    settings = ["conf=mask,model/tiny", f"data.image_size={expected.size}", f"data.tiling={tiling}"]
     config = load_config(settings, root=root)
     check(config, offers=OFFERS)
-    assert build(config.data.tiling) == build(config.model.tiling)
-    assert build(config.data.tiling).size == 384
+    assert build(config.data.tiling) == build(config.model.tiling) == expected == AnyRes(**expected.to_dict())
     with pytest.raises(UserError, match=r"data\.tiling\.sizes: .* has no argument 'sizes'"):
         check(load_config([*settings[:2], settings[2].replace("size", "sizes")], root=root), offers=OFFERS)
 
 
-def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match=r"grids holds \[16, 20\], .* tiles of 8 pixels"):
-        AnyRes(8, [(8, 8), (16, 20)])
-    with pytest.raises(ValueError, match=r"grids holds \[16\]"):
-        AnyRes(8, [[16]])
-    with pytest.raises(ValueError, match="grids is empty"):
-        AnyRes(8, [])
-    with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
-        AnyRes(0, [(8, 8)])
-    with pytest.raises(ValueError, match="at least 1 pixel on a side, got 0"):
-        Square(0)
+def test_grids_of_the_released_layout_and_mistakes() -> None:
+    assert RELEASED.grids[:7] == (*((384, 384 * n) for n in range(1, 7)), (768, 384))
+    assert anyres(8, max_tiles=9).num_tokens((48, 48), side=2) > anyres(8).num_tokens((48, 48), side=2)
+    for grids, message in (([(8, 8), (16, 20)], r"grids holds \[16, 20\], .* tiles of 8 pixels"), ([[16]], r"\[16\]")):
+        with pytest.raises(ValueError, match=message):
+            AnyRes(8, grids)
     for layout in (Square(8), anyres(8)):
         with pytest.raises(ValueError, match="got mode 'RGBA'"):
             layout.tiles(Image.new("RGBA", (9, 9)))

@@ -18,12 +18,10 @@ FORMAT = 2
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
     with atomic(path) as stream:
         stream.write(data)
 
@@ -55,15 +53,14 @@ def read_json(path: Path) -> dict:
     """Read a JSON file that contains a mapping. Raises UserError for any other content."""
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a mapping, got a {type(content).__name__}")
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove or recreate it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (expected a mapping, got a {type(content).__name__}); recreate it")
     return content
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

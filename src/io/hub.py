@@ -2,7 +2,6 @@
 
 local_folder("runs/mask/model")               that folder, whether it exists or not
 local_folder("GSAI-ML/LLaDA-8B-Instruct")     a local folder of that name if it exists, else the download
-hub_name("GSAI-ML/LLaDA-8B-Instruct")         that name, None for a folder
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ def hub_name(path: str | Path) -> str | None:
 
 
 def local_folder(path: str | Path, *, patterns: tuple[str, ...] = FILES) -> Path:
-    """The folder of a model. Raises UserError if OWNER/NAME is not a local folder and cannot be downloaded.
-
-    patterns: the files to download
-    """
+    """The folder of a model. Raises UserError if OWNER/NAME is not a local folder and cannot be downloaded."""
     name = hub_name(path)
     return _download(name, patterns) if name else Path(path)
 

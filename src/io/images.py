@@ -30,7 +30,7 @@ class ImageProblem(Exception):
 
 
 def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> bytes:
-    """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it. Raises ImageProblem."""
+    """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it."""
     stream = io.BytesIO()
     resize = fit if square else shrink
     resize(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
@@ -38,10 +38,7 @@ def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> byt
 
 
 def load(path: Path, *, size: int = 0) -> Image.Image:
-    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size.
-
-    Raises ImageProblem.
-    """
+    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size."""
     if not path.is_file():
         raise ImageProblem("missing_image")
     if not path.stat().st_size:
@@ -50,22 +47,19 @@ def load(path: Path, *, size: int = 0) -> Image.Image:
         warnings.simplefilter("ignore")  # for corrupt EXIF; unusable images raise
         try:
             with Image.open(path) as image:
-                return _upright_rgb(image, size)
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                if size:
+                    image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth
+                image.load()
+                upright: Image.Image = image
+                with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
+                    upright = ImageOps.exif_transpose(image)
+                return to_rgb(upright)
         except Image.DecompressionBombError as error:
             raise ImageProblem("image_too_large") from error
         except BROKEN as error:
             raise ImageProblem("undecodable_image") from error
-
-
-def _upright_rgb(image: Image.Image, size: int) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageProblem("image_too_large")
-    if size:
-        image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth of the size
-    image.load()
-    with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
-        image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -94,7 +88,6 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, size: int) -> Image.Image:
-    """The image with a longer side of `size` pixels."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

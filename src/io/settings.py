@@ -14,16 +14,13 @@ from typing import Any
 
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ. `stored` was read from JSON, `present` is converted to it."""
+    """Names of the settings that differ from those read from JSON."""
     present = as_json(present)
     return sorted(name for name in stored.keys() | present.keys() if stored.get(name) != present.get(name))
 
 
 def describe(value: Any) -> Any:
-    """A component as plain data: its class, and its `settings` or else its public attributes.
-
-    Raises ValueError for a value that is neither plain data nor a component.
-    """
+    """A component as plain data: its class, and its `settings` or else its public attributes."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "fingerprint"):  # a tokenizer: its content, not its path
@@ -34,21 +31,17 @@ def describe(value: Any) -> Any:
         return [describe(item) for item in value]
     if isinstance(value, Mapping):
         return {str(name): describe(item) for name, item in value.items()}
-    return {"class": type(value).__name__, **{name: describe(item) for name, item in _public_settings(value).items()}}
-
-
-def _public_settings(component: Any) -> Mapping[str, Any]:
-    if hasattr(component, "settings"):
-        return component.settings
-    if is_dataclass(component):
-        names = [f.name for f in fields(component)]
-    elif hasattr(component, "__dict__"):
-        names = sorted(vars(component))
+    if hasattr(value, "settings"):
+        settings = value.settings
+    elif is_dataclass(value):
+        settings = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "__dict__"):
+        settings = {name: vars(value)[name] for name in sorted(vars(value))}
     else:
-        raise ValueError(
-            f"{component!r} is not a setting: keep it in an attribute whose name starts with _, or define `settings`"
-        )
-    return {name: getattr(component, name) for name in names if not name.startswith("_")}
+        hint = "keep it in an attribute whose name starts with _, or define `settings`"
+        raise ValueError(f"{value!r} is not a setting: {hint}")
+    public = {name: describe(item) for name, item in settings.items() if not name.startswith("_")}
+    return {"class": type(value).__name__, **public}
 
 
 def as_json(settings: Mapping[str, Any]) -> dict:

@@ -44,11 +44,10 @@ def write_shards(
     counts: Mapping[str, int] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Write a data folder and return its index.
+    """Write a data folder and return its index. Raises UserError if the folder is finished already.
 
     counts, extra: counts (of skipped samples by reason, ...) and further keys of the index. They are read after the
         last sample, so the iterable may fill them as it goes. `counts["written"]` is added.
-    Raises UserError if the folder is finished already.
     """
     folder = Path(folder)
     if per_shard < 1:
@@ -58,10 +57,10 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob(f"{prefix}-*.tar"), *folder.glob(f".{prefix}-*.tmp")]:
         stale.unlink()
-    shards = [
-        write_shard(folder / f"{prefix}-{number:06d}.tar", group)
-        for number, group in enumerate(_groups(samples, per_shard))
-    ]
+    shards, remaining = list[dict](), iter(samples)
+    for first in remaining:
+        group = chain([first], islice(remaining, per_shard - 1))
+        shards.append(write_shard(folder / f"{prefix}-{len(shards):06d}.tar", group))
     return write_index(folder, shards, kind=kind, tokenizer=tokenizer, counts=counts, extra=extra)
 
 
@@ -70,7 +69,14 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> dict:
     count = 0
     with atomic(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in samples:
-            tar.write(_encode(sample))
+            key = sample["__key__"]
+            if not 0 < len(key.encode()) <= MAX_KEY or "." in key or "/" in key:
+                raise ValueError(f"a key must have 1 to {MAX_KEY} bytes, no dot and no slash, got {key!r}")
+            files = {name: value for name, value in sample.items() if not name.startswith("_")}
+            for name, value in files.items():
+                if isinstance(value, dict):
+                    files[name] = json.dumps(value, ensure_ascii=False).encode()
+            tar.write({"__key__": key, **files})
             count += 1
     return shard_entry(path, count)
 
@@ -126,42 +132,20 @@ def read_manifest(folder: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is not a finished data folder: it has no {INDEX}")
     content = read_json(path)
-    kind, form = content.get("kind"), content.get("format")
+    kind, form = content.get("kind"), content.get("format", FORMAT)
     if kind == DATASET:
         raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
-    if isinstance(kind, str) and form is not None and form != FORMAT:
-        command = REMAKE.get(kind, "python -m src.prepare conf=... prepare.out=...")
+    if form != FORMAT:
+        command = REMAKE.get(str(kind), "python -m src.prepare conf=... prepare.out=...")
         raise UserError(
             f"{path} has format {form!r}, this version reads format {FORMAT}: remove the folder and make it again with "
             f"`{command}`"
         )
-    shards = content.get("shards")
-    whole = isinstance(kind, str) and form == FORMAT and "tokenizer" in content and isinstance(shards, list)
-    if not whole or not all(map(_is_entry, shards)):  # type: ignore[arg-type]
+    try:
+        whole = {"format", "kind", "tokenizer"} <= content.keys()
+        whole = whole and all(shard["name"] and shard["count"] + 0 >= 0 for shard in content["shards"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
         raise UserError(f"{path} is damaged (it lacks the kind, the tokenizer, or shards with name and count)")
     return content
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether an index entry has the name and the count of a shard."""
-    typed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and type(entry.get("count")) is int
-    return typed and entry["count"] >= 0
-
-
-def _groups(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Iterable[Mapping[str, Any]]]:
-    """Consecutive groups of `size` samples, lazily; consume each before the next."""
-    iterator = iter(samples)
-    for first in iterator:
-        yield chain([first], islice(iterator, size - 1))
-
-
-def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
-    key = sample["__key__"]
-    if not 0 < len(key.encode()) <= MAX_KEY or "." in key or "/" in key:
-        raise ValueError(f"a key must have 1 to {MAX_KEY} bytes, no dot and no slash, got {key!r}")
-    files = {
-        name: json.dumps(value, ensure_ascii=False).encode() if isinstance(value, dict) else value
-        for name, value in sample.items()
-        if not name.startswith("_")
-    }
-    return {"__key__": key, **files}

@@ -1,4 +1,4 @@
-"""Helpers for running a model: a length check and eval mode."""
+"""Running a model: a length check, and eval mode."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ def warn_if_length_differs(backbone: nn.Module, response_length: int, *, name: s
     """Log a warning if the response length differs from the one that the model was trained with."""
     trained = getattr(backbone, "response_length", None)
     if trained and trained != response_length:
-        logger.warning(
-            "%s=%d, but the model was trained with response length %d, at which it writes best",
-            name,
-            response_length,
-            trained,
-        )
+        message = "%s=%d, but the model was trained with response length %d, at which it writes best"
+        logger.warning(message, name, response_length, trained)
 
 
 @contextmanager

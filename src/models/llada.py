@@ -37,9 +37,7 @@ CHECKPOINTING = ("none", "selective", "full")
 class DecoderConfig:
     """Sizes of the decoder, under the names of the released config.json.
 
-    attention: `full` or `prefix`; shift: the logits of a token come from the position before it
-
-    Raises UserError for numbers of heads that do not divide, and for another attention mode.
+    Raises UserError for numbers of heads that do not divide, and for an unknown attention mode.
     """
 
     vocab_size: int
@@ -50,8 +48,8 @@ class DecoderConfig:
     num_key_value_heads: int | None = None
     rope_theta: float = 500_000.0
     rms_norm_eps: float = 1e-5
-    attention: str = "full"
-    shift: bool = False
+    attention: str = "full"  # or `prefix`
+    shift: bool = False  # the logits of a token come from the position before it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
@@ -94,9 +92,8 @@ class Attention(nn.Module):
         query = rotate(self._split(self.q_proj(x), self.heads), rope)
         own = self.keys_values(x, rope)
         key, value = own if past is None else (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
-        )  # (B, H, T, d)
+        gqa = self.heads != self.kv_heads
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=gqa)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).flatten(2)), own
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
@@ -104,8 +101,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -130,8 +125,6 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
-
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -140,7 +133,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def keys_values(self, x: Tensor, rope: KeyValue) -> KeyValue:
-        """Keys and values (B, H, T, d) of the block's attention for input `x` (B, T, D), without its output."""
+        """Those of its attention, without the block's output."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -165,7 +158,7 @@ class Decoder(nn.Module):
 
         Keys and values per layer, each (B, H, P, d); with `shift` the state (B, 1, D) of its last token, else None.
         """
-        rope = self._rope(self._positions(embeds, None))
+        rope = self._rope(embeds)
         bias = None if mask is None else mask[:, None, None, :]
         cache: list[KeyValue] = []
         x = embeds
@@ -182,7 +175,8 @@ class Decoder(nn.Module):
     def forward(self, embeds: Tensor, prefix: Prefix, attend: Tensor | None) -> Tensor:
         """Hidden states (B, L, D) that predict the tokens of a response with embeddings `embeds` (B, L, D)."""
         length = prefix.embeds.shape[1]
-        rope = self._rope(self._positions(embeds, prefix.mask, offset=length))
+        # a response starts right behind the unpadded prefix of its row
+        rope = self._rope(embeds, length if prefix.mask is None else prefix.mask.sum(1, keepdim=True))
         mask = _join_masks(embeds, length, prefix.mask, attend)
         if prefix.cache is not None:
             x, last = embeds, prefix.last
@@ -190,7 +184,7 @@ class Decoder(nn.Module):
                 x, _ = self._run(block, x, rope, mask, past)
             x = self.norm(x)
         else:
-            left = self._rope(self._positions(prefix.embeds, None))
+            left = self._rope(prefix.embeds)
             cos, sin = (torch.cat([a.expand(b.shape[0], -1, -1, -1), b], 2) for a, b in zip(left, rope, strict=True))
             x = torch.cat([prefix.embeds, embeds], 1)
             for block in self.layers:
@@ -216,13 +210,9 @@ class Decoder(nn.Module):
         run: Any = checkpoint
         return run(block, *inputs, use_reentrant=False, **options)
 
-    def _positions(self, x: Tensor, prefix_mask: Tensor | None, offset: int = 0) -> Tensor:
-        """(B or 1, T) position ids; a response starts right behind the unpadded prefix of its row."""
-        steps = torch.arange(x.shape[1], device=x.device)[None]
-        return steps + (offset if prefix_mask is None else prefix_mask.sum(1, keepdim=True))
-
-    def _rope(self, positions: Tensor) -> KeyValue:
-        """cos and sin (B or 1, 1, T, d) in float32, half-split layout."""
+    def _rope(self, x: Tensor, offset: int | Tensor = 0) -> KeyValue:
+        """cos and sin (B or 1, 1, T, d) in float32, half-split layout, for `x` (B, T, D) from position `offset` on."""
+        positions = torch.arange(x.shape[1], device=x.device)[None] + offset  # (B or 1, T)
         d = self.config.head_dim
         inverse = self.config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
         angle = positions[:, None, :, None].float() * torch.cat([inverse, inverse])

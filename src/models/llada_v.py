@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from src.io.errors import UserError
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
-from src.models.sizes import check_sizes, check_vision
 from src.models.tiling import AnyRes, Layout, Size
 from src.models.vision import VisionPath
 from src.types import Prefix
@@ -32,9 +31,8 @@ class LLaDAV(nn.Module):
     image_id: marks the places of images in `prompt_ids`
     tiling: arguments of `src.models.tiling.AnyRes`; None means one square tile an image
 
-    Raises UserError for impossible sizes, and for a batch with images that do not fit the model: without a vision path,
-    another number of images than image marks in a row, another number of tiles than the layout makes.
-    Raises ValueError for image inputs of the wrong shape or dtype.
+    Raises UserError for sizes that contradict each other, and for a batch with images that do not fit the model:
+    without a vision path, another number of images than image marks in a row, other tiles than the layout makes.
     """
 
     def __init__(
@@ -49,8 +47,6 @@ class LLaDAV(nn.Module):
         super().__init__()
         if tiling and not vision:
             raise UserError("tiling is set, but the model has no vision path (vision is null)")
-        check_sizes(decoder)
-        check_vision(vision)
         self.config = DecoderConfig(**decoder)
         self.vision_config, self.tiling = vision, tiling
         self.original: dict = {}  # further fields of an original config.json, for an export in its layout
@@ -84,10 +80,7 @@ class LLaDAV(nn.Module):
         yield self, ("encode_prefix",)
 
     def checkpoint(self, mode: str) -> None:
-        """Set activation checkpointing: `none`, `selective` or `full`; see `Decoder._run`.
-
-        The vision tower has only `full`, and uses it for `selective` too. Raises UserError for another mode.
-        """
+        """Set activation checkpointing (see `Decoder._run`). The vision tower uses `full` for `selective` too."""
         if mode not in CHECKPOINTING:
             raise UserError(f"checkpointing must be one of {CHECKPOINTING}, got {mode!r}")
         self.model.checkpointing = mode
@@ -95,7 +88,7 @@ class LLaDAV(nn.Module):
             self.vision.checkpoint(mode != "none")
 
     def compile_blocks(self) -> None:
-        """Compile the forward pass of each decoder block; parameter names and hooks stay as they are."""
+        """Compile each decoder block; parameter names and hooks stay as they are."""
         for block in self.model.layers:
             block.forward = torch.compile(block.forward)
 
@@ -104,10 +97,16 @@ class LLaDAV(nn.Module):
         ids, mask = prefix["prompt_ids"], prefix.get("prompt_mask")
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask  # (B, T)
         marks = keep & (ids == self.image_id)
-        sizes = self._image_sizes(prefix)
-        _check_marks(marks, sizes)
-        if any(sizes):
-            embeds, mask = self._splice(ids, keep, marks, self._image_tokens(prefix, sizes))
+        sizes = self._image_sizes(prefix) if "pixel_values" in prefix else [[] for _ in ids]
+        for row, (num_marks, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
+            if num_marks != len(images):
+                message = f"the prompt holds {num_marks} image marks, but there are {len(images)} images"
+                raise UserError(f"row {row}: {message}")
+        if self.vision and any(sizes):
+            pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
+            real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
+            images = self.vision(pixels[real], [size for row in sizes for size in row])
+            embeds, mask = self._splice(ids, keep, marks, images)
         else:
             embeds = self.model.embed_tokens(ids)
         if self.config.attention == "full":
@@ -123,22 +122,25 @@ class LLaDAV(nn.Module):
 
     def _image_sizes(self, prefix: dict[str, Tensor]) -> list[list[Size]]:
         """(width, height) of the images of each row."""
-        if "pixel_values" not in prefix:
-            return [[] for _ in prefix["prompt_ids"]]
         if self.layout is None:
             raise UserError("the batch has images, but the model has no vision path (model.vision is null)")
-        names = ("prompt_ids", "pixel_values", "num_tiles", "image_sizes")
-        num_rows = {name: len(prefix.get(name, ())) for name in names}
-        if len(set(num_rows.values())) > 1:
-            raise ValueError(f"the inputs of a batch must have equally many rows, got {num_rows}")
-        return _read_sizes(prefix["pixel_values"], prefix["num_tiles"], prefix["image_sizes"], self.layout)
-
-    def _image_tokens(self, prefix: dict[str, Tensor], sizes: list[list[Size]]) -> list[Tensor]:
-        """Tokens (., D) of all images, row by row; padding is not encoded."""
-        assert self.vision is not None  # checked by `_image_sizes`
-        pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
-        real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
-        return self.vision(pixels[real], [size for row in sizes for size in row])
+        assert prefix["pixel_values"].dtype == torch.uint8, "other pixels would be scaled wrongly"
+        image_sizes_by_row = []
+        counts_and_sizes = zip(prefix["num_tiles"].tolist(), prefix["image_sizes"].tolist(), strict=True)
+        for row, (counts, sizes) in enumerate(counts_and_sizes):
+            image_sizes = []
+            for count, (width, height) in zip(counts, sizes, strict=True):
+                if not count:
+                    continue  # padding
+                image_sizes.append((width, height))
+                expected = self.layout.num_tiles((width, height))
+                if count != expected:
+                    raise UserError(
+                        f"row {row}: an image of {width} x {height} pixels comes as {count} tiles, "
+                        f"but the model makes {expected} of it (see data.tiling)"
+                    )
+            image_sizes_by_row.append(image_sizes)
+        return image_sizes_by_row
 
     def _splice(self, ids: Tensor, keep: Tensor, marks: Tensor, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, P, D) of the prompt with the tokens of `images` at the `marks` (B, T), in order; mask (B, P).
@@ -159,42 +161,7 @@ class LLaDAV(nn.Module):
         return embeds, None if bool(mask.all()) else mask
 
 
-def _read_sizes(pixels: Tensor, num_tiles: Tensor, image_sizes: Tensor, layout: Layout) -> list[list[Size]]:
-    """(width, height) of the images of each row.
-
-    Raises UserError for another number of tiles than the layout makes of an image, ValueError for pixels of the wrong
-    shape or dtype, and for more tiles in `num_tiles` than in `pixels`.
-    """
-    side = layout.size
-    if pixels.dtype != torch.uint8 or pixels.shape[2:] != (3, side, side):
-        raise ValueError(
-            f"pixel_values are {pixels.dtype} {tuple(pixels.shape)}, "
-            f"but the model takes torch.uint8 (rows, tiles, 3, {side}, {side})"
-        )
-    image_sizes_by_row = []
-    for row, (counts, sizes) in enumerate(zip(num_tiles.tolist(), image_sizes.tolist(), strict=True)):
-        images = [((width, height), count) for (width, height), count in zip(sizes, counts, strict=True) if count]
-        for size, count in images:
-            if count != layout.num_tiles(size):
-                raise UserError(
-                    f"row {row}: an image of {size[0]} x {size[1]} pixels comes as {count} tiles, "
-                    f"but the model makes {layout.num_tiles(size)} of it (see data.tiling)"
-                )
-        if sum(counts) > pixels.shape[1]:
-            raise ValueError(f"row {row}: num_tiles adds up to {sum(counts)}, but there are {pixels.shape[1]} tiles")
-        image_sizes_by_row.append([size for size, _ in images])
-    return image_sizes_by_row
-
-
-def _check_marks(marks: Tensor, sizes: list[list[Size]]) -> None:
-    """Raises UserError if a row has another number of image marks (B, T) than images."""
-    for row, (num_marks, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
-        if num_marks != len(images):
-            raise UserError(f"row {row}: the prompt holds {num_marks} image marks, but there are {len(images)} images")
-
-
 def _init(module: nn.Module, *, std: float) -> None:
-    """Normal weights, zero biases."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:

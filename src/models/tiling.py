@@ -33,9 +33,8 @@ class Square:
 
     size: int
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UserError(f"a tile needs at least 1 pixel on a side, got {self.size}")
+    def __str__(self) -> str:
+        return f"one tile of {self.size} pixels"
 
     def tiles(self, image: Image.Image) -> np.ndarray:
         """(1, S, S, 3) uint8."""
@@ -50,25 +49,21 @@ class Square:
 
 @dataclass(frozen=True)
 class AnyRes:
-    """LLaDA-V's tiling for images of any shape and resolution.
+    """LLaDA-V's tiling for images of any shape and resolution."""
 
-    size: pixels on a tile's side; grids: (width, height) in pixels of the grids that an image may be fitted into
-    max_tiles: roughly, keep at most the features of this many tiles (`anyres_max_4` in the released config)
-    """
-
-    size: int
-    grids: Sequence[Sequence[int]]
-    max_tiles: int = 4
+    size: int  # pixels on a tile's side
+    grids: Sequence[Sequence[int]]  # (width, height) in pixels of the grids that an image may be fitted into
+    max_tiles: int = 4  # roughly, keep at most the features of this many tiles (`anyres_max_4` in the released config)
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.max_tiles < 1:
-            raise UserError(f"size and max_tiles must be at least 1, got {self.size} and {self.max_tiles}")
-        if not self.grids:
-            raise UserError("grids is empty: give at least one (width, height) that images may be fitted into")
         for grid in self.grids:
             if len(grid) != 2 or any(side < 1 or side % self.size for side in grid):
                 raise UserError(f"grids holds {list(grid)}, not a (width, height) in whole tiles of {self.size} pixels")
         object.__setattr__(self, "grids", tuple((width, height) for width, height in self.grids))
+
+    def __str__(self) -> str:
+        width, height = max(self.grids, key=math.prod)
+        return f"tiles of {self.size} pixels in {len(self.grids)} grids up to {width} x {height}"
 
     def to_dict(self) -> dict:
         """The settings as a model folder stores them: `AnyRes(**settings)` is the same layout."""
@@ -131,30 +126,13 @@ def check_layout(data: Layout, model: Layout | None) -> None:
     """Raises UserError if the data cut images into other tiles than the model takes."""
     if model is None:
         raise UserError("the data have images (data.image_size), but the model has no vision path (model.vision)")
-    if _shape(data) != _shape(model):
+    # `max_tiles` is left out: it only affects the model's features
+    if (data.size, getattr(data, "grids", None)) != (model.size, getattr(model, "grids", None)):
+        remedy = f"; set data.image_size={model.size}" if type(data) is type(model) and data.size != model.size else ""
         raise UserError(
-            f"the data and the model cut images in different ways: data.image_size and data.tiling mean "
-            f"{_description(data)}, model means {_description(model)}{_remedy(data, model)}"
+            f"the data and the model cut images in different ways: data.image_size and data.tiling mean {data}, model "
+            f"means {model}{remedy}"
         )
-
-
-def _shape(layout: Layout) -> tuple:
-    """What the tiles depend on. `max_tiles` is left out: it only affects the model's features."""
-    return (layout.size, layout.grids) if isinstance(layout, AnyRes) else (layout.size,)
-
-
-def _remedy(data: Layout, model: Layout) -> str:
-    """What to set, if only the tile sizes differ."""
-    same = isinstance(data, AnyRes) == isinstance(model, AnyRes)
-    return f"; set data.image_size={model.size}" if same and data.size != model.size else ""
-
-
-def _description(layout: Layout) -> str:
-    """The layout in words, for a message."""
-    if isinstance(layout, AnyRes):
-        largest = max(layout.grids, key=lambda grid: grid[0] * grid[1])
-        return f"tiles of {layout.size} pixels in {len(layout.grids)} grids up to {largest[0]} x {largest[1]}"
-    return f"one tile of {layout.size} pixels"
 
 
 def anyres(size: int, *, columns: int = 6, rows: int = 6, max_tiles: int = 4) -> AnyRes:

@@ -1,11 +1,8 @@
 """The vision path: SigLIP tower (transformers), two-layer projector and packing of tiles, as in LLaDA-V.
 
 tiles (N, 3, S, S) uint8 of some images -> [-1, 1] -> tower -> last hidden states, no final norm (N, n, W)
-  -> projector (N, n, D) -> tokens of each image
-
-`src.models.tiling` decides how images are cut into tiles and which features are kept. The tokens of a Square image are
-the features of its one tile. Those of an AnyRes image are the features of the whole image, then those of the grid,
-joined, without the black bars, shrunk to the budget, with a newline vector after each row.
+  -> projector (N, n, D) -> tokens of each image. Square: the features of its one tile. AnyRes: those of the whole
+  image, then those of the grid, joined, without the black bars, shrunk to the budget, a newline vector after each row
 
 N tiles, n = side x side features of a tile, W width of the tower, D width of the decoder.
 """
@@ -27,26 +24,23 @@ class VisionPath(nn.Module):
     """Image tokens for the decoder.
 
     tower: fields of `SiglipVisionConfig`; hidden_size: width of the decoder
-    tiling: None means Square, one tile of the tower's `image_size`
+    tiling: None means Square, one tile of the tower's `image_size`; another size raises UserError
     chunk: tiles in one forward call of the tower; changes memory, not the result
 
     NOTE: one FSDP2 unit, as ranks differ in the number of chunks, but not in the number of calls of `forward`.
-    Raises UserError for sizes that are impossible or differ between tower and tiling, and for a chunk below 1.
     """
 
     def __init__(self, tower: dict, hidden_size: int, *, tiling: AnyRes | None = None, chunk: int = 32) -> None:
         super().__init__()
         self.config = SiglipVisionConfig(**{**tower, "vision_use_head": False})
         size, patch = self.config.image_size, self.config.patch_size
-        if not (isinstance(size, int) and isinstance(patch, int)):
-            raise UserError(f"tiles are square: image_size and patch_size must be integers, got {size} and {patch}")
+        assert isinstance(size, int)  # tiles are square
+        assert isinstance(patch, int)
         if size < patch:
             raise UserError(f"image_size {size} is less than patch_size {patch}")
         self.layout: Layout = tiling or Square(size)
         if self.layout.size != size:
             raise UserError(f"the tower takes {size} pixels, but tiling.size is {self.layout.size}: make them equal")
-        if chunk < 1:
-            raise UserError(f"chunk must be at least 1 tile, got {chunk}")
         self.chunk, self.side = chunk, size // patch
         self.vision_tower = SiglipVisionModel(self.config)
         self.vision_tower.post_layernorm.requires_grad_(False)  # stored in the released weights, never applied
@@ -56,7 +50,6 @@ class VisionPath(nn.Module):
             self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
 
     def checkpoint(self, on: bool) -> None:
-        """Switch activation checkpointing of the tower's layers on or off."""
         renamed = hasattr(self.vision_tower, "activation_checkpointing_enable")  # in transformers 5.23
         kind = "activation" if renamed else "gradient"
         if on:

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from src.text.tokenizer import Codec
 from src.types import Edit
@@ -39,15 +39,12 @@ RESIZED = ("stretched", "shortened", "filled")  # how edits with gaps change the
 
 @dataclass(frozen=True)
 class Span:
-    """Wrong tokens `start` to `end` (exclusive) of a draft, and as many right ones, `target_ids`.
-
-    `org`, `target` and `kind` are copied from the edit.
-    """
+    """Wrong tokens `start` to `end` (exclusive) of a draft, and as many right ones."""
 
     start: int
     end: int
     target_ids: list[int]
-    org: str
+    org: str  # as in the edit, like the next two
     target: str
     kind: str = ""
 
@@ -69,7 +66,7 @@ class Aligned:
 
 @dataclass(frozen=True)
 class _Placed:
-    """An edit as characters and as tokens: `text[start:end]` becomes `new`.
+    """An edit as characters, `text[start:end]` becomes `new`, and as tokens.
 
     The span indexes the draft before any gap is inserted. A target longer than its span needs gaps inserted at the
     span's end; a shorter one is already padded with gaps.
@@ -79,11 +76,6 @@ class _Placed:
     end: int
     new: str
     span: Span
-
-    @property
-    def num_gaps(self) -> int:
-        """Number of gaps to insert into the draft."""
-        return len(self.span.target_ids) - (self.span.end - self.span.start)
 
 
 class _RejectedError(Exception):
@@ -108,7 +100,6 @@ def locate(codec: Codec, draft_ids: Sequence[int], edits: Sequence[Edit]) -> Ali
 
 
 def apply_spans(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """The ids with every span replaced by its target."""
     out = list(ids)
     for span in spans:
         out[span.start : span.end] = span.target_ids
@@ -122,11 +113,9 @@ def locate_swap(codec: Codec, text: str, start: int, end: int, wrong: str) -> tu
     """
     right_ids, offsets = codec.encode(text)
     wrong_ids, wrong_offsets = codec.encode(text[:start] + wrong + text[end:])
-    if len(right_ids) != len(wrong_ids):
+    if len(right_ids) != len(wrong_ids) or right_ids == wrong_ids:
         return None
     first, stop = _differing(right_ids, wrong_ids)
-    if first == stop:
-        return None
     inside = offsets[first][1] > start and offsets[stop - 1][0] < end
     encodable = _covers(wrong_offsets, wrong, start)
     return (first, stop, wrong_ids[first:stop]) if inside and encodable else None
@@ -147,20 +136,22 @@ def _boundaries(codec: Codec, ids: list[int], text: str) -> list[tuple[int, int]
 
 
 def _place(codec: Codec, ids: list[int], text: str, boundaries: list[tuple[int, int]], edit: Edit) -> _Placed:
-    """Find the characters of an edit, then the tokens that contain them, then the tokens that differ."""
     if not edit.org:
         raise _RejectedError("empty")
+    # 1. The characters, without the words that quote and target share at both ends
     head, tail = _shared_words(edit.org, edit.target)
     first_char = _position(text, edit) + head
     stop_char = first_char - head + len(edit.org) - tail
     new = edit.target[head : len(edit.target) - tail]
     if text[first_char:stop_char] == new:
         raise _RejectedError("no_change")
+    # 2. The tokens that contain them, and what takes their place
     left, start = max((b for b in boundaries if b[0] <= first_char), key=lambda b: b[1])
     right, end = min((b for b in boundaries if b[0] >= stop_char and b[1] > start), key=lambda b: b[1])
     target, offsets = codec.encode(text[left:first_char] + new + text[stop_char:right])
     if not _covers(offsets, new, first_char - left):
         raise _RejectedError("unknown")
+    # 3. The tokens that differ
     first, stop, target = _minimal_span(codec, ids, start, end, target)
     if first == stop and not target:
         raise _RejectedError("no_change")
@@ -209,12 +200,12 @@ def _insert_gaps(codec: Codec, ids: list[int], placed: list[_Placed], rejected: 
     for change in sorted(placed, key=lambda p: (p.span.start, p.span.end, p.start)):  # insertions before their token
         span, old = change.span, ids[change.span.start : change.span.end]
         out += ids[done : span.start]
-        start, done = len(out), span.end
-        out += old + change.num_gaps * gap
+        start, done, num_inserted = len(out), span.end, len(span.target_ids) - len(old)
+        out += old + num_inserted * gap
         spans.append(replace(span, start=start, end=len(out)))
         added_gaps = sum(map(span.target_ids.count, gap)) - sum(map(old.count, gap))
-        if change.num_gaps or added_gaps:
-            resized["stretched" if change.num_gaps else "shortened" if added_gaps > 0 else "filled"] += 1
+        if num_inserted or added_gaps:
+            resized["stretched" if num_inserted else "shortened" if added_gaps > 0 else "filled"] += 1
     return Aligned(spans, rejected, out + ids[done:], resized)
 
 
@@ -242,17 +233,15 @@ def _position(text: str, edit: Edit) -> int:
     org, start_char = edit.org, edit.start_char
     if start_char is not None and start_char >= 0 and text.startswith(org, start_char):
         return start_char
+
+    def cuts_a_word(place: int) -> bool:
+        return 0 < place < len(text) and text[place - 1].isalnum() and text[place].isalnum()
+
     matches = [i for i in range(len(text)) if text.startswith(org, i)]
-    matches = [i for i in matches if _is_whole(text, i, i + len(org))] or matches
+    matches = [i for i in matches if not cuts_a_word(i) and not cuts_a_word(i + len(org))] or matches
     if len(matches) != 1:
         raise _RejectedError("ambiguous" if matches else "absent")
     return matches[0]
-
-
-def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether a range cuts no word at its ends."""
-    opens = start == 0 or not (text[start - 1].isalnum() and text[start].isalnum())
-    return opens and (end == len(text) or not (text[end - 1].isalnum() and text[end].isalnum()))
 
 
 def _shared_words(org: str, target: str) -> tuple[int, int]:
@@ -265,8 +254,7 @@ def _shared_words(org: str, target: str) -> tuple[int, int]:
 
 def _num_shared(one: Sequence[str | int], two: Sequence[str | int]) -> int:
     """Length of the longest common prefix."""
-    pairs = enumerate(zip(one, two, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False))))
 
 
 def _differing(old: Sequence[int], new: Sequence[int]) -> tuple[int, int]:

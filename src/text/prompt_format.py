@@ -71,11 +71,10 @@ class PromptFormat:
             raise UserError(f"{path} is no prompt format, whose keys are {keys}: {reason}") from error
 
     def save(self, path: Path) -> None:
-        """Write a yaml file that `load` reads."""
         path.write_text(yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
 
     def messages(self, question: str, *, images: int, turns: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
-        """Messages up to the question. `turns`: earlier (question, answer) pairs.
+        """Messages up to the question, behind earlier (question, answer) pairs.
 
         Image marks are inserted before the first question, unless one of the texts contains some.
         """

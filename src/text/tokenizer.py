@@ -15,6 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -30,7 +31,6 @@ from src.types import SpecialIds
 MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
-NO_GAP = tuple(token for token in SPECIAL if token != BOS)  # tokens with a meaning in a response or a prompt
 BROKEN = "\ufffd"  # the decoding of bytes that are not a complete character
 LONGEST = 1000  # characters of the longest word in the training of a tokenizer
 _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
@@ -49,7 +49,6 @@ class Codec:
     prompt_format: default, the tokenizer's chat template
     files: name -> content of the files that the tokenizer was read from; `save` writes them unchanged, as other
         versions of transformers may not read what this one writes
-    `banned_ids`: special ids that a response never contains
 
     Raises UserError if there is no chat template, if the tokenizer lacks the mask, end-of-text or eot token or one
     that the format suppresses, or if the format's gap is not a special token without another meaning.
@@ -65,16 +64,26 @@ class Codec:
         self.tokenizer, self.files = tokenizer, dict(files or {})
         self.prompt_format = prompt_format or _own_format(tokenizer)
         tokenizer.chat_template = self.prompt_format.template  # for readers of a saved folder
-        vocabulary = tokenizer.get_vocab()
-        needed = dict.fromkeys((MASK, EOS, EOT, *(self.prompt_format.suppress or ())))
+        vocabulary, suppress, gap = tokenizer.get_vocab(), self.prompt_format.suppress, self.prompt_format.gap
+        # 1. Special tokens and their ids
+        needed = [MASK, EOS, EOT, *(suppress or ()), *([gap] if gap else [])]
         if missing := [token for token in needed if token not in vocabulary]:
             raise UserError(f"the tokenizer has no {', '.join(missing)} token")
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
-        self.gap_id = self._gap(vocabulary)
-        self.banned_ids = self._banned(vocabulary)
         self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        if gap and (gap not in self.controls or gap in set(SPECIAL) - {BOS}):
+            raise UserError(f"{gap} cannot be the gap: a gap is a special token, and one without another meaning")
+        self.gap_id = vocabulary[gap] if gap else None
+        # 2. Special ids that a response never contains. An explicit `suppress` list is used as it is, even without the
+        #    mask: a sampler never writes the mask, but then it keeps its share of the softmax, as in the released one
+        if suppress is None:
+            banned = set(tokenizer.all_special_ids) - {self.eot_id, self.eos_id}
+        else:
+            banned = {vocabulary[token] for token in (*suppress, IMAGE) if token in vocabulary}
+        self.banned_ids = sorted(banned - {self.gap_id})
+        # 3. The fast backend
         # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
         self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
@@ -85,7 +94,7 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
-        """Read `tokenizer.json` and its companion files from a model folder or a name on the hub.
+        """Read a tokenizer from a model folder or a name on the hub.
 
         prompt_format: a name or file for `PromptFormat.load`, in place of the folder's own
         Raises UserError as the constructor does, for damaged files, and for a chat template that cannot be rendered.
@@ -96,9 +105,9 @@ class Codec:
         tokenizer = _read(path)
         files = {file.name: file.read_bytes() for pattern in FILES for file in path.glob(pattern)}
         try:
-            form = _format_of(path, tokenizer) if prompt_format is None else PromptFormat.load(prompt_format)
+            form = PromptFormat.load(prompt_format) if prompt_format else _format_of(path, tokenizer)
             codec = cls(tokenizer, form, files=files)
-            codec.prompt_ids("Why?", images=0)
+            codec.prompt_ids("Why?", images=0)  # a template that cannot be rendered shows now
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return codec
@@ -114,19 +123,18 @@ class Codec:
         """As `load`, but also for the tokenizer of another model: missing special tokens are appended.
 
         The folder may instead contain a byte-level BPE as vocab.json and merges.txt, as GPT-2's does.
-        prompt_format: required if the folder has no chat template
         """
         path = local_folder(path, patterns=NEEDED)
         bpe_files = [path / name for name in ("vocab.json", "merges.txt")]
         if (path / "tokenizer.json").is_file():
             tokenizer = _read(path)
+            if {MASK, EOS, EOT} <= tokenizer.get_vocab().keys():
+                return cls.load(path, prompt_format=prompt_format)
         elif all(file.is_file() for file in bpe_files):
             bpe = _byte_level(models.BPE.from_file(*map(str, bpe_files)))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
         else:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json, or vocab.json and merges.txt")
-        if {MASK, EOS, EOT} <= tokenizer.get_vocab().keys() and (path / "tokenizer.json").is_file():
-            return cls.load(path, prompt_format=prompt_format)
         tokenizer.add_special_tokens({**ROLES, "additional_special_tokens": OTHERS})
         if prompt_format is None and not tokenizer.chat_template:
             raise UserError(f"{path} has no chat template: set prompt_format, for example to tiny or plain")
@@ -136,23 +144,17 @@ class Codec:
     def train(
         cls, texts: Iterable[str], *, vocab_size: int, alphabet: str = "seen", prompt_format: str | Path = "tiny"
     ) -> Codec:
-        """Train a byte-level BPE tokenizer. `alphabet`: `seen` (the bytes of the texts) or `bytes` (all bytes).
-
-        If `vocab_size` leaves no room for merges, every byte of the alphabet is a token.
-        """
+        """Train a byte-level BPE tokenizer. `alphabet`: `seen` (the bytes of the texts) or `bytes` (all bytes)."""
         if alphabet not in ("seen", "bytes"):
             raise UserError(f"alphabet must be 'seen' or 'bytes', got {alphabet!r}")
-        if vocab_size < 0:
-            raise UserError(f"vocab_size must be at least 0, got {vocab_size}")
         bpe = _byte_level(models.BPE())
         initial = pre_tokenizers.ByteLevel.alphabet() if alphabet == "bytes" else []
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=initial, show_progress=False
         )
         bpe.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, **ROLES, additional_special_tokens=OTHERS, clean_up_tokenization_spaces=False
-        )
+        options = {**ROLES, "additional_special_tokens": OTHERS, "clean_up_tokenization_spaces": False}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
         return cls(tokenizer, PromptFormat.load(prompt_format))
 
     def save(self, path: str | Path) -> None:
@@ -172,7 +174,7 @@ class Codec:
 
     @property
     def special(self) -> SpecialIds:
-        """The special ids for objectives and samplers. `unwritten`: all special tokens, never a random replacement."""
+        """The special ids for objectives and samplers."""
         added = self.tokenizer.added_tokens_decoder
         return SpecialIds(
             mask=self.mask_id,
@@ -191,56 +193,26 @@ class Codec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response up to its first eot, without special tokens."""
-        ids = list(ids)
-        if self.eot_id in ids:
-            ids = ids[: ids.index(self.eot_id)]
+        ids = list(takewhile(lambda token: token != self.eot_id, ids))
         if self._direct:
             return self._plain.decode(ids, skip_special_tokens=True)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
-        """The text of each token up to the first eot if these concatenate to the decoded text, else None.
+        """The text of each token up to the first eot, or None if these do not concatenate to the decoded text.
 
-        None if several tokens share a character or one is broken, and for decoders other than byte-level BPE's, which
-        concatenates bytes, so that every prefix of the list is the decoded text of its tokens.
+        None where several tokens share a character or one is broken, and for decoders other than byte-level BPE's, as
+        only that concatenates bytes: every prefix of the list is then the decoded text of its tokens.
         """
         if not self._concatenates:
             return None
-        cache, texts = self._texts, []
-        for token in ids:
-            if token == self.eot_id:
-                break
-            text = cache.get(token)
-            if text is None:
-                text = cache[token] = self._plain.decode([token], skip_special_tokens=True)
-            texts.append(text)
+        texts = []
+        for token in takewhile(lambda token: token != self.eot_id, ids):
+            if token not in self._texts:
+                self._texts[token] = self._plain.decode([token], skip_special_tokens=True)
+            texts.append(self._texts[token])
         joined = "".join(texts)
         return texts if BROKEN not in joined and joined == self.decode(ids) else None
-
-    def _gap(self, vocabulary: dict[str, int]) -> int | None:
-        """The id of the format's gap. Raises UserError for a token that is unknown, not special or in use."""
-        token = self.prompt_format.gap
-        if token is None:
-            return None
-        if token not in vocabulary:
-            raise UserError(f"the tokenizer has no {token} token to use as the gap")
-        added = self.tokenizer.added_tokens_decoder.get(vocabulary[token])
-        if added is None or not added.special:
-            raise UserError(f"{token} cannot be the gap: it is not a special token, so it would be part of the text")
-        if token in NO_GAP:
-            raise UserError(f"{token} cannot be the gap: it already has a meaning")
-        return vocabulary[token]
-
-    def _banned(self, vocabulary: dict[str, int]) -> list[int]:
-        """Special ids that a response never contains; the gap is not one of them.
-
-        An explicit `suppress` list is used as it is, even without the mask: a sampler never writes the mask, but then
-        it keeps its share of the softmax, as in the released sampler.
-        """
-        if self.prompt_format.suppress is None:
-            return sorted(set(self.tokenizer.all_special_ids) - {self.eot_id, self.eos_id, self.gap_id})
-        suppressed = {vocabulary[token] for token in (*self.prompt_format.suppress, IMAGE) if token in vocabulary}
-        return sorted(suppressed - {self.gap_id})
 
     def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a prompt up to the start of the response, with `image_id` in place of each image.
@@ -291,7 +263,6 @@ def _pieces(text: str) -> list[str]:
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
-    """A byte-level tokenizer as GPT-2's: words with their leading blank, as bytes."""
     bpe = Tokenizer(model)
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -300,8 +271,8 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def image_mark(path: Path) -> int:
     """The image mark in the prompts of a released model: the id of its image token, else `NO_IMAGE_TOKEN`."""
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    return _read(path).get_vocab().get(IMAGE, NO_IMAGE_TOKEN) if has_tokenizer else NO_IMAGE_TOKEN
+    vocabulary = _read(path).get_vocab() if (path / "tokenizer.json").is_file() else {}
+    return vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
 
 
 def _read(path: Path) -> PreTrainedTokenizerFast:

@@ -31,7 +31,7 @@ from datamodules.captions import ShardData
 from src.cli.instantiate import build, plain
 from src.cli.signals import Stop
 from src.io.errors import UserError
-from src.models.hf.meta import Deferred
+from src.models.hf.folder import Deferred
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.objectives.base import Objective, Setup
@@ -108,7 +108,7 @@ def build_on_meta(node: DictConfig, codec: Codec) -> Any:
     """The model of a config on the meta device."""
     with torch.device("meta"):
         if node.target == STORED:
-            return build({**plain(node), "target": "src.models.hf.meta.outline"}, codec=codec)
+            return build({**plain(node), "target": "src.models.hf.folder.outline"}, codec=codec)
         return build(node, codec=codec)
 
 

@@ -1,8 +1,9 @@
 """Hugging Face model folders: our own layout, and the released ones of LLaDA-V and LLaDA-8B.
 
 model = from_pretrained("runs/mask/model")          or a name on the hub, such as "GSAI-ML/LLaDA-8B-Instruct"
-save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
+model = outline("GSAI-ML/LLaDA-8B-Instruct")        the same on the meta device, without its weights
 load_weights(model, folder)                         into an existing model, also one sharded by FSDP2
+save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
 
     config.json -> layout (src/models/hf/formats.py) -> empty model -> tensors one at a time (src/models/hf/weights.py)
 """
@@ -39,8 +40,7 @@ from src.models.hf.weights import (
 )
 from src.models.llada import DecoderConfig
 from src.models.llada_v import LLaDAV
-from src.models.sizes import check_vision
-from src.text.tokenizer import NO_IMAGE_TOKEN, Codec, image_mark
+from src.text.tokenizer import NEEDED, NO_IMAGE_TOKEN, Codec, image_mark
 
 CONFIG = "config.json"
 SHOWN = 5  # tensor names listed in an error
@@ -74,21 +74,20 @@ def from_pretrained(
 ) -> LLaDAV:
     """Read a model folder, or a model from the Hugging Face hub; a local folder of that name takes precedence.
 
-    codec: the tokenizer to be used with the model; attention: overrides the mode recorded in the checkpoint;
-    dtype: of all weights, default as stored; device: default the CPU
-    vision: vision tower fields that a released config.json lacks, such as num_attention_heads
+    codec: the tokenizer to be used with the model; attention: overrides the mode recorded in the checkpoint
+    dtype: of all weights, default as stored; vision: vision tower fields that a released config.json lacks
 
     Raises UserError if the tokenizer is not the model's own, if files are missing or damaged, if the config needs
     something that is not implemented, or if tensors are missing, unexpected, non-finite or have the wrong shape.
     """
     folder, dtype, device = ModelFolder.open(path), read_dtype(dtype), device or "cpu"
+    if codec and Codec.load(folder.path).fingerprint != codec.fingerprint:
+        raise UserError(
+            f"the model in {folder.path} was trained with a different tokenizer than "
+            f"{codec.tokenizer.name_or_path or 'the given one'}, so its token ids mean different words; set "
+            f"tokenizer={folder.path}, and prepare the data with it"
+        )
     if codec:
-        if Codec.load(folder.path).fingerprint != codec.fingerprint:
-            raise UserError(
-                f"the model in {folder.path} was trained with a different tokenizer than "
-                f"{codec.tokenizer.name_or_path or 'the given one'}, so its token ids mean different words; set "
-                f"tokenizer={folder.path}, and prepare the data with it"
-            )
         check_vocabulary(folder, codec)
     model = folder.empty(attention=attention, vision=vision)
     check_tensors(model, folder.tensors, folder.path)
@@ -101,19 +100,55 @@ def from_pretrained(
     return model
 
 
+def outline(
+    path: str | Path,
+    *,
+    codec: Codec,
+    attention: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    vision: dict | None = None,
+) -> LLaDAV:
+    """The model that `from_pretrained` returns for the same arguments, on the meta device (`device` is ignored).
+
+    Downloads no weights from the hub, and a folder with only a config.json is enough. Without weight files the dtype is
+    `dtype` or float32, and the image mark is the codec's.
+    """
+    path = local_folder(path, patterns=NEEDED)
+    if is_model_folder(path):
+        return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
+    with reading(path / CONFIG):
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
+        description = replace(description.with_attention(attention), image_id=codec.image_id)
+        return build_empty(description).to(read_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """`from_pretrained` in two steps, for a model that is sharded before its memory is allocated."""
+
+    path: str
+    options: dict[str, Any]  # arguments of `outline`
+
+    def __call__(self) -> LLaDAV:
+        return outline(self.path, **self.options)
+
+    def fill(self, model: LLaDAV) -> None:
+        load_weights(model, self.path)
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: LLaDAV, path: str | Path) -> None:
     """Read the weights of a model folder into an allocated model, keeping the dtype and device of its parameters.
 
-    Each rank reads its own part of a sharded parameter (DTensor), without communication. Raises UserError as
-    `from_pretrained` does, ValueError for a model on the meta device, which needs `to_empty` first.
+    Each rank reads its own part of a sharded parameter (DTensor), without communication. A model on the meta device
+    needs `to_empty` first. Raises UserError as `from_pretrained` does.
     """
     folder = ModelFolder.open(path)
-    state = model.state_dict(keep_vars=True)
-    if unallocated := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f"{unallocated[0]} is on the meta device: call the model's to_empty(device=...) first")
     check_tensors(model, folder.tensors, folder.path)
-    for name, parameter in state.items():
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        assert not parameter.is_meta, f"{name} is on the meta device"  # a copy into it would go nowhere
         stored = folder.read(name)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -130,8 +165,12 @@ def fingerprint(model: nn.Module | str | Path) -> str:
     Equal for a module and for all of its folders of the same dtype, whatever their layout and shards. If the module
     is sharded, every rank must call this.
     """
-    digest, sharded = hashlib.sha256(), isinstance(model, nn.Module) and is_sharded(model)
-    for name, tensor in _tensors(model):
+    if isinstance(model, nn.Module):
+        tensors, sharded = sorted(model.state_dict().items()), is_sharded(model)
+    else:
+        tensors, sharded = ModelFolder.open(model).sorted_tensors(), False
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
         tensor = full_tensor(tensor.detach())
         if sharded and rank():
             continue  # only rank 0 hashes
@@ -142,13 +181,10 @@ def fingerprint(model: nn.Module | str | Path) -> str:
 
 
 def sketch(path: str | Path) -> str:
-    """Hash of a model folder's config and of blocks of every tensor: distinguishes models without a full read.
-
-    Unlike `fingerprint` it may miss a change of only a few values; training changes values in every block.
-    """
+    """Hash of a model folder's config and of blocks of every tensor: tells trained models apart without a full read."""
     folder = ModelFolder.open(path)
     digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
-    for name, tensor in _tensors(folder.path):
+    for name, tensor in folder.sorted_tensors():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         values = tensor.reshape(-1)
         last = max(0, len(values) - BLOCK)
@@ -192,35 +228,32 @@ class ModelFolder:
         return fields.get("max_position_embeddings", fields.get("max_sequence_length"))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, by our name; see `read_tensor`."""
+        """One tensor, by our name, as a view of the memory-mapped file."""
         theirs = self.names[name]
         return read_tensor(self.stored[theirs][0], theirs)
 
-    def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
-        """The model that config.json describes; `attention` and `vision` as in `from_pretrained`.
+    def sorted_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(our name, tensor) pairs, read one at a time."""
+        for name in sorted(self.names):
+            yield name, self.read(name)
 
-        In the code files that `auto_map` of a model on the hub names, the hub name is added: a download omits them.
-        """
-        check_vision(vision)
+    def describe(self, *, attention: str | None = None, vision: dict | None = None) -> Description:
+        """The model that config.json describes; `attention` and `vision` as in `from_pretrained`."""
         config = self.config
-        if self.hub and "auto_map" in config:
+        if self.hub and "auto_map" in config:  # a download omits the code files, so they are named there
             config = {**config, "auto_map": _on_hub(config["auto_map"], self.hub)}
         shapes = {name: tuple(tensor.shape) for name, (_, tensor) in self.stored.items()}
         image_id = NO_IMAGE_TOKEN if self.form.name == "own" else image_mark(self.path)
         with reading(self.path / CONFIG):
             description = self.form.describe(config, shapes, vision=vision, image_id=image_id)
-        return with_attention(description, attention)
+            DecoderConfig(**description.decoder)  # refuses missing and unknown fields
+        return description.with_attention(attention)
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
-        """The model on the meta device."""
-        description = self.describe(attention=attention, vision=vision)
-        with reading(self.path / CONFIG):
-            DecoderConfig(**description.decoder)  # refuses missing and unknown fields
-        return build_empty(description)
+        return build_empty(self.describe(attention=attention, vision=vision))
 
 
 def describe(model: LLaDAV) -> Description:
-    """The description of a model: everything but its weights."""
     return Description(
         decoder=model.config.to_dict(),
         vision=model.vision_config,
@@ -231,26 +264,17 @@ def describe(model: LLaDAV) -> Description:
     )
 
 
-def with_attention(description: Description, attention: str | None) -> Description:
-    """The description with another attention mode, unless that is None."""
-    return replace(description, decoder={**description.decoder, **({"attention": attention} if attention else {})})
-
-
 def build_empty(description: Description) -> LLaDAV:
-    """Build the described model on the meta device."""
+    """The described model on the meta device."""
+    arguments = {name: getattr(description, name) for name in ("decoder", "vision", "image_id", "tiling")}
     with torch.device("meta"):
-        model = LLaDAV(
-            decoder=description.decoder,
-            vision=description.vision,
-            image_id=description.image_id,
-            tiling=description.tiling,
-        )
+        model = LLaDAV(**arguments)
     model.original, model.response_length = description.original, description.response_length
     return model
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], place: str | Path) -> None:
-    """Raise one UserError that lists all tensors that are missing, unexpected or of the wrong shape."""
+    """Raise one UserError that lists the tensors that are missing, unexpected or of the wrong shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     problems = [
@@ -265,11 +289,11 @@ def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], place: str | P
 
 def check_vocabulary(folder: ModelFolder, codec: Codec) -> None:
     """Raise UserError if the tokenizer has ids without an embedding in the model."""
-    num_ids = 1 + max(codec.tokenizer.get_vocab().values())
+    largest = max(codec.tokenizer.get_vocab().values())
     num_rows = len(folder.tensors["model.embed_tokens.weight"])
-    if num_ids > num_rows:
+    if largest >= num_rows:
         raise UserError(
-            f"the tokenizer has ids up to {num_ids - 1}, but the model in {folder.path} has a vocabulary of "
+            f"the tokenizer has ids up to {largest}, but the model in {folder.path} has a vocabulary of "
             f"{num_rows}: it is the tokenizer of another model"
         )
 
@@ -290,27 +314,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_config(folder: Path, config: dict) -> None:
-    """Write config.json."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _tensors(model: nn.Module | str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs sorted by name; a folder's tensors are read one at a time."""
-    if isinstance(model, nn.Module):
-        yield from sorted(model.state_dict().items())
-        return
-    folder = ModelFolder.open(model)
-    for name in sorted(folder.names):
-        yield name, folder.read(name)
-
-
-def _set_position_ids(model: nn.Module) -> None:
-    """Compute the position ids of the vision tower: they are a buffer that no file stores."""
-    device = next(model.parameters()).device
-    for module in model.modules():
-        if isinstance(buffer := dict(module.named_buffers(recurse=False)).get("position_ids"), Tensor):
-            position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-            module.register_buffer("position_ids", position_ids, persistent=False)
+def _set_position_ids(model: LLaDAV) -> None:
+    """Position ids of the vision tower are a buffer that no file stores."""
+    if model.vision:
+        embeddings: Any = model.vision.vision_tower.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=model.lm_head.weight.device)[None]
 
 
 def _on_hub(value: Any, hub: str) -> Any:

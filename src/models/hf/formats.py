@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from src.io.errors import UserError
@@ -31,19 +31,25 @@ class Description:
     vision: dict[str, Any] | None
     image_id: int
     tiling: dict[str, Any] | None = None
-    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
     response_length: int | None = None  # response length used in training
+    original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
+
+    def with_attention(self, attention: str | None) -> Description:
+        """The same model with another attention mode, unless that is None."""
+        return replace(self, decoder={**self.decoder, "attention": attention}) if attention else self
 
 
 class Format:
     """A layout: the fields of config.json and the tensor names. `shapes` are those of the files, by their names there.
 
-    Each layout has `recognises(config)`; `describe(config, shapes, vision=, image_id=)`, which raises UserError for
-    fields that are not implemented, with `vision`: tower fields that the config lacks, `image_id`: the image mark, if
-    the config has none; and `config(description)`, which raises UserError if it cannot express the model.
+    Each layout has `describe(config, shapes, vision=, image_id=)`, which raises UserError for fields that are not
+    implemented (`vision`: tower fields that the config lacks; `image_id`: the image mark, if the config has none), and
+    `config(description)`, which raises UserError if it cannot express the model.
     """
 
+    name: str
     renames: tuple[tuple[str, str], ...] = ()  # (part of a name in the files, the same in our names), in this order
+    dropped: tuple[str, ...] = ()  # fields that an export computes
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
         """Our name -> name in the files, for all tensors but those that the released model stores and never uses."""
@@ -61,32 +67,34 @@ class Format:
             name = name.replace(ours, theirs)
         return name
 
+    def unused_fields(self, config: dict) -> dict[str, Any]:
+        """`Description.original` of a released config."""
+        return {"format": self.name, "fields": {key: config[key] for key in config if key not in self.dropped}}
+
+    def original_fields(self, description: Description) -> dict[str, Any]:
+        """A copy of the unused fields if the model came in this layout. Raises UserError if none can express it."""
+        attention = description.decoder["attention"]
+        if attention != "full":
+            raise UserError(f"the model has attention={attention!r}, but the released layouts support only 'full'")
+        if description.decoder.get("shift"):
+            raise UserError("the model has shift=true, which the released layouts do not support")
+        return dict(description.original["fields"]) if description.original.get("format") == self.name else {}
+
 
 class Own(Format):
-    """Our own layout."""
-
     name = "own"
-
-    def recognises(self, config: dict) -> bool:
-        return config.get("model_type") == MODEL_TYPE
 
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
             raise UserError(f"vision={vision} is for released models; this folder describes its vision tower itself")
         if "canvas" in config:
             raise UserError("config.json is of a version before 0.2.0: rename its key canvas to response_length")
-        more = {key: config[key] for key in ("tiling", "response_length", "original") if key in config}
-        return Description(config["decoder"], config["vision"], config["image_id"], **more)
+        return Description(**{field.name: config[field.name] for field in fields(Description) if field.name in config})
 
     def config(self, description: Description) -> dict:
-        more = {key: getattr(description, key) for key in ("tiling", "response_length", "original")}
-        return {
-            "model_type": MODEL_TYPE,
-            "decoder": description.decoder,
-            "vision": description.vision,
-            "image_id": description.image_id,
-            **{key: value for key, value in more.items() if value},
-        }
+        optional = ("tiling", "response_length", "original")
+        stored = {key: value for key, value in asdict(description).items() if value or key not in optional}
+        return {"model_type": MODEL_TYPE, **stored}
 
 
 class LlamaStyle(Format):
@@ -119,21 +127,19 @@ class LlamaStyle(Format):
         "mm_resampler_type": (None,),
         "mm_use_im_start_end": (False, None),
     }
-    dropped = (  # fields that an export computes
+    dropped = (
         *(*decoder, "rope_theta", "rope_parameters", "rope_scaling", "image_grid_pinpoints", "model_type"),
         *("mm_hidden_size", "image_aspect_ratio", "torch_dtype", "dtype", "head_dim"),
     )
 
-    def recognises(self, config: dict) -> bool:
-        return config.get("model_type") in ("llada", "llava_llada") and "hidden_size" in config
-
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         _refuse(config, {**self.only, "head_dim": (head_dim, None)})
-        decoder = {name: config[name] for name in self.decoder if name != "num_key_value_heads"}
-        decoder["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        config = {**config, "num_key_value_heads": kv_heads}
+        decoder = {name: config[name] for name in self.decoder}
         decoder |= {"rope_theta": _rope_theta(config), "attention": "full"}
-        original = _original(self.name, config, self.dropped)
+        original = self.unused_fields(config)
         if not config.get("mm_vision_tower"):
             if vision:
                 raise UserError(f"vision={vision} is given, but config.json has no mm_vision_tower")
@@ -146,7 +152,7 @@ class LlamaStyle(Format):
             value = config.get("image_aspect_ratio")
             raise UserError(f"config.json: image_aspect_ratio is {value!r}, only anyres_max_N is implemented")
         tiling = {"size": tower["image_size"], "grids": grids, "max_tiles": int(ratio[1])}
-        return Description(decoder, tower, image_id, tiling, original)
+        return Description(decoder, tower, image_id, tiling, original=original)
 
     def names(self, config: dict, shapes: Shapes) -> dict[str, str]:
         unused = StoredTower(config, shapes, self.tower).unused()
@@ -154,10 +160,8 @@ class LlamaStyle(Format):
 
     def config(self, description: Description) -> dict:
         decoder, tower, tiling = description.decoder, description.vision, description.tiling
-        _check_exportable(description)
-        fields = _fields(description, self.name) or {
-            "architectures": ["LLaDAModelLM"], **_released(self.only), "use_cache": False
-        }  # fmt: skip
+        default = {"architectures": ["LLaDAModelLM"], **_released(self.only), "use_cache": False}
+        fields = self.original_fields(description) or default
         fields |= {name: decoder[name] for name in (*self.decoder, "rope_theta")}
         fields |= {"rope_scaling": None, "model_type": "llada"}
         if not tower:
@@ -210,9 +214,6 @@ class OlmoStyle(Format):
     }
     dropped = (*sizes.values(), "n_kv_heads", "embedding_size", "model_type", "torch_dtype", "dtype")
 
-    def recognises(self, config: dict) -> bool:
-        return config.get("model_type") == "llada" and "d_model" in config
-
     def describe(self, config: dict, shapes: Shapes, *, vision: dict | None, image_id: int) -> Description:
         if vision:
             raise UserError(f"vision={vision} is given, but LLaDA-8B's layout holds text models only")
@@ -221,14 +222,13 @@ class OlmoStyle(Format):
         decoder["vocab_size"] = config.get("embedding_size") or config["vocab_size"]
         decoder["num_key_value_heads"] = config.get("n_kv_heads") or config["n_heads"]
         decoder["attention"] = "full"
-        return Description(decoder, None, image_id, original=_original(self.name, config, self.dropped))
+        return Description(decoder, None, image_id, original=self.unused_fields(config))
 
     def config(self, description: Description) -> dict:
         decoder = description.decoder
-        _check_exportable(description)
         if description.vision:
             raise UserError("format=llada holds text models only, but this model has a vision path: use llada_v")
-        fields = _fields(description, self.name) or {
+        fields = self.original_fields(description) or {
             "architectures": ["LLaDAModelLM"], **_released(self.only), "rope_full_precision": True,
             "max_sequence_length": 4096, "vocab_size": decoder["vocab_size"], "use_cache": False,
         }  # fmt: skip
@@ -243,11 +243,15 @@ FORMATS: dict[str, Layout] = {form.name: form for form in (Own(), LlamaStyle(), 
 
 def recognise(config: dict) -> Layout:
     """The layout of a config.json. Raises UserError for an unknown one."""
-    for form in FORMATS.values():
-        if form.recognises(config):
-            return form
+    model_type = config.get("model_type")
+    if model_type == MODEL_TYPE:
+        return FORMATS["own"]
+    if model_type in ("llada", "llava_llada") and "hidden_size" in config:
+        return FORMATS["llada_v"]
+    if model_type == "llada" and "d_model" in config:
+        return FORMATS["llada"]
     raise UserError(
-        f"model type {config.get('model_type')!r} with these fields is unknown; supported are {MODEL_TYPE!r}, "
+        f"model type {model_type!r} with these fields is unknown; supported are {MODEL_TYPE!r}, "
         "LLaDA-V ('llava_llada' with hidden_size) and LLaDA-8B ('llada' with d_model)"
     )
 
@@ -275,14 +279,11 @@ def _rope_theta(config: dict) -> float:
 
 
 def _grids(config: dict, vision: dict) -> list:
-    """The tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles.
-
-    The tile size in pixels is then `image_size` of `vision` or of `vision_config`, else the number that ends the
-    tower's name.
-    """
+    """Tile grids, (width, height) in pixels each. `(1x1),...,(6x6)` means all from the first to the last, in tiles."""
     pinpoints = config["image_grid_pinpoints"]
     if not isinstance(pinpoints, str):
         return pinpoints
+    # the size of a tile in pixels is given, or ends the tower's name
     name = re.search(r"-(\d+)$", str(config["mm_vision_tower"]))
     size = vision.get("image_size") or (config.get("vision_config") or {}).get("image_size") or (name and int(name[1]))
     numbers = [int(number) for number in re.findall(r"\d+", pinpoints)]
@@ -294,24 +295,6 @@ def _grids(config: dict, vision: dict) -> list:
     (wide, high), (last_wide, last_high) = numbers[:2], numbers[-2:]
     columns, rows = range(wide, last_wide + 1), range(high, last_high + 1)
     return [[column * size, row * size] for column in columns for row in rows]
-
-
-def _check_exportable(description: Description) -> None:
-    attention = description.decoder["attention"]
-    if attention != "full":
-        raise UserError(f"the model has attention={attention!r}, but the released layouts support only 'full'")
-    if description.decoder.get("shift"):
-        raise UserError("the model has shift=true, which the released layouts do not support")
-
-
-def _original(name: str, config: dict, dropped: tuple[str, ...]) -> dict[str, Any]:
-    """What `Description.original` keeps of a released config."""
-    return {"format": name, "fields": {key: value for key, value in config.items() if key not in dropped}}
-
-
-def _fields(description: Description, name: str) -> dict[str, Any]:
-    """A copy of the unused fields of the released config, if the model came in this layout."""
-    return dict(description.original["fields"]) if description.original.get("format") == name else {}
 
 
 def _released(only: Mapping[str, tuple]) -> dict[str, Any]:

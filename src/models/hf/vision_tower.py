@@ -20,6 +20,7 @@ from src.io.errors import UserError
 Shapes = Mapping[str, tuple[int, ...]]
 KNOWN = {"so400m": {"num_attention_heads": 16, "num_hidden_layers": 27}}  # part of a tower's name -> its fields
 DERIVED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_channels", "patch_size", "image_size")
+PATCHES = "embeddings.patch_embedding.weight"  # (hidden_size, num_channels, patch_size, patch_size)
 FIELDS = (*DERIVED, "num_attention_heads", "layer_norm_eps", "hidden_act", "attention_dropout")
 
 
@@ -53,23 +54,19 @@ class StoredTower:
         return {self.prefix + name for name in self.shapes if name.startswith("head.") or _layer(name) >= layers}
 
     def describe(self, overrides: Mapping[str, Any], grids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """All fields of the tower. Raises UserError for unknown fields, for a tower without weights or heads."""
+        """All fields of the tower."""
         if unknown := sorted(overrides.keys() - set(FIELDS)):
             raise UserError(f"vision has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}")
-        if "embeddings.patch_embedding.weight" not in self.shapes:
+        if PATCHES not in self.shapes:
             raise UserError(
                 f"config.json names the vision tower {self.title!r}, whose sizes are known only from the weights, but "
                 "there are none of it: download the whole model (hf download OWNER/NAME)"
             )
         # 1. What is given wins; where it contradicts the weights, loading reports their shapes
         given = {**self.fields, **overrides}
-        hidden_size, num_channels, patch_size, _ = self.shapes["embeddings.patch_embedding.weight"]
-        sizes = {
-            "hidden_size": hidden_size,
-            "intermediate_size": self.shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            "num_channels": num_channels,
-            "patch_size": patch_size,
-        }
+        hidden_size, num_channels, patch_size, _ = self.shapes[PATCHES]
+        sizes = {"hidden_size": hidden_size, "num_channels": num_channels, "patch_size": patch_size}
+        sizes["intermediate_size"] = self.shapes["encoder.layers.0.mlp.fc1.weight"][0]
         layers = overrides["num_hidden_layers"] - 1 if "num_hidden_layers" in overrides else self.layers
         # 2. A tile is `side` patches and a remainder that is cropped, and it divides the sides of all grids
         side = math.isqrt(self.shapes["embeddings.position_embedding.weight"][0])

@@ -1,14 +1,16 @@
-"""Tensors of a model folder: model.safetensors, or the shards listed in model.safetensors.index.json.
+"""Tensors of a model folder (model.safetensors, or the shards that its index lists), and of a checkpoint of a run.
 
 stored_tensors(folder)                                {name: (file, tensor on the meta device)}; only headers are read
 read_tensor(file, "lm_head.weight")                   one tensor, memory-mapped
 write_weights(folder, state, max_shard_bytes=5e9)     one shard at a time in memory
+model_state("runs/stage2/checkpoints/last.ckpt")      our names -> tensors; a file, or a sharded checkpoint's folder
 """
 
 from __future__ import annotations
 
 import json
-import math
+import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,21 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from src.distributed.parallel import full_tensor
 from src.io.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-FAULTS = (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError)
+FAULTS = (
+    *(OSError, EOFError, RuntimeError, KeyError, TypeError, json.JSONDecodeError, pickle.UnpicklingError),
+    *(SafetensorError, CheckpointException),
+)
+BACKBONE = "backbone."  # prefix of the model's tensor names in an objective's state_dict
 
 
 @contextmanager
@@ -33,16 +43,15 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        raise UserError(f"{file} is missing, damaged or incomplete ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is missing, damaged or incomplete ({type(error).__name__}: {reason})") from error
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether a folder contains the weights of a model."""
     return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     with reading(folder / INDEX):
@@ -64,10 +73,8 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor on the CPU, a memory-mapped view of the file: only what you copy is read from disk.
-
-    The file is reopened for every tensor, so that pages already read do not stay in memory.
-    """
+    """One tensor on the CPU, a memory-mapped view of the file: only what you copy is read from disk."""
+    # opened for every tensor, so that pages already read do not stay in memory
     with reading(file), safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
@@ -99,17 +106,45 @@ def write_weights(
 
 def check_finite(name: str, tensor: Tensor, place: str | Path) -> None:
     """Raise UserError if a tensor has NaN or infinite values. One pass, without a copy."""
-    if tensor.is_meta or not tensor.numel():
-        return
-    if not all(math.isfinite(extreme) for extreme in torch.stack(tensor.aminmax()).tolist()):
+    if not tensor.is_meta and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UserError(f"{name} of the model in {place} has NaN or infinite values as {dtype}")
 
 
 def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of a name such as `bfloat16`; None stays None."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.is_file() or (path / ".metadata").is_file()
+
+
+def model_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of the model in a checkpoint of a run, memory-mapped if it is one file."""
+    with reading(path):
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        else:
+            state = _read_sharded(path)
+    tensors = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+    if not tensors:
+        raise UserError(f"{path} contains no model: it has no tensor named {BACKBONE}*")
+    return tensors
+
+
+def _read_sharded(path: Path) -> dict[str, Tensor]:
+    """The model's part of the `state_dict` that Lightning's ModelParallelStrategy writes, without the optimizer."""
+    prefix, reader = "state_dict.", FileSystemReader(path)
+    state = {
+        name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix + BACKBONE) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        load({"state_dict": state}, storage_reader=reader, no_dist=True)
+    return state
