@@ -64,7 +64,6 @@ class Checkpoint(LightningCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Save, link to it, and remove what is older than the newest `keep`."""
         step = trainer.global_step
         if step == self.last_step:
             return

@@ -1,13 +1,11 @@
 """Samples: drafts and refined captions of a few fixed validation images, logged to TensorBoard during training.
 
-    callbacks: {samples: {target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}}
+callbacks: {samples: {target: callbacks.samples.Samples, sampler_plain: {...}, sampler_refine: {...}, num: 4, ...}}
 
-    first `num` validation samples -> draft (sampler_plain) and refined caption (sampler_refine)
-      -> `samples/captions`: a table, changed words in **bold**
-      -> `samples/tokens`: the images with the tokens of both in boxes
-
-TensorBoard shows no HTML colours in text, so the tokens are drawn as an image: red boxes are draft tokens missing from
-the refined caption, green boxes are new tokens, and a blue edge marks a token edit by the reviser.
+first `num` validation samples -> draft (sampler_plain) and refined caption (sampler_refine)
+  -> `samples/captions`: a table, changed words in **bold**
+  -> `samples/tokens`: the images with the tokens of both in boxes: red are draft tokens missing from the refined
+     caption, green are new tokens, and a blue edge marks a token edit by the reviser
 """
 
 from __future__ import annotations
@@ -93,7 +91,6 @@ class Samples(L.Callback):
         self.publish(self.writer, self.batch, sampled["draft"], sampled["refined"], step)
 
     def publish(self, writer: Any, batch: Batch, draft: Sampled, refined: Sampled, step: int) -> None:
-        """Write the table and the image of one step to TensorBoard."""
         captions = [["image", "draft", "refined", "reference"]]
         blank = Image.new("RGB", (1, 1), "white")
         tokens = [[blank, *(text_box([Piece(name)], width=WIDTH, size=TEXT) for name in self.samplers)]]

@@ -17,7 +17,6 @@ Each rank drafts for its own images and asks about its own drafts, and holds the
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -57,10 +56,7 @@ class OnlineDataModule(Protocol):
         ...
 
     def draft_settings(self) -> Mapping[str, Any]:
-        """Everything in the datamodule that drafts depend on: the data, their order, their preprocessing.
-
-        `data_count` is the number of samples that can be drafted for.
-        """
+        """Everything that drafts depend on: the data, their order, their preprocessing, and `data_count` samples."""
         ...
 
     def add_round(self, path: str | Path) -> None:
@@ -108,16 +104,13 @@ class SelfCorrection(L.Callback):
         stop: Stop | None = None,
     ) -> None:
         super().__init__()
-        for name, minutes in {"patience_minutes": patience_minutes, "deadline_minutes": deadline_minutes}.items():
-            if minutes is not None and not 0 < minutes < math.inf:
-                raise UserError(f"{name} must be more than 0, got {minutes}")
         if train_from not in ("newest", "start"):
             raise UserError(f"train_from must be newest or start, got {train_from!r}")
         numbers = {"drafts_per_round": drafts_per_round, "rounds": rounds, "every_n_epochs": every_n_epochs}
-        numbers["per_shard"] = per_shard
-        for name, value in numbers.items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        numbers |= {"patience_minutes": patience_minutes, "deadline_minutes": deadline_minutes, "per_shard": per_shard}
+        for name, number in numbers.items():
+            if number is not None and not number > 0:
+                raise UserError(f"{name} must be more than 0, got {number}")
         if expert is None:
             raise UserError("no expert is given: set expert=scenes, expert=reference or expert=openai")
         if not tokens_per_step:
@@ -146,11 +139,6 @@ class SelfCorrection(L.Callback):
         reload_every = vars(trainer)["reload_dataloaders_every_n_epochs"]
         if reload_every != 1:
             raise UserError(f"online rounds need Trainer(reload_dataloaders_every_n_epochs=1), got {reload_every}")
-        for name in ("draft_dataloader", "draft_settings", "add_round"):
-            if not hasattr(_datamodule(trainer), name):
-                kind = type(_datamodule(trainer)).__name__
-                raise UserError(f"online rounds need a datamodule with {name}, got {kind}")
-
         write_atomically(trainer)
         self._team = Team()
 
@@ -174,10 +162,10 @@ class SelfCorrection(L.Callback):
             self.check_length(
                 max_epochs=trainer.max_epochs, max_steps=trainer.max_steps, steps=int(trainer.num_training_batches)
             )
-        missing = self._num_due(trainer.current_epoch) - self.num_done
-        if missing <= 0:
+        due = self._num_due(trainer.current_epoch)
+        if self.num_done >= due:
             return
-        for _ in range(missing):
+        while self.num_done < due:
             self._run(trainer, pl_module)
         with isolate_rng():
             # Lightning has already built the loader of this epoch, without the new round
@@ -185,7 +173,10 @@ class SelfCorrection(L.Callback):
             trainer.fit_loop.setup_data()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._num_due(trainer.current_epoch + 1) > self.num_done and not _is_last_epoch(trainer):
+        epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+        steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        is_last = epochs or steps or trainer.should_stop
+        if self._num_due(trainer.current_epoch + 1) > self.num_done and not is_last:
             self._run(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -215,49 +206,35 @@ class SelfCorrection(L.Callback):
     def _folder(self, number: int) -> Path:
         return self.run_dir / "rounds" / f"round-{number:04d}"
 
-    def _save(self, trainer: L.Trainer) -> None:
-        """Save a checkpoint before a round, in place of the one before the previous round.
-
-        Lightning would save only after this hook, so a kill during the round would repeat steps of the epoch. A run
-        that has resumed from this checkpoint does not save it again: it would count the epoch twice.
-        """
-        if self.saved_for > self.num_done:
-            return
-        self.saved_for = self.num_done + 1
-        path, needed = self._checkpoint(self.saved_for), {self._checkpoint(1)} if self.train_from == "start" else set()
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            for older in set(path.parent.glob("pre-round-*.ckpt")) - {path} - needed:
-                remove(older)
-
     def _checkpoint(self, number: int) -> Path:
         """Path of the checkpoint saved before a round."""
         return self.run_dir / "checkpoints" / f"pre-round-{number:04d}.ckpt"
 
-    def _restore_start(self, trainer: L.Trainer) -> None:
-        """Restore weights and optimizer state from before the first round, and keep the current learning rate."""
-        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        for optimizer in trainer.optimizers:
-            for state in optimizer.state.values():  # a checkpoint from before the first step may hold no state
-                for value in state.values():
-                    value.zero_()
-        checkpoint = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
-        trainer.strategy.load_model_state_dict(checkpoint, strict=True)
-        trainer.strategy.load_optimizer_state_dict(checkpoint)
-        for optimizer, group_rates in zip(trainer.optimizers, rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
-                group["lr"] = rate
-
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the next round, log it, and train on it from now on."""
-        self._save(trainer)
-        start = time.perf_counter()
         number = self.num_done + 1
+
+        # 1. Save a checkpoint in place of the one before the previous round. Lightning would save only after this hook,
+        #    so a kill during the round would repeat steps of the epoch. A run that has resumed from this checkpoint
+        #    does not save it again: it would count the epoch twice.
+        if self.saved_for < number:
+            self.saved_for = number
+            path = self._checkpoint(number)
+            trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                needed = {path, self._checkpoint(1)} if self.train_from == "start" else {path}
+                for older in set(path.parent.glob("pre-round-*.ckpt")) - needed:
+                    remove(older)
+
+        # 2. Draft, ask the expert, and write the round.
+        start = time.perf_counter()
         context = trainer.precision_plugin.forward_context()
         with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
             finished_round = self._round(number, _datamodule(trainer), pl_module)
         if self._team.is_rank0:
             logger.info("%s: %s", finished_round.path, summary(finished_round.manifest))
+
+        # 3. Train on it.
         self._add_to_training(trainer, finished_round)
         self.num_done = number
         if number > 1 and self.train_from == "start":
@@ -273,7 +250,7 @@ class SelfCorrection(L.Callback):
         backbone: Any = pl_module.backbone
         drafter = Drafter(
             backbone=backbone,
-            model=fingerprint(backbone),
+            model=fingerprint(backbone),  # NOTE: before `gathered`, inside which a sharded model would hang
             sampler=self.sampler,
             codec=self.codec,
             tokens_per_step=self.tokens_per_step,
@@ -293,43 +270,48 @@ class SelfCorrection(L.Callback):
         )
         batches = datamodule.draft_dataloader(number, self.drafts_per_round)
         previous = self._folder(number - 1) if number > 1 else None
-        with gathered(drafter.backbone):
+        with gathered(backbone):
             finished_round = run_round(self._folder(number), batches, drafter, options=options, late=previous)
             if FIX_RATES in finished_round.manifest:  # measured by an earlier run that was killed right after
                 return finished_round
-            rates = self._fix_rates(finished_round, datamodule, pl_module)
+            rates = {}
+            if finished_round.manifest["counts"]["written"]:  # P(fix) and P(break) of one forward call on corrections
+                corrected = islice(datamodule.round_dataloader(finished_round.path), NUM_FIX_BATCHES)
+                counts = count_fixes(backbone, corrected, special=self.codec.special, device=pl_module.device)
+                fixed, fix_tries, broken, break_tries = all_reduce_sum(counts).tolist()
+                rates |= {"p_fix": fixed / fix_tries} if fix_tries else {}
+                rates |= {"p_break": broken / break_tries} if break_tries else {}
         self._team.on_rank0(lambda: update_manifest(finished_round.path, {FIX_RATES: rates}))
         return read_round(finished_round.path)
 
-    def _fix_rates(
-        self, finished_round: Round, datamodule: OnlineDataModule, pl_module: L.LightningModule
-    ) -> dict[str, float]:
-        """P(fix) and P(break) of one forward call on (a sample of) the corrected drafts."""
-        if not finished_round.manifest["counts"]["written"]:
-            return {}
-        batches = islice(datamodule.round_dataloader(finished_round.path), NUM_FIX_BATCHES)
-        backbone: Any = pl_module.backbone
-        counts = all_reduce_sum(
-            count_fixes(backbone, batches, special=self.codec.special, device=pl_module.device)
-        ).tolist()
-        shares = {"p_fix": counts[:2], "p_break": counts[2:]}
-        return {name: hits / tries for name, (hits, tries) in shares.items() if tries}
-
     def _add_to_training(self, trainer: L.Trainer, finished_round: Round) -> None:
         """Add a round to the training data. Raises EmptyRound if it has no sample, unless `allow_empty`."""
+        path = finished_round.path
         if finished_round.manifest["counts"]["written"]:
-            _datamodule(trainer).add_round(finished_round.path)
+            _datamodule(trainer).add_round(path)
             return
-        message = f"{finished_round.path} has no corrected draft to train on ({summary(finished_round.manifest)})"
+        message = f"{path} has no corrected draft to train on ({summary(finished_round.manifest)})"
         if not self.allow_empty:
-            self._team.on_rank0(
-                lambda: reopen(finished_round.path)
-            )  # the same command then asks again where that may help
+            self._team.on_rank0(lambda: reopen(path))  # the same command then asks again where that may help
             raise EmptyRound(
                 f"{message}; check the expert, or set callbacks.self_correction.allow_empty=true to continue without it"
             )
         if self._team.is_rank0:
             logger.warning("%s; training continues without it", message)
+
+    def _restore_start(self, trainer: L.Trainer) -> None:
+        """Restore weights and optimizer state from before the first round, and keep the current learning rate."""
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():  # a checkpoint from before the first step may hold no state
+                for value in state.values():
+                    value.zero_()
+        checkpoint = trainer.strategy.load_checkpoint(self._checkpoint(1), weights_only=True)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for optimizer, group_rates in zip(trainer.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
+                group["lr"] = rate
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
@@ -337,34 +319,26 @@ def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:
 
     waited_s: seconds for the expert after the last draft was drawn; overhead: the same as a share of the drawing time
     """
-    counts = manifest["counts"]
+    counts, drawing = manifest["counts"], manifest["drawing"]
     revised = max(1, counts["revised"])
     metrics = {
-        "round/drafted": counts["drafted"],
-        "round/right_share": counts["right"] / revised,
-        "round/edits_per_draft": counts["edits"] / revised,
-        "round/written": counts["written"],
+        "drafted": counts["drafted"],
+        "right_share": counts["right"] / revised,
+        "edits_per_draft": counts["edits"] / revised,
+        "written": counts["written"],
+        "late": counts.get("late", 0),
+        "waited_s": manifest.get("waited", 0.0),
+        **yields(manifest),
+        **manifest.get(FIX_RATES, {}),
     }
     for kind in ("kinds", "rejected", "failures", "usage", "latency"):
-        metrics |= {f"round/{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
-    metrics["round/late"] = counts.get("late", 0)
-    metrics["round/waited_s"] = manifest.get("waited", 0.0)
-    metrics |= {f"round/{name}": value for name, value in {**yields(manifest), **manifest.get(FIX_RATES, {})}.items()}
-    if seconds := manifest["drawing"]["seconds"]:
-        metrics["round/drafts_per_s"] = manifest["drawing"]["drawn"] / seconds
-        if (
-            manifest["drawing"]["drawn"] == counts["drafted"]
-        ):  # no chunk is from an earlier, killed run, which is not timed
-            metrics["round/overhead"] = metrics["round/waited_s"] / seconds
-    return metrics
+        metrics |= {f"{kind}/{reason}": count for reason, count in manifest.get(kind, {}).items()}
+    if drawing["seconds"]:
+        metrics["drafts_per_s"] = drawing["drawn"] / drawing["seconds"]
+        if drawing["drawn"] == counts["drafted"]:  # no chunk is from an earlier, killed run, which is not timed
+            metrics["overhead"] = metrics["waited_s"] / drawing["seconds"]
+    return {f"round/{name}": value for name, value in metrics.items()}
 
 
 def _datamodule(trainer: L.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
-
-
-def _is_last_epoch(trainer: L.Trainer) -> bool:
-    """Whether the epoch that has just ended is the last one."""
-    epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-    return epochs or steps or trainer.should_stop

@@ -5,8 +5,6 @@
         trainer.fit(...)                                                                  raises Stopped
 
 The checkpoint is RUN/checkpoints/stopped-step=S.ckpt; the next regular one replaces it.
-
-Ranks agree at the end of every step: if one got a signal, all of them save and stop at the same step.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from src.distributed.parallel import Team
 
 
 class SaveAndStop(L.Callback):
-    """Defers signals during training to the end of the step."""
+    """Defers signals to the end of the step. Ranks agree: if one got a signal, all save and stop at the same step."""
 
     def __init__(self, *, stop: Stop, run_dir: str | Path) -> None:
         super().__init__()

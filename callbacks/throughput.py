@@ -7,8 +7,7 @@
     perf/tokens_seen, perf/samples_seen                 since the first step, over restarts
 
 The clock stops during validation and between epochs. All time between the end of a step and the start of the next one
-counts as waiting for data: that includes callbacks listed after this one and the saving of checkpoints (which Lightning
-does last), but not callbacks listed before it.
+counts as waiting for data, also that of callbacks listed after this one and of saving checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.io.errors import UserError
 from src.types import Batch
 
 GIB = 1 << 30
@@ -33,8 +31,6 @@ class Throughput(L.Callback):
 
     def __init__(self, *, every_n_steps: int = 50) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise UserError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.tokens_seen = self.samples_seen = 0  # up to the last point
         self.last_step = 0
@@ -75,8 +71,22 @@ class Throughput(L.Callback):
         counts = self._unlogged() if due else None  # synchronizes the device, so read the clock after it
         self.worked += time.perf_counter() - self._received_at
         if counts:
+            tokens, samples = counts
             self.last_step = step
-            self._log(trainer, *counts, peak_memory(pl_module.device))
+            self.tokens_seen, self.samples_seen = self.tokens_seen + tokens, self.samples_seen + samples
+            seconds = self.waited + self.worked
+            metrics = {
+                "perf/tokens_per_s": tokens / seconds,
+                "perf/samples_per_s": samples / seconds,
+                "perf/data_wait": self.waited / seconds,
+                "perf/memory_gib": peak_memory(pl_module.device) / GIB,
+                "perf/tokens_seen": float(self.tokens_seen),
+                "perf/samples_seen": float(self.samples_seen),
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step)
+            self._tokens = self._samples = 0
+            self.waited = self.worked = 0.0
         self._requested_at = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,23 +95,6 @@ class Throughput(L.Callback):
     def _unlogged(self) -> tuple[int, int]:
         """Tokens and samples of all ranks since the last point."""
         return int(self._tokens) * self._world, self._samples * self._world
-
-    def _log(self, trainer: L.Trainer, tokens: int, samples: int, memory: int) -> None:
-        """Log a point and reset the counters."""
-        self.tokens_seen, self.samples_seen = self.tokens_seen + tokens, self.samples_seen + samples
-        seconds = self.waited + self.worked
-        metrics = {
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/samples_per_s": samples / seconds,
-            "perf/data_wait": self.waited / seconds,
-            "perf/memory_gib": memory / GIB,
-            "perf/tokens_seen": float(self.tokens_seen),
-            "perf/samples_seen": float(self.samples_seen),
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, self.last_step)
-        self._tokens = self._samples = 0
-        self.waited = self.worked = 0.0
 
 
 def peak_memory(device: torch.device) -> int:

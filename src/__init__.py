@@ -22,33 +22,25 @@ def _check_sibling_packages() -> None:
         )
 
 
-def _exit_before_start(number: int, _: object) -> None:
-    name = signal.Signals(number).name
-    sys.stderr.write(f"\nstopped by {name} before it started; the same command starts it\n")
-    sys.stderr.flush()
-    os._exit(128 + number)
-
-
-def _verb() -> str | None:
-    """The verb that `python -m src.VERB` is about to import; None if this package is imported any other way."""
-    if sys.argv[:1] != ["-m"]:
-        return None
-    verb = next((word for word in sys.orig_argv if word.startswith("src.")), "")
-    return verb if Path(__file__).with_name(f"{verb.removeprefix('src.')}.py").is_file() else None
-
-
 def _handle_help_and_signals() -> None:
-    """Handle --help and signals before a verb's imports, which take seconds; afterwards `main_guard` does."""
-    verb = _verb()
-    if verb is None:
+    """In `python -m src.VERB`: handle --help and signals before the verb's imports, which take seconds."""
+    verb = next((word for word in sys.orig_argv if word.startswith("src.")), "")
+    if sys.argv[:1] != ["-m"] or not Path(__file__).with_name(f"{verb.removeprefix('src.')}.py").is_file():
         return
     if {"-h", "--help"} & set(sys.orig_argv):
         from src.cli.help import docstring, help_text
 
         sys.stdout.write(help_text(verb, docstring(verb)))
         sys.exit()
+
+    def exit_before_start(number: int, _: object) -> None:
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\nstopped by {name} before it started; the same command starts it\n")
+        sys.stderr.flush()
+        os._exit(128 + number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit_before_start)
+        signal.signal(number, exit_before_start)
 
 
 # Waiting threads of torch sleep instead of spinning: beside another process on 2 cores, two that spin took 1.8 to 3.9

@@ -11,12 +11,8 @@
     RUN/code/                copy of the code        RUN/slurm-ID.log  output of all processes
     RUN/code/VERSION         its commit and the diff to it
 
-`cluster.stop_before` seconds before the time limit Slurm sends SIGUSR1 to the batch shell, which creates RUN/STOP. All
-processes save a checkpoint at the end of the step, or stop drafting, and exit; rank 0 creates RUN/REQUEUE; the shell
-requeues the job, which then continues. If they are not done after four fifths of that time, the shell requeues it
-anyway. Preemption works the same (Slurm may send SIGTERM to the processes instead); after a node failure the job
-continues from the newest checkpoint. A job that restarts repeatedly without progress is given up; `scancel` ends a job
-for good.
+At the time limit, and when it is preempted, the job saves a checkpoint and is requeued; after a node failure it
+continues from the newest checkpoint (docs/slurm.md). `scancel` ends it for good.
 """
 
 from __future__ import annotations
@@ -32,15 +28,14 @@ from omegaconf import DictConfig, OmegaConf
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check, is_node, nodes, plain
+from src.cli.instantiate import build, check, nodes, plain
 from src.io.errors import UserError
 from src.models.hf.weights import is_model_folder
 from src.training.build import OFFERS, STORED, check_trainer, rehearse
 from src.training.run_dir import CONFIG, check_folder, check_format, is_complete
-from src.training.slurm import Cluster, script, submit
+from src.training.slurm import script, submit
 
-TARGET, SAVES = "src.training.slurm.Cluster", "callbacks.stop.SaveAndStop"
-INTERACTIVE = ("bash", "interactive")  # job names that Lightning treats as an interactive session
+SAVES = "callbacks.stop.SaveAndStop"
 
 
 @main_guard
@@ -78,32 +73,14 @@ def _checked(argv: Sequence[str]) -> DictConfig:
         raise UserError("no cluster is set; conf=stage2,cluster/NAME reads conf/cluster/NAME.yaml")
     check_format(cfg)
     check(cfg, offers=OFFERS, sections=["callbacks"])
-    if cfg.cluster.get("target") != TARGET:
-        raise UserError(f"cluster.target must be {TARGET}, got {cfg.cluster.get('target')!r}")
-    _check_processes(cfg, build(cfg.cluster))
-    if cfg.plan.gpus is not None:
-        raise UserError(f"plan.gpus={cfg.plan.gpus} prints a plan and trains nothing; use src.train for it")
-    if cfg.name in INTERACTIVE:
-        raise UserError(f"name={cfg.name}: Lightning treats a job of that name as interactive; choose another")
+    cluster = build(cfg.cluster)
+    for key, expected in {"num_nodes": cluster.nodes, "devices": cluster.tasks_per_node}.items():
+        if (value := cfg.trainer.get(key, 1)) != expected and (key, value) != ("devices", "auto"):
+            raise UserError(f"trainer.{key}={value}, but the job of this cluster has {expected}; set it to {expected}")
     if not any(node["target"] == SAVES for node in nodes(cfg.callbacks, "callbacks").values()):
         raise UserError(f"no callback is {SAVES}: the job would lose what it did since the last checkpoint")
     check_trainer(cfg)
     return cfg
-
-
-def _check_processes(cfg: DictConfig, cluster: Cluster) -> None:
-    """Raise UserError if the trainer expects other processes than the job starts, or cannot run that many."""
-    for key, expected in {"num_nodes": cluster.nodes, "devices": cluster.tasks_per_node}.items():
-        if (value := cfg.trainer.get(key, 1)) != expected and (key, value) != ("devices", "auto"):
-            raise UserError(f"trainer.{key}={value}, but the job of this cluster has {expected}; set it to {expected}")
-    if (processes := cluster.nodes * cluster.tasks_per_node) == 1:
-        return
-    strategy = plain(cfg.trainer).get("strategy", "auto")
-    name = strategy["target"] if is_node(strategy) else str(strategy)
-    if name != "auto" and not name.startswith(("ddp", "src.training.strategy.")):
-        raise UserError(f"trainer.strategy: {processes} processes need parallel/ddp or parallel/fsdp2, got {name}")
-    if is_node(strategy) and processes % (replicas := strategy.get("replicas", 1)):
-        raise UserError(f"trainer.strategy.replicas={replicas} does not divide the {processes} processes")
 
 
 def _existing_model(model: dict[str, Any], *, pending: bool) -> dict[str, Any]:

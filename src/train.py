@@ -11,9 +11,8 @@
     RUN/tensorboard/     logs                        RUN/rounds/       online rounds (Stage II)
 
 The same command resumes a run that stopped, and does nothing if the run is finished; `resume=false` deletes the run and
-starts over. It refuses to resume if the settings, the initial model or the data have changed. SIGTERM and Ctrl-C save a
-checkpoint at the end of the step (exit code 143 and 130); a second one exits at once. A file RUN/STOP, which the batch
-job creates (src/submit.py), does the same (138). In a Slurm job the exit code is 0, and RUN/REQUEUE asks for a requeue.
+starts over. It refuses to resume if the settings, the initial model or the data have changed. SIGTERM, Ctrl-C and a
+file RUN/STOP (of a batch job) save a checkpoint at the end of the step; a second signal exits at once.
 
 Several processes (`trainer.devices`, `srun`, `torchrun`) run the same command. Rank 0 writes all files of the run.
 """
@@ -122,8 +121,8 @@ def _user_errors(trainer: L.Trainer, *, max_steps: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory at step {trainer.global_step} ({error}). plan.gpus={trainer.world_size} prints what a step "
-            "takes (docs/memory.md). To use less: optim.micro_batch, "
-            "optim.checkpointing=full, more devices with parallel/fsdp2"
+            "takes (docs/memory.md). To use less: optim.micro_batch, optim.checkpointing=full, more devices with "
+            "parallel/fsdp2"
         ) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error

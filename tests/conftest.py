@@ -95,3 +95,24 @@ def golden_text_model(golden_folder_text):
     from src.models.hf.folder import from_pretrained
 
     return from_pretrained(golden_folder_text, dtype="float32").eval()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A dataset of 48 training scenes with its own small tokenizer."""
+    from tests.test_train import write_scenes
+
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
+    return out
+
+
+@pytest.fixture(scope="session")
+def finished(scenes, tmp_path_factory) -> Path:
+    """The folder of a finished run of ten steps on `scenes`. Shared: copy it before you change it."""
+    from src.train import main
+    from tests.test_train import arguments
+
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    main(arguments(scenes, run_dir))
+    return run_dir

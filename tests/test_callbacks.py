@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 
 import lightning as L
@@ -29,7 +28,7 @@ from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
 
-CANVAS, BATCH = 48, 4
+LENGTH, BATCH = 48, 4
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def path(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "scenes"
     sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
     Scenes(
-        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=CANVAS, prompt="Describe the picture."
+        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture."
     ).run()
     return out
 
@@ -59,19 +58,10 @@ def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trai
     setup = Setup(backbone=backbone, special=codec.special, optim=Optim(lr=1e-2, warmup_steps=1, decay=0.0))
     objective = MaskPrediction(setup)
     options = {"logger": TensorBoardLogger(run, name="tb", version=""), "limit_val_batches": 1, **options}
-    trainer = L.Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=callbacks,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        **options,
-    )
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=CANVAS, image_size=48)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"max_steps": steps, "max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **quiet}
+    trainer = L.Trainer(callbacks=callbacks, accelerator="cpu", **options)
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=LENGTH, image_size=48)
     trainer.fit(objective, datamodule=data, ckpt_path=ckpt)
     trainer.save_checkpoint(run / "last.ckpt")
     return trainer
@@ -87,20 +77,19 @@ def events(run) -> EventAccumulator:
 
 
 def samples(codec, **options) -> Samples:
-    plain = Sampler(length=CANVAS, tokens_per_step=12)
-    refine = Sampler(length=CANVAS, tokens_per_step=12, reviser=OverwriteAll(), post_steps=2)
+    plain = Sampler(length=LENGTH, tokens_per_step=12)
+    refine = Sampler(length=LENGTH, tokens_per_step=12, reviser=OverwriteAll(), post_steps=2)
     return Samples(sampler_plain=plain, sampler_refine=refine, codec=codec, **{"every_n_steps": 2, "num": 3, **options})
 
 
 def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
     trainer = fit(path, codec, tmp_path, [samples(codec)])
-    found = events(tmp_path)
-    texts = found.Tensors("samples/captions/text_summary")
+    texts = events(tmp_path).Tensors("samples/captions/text_summary")
     assert [event.step for event in texts] == [2, 4]
     batch = validation_batch(path, codec, 3)
     backbone = trainer.lightning_module.backbone.eval()  # as it stands after step 4
     prefix = backbone.encode_prefix(batch.prefix)
-    ids = Sampler(length=CANVAS, tokens_per_step=12)(
+    ids = Sampler(length=LENGTH, tokens_per_step=12)(
         backbone, prefix, special=codec.special, keys=batch.keys, seed=0
     ).ids.tolist()
     lines = texts[-1].tensor_proto.string_val[0].decode().splitlines()[2:]
@@ -112,7 +101,7 @@ def test_samples_are_the_captions_of_the_model(path, codec, tmp_path):
 
 
 def validation_batch(path, codec, num):
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=CANVAS, image_size=48)
+    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=LENGTH, image_size=48)
     return next(iter(data.val_dataloader())).rows(slice(0, num))
 
 
@@ -121,14 +110,13 @@ def sampled(codec, text, rewritten=()):
     ids = [*codec.encode(text)[0], codec.eot_id]
     step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1)
     zero = torch.zeros(1, dtype=torch.int64)
-    return Sampled(torch.tensor([ids + [codec.eos_id] * (CANVAS - len(ids))]), zero, zero, zero, 0.0, [[step]])
+    return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, 0.0, [[step]])
 
 
 @pytest.mark.parametrize(
     ("draft", "rewritten", "colours"),
     [
         ("A pink background carries two objects.", (), {KEPT}),
-        ("A gray background carries two objects.", (), {KEPT, OLD, NEW}),
         ("A gray background carries two objects.", (1,), {KEPT, OLD, NEW, REWRITTEN}),
         ("", (), {NEW}),
     ],
@@ -169,22 +157,11 @@ def test_a_resumed_run_logs_each_step_once(path, codec, tmp_path):
     first = samples(codec)
     fit(path, codec, tmp_path, [first, Again(first), Throughput(every_n_steps=2)], steps=3)
     fit(path, codec, tmp_path, [samples(codec), Throughput(every_n_steps=2)], steps=6, ckpt=tmp_path / "last.ckpt")
-    found = events(tmp_path)
-    assert [event.step for event in found.Tensors("samples/captions/text_summary")] == [2, 4, 6]
-    seen = found.Scalars("perf/samples_seen")
+    logged = events(tmp_path)
+    assert [event.step for event in logged.Tensors("samples/captions/text_summary")] == [2, 4, 6]
+    seen = logged.Scalars("perf/samples_seen")
     assert [(event.step, event.value) for event in seen] == [(2, 2 * BATCH), (4, 4 * BATCH), (6, 6 * BATCH)]
-
-
-def test_throughput_adds_up(path, codec, tmp_path):
-    fit(path, codec, tmp_path, [Throughput(every_n_steps=2)], steps=12, val_check_interval=3)
-    found = events(tmp_path)
-    series = {name: found.Scalars(f"perf/{name}") for name in ("tokens_seen", "samples_seen", "data_wait")}
-    assert [event.step for event in series["samples_seen"]] == [2, 4, 6, 8, 10, 12]
-    assert [event.value for event in series["samples_seen"]] == [BATCH * n for n in (2, 4, 6, 8, 10, 12)]
-    assert [event.value for event in series["tokens_seen"]] == [BATCH * CANVAS * n for n in (2, 4, 6, 8, 10, 12)]
-    assert all(0 < event.value < 1 for event in series["data_wait"])
-    rates = zip(found.Scalars("perf/tokens_per_s"), found.Scalars("perf/samples_per_s"), strict=True)
-    assert all(tokens.value == pytest.approx(CANVAS * samples.value, rel=1e-5) for tokens, samples in rates)
+    assert [event.value for event in logged.Scalars("perf/tokens_seen")] == [LENGTH * event.value for event in seen]
 
 
 def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monkeypatch):
@@ -206,26 +183,17 @@ def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monke
             now[0] += 1000.0
 
     fit(path, codec, tmp_path, [Throughput(every_n_steps=4), Clock()], steps=12, val_check_interval=5)
-    found = events(tmp_path)
-    for event, rate in zip(found.Scalars("perf/data_wait"), found.Scalars("perf/samples_per_s"), strict=True):
-        assert event.value <= 0.75
-        assert rate.value <= BATCH
+    waits, rates = (events(tmp_path).Scalars(f"perf/{name}") for name in ("data_wait", "samples_per_s"))
+    assert all(wait.value <= 0.75 and rate.value <= BATCH for wait, rate in zip(waits, rates, strict=True))
     # steps 1 to 4: four steps of 1 s, three waits of 3 s (the first batch was there at once)
-    first = found.Scalars("perf/data_wait")[0]
-    assert first.value == pytest.approx(9 / 13)
-    assert found.Scalars("perf/samples_per_s")[0].value == pytest.approx(4 * BATCH / 13)
+    assert waits[0].value == pytest.approx(9 / 13)
+    assert rates[0].value == pytest.approx(4 * BATCH / 13)
 
 
 def test_peak_memory_never_falls_and_counts_what_is_held():
     before = peak_memory(torch.device("cpu"))
     block = np.ones(1 << 27, dtype=np.uint8)  # 128 MiB
     assert peak_memory(torch.device("cpu")) >= max(before, block.nbytes)
-
-
-def test_state_survives_json():
-    callback = Throughput()
-    callback.load_state_dict({"tokens_seen": 7, "samples_seen": 3, "last_step": 50})
-    assert json.loads(json.dumps(callback.state_dict())) == {"tokens_seen": 7, "samples_seen": 3, "last_step": 50}
 
 
 def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path):
@@ -240,14 +208,3 @@ def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path
         "a\\_1", "A **gray** background carries objects.",
         "A **pink** background carries **two** objects.", "x y \\<b\\>",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("changed", [{"every_n_steps": 0}, {"num": 0}])
-def test_wrong_numbers_are_refused(changed, codec):
-    with pytest.raises(ValueError, match="must be at least 1, got "):
-        samples(codec, **changed)
-
-
-def test_samples_need_tensorboard(path, codec, tmp_path):
-    with pytest.raises(ValueError, match="TensorBoardLogger"):
-        fit(path, codec, tmp_path, [samples(codec)], logger=False)

@@ -78,8 +78,7 @@ def test_a_wheel_has_the_files_that_code_reads(project: Path, tmp_path: Path) ->
     assert {"src/text/prompt_format.py", "src/text/prompts/llada_v.yaml", "src/training/job.sbatch"} <= packed
 
 
-@pytest.mark.parametrize("name", ["callbacks", "datamodules"])
-@pytest.mark.parametrize("as_package", [True, False])
+@pytest.mark.parametrize(("name", "as_package"), [("callbacks", True), ("datamodules", False)])
 def test_another_package_of_our_name_is_an_error(name: str, as_package: bool, tmp_path: Path) -> None:
     other = tmp_path / name / "__init__.py" if as_package else tmp_path / f"{name}.py"
     other.parent.mkdir(exist_ok=True)
@@ -119,10 +118,10 @@ def test_every_import_is_a_dependency() -> None:
 
 def top_level_imports(path: Path) -> set[str]:
     """First parts of the names of modules that a file imports anywhere."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names

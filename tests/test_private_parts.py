@@ -106,7 +106,7 @@ def test_parts_of_torch():
         with pytest.raises(DynamicOutputShapeException):
             fake.nonzero()
 
-    class Seen(TorchDispatchMode):
+    class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             names.append(str(func))
             return func(*args, **(kwargs or {}))
@@ -115,7 +115,7 @@ def test_parts_of_torch():
     assert tensor[1:].untyped_storage()._cdata == tensor.untyped_storage()._cdata
     assert torch.ones(4).untyped_storage()._cdata != tensor.untyped_storage()._cdata
     names: list[str] = []
-    with Seen():
+    with Counting():
         torch.ones(2) + 1
     assert "aten.add.Tensor" in names
     assert tree_leaves([1, {"a": (2, 3)}]) == [1, 2, 3]

@@ -11,21 +11,7 @@ import pytest
 
 from src.distributed.checkpoints import is_intact
 from src.train import main
-from tests.test_train import STAGE_TWO, arguments, refusal, same_weights, write_scenes
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
-    return out
-
-
-@pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    main(arguments(scenes, run_dir))
-    return run_dir
+from tests.test_train import arguments, refusal, same_weights
 
 
 @pytest.fixture
@@ -54,15 +40,7 @@ def test_a_foreign_folder_stays_as_it_is_whatever_is_tried(scenes, tmp_path, cap
         assert contents(home) == before
 
 
-def test_a_command_that_fails_leaves_no_run(scenes, tmp_path, capsys):
-    refusal([*arguments(scenes, tmp_path / "run"), "objective.t_min=5"], capsys)
-    assert contents(tmp_path / "run") == {}
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["data.path=/nope", "data.batch_size=0", "objective.t_min=5", "trainer.max_steps=-1", "model.vision=null"],
-)
+@pytest.mark.parametrize("change", ["data.path=/nope", "objective.t_min=5", "trainer.max_steps=-1"])
 def test_a_mistake_beside_resume_false_costs_nothing(scenes, copied, capsys, change):
     before = contents(copied)
     refusal([*arguments(scenes, copied), "resume=false", change], capsys)
@@ -81,22 +59,7 @@ def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, c
     assert (copied / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("value", "told"), [("null", "run_dir: expected a path, got None"), ("5", "run_dir: expected")]
-)
-def test_a_run_needs_a_folder(scenes, capsys, value, told):
-    assert told in refusal([*arguments(scenes, Path("x")), f"run_dir={value}"], capsys)
-
-
-def test_a_file_in_place_of_the_folder_is_named(scenes, tmp_path, capsys):
-    (tmp_path / "notes.md").write_text("mine")
-    assert "notes.md is a file" in refusal(arguments(scenes, tmp_path / "notes.md"), capsys)
-    assert (tmp_path / "notes.md").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("file", "content"), [("config.yaml", "{"), ("config.yaml", "- 1"), ("inputs.json", "{"), ("inputs.json", "[1]")]
-)
+@pytest.mark.parametrize(("file", "content"), [("config.yaml", "{"), ("config.yaml", "- 1"), ("inputs.json", "{")])
 def test_a_damaged_record_is_named(scenes, copied, capsys, file, content):
     (copied / file).write_text(content)
     error = refusal(arguments(scenes, copied), capsys)
@@ -149,52 +112,27 @@ def test_a_finished_run_without_its_model_makes_it_again(scenes, finished, copie
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(
-            (f"optim.{name}={value}", f"optim.{name} must be .* got {value.lstrip('.')}")
-            for name, value in [
-                ("lr", "-1"), ("lr", "0"), ("lr", ".nan"), ("lr", ".inf"), ("vision_lr", "-1"), ("clip_norm", "-1"),
-                ("clip_norm", "0"), ("warmup_steps", "-1"),
-            ]
+        ("run_dir=null", "run_dir: expected a path, got None"),
+        ("optim.lr=.nan", "optim.lr must be .* got nan"),
+        (
+            "optim.lr=1e30",
+            r"the gradients are not finite after step \d \(samples train-0\d+, .*\), 4 times in a row: .*",
         ),
         ("optim.betas=[0.9,1.5]", "optim.betas must be at least 0 and less than 1"),
         ("data.response_length=1", "data.response_length must be at least 2, got 1"),
-        ("data.limit=-1", "data.limit must be at least 0, got -1"),
-        ("data.workers=-1", "data.workers must be at least 0, got -1"),
         ("data.rounds=[/nope]", "data.rounds: no folder /nope; make a round with `python -m src.revise`"),
         ("trainer.max_steps=0", "trainer.max_steps must be at least 1, got 0"),
-        ("seed=-1", r"seed must be at least 0 and less than 2\*\*32, got -1"),
-        ("seed=4294967296", "seed must be at least 0"),
         ("trainer.limit_train_batches=0", "stopped at step 0 .*: raise or unset .*limit_train_batches"),
         ("trainer.max_time=00:00:00:00", "stopped at step 0 of 10 by another limit: raise or unset"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):
     error = refusal([*arguments(scenes, tmp_path / "run"), change], capsys)
     assert error.splitlines()[-1].startswith("error: ")
     assert re.search(message, error), error
 
 
-def test_a_training_that_blows_up_says_where_and_what_to_do(scenes, tmp_path, capsys):
-    error = refusal([*arguments(scenes, tmp_path / "run"), "optim.lr=1e30"], capsys).splitlines()[-1]
-    told = r"error: the gradients are not finite after step \d \(samples train-0\d+, .*\), 4 times in a row: .*\.lr, or"
-    assert re.match(told, error), error
-
-
-def test_more_rounds_than_steps_cannot_be_had_by_shorter_epochs(scenes, tmp_path, capsys):
-    more = [*STAGE_TWO, "callbacks.self_correction.rounds=50"]
-    error = refusal(arguments(scenes, tmp_path / "run", *more, conf="stage2"), capsys).splitlines()[-1]
-    assert error.endswith("but max_steps=10; lower rounds")
-
-
-@pytest.mark.parametrize("at_start", ["true", "false"])
-def test_the_online_loop_needs_an_expert_from_the_start(scenes, tmp_path, capsys, at_start):
-    more = [*STAGE_TWO, f"callbacks.self_correction.at_start={at_start}", "expert=null"]
-    error = refusal(arguments(scenes, tmp_path / "run", *more, conf="stage2"), capsys)
-    assert error.endswith(".SelfCorrection: no expert is given: set expert=scenes, expert=reference or expert=openai\n")
-    assert contents(tmp_path / "run") == {}
-
-
-def test_what_is_rarely_meant_is_told(scenes, finished, tmp_path, caplog):
+def test_a_likely_mistake_is_a_warning(scenes, finished, tmp_path, caplog):
     """The second stage without a round, and responses of another length than the model has learned."""
     more = ["callbacks.self_correction=null", "trainer.max_steps=1", "data.response_length=48"]
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"

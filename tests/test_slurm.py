@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.preparation.scenes import Scenes
 from tests.slurm import Slurm, missing, until
-from tests.test_stop import ROOT, arguments, same_weights, scenes  # noqa: F401
+from tests.test_stop import ROOT, arguments, same_weights
 
 pytestmark = pytest.mark.slurm
 STEPS, EPOCH, DRAFTS = 40, 20, 64
@@ -165,7 +165,7 @@ def test_two_nodes_are_preempted_in_a_round_and_in_a_step_and_make_the_same_weig
         assert one["counts"]["drafted"] == DRAFTS and one["counts"]["written"]
 
 
-def test_a_job_that_is_preempted_as_it_starts_is_queued_again(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_job_that_is_preempted_as_it_starts_is_queued_again(slurm, scenes, tmp_path):
     job = submit(slurm, tmp_path, arguments(scenes, tmp_path / "run", conf="stage1,parallel/ddp"))
     slurm.wait(job, {"RUNNING"}, seconds=60)
     until(lambda: processes(tmp_path / "run"), seconds=60)  # which import for some seconds
@@ -174,7 +174,7 @@ def test_a_job_that_is_preempted_as_it_starts_is_queued_again(slurm, scenes, tmp
     assert "16 steps done" in log_of(tmp_path / "run")
 
 
-def test_a_process_that_dies_ends_the_job_and_the_same_command_continues(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_process_that_dies_ends_the_job_and_the_same_command_continues(slurm, scenes, tmp_path):
     run_dir = tmp_path / "run"
     argv = arguments(scenes, run_dir, "trainer.max_steps=400", "data.batch_size=2", conf="stage1,parallel/ddp")
     job = submit(slurm, tmp_path, argv)
@@ -204,7 +204,7 @@ def rank_of(number: int) -> str:
     return next((text.partition("=")[2] for text in variables if text.startswith("SLURM_PROCID=")), "")
 
 
-def test_the_time_limit_queues_the_job_again_and_it_goes_on(slurm, scenes, tmp_path):  # noqa: F811
+def test_the_time_limit_queues_the_job_again_and_it_goes_on(slurm, scenes, tmp_path):
     run_dir = tmp_path / "run"
     steps = [
         "trainer.max_steps=100000",
@@ -222,7 +222,7 @@ def test_the_time_limit_queues_the_job_again_and_it_goes_on(slurm, scenes, tmp_p
     assert 0 < step < len(steps) == len(set(steps)) and len(missing) <= 1 and steps == sorted(steps)
 
 
-def test_a_job_that_gets_nowhere_is_given_up(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_job_that_gets_nowhere_is_given_up(slurm, scenes, tmp_path):
     """It is stopped before its first step, whenever it starts."""
     early = "cluster.setup=[export MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=1, kill -USR1 $$]"
     job = submit(slurm, tmp_path, arguments(scenes, tmp_path / "run", ALONE, early))
@@ -232,7 +232,7 @@ def test_a_job_that_gets_nowhere_is_given_up(slurm, scenes, tmp_path):  # noqa: 
     assert stops(tmp_path / "run") == [0] * 5
 
 
-def test_an_array_trains_each_seed_in_a_folder_of_its_own(slurm, scenes, tmp_path):  # noqa: F811
+def test_an_array_trains_each_seed_in_a_folder_of_its_own(slurm, scenes, tmp_path):
     """One of them is stopped and queued again, and the other one is not."""
     steps = ["trainer.max_steps=400", "trainer.limit_val_batches=0", ALONE]
     job = submit(slurm, tmp_path, arguments(scenes, tmp_path / "run", *steps, "cluster.seeds=[3,5]"))
@@ -246,7 +246,7 @@ def test_an_array_trains_each_seed_in_a_folder_of_its_own(slurm, scenes, tmp_pat
     assert not same_weights(runs[3], runs[5])
 
 
-def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path):
     """Also while that is stopped and queued again; and for nothing when it fails. The folder's name is an odd one."""
     first, then, never = (tmp_path / "50% of mine" / name for name in ("first", "then", "never"))
     job = submit(slurm, tmp_path, arguments(scenes, first, "trainer.max_steps=200", ALONE))
@@ -266,7 +266,7 @@ def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path): 
     until(lambda: slurm.job(other)["JobState"] == "CANCELLED", seconds=60)
 
 
-def test_a_wrong_config_is_refused_and_nothing_is_queued(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_wrong_config_is_refused_and_nothing_is_queued(slurm, scenes, tmp_path):
     argv = arguments(scenes, tmp_path / "run", "objective.rate=often")
     done = subprocess.run(command(tmp_path, argv), cwd=ROOT, env=slurm.env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -275,7 +275,7 @@ def test_a_wrong_config_is_refused_and_nothing_is_queued(slurm, scenes, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_whose_job_is_queued_is_not_given_away(slurm, scenes, tmp_path):  # noqa: F811
+def test_a_folder_whose_job_is_queued_is_not_given_away(slurm, scenes, tmp_path):
     argv = arguments(scenes, tmp_path / "run", "cluster.extra=[--hold]")
     job = submit(slurm, tmp_path, argv)
     with pytest.raises(AssertionError, match=f"belongs to job {job}, which is not done"):

@@ -26,13 +26,6 @@ from src.train import main
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
-    return out
-
-
 def write_scenes(out: Path, *, vocab_size: int, response_length: int, num_train: int) -> None:
     Scenes(out=str(out), image_size=48, vocab_size=vocab_size,
         response_length=response_length, prompt="Describe.", num_train=num_train,
@@ -59,26 +52,15 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(second[name], tensor) for name, tensor in first.items())
 
 
-@pytest.fixture(scope="module")
-def finished(scenes, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    main(arguments(scenes, run_dir))
-    return run_dir
-
-
 def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
     assert [step for step, _ in logged(finished, "train/loss")] == [9]  # though the log takes every fiftieth
     assert json.loads((finished / "finished.json").read_text()) == {"steps": 10}
     assert {p.name for p in (finished / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert json.loads((finished / "model" / "config.json").read_text())["response_length"] == 40
     assert list((finished / "tensorboard").glob("events*"))
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)  # tensors and plain containers only
+    assert (state["global_step"], len(state["optimizer_states"])) == (10, 1)
     assert "target: src.objectives.revision.RevisionObjective" in (finished / "config.yaml").read_text()
-
-
-def test_checkpoints_hold_tensors_and_plain_containers_only(finished):
-    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 10
-    assert len(state["optimizer_states"]) == 1
 
 
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(scenes, finished, tmp_path):
@@ -130,8 +112,6 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
     ("change", "message"),
     [
         ("objective.rate=0.2", r"holds a run with other settings \(objective\)"),
-        ("trainer.max_steps=20", r"holds a run with other settings \(trainer.max_steps\)"),
-        ("trainer.precision=bf16-mixed", r"holds a run with other settings \(trainer.precision\)"),
         ("optim.warmup_steps=11", "optim.warmup_steps=11 is more than trainer.max_steps=10"),
         (
             "model.vision.image_size=96",
@@ -140,13 +120,17 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
         ("model.vision=null", r"have images \(data.image_size\), but the model has no vision path"),
         ("model.vision.patch_size=64", "image_size 48 is less than patch_size 64"),
         ("trainer.max_steps=abc", "trainer.max_steps: expected int, got 'abc'"),
-        ("trainer={max_stesp: 3}", "did you mean 'trainer.max_steps'"),
         ("trainer.accelerator=quantum", "quantum"),
         ("trainer.limit_val_batches=2.5", "2.5 for limit_val_batches"),
         ("trainer.max_steps=-1", "trainer.max_steps must be at least 1, got -1"),
-        ("callbacks.checkpoint.every_n_train_steps=0", "every_n_train_steps must be at least 1, got 0"),
-        ("objective.rats=0.2", "did you mean 'objective.rate'"),
-        ("objective.hallucination=sometimes", "'sometimes'"),
+        (
+            "model={target: src.models.hf.folder.from_pretrained, path: runs/no/../stage1/model}",
+            "model.path: there is no runs/stage1/model; train it first with `python -m src.train conf=stage1`, or set",
+        ),
+        (
+            "model={target: src.models.hf.folder.from_pretrained, path: /my/own/model}",
+            "model.path: there is no /my/own/model; set model.path",
+        ),
         ("data.path=/nowhere", "/nowhere"),
         ("tokenizer=/nowhere", "no tokenizer in /nowhere"),
     ],
@@ -180,8 +164,7 @@ def test_terms_without_positions_are_not_logged(tmp_path):
     main(arguments(data, tmp_path / "run", "trainer.max_steps=2"))
     names = ("mask", "clean", "hallucination")
     for stage in ("train", "val"):
-        found = {name: logged(tmp_path / "run", f"{stage}/{name}") for name in names}
-        assert [name for name in names if found[name]] == ["mask", "clean"]
+        assert [name for name in names if logged(tmp_path / "run", f"{stage}/{name}")] == ["mask", "clean"]
         total = sum(logged(tmp_path / "run", f"{stage}/{name}")[-1][1] for name in ("mask", "clean", "syntax"))
         assert logged(tmp_path / "run", f"{stage}/loss")[-1][1] == pytest.approx(total, rel=1e-5)
 
@@ -212,9 +195,8 @@ def refined(scenes, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "change",
-    ["drafts_per_round=9", "rounds=2", "tokens_per_step=[20]", "sampler.temperature=0.5", "at_start=false",
-     "expert={target: src.experts.reference.ReferenceExpert}"],
-)  # fmt: skip
+    ["drafts_per_round=9", "sampler.temperature=0.5", "expert={target: src.experts.reference.ReferenceExpert}"],
+)
 def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change):
     argv = arguments(scenes, refined, *STAGE_TWO, f"callbacks.self_correction.{change}", conf="stage2")
     name = re.split(r"[.=]", change)[0]
@@ -225,8 +207,7 @@ def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
     more = ["callbacks.self_correction.drafts_per_round=3000", "callbacks.self_correction.tokens_per_step=[20,40]"]
     more += ["callbacks.self_correction.rounds=2", "data.epoch_batches=5", "callbacks.self_correction.allow_empty=true"]
     main(arguments(scenes, tmp_path / "run", *more, conf="stage2"))
-    told = "callbacks.self_correction.drafts_per_round=3000 is more than the 48 training images"
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count("drafts_per_round=3000 is more than the 48 training images") == 1
     for number in (1, 2):
         counts = read_manifest(tmp_path / "run" / "rounds" / f"round-000{number}")["counts"]
         assert counts["drafted"] == 48
@@ -238,12 +219,10 @@ async def agrees(self, drafts):
         yield draft.key, nouns.Revision(())
 
 
-@pytest.mark.parametrize("start", ["true", "false"])
-def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeypatch, capsys, caplog, start):
-    """Before the first step and after five; nothing is drawn again by the command that goes on."""
+def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeypatch, capsys, caplog):
+    """Nothing is drawn again by the command that goes on."""
     monkeypatch.setattr("src.experts.scenes.ScenesExpert.revise", agrees)
     argv = arguments(scenes, tmp_path / "run", *STAGE_TWO, "data.epoch_batches=5", conf="stage2")
-    argv.append(f"callbacks.self_correction.at_start={start}")
     for _ in range(2):
         error = refusal(argv, capsys).splitlines()[-1]
         assert re.match(r"error: .*round-0001 has no corrected draft .* 8 revised, 8 right, .*allow_empty=true", error)
@@ -261,21 +240,6 @@ def refusal(argv: list[str], capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_a_key_in_a_layer_that_the_trainer_does_not_know(scenes, tmp_path, capsys):
-    layer = tmp_path / "mine.yaml"
-    layer.write_text("trainer: {max_step: 3}")
-    argv = arguments(scenes, tmp_path / "run")
-    error = refusal([f"{argv[0]},{layer}", *argv[1:]], capsys)
-    assert error == "error: trainer.max_step: lightning.Trainer has no argument 'max_step'; did you mean 'max_steps'?\n"
-
-
-def test_a_finished_run_without_its_checkpoints_still_knows_its_settings(scenes, finished, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    shutil.copytree(finished, run_dir)
-    shutil.rmtree(run_dir / "checkpoints")
-    assert "(seed)" in refusal([*arguments(scenes, run_dir), "seed=5"], capsys)
-
-
 def test_a_missing_shard_ends_in_one_clear_line(scenes, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
@@ -291,16 +255,6 @@ def test_out_of_memory_says_what_to_do(scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(RevisionObjective, "corrupt", corrupt)
     error = refusal(arguments(scenes, tmp_path / "run"), capsys).splitlines()[-1]
     assert re.match(r"error: out of memory at step 0 .*plan\.gpus=1 .* optim\.micro_batch", error)
-
-
-def test_a_bug_in_training_keeps_its_traceback(scenes, tmp_path, monkeypatch):
-    def broken(self, batch):
-        raise ValueError("shapes differ")
-
-    monkeypatch.setattr(RevisionObjective, "corrupt", broken)
-    with pytest.raises(ValueError, match="shapes differ") as caught:
-        main(arguments(scenes, tmp_path / "run"))
-    assert caught.type is ValueError  # no UserError, which would end in one line
 
 
 def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
@@ -333,19 +287,3 @@ def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(sce
     first = json.loads((tmp_path / "stage2" / "inputs.json").read_text())
     assert set(first) == {"model.path", "data.path"}
     main(argv)  # is not refused
-
-
-def test_checkpoints_are_written_beside_their_place(scenes, tmp_path, monkeypatch):
-    """No folder for temporary files is needed: it may be small, or on another disk."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    main(arguments(scenes, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=0"))
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
-
-
-def test_a_model_of_another_tokenizer_is_refused(scenes, finished, tmp_path, capsys):
-    data = tmp_path / "other"
-    write_scenes(data, vocab_size=200, response_length=60, num_train=8)
-    model = f"model={{target: src.models.hf.folder.from_pretrained, path: {finished}/model}}"
-    argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/run", f"tokenizer={data}/tokenizer"]
-    error = refusal([*argv, f"data.path={data}", "data.response_length=60", model], capsys)
-    assert f"the model in {finished}/model was trained with a different tokenizer than {data}/tokenizer" in error

@@ -16,9 +16,6 @@
 Mappings merge, lists replace, and a mapping whose `target:` changes is replaced as a whole. The lowest layer fixes
 the top-level keys. `???` marks a value that must be given.
 
-    load_config(argv, verb="src.train", needs=["trainer"]) -> DictConfig
-    -> `src.cli.instantiate`: check(config, offers=...), build(config.node, **offers)
-
 WARN: `${oc.env:NAME}` is resolved like any other interpolation, so its value is written to the saved config.
 For a secret, give a component the *name* of the variable and let it read the environment.
 """
@@ -36,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.cli.help import available, config_root
-from src.cli.instantiate import SCALARS, arguments, dotted, fits, hint, is_node, one_line, plain, walk
+from src.cli.instantiate import SCALARS, arguments, dotted, hint, is_node, one_line, plain, walk
 from src.io.errors import UserError
 from src.io.files import write_bytes
 
@@ -78,13 +75,15 @@ def load_config(
         tree = _compose([*names, *(_layer_name(key, value) for key, value in layers)], folder)
 
     # 3. All other settings, then interpolations.
-    mappings = [key for key in needs if isinstance(tree[key], dict)]
     for key, value in settings:
         if (key, value) not in layers:
             _set(tree, key, value)
-    if nulls := [key for key in mappings if tree[key] is None]:
-        raise UserError(f"{nulls[0]}: expected a mapping, got null")
-    resolved = _resolve(tree)
+    if missing := [name for name, value in walk(tree) if value == "???"]:
+        raise UserError(f"these keys must be given: {', '.join(missing)}")
+    try:
+        resolved = plain(OmegaConf.create(tree))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {one_line(error)}") from error
     if PRINT in argv:
         sys.stdout.write(OmegaConf.to_yaml(resolved))
         sys.exit()
@@ -93,10 +92,7 @@ def load_config(
 
 def load_part(key: str, name: str, *, root: str | Path = "conf") -> dict:
     """The resolved node under KEY in the layer ROOT/KEY/NAME.yaml, or in the .yaml file NAME."""
-    node = plain(load_config([f"conf={_layer_name(key, name)}"], verb=key, needs=[key], root=root))[key]
-    if not is_node(node):
-        raise UserError(f"{_layer_name(key, name)}: {key}: expected a mapping with `target:`, got {node!r}")
-    return node
+    return plain(load_config([f"conf={_layer_name(key, name)}"], verb=key, needs=[key], root=root))[key]
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
@@ -117,34 +113,17 @@ def _layer_name(key: str, name: str) -> str:
     return name if name.endswith(".yaml") else f"{key}/{name}"
 
 
-def _resolve(tree: dict) -> dict:
-    """The tree with its interpolations resolved. Raises UserError for a remaining `???`."""
-    if missing := [name for name, value in walk(tree) if value == "???"]:
-        raise UserError(f"these keys must be given: {', '.join(missing)}")
-    try:
-        resolved = plain(OmegaConf.create(tree))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {one_line(error)}") from error
-    if escaped := [name for name, value in walk(resolved) if isinstance(value, str) and "${" in value]:
-        raise UserError(f"{', '.join(escaped)}: an escaped '${{' would not survive the saved config")
-    return resolved
-
-
-# The command line
-
-
 def _parse(argv: Iterable[str], root: Path, texts: set[str]) -> tuple[list[str], list[tuple[str, Any]]]:
     """The names in `conf=` and the (dotted name, value) of every other argument."""
     names, settings = None, []
     for argument in argv:
         key, equals, text = argument.partition("=")
-        if not equals:
+        if not equals or not key:
             suggestion = f"; did you mean conf={argument}?" if (root / f"{argument}.yaml").is_file() else ""
             raise UserError(f"expected key=value, got {argument!r}{suggestion}")
-        if not all(key.removeprefix("+").split(".")):
-            raise UserError(f"expected key=value, got {argument!r}")
         if key != "conf":
-            settings.append((key, _text(key, text) if key in texts else _value(key, text)))
+            literal = None if text == "null" else text
+            settings.append((key, literal if key in texts else _value(key, text)))
         elif names is None:
             names = [name for name in text.split(",") if name]
         else:
@@ -164,19 +143,12 @@ def _value(key: str, text: str) -> Any:
         raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
 
-def _text(key: str, text: str) -> str | None:
-    """The value of a text key: literal, and None for `null`."""
-    if "${" in text:
-        raise UserError(f"{key}: '${{' stands for the value of a key, so a text must not contain it, got {text!r}")
-    return None if text == "null" else text
-
-
-# Layers
-
-
 def _compose(names: list[str], root: Path) -> dict:
     """The layers merged, lowest first. Raises UserError for a new top-level key or a value of another type."""
-    (lowest, schema), *upper = _layers(names, root)
+    layers: dict[Path, tuple[str, dict]] = {}
+    for name in names:
+        _add_layers(layers, name, root)
+    (lowest, schema), *upper = layers.values()
     tree = schema
     for name, layer in upper:
         if unknown := [str(key) for key in layer if key not in schema]:
@@ -188,41 +160,24 @@ def _compose(names: list[str], root: Path) -> dict:
     return tree
 
 
-def _layers(names: list[str], root: Path) -> list[tuple[str, dict]]:
-    """(name, content) of each file, once each, lowest first: the layers in `base:` come before their file."""
-    layers: dict[Path, tuple[str, dict]] = {}
-
-    def apply(name: str, *above: str) -> None:
-        if name in above:
-            raise UserError(f"`base:` is circular: {' -> '.join([*above[above.index(name) :], name])}")
-        path = (Path(name) if name.endswith(".yaml") else root / f"{name}.yaml").resolve()
-        if not path.is_file():
-            raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
-        tree = _read(path)
-        bases = tree.pop("base", [])
-        bases = [bases] if isinstance(bases, str) else bases
-        if not fits(bases, list[str]):
-            raise UserError(f"{path}: base: expected a list of names, got {bases!r}")
-        lowest = next(iter(layers.values()), ("", {}))[0]
-        if bases and lowest.endswith(".yaml"):  # a complete config, such as the saved one of a run
-            raise UserError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
-        for base in bases:
-            apply(base, *above, name)
-        layers[path] = (name, tree)  # a second time keeps the first place
-
-    for name in names:
-        apply(name)
-    return list(layers.values())
-
-
-def _read(path: Path) -> dict:
+def _add_layers(layers: dict[Path, tuple[str, dict]], name: str, root: Path) -> None:
+    """Add the (name, content) of a file under its path, after those of the layers in its `base:`."""
+    path = (Path(name) if name.endswith(".yaml") else root / f"{name}.yaml").resolve()
+    if not path.is_file():
+        raise UserError(f"no configuration {name!r}{hint(name, available(root))} (--help lists them)")
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping at the top, got a {type(tree).__name__}")
-    return tree
+    bases = tree.pop("base", [])
+    lowest = next(iter(layers.values()), ("", {}))[0]
+    if bases and lowest.endswith(".yaml"):  # a complete config, such as the saved one of a run
+        raise UserError(f"{name} brings a base, which would undo {lowest}; stack one without `base:`")
+    for base in [bases] if isinstance(bases, str) else bases:
+        _add_layers(layers, base, root)
+    layers[path] = (name, tree)  # a second time keeps the first place
 
 
 def _merge(lower: Any, upper: Any) -> Any:
@@ -237,35 +192,23 @@ def _mistyped(lower: Any, upper: Any, name: str = "") -> Iterator[str]:
     """Messages for values whose type differs from the one they replace. Nodes are left to `check`."""
     if is_node(upper) or _is_open(lower) or _is_open(upper):
         return
-    if isinstance(lower, dict) and isinstance(upper, dict):
-        for key in [] if is_node(lower) else lower.keys() & upper.keys():
+    if is_node(lower):
+        if not isinstance(upper, dict | str):  # a string may name a layer
+            yield f"{name}: expected a mapping with `target:` or null, got {upper!r}"
+    elif isinstance(lower, dict) and isinstance(upper, dict):
+        for key in lower.keys() & upper.keys():
             yield from _mistyped(lower[key], upper[key], dotted(name, key))
     elif isinstance(lower, list) and isinstance(upper, list):
         for index, item in enumerate(upper if lower else []):
             yield from _mistyped(lower[0], item, dotted(name, index))
-    elif type(upper) not in SCALARS.get(type(lower), ()) and not (is_node(lower) and isinstance(upper, str)):
-        yield f"{name}: expected {_expected(lower, upper, name)}"  # a string in place of a node may name a layer
-
-
-def _expected(lower: Any, upper: Any, name: str) -> str:
-    """What may replace a value, and what was given instead."""
-    if is_node(lower):
-        return f"a mapping with `target:` or null, got {upper!r}"
-    if isinstance(lower, dict):
-        return f"a mapping, got {upper!r}" + "".join(
-            f"; set a key of it, such as {name}.{key}=..." for key in [*lower][:1]
-        )
-    if isinstance(lower, list):
-        return f"a list, got {upper!r}" + ("" if isinstance(upper, dict) else f"; write [{upper}]")
-    return f"{type(lower).__name__}, got {upper!r}"
+    elif type(upper) not in SCALARS.get(type(lower), ()):
+        kind = {dict: "a mapping", list: "a list"}.get(type(lower), type(lower).__name__)
+        yield f"{name}: expected {kind}, got {upper!r}"
 
 
 def _is_open(value: Any) -> bool:
     """Whether a value leaves its type open: null, `???` or an interpolation."""
     return value is None or (isinstance(value, str) and (value == "???" or "${" in value))
-
-
-# Settings
 
 
 def _set(tree: dict, name: str, value: Any) -> None:
@@ -274,7 +217,7 @@ def _set(tree: dict, name: str, value: Any) -> None:
     A mapping is merged key by key, unless its `target:` changes. Raises UserError for an unknown key.
     """
     full = name.removeprefix("+")
-    parent = full.rpartition(".")[0]
+    parent, _, last = full.rpartition(".")
     values = dict(walk(tree))  # dotted name -> value
     if full not in values:
         while parent not in values:
@@ -294,7 +237,7 @@ def _set(tree: dict, name: str, value: Any) -> None:
     else:
         owner = values[parent]
         keys = range(len(owner)) if isinstance(owner, list) else owner
-        owner[next(key for key in keys if dotted(parent, key) == full)] = value
+        owner[next(key for key in keys if str(key) == last)] = value
 
 
 def _add(owner: Any, owner_name: str, name: str, value: Any, *, plus: bool, names: list[str]) -> None:

@@ -12,15 +12,12 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from src.cli.help import help_text
 from src.cli.signals import EXIT_BASE, Stop, Stopped
 from src.io.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers, which raise types of their own
 WORKER = "in DataLoader worker process"  # such an error holds the traceback, then type and message
 SYSTEM_ERRORS = {  # of the machine: disk full, quota, permissions, I/O error, too many open files; or of a path
@@ -55,24 +52,13 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             sys.stderr.write(f"\nstopped by {stopped}; the same command continues\n")
             sys.exit(EXIT_BASE + stopped.signal)
         except Exception as error:
-            message = _system_error(error)
-            if message is None:
+            rust = None if type(error).__module__ == "builtins" else RUST_ERROR.search(str(error))
+            code = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
+            if code not in SYSTEM_ERRORS:
                 raise
-            sys.stderr.write(f"\nerror: {message}; once that is fixed, the same command continues\n")
+            filename, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or os.strerror(code)
+            place = f"{filename}: " if filename else ""
+            sys.stderr.write(f"\nerror: {place}{reason}; once that is fixed, the same command continues\n")
             sys.exit(1)
 
     return guarded
-
-
-def _system_error(error: Exception) -> str | None:
-    """Path, reason and place in the code of a fault of the machine; None for any other error."""
-    rust = None if type(error).__module__ == "builtins" else RUST_ERROR.search(str(error))
-    code = int(rust[1]) if rust else error.errno if isinstance(error, OSError) else None
-    if code not in SYSTEM_ERRORS:
-        return None
-    path = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f"{ROOT}/")]
-    own = [frame for frame in own if "site-packages" not in frame.filename]
-    place = f" ({Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno})" if own else ""
-    reason = error.strerror if isinstance(error, OSError) else None
-    return f"{path}{reason or os.strerror(code)}{place}"

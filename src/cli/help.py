@@ -1,13 +1,12 @@
 """Text of --help: a verb's docstring, the arguments, and the configurations that fit it, one line each.
 
-    help_text("src.train", doc)
-
 `src/__init__.py` prints it before a verb's own imports run, as torch takes seconds to import.
 """
 
 from __future__ import annotations
 
 import ast
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -23,7 +22,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "src.revise": ("drafts", "expert"),
     "src.export": ("format", "like"),
 }
-WIDTH = 30  # columns for the name of a configuration
+NAME = 30  # columns for the name of a configuration
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 USAGE = """\
 arguments: conf=NAME[,NAME...] [key=value ...] [+key=value ...] [--print]
@@ -35,9 +34,9 @@ def help_text(verb: str, doc: str | None, root: str | Path = "conf") -> str:
     """The full text. verb: such as `src.train`; one that is not in NEEDS lists every configuration."""
     folder = config_root(root)
     alone, layers = fitting(verb, folder)
-    lines = ["configurations:", *(_line(folder, name) for name in alone)]
+    lines = ["configurations:", *(_entry(folder, name) for name in alone)]
     if layers:
-        lines += ["layers on top of one of these, as in conf=A,B:", *(_line(folder, name) for name in layers)]
+        lines += ["layers on top of one of these, as in conf=A,B:", *(_entry(folder, name) for name in layers)]
     return f"{(doc or '').strip()}\n\n{USAGE}" + "\n".join(lines) + "\n"
 
 
@@ -49,16 +48,19 @@ def docstring(verb: str) -> str | None:
 
 def fitting(verb: str, root: Path) -> tuple[list[str], list[str]]:
     """Names of the complete configurations for a verb, and of the layers that fit on top of one of them."""
-    trees = {name: _read(root, name) for name in available(root)}
+    trees = {}
+    for name in available(root):
+        with (root / f"{name}.yaml").open(encoding="utf-8") as file:
+            trees[name] = yaml.load(file, Loader=LOADER) or {}
     if verb not in NEEDS:
         return list(trees), []
-    lowest_trees = {}  # of each: its lowest layer, the first of its `base:`, followed down
-    for name in trees:
-        lowest = name
-        for _ in trees:  # not `while`, as bases may be circular
-            bases = trees.get(lowest, {}).get("base") or [lowest]
-            lowest = bases if isinstance(bases, str) else bases[0]
-        lowest_trees[name] = trees.get(lowest, {})
+
+    def lowest(tree: dict) -> dict:
+        """The lowest layer that a file stands on: the first of its `base:`, followed down."""
+        bases = tree.get("base")
+        return lowest(trees.get(bases if isinstance(bases, str) else bases[0], {})) if bases else tree
+
+    lowest_trees = {name: lowest(tree) for name, tree in trees.items()}
     alone = [name for name, tree in lowest_trees.items() if tree.keys() >= set(NEEDS[verb])]
     complete = [name for name, tree in lowest_trees.items() if any(tree.keys() >= set(n) for n in NEEDS.values())]
 
@@ -81,17 +83,9 @@ def config_root(root: str | Path) -> Path:
     return Path(root) if Path(root).is_dir() else Path(__file__).resolve().parents[2] / root
 
 
-def _read(root: Path, name: str) -> dict:
-    """The content of a yaml file; empty if it cannot be read, as loading it reports the error in full."""
-    try:
-        tree = yaml.load((root / f"{name}.yaml").read_text(encoding="utf-8"), Loader=LOADER)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def _line(root: Path, name: str) -> str:
-    """A name and the first comment line of its file, cut to 120 columns."""
-    first = (root / f"{name}.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+def _entry(root: Path, name: str) -> str:
+    """A name and the first comment line of its file, wrapped to 120 columns."""
+    first = (root / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     about = first.removeprefix("#").strip() if first.startswith("#") else ""
-    return f"    {name:<{WIDTH}} {about}"[:120].rstrip()
+    indent = " " * (NAME + 5)
+    return textwrap.fill(f"    {name:<{NAME}} {about}", 120, subsequent_indent=indent, break_on_hyphens=False)

@@ -38,18 +38,19 @@ def check(cfg: DictConfig | ListConfig | dict, *, offers: Iterable[str] = (), se
     tree: Any = plain(cfg)
     for section in sections:
         nodes(tree[section], section)
-    names, config_nodes = set(offers), [(name, value) for name, value in walk(tree) if is_node(value)]
-    problems = [(dotted(name, key), text) for name, node in config_nodes for key, text in _problems(node, names)]
+    names = set(offers)
+    problems = []
+    for name, value in walk(tree):
+        if is_node(value):
+            problems += [(dotted(name, key), text) for key, text in _problems(value, names)]
     if problems:
         raise UserError("\n  ".join(f"{place}: {text}" if place else text for place, text in problems))
 
 
 def build(node: Any, /, **offers: Any) -> Any:
-    """Construct the component that a node describes, its nested nodes first.
+    """Construct the component that a node describes, its nested nodes first; it gets plain lists and dicts.
 
     offers: arguments for every target whose signature names them (not `**kwargs`) and whose node does not set them
-
-    Components get plain lists and dicts.
     """
     tree = plain(node)
     if not is_node(tree):
@@ -59,16 +60,14 @@ def build(node: Any, /, **offers: Any) -> Any:
 
 
 def nodes(section: Any, name: str) -> dict[str, dict]:
-    """The nodes of a mapping by key, without null entries. Raises UserError for anything else.
-
-    name: dotted name of the mapping in the config
-    """
+    """The nodes of a mapping by key, without null entries. name: of the mapping in the config, for errors"""
     tree = plain(section)
     if not isinstance(tree, dict):
         raise UserError(f"{name}: expected a mapping, got {tree!r}")
     entries = {str(key): node for key, node in tree.items() if node is not None}
-    if invalid := next((key for key, node in entries.items() if not is_node(node)), None):
-        raise UserError(f"{dotted(name, invalid)}: expected a mapping with `target:` or null, got {entries[invalid]!r}")
+    for key, node in entries.items():
+        if not is_node(node):
+            raise UserError(f"{dotted(name, key)}: expected a mapping with `target:` or null, got {node!r}")
     return entries
 
 
@@ -86,7 +85,6 @@ def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def dotted(*parts: Any) -> str:
-    """A dotted name in the config from its parts."""
     return ".".join(str(part) for part in parts if part != "")
 
 
@@ -94,11 +92,11 @@ def hint(name: str, known: Iterable[str]) -> str:
     """Text suggesting the nearest known name, also by its last part (`lr`: `optimizer.lr`), or "" if there is none."""
     known, tail = list(known), name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, known, 5)
-    matches = [full for full in (*close, *known) if full.rsplit(".", 1)[-1] == tail and not tail.isdigit()]
-    matches = matches or close
-    if not matches:
-        last = {full.rsplit(".", 1)[-1]: full for full in reversed(known)}
-        matches = [last[end] for end in difflib.get_close_matches(tail, last, 1)]
+    by_tail = {full.rsplit(".", 1)[-1]: full for full in reversed([*close, *known])}
+    if tail in by_tail and not tail.isdigit():
+        matches = [by_tail[tail]]
+    else:
+        matches = close or [by_tail[end] for end in difflib.get_close_matches(tail, by_tail, 1)]
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -113,7 +111,7 @@ def plain(tree: Any) -> Any:
 
 
 def is_node(value: Any) -> bool:
-    """Whether a value describes a component: a mapping with `target:`."""
+    """Whether a value describes a component."""
     return isinstance(value, dict) and "target" in value
 
 
@@ -140,7 +138,7 @@ def _build(value: Any, offers: dict, name: str = "") -> Any:
 
 
 def _locate(target: Any) -> Callable:
-    """Import a `target:`: a class, a function, or a method such as `src.text.tokenizer.Codec.load`."""
+    """Import a class, a function, or a method such as `src.text.tokenizer.Codec.load`."""
     parts = str(target).split(".")
     if parts[0] not in PACKAGES:
         raise UserError(f"{target!r} is not in the packages {', '.join(PACKAGES)}")
@@ -153,7 +151,7 @@ def _locate(target: Any) -> Callable:
         if component is None:
             names = [*dir(owner), *(m.name for m in pkgutil.iter_modules(getattr(owner, "__path__", [])))]
             raise UserError(f"{path} has no {part!r}{hint(part, names)}")
-    if inspect.ismodule(component) or not callable(component):
+    if not callable(component):
         raise UserError(f"{target} is not a class or function")
     module = getattr(component, "__module__", None) or parts[0]
     if module.split(".")[0] not in PACKAGES:

@@ -4,11 +4,8 @@
         stop.deferred = True        from now on it only sets `stop.received`
         with stop.at_once(): ...    inside this block it raises again
 
-A second SIGTERM or Ctrl-C ends the process at once.
-
-    with Stop(RUN / "STOP"): ...    creating this file has the effect of SIGUSR1
-
-A batch job uses the file to stop all processes on all nodes: signals reach them one by one, and reach data workers too.
+A second SIGTERM or Ctrl-C ends the process at once. With `Stop(RUN / "STOP")`, creating this file has the effect of
+SIGUSR1: a batch job stops all processes on all nodes by it, as signals reach them one by one, and data workers too.
 """
 
 from __future__ import annotations
@@ -41,9 +38,9 @@ class Stop:
     received: the signal, None before one arrives; deferred: signals wait for `check` instead of raising
     """
 
-    def __init__(self, file: Path | None = None, *, deferred: bool = False) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         self.received: signal.Signals | None = None
-        self.deferred = deferred
+        self.deferred = False
         self.file = file
         self._previous_handlers: dict[signal.Signals, Any] = {}  # empty outside of the block
 

@@ -3,10 +3,6 @@
 RUN/checkpoints/epoch=E-step=S.ckpt           a file: the zip archive of `torch.save`
 RUN/checkpoints/epoch=E-step=S.ckpt/          a folder: __RANK_N.distcp and .metadata (torch.distributed.checkpoint),
                                               meta.pt (loops, callbacks, ...), files.json (sizes and checksums)
-
-    publish_folder(temporary, path, files)    the last step of writing a folder
-    is_intact(path)                           whether all checksums match
-    read_full(path)                           content of a file or a folder, as from one process
 """
 
 from __future__ import annotations
@@ -91,19 +87,15 @@ def read_full(path: Path) -> dict[str, Any]:
     gather(None)  # barrier: all ranks have it open
     if rank() == 0:
         joined.unlink()
-    optimizers = [_by_number(content[name]) for name in sorted(content) if name.startswith("optimizer_")]
+    optimizers = []  # with parameter numbers instead of names, as a single process has them
+    for state in (content[name] for name in sorted(content) if name.startswith("optimizer_")):
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        numbers = {name: number for number, name in enumerate(names)}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+        states = {numbers[name]: values for name, values in state["state"].items()}
+        optimizers.append({"state": states, "param_groups": groups})
     meta = torch.load(path / META, map_location="cpu", weights_only=True)
     return {**meta, "state_dict": content["state_dict"], "optimizer_states": optimizers}
-
-
-def _by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer state keyed by parameter number instead of name, as a single process has it."""
-    groups, numbers = [], {}
-    for group in state["param_groups"]:
-        for name in group["params"]:
-            numbers[name] = len(numbers)
-        groups.append({**group, "params": [numbers[name] for name in group["params"]]})
-    return {"state": {numbers[name]: values for name, values in state["state"].items()}, "param_groups": groups}
 
 
 def _size_and_checksum(file: Path) -> dict[str, int]:

@@ -32,12 +32,10 @@ BUCKET = 1 << 26  # bytes of gradients in an all-reduce
 
 
 def rank() -> int:
-    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -71,7 +69,14 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in with_gradient:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([parameter.grad for parameter in with_gradient if parameter.grad is not None]):
+    buckets: list[list[Tensor]] = []  # of one dtype and up to BUCKET bytes: few large messages are faster
+    for gradient in [parameter.grad for parameter in with_gradient if parameter.grad is not None]:
+        last = buckets[-1] if buckets else []
+        if last and gradient.dtype == last[0].dtype and sum(g.nbytes for g in last) + gradient.nbytes <= BUCKET:
+            last.append(gradient)
+        else:
+            buckets.append([gradient])
+    for bucket in buckets:
         if len(bucket) == 1:
             dist.all_reduce(bucket[0])
             bucket[0] /= world_size()
@@ -79,18 +84,6 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         mean = all_reduce_sum(torch.cat([gradient.flatten() for gradient in bucket])) / world_size()
         for gradient, values in zip(bucket, mean.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(values.view_as(gradient))
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of one dtype, up to BUCKET bytes in total: few large messages are faster than many small."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -105,9 +98,7 @@ class RemoteRankError(RuntimeError):
 class Team:
     """A process group of all ranks for long waits, such as for an expert; separate from the training group.
 
-    All ranks must construct it at the same point, and call the same methods in the same order.
-
-    hours: timeout of a collective call
+    All ranks must construct it at the same point, and call the same methods in the same order. hours: timeout of a call
     """
 
     def __init__(self, *, hours: float = 24.0) -> None:
@@ -118,11 +109,9 @@ class Team:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order; any picklable object."""
         return gather(value, group=self._group)
 
     def broadcast(self, value: Any) -> Any:

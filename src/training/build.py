@@ -1,10 +1,7 @@
-"""Build the components of a training run from its config.
+"""Build the components of a training run from its config, checked against each other. Writes nothing.
 
-    codec = load_codec(cfg)
-    data, objective, trainer = assemble(cfg, codec, ...)      checked against each other
-    rehearse(cfg)                                             the same checks without weights, trainer or devices
-
-Writes nothing.
+data, objective, trainer = assemble(cfg, load_codec(cfg), ...)
+rehearse(cfg)                       the same checks without weights, trainer or devices
 """
 
 from __future__ import annotations
@@ -28,9 +25,11 @@ from omegaconf import DictConfig
 
 from callbacks.self_correction import SelfCorrection
 from datamodules.captions import ShardData
+from src.cli.help import available, config_root
 from src.cli.instantiate import build, plain
 from src.cli.signals import Stop
 from src.io.errors import UserError
+from src.io.hub import hub_name
 from src.models.hf.folder import Deferred
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
@@ -51,8 +50,6 @@ def assemble(
     L.seed_everything(cfg.seed, verbose=False)
     offers = component_args(cfg, codec, stop)
     trainer = _trainer(cfg, **offers)
-    if is_rank0 and cfg.optim.get("sharding") and not isinstance(trainer.strategy, FSDP2):
-        log.warning("optim.sharding has no effect without parallel/fsdp2")
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
@@ -61,7 +58,14 @@ def assemble(
     if isinstance(data, ShardData):
         data.index("train")  # raises for damaged data before `resume=false` replaces anything
     if is_rank0:
-        _warn(cfg, objective)
+        if cfg.optim.get("sharding") and not isinstance(trainer.strategy, FSDP2):
+            log.warning("optim.sharding has no effect without parallel/fsdp2")
+        mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
+        if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
+            log.warning(
+                "the objective corrects drafts, but there are none: set data.rounds or callbacks.self_correction"
+            )
+        warn_if_length_differs(objective.backbone, cfg.data.response_length, name="data.response_length")
     return data, objective, trainer
 
 
@@ -83,7 +87,6 @@ def rehearse(cfg: DictConfig, *, world: int = 1) -> None:
 
 
 def load_codec(cfg: DictConfig) -> Codec:
-    """The tokenizer of a config, with the `gap` setting of the config."""
     return Codec.load(cfg.tokenizer).with_format(gap=cfg.get("gap"))
 
 
@@ -93,7 +96,17 @@ def component_args(cfg: DictConfig, codec: Codec, stop: Stop | None = None) -> d
 
 
 def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = True, **offers: Any) -> tuple[Any, Any]:
-    """Build the datamodule and the objective. With `images`, raises UserError if the two tile images differently."""
+    """Build the datamodule and the objective.
+
+    Raises UserError if the model to start from does not exist, and with `images` if the two tile images differently.
+    """
+    if cfg.model.target == STORED and not hub_name(cfg.model.path):
+        path = Path(os.path.normpath(cfg.model.path))  # resolves `run_dir/../stage1/model` before run_dir exists
+        if not path.exists():
+            run = path.parent.name
+            known = run in available(config_root("conf"))
+            first = f"train it first with `python -m src.train conf={run}`, or " if known else ""
+            raise UserError(f"model.path: there is no {path}; {first}set model.path")
     data = build(cfg.data, **offers)
     setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
     objective = build(cfg.objective, setup=setup, **offers)
@@ -113,26 +126,16 @@ def build_on_meta(node: DictConfig, codec: Codec) -> Any:
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Raise UserError for settings with which the trainer cannot train: seed, precision, limits on steps, processes."""
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed must be at least 0 and less than 2**32, got {cfg.seed}")
+    """Raise UserError for settings with which training would go wrong silently, or after a while."""
     if cfg.trainer.get("precision") == "16-mixed":
         raise UserError("trainer.precision=16-mixed needs loss scaling, which is not supported; use bf16-mixed")
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
-    if cfg.optim.get("warmup_steps", 0) > cfg.trainer.max_steps:
-        raise UserError(
-            f"optim.warmup_steps={cfg.optim.warmup_steps} is more than trainer.max_steps={cfg.trainer.max_steps}"
-        )
-    for name in ("val_check_interval", "check_val_every_n_epoch"):
-        if cfg.trainer.get(name) == 0:
-            raise UserError(f"trainer.{name} must be at least 1, or null, got 0")
+    if (warmup := cfg.optim.get("warmup_steps", 0)) > cfg.trainer.max_steps:
+        raise UserError(f"optim.warmup_steps={warmup} is more than trainer.max_steps={cfg.trainer.max_steps}")
     devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
-    if (
-        TorchElasticEnvironment.detect()
-        and type(devices) is int
-        and devices * nodes != (started := int(os.environ["WORLD_SIZE"]))
-    ):  # each would train alone, in the same folder
+    started = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else None
+    if started and type(devices) is int and devices * nodes != started:  # each would train alone, in the same folder
         raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
@@ -153,21 +156,7 @@ def silence_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _warn(cfg: DictConfig, objective: Any) -> None:
-    """Warn of settings that are allowed but rarely intended."""
-    mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
-    if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
-        log.warning("the objective corrects drafts, but there are none: set data.rounds or callbacks.self_correction")
-    begin = getattr(objective, "begin", 0)
-    if isinstance(begin, int) and 0 < cfg.trainer.max_steps <= begin:
-        log.warning(
-            "objective.begin=%d, but the run has %d steps: it never corrects drafts", begin, cfg.trainer.max_steps
-        )
-    warn_if_length_differs(objective.backbone, cfg.data.response_length, name="data.response_length")
-
-
 def _trainer(cfg: DictConfig, *, run_dir: Path, **offers: Any) -> L.Trainer:
-    """The trainer with the callbacks of the config."""
     node = plain(cfg.trainer)
     node["log_every_n_steps"] = min(node["log_every_n_steps"], node["max_steps"])  # a short run logs once
     callbacks = _callbacks(cfg, run_dir=run_dir, **offers)

@@ -79,8 +79,14 @@ def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
     if strategy.launcher is not None:  # neither srun nor torchrun has started the ranks
         os.environ[PARENT] = str(os.getpid())
         strategy.launcher.launch(lambda: None)  # `fit` then starts no more processes
+
+    def exit_unconnected() -> None:
+        address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = "rank 0 has failed, or another program uses the port"
+        _fail(f"no process of this run answers at {address}, port {port}: {reason}")
+
     # torch may wait forever on a port that belongs to another program
-    guard = Timer(strategy.timeout.total_seconds() + MARGIN, _exit_unconnected)
+    guard = Timer(strategy.timeout.total_seconds() + MARGIN, exit_unconnected)
     guard.daemon = True
     guard.start()
     strategy.join()
@@ -91,15 +97,6 @@ def rendezvous(trainer: L.Trainer, value: Any, *, run: str) -> Any:
     if run_of_rank0 != run:
         raise UserError("connected to the processes of another run: two runs use the same MASTER_ADDR and MASTER_PORT")
     return value_of_rank0
-
-
-def _exit_unconnected() -> None:
-    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    sys.stderr.write(
-        f"\nrank {_rank()}: error: no process of this run answers at {address}, port {port}: rank 0 has failed, or "
-        "another program uses the port\n"
-    )
-    exit_now(1)
 
 
 @contextmanager
@@ -130,18 +127,15 @@ def report_lost_ranks() -> Iterator[None]:
         sys.stderr.write(f"rank {number}: error: {error}\n")
         sys.exit(2)
     except RemoteRankError as error:
-        sys.stderr.write(f"\nrank {_rank()}: error: {error}\n")
-        exit_now(1)
+        _fail(str(error))
     except RuntimeError as error:  # every error of torch.distributed is one
         if not dist.is_initialized() and not isinstance(error, dist.DistError):
             raise
         traceback.print_exc()
-        sys.stderr.write(
-            f"\nrank {_rank()}: error: {' '.join(str(error).split())[:300]}\nIf this is about a connection, another "
-            "process of this run has ended or does not answer; see its own error. The same command continues from the "
-            "newest checkpoint\n"
+        _fail(
+            f"{' '.join(str(error).split())[:300]}\nIf this is about a connection, another process of this run has "
+            "ended or does not answer; see its own error. The same command continues from the newest checkpoint"
         )
-        exit_now(1)
 
 
 def exit_stopped(trainer: L.Trainer, number: signal.Signals, run_dir: Path) -> None:
@@ -160,13 +154,18 @@ def exit_stopped(trainer: L.Trainer, number: signal.Signals, run_dir: Path) -> N
     (run_dir / REQUEUE).touch()
 
 
-def _rank() -> int:
-    """This process's rank; from the launcher's environment before the process group exists."""
-    return rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-
-
 def exit_now(code: int) -> NoReturn:
     """Exit without joining threads, which may be waiting for other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"\nrank {_rank()}: error: {message}\n")
+    exit_now(1)
+
+
+def _rank() -> int:
+    """This process's rank; from the launcher's environment before the process group exists."""
+    return rank() or int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))

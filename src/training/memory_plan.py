@@ -1,7 +1,4 @@
-"""Plan the GPU memory of a training step, without weights, data or a GPU.
-
-    python -m src.train conf=stage1 plan.gpus=8
-    measure(objective, batch, gpus=8, precision="bf16-mixed")
+"""Plan the GPU memory of a training step, without weights, data or a GPU: src.train conf=stage1 plan.gpus=8
 
     objective and batch -> its own losses, backward pass and optimizer step on fake tensors (`Shapes`)
       -> every storage from its allocation until it is freed (`Live`) -> peak memory of each phase
@@ -15,7 +12,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from datamodules.shards import Sample
-from src.cli.instantiate import plain
+from src.cli.instantiate import fits, plain
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.io.images import MAX_PIXELS
 from src.objectives.base import Objective
 from src.training.build import build_on_meta, component_args, data_and_objective, load_codec, silence_lightning
 from src.types import Batch, Corrupted
@@ -65,8 +61,8 @@ class Shapes(TorchDispatchMode):
     """Replaces floating-point tensors by fake ones, with a shape and a dtype but no data, as they are created.
 
     Integers and masks stay real, as control flow depends on them: image positions, loss positions, shapes. Code that
-    reads the value of a fake tensor (`.item()`, `if x > 0`, positions of a computed mask) raises
-    `DataDependentOutputException` or `DynamicOutputShapeException`. active: whether new tensors lose their data
+    reads the value of a fake tensor raises `DataDependentOutputException` or `DynamicOutputShapeException`.
+    active: whether new tensors lose their data
     """
 
     def __init__(self) -> None:
@@ -76,13 +72,12 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not inputs:
-            return tree_map_only(Tensor, self._without_data, func(*args, **(kwargs or {})))
+            out = func(*args, **(kwargs or {}))
+            fake = self.fake.from_tensor
+            return tree_map_only(Tensor, lambda t: fake(t) if self.active and t.is_floating_point() else t, out)
         if any(isinstance(tensor, FakeTensor) for tensor in inputs):
             args = [self._positions(arg) if isinstance(arg, list | tuple) else arg for arg in args]
         return func(*args, **(kwargs or {}))
-
-    def _without_data(self, tensor: Tensor) -> Tensor:
-        return self.fake.from_tensor(tensor) if self.active and tensor.is_floating_point() else tensor
 
     def _positions(self, indices: list | tuple) -> list:
         """Indices of a fake tensor, with real masks replaced by positions: the shape of the result must be known."""
@@ -115,7 +110,6 @@ class Live(TorchDispatchMode):
         return out
 
     def enter(self, phase: str, label: str) -> None:
-        """Begin a phase, with a label for its new storages."""
         self.phase, self.label = phase, label
         self._update_peak()
 
@@ -141,11 +135,9 @@ class Live(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each GPU.
+    """Bytes on each GPU: `phases` is {phase: {row: bytes}} at the peak of each phase.
 
-    phases: {phase: {row: bytes}} at the peak of each phase
-    parameters, trained: number of parameters of the whole model, and of those that are trained
-    prefix: tokens of the prefix
+    parameters, trained: number of parameters of the whole model, and of those that are trained; prefix: its tokens
     """
 
     parameters: int
@@ -161,11 +153,9 @@ class Plan:
         return sum(self.phases[phase].values())
 
     def format(self, size: int) -> str:
-        """Bytes as text, in the same unit for the whole plan."""
         return f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
 
     def table(self) -> str:
-        """One line per row that is not empty, one column per phase, and the sums."""
         rows = {row: [self.phases[phase][row] for phase in PHASES] for row in ROWS}
         rows = {row: sizes for row, sizes in rows.items() if any(sizes)}
         rows["sum"] = [self.total(phase) for phase in PHASES]
@@ -174,11 +164,7 @@ class Plan:
 
 
 def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str) -> Plan:
-    """Plan one step of `objective`, whose tensors lose their data, on `batch`, the rows of one GPU of `gpus`.
-
-    Raises UserError for an unknown precision, and if the control flow of the objective depends on values that it
-    computes.
-    """
+    """Plan one step of `objective`, whose tensors lose their data, on `batch`, the rows of one GPU of `gpus`."""
     if precision not in TYPES:
         raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
     dtype, lower = TYPES[precision]
@@ -207,8 +193,14 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str) ->
     phases = {phase: Counter(live.peaks[phase]) for phase in PHASES}
     for phase, peak in phases.items():
         peak.update({row: n for row, n in shares.items() if row != GRADIENTS or accumulated or phase == "optimizer"})
-    if gpus > 1:
-        _add_gathered_blocks(phases, objective)
+    if gpus > 1:  # the two largest blocks, one in use and one prefetched, and the largest block's unsharded gradients
+        weights, gradients = Counter(), Counter()
+        for name, parameter in objective.named_parameters():
+            block = match[1] if (match := BLOCK.match(name)) else name.rpartition(".")[0]
+            weights[block] += parameter.nbytes
+            gradients[block] += parameter.nbytes * parameter.requires_grad
+        phases["forward"][GATHERED] = phases["backward"][GATHERED] = sum(sorted(weights.values())[-2:])
+        phases["backward"][REDUCED] = max(gradients.values())
     sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     return Plan(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), prefix_tokens, phases)
 
@@ -287,53 +279,28 @@ def _run_passes(
     return prefix_tokens
 
 
-def _add_gathered_blocks(phases: dict[str, Counter[str]], objective: nn.Module) -> None:
-    """Add the two largest blocks, one in use and one prefetched, and the largest block's unsharded gradients."""
-    weights, gradients = Counter(), Counter()
-    for name, parameter in objective.named_parameters():
-        block = match[1] if (match := BLOCK.match(name)) else name.rpartition(".")[0]
-        weights[block] += parameter.nbytes
-        gradients[block] += parameter.nbytes * parameter.requires_grad
-    phases["forward"][GATHERED] = phases["backward"][GATHERED] = sum(sorted(weights.values())[-2:])
-    phases["backward"][REDUCED] = max(gradients.values())
-
-
 def plan(cfg: DictConfig, *, gpus: int) -> str:
     """Table of the memory of a step on each of `gpus` GPUs that share the model. Reads no weights or data."""
     if type(gpus) is not int or gpus < 1:
         raise UserError(f"plan.gpus: a plan is for at least 1 GPU, got {gpus!r}; plan.gpus=null trains")
+    size = plain(cfg.plan.image)
+    if size is not None and not (fits(size, tuple[int, int]) and min(size) > 0):
+        raise UserError(f"plan.image: expected [width, height] in pixels, or null, got {size}")
     silence_lightning()
     codec = load_codec(cfg)
     data, objective = data_and_objective(
-        cfg, partial(build_on_meta, cfg.model, codec), images=cfg.plan.image is not None, **component_args(cfg, codec)
+        cfg, partial(build_on_meta, cfg.model, codec), images=size is not None, **component_args(cfg, codec)
     )
+    # one row more than a micro-batch tells whether gradients are accumulated
     micro = objective.optim.micro_batch or cfg.data.batch_size
-    batch = _black_batch(cfg, data.collate, rows=min(cfg.data.batch_size, micro + 1))
-    try:
-        planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
-    except KeyError as error:
-        error.add_note("a plan reads no data, so the objective cannot read more of a record than its captions")
-        raise
+    rows = min(cfg.data.batch_size, micro + 1)
+    image = size and Image.new("RGB", tuple(size))
+    record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
+    batch = data.collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
+    planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
     return (
-        f"{cfg.name}: {cfg.data.batch_size} rows on each of {gpus} GPUs, {min(micro, len(batch))} at a time; "
+        f"{cfg.name}: {cfg.data.batch_size} rows on each of {gpus} GPUs, {min(micro, rows)} at a time; "
         f"{objective.optim.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
         f"{cfg.trainer.precision}\n{planned.parameters:,} parameters, {planned.trained:,} of them trained\n\n"
         f"{planned.table()}\nat most {planned.format(planned.peak)} on each GPU; docs/memory.md says what it omits\n"
     )
-
-
-def _black_batch(cfg: DictConfig, collate: Callable, *, rows: int) -> Batch:
-    """A batch of black images of size `plan.image`, collated like the data."""
-    size, prompt = plain(cfg.plan.image), cfg.plan.prompt
-    if not isinstance(prompt, str):
-        raise UserError(f"plan.prompt: expected a text, got {prompt!r}")
-    match size:
-        case None:
-            image = None
-        case [int(width), int(height)] if min(size) > 0 and width * height <= MAX_PIXELS:
-            image: Any = Image.new("RGB", (width, height))
-        case _:
-            limit = f"numbers of pixels, at most {MAX_PIXELS:,} in all"
-            raise UserError(f"plan.image: expected [width, height] or null, got {size} ({limit})")
-    record = {"prompt": prompt, "captions": [{"text": ""}]}
-    return collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]

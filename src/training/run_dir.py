@@ -74,10 +74,15 @@ def check_folder(cfg: DictConfig, run_dir: Path) -> None:
     old = read_config(run_dir)
     if cfg.resume and old.get("format") != FORMAT:
         raise UserError(f"{run_dir} holds a run of format {old.get('format', 1)}, not {FORMAT}; {REMEDY}")
-    if not cfg.resume:
-        _check_outside(cfg, run_dir)
-    elif (run_dir / FINISHED).exists() or checkpoints(run_dir):
+    if cfg.resume and ((run_dir / FINISHED).exists() or checkpoints(run_dir)):
         _check_same(cfg, run_dir, old)
+    if not cfg.resume:
+        names = [(key, OmegaConf.select(cfg, key)) for key in ("model.path", "data.path", "tokenizer")]
+        names += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
+        own = [(run_dir / name).resolve() for name in OWN]
+        for key, path in names:
+            if isinstance(path, str) and path and any(Path(path).resolve().is_relative_to(folder) for folder in own):
+                raise UserError(f"{key}={path} is in {run_dir}, which resume=false would remove: copy it first")
 
 
 def begin(cfg: DictConfig, run_dir: Path) -> None:
@@ -152,16 +157,6 @@ def _fixed_settings(cfg: DictConfig) -> dict[str, Any]:
         if isinstance(node := OmegaConf.select(settings, parent), DictConfig):
             node.pop(name, None)
     return {key: plain(OmegaConf.select(settings, key)) for key in FIXED}
-
-
-def _check_outside(cfg: DictConfig, run_dir: Path) -> None:
-    """Raise UserError if `resume=false` would remove inputs of the run."""
-    inputs = [(key, OmegaConf.select(cfg, key)) for key in ("model.path", "data.path", "tokenizer")]
-    inputs += [("data.rounds", path) for path in OmegaConf.select(cfg, "data.rounds") or ()]
-    own = [(run_dir / name).resolve() for name in OWN]
-    for key, path in inputs:
-        if isinstance(path, str) and path and any(Path(path).resolve().is_relative_to(folder) for folder in own):
-            raise UserError(f"{key}={path} is in {run_dir}, which resume=false would remove: copy it elsewhere first")
 
 
 def read_config(run_dir: Path) -> DictConfig:

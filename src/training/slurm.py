@@ -8,7 +8,6 @@ src/submit.py describes what the job does at its time limit and when it is preem
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import subprocess
@@ -26,16 +25,11 @@ from src.io.lock import locked
 from src.training.run_dir import begin
 
 CODE = ("src", "callbacks", "datamodules", "conf")
-TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
-EARLY = 60  # seconds by which Slurm may send a signal early (sbatch(1), --signal)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Resources that a job requests from Slurm; conf/cluster/example.yaml documents each field.
-
-    Raises UserError for values with which the job could not stop in time. Slurm refuses other wrong values.
-    """
+    """Resources that a job requests from Slurm; conf/cluster/example.yaml documents each field."""
 
     nodes: int
     gpus_per_node: int
@@ -49,15 +43,6 @@ class Cluster:
     seeds: Sequence[int] = ()
     extra: Sequence[str] = ()
     setup: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.stop_before < seconds(self.time) - EARLY:
-            raise UserError(
-                f"time={self.time} must be more than stop_before={self.stop_before} s and the {EARLY} s by which "
-                "Slurm may be early, and stop_before at least 1"
-            )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds must differ, got {list(self.seeds)}")
 
     @property
     def tasks_per_node(self) -> int:
@@ -107,16 +92,13 @@ def submit(text: str, runs: Sequence[DictConfig], cluster: Cluster) -> str:
     """Write the run folders and call sbatch; returns a message for the user. Raises UserError if sbatch refuses."""
     if not shutil.which("sbatch"):
         raise UserError("no sbatch on this machine: submit from a login node of the cluster, or use dry=true")
-    if cluster.after and not _is_active(str(cluster.after)):
-        raise UserError(
-            f"cluster.after={cluster.after}: no such job is queued or running; leave it out if that is done"
-        )
     folders = [path_of(cfg, "run_dir") for cfg in runs]
     with ExitStack() as locks:
         for folder in folders:
             locks.enter_context(locked(folder / "job.id"))
             job = (folder / "job.id").read_text(encoding="utf-8").strip() if (folder / "job.id").exists() else ""
-            if job and _is_active(job):
+            command = ["squeue", "-h", "-j", job]  # it fails for a job that Slurm has forgotten
+            if job and subprocess.run(command, capture_output=True, check=False).stdout.strip():
                 raise UserError(f"{folder} belongs to job {job}, which is not done; `scancel {job}` ends it")
         array = [f"--array={','.join(str(cfg.seed) for cfg in runs)}"] if cluster.seeds else []
         if not all(cfg.resume for cfg in runs):  # what `begin` removes must not be lost to a wrong account
@@ -141,37 +123,17 @@ def keep_code(folder: Path) -> None:
             shutil.copytree(root / name, new / name, ignore=shutil.ignore_patterns("__pycache__"))
     version = "no commit: the code is not in a git repository\n"
     if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(root), "show", "--no-patch", "--format=commit %H", "HEAD"]
-        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        command = ["git", "-C", str(root), "diff", "HEAD", "--", *CODE]
-        version += subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        version = ""
+        for command in (["show", "--no-patch", "--format=commit %H", "HEAD"], ["diff", "HEAD", "--", *CODE]):
+            git = ["git", "-C", str(root), *command]
+            version += subprocess.run(git, capture_output=True, text=True, check=True).stdout
     (new / "VERSION").write_text(version, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
 
-def seconds(time: str) -> int:
-    """Seconds of a duration in Slurm's format: minutes, mm:ss, hh:mm:ss, d-hh, d-hh:mm or d-hh:mm:ss.
-
-    Raises UserError for any other format.
-    """
-    match = TIME.fullmatch(time)
-    if not match:
-        raise UserError(f"time must be written as d-hh:mm:ss, hh:mm:ss, mm:ss or minutes, got {time!r}")
-    days, *parts = match.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    units = [3600, 60, 1] if days or len(numbers) == 3 else [60, 1]
-    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
-
-
-def _is_active(job: str) -> bool:
-    """Whether a job is queued or running."""
-    result = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True, check=False)
-    return bool(result.stdout.strip())  # squeue fails for a job that Slurm has forgotten
-
-
 def _sbatch(*arguments: str, text: str | None = None) -> str:
-    """The output of sbatch. text: the script, if no argument names it. Raises UserError if sbatch refuses the job."""
+    """The output of sbatch. text: the script, if no argument names it"""
     result = subprocess.run(["sbatch", *arguments], input=text, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")

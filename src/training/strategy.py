@@ -1,10 +1,7 @@
 """Lightning strategies DDP and FSDP2, adapted; each has a config layer, as in `conf=stage1,parallel/fsdp2`.
 
-    trainer:
-      strategy: {target: src.training.strategy.FSDP2}      all ranks share one copy of the model
-      strategy: {target: src.training.strategy.DDP}        every rank has a copy
-
-`src.distributed.parallel.Sharding` (optim.sharding) sets what FSDP2 shards, and how.
+With DDP every rank has a copy of the model, with FSDP2 all ranks share one; `src.distributed.parallel.Sharding`
+(optim.sharding) sets what FSDP2 shards, and how.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ class DDP(DDPStrategy):
     """
 
     def __init__(self, *, timeout_minutes: float = 30.0) -> None:
-        self.timeout = _minutes(timeout_minutes)
+        self.timeout = timedelta(minutes=timeout_minutes)
         super().__init__(timeout=self.timeout)
 
     def configure_ddp(self) -> None:
@@ -64,15 +61,13 @@ class FSDP2(ModelParallelStrategy):
     """
 
     def __init__(self, *, replicas: int = 1, timeout_minutes: float = 30.0) -> None:
-        if replicas < 1:
-            raise UserError(f"replicas must be at least 1, got {replicas}")
-        self.timeout = _minutes(timeout_minutes)
+        self.timeout = timedelta(minutes=timeout_minutes)
         super().__init__(timeout=self.timeout)
         self._replicas = replicas
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
-        if ranks % self._replicas or 1 < self._replicas == ranks:
+        if self._replicas < 1 or ranks % self._replicas or 1 < self._replicas == ranks:
             raise UserError(
                 f"trainer.strategy.replicas={self._replicas} must divide the {ranks} processes, and be less: "
                 "parallel/ddp gives each process a copy"
@@ -99,11 +94,9 @@ class FSDP2(ModelParallelStrategy):
             (failure, _), *_ = error.failures.values()
             reason = f"the checkpoint cannot be written; is a disk full? ({str(failure).partition(chr(10))[0]})"
             raise OSError(errno.EIO, reason, str(path)) from error
-        files = {
-            name: file
-            for by_rank in gather(written_files(temporary, rank=self.global_rank))
-            for name, file in by_rank.items()
-        }
+        files = {}
+        for written in gather(written_files(temporary, rank=self.global_rank)):
+            files |= written
         if self.is_global_zero:
             publish_folder(temporary, path, files)
 
@@ -128,9 +121,3 @@ class FSDP2(ModelParallelStrategy):
             }
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
         return content
-
-
-def _minutes(number: float) -> timedelta:
-    if number <= 0:
-        raise UserError(f"timeout_minutes must be more than 0, got {number}")
-    return timedelta(minutes=number)
