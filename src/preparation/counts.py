@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 
 class Skip(Exception):
-    """Raised for an unusable record or sample. reason: as counted in index.json; detail: added to the example."""
+    """Why a record or sample is unusable. reason: as counted in index.json; detail: added to the example."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)

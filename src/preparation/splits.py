@@ -38,7 +38,6 @@ I = TypeVar("I", bound=Item)  # noqa: E741
 
 
 def hashed_share(name: str, seed: int) -> float:
-    """Hash of a name as a number in 0..1."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 

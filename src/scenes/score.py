@@ -15,8 +15,6 @@ from src.scenes.graph import Scene
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """The counts and the three ratios."""
-
     facts: int
     covered: int
     claims: int
