@@ -8,8 +8,7 @@
             [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
 
 Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
-replaces each, so the number of samples stays the same. Where a sample may occur only once, in drafts and in
-evaluation on one rank, they are left out. `src.io.shards` writes the shards.
+replaces each, so the number of samples stays the same. In drafts and in evaluation on one rank they are left out.
 """
 
 from __future__ import annotations
@@ -61,9 +60,7 @@ class Index:
 
     def first(self, limit: int | None) -> Index:
         """The same folder, cut to its first `limit` samples."""
-        if limit is None:
-            return self
-        remaining, kept = limit, []
+        remaining, kept = self.count if limit is None else limit, []
         for shard in self.shards:
             kept.append(replace(shard, count=min(shard.count, remaining)))
             remaining -= kept[-1].count
@@ -115,7 +112,7 @@ class Stream:
         self.seed, self.shuffle = seed, shuffle
         self.digests = tuple(index.digest for index in indexes)
         if not self.count:
-            raise ValueError("a stream needs at least one sample, but its data folders are empty")
+            raise UserError(f"{', '.join(str(index.path) for index in indexes)}: no samples")
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[Shard, list[int]]]:
         """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive) of the stream, in order."""
@@ -158,18 +155,16 @@ class Reader:
             selected = set(indices)
             raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
             for index in indices:
-                sample = self._decode(shard, raws.pop(index, None))
+                raw = raws.pop(index, None)
+                sample = None if raw is None else decode(raw, image=shard.image)
+                if sample is None:
+                    self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
+                elif why := self.misfit(sample):
+                    message = self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}")
+                    self.damage[message, "misfit"] += 1
+                    sample = None
                 if sample or self.stand_in:
                     yield sample or self._stand_in(shard, index)
-
-    def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
-        sample = None if raw is None else decode(raw, image=shard.image)
-        if sample is None:
-            self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
-        elif why := self.misfit(sample):
-            self.damage[self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}"), "misfit"] += 1
-            return None
-        return sample
 
     def _stand_in(self, shard: Shard, index: int) -> Sample:
         """The next readable sample after `index`, cyclically in its shard, then in the other shards.

@@ -32,10 +32,8 @@ class TextData(ShardData):
     def make_collate(self) -> Collate:
         if not 0 <= self.prompt_dropout <= 1:
             raise UserError(f"prompt_dropout must be within 0..1, got {self.prompt_dropout}")
-        dropout = self.prompt_dropout
-        return Collate(
-            self.codec, response_length=self.response_length, layout=None, seed=self.seed, prompt_dropout=dropout
-        )
+        settings = {"response_length": self.response_length, "prompt_dropout": self.prompt_dropout, "seed": self.seed}
+        return Collate(self.codec, layout=None, **settings)
 
     def read_split(self, split: str) -> Index:
         index = super().read_split(split)
