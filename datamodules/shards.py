@@ -1,8 +1,6 @@
 """Read shards in an order that is a pure function of (seed, position), so that a run can resume anywhere.
 
-    read_index(folder) -> Index                  a data folder; an error if a shard is missing
-    Stream(indexes, seed=0).segments(100, 164)   positions in an endless stream of passes -> sample indices in shards
-    Reader(stream).samples(100, 164)             the samples at these positions
+    Reader(Stream([read_index(folder)], seed=0)).samples(100, 164)      at positions 100 to 163 of the stream
 
     pass 0: shards permuted, samples permuted within each shard | pass 1: new permutation | ...
             [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
@@ -80,8 +78,7 @@ class Sample:
 def read_index(folder: str | Path, *, image: bool = True) -> Index:
     """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Raises UserError if a shard is missing. Logs a warning if the size of a shard differs from the index; a replaced
-    shard of the same size is not detected.
+    Raises UserError if a shard is missing. A shard that was replaced by another of the same size is not detected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,7 +112,7 @@ class Stream:
             raise UserError(f"{', '.join(str(index.path) for index in indexes)}: no samples")
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[Shard, list[int]]]:
-        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive) of the stream, in order."""
+        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive)."""
         while start < stop:
             pass_number, offset = divmod(start, self.count)
             end = min(self.count, offset + stop - start)
@@ -150,7 +147,6 @@ class Reader:
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
-        """The samples at the positions `start` to `stop` (exclusive) of the stream, in order."""
         for shard, indices in self.stream.segments(start, stop):
             selected = set(indices)
             raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
@@ -181,7 +177,7 @@ class Reader:
 
 
 def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
-    """Decode a raw sample; None if its JSON or image is missing or damaged. image: whether an image is required."""
+    """A raw sample; None if its JSON or image is missing or damaged. image: whether an image is required."""
     data = next((raw[name] for name in IMAGES if name in raw), None)
     if "json" not in raw or (image and data is None):
         return None

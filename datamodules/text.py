@@ -1,7 +1,5 @@
 """`Batch`es of text without images: packed rows, prompts with responses, molecules with a class.
 
-    data = TextData(path="data/smiles", codec=codec, batch_size=64, response_length=40, prompt_dropout=0.1)
-
 A packed row is used as stored, as token ids without eot. Everything else is as for captions.
 """
 

@@ -1,13 +1,9 @@
-"""Captions of images in the records of annotation files, in the formats that are in use.
+"""Captions of images in the records of annotation files. The keys of a record tell its format:
 
-    read_entries(path, counts) -> Entry, Entry, ...      skipped records are counted by reason
-
-    ViCrit        original_caption, changed_caption, solution_original, solution_target
-    ReDiff        conversations or messages (the answer has errors), revise [{org, target}]
-    conversations conversations or messages (LLaVA, ShareGPT4V, InternLM, LLaMA-Factory): the first answer
-    captions      an image and a caption, text, output, or a list of captions (also COCO's own JSON)
-
-The format is detected from the keys of each record. `src.preparation.records` reads the files.
+ViCrit        original_caption, changed_caption, solution_original, solution_target
+ReDiff        conversations or messages (the answer has errors), revise [{org, target}]
+conversations conversations or messages (LLaVA, ShareGPT4V, InternLM, LLaMA-Factory): the first answer
+captions      an image and a caption, text, output, or a list of captions (also COCO's own JSON)
 """
 
 from __future__ import annotations

@@ -32,10 +32,8 @@ class SceneItem(Item):
 
 @dataclass(kw_only=True)
 class Scenes(Dataset):
-    """Procedural scenes with true captions and hallucinated spans. Apart from jitter, no scene is in two splits.
-
-    Val and test do not depend on `seed`, and no training set holds one of their first 512 scenes, whatever its seed. So
-    datasets can be compared, and no model has trained on the test scenes of another dataset.
+    """Apart from jitter, no scene is in two splits. Val and test do not depend on `seed`, and no training set holds one
+    of their first 512 scenes, so no model has trained on the test scenes of another dataset.
 
     objects: [least, greatest] number of objects in a scene
     noise:   sensor noise, standard deviation in grey levels

@@ -1,4 +1,4 @@
-"""Molecules in SMILES notation with a class label, for guidance (`conf=smiles`), and the ring count behind the label.
+"""Molecules in SMILES notation with a class label, for guidance (`conf=smiles`).
 
     records -> SMILES with a property (a column, or the number of rings) -> class 1 from a percentile of it -> shards
 

@@ -1,8 +1,5 @@
 """Scene graphs: up to nine objects on a 3x3 board, each with shape, colour, size and place.
 
-    draw_scene(rng, objects=(1, 3)) -> Scene        a random scene
-    Scene.to_dict() / Scene.from_dict()             the form stored in shards
-
 A place (row, column of the board) holds at most one object, so it identifies the object that a sentence is about.
 """
 

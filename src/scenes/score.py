@@ -1,4 +1,5 @@
-"""Exact scores of a caption against its scene: coverage, factuality, syntax. No model is involved.
+"""Exact scores of a caption against its scene: the fractions of facts that are covered (coverage), of claims that are
+true (factuality) and of sentences that are grammatical (syntax). No model is involved.
 
 Facts of a scene: four per object (its place is occupied, its shape, its colour, its size), the number of objects, the
 background. Claims of a caption: the same four per object sentence, two per introduction, one per relation. An object
@@ -24,17 +25,14 @@ class CaptionScore:
 
     @property
     def coverage(self) -> float:
-        """Fraction of the scene's facts that some sentence states correctly."""
         return self.covered / self.facts
 
     @property
     def factuality(self) -> float:
-        """Fraction of the caption's claims that are true; 0 without claims."""
         return self.true_claims / self.claims if self.claims else 0.0
 
     @property
     def syntax(self) -> float:
-        """Fraction of the caption's sentences that are grammatical; 0 for an empty caption."""
         return self.grammatical / self.sentences if self.sentences else 0.0
 
 
