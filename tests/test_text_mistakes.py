@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from src.io.shards import read_shard
 from src.preparation.smiles import Smiles
-from src.preparation.text import Packed, Pairs
+from src.preparation.text import Pairs
 from src.prepare import main
 from src.text.tokenizer import EOS, SPECIAL, Codec, _pieces
 
@@ -28,13 +28,8 @@ def write_jsonl(path: Path, lines: list[dict]) -> Path:
 def made(tmp_path: Path, lines: list[dict], **more: Any) -> tuple[dict, list[dict], Codec]:
     """What pairs of these lines, all of train, come to: counts of records, the rows, the tokenizer."""
     out, file = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", lines)
-    given: dict[str, Any] = {
-        "files": {"train": str(file)},
-        "prompt": "question",
-        "response": "answer",
-        "response_length": 40,
-    }
-    index = Pairs(out=str(out), **given, **{"vocab_size": 300, **more}).run()
+    given: dict[str, Any] = {"files": {"train": str(file)}, "response_length": 40, "vocab_size": 300, **more}
+    index = Pairs(out=str(out), prompt="question", response="answer", **given).run()
     rows = [sample["json"] for path in sorted((out / "train").glob("*.tar")) for sample in read_shard(path)]
     return index["counts"]["records"], rows, Codec.load(out / "tokenizer")
 
@@ -62,26 +57,17 @@ def test_prompts_that_spell_out_special_tokens_are_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["conf=sft", "prepare.keep=[prompt]"], "prepare.keep: a sample has 'prompt' of its own"),
-        (["conf=sft", "prepare.keep=[captions]"], "prepare.keep: a sample has 'captions' of its own"),
+        (["conf=sft", "prepare.keep=[key]"], "a sample has 'key' of its own; rename the field in"),
         (["conf=sft", "prepare.keep=[nope]"], "prepare.keep: no record has a field 'nope'"),
-        (["conf=sft", "prepare.vocab_size=-1"], "prepare.vocab_size must be at least 0, got -1"),
         (
             ["conf=sft", "prepare.vocab_size=5"],
             "prepare.vocab_size=5 is too small: the alphabet and the special tokens",
         ),
         (["conf=sft", "prepare.files=7"], "files: expected"),
         (["conf=sft", "prepare.files={train: 7}"], "files: expected"),
-        (
-            ["conf=text", "prepare.field=answer", "prepare.response_length=0"],
-            "prepare.response_length must be at least 2, got 0",
-        ),
-        (
-            ["conf=text", "prepare.field=answer", "prepare.response_length=1"],
-            "prepare.response_length must be at least 2, got 1",
-        ),
-        (["conf=smiles", "prepare.field=answer", "prepare.value=key"], "prepare.value: a sample has 'key' of its own"),
-        (["conf=smiles", "prepare.field=answer", "prepare.percentile=200"], "prepare.percentile must be from 0 to 100"),
+        (["conf=smiles", "prepare.field=answer", "prepare.value=key"], "a sample has 'key' of its own"),
+        (["conf=text", "prepare.split=words"], "split: expected Literal['documents', 'rows'], got 'words'"),
+        (["conf=text", "prepare.files={train: a.txt}", "prepare.split=rows"], "no file a.txt"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -99,13 +85,6 @@ def test_a_class_without_molecules_is_told(tmp_path: Path, caplog: pytest.LogCap
     file.write_text("smiles\n" + "".join("C" * n + "\n" for n in range(1, 30)))
     Smiles(out=str(tmp_path / "out"), files=str(file), response_length=40, prompt_format="plain").run()
     assert "all molecules of train are of class 1, as the percentile 90 of rings is 0" in caplog.text
-
-
-def test_one_document_is_told_how_to_make_three_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "book.txt").write_text("word " * 200)
-    file, out = str(tmp_path / "book.txt"), str(tmp_path / "out")
-    Packed(out=out, files=file, response_length=16, vocab_size=320, prompt_format="plain").run()
-    assert "no row is in val and in test" in caplog.text and "prepare.split=rows" in caplog.text
 
 
 def test_one_enormous_word_does_not_stall_the_training_of_a_tokenizer() -> None:
