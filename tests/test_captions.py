@@ -116,17 +116,6 @@ def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
     assert first.prefix["image_sizes"].tolist() == [[[4, 4]]] * 4
 
 
-def test_prompts_of_different_length_are_padded_and_masked(folder: Path, codec: Codec) -> None:
-    first, last = data(folder, codec).val_dataloader()
-    long, short = sorted((codec.prompt_ids("Describe the picture."), codec.prompt_ids("Which?")), key=len)[::-1]
-    assert len(long) > len(short)
-    for row, (ids, mask) in enumerate(zip(first.prefix["prompt_ids"], first.prefix["prompt_mask"], strict=True)):
-        expected = codec.prompt_ids(first.records[row]["prompt"])
-        assert ids[mask].tolist() == expected
-        assert mask.tolist() == [i < len(expected) for i in range(len(long))]
-    assert "prompt_mask" not in last.prefix
-
-
 def test_rows_of_several_images_are_filled_with_empty_tiles() -> None:
     values = np.random.default_rng(0).integers(1, 256, (3, 16, 16, 3), dtype=np.uint8)
     wide, tall, small = (Image.fromarray(values[n]).resize(size) for n, size in enumerate([(16, 8), (8, 24), (8, 8)]))

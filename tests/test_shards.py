@@ -18,7 +18,7 @@ from PIL import Image
 
 from datamodules.loader import Loader, Part, share
 from datamodules.shards import Reader, Sample, Stream, read_index
-from src.io.shards import read_shard, read_tar, write_shards
+from src.io.shards import write_shards
 from src.types import Batch
 
 
@@ -114,13 +114,6 @@ def test_reader_yields_what_was_written(tmp_path: Path) -> None:
     assert [s.record["number"] for s in samples] == numbers
     assert [s.image.getpixel((0, 0)) for s in samples] == [(n, 0, 0) for n in numbers]
     assert [s.data for s in samples] == [png(n) for n in numbers]
-
-
-def test_ranks_share_the_samples_in_equal_parts(tmp_path: Path) -> None:
-    stream = Stream([read_index(make(tmp_path / "d", 53))], seed=1)
-    ranks = [[k for b in loader(stream, rank=r, world=3) for k in b.keys] for r in range(3)]
-    assert [len(r) for r in ranks] == [16, 16, 16]  # 53 // (4 * 3) = 4 batches of 4
-    assert len({k for r in ranks for k in r}) == 48
 
 
 @pytest.mark.parametrize(("batches", "workers"), [(0, 1), (1, 2), (7, 1), (7, 2), (7, 3), (6, 3), (2, 5)])
@@ -232,17 +225,6 @@ def test_damage_to_the_whole_last_batch_is_counted(tmp_path: Path) -> None:
     careful = Loader([part], collate, batches=2, epoch=lambda: 0, notes=Counter())
     assert keys(careful) == [[f"s{n:03d}" for n in range(10)]]
     assert careful.notes[str(folder / "train-000001.tar"), "missing"] == 10
-
-
-def test_a_damaged_shard_is_read_as_far_as_possible_or_refused(tmp_path: Path) -> None:
-    path = make(tmp_path / "d", 10) / "train-000000.tar"
-    assert [(s["__key__"], s["json"], s["png"]) for s in read_shard(path)] == [
-        (s["__key__"], s["json"], s["png"]) for s in map(sample, range(10))
-    ]
-    path.write_bytes(path.read_bytes()[: 512 * 2 * 9 + 520])  # the header and some bytes of the fifth image
-    assert [raw["__key__"] for raw in read_tar(path, strict=False) if "png" in raw] == [f"s{n:03d}" for n in range(4)]
-    with pytest.raises(tarfile.ReadError):
-        list(read_shard(path))
 
 
 def test_an_unreadable_shard_is_replaced_by_another_and_all_of_them_are_an_error(tmp_path: Path) -> None:
