@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,6 @@ from src.io.files import sha256
 from src.io.shards import INDEX, read_manifest, read_tar
 
 IMAGES = ("png", "jpg")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Sample:
 def read_index(folder: str | Path, *, image: bool = True) -> Index:
     """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Raises UserError if a shard is missing. A shard that was replaced by another of the same size is not detected.
+    Raises UserError if a shard is missing. A shard that was replaced by another is not detected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -87,13 +85,6 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    sizes = [entry.get("bytes") for entry in content["shards"]]  # comparing hashes would take too long
-    changed = [s.path.name for s, size in zip(shards, sizes, strict=True) if size not in (None, s.path.stat().st_size)]
-    if changed:
-        log.warning(
-            "%s: %d of %d shards, such as %s, are not of the size that %s says: they were truncated or replaced",
-            folder, len(changed), len(shards), changed[0], INDEX,
-        )  # fmt: skip
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 

@@ -153,16 +153,6 @@ def test_drafting_says_how_many_images_it_could_not_read(scenes, tmp_path, capsy
     assert f"{tmp_path / 'drafts'}: 6 drafts (2 images could not be read)\n" in capsys.readouterr().out
 
 
-def test_a_shard_of_another_size_than_the_index_says_is_reported(scenes, tmp_path, caplog):
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    (shard,) = (data / "train").glob("*.tar")
-    captions(data).index("train")
-    assert not caplog.records
-    shutil.copy(next((data / "test").glob("*.tar")), shard)
-    captions(data).index("train")
-    assert f"1 of 1 shards, such as {shard.name}, are not of the size that index.json says" in caplog.text
-
-
 # --- drafts and rounds --------------------------------------------------------------------------------------------
 
 
