@@ -17,7 +17,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,8 +77,6 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"data_share must be at least 0 and less than 1, got {self.data_share}")
         limit = self.limit
         self.limits: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
-        if min(self.limits.values(), default=0) < 0:
-            raise UserError(f"data.limit must be at least 0, got {self.limit}")
         if unknown := set(self.limits) - set(SPLITS):
             raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         self.place = (0, 1)  # (rank, world size) without a trainer
@@ -97,7 +95,7 @@ class ShardData(L.LightningDataModule):
         """Train on a finished round from the next train_dataloader() on; adding it twice has no effect."""
         if not Path(path).is_dir():
             raise UserError(f"data.rounds: no folder {path}; make a round with `python -m src.revise`")
-        index = _require_samples(self._read(path, kind="round"))
+        index = self._read(path, kind="round")
         if index.digest not in {added.digest for added in self.rounds}:
             self.rounds.append(index)
 
@@ -114,7 +112,7 @@ class ShardData(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Lazy, as Lightning calls it twice on resume: the epoch number is read at the first batch."""
-        world = self._place()[1]
+        rank, world = self._place()
         # 1. rows of each stream in a batch; the last stream determines the length of an epoch
         rows = {"data": self.batch_size}
         if self.rounds:
@@ -137,7 +135,8 @@ class ShardData(L.LightningDataModule):
             num = batches * rows[name] * world
             is_pass = self.epoch_batches is None and stream is main and num <= stream.count
             parts.append(Part(stream, rows[name], stream.count if is_pass else num, batches * rows[name]))
-        return self._loader(parts, batches, self.collate, lambda: self.trainer.current_epoch if self.trainer else 0)
+        epoch = lambda: self.trainer.current_epoch if self.trainer else 0  # noqa: E731
+        return self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world)
 
     def val_dataloader(self) -> Loader | list:
         """Empty if the split is, as in a small dataset: Lightning then skips validation."""
@@ -154,7 +153,19 @@ class ShardData(L.LightningDataModule):
 
     def round_dataloader(self, path: str | Path) -> Loader:
         """The corrected drafts of a finished round, in order."""
-        return self._eval_loader(_require_samples(self._read(path, kind="round")))
+        return self._eval_loader(self._read(path, kind="round"))
+
+    def _eval_loader(self, index: Index) -> Loader:
+        """All readable samples with their first captions, in order.
+
+        One rank leaves damaged samples out. Several ranks need equally many batches: each gets an equal share, the
+        last one reads on to fill its share, and other samples replace damaged ones.
+        """
+        rank, world = self._place()
+        per_rank = -(-index.count // world)
+        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, 0, per_rank, stand_in=world > 1)
+        batches, collate = -(-per_rank // self.batch_size), replace(self.collate, first=True)
+        return self._loader([part], collate, batches=batches, epoch=lambda: 0, rank=rank, world=world)
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterator[tuple[int, Batch]]:
         """The `num` distinct training samples that a round (1, 2, ...) drafts for, as (number, batch).
@@ -172,8 +183,14 @@ class ShardData(L.LightningDataModule):
         start, stop = (min(num, number * self.batch_size) for number in (first, last))
         stream = Stream([index], seed=self.seed + cycle)
         part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
-        settings = {"batches": last - first, "epoch": lambda: slot, "notes": self.notes, "workers": self.workers}
-        return Loader([part], replace(self.collate, first=True), **settings).numbered(first)
+        collate = replace(self.collate, first=True)
+        return self._loader([part], collate, batches=last - first, epoch=lambda: slot).numbered(first)
+
+    def _loader(self, parts: list[Part], collate: Collate, **settings: Any) -> Loader:
+        return Loader(parts, collate, notes=self.notes, workers=self.workers, restart=self.restart_epoch, **settings)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
 
     def draft_settings(self) -> dict[str, Any]:
         """Settings of the data that the drafts depend on; stored with the drafts."""
@@ -188,29 +205,13 @@ class ShardData(L.LightningDataModule):
 
     def index(self, split: str) -> Index:
         """The data folder of a split, cut to `limit`. Raises UserError if it is empty."""
-        return _require_samples(self.read_split(split))
+        index = self.read_split(split)
+        if not index.count:
+            raise UserError(f"{index.path} holds no samples")
+        return index
 
     def read_split(self, split: str) -> Index:
         return self._read(Path(self.path) / split, kind=self.kind).first(self.limits.get(split))
-
-    def _eval_loader(self, index: Index) -> Loader:
-        """All readable samples with their first captions, in order.
-
-        One rank leaves damaged samples out. Several ranks need equally many batches: each gets an equal share, the
-        last one reads on to fill its share, and other samples replace damaged ones.
-        """
-        world = self._place()[1]
-        per_rank = -(-index.count // world)
-        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, 0, per_rank, stand_in=world > 1)
-        return self._loader([part], -(-per_rank // self.batch_size), replace(self.collate, first=True), lambda: 0)
-
-    def _loader(self, parts: list[Part], batches: int, collate: Collate, epoch: Callable[[], int]) -> Loader:
-        rank, world = self._place()
-        settings = {"notes": self.notes, "workers": self.workers, "rank": rank, "world": world}
-        return Loader(parts, collate, batches=batches, epoch=epoch, restart=self.restart_epoch, **settings)
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
@@ -244,8 +245,6 @@ class CaptionData(ShardData):
     tiling: AnyRes | None = None
 
     def make_collate(self) -> Collate:
-        if self.image_size < 1:
-            raise UserError(f"image_size must be at least 1, got {self.image_size}")
         if self.tiling and self.tiling.size != self.image_size:
             raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
         self.layout: Layout = self.tiling or Square(self.image_size)
@@ -254,9 +253,3 @@ class CaptionData(ShardData):
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None
         return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling}
-
-
-def _require_samples(index: Index) -> Index:
-    if not index.count:
-        raise UserError(f"{index.path} holds no samples")
-    return index

@@ -1,8 +1,4 @@
-"""Collate samples of shards into a `Batch`: token ids, hallucinated spans, prompts and pixels.
-
-collate = Collate(codec, response_length=64, layout=Square(48), seed=0)
-batch, notes = collate(samples)
-"""
+"""Collate samples of shards into a `Batch`: token ids, hallucinated spans, prompts and pixels."""
 
 from __future__ import annotations
 
@@ -154,14 +150,12 @@ def caption_row(caption: dict, codec: Codec) -> Row:
 
 
 def draft_row(record: dict) -> Row:
-    """A model's draft, with the expert's corrections as the correct ids."""
     ids = record["draft_ids"]
     spans = [(s["start"], s["end"], s["target_ids"], ids[s["start"] : s["end"]]) for s in record["spans"]]
     return Row.of(ids, spans)
 
 
 def choice(name: str, count: int) -> int:
-    """A number in [0, count) from a hash of `name`."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
 
 

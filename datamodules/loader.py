@@ -4,10 +4,9 @@
 
     epoch of the stream -> equal contiguous ranges per rank -> contiguous ranges per worker -> batches
 
-Each batch takes `rows` samples of every part, so a fixed fraction of it can come from another stream. All ranks
-yield the same number of batches. State: {epoch, batches, of, plan, world, workers}; a resumed loader continues at
-that batch and repeats no sample. The DataLoader always starts with its worker 0, so a resumed loader rotates the
-workers by the number of consumed batches.
+Each batch takes `rows` samples of every part, so a fixed fraction of it can come from another stream. All ranks yield
+the same number of batches. A resumed loader continues at the batch of its state and repeats no sample: as the
+DataLoader always starts with its worker 0, it rotates the workers by the number of consumed batches.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from threading import Thread
 from typing import Protocol
@@ -65,41 +64,34 @@ class Part:
 
 
 class Collate(Protocol):
-    """Makes a batch of samples, and checks whether a sample can be used."""
-
     def __call__(self, samples: list[Sample], epoch: int) -> tuple[Batch, Notes]: ...
 
     def misfit(self, sample: Sample) -> str | None: ...
 
 
+@dataclass(eq=False)
 class Loader:
     """Batches of one epoch; each pass over the loader calls `epoch()` for its number.
 
-    collate: (samples, epoch) -> (Batch, notes); notes: counts of damaged samples and cut responses, shared by loaders
+    notes:   counts of damaged samples and cut responses, shared by loaders
     restart: start the epoch over if it cannot be resumed at the checkpoint's batch
 
     Raises UserError at the first batch of an epoch that cannot be resumed: with other data, batches, ranks or workers
     the same position would mean other samples.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        collate: Collate,
-        *,
-        batches: int,
-        epoch: Callable[[], int],
-        notes: Notes,
-        workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        restart: bool = False,
-    ) -> None:
-        self.parts, self.collate, self.batches, self.epoch = tuple(parts), collate, batches, epoch
-        self.notes, self.workers, self.rank, self.world = notes, workers, rank, world
-        self.restart = restart
-        self._position: tuple[int, int] | None = None  # (epoch, batches yielded)
-        self._resume: dict | None = None
+    parts: Sequence[Part]
+    collate: Collate
+    _: KW_ONLY
+    batches: int
+    epoch: Callable[[], int]
+    notes: Notes
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
+    restart: bool = False
+    _position: tuple[int, int] | None = field(default=None, init=False)  # (epoch, batches yielded)
+    _resume: dict | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         return self.batches
@@ -146,16 +138,14 @@ class Loader:
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict:
-        if self._position is None:
-            return self._resume or self._state(self.epoch(), 0)
-        return self._state(*self._position)
+        if self._position is None and self._resume:
+            return self._resume
+        epoch, done = self._position or (self.epoch(), 0)
+        position = {"epoch": epoch, "batches": done, "of": self.batches}
+        return {**position, "plan": self.plan, "world": self.world, "workers": self.workers}
 
     def load_state_dict(self, state: dict) -> None:
         self._resume, self._position = dict(state), None
-
-    def _state(self, epoch: int, done: int) -> dict:
-        position = {"epoch": epoch, "batches": done, "of": self.batches}
-        return {**position, "plan": self.plan, "world": self.world, "workers": self.workers}
 
     def _resume_point(self, epoch: int) -> int:
         """The batches of the epoch that the checkpoint has seen."""
@@ -180,7 +170,7 @@ class Loader:
 
 
 class _Source(IterableDataset):
-    """The dataset in a worker: its range of the rank's batches, from the first one not yet consumed."""
+    """The batches of one worker: its range of the rank's batches, from the first one not yet consumed."""
 
     def __init__(self, loader: Loader, epoch: int, done: int) -> None:
         self.parts, self.collate, self.batches = loader.parts, loader.collate, loader.batches
@@ -198,8 +188,9 @@ class _Source(IterableDataset):
             readers.append(reader)
             streams.append(reader.samples(origin + first * part.rows, origin + stop))
         for _ in range(first, last):
-            rows = [list(islice(stream, part.rows)) for stream, part in zip(streams, self.parts, strict=True)]
-            samples = [sample for part_rows in rows for sample in part_rows]
+            samples = []
+            for stream, part in zip(streams, self.parts, strict=True):
+                samples += islice(stream, part.rows)
             batch, notes = self.collate(samples) if samples else (None, Counter())
             for reader in readers:
                 notes.update(reader.damage)
@@ -212,21 +203,21 @@ def init_worker(_: int) -> None:
 
     WARN: PyTorch's own workers notice that the parent is gone, but may then block forever while sending a batch.
     """
+    parent = os.getppid()
+
+    def exit_with_parent() -> None:
+        while os.getppid() == parent:
+            if sys.platform != "linux":
+                time.sleep(PATIENCE)
+            elif (info := signal.sigtimedwait([signal.SIGTERM], PATIENCE)) and info.si_pid == parent:
+                break
+        os._exit(0)
+
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    """End this process when the parent has ended, or has sent SIGTERM."""
-    while os.getppid() == parent:
-        if sys.platform != "linux":
-            time.sleep(PATIENCE)
-        elif (info := signal.sigtimedwait([signal.SIGTERM], PATIENCE)) and info.si_pid == parent:
-            break
-    os._exit(0)
+    Thread(target=exit_with_parent, daemon=True).start()
 
 
 def share(batches: int, workers: int, worker: int, done: int) -> tuple[int, int]:

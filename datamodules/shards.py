@@ -1,22 +1,18 @@
 """Read shards in an order that is a pure function of (seed, position), so that a run can resume anywhere.
 
-    read_index(folder) -> Index                  a data folder; an error if a shard is missing
-    Stream(indexes, seed=0).segments(100, 164)   positions in an endless stream of passes -> sample indices in shards
-    Reader(stream).samples(100, 164)             the samples at these positions
+    Reader(Stream([read_index(folder)], seed=0)).samples(100, 164)      at positions 100 to 163 of the stream
 
     pass 0: shards permuted, samples permuted within each shard | pass 1: new permutation | ...
             [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
 
 Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
-replaces each, so the number of samples stays the same. Where a sample may occur only once, in drafts and in
-evaluation on one rank, they are left out. `src.io.shards` writes the shards.
+replaces each, so the number of samples stays the same. In drafts and in evaluation on one rank they are left out.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +28,6 @@ from src.io.files import sha256
 from src.io.shards import INDEX, read_manifest, read_tar
 
 IMAGES = ("png", "jpg")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,7 @@ class Index:
 
     def first(self, limit: int | None) -> Index:
         """The same folder, cut to its first `limit` samples."""
-        if limit is None:
-            return self
-        remaining, kept = limit, []
+        remaining, kept = self.count if limit is None else limit, []
         for shard in self.shards:
             kept.append(replace(shard, count=min(shard.count, remaining)))
             remaining -= kept[-1].count
@@ -89,8 +82,7 @@ class Sample:
 def read_index(folder: str | Path, *, image: bool = True) -> Index:
     """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Raises UserError if a shard is missing. Logs a warning if the size of a shard differs from the index; a replaced
-    shard of the same size is not detected.
+    Raises UserError if a shard is missing. A shard that was replaced by another is not detected.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -99,13 +91,6 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    sizes = [entry.get("bytes") for entry in content["shards"]]  # comparing hashes would take too long
-    changed = [s.path.name for s, size in zip(shards, sizes, strict=True) if size not in (None, s.path.stat().st_size)]
-    if changed:
-        log.warning(
-            "%s: %d of %d shards, such as %s, are not of the size that %s says: they were truncated or replaced",
-            folder, len(changed), len(shards), changed[0], INDEX,
-        )  # fmt: skip
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 
@@ -121,10 +106,10 @@ class Stream:
         self.seed, self.shuffle = seed, shuffle
         self.digests = tuple(index.digest for index in indexes)
         if not self.count:
-            raise ValueError("a stream needs at least one sample, but its data folders are empty")
+            raise UserError(f"{', '.join(str(index.path) for index in indexes)}: no samples")
 
     def segments(self, start: int, stop: int) -> Iterator[tuple[Shard, list[int]]]:
-        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive) of the stream, in order."""
+        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive)."""
         while start < stop:
             pass_number, offset = divmod(start, self.count)
             end = min(self.count, offset + stop - start)
@@ -159,25 +144,22 @@ class Reader:
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
-        """The samples at the positions `start` to `stop` (exclusive) of the stream, in order."""
         for shard, indices in self.stream.segments(start, stop):
             selected = set(indices)
             raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
             for position, index in enumerate(indices, start):
-                sample = self._decode(shard, raws.pop(index, None))
+                raw = raws.pop(index, None)
+                sample = None if raw is None else decode(raw, image=shard.image)
+                if sample is None:
+                    self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
+                elif why := self.misfit(sample):
+                    message = self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}")
+                    self.damage[message, "misfit"] += 1
+                    sample = None
                 if sample or self.stand_in:
                     sample = sample or self._stand_in(shard, index)
                     yield replace(sample, position=position, passes=position // self.stream.count)
             start += len(indices)
-
-    def _decode(self, shard: Shard, raw: dict[str, Any] | None) -> Sample | None:
-        sample = None if raw is None else decode(raw, image=shard.image)
-        if sample is None:
-            self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
-        elif why := self.misfit(sample):
-            self.damage[self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}"), "misfit"] += 1
-            return None
-        return sample
 
     def _stand_in(self, shard: Shard, index: int) -> Sample:
         """The next readable sample after `index`, cyclically in its shard, then in the other shards.
@@ -194,7 +176,7 @@ class Reader:
 
 
 def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
-    """Decode a raw sample; None if its JSON or image is missing or damaged. image: whether an image is required."""
+    """A raw sample; None if its JSON or image is missing or damaged. image: whether an image is required."""
     data = next((raw[name] for name in IMAGES if name in raw), None)
     if "json" not in raw or (image and data is None):
         return None

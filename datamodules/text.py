@@ -1,7 +1,5 @@
 """`Batch`es of text without images: packed rows, prompts with responses, molecules with a class.
 
-    data = TextData(path="data/smiles", codec=codec, batch_size=64, response_length=40, prompt_dropout=0.1)
-
 A packed row is used as stored, as token ids without eot. Everything else is as for captions.
 """
 
@@ -32,10 +30,8 @@ class TextData(ShardData):
     def make_collate(self) -> Collate:
         if not 0 <= self.prompt_dropout <= 1:
             raise UserError(f"prompt_dropout must be within 0..1, got {self.prompt_dropout}")
-        dropout = self.prompt_dropout
-        return Collate(
-            self.codec, response_length=self.response_length, layout=None, seed=self.seed, prompt_dropout=dropout
-        )
+        settings = {"response_length": self.response_length, "prompt_dropout": self.prompt_dropout, "seed": self.seed}
+        return Collate(self.codec, layout=None, **settings)
 
     def read_split(self, split: str) -> Index:
         index = super().read_split(split)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -88,32 +87,18 @@ SPAN = {"start": 0, "end": 2, "target_ids": [5, 6]}
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"prompt": "", "captions": [CAPTION]}, None),
-        ({"prompt": "<image> What?", "captions": [{"ids": [3, 4]}, {"text": "a red ring"}]}, None),
+        ({"prompt": "<image> What?", "captions": [CAPTION, {"ids": [3, 4]}, {"text": "a red ring"}]}, None),
         ({"prompt": "What?", "draft_ids": [1, 2, 3], "spans": [SPAN]}, None),
         ({"captions": [CAPTION]}, "KeyError: 'prompt'"),
-        ({"prompt": 3, "captions": [CAPTION]}, "AttributeError"),
         ({"prompt": "<image><image>", "captions": [CAPTION]}, "2 image marks for 1 images"),
-        ({"prompt": "What?"}, "KeyError: 'captions'"),
         ({"prompt": "What?", "captions": []}, "it has no captions"),
         ({"prompt": "What?", "captions": ["a ring"]}, "AttributeError|TypeError"),
-        ({"prompt": "What?", "captions": [{"ids": [3]}, {"text": 5}]}, "AttributeError"),
         ({"prompt": "What?", "captions": [{"text": " "}]}, "the text of a caption is empty"),
         ({"prompt": "What?", "captions": [{"ids": [1, "2"]}]}, "not a list of token ids"),
-        (
-            {"prompt": "What?", "captions": [{"ids": [1, 2], "swaps": [{"tokens": [0, 1, [-4]]}]}]},
-            "not a list of token",
-        ),
-        ({"prompt": "What?", "captions": [{**CAPTION, "swaps": None}]}, "TypeError"),
-        *(
-            ({"prompt": "", "captions": [{**CAPTION, "swaps": [{"tokens": t}]}]}, "does not fit 5 tokens")
-            for t in ([3, 6, [1, 2, 3]], [2, 2, []], [0, 2, [1]], [-1, 1, [1, 2]])
-        ),
-        ({"prompt": "", "captions": [{**CAPTION, "swaps": [{}]}]}, "KeyError: 'tokens'"),
-        ({"prompt": "", "draft_ids": 4, "spans": []}, "TypeError"),
-        ({"prompt": "", "draft_ids": [4]}, "KeyError: 'spans'"),
+        ({"prompt": "", "captions": [{**CAPTION, "swaps": [{"tokens": [3, 6, [1, 2, 3]]}]}]}, "does not fit 5 tokens"),
+        ({"prompt": "", "captions": [{**CAPTION, "swaps": [{"tokens": [0, 2, [1]]}]}]}, "does not fit 5 tokens"),
+        ({"prompt": "", "captions": [{**CAPTION, "swaps": [{"tokens": [0, 1, [-4]]}]}]}, "not a list of token"),
         ({"prompt": "", "draft_ids": [4], "spans": [SPAN]}, "does not fit 1 tokens"),
-        ({"prompt": "", "draft_ids": [4, 5], "spans": [{**SPAN, "target_ids": [1]}]}, "does not fit"),
     ],
 )
 def test_what_a_record_has_to_hold(record, why):
@@ -137,16 +122,18 @@ def rewrite(data: Path, change: Callable[[dict], Any], *, which: tuple[int, ...]
 BAD: list[Callable[[dict], Any]] = [
     lambda record: {**record, "captions": []},
     lambda record: {**record, "captions": [{**record["captions"][0], "swaps": [{"tokens": [60, 64, [1] * 4]}]}]},
-    lambda record: {name: value for name, value in record.items() if name != "prompt"},
-    lambda record: {**record, "prompt": "<image> or <image>"},
 ]
+
+
+def captions(data: Path) -> CaptionData:
+    return CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48)
 
 
 @pytest.mark.parametrize("change", BAD)
 def test_samples_of_a_wrong_form_are_left_out_counted_and_named(scenes, tmp_path, caplog, change):
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     lost = rewrite(data, change, which=(1, 4))
-    made = CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48)
+    made = captions(data)
     train = [key for batch in made.train_dataloader() for key in batch.keys]
     assert len(train) == NUM  # others stand in
     assert not set(train) & set(lost)
@@ -164,21 +151,6 @@ def test_drafting_says_how_many_images_it_could_not_read(scenes, tmp_path, capsy
     rewrite(data, BAD[0], which=(1, 4))
     src.draft.main(draft_arguments(data, tmp_path / "drafts", f"num={NUM}"))
     assert f"{tmp_path / 'drafts'}: 6 drafts (2 images could not be read)\n" in capsys.readouterr().out
-
-
-def test_a_shard_of_another_size_than_the_index_says_is_told(scenes, tmp_path, caplog):
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    (shard,) = (data / "train").glob("*.tar")
-    with caplog.at_level(logging.WARNING):
-        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48).index(
-            "train"
-        )
-        assert not caplog.records
-        shutil.copy(next((data / "test").glob("*.tar")), shard)
-        CaptionData(path=str(data), codec=Codec.load(BASE), batch_size=4, response_length=64, image_size=48).index(
-            "train"
-        )
-    assert f"1 of 1 shards, such as {shard.name}, are not of the size that index.json says" in caplog.text
 
 
 # --- drafts and rounds --------------------------------------------------------------------------------------------
@@ -307,11 +279,8 @@ def photos(tmp_path) -> Path:
 
 
 def prepare(photos: Path, out: Path) -> None:
-    Photos(
-        out=str(out), images=str(photos), annotations=str(photos / "a.json"), image_size=48, vocab_size=300,
-        response_length=64,
-        prompt="What?", tokenizer=str(BASE), overwrite=True,
-    ).run()  # fmt: skip
+    settings = {"image_size": 48, "response_length": 64, "prompt": "What?", "tokenizer": str(BASE), "overwrite": True}
+    Photos(out=str(out), images=str(photos), annotations=str(photos / "a.json"), **settings).run()
 
 
 def test_overwriting_never_takes_the_pictures(photos, tmp_path):
@@ -331,25 +300,11 @@ def test_overwriting_replaces_datasets_only(photos, tmp_path):
     home.mkdir()
     prepare(photos, home)  # an empty folder is nobody's
     prepare(photos, home)
-    for content in ('{"format": 2, "kind": "round", "tokenizer": null, "shards": []}', "{}"):
-        (home / INDEX).write_text(content)
-        with pytest.raises(ValueError, match="exists but is no finished dataset"):
-            prepare(photos, home)
+    (home / INDEX).write_text('{"format": 2, "kind": "round", "tokenizer": null, "shards": []}')
+    with pytest.raises(ValueError, match="exists but is no finished dataset"):
+        prepare(photos, home)
     (home / INDEX).unlink()
     before = contents(home)
     with pytest.raises(ValueError, match="exists but is no finished dataset"):
         prepare(photos, home)
     assert contents(home) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_size": 1}, "image_size must be at least"),
-        ({"vocab_size": 10, "tokenizer": None}, "vocab_size=10 is"),
-    ],
-)
-def test_sizes_of_scenes_that_cannot_work(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        Scenes(out=str(tmp_path / "s"), **{**SIZES, **change}).run()
-    assert not (tmp_path / "s").exists()

@@ -44,14 +44,13 @@ def dataset(folder: Path, records: list[dict], **settings: Any) -> Photos:
     return Photos(out=str(folder / "out"), images=str(folder), annotations=str(folder / "a.json"), **plain)
 
 
-def split_keys(folder: Path) -> dict[str, set[str]]:
-    """Names of the images in each split."""
-    return {
-        split: {
-            s["__key__"].rpartition("-")[0] for tar in (folder / "out" / split).glob("*.tar") for s in read_shard(tar)
-        }
-        for split in SPLITS
-    }
+def split_keys(folder: Path) -> dict[str, list[str]]:
+    """The names of the images in each split, one for each sample."""
+    keys: dict[str, list[str]] = {}
+    for split in SPLITS:
+        tars = sorted((folder / "out" / split).glob("*.tar"))
+        keys[split] = [s["__key__"].rpartition("-")[0] for tar in tars for s in read_shard(tar)]
+    return keys
 
 
 def names_with(wanted: str, count: int, form: str = FILE) -> list[str]:
@@ -65,9 +64,8 @@ def record(name: str, **more: Any) -> dict:
     return {"image": name, "caption": "A cat.", **more}
 
 
-def by_share(names: list[str]) -> list[str]:
-    """Stems, the least hash first."""
-    return sorted((Path(name).stem for name in names), key=lambda stem: hashed_share(stem, 0))
+def stem(name: str) -> str:
+    return Path(name).stem
 
 
 @pytest.mark.parametrize(
@@ -78,10 +76,13 @@ def test_the_largest_split_fills_empty_ones(train: int, val: int, test: int, mov
     """The images nearest to the border of the hashes go, val first; where no split is empty, all stay."""
     names = {split: names_with(split, count) for split, count in zip(SPLITS, (train, val, test), strict=True)}
     dataset(tmp_path, [record(name) for split in SPLITS for name in names[split]]).run()
-    expected = {split: by_share(names[split]) for split in SPLITS}
+    expected = {}
+    for split in SPLITS:
+        expected[split] = sorted(map(stem, names[split]), key=lambda name: hashed_share(name, 0))
     for letter in moved:
         expected["val" if letter == "v" else "test"].append(expected["train"].pop())
-    assert split_keys(tmp_path) == {split: set(keys) for split, keys in expected.items()}
+    keys = split_keys(tmp_path)
+    assert {split: set(keys[split]) for split in SPLITS} == {split: set(expected[split]) for split in SPLITS}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -89,18 +90,17 @@ def test_the_largest_split_fills_empty_ones(train: int, val: int, test: int, mov
 def test_whatever_the_hashes_say(split: str, count: int, tmp_path: Path) -> None:
     names = names_with(split, count)
     dataset(tmp_path, [record(name) for name in names]).run()
-    found = split_keys(tmp_path)
-    assert set.union(*found.values()) == {Path(name).stem for name in names}
-    assert sum(map(len, found.values())) == count
-    assert found["train"]
-    assert count < 3 or all(found.values())
+    keys = split_keys(tmp_path)
+    assert sorted(key for split_names in keys.values() for key in split_names) == sorted(map(stem, names))
+    assert keys["train"]
+    assert count < 3 or all(keys.values())
 
 
 def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
     names, bad, long = names_with("train", 4), names_with("val", 2, "bad-{}.png"), names_with("test", 1, "long-{}.png")
     records = [*map(record, names), *map(record, bad), {"image": long[0], "caption": "cat, " * 90}]
     index = dataset(tmp_path, records).run()
-    assert {split: len(found) for split, found in split_keys(tmp_path).items()} == {"train": 2, "val": 1, "test": 1}
+    assert [len(keys) for keys in split_keys(tmp_path).values()] == [2, 1, 1]
     assert index["examples"]["val"] == {"undecodable_image": bad[0]}
     assert index["examples"]["test"]["captions too long"] == long[0]
 
@@ -108,38 +108,34 @@ def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
 def test_all_photos_of_an_image_move_together(tmp_path: Path) -> None:
     names = names_with("train", 3)
     dataset(tmp_path, [record(name, prompt=prompt) for name in names for prompt in ("Q", "R")]).run()
-    found = split_keys(tmp_path)
-    assert [len(found[split]) for split in SPLITS] == [1, 1, 1]
-    assert sum(len(list(read_shard(tar))) for tar in (tmp_path / "out" / "val").glob("*.tar")) == 2
+    for keys in split_keys(tmp_path).values():
+        assert len(keys) == 2 and len(set(keys)) == 1
 
 
 def test_splits_in_the_records_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = names_with("train", 5)
     with caplog.at_level(logging.WARNING):
         dataset(tmp_path, [record(name, split="train" if name != names[0] else "val") for name in names]).run()
-    found = split_keys(tmp_path)
-    assert [len(found[split]) for split in SPLITS] == [4, 1, 0]
-    assert "no image is in test; add" in caplog.text
+    assert [len(keys) for keys in split_keys(tmp_path).values()] == [4, 1, 0]
+    assert "no sample is in test; add" in caplog.text
 
 
 def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = dataset(tmp_path, [record(name, split="test") for name in names_with("train", 3)])
-    with pytest.raises(ValueError, match="no image is left for train; add some, or take `split` out of the records"):
-        made.run()
-    assert not Path(made.out).exists()
+    dataset(tmp_path, [record(name, split="test") for name in names_with("train", 3)])
+    out = tmp_path / "out"
+    files = [f"prepare.images={tmp_path}", f"prepare.annotations={tmp_path / 'a.json'}"]
     with pytest.raises(SystemExit) as stop:
-        main(["conf=photos", f"prepare.out={made.out}", f"prepare.images={tmp_path}",
-              f"prepare.annotations={tmp_path / 'a.json'}"])  # fmt: skip
-    assert stop.value.code == 2
-    assert "error: no image is left for train" in capsys.readouterr().err
+        main(["conf=photos", f"prepare.out={out}", *files])
+    assert (stop.value.code, out.exists()) == (2, False)
+    assert "error: nothing could be used for train" in capsys.readouterr().err
 
 
 def test_few_usable_images_are_looked_at_once() -> None:
     """Each look may decode an image."""
     photos = [Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100) for n in range(4)]
-    seen: list[str] = []
-    fill_splits(photos, lambda photo: seen.append(photo.key) or photo.key in ("k1", "k3"))  # type: ignore[func-returns-value]
-    assert sorted(seen) == sorted(set(seen))
+    decoded: list[str] = []
+    fill_splits(photos, lambda photo: decoded.append(photo.key) or photo.key in ("k1", "k3"))
+    assert sorted(decoded) == sorted(set(decoded))
     assert {photo.key: photo.split for photo in photos} == {"k0": "val", "k1": "train", "k2": "val", "k3": "val"}
 
 

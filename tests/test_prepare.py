@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +28,6 @@ from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
 from src.text.tokenizer import Codec
-from testing.files import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -72,6 +67,10 @@ def test_equal_settings_make_equal_bytes(tmp_path: Path, scenes: Path) -> None:
     assert contents(tmp_path / "other")["train/train-000000.tar"] != contents(scenes)["train/train-000000.tar"]
 
 
+def scenes_of(folder: Path) -> list[Scene]:
+    return [Scene.from_dict(sample.record["scene"]) for sample in samples(folder)]
+
+
 def without_jitter(scene: Scene) -> str:
     for item in (plain := scene.to_dict())["objects"]:
         item["dx"] = item["dy"] = 0
@@ -85,33 +84,28 @@ def test_val_and_test_do_not_depend_on_the_seed_and_are_never_trained_on(tmp_pat
         Scenes(out=str(tmp_path / f"{seed}"), **{**few, "seed": seed}).run()
     for split in ("val", "test"):
         one, two = (samples(tmp_path / seed / split) for seed in "12")
-        assert [(s.key, s.data, s.record["captions"][0]["text"], s.record["scene"]) for s in one] == [
-            (s.key, s.data, s.record["captions"][0]["text"], s.record["scene"]) for s in two
-        ]
+        assert [(s.key, s.data, s.record["scene"]) for s in one] == [(s.key, s.data, s.record["scene"]) for s in two]
+        assert [s.record["captions"][0]["text"] for s in one] == [s.record["captions"][0]["text"] for s in two]
     reserved: dict[str, None] = {}
     for split in ("test", "val"):
         rng, full = Random(f"0/{split}/scenes"), len(reserved) + 512
         while len(reserved) < full:
             reserved[without_jitter(draw_scene(rng, objects=(1, 1)))] = None
     for seed in "12":
-        trained = {without_jitter(Scene.from_dict(s.record["scene"])) for s in samples(tmp_path / seed / "train")}
-        assert not trained & set(reserved)
-        tested = [without_jitter(Scene.from_dict(s.record["scene"])) for s in samples(tmp_path / seed / "test")]
-        assert tested == list(reserved)[:4]
+        assert not {without_jitter(scene) for scene in scenes_of(tmp_path / seed / "train")} & set(reserved)
+        assert [without_jitter(scene) for scene in scenes_of(tmp_path / seed / "test")] == list(reserved)[:4]
 
 
 def test_splits_have_their_sizes_and_share_no_scene(scenes: Path) -> None:
-    found = {split: [Scene.from_dict(s.record["scene"]) for s in samples(scenes / split)] for split in SPLITS}
-    assert {f"num_{split}": len(members) for split, members in found.items()}.items() <= SCENES.items()
-    train, val, test = ({without_jitter(scene) for scene in found[split]} for split in SPLITS)
-    assert (len(val), len(test)) == (SCENES["num_val"], SCENES["num_test"])
-    assert not (train & val or train & test or val & test)
+    train, val, test = ([without_jitter(scene) for scene in scenes_of(scenes / split)] for split in SPLITS)
+    assert [len(train), len(set(val)), len(set(test))] == [SCENES[f"num_{split}"] for split in SPLITS]
+    assert not (set(train) & set(val) or set(train) & set(test) or set(val) & set(test))
 
 
-def check_swaps(codec: Codec, found: list[Sample]) -> Counter[str]:
+def check_swaps(codec: Codec, prepared: list[Sample]) -> Counter[str]:
     """Every caption is true, and every swap makes it false and changes the tokens that it says; returns the facts."""
     facts: Counter[str] = Counter()
-    for s in found:
+    for s in prepared:
         scene = Scene.from_dict(s.record["scene"])
         assert len(s.record["captions"]) == SCENES["captions_per_image"]
         for caption in s.record["captions"]:
@@ -130,9 +124,9 @@ def check_swaps(codec: Codec, found: list[Sample]) -> Counter[str]:
 
 
 def test_captions_are_true_swaps_are_false_and_tokens_are_where_they_say(scenes: Path) -> None:
-    codec, found = Codec.load(scenes / "tokenizer"), samples(scenes / "train")
-    assert set(check_swaps(codec, found)) == {"object", "attribute", "count", "place", "relation"}
-    lengths = [len(codec.encode(caption["text"])[0]) for s in found for caption in s.record["captions"]]
+    codec, prepared = Codec.load(scenes / "tokenizer"), samples(scenes / "train")
+    assert set(check_swaps(codec, prepared)) == {"object", "attribute", "count", "place", "relation"}
+    lengths = [len(codec.encode(caption["text"])[0]) for s in prepared for caption in s.record["captions"]]
     assert max(lengths) < SCENES["response_length"]
 
 
@@ -142,16 +136,6 @@ def test_images_show_the_scene(scenes: Path) -> None:
         clean = render(Scene.from_dict(s.record["scene"]), Random(0), size=24, noise=0)
         difference = np.asarray(s.image, dtype=float) - np.asarray(clean, dtype=float)
         assert 1 < difference.std() < 3  # noise of 2 grey levels
-
-
-def test_a_given_tokenizer_is_used_and_swaps_of_unequal_length_are_dropped(tmp_path: Path) -> None:
-    codec = Codec.train(["nothing in common with scenes"], vocab_size=270, alphabet="bytes")
-    codec.save(tmp_path / "tokenizer")
-    settings = {**SCENES, "response_length": 400, "tokenizer": str(tmp_path / "tokenizer")}
-    index = Scenes(out=str(tmp_path / "out"), **settings).run()
-    assert index["tokenizer"] == codec.fingerprint == Codec.load(tmp_path / "out" / "tokenizer").fingerprint
-    assert index["counts"]["train"]["swaps of unequal length"] > 0
-    check_swaps(codec, samples(tmp_path / "out" / "train"))
 
 
 def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, scenes: Path) -> None:
@@ -170,30 +154,19 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, sce
         Scenes(out=str(out), **changed).run()
 
 
-def test_impossible_settings_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_val must be at least 1, got 0"):
-        Scenes(out=str(tmp_path / "a"), **{**SCENES, "num_val": 0})
-    with pytest.raises(ValueError, match="no caption of a scene fits 10 tokens"):
-        Scenes(out=str(tmp_path / "a"), **{**SCENES, "response_length": 10}).run()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_val": 0}, "num_val must be at least 1, got 0"),
+        ({"image_size": 1}, "image_size must be at least 16, got 1"),
+        ({"response_length": 10}, "no caption of a scene fits 10 tokens"),
+        ({"vocab_size": 10}, "vocab_size=10 is too small"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Scenes(out=str(tmp_path / "a"), **{**SCENES, **change}).run()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_nothing_and_the_next_one_is_whole(tmp_path: Path, scenes: Path) -> None:
-    """The real verb in a real process, killed while it writes its first shard."""
-    out = tmp_path / "out"
-    values = {**SCENES, "num_train": 600}
-    command = [sys.executable, "-m", "src.prepare", "conf=scenes", f"prepare.out={out}", *_settings(values)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob("out.partial/train/.*.tmp")):
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.05)
-    process.kill()
-    process.wait()
-    assert not out.exists()
-    Scenes(out=str(out), **SCENES).run()
-    assert contents(out) == contents(scenes)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def _settings(values: dict[str, Any]) -> list[str]:
@@ -203,10 +176,9 @@ def _settings(values: dict[str, Any]) -> list[str]:
 # --- photographs -------------------------------------------------------------------------------------
 
 
-def picture(path: Path, colour: str = "red", size: tuple[int, int] = (8, 8)) -> Path:
+def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
+    Image.new("RGB", size, "red").save(path)
 
 
 def entries(path: Path) -> tuple[list[Entry], Counts]:
@@ -217,11 +189,6 @@ def entries(path: Path) -> tuple[list[Entry], Counts]:
 def write_json(path: Path, value: Any) -> Path:
     path.write_text(json.dumps(value))
     return path
-
-
-def first(path: Path) -> tuple[str, str, str | None]:
-    (entry,), _ = entries(path)
-    return entry.image, entry.captions[0].text, entry.prompt
 
 
 GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
@@ -259,18 +226,10 @@ def test_one_reader_for_all_files(
     tmp_path: Path, name: str, content: bytes, images: list[str], skipped: dict[str, str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    found, counts = entries(tmp_path / name)
-    assert [entry.image for entry in found] == images
+    records, counts = entries(tmp_path / name)
+    assert [entry.image for entry in records] == images
     assert counts.examples == skipped
-    assert found[0].captions[0].text in ("\u00c9t\u00e9.", "one", "a cat", "a", "x")
-
-
-def test_texts_keep_line_ends_and_quotes_of_a_table(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    with path.open("w", newline="", encoding="utf-8-sig") as stream:
-        csv.writer(stream).writerows([["image", "caption", "split"], ["a.jpg", 'says "hi",\nthen goes', "val"]])
-    (entry,), _ = entries(path)
-    assert (entry.image, entry.captions[0].text, entry.split) == ("a.jpg", 'says "hi",\nthen goes', "val")
+    assert records[0].captions[0].text in ("\u00c9t\u00e9.", "one", "a cat", "a", "x")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +253,11 @@ def turns(*texts: str) -> list[dict]:
     return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
 
 
+def rediff(text: str, *pairs: tuple[str, str]) -> dict:
+    revise = [{"org": org, "target": target} for org, target in pairs]
+    return {"image": "a.jpg", "conversations": turns("<image>Q", text), "revise": revise}
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -302,36 +266,31 @@ def turns(*texts: str) -> list[dict]:
         ({"image": "a.jpg", "conversations": turns("<image><image>Q", "A")}, "several_images"),
         ({"image": "a.jpg", "conversations": turns("Q", "A", "<image>R", "B")}, "image_in_later_turn"),
         ({"image": "a.jpg", "conversations": turns("<image>Q")}, "no_answer"),
-        ({"image": "a.jpg", "conversations": []}, "no_answer"),
-        ({"image": "a.jpg", "conversations": turns("<image>Q", "  ")}, "empty_caption"),
         ({"image": "a.jpg", "video": "v", "conversations": turns("Q", "A")}, "video"),
         ({"image": True, "caption": "x"}, "no_image"),
-        ({"image": None, "caption": "x"}, "no_image"),
         ({"image": "a.jpg", "caption": ""}, "empty_caption"),
         ({"image": "a.jpg", "captions": []}, "empty_caption"),
-        ({"image": "a.jpg", "caption": True}, "empty_caption"),
+        (rediff("A man.", ("dog", "cat")), "revise_not_found"),
+        (rediff("A man, a man.", ("man", "cat")), "revise_ambiguous"),
+        (rediff("A man.", ("", "cat")), "revise_empty_span"),
+        (rediff("A big red man.", ("big red", "x y"), ("red man", "x y")), "revise_overlap"),
     ],
 )
 def test_unusable_records_are_counted(tmp_path: Path, record: dict, reason: str) -> None:
-    found, counts = entries(write_json(tmp_path / "a.json", [record]))
-    assert not found
-    assert counts[reason] == 1
+    usable, counts = entries(write_json(tmp_path / "a.json", [record]))
+    assert (usable, counts[reason]) == ([], 1)
 
 
 def test_conversations_give_their_first_answer(tmp_path: Path) -> None:
-    record = {
-        "id": 1,
-        "image": "a.jpg",
-        "conversations": turns("What is it?\n<image>", " A cat. ", "Sure?", "Yes."),
-    }
-    path = write_json(tmp_path / "a.json", [record, record, 5])
-    (one, two), counts = entries(path)
-    assert one == two
-    assert (one.image, one.captions[0].text, one.prompt) == ("a.jpg", "A cat.", "What is it?")
-    assert counts == {"records": 3, "later_turns": 2, "not_a_record": 1}
+    talk = turns("What is it?\n<image>", " A cat. ", "Sure?", "Yes.")
+    path = write_json(tmp_path / "a.json", [{"id": 1, "image": "a.jpg", "conversations": talk}, 5])
+    (entry,), counts = entries(path)
+    assert (entry.image, entry.captions[0].text, entry.prompt) == ("a.jpg", "A cat.", "What is it?")
+    assert counts == {"records": 2, "later_turns": 1, "not_a_record": 1}
     roles = (("system", "S"), ("user", "<image>Q"), ("assistant", "A"))
     chat = {"images": ["a.jpg"], "messages": [{"role": role, "content": text} for role, text in roles]}
-    assert first(write_json(path, [chat])) == ("a.jpg", "A", "Q")
+    (entry,), _ = entries(write_json(path, [chat]))
+    assert (entry.image, entry.captions[0].text, entry.prompt) == ("a.jpg", "A", "Q")
 
 
 def vicrit(true: str, false: str, right: str, wrong: str) -> dict:
@@ -346,8 +305,6 @@ def vicrit(true: str, false: str, right: str, wrong: str) -> dict:
         (vicrit("A red cat on red.", "A red cat on blue.", "red", "blue"), 13),  # the second of two places
         (vicrit("THE RED CAT", "The blue cat.", "RED", "blue"), None),  # a full stop that no swap explains
         (vicrit("THE RED CAT", "the blue cat", "RED", "blue"), 4),
-        (vicrit("A red cat.", "A blue cat.", "green", "blue"), None),
-        (vicrit("A cat.", "A blue cat.", "", "blue"), None),
     ],
 )
 def test_vicrit_swaps_are_placed_where_the_captions_differ(tmp_path: Path, record: dict, start: int | None) -> None:
@@ -358,28 +315,14 @@ def test_vicrit_swaps_are_placed_where_the_captions_differ(tmp_path: Path, recor
 
 
 def test_rediff_pairs_turn_the_flawed_text_true(tmp_path: Path) -> None:
-    def read(text: str, *pairs: tuple[str, str]) -> tuple[list[Entry], Counter[str]]:
-        revise = [{"org": org, "target": target} for org, target in pairs]
-        record = {"image": "a.jpg", "conversations": turns("<image>Q", text), "revise": revise}
-        return entries(write_json(tmp_path / "a.json", [record]))
-
-    (entry,), _ = read("A man in a red coat holds an apple.", ("an apple", "a pear"), ("red coat", "very blue coat"))
+    draft = "A man in a red coat holds an apple. A woman."
+    record = rediff(draft, ("an apple", "a pear"), ("red coat", "very blue coat"), ("man", "dog"))
+    (entry,), _ = entries(write_json(tmp_path / "a.json", [record]))
     caption = entry.captions[0]
-    assert caption.text == "A man in a very blue coat holds a pear."
-    for swap, right, wrong in zip(caption.swaps, ("very blue coat", "a pear"), ("red coat", "an apple"), strict=True):
-        assert (swap.right, swap.wrong) == (right, wrong)
-        assert caption.text[swap.start : swap.start + len(right)] == right
-    (entry,), _ = read("A woman sees a man.", ("man", "dog"))  # not the one inside of `woman`
-    assert entry.captions[0].text == "A woman sees a dog."
-    for text, pairs, reason in (
-        ("A man.", [("dog", "cat")], "revise_not_found"),
-        ("A man, a man.", [("man", "cat")], "revise_ambiguous"),
-        ("A man.", [("", "cat")], "revise_empty_span"),
-        ("A big red man.", [("big red", "x y"), ("red man", "x y")], "revise_overlap"),
-    ):
-        found, counts = read(text, *pairs)
-        assert not found
-        assert counts[reason] == 1
+    assert caption.text == "A dog in a very blue coat holds a pear. A woman."  # not the `man` inside of `woman`
+    pairs = [(swap.right, swap.wrong) for swap in caption.swaps]
+    assert pairs == [("dog", "man"), ("very blue coat", "red coat"), ("a pear", "an apple")]
+    assert all(caption.text[swap.start : swap.end] == swap.right for swap in caption.swaps)
 
 
 def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -> None:
@@ -411,20 +354,27 @@ def test_hashed_splits_have_their_shares() -> None:
     assert abs(counts["test"] - 200) < 60
 
 
-def test_whole_picture_on_grey_in_any_mode(tmp_path: Path) -> None:
+def test_whole_picture_on_grey() -> None:
     wide = fit(Image.new("RGB", (40, 10), "red"), 16)
     assert wide.size == (16, 16)
     assert [wide.getpixel((8, y)) for y in (0, 5, 8, 15)] == [(128,) * 3, (128,) * 3, (255, 0, 0), (128,) * 3]
     assert fit(Image.new("RGB", (300, 1), "red"), 16).getpixel((3, 7)) == (255, 0, 0)
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    clear.save(tmp_path / "clear.png")
-    assert load(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
-    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert load(tmp_path / "deep.png").getpixel((1, 1)) == (128, 128, 128)
-    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
-    red, green, blue = load(tmp_path / "ink.jpg").getpixel((1, 1))  # type: ignore[misc]
-    assert red > 240
-    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize(
+    ("image", "pixel"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),  # transparent
+        (Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)), (128, 128, 128)),
+        (Image.new("LA", (4, 4), (9, 255)), (9, 9, 9)),
+    ],
+)
+def test_images_of_any_mode_become_rgb(tmp_path: Path, image: Image.Image, pixel: tuple[int, int, int]) -> None:
+    image.save(tmp_path / "a.png")
+    assert load(tmp_path / "a.png").getpixel((1, 1)) == pixel
+
+
+def test_images_are_upright_and_decoded_small(tmp_path: Path) -> None:
     turned = Image.new("RGB", (8, 4), "red")
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -432,8 +382,6 @@ def test_whole_picture_on_grey_in_any_mode(tmp_path: Path) -> None:
     assert load(tmp_path / "turned.jpg").size == (4, 8)
     picture(tmp_path / "large.jpg", size=(1600, 800))
     assert load(tmp_path / "large.jpg", size=50).size == (200, 100)  # decoded at an eighth of the size
-    with Image.open(io.BytesIO(convert(tmp_path / "large.jpg", size=16, encoding="jpg"))) as small:
-        assert (small.format, small.size) == ("JPEG", (16, 16))
 
 
 def test_photos_may_keep_their_shape(tmp_path: Path) -> None:
@@ -446,22 +394,26 @@ def test_photos_may_keep_their_shape(tmp_path: Path) -> None:
     )
     settings = {**PHOTOS, "image_size": 64, "images": str(tmp_path), "annotations": str(annotations)}
     Photos(out=str(tmp_path / "out"), encoding="png", square=False, **settings).run()
-    found = {s.key.split("-")[0]: s.image for split in SPLITS for s in samples(tmp_path / "out" / split)}
-    np.testing.assert_array_equal(np.asarray(found["own"]), np.asarray(own))
-    assert found["large"].size == (64, 20)
-    assert found["large"].getcolors() == [(64 * 20, (255, 0, 0))]
+    images = {s.key.split("-")[0]: s.image for split in SPLITS for s in samples(tmp_path / "out" / split)}
+    np.testing.assert_array_equal(np.asarray(images["own"]), np.asarray(own))
+    assert images["large"].size == (64, 20)
+    assert images["large"].getcolors() == [(64 * 20, (255, 0, 0))]
 
 
-def test_broken_images_have_reasons(tmp_path: Path) -> None:
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "page.jpg").write_text("<html><body>Not found</body></html>")
-    (tmp_path / "bomb.gif").write_bytes(b"GIF89a" + b"\xff\xff" * 2 + b"\x00\x00\x00" + b"," + b"\x00" * 20)
-    for name, reason in (
-        ("empty.jpg", "empty_image_file"), ("page.jpg", "undecodable_image"), ("bomb.gif", "image_too_large"),
-        ("none.jpg", "missing_image"),
-    ):  # fmt: skip
-        with pytest.raises(ImageProblem, match=reason):
-            load(tmp_path / name)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty_image_file"),
+        (b"<html><body>Not found</body></html>", "undecodable_image"),
+        (b"GIF89a" + b"\xff\xff" * 2 + b"\x00\x00\x00" + b"," + b"\x00" * 20, "image_too_large"),
+        (None, "missing_image"),
+    ],
+)
+def test_broken_images_have_reasons(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageProblem, match=reason):
+        load(tmp_path / "a.jpg")
 
 
 def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,8 +433,7 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "conf=photos", f"prepare.out={out}", f"prepare.images={images}", f"prepare.annotations={annotations}",
         *_settings(PHOTOS),
     ])  # fmt: skip
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
+    assert capsys.readouterr().out.splitlines() == [
         "records  11  records",
         "records   1  missing image (left out), such as none.jpg",
         "records   2  merged",
@@ -495,14 +446,11 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "test      0  written",
     ]
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
-    records = {s.record["key"][:2]: s for s in samples(out / "train")}
-    assert [c["text"] for c in records["p3"].record["captions"]] == ["A red box.", "Box 3."]
-    assert records["p3"].record["prompt"] == "What is there?"
-    assert records["p3"].image.size == (16, 16)
+    photos = {s.key[:2]: s for s in samples(out / "train")}
+    assert [c["text"] for c in photos["p3"].record["captions"]] == ["A red box.", "Box 3."]
+    assert (photos["p3"].record["prompt"], photos["p3"].image.size) == ("What is there?", (16, 16))
     codec = Codec.load(out / "tokenizer")
     assert codec.decode(codec.encode("Ünseen 日本 text")[0]) == "Ünseen 日本 text"
-    for swap in records["p2"].record["captions"][0]["swaps"]:
-        assert (swap["right"], swap["wrong"]) == ("red", "blue")
     data = CaptionData(path=str(out), codec=codec, batch_size=5, response_length=64, image_size=16)
     assert len(list(data.train_dataloader())) == 1
 
@@ -510,15 +458,11 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
     settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
-    with pytest.raises(ValueError, match=r"(?s)nothing could be used.*1  missing image"):
+    with pytest.raises(UserError, match=r"(?s)nothing could be used.*1  missing image"):
         Photos(out=str(tmp_path / "out"), **settings).run()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="no image folder"):
+    with pytest.raises(UserError, match="no image folder"):
         Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
-    with pytest.raises(UserError, match="encoding must be one of jpg, png, got 'gif'"):
-        main.__wrapped__([  # type: ignore[attr-defined]
-            "conf=photos", "prepare.images=x", "prepare.annotations=y", "prepare.encoding=gif",
-        ])  # fmt: skip
 
 
 # --- real files --------------------------------------------------------------------------------------
@@ -527,22 +471,17 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
 @needs_real_data
 def test_odd_images_decode_or_are_reported() -> None:
     manifest = json.loads((SHARED / "odd_images" / "manifest.json").read_text())
-    results: Counter[bool] = Counter()
+    assert Counter(row["decodes"] for row in manifest) == {True: 27, False: 6}
     for row in manifest:
         path = SHARED / "odd_images" / row["image"]
-        results[row["decodes"]] += 1
         if not row["decodes"]:
-            for read in (partial(load, path), partial(convert, path, size=16, encoding="jpg")):
-                with pytest.raises(ImageProblem):
-                    read()
+            with pytest.raises(ImageProblem):
+                convert(path, size=16, encoding="jpg")
             continue
-        image = load(path)
         with Image.open(io.BytesIO(convert(path, size=16, encoding="png"))) as small:
-            assert small.size == (16, 16)
-        assert image.mode == "RGB"
+            assert (small.size, small.mode) == ((16, 16), "RGB")
         if size := row.get("rgb_size_after_exif_transpose"):
-            assert list(image.size) == size, path.name
-    assert results == {True: 27, False: 6}
+            assert list(load(path).size) == size, path.name
 
 
 @needs_real_data
@@ -572,39 +511,6 @@ def test_real_formats(name: str, usable: int | None, counts: dict[str, int]) -> 
         with pytest.raises(ValueError, match="no known annotation format: the first record has the keys question_id"):
             entries(path)
         return
-    found, counted = entries(path)
-    assert len(found) == usable
+    records, counted = entries(path)
+    assert len(records) == usable
     assert counted.items() >= counts.items()
-
-
-@needs_real_data
-def test_real_pairs_agree_between_formats() -> None:
-    pairs, _ = entries(SHARED / "hallucination_pairs" / "vicrit_format.json")
-    assert len(pairs) == sum(len(e.captions[0].swaps) for e in pairs) == 1245
-    truth = {(e.image, e.captions[0].text) for e in pairs}
-    repaired, counts = entries(SHARED / "hallucination_pairs" / "rediff_revise_format.json")
-    assert len(repaired) + counts["revise_ambiguous"] == 1688
-    single = [e for e in repaired if len(e.captions[0].swaps) == 1]
-    assert len([e for e in single if (e.image, e.captions[0].text) in truth]) > 0.85 * len(single)
-
-
-@needs_real_data
-@pytest.mark.parametrize("annotations", ["captions.jsonl", "llava_five_captions.json"])
-def test_real_photographs(tmp_path: Path, annotations: str) -> None:
-    folder = SHARED / "coco_cc"
-    settings = {**PHOTOS, "response_length": 200, "images": str(folder), "annotations": str(folder / annotations)}
-    index = Photos(out=str(tmp_path / "out"), max_images=12, **settings).run()
-    assert sum(index["counts"][split]["written"] for split in SPLITS) == 12
-    found = [s for split in SPLITS for s in samples(tmp_path / "out" / split)]
-    known = {row["id"]: row for row in read_jsonl(folder / "captions.jsonl")}
-    for s in found:
-        row = known[s.key.split("-")[0]]
-        texts = [c["text"] for c in s.record["captions"]]
-        if annotations == "captions.jsonl":
-            assert texts == list(dict.fromkeys(text.strip() for text in row["captions"]))
-            assert s.key in {t.key for t in samples(tmp_path / "out" / row["split"])}
-        else:
-            assert len(texts) == 1
-            assert s.record["prompt"].startswith("Describe what is visible")
-        bars = np.asarray(s.image)[[0, -1]] if row["width"] > row["height"] else np.asarray(s.image)[:, [0, -1]]
-        assert abs(bars.mean(dtype=float) - 128) < 40

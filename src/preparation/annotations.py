@@ -1,13 +1,9 @@
-"""Captions of images in the records of annotation files, in the formats that are in use.
+"""Captions of images in the records of annotation files. The keys of a record tell its format:
 
-    read_entries(path, counts) -> Entry, Entry, ...      skipped records are counted by reason
-
-    ViCrit        original_caption, changed_caption, solution_original, solution_target
-    ReDiff        conversations or messages (the answer has errors), revise [{org, target}]
-    conversations conversations or messages (LLaVA, ShareGPT4V, InternLM, LLaMA-Factory): the first answer
-    captions      an image and a caption, text, output, or a list of captions (also COCO's own JSON)
-
-The format is detected from the keys of each record. `src.preparation.records` reads the files.
+ViCrit        original_caption, changed_caption, solution_original, solution_target
+ReDiff        conversations or messages (the answer has errors), revise [{org, target}]
+conversations conversations or messages (LLaVA, ShareGPT4V, InternLM, LLaMA-Factory): the first answer
+captions      an image and a caption, text, output, or a list of captions (also COCO's own JSON)
 """
 
 from __future__ import annotations
@@ -45,24 +41,24 @@ class Entry:
 
     image: str
     captions: list[Caption]
-    prompt: str | None = None
-    split: str | None = None
+    prompt: str | None
+    split: str | None
 
 
 def read_entries(path: Path, counts: Counts) -> Iterator[Entry]:
     """Yield the usable records of an annotation file. Raises UserError if no record has a known format."""
-    keys, recognized = "", False
+    keys, is_known = "", False
     for place, record in read_records(path, counts):
+        keys = keys or ", ".join(map(str, list(record)[:12]))
         try:
-            yield to_entry(record, place, counts)
-            recognized = True
+            entry = to_entry(record, place, counts)
         except Skip as reason:
             counts.skip(reason, place)
-            if str(reason) == "unknown_format":
-                keys = keys or ", ".join(map(str, list(record)[:12]))
-            else:
-                recognized = True
-    if not recognized:
+            is_known |= str(reason) != "unknown_format"
+        else:
+            is_known = True
+            yield entry
+    if not is_known:
         raise UserError(
             f"{path} has no known annotation format: "
             f"{f'the first record has the keys {keys}' if keys else 'it holds no records'}. "
@@ -74,7 +70,7 @@ def read_entries(path: Path, counts: Counts) -> Iterator[Entry]:
 
 def to_entry(record: dict, place: str, counts: Counts) -> Entry:
     """The entry of one record. Raises Skip if it is unusable."""
-    # `text` is not a caption where it is a benchmark's question
+    # 1. its captions and its question, by format; `text` is not a caption where it is a benchmark's question
     is_question = "label" in record or ("question_id" in record and "prompt" not in record)
     caption_key = next((key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)), None)
     if {"original_caption", "changed_caption"} <= record.keys():
@@ -84,29 +80,31 @@ def to_entry(record: dict, place: str, counts: Counts) -> Entry:
         text = _text(answer)
         captions = [_corrected(text, record["revise"]) if "revise" in record else Caption(text)]
     elif caption_key and any(key in record for key in IMAGE_KEYS):
-        captions = _captions(record[caption_key], place, counts)
-        prompt = next((record[key] for key in PROMPT_KEYS if key in record), None)
+        prompt, captions = next((record[key] for key in PROMPT_KEYS if key in record), None), []
+        value = record[caption_key]
+        texts = value if isinstance(value, list) and value else [value]
+        for text in texts:
+            try:
+                captions.append(Caption(_text(text)))
+            except Skip as reason:
+                if len(texts) == 1:
+                    raise
+                counts.skip(reason, place)
+        if not captions:
+            raise Skip("empty_caption")
     else:
         raise Skip("unknown_format")
     question = " ".join(IMAGE_MARK.sub(" ", prompt).split()) if isinstance(prompt, str) else ""
     check_unicode(question + "".join(swap.wrong for caption in captions for swap in caption.swaps))
+    # 2. its only image
+    image = next((record[key] for key in IMAGE_KEYS if record.get(key) not in (None, "", [])), None)
+    if image is None or isinstance(image, bool | float | dict):
+        raise Skip("no_image")
+    names = {str(name) for name in image} if isinstance(image, list) else {str(image)}
+    if len(names) > 1:
+        raise Skip("several_images")
     split = record.get("split")
-    return Entry(_image(record), captions, question or None, split if isinstance(split, str) else None)
-
-
-def _captions(value: Any, place: str, counts: Counts) -> list[Caption]:
-    if not isinstance(value, list):
-        return [Caption(_text(value))]
-    captions = []
-    for text in value:
-        try:
-            captions.append(Caption(_text(text)))
-        except Skip as reason:
-            if len(value) > 1:
-                counts.skip(reason, place)
-    if not captions:
-        raise Skip("empty_caption")
-    return captions
+    return Entry(names.pop(), captions, question or None, split if isinstance(split, str) else None)
 
 
 def _vicrit(record: dict, counts: Counts) -> Caption:
@@ -169,17 +167,6 @@ def _first_turns(record: dict, counts: Counts) -> tuple[str, Any]:
     if sum(marks) and not marks[0]:
         raise Skip("image_in_later_turn")
     return (questions[0] if questions else ""), answers[0]
-
-
-def _image(record: dict) -> str:
-    """The name of the record's only image. Raises Skip if it has none or several."""
-    value = next((record[key] for key in IMAGE_KEYS if record.get(key) not in (None, "", [])), None)
-    names = {str(name) for name in value} if isinstance(value, list) else {str(value)}
-    if value is None or isinstance(value, bool | float | dict):
-        raise Skip("no_image")
-    if len(names) > 1:
-        raise Skip("several_images")
-    return names.pop()
 
 
 def _text(value: Any) -> str:

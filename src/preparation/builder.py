@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from src.io.errors import UserError
-from src.io.files import publish, read_json, with_filename, write_json
+from src.io.files import publish, read_json, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
 from src.preparation.counts import Counts, table
@@ -43,8 +43,6 @@ class Dataset(ABC):
 
     kind: ClassVar[str] = "captions"  # of the split folders
     alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text; or "seen"
-    noun: ClassVar[str] = "image"  # a sample, in messages
-    remedies: ClassVar[tuple[str, str]] = ("", "")  # what else to do if train is empty, and if only val or test is
 
     out: str
     response_length: int
@@ -86,22 +84,26 @@ class Dataset(ABC):
     def run(self) -> dict:
         """Write the dataset unless it exists; return its index.json."""
         out = Path(self.out)
-        if not out.name:
-            raise UserError(f"prepare.out: expected the path of a folder to make, got {self.out!r}")
         partial = out.with_name(f"{out.name}.partial")
+        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
         with locked(out):
+            # 1. never replace what is read, nor what is no dataset
             for path in self.sources:
                 if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (out, partial)):
                     raise UserError(
                         f"prepare.out={out} would take the place of {path}, which is read: choose another one"
                     )
-            if index := self._existing(out):
-                return index
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
+                if index.get("kind") != DATASET:
+                    raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
+                if not self.overwrite:
+                    return _same(out, index, settings)
+            # 2. write, and rename
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             try:
-                with with_filename(partial):
-                    index = self.write(partial)
+                index = self._write(partial, settings)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -110,81 +112,67 @@ class Dataset(ABC):
             publish(partial, out)
         return index
 
-    def write(self, folder: Path) -> dict:
+    def _write(self, folder: Path, settings: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
+        # 1. items and tokenizer
         counts = {part: Counts() for part in ("records", *SPLITS)}
         items = list(self.read(counts["records"]))
-        codec = self._codec(items)
+        if self.tokenizer:
+            codec = Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
+        else:
+            codec = Codec.train(
+                self.texts(items),
+                vocab_size=self.vocab_size,
+                alphabet=self.alphabet,
+                prompt_format=self.prompt_format or "tiny",
+            )
+            if 0 < self.vocab_size < codec.vocab_size:
+                raise UserError(
+                    f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone "
+                    f"take {codec.vocab_size}"
+                )
         codec.save(folder / "tokenizer")
+        # 2. samples of each split
         parts, extra = self.divide(items, codec, counts)
         for split in SPLITS:
             progress = tqdm(parts[split], desc=split, unit="sample", disable=None)
             samples = self.samples(progress, codec, counts[split])
-            settings = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split], "extra": extra}
-            index = write_shards(folder / split, samples, prefix=split, per_shard=self.per_shard, **settings)
+            common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split], "extra": extra}
+            index = write_shards(folder / split, samples, prefix=split, per_shard=self.per_shard, **common)
             counts[split]["written"] = index["counts"]["written"]
+        # 3. index.json
         index = {
             "format": FORMAT,
             "kind": DATASET,
-            "settings": self._settings(),
+            "settings": settings,
             "tokenizer": codec.fingerprint,
             "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
             "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
             **extra,
         }
-        self._check_splits(index)
+        empty = [split for split in SPLITS if not counts[split]["written"]]
+        if "train" in empty:
+            reasons = table(index["counts"], index["examples"])
+            raise UserError(f"nothing could be used for train; reasons:\n{reasons}")
+        if empty:
+            log.warning(
+                "no sample is in %s; add more, or name them (images: `split` in the records; texts: "
+                "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
+                " and in ".join(empty),
+            )
         write_json(folder / INDEX, index)
         return index
 
-    def _codec(self, items: Sequence[Any]) -> Codec:
-        if self.tokenizer:
-            return Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
-        codec = Codec.train(
-            self.texts(items),
-            vocab_size=self.vocab_size,
-            alphabet=self.alphabet,
-            prompt_format=self.prompt_format or "tiny",
+
+def _same(out: Path, index: dict, settings: dict) -> dict:
+    """The index of a finished dataset. Raises UserError if it was made with other settings."""
+    if (form := index.get("format")) != FORMAT:
+        raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
+    old = index["settings"]
+    if changed := sorted(name for name in {*old, *settings} if old.get(name) != settings.get(name)):
+        raise UserError(
+            f"{out} was made with other settings ({', '.join(changed)}); "
+            "set prepare.overwrite=true to make it again, or choose another prepare.out"
         )
-        if 0 < self.vocab_size < codec.vocab_size:
-            raise UserError(
-                f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone take "
-                f"{codec.vocab_size}"
-            )
-        return codec
-
-    def _check_splits(self, index: dict) -> None:
-        """Raise UserError if train is empty; warn if val or test is empty."""
-        empty = [split for split in SPLITS if not index["counts"][split]["written"]]
-        reasons = table(index["counts"], index["examples"])
-        if len(empty) == 3:
-            raise UserError(f"nothing could be used; reasons:\n{reasons}")
-        if "train" in empty:
-            raise UserError(f"no {self.noun} is left for train; add some, or {self.remedies[0]}\n{reasons}")
-        if empty:
-            log.warning("no %s is in %s; add more, or %s", self.noun, " and in ".join(empty), self.remedies[1])
-
-    def _settings(self) -> dict:
-        """The settings that the content depends on; stored in index.json."""
-        return {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
-
-    def _existing(self, out: Path) -> dict | None:
-        """The index of the dataset in `out`; None if there is none, or it is to be replaced."""
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-            return None
-        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
-        if index.get("kind") != DATASET:
-            raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
-        if self.overwrite:
-            return None
-        if (form := index.get("format")) != FORMAT:
-            raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
-        old, new = index.get("settings"), self._settings()
-        old = old if isinstance(old, dict) else {}
-        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        if changed:
-            raise UserError(
-                f"{out} was made with other settings ({', '.join(changed)}); "
-                "set prepare.overwrite=true to make it again, or choose another prepare.out"
-            )
-        log.info("%s is already complete: nothing to do", out)
-        return index
+    log.info("%s is already complete: nothing to do", out)
+    return index

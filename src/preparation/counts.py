@@ -1,12 +1,4 @@
-"""Counts of records and samples by what became of them, and the table of them that `src.prepare` prints.
-
-    counts = Counts()
-    counts["merged"] += 1
-    counts.skip("missing_image", "a/b.jpg")          left out; the first name is the example of its reason
-    table({"records": counts}, {"records": counts.examples})
-
-The reasons are the keys of index.json; the table shows them with blanks for underscores.
-"""
+"""Counts of records and samples by what became of them, and the table of them that `src.prepare` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +7,7 @@ from collections.abc import Mapping
 
 
 class Skip(Exception):
-    """Raised for an unusable record or sample. reason: as counted in index.json; detail: added to the example."""
+    """Why a record or sample is left out. reason: as counted in index.json; detail: added to the example."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -30,7 +22,7 @@ class Counts(Counter[str]):
         self.examples: dict[str, str] = {}
 
     def skip(self, reason: str | Exception, example: str) -> None:
-        """Count what is left out for a reason, which may be the exception that names it."""
+        """Count what is left out; the first example of a reason is kept."""
         self[str(reason)] += 1
         self.examples.setdefault(str(reason), example + getattr(reason, "detail", ""))
 

@@ -12,15 +12,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Literal
 
 from src.io.errors import UserError
-from src.io.images import ENCODINGS, ImageProblem, convert, load
-from src.preparation.annotations import Caption, Entry, read_entries
+from src.io.images import ImageProblem, convert, load
+from src.preparation.annotations import Caption, read_entries
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts
 from src.preparation.splits import SPLIT_NAMES, Item, hashed_share, split_of
-from src.preparation.swaps import SwapLocator
+from src.preparation.swaps import locate_swaps
 from src.text.tokenizer import Codec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -44,27 +44,18 @@ class Photos(Dataset):
     images:      folder that the image names in the annotations are relative to
     annotations: one file or several: JSON, JSONL, CSV or TSV
     image_size:  pixels, side of the stored square image: the whole picture, padded with grey
-    encoding:    jpg or png
     square:      false keeps the shape of images, the longer side at most `image_size`, for training with tiles
     prompt:      for records without a question
     max_images:  use only the first `max_images` photos; null uses all
     """
 
-    remedies: ClassVar[tuple[str, str]] = ("take `split` out of the records", "set `split` in the records")
-
     image_size: int
     prompt: str
     images: str
     annotations: str | Sequence[str]
-    encoding: str = "jpg"
+    encoding: Literal["jpg", "png"] = "jpg"
     square: bool = True
     max_images: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.encoding not in ENCODINGS:
-            raise UserError(f"encoding must be one of {', '.join(ENCODINGS)}, got {self.encoding!r}")
-        if self.image_size < 1:
-            raise UserError(f"image_size must be at least 1, got {self.image_size}")
 
     @property
     def sources(self) -> Sequence[str]:
@@ -77,32 +68,37 @@ class Photos(Dataset):
             raise UserError(f"no image folder {folder}")
         photos: dict[tuple[Path, str], Photo] = {}
         splits: dict[str, tuple[str, float | None]] = {}
-        for file in self.sources[1:]:
-            for entry in read_entries(Path(file), counts):
-                path = find_image(folder, entry.image)
-                if path is None:
-                    counts.skip("missing_image", entry.image)
-                    continue
-                place = path, entry.prompt or self.prompt
-                if place in photos:
-                    counts["merged"] += 1
-                else:
-                    photos[place] = self._photo(*place, entry.split, splits, counts)
-                merge(photos[place], entry, counts)
+        entries = (entry for file in self.sources[1:] for entry in read_entries(Path(file), counts))
+        for entry in entries:
+            # 1. the image, and its split
+            path = find_image(folder, entry.image)
+            if path is None:
+                counts.skip("missing_image", entry.image)
+                continue
+            name, source = _COCO_PREFIX.sub("", path.stem), path.relative_to(folder).as_posix()
+            if name not in splits:
+                given, share = SPLIT_NAMES.get((entry.split or "").lower()), hashed_share(name, self.seed)
+                splits[name] = (given, None) if given else (split_of(share), share)
+            # 2. the photo, unless another record has made it
+            prompt = entry.prompt or self.prompt
+            if (path, prompt) in photos:
+                counts["merged"] += 1
+            else:
+                counts["unknown_split"] += bool(entry.split) and entry.split.lower() not in SPLIT_NAMES
+                digest = hashlib.blake2b(f"{source}\n{prompt}".encode(), digest_size=4).hexdigest()
+                key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
+                split, share = splits[name]
+                common = {"key": key, "name": name, "source": source, "split": split, "share": share}
+                photos[path, prompt] = Photo(path=path, prompt=prompt, **common)
+            # 3. its captions; one that the photo has already may bring new swaps
+            captions = photos[path, prompt].captions
+            for caption in entry.captions:
+                existing = captions.setdefault(caption.text, caption)
+                if existing is not caption:
+                    new = [swap for swap in caption.swaps if swap not in existing.swaps]
+                    existing.swaps.extend(new)
+                    counts["duplicate_caption"] += not new
         return list(photos.values())[: self.max_images]
-
-    def _photo(
-        self, path: Path, prompt: str, given: str | None, splits: dict[str, tuple[str, float | None]], counts: Counts
-    ) -> Photo:
-        name, source = _COCO_PREFIX.sub("", path.stem), path.relative_to(self.images).as_posix()
-        if name not in splits:
-            share, split = hashed_share(name, self.seed), SPLIT_NAMES.get((given or "").lower())
-            splits[name] = (split, None) if split else (split_of(share), share)
-        counts["unknown_split"] += bool(given) and given.lower() not in SPLIT_NAMES  # type: ignore[union-attr]
-        split, share = splits[name]
-        digest = hashlib.blake2b(f"{source}\n{prompt}".encode(), digest_size=4).hexdigest()
-        key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
-        return Photo(key=key, name=name, source=source, split=split, share=share, path=path, prompt=prompt)
 
     def texts(self, items: Sequence[Photo]) -> Iterator[str]:
         yield f"{self.prompt} system user assistant"  # the roles of the chat template
@@ -123,12 +119,12 @@ class Photos(Dataset):
         return True
 
     def samples(self, items: Iterable[Photo], codec: Codec, counts: Counts) -> Iterator[dict]:
-        locate = SwapLocator(codec)
         for photo in items:
             captions = []
             for caption in photo.captions.values():
-                if len(locate.codec.encode(caption.text)[0]) < self.response_length:
-                    captions.append({"text": caption.text, "swaps": locate(caption.text, caption.swaps, counts)})
+                if len(codec.encode(caption.text)[0]) < self.response_length:
+                    swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
+                    captions.append({"text": caption.text, "swaps": swaps})
                 else:
                     counts.skip("captions too long", photo.source)
             if not captions:
@@ -141,16 +137,6 @@ class Photos(Dataset):
                 continue
             record = {"key": photo.key, "prompt": photo.prompt, "captions": captions}
             yield {"__key__": photo.key, "json": record, self.encoding: data}
-
-
-def merge(photo: Photo, entry: Entry, counts: Counts) -> None:
-    """Add the captions of a record to a photo; a caption that it has already may bring new swaps."""
-    for caption in entry.captions:
-        existing = photo.captions.setdefault(caption.text, caption)
-        if existing is not caption:
-            new = [swap for swap in caption.swaps if swap not in existing.swaps]
-            existing.swaps.extend(new)
-            counts["duplicate_caption"] += not new
 
 
 def find_image(folder: Path, name: str) -> Path | None:

@@ -1,12 +1,11 @@
 """Read record files of any kind: the one reader for annotations and texts.
 
     read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
-    text_of(record, "question")                    the text of a field; raises `Skip` with the reason
 
     .csv, .tsv   a table whose first line names the columns
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
-    any other    JSON: a list of records, records one after another (JSON lines, or over several lines), COCO's tables,
-                 {name: record}, or {file name: caption or captions}
+    .jsonl       JSON records one after another, in lines or over several lines
+    any other    JSON: the same, a list of records, COCO's tables, {name: record}, or {file name: captions}
 
 What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
 """
@@ -25,22 +24,15 @@ from src.preparation.counts import Counts, Skip
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
+NOT_BLANK = re.compile(r"\S")
 
 
 def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
     """Yield (place, record). Raises UserError if the file is missing, or is a JSON list with a syntax error."""
     if not path.is_file():
         raise UserError(f"no file {path}")
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        values = _table(path, counts, delimiter="\t" if suffix == ".tsv" else ",")
-    elif suffix == ".txt":
-        values = _documents(path, counts)
-    elif suffix == ".jsonl":
-        values = _one_after_another(path, counts)
-    else:
-        values = _json(path, counts)
-    for place, value in values:
+    readers = {".csv": _table, ".tsv": _table, ".txt": _documents, ".jsonl": _json_values}
+    for place, value in readers.get(path.suffix.lower(), _json)(path, counts):
         counts["records"] += 1
         if isinstance(value, dict):
             yield place, value
@@ -71,70 +63,59 @@ def check_unicode(text: str) -> None:
 
 
 def _json(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
-    content = path.read_bytes()
     try:
-        values = json.loads(content.decode("utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        if path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             raise UserError(f"{path} is not valid JSON: {error}") from error
-        yield from _one_after_another(path, counts)
+        yield from _json_values(path, counts)
         return
-    if isinstance(values, dict):
-        values = _records_of(values)
-    for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        yield f"{path.name}#{number}", value
+    records = content if isinstance(content, list) else [content]
+    if isinstance(content, dict):
+        images, annotations = content.get("images"), content.get("annotations")
+        if isinstance(images, list) and isinstance(annotations, list):  # COCO
+            names = {image.get("id"): image.get("file_name") for image in images}
+            records = [{**row, "image": names.get(row.get("image_id"))} for row in annotations]
+        elif all(isinstance(item, dict) for item in content.values()):
+            records = [{"id": name, **item} for name, item in content.items()]
+        elif all(FILE_NAME.search(name) for name in content):
+            records = [{"image": name, "captions": item} for name, item in content.items()]
+    for number, record in enumerate(records, start=1):
+        yield f"{path.name}#{number}", record
 
 
-def _records_of(content: dict) -> list[Any]:
-    """The records of a JSON file that is one mapping."""
-    images, annotations = content.get("images"), content.get("annotations")
-    if isinstance(images, list) and isinstance(annotations, list):  # COCO
-        names = {image.get("id"): image.get("file_name") for image in images}
-        return [{**row, "image": names.get(row.get("image_id"))} for row in annotations]
-    if content and all(isinstance(item, dict) for item in content.values()):
-        return [{"id": name, **item} for name, item in content.items()]
-    if content and all(FILE_NAME.search(name) for name in content):
-        return [{"image": name, "captions": item} for name, item in content.items()]
-    return [content] if content else []
-
-
-def _one_after_another(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
+def _json_values(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
     """JSON values that white space separates. After a broken one, reading goes on in the next line."""
     lines = dict(_lines(path, counts))
     text = "".join(lines.get(number, "\n") for number in range(1, max(lines, default=0) + 1))
-    decoder, blank, number, end = json.JSONDecoder(), re.compile(r"\s*"), 1, 0
-    while (start := blank.match(text, end).end()) < len(text):  # type: ignore[union-attr]
-        number += text.count("\n", end, start)
+    decoder, number, start = json.JSONDecoder(), 1, 0
+    while rest := NOT_BLANK.search(text, start):
+        number += text.count("\n", start, rest.start())
         place = f"{path.name}:{number}"
         try:
-            value, end = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+            value, start = decoder.raw_decode(text, rest.start())
+        except (ValueError, RecursionError):
             counts.skip("broken_json", place)
-            newline = text.find("\n", start)
-            end = len(text) if newline < 0 else newline
+            newline = text.find("\n", rest.start())
+            start = newline if newline >= 0 else len(text)
         else:
             yield place, value
-        number += text.count("\n", start, end)
+        number += text.count("\n", rest.start(), start)
 
 
-def _table(path: Path, counts: Counts, *, delimiter: str) -> Iterator[tuple[str, dict]]:
-    place = f"{path.name}:1"
-
-    def lines() -> Iterator[str]:
-        nonlocal place
-        for number, line in _lines(path, counts):
-            place = f"{path.name}:{number}"
-            yield line
-
-    rows = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+def _table(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
+    lines = dict(_lines(path, counts))
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(lines.values(), delimiter=delimiter, strict=True)
+    numbers = list(lines)
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        except csv.Error:  # too long, or with a quotation mark that is not closed
-            counts.skip("broken_row", place)
-            continue
+        except csv.Error:  # a field that is too long, or a quotation mark that is not closed
+            row = {None: None}
+        place = f"{path.name}:{numbers[rows.reader.line_num - 1]}"  # the last line of the row
         if None in row:  # more cells than columns, as with a comma that is not quoted
             counts.skip("broken_row", place)
         else:

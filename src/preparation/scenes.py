@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -12,14 +11,14 @@ from src.io.errors import UserError
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts
 from src.preparation.splits import Item
-from src.preparation.swaps import SwapLocator
+from src.preparation.swaps import locate_swaps
 from src.scenes.grammar import LEXICON, swaps, write_brief, write_caption
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 
 EVALUATION_SEED = 0  # val and test scenes are the same for every `seed` of a dataset
-SMALLEST = 16  # pixels, side of an image
+SMALLEST = 16  # pixels, side of an image whose shapes can be told apart
 RESERVED = 512  # scenes of val and of test each that no training set holds, even if a dataset has fewer
 MAX_DRAWS = 1000  # attempts at a new scene or a caption that fits, before an error is raised
 
@@ -33,10 +32,8 @@ class SceneItem(Item):
 
 @dataclass(kw_only=True)
 class Scenes(Dataset):
-    """Procedural scenes with true captions and hallucinated spans. Apart from jitter, no scene is in two splits.
-
-    Val and test do not depend on `seed`, and no training set holds one of their first 512 scenes, whatever its seed. So
-    datasets can be compared, and no model has trained on the test scenes of another dataset.
+    """Apart from jitter, no scene is in two splits. Val and test do not depend on `seed`, and no training set holds one
+    of their first 512 scenes, so no model has trained on the test scenes of another dataset.
 
     objects: [least, greatest] number of objects in a scene
     noise:   sensor noise, standard deviation in grey levels
@@ -51,20 +48,15 @@ class Scenes(Dataset):
     num_val: int
     num_test: int
     captions_per_image: int
-    objects: Sequence[int]
+    objects: tuple[int, int]
     noise: float
     brief: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_val", "num_test", "captions_per_image"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size < SMALLEST:
-            raise UserError(f"image_size must be at least {SMALLEST}, to tell shapes apart, got {self.image_size}")
-        if not 0 <= self.noise < math.inf:
-            raise UserError(f"noise must be a number of at least 0, got {self.noise}")
-        if len(self.objects) != 2:
-            raise UserError(f"objects must be [least, greatest], got {list(self.objects)}")
+        least = {"num_train": 1, "num_val": 1, "num_test": 1, "captions_per_image": 1, "image_size": SMALLEST}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
     def read(self, counts: Counts) -> Iterator[SceneItem]:
         """Scenes of every split. Val and test hold distinct scenes, and train holds none of these."""
@@ -73,22 +65,22 @@ class Scenes(Dataset):
             seed = self.seed if split == "train" else EVALUATION_SEED
             rng = Random(f"{seed}/{split}/scenes")
             for number in range(size if split == "train" else max(size, RESERVED)):
-                scene = self._new_scene(rng, held_out)
+                for _ in range(MAX_DRAWS):
+                    scene = draw_scene(rng, objects=self.objects)
+                    # without jitter: scenes with equal facts have the same true captions
+                    facts = scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)
+                    if facts not in held_out:
+                        break
+                else:
+                    raise UserError(
+                        f"objects={list(self.objects)} gives too few different scenes; "
+                        "set a wider range, or smaller num_val and num_test"
+                    )
                 if split != "train":
-                    held_out.add(facts(scene))
+                    held_out.add(facts)
                 if number < size:
                     key, name = f"{split}-{number:06d}", f"{seed}/{split}/{number}"
                     yield SceneItem(key=key, name=name, source=key, split=split, scene=scene)
-
-    def _new_scene(self, rng: Random, held_out: set[tuple]) -> Scene:
-        for _ in range(MAX_DRAWS):
-            scene = draw_scene(rng, objects=(self.objects[0], self.objects[1]))
-            if facts(scene) not in held_out:
-                return scene
-        raise UserError(
-            f"objects={list(self.objects)} gives too few different scenes; "
-            "set a wider range, or smaller num_val and num_test"
-        )
 
     def texts(self, items: Sequence[SceneItem]) -> Iterator[str]:
         rng = Random(f"{self.seed}/tokenizer")
@@ -100,26 +92,22 @@ class Scenes(Dataset):
             yield from (text[: s.start] + s.wrong + text[s.end :] for s in swaps(scene, text, rng))
 
     def samples(self, items: Iterable[SceneItem], codec: Codec, counts: Counts) -> Iterator[dict]:
-        locate = SwapLocator(codec)
         for item in items:
-            rng = Random(item.name)
-            captions = [self._caption(item.scene, rng, locate, counts) for _ in range(self.captions_per_image)]
+            rng, captions = Random(item.name), []
+            for _ in range(self.captions_per_image):
+                for _ in range(MAX_DRAWS):
+                    text = write_brief(item.scene) if self.brief else write_caption(item.scene, rng)
+                    if len(codec.encode(text)[0]) < self.response_length:
+                        break
+                    counts["captions redrawn"] += 1
+                else:
+                    raise UserError(
+                        f"no caption of a scene fits {self.response_length} tokens; set a larger response_length or "
+                        "fewer objects"
+                    )
+                located = locate_swaps(codec, text, swaps(item.scene, text, rng), counts)
+                captions.append({"text": text, "swaps": located})
             record = {"key": item.key, "prompt": self.prompt, "captions": captions, "scene": item.scene.to_dict()}
             stream = io.BytesIO()
             render(item.scene, rng, size=self.image_size, noise=self.noise).save(stream, "PNG")
             yield {"__key__": item.key, "json": record, "png": stream.getvalue()}
-
-    def _caption(self, scene: Scene, rng: Random, locate: SwapLocator, counts: Counts) -> dict:
-        for _ in range(MAX_DRAWS):
-            text = write_brief(scene) if self.brief else write_caption(scene, rng)
-            if len(locate.codec.encode(text)[0]) < self.response_length:
-                return {"text": text, "swaps": locate(text, swaps(scene, text, rng), counts)}
-            counts["captions redrawn"] += 1
-        raise UserError(
-            f"no caption of a scene fits {self.response_length} tokens; set a larger response_length or fewer objects"
-        )
-
-
-def facts(scene: Scene) -> tuple:
-    """A scene without jitter. Scenes with equal facts have the same true captions."""
-    return scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)

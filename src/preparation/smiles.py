@@ -1,8 +1,4 @@
-"""Molecules in SMILES notation with a class label, for guidance (`conf=smiles`), and the ring count behind the label.
-
-    Smiles(files="qm9.csv", ...).run()    a dataset: "1" or "0" as the prompt, the SMILES as the response
-    count_rings("c1ccc2ccccc2c1")         2
-    count_rings("C1CC")                   ValueError: a ring bond is left open
+"""Molecules in SMILES notation with a class label, for guidance (`conf=smiles`).
 
     records -> SMILES with a property (a column, or the number of rings) -> class 1 from a percentile of it -> shards
 
@@ -14,6 +10,7 @@ two parts the first one joins them into one molecule (C1.C1 is ethane).
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.records import text_of
-from src.preparation.text import Text, Texts, check_field_name
+from src.preparation.text import Text, Texts
 from src.text.tokenizer import Codec
 
 log = logging.getLogger(__name__)
@@ -36,19 +32,17 @@ TOKEN = re.compile(r"(?P<atom>\[[^\[\]]*\])|%\((?P<long>\d+)\)|%(?P<two>\d\d)|(?
 def count_rings(smiles: str) -> int:
     """The number of rings. Raises ValueError if a bracket, a branch or a ring bond is left open."""
     open_rings: dict[int, int] = {}  # ring number -> part in which it was opened
-    parents, ring_bonds, depth = [0], 0, 0  # parents: union-find over the parts that dots separate
+    molecules, num_bonds, depth = [0], 0, 0  # molecules: of each part that dots separate
     for token in TOKEN.finditer(smiles):
         digits = token["long"] or token["two"] or token["one"]
-        if digits:
-            number, part = int(digits), len(parents) - 1
-            if number not in open_rings:
-                open_rings[number] = part
-                continue
-            ring_bonds += 1
-            first, second = _root(parents, open_rings.pop(number)), _root(parents, part)
-            parents[max(first, second)] = min(first, second)
+        if digits and int(digits) not in open_rings:
+            open_rings[int(digits)] = len(molecules) - 1
+        elif digits:
+            num_bonds += 1
+            first, second = molecules[open_rings.pop(int(digits))], molecules[-1]
+            molecules = [first if molecule == second else molecule for molecule in molecules]
         elif token["other"] == ".":
-            parents.append(len(parents))
+            molecules.append(len(molecules))
         elif token["other"] in ("(", ")"):
             depth += 1 if token["other"] == "(" else -1
             if depth < 0:
@@ -57,14 +51,7 @@ def count_rings(smiles: str) -> int:
             raise ValueError(f"a bracket is left open, or no number follows %: {smiles!r}")
     if depth or open_rings:
         raise ValueError(f"a {'branch' if depth else 'ring bond'} is left open: {smiles!r}")
-    num_molecules = sum(part == parent for part, parent in enumerate(parents))
-    return ring_bonds - (len(parents) - num_molecules)
-
-
-def _root(parents: list[int], part: int) -> int:
-    while parents[part] != part:
-        part = parents[part]
-    return part
+    return num_bonds - (len(molecules) - len(set(molecules)))
 
 
 @dataclass(kw_only=True)
@@ -85,13 +72,6 @@ class Smiles(Texts):
     value: str | None = None
     percentile: float = 90.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.percentile <= 100:
-            raise UserError(f"prepare.percentile must be from 0 to 100, got {self.percentile}")
-        if self.value is not None:
-            check_field_name("prepare.value", self.value)
-
     def parse(self, record: dict) -> tuple[str, str, dict]:
         smiles = text_of(record, self.field).strip()
         try:
@@ -105,8 +85,8 @@ class Smiles(Texts):
         try:
             number = float(record[self.value])
         except (TypeError, ValueError):
-            raise Skip("not_a_number") from None
-        if not np.isfinite(number):
+            number = math.nan
+        if not math.isfinite(number):
             raise Skip("not_a_number")
         return "", smiles, {self.value: number}
 

@@ -1,8 +1,4 @@
-"""Assign items to splits by a hash of their names, so that splits do not depend on the order of records.
-
-split_of(hashed_share(name, seed))      train, val or test
-fill_splits(items, usable)              gives every split a usable item, if there are enough
-"""
+"""Assign items to splits by a hash of their names, so that splits do not depend on the order of records."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import Any
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -34,11 +30,7 @@ class Item:
     share: float | None = None
 
 
-I = TypeVar("I", bound=Item)  # noqa: E741
-
-
 def hashed_share(name: str, seed: int) -> float:
-    """Hash of a name as a number in 0..1."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
 
@@ -48,11 +40,11 @@ def split_of(share: float) -> str:
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
 
 
-def fill_splits(items: Sequence[I], usable: Callable[[I], bool]) -> None:
-    """Move an item into each split without a usable one. Train comes first; val and test take one only if its
-    split keeps another usable one.
+def fill_splits(items: Sequence[Any], usable: Callable[[Any], bool]) -> None:
+    """Move an item into each split without a usable one, from the largest split, in the order of hashes.
 
-    Items are taken from the largest split, in the order of their hashes. An item whose split is given stays.
+    Train comes first; val and test take an item only if its split keeps another usable one. An item whose split is
+    given stays.
     """
     by_key = {item.key: item for item in items}
     is_usable = cache(lambda key: usable(by_key[key]))

@@ -16,9 +16,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
-
-import numpy as np
+from typing import Any, ClassVar, Literal
 
 from src.io.errors import UserError
 from src.preparation.builder import Dataset
@@ -28,7 +26,7 @@ from src.preparation.splits import SPLITS, Item, hashed_share, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
-RESERVED_KEYS = ("key", "source", "prompt", "captions")  # keys of a sample that `extra` may not have
+RESERVED = {"key", "source", "prompt", "captions"}  # what every sample has of its own
 Files = str | Sequence[str]
 
 
@@ -50,17 +48,9 @@ class Texts(Dataset):
     """
 
     kind = "text"
-    noun = "row"
-    remedies: ClassVar[tuple[str, str]] = ("name a file for it", "name files for them")
     words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # training texts besides those of the items
 
     files: Files | Mapping[str, Files | None]
-
-    def __post_init__(self) -> None:
-        if self.response_length < 2:
-            raise UserError(f"prepare.response_length must be at least 2, got {self.response_length}")
-        if self.vocab_size < 0:
-            raise UserError(f"prepare.vocab_size must be at least 0, got {self.vocab_size}")
 
     @property
     def sources(self) -> Sequence[str]:
@@ -96,8 +86,10 @@ class Texts(Dataset):
                 except Skip as reason:
                     counts.skip(reason, source)
                     continue
-                share = None if split else hashed_share(name, self.seed)
-                placed = {"split": split or split_of(hashed_share(name, self.seed)), "share": share}
+                if taken := RESERVED & extra.keys():
+                    raise UserError(f"a sample has {taken.pop()!r} of its own; rename the field in {file}")
+                share = hashed_share(name, self.seed)
+                placed = {"split": split, "share": None} if split else {"split": split_of(share), "share": share}
                 items[name] = Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
         return list(items.values())
 
@@ -123,16 +115,10 @@ class Texts(Dataset):
                 item.key = f"{split}-{number:06d}"
         return parts, extra
 
-    def samples(self, items: Iterable[Text], codec: Codec, counts: Counts) -> Iterator[dict]:
+    def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
         for item in items:
-            yield sample(item.key, item.prompt, {"text": item.text}, source=item.source, **item.extra)
-
-
-class Row(NamedTuple):
-    """Packed token ids, which become a sample."""
-
-    key: str
-    ids: list[int]
+            own = {"key": item.key, "prompt": item.prompt, "captions": [{"text": item.text}]}
+            yield {"__key__": item.key, "json": {"source": item.source, **item.extra, **own}}
 
 
 @dataclass(kw_only=True)
@@ -145,48 +131,37 @@ class Packed(Texts):
         book: the first 90 % are train, the next 5 % val, the last 5 % test. Needs `files` without a mapping
     """
 
-    remedies = (
-        "name a file for it",
-        "name files for them; with few documents prepare.split=rows cuts their text instead",
-    )
-
     field: str = "text"
-    split: str = "documents"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.split not in ("documents", "rows"):
-            raise UserError(f"prepare.split must be 'documents' or 'rows', got {self.split!r}")
-        if self.split == "rows" and isinstance(self.files, Mapping):
-            raise UserError("prepare.split=rows needs prepare.files without {train: ..., val: ..., test: ...}")
+    split: Literal["documents", "rows"] = "documents"
 
     def parse(self, record: dict) -> tuple[str, str, dict]:
         return "", text_of(record, self.field), {}
 
-    def read(self, counts: Counts) -> list[Text]:
-        items = super().read(counts)
-        for item in items if self.split == "rows" else ():
-            item.split, item.share = "train", None  # all of them, in order: the rows are split instead
-        return items
-
     def divide(
         self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
     ) -> tuple[dict[str, Sequence[Any]], dict]:
-        documents, _ = super().divide(items, codec, counts)
+        """The token ids of the rows of each split."""
         if self.split == "rows":
-            rows, counts["test"]["tokens_left"] = pack(documents["train"], codec, self.response_length)
-            first, second = round(0.90 * len(rows)), round(0.95 * len(rows))
-            parts = {"train": rows[:first], "val": rows[first:second], "test": rows[second:]}
-        else:
-            parts = {}
-            for split in SPLITS:
-                parts[split], counts[split]["tokens_left"] = pack(documents[split], codec, self.response_length)
-        extra = {"row": self.response_length}
-        return {s: [Row(f"{s}-{n:06d}", ids) for n, ids in enumerate(parts[s].tolist())] for s in SPLITS}, extra
+            if isinstance(self.files, Mapping):
+                raise UserError("prepare.split=rows needs prepare.files without {train: ..., val: ..., test: ...}")
+            for item in items:
+                item.split, item.share = "train", None  # all of them, in order: the rows are split instead
+        documents, _ = super().divide(items, codec, counts)
+        size, rows = self.response_length, {}
+        for split in ("train",) if self.split == "rows" else SPLITS:
+            ids = [token for item in documents[split] for token in (*codec.encode(item.text)[0], codec.eos_id)]
+            rows[split] = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+            counts["test" if self.split == "rows" else split]["tokens_left"] = len(ids) % size
+        if self.split == "rows":
+            book = rows["train"]
+            first, second = round(0.90 * len(book)), round(0.95 * len(book))
+            rows = {"train": book[:first], "val": book[first:second], "test": book[second:]}
+        return {s: [(f"{s}-{number:06d}", ids) for number, ids in enumerate(rows[s])] for s in SPLITS}, {"row": size}
 
     def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
         for key, ids in items:
-            yield sample(key, "", {"text": codec.decode(ids), "ids": ids})
+            record = {"key": key, "prompt": "", "captions": [{"text": codec.decode(ids), "ids": ids}]}
+            yield {"__key__": key, "json": record}
 
 
 @dataclass(kw_only=True)
@@ -203,11 +178,6 @@ class Pairs(Texts):
     response: str
     keep: Sequence[str] = ()
     max_prompt: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.keep:
-            check_field_name("prepare.keep", name)
 
     def parse(self, record: dict) -> tuple[str, str, dict]:
         prompt, response = text_of(record, self.prompt), text_of(record, self.response)
@@ -231,24 +201,6 @@ class Pairs(Texts):
             raise Skip("prompts too long")
         if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
-
-
-def pack(items: Sequence[Text], codec: Codec, size: int) -> tuple[np.ndarray, int]:
-    """(rows, size) ids of all texts, each followed by end-of-text, and the number of tokens left at the end."""
-    ids = [token for item in items for token in (*codec.encode(item.text)[0], codec.eos_id)]
-    full = len(ids) // size * size
-    return np.array(ids[:full], dtype=np.int32).reshape(-1, size), len(ids) - full
-
-
-def sample(key: str, prompt: str, caption: dict, **extra: object) -> dict:
-    """A sample as `write_shards` takes it."""
-    return {"__key__": key, "json": {**extra, "key": key, "prompt": prompt, "captions": [caption]}}
-
-
-def check_field_name(setting: str, name: str) -> None:
-    """Raise UserError if a sample uses the name of a kept field itself."""
-    if name in RESERVED_KEYS:
-        raise UserError(f"{setting}: a sample has {name!r} of its own; rename the field in the file")
 
 
 def is_lossy(codec: Codec, text: str) -> bool:

@@ -5,18 +5,18 @@
     false_fields(scene, statement) -> {field}  the fields of a statement that contradict the scene
     swaps(scene, text, rng) -> [Swap]          one-word replacements that make a fact false
 
-A template is a sequence of words; a word such as `{colour}` is a field. Words are separated by one blank, so parsing
-compares words, and every generated caption parses without loss.
+A template is a sequence of words with one blank between them; a word such as `{colour}` is a field. Every generated
+caption parses without loss.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 
-from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, SceneObject, relations
+from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, relations
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LEXICON: dict[str, tuple[str, ...]] = {
@@ -117,37 +117,30 @@ def write_sentence(statement: Statement) -> str:
 
 def write_caption(scene: Scene, rng: Random, *, relation_rate: float = 0.6) -> str:
     """A true, detailed caption: an introduction first or last, the objects in raster order, and maybe a relation."""
-    parts = [write_sentence(_object_statement(item, rng)) for item in scene.objects]
-    if len(scene.objects) > 1 and rng.random() < relation_rate:
-        parts.append(write_sentence(_relation_statement(scene, rng)))
-    intro = write_sentence(_intro_statement(scene, rng))
-    parts.insert(0 if rng.random() < 0.7 else len(parts), intro)
-    return " ".join(parts)
+    # 1. a sentence for each object
+    sentences = []
+    for item in scene.objects:
+        fields = {name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")}
+        sentences.append(write_sentence(Statement("object", rng.randrange(len(TEMPLATES["object"])), fields)))
+    # 2. maybe a relation between two objects
+    count = len(scene.objects)
+    if count > 1 and rng.random() < relation_rate:
+        a, b = rng.sample(scene.objects, 2)
+        relation = rng.choice(sorted(relations(a, b)))
+        field, templates = ("side", (0, 1)) if relation.endswith(" of") else ("level", (2, 3))
+        fields = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
+        fields[field] = relation.removesuffix(" of")
+        sentences.append(write_sentence(Statement("relation", rng.choice(templates), fields)))
+    # 3. the introduction
+    fields = {"number": NUMBERS[count - 1], "noun": LEXICON["noun"][count > 1], "background": scene.background}
+    intro = write_sentence(Statement("intro", rng.randrange(len(TEMPLATES["intro"])), fields))
+    sentences.insert(0 if rng.random() < 0.7 else len(sentences), intro)
+    return " ".join(sentences)
 
 
 def write_brief(scene: Scene) -> str:
     """A list of the objects in raster order, outside the grammar: the short captions of the alignment phase."""
     return ", ".join(f"{o.row} {o.column} {o.size} {o.colour} {o.shape}" for o in scene.objects) + "."
-
-
-def _object_statement(item: SceneObject, rng: Random) -> Statement:
-    fields = {name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")}
-    return Statement("object", rng.randrange(len(TEMPLATES["object"])), fields)
-
-
-def _intro_statement(scene: Scene, rng: Random) -> Statement:
-    count = len(scene.objects)
-    fields = {"number": NUMBERS[count - 1], "noun": LEXICON["noun"][count > 1], "background": scene.background}
-    return Statement("intro", rng.randrange(len(TEMPLATES["intro"])), fields)
-
-
-def _relation_statement(scene: Scene, rng: Random) -> Statement:
-    a, b = rng.sample(scene.objects, 2)
-    relation = rng.choice(sorted(relations(a, b)))
-    word = relation.removesuffix(" of")
-    field, templates = ("side", (0, 1)) if relation.endswith(" of") else ("level", (2, 3))
-    pair = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
-    return Statement("relation", rng.choice(templates), {**pair, field: word})
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -160,50 +153,38 @@ def read_caption(text: str) -> list[Sentence]:
 
     The blank before a sentence belongs to it: exactly one, and none before the first.
     """
-    ranges = split_sentences(text)
-    gaps = [""] + [" "] * len(ranges)
-    ends = [0] + [end for _, end in ranges]
-    return [
-        _read_sentence(text, start, end) if text[before:start] == gap else Sentence(start, end, None, {})
-        for (start, end), before, gap in zip(ranges, ends, gaps, strict=False)
-    ]
+    sentences: list[Sentence] = []
+    for start, end in split_sentences(text):
+        gap = text[sentences[-1].end : start] if sentences else text[:start]
+        sentence = Sentence(start, end, None, {})
+        if gap == (" " if sentences else ""):
+            for (kind, index), pattern in _patterns().items():
+                match = pattern.fullmatch(text, start, end)
+                fields = {name: word.lower() for name, word in match.groupdict().items()} if match else {}
+                if match and _agrees(fields):
+                    places = {name: match.span(name) for name in fields}
+                    sentence = Sentence(start, end, Statement(kind, index, fields), places)
+                    break
+        sentences.append(sentence)
+    return sentences
 
 
-def _read_sentence(text: str, start: int, end: int) -> Sentence:
-    words = text[start:end].split(" ")
+@cache
+def _patterns() -> dict[tuple[str, int], re.Pattern[str]]:
+    """(kind, template index) -> a pattern with a group for each field. A field that opens a sentence is capitalized."""
+    patterns = {}
     for kind, templates in TEMPLATES.items():
         for index in range(len(templates)):
-            match = _match(words, template_words(kind, index))
-            if match is not None and _agrees(match[0]):
-                places = {name: (start + a, start + b) for name, (a, b) in match[1].items()}
-                return Sentence(start, end, Statement(kind, index, match[0]), places)
-    return Sentence(start, end, None, {})
-
-
-def _match(
-    words: list[str], template: list[tuple[str, str | None, str]]
-) -> tuple[dict[str, str], dict[str, tuple[int, int]]] | None:
-    """Field values and their character ranges, or None if the words do not match the template."""
-    if len(words) != len(template):
-        return None
-    fields: dict[str, str] = {}
-    places: dict[str, tuple[int, int]] = {}
-    offset = 0
-    for position, (word, (expected, field, tail)) in enumerate(zip(words, template, strict=True)):
-        if field is None:
-            if word != expected:
-                return None
-        else:
-            value = word.removesuffix(tail) if tail else word
-            if value == word and tail:
-                return None
-            entry = value.lower() if position == 0 else value
-            if entry not in LEXICON[field] or (position == 0 and not value[:1].isupper()):
-                return None
-            fields[field] = entry
-            places[field] = (offset, offset + len(value))
-        offset += len(word) + 1
-    return fields, places
+            words = []
+            for position, (word, field, punctuation) in enumerate(template_words(kind, index)):
+                if field is None:
+                    words.append(re.escape(word))
+                else:
+                    values = "|".join(LEXICON[field])
+                    group = f"(?=[A-Z])(?ai:{values})" if position == 0 else values
+                    words.append(f"(?P<{field}>{group}){re.escape(punctuation)}")
+            patterns[kind, index] = re.compile(" ".join(words))
+    return patterns
 
 
 def _agrees(fields: dict[str, str]) -> bool:
@@ -233,22 +214,18 @@ def false_fields(scene: Scene, statement: Statement) -> set[str]:
 
 def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
     """At most one replacement for every sentence and field of a true caption that makes the sentence false."""
-    return [
-        swap for sentence in read_caption(text) if sentence.statement for swap in _swaps(scene, sentence, text, rng)
-    ]
-
-
-def _swaps(scene: Scene, sentence: Sentence, text: str, rng: Random) -> Iterator[Swap]:
-    assert sentence.statement is not None
-    statement = sentence.statement
-    for field, (start, end) in sentence.places.items():
-        if field not in FACT_OF_FIELD:
-            continue
-        options = [w for w in LEXICON[field] if w != statement.fields[field]]
-        rng.shuffle(options)
-        for word in options:
-            changed = {**statement.fields, field: word}
-            if _agrees(changed) and false_fields(scene, Statement(statement.kind, statement.template, changed)):
-                wrong = word.capitalize() if text[start].isupper() else word
-                yield Swap(start, end, text[start:end], wrong, FACT_OF_FIELD[field])
-                break
+    replacements = []
+    for sentence in read_caption(text):
+        statement = sentence.statement
+        for field, (start, end) in sentence.places.items():
+            if statement is None or field not in FACT_OF_FIELD:
+                continue
+            options = [word for word in LEXICON[field] if word != statement.fields[field]]
+            rng.shuffle(options)
+            for word in options:
+                changed = replace(statement, fields={**statement.fields, field: word})
+                if _agrees(changed.fields) and false_fields(scene, changed):
+                    wrong = word.capitalize() if text[start].isupper() else word
+                    replacements.append(Swap(start, end, text[start:end], wrong, FACT_OF_FIELD[field]))
+                    break
+    return replacements

@@ -1,8 +1,5 @@
 """Scene graphs: up to nine objects on a 3x3 board, each with shape, colour, size and place.
 
-    draw_scene(rng, objects=(1, 3)) -> Scene        a random scene
-    Scene.to_dict() / Scene.from_dict()             the form stored in shards
-
 A place (row, column of the board) holds at most one object, so it identifies the object that a sentence is about.
 """
 
@@ -48,7 +45,6 @@ class Scene:
     background: str
 
     def at(self, row: str, column: str) -> SceneObject | None:
-        """The object at a place, or None."""
         return next((o for o in self.objects if (o.row, o.column) == (row, column)), None)
 
     def holds(self, relation: str, subject: tuple[str, str], other: tuple[str, str]) -> bool:
@@ -80,10 +76,7 @@ def relations(a: SceneObject, b: SceneObject) -> set[str]:
 
 
 def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float = 0.12) -> Scene:
-    """A random scene of `objects` (inclusive range) objects, their centres shifted by up to `jitter` cells.
-
-    Raises UserError for a range outside 1..9.
-    """
+    """A random scene of `objects` (inclusive range) objects, their centres shifted by up to `jitter` cells."""
     if not 1 <= objects[0] <= objects[1] <= len(ROWS) * len(COLUMNS):
         raise UserError(f"objects must be a range within 1..9, got {objects}")
     cells = rng.sample([(r, c) for r in ROWS for c in COLUMNS], rng.randint(*objects))
