@@ -11,8 +11,7 @@ from random import Random
 import pytest
 
 from src.experts.reference import ReferenceExpert
-from src.experts.scene_template import align, fits
-from src.experts.scenes import ScenesExpert, correct
+from src.experts.scenes import ScenesExpert, align, correct, fits
 from src.io.settings import describe
 from src.scenes.grammar import (
     LEXICON,

@@ -531,7 +531,7 @@ def test_a_round_that_failed_asks_only_for_the_rest(codec, tmp_path: Path) -> No
 
     async def run(expert: OpenAIExpert, journal: Journal) -> None:
         async for key, answer in expert.revise([d for d in drafts.values() if not journal.is_settled(d)]):
-            journal.add(drafts[key], answer)
+            journal.add_all([(drafts[key], answer)])
 
     with Scripted(script) as server:
         limits = replace(QUICK, concurrency=3)

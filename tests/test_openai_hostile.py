@@ -134,12 +134,12 @@ def test_what_a_full_disk_took_half_of_is_not_in_the_way(tmp_path: Path) -> None
 
     with Journal(tmp_path / "j", expert="e") as journal:
         journal._stream = Narrow(journal._stream)  # type: ignore[assignment]
-        journal.add(a_draft("a"), Revision(()))
-        journal.add(a_draft("b"), Revision(()))
+        journal.add_all([(a_draft("a"), Revision(()))])
+        journal.add_all([(a_draft("b"), Revision(()))])
         with pytest.raises(OSError, match="No space"):
-            journal.add(a_draft("c"), Revision(()))
+            journal.add_all([(a_draft("c"), Revision(()))])
         room[0] = 100
-        journal.add(a_draft("d"), Failure("refused"))
+        journal.add_all([(a_draft("d"), Failure("refused"))])
     with Journal(tmp_path / "j", expert="e") as journal:
         assert [journal.answer(a_draft(key)) is not None for key in "abcd"] == [True, True, False, True]
     assert len((tmp_path / "j").read_text().splitlines()) == 3

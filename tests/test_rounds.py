@@ -508,9 +508,9 @@ def a_draft(key: str = "a", **changed) -> Draft:
 def test_journal_returns_what_it_was_given(tmp_path):
     revision = Revision((Edit("réd", "red", 2, "spelling"),), raw='{"x":\n1}', model="m", usage={"in": 3}, attempts=2)
     with Journal(tmp_path / "j", expert="e") as journal:
-        journal.add(a_draft("a"), revision)
-        journal.add(a_draft("b"), Failure("refused"))
-        journal.add(a_draft("c"), Failure("timeout", retry=True))
+        journal.add_all([(a_draft("a"), revision)])
+        journal.add_all([(a_draft("b"), Failure("refused"))])
+        journal.add_all([(a_draft("c"), Failure("timeout", retry=True))])
     with Journal(tmp_path / "j", expert="e") as journal:
         assert journal.answer(a_draft("a")) == revision
         assert journal.answer(a_draft("b")) == Failure("refused")
@@ -520,7 +520,7 @@ def test_journal_returns_what_it_was_given(tmp_path):
 @pytest.mark.parametrize("change", [{"text": "x"}, {"reference": "x"}, {"prompt": "x"}, {"key": "x"}])
 def test_journal_knows_a_question_by_all_that_matters(tmp_path, change):
     with Journal(tmp_path / "j", expert="e") as journal:
-        journal.add(a_draft(), Revision(()))
+        journal.add_all([(a_draft(), Revision(()))])
         assert journal.answer(a_draft(steps=9, seed=7)) is not None
         assert journal.answer(a_draft(**{"key": "a", **change})) is None
     with Journal(tmp_path / "j", expert="another") as journal:
@@ -530,15 +530,15 @@ def test_journal_knows_a_question_by_all_that_matters(tmp_path, change):
 def test_journal_drops_a_torn_last_line_wherever_it_is_torn(tmp_path):
     path = tmp_path / "j"
     with Journal(path, expert="e") as journal:
-        journal.add(a_draft("a"), Revision(()))
+        journal.add_all([(a_draft("a"), Revision(()))])
         first = path.stat().st_size
-        journal.add(a_draft("b"), Revision((Edit("é", "e"),)))
+        journal.add_all([(a_draft("b"), Revision((Edit("é", "e"),)))])
     data = path.read_bytes()
     for length in range(first, len(data)):
         path.write_bytes(data[:length])
         with Journal(path, expert="e") as journal:
             assert journal.answer(a_draft("b")) is None
-            journal.add(a_draft("b"), Revision((Edit("é", "e"),)))
+            journal.add_all([(a_draft("b"), Revision((Edit("é", "e"),)))])
         assert path.read_bytes() == data
 
 
@@ -555,14 +555,14 @@ def test_a_broken_line_of_the_journal_is_told_and_asked_again(tmp_path, caplog, 
     """The line stands between two good ones and a blank one, and answers the draft that is asked about again."""
     path, middle = tmp_path / "j", a_draft("b")
     with Journal(path, expert="e") as journal:
-        journal.add(a_draft("a"), Failure("r"))
-        journal.add(a_draft("c"), Revision((Edit("é", "e"),)))
+        journal.add_all([(a_draft("a"), Failure("r"))])
+        journal.add_all([(a_draft("c"), Revision((Edit("é", "e"),)))])
         line = line.replace('"x"', json.dumps(journal.request(middle)))
     first, last = path.read_text().splitlines()
     path.write_text("\n".join([first, line, "", last, ""]))
     with caplog.at_level(logging.WARNING), Journal(path, expert="e") as journal:
         assert [journal.is_settled(draft) for draft in (a_draft("a"), middle, a_draft("c"))] == [True, False, True]
-        journal.add(middle, Revision(()))
+        journal.add_all([(middle, Revision(()))])
     assert "j: 1 broken lines, the first of them line 2 (" in caplog.text
     with Journal(path, expert="e") as journal:
         assert journal.answer(middle) == Revision(())
