@@ -1,4 +1,4 @@
-"""The client alone: what it sends, what of a broken connection costs, and that no secret is told."""
+"""The client alone: what it sends, what a broken connection costs, and that no secret is shown."""
 
 from __future__ import annotations
 
