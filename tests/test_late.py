@@ -272,10 +272,11 @@ def test_what_is_under_way_is_kept_also_while_all_wait(case, tmp_path, ending):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with Scripted(answer) as server, Stop() as stop, stop.at_once(), pytest.raises((ChatError, Stopped)):
+    with Scripted(answer) as server, Stop() as stop, stop.at_once():
         if ending == "signal":
             threading.Thread(target=kill_when_all_are_sent).start()
-        case.run(tmp_path / "round", an_expert(case, server.url, concurrency=64))
+        with pytest.raises((ChatError, Stopped)):
+            case.run(tmp_path / "round", an_expert(case, server.url, concurrency=64))
     assert len(server.requests) == NUM
     kept = [json.loads(line) for line in next((tmp_path / ".round.partial").glob("journal*")).open()]
     assert len(kept) == NUM - (ending == "error")

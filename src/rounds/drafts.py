@@ -210,6 +210,8 @@ def read_drafts_index(folder: Path, codec: Codec | None = None) -> dict:
     index = read_manifest(folder)
     if index["kind"] != "drafts":
         raise UserError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
+    if not all(isinstance(index.get(name), dict) for name in ("settings", "drawing")):
+        raise UserError(f"{folder / INDEX} is damaged (settings, drawing or counts are missing); draw the drafts again")
     if codec is not None and index["tokenizer"] != codec.fingerprint:
         raise UserError(f"{folder} was written with tokenizer {index['tokenizer']}, not with {codec.fingerprint}")
     return index
