@@ -20,13 +20,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check
-from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.hf.folder import fingerprint
@@ -46,54 +44,42 @@ def main(argv: list[str]) -> None:
         raise UserError(f"round must be at least 1, got {cfg.round}")
     lock = locked(path_of(cfg, "out")) if is_rank0_by_env() else nullcontext()
     with lock, report_lost_ranks(), process_group() as team:
-        per_rank = team.gather(_draw(cfg, team))
+        # 1. Build the data and the model.
+        codec = Codec.load(cfg.model.path)
+        data = build(cfg.data, codec=codec, seed=cfg.seed)
+        data.place = (team.rank, team.size)
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        backbone = build(cfg.model).eval().to(device)
+        check_layout(data.layout, backbone.layout)
+        warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
+        num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
+        drafter = Drafter(
+            backbone=backbone,
+            model=fingerprint(backbone),
+            sampler=build(cfg.sampler),
+            codec=codec,
+            tokens_per_step=list(cfg.tokens_per_step),
+            num=num,
+            round_number=cfg.round,
+            seed=cfg.seed + cfg.round,
+            data=data.draft_settings(),
+            device=device,
+        )
+        # 2. Draw this rank's share. A chunk is on disk when it is yielded.
+        num_drawn, has_scenes = 0, False
+        for chunk in draw_drafts(Path(cfg.out), data.draft_dataloader(cfg.round, num), drafter, team=team):
+            num_drawn, has_scenes = num_drawn + len(chunk), "scene" in chunk[0].record
+        per_rank = team.gather((num_drawn, has_scenes))
     if not team.is_rank0:
         return
-    num_drafts = sum(count for count, _, _ in per_rank)
-    scenes = any(is_scene for _, is_scene, _ in per_rank)
-    unreadable = per_rank[0][2] - num_drafts
-    damaged = f" ({unreadable} images could not be read)" if unreadable else ""
-    sys.stdout.write(f"{cfg.out}: {num_drafts} drafts{damaged}\nnext: {_revise_command(cfg, scenes=scenes)}\n")
-
-
-def _draw(cfg: DictConfig, team: Team) -> tuple[int, bool, int]:
-    """Draw this rank's drafts. Returns (their number, whether they are of scenes, the drafts due on all ranks)."""
-    codec = Codec.load(cfg.model.path)
-    data = build(cfg.data, codec=codec, seed=cfg.seed)
-    data.place = (team.rank, team.size)
-    device = (
-        f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))}"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
-    backbone = build(cfg.model).eval().to(device)
-    check_layout(data.layout, backbone.layout)
-    warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
-    num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
-    drafter = Drafter(
-        backbone=backbone,
-        model=fingerprint(backbone),
-        sampler=build(cfg.sampler),
-        codec=codec,
-        tokens_per_step=list(cfg.tokens_per_step),
-        num=num,
-        round_number=cfg.round,
-        seed=cfg.seed + cfg.round,
-        data=data.draft_settings(),
-        device=device,
-    )
-    chunks = draw_drafts(Path(cfg.out), data.draft_dataloader(cfg.round, num), drafter, team=team)
-    num_drawn, scenes = 0, False
-    for chunk in chunks:  # iterating draws; a chunk is on disk when it is yielded
-        num_drawn, scenes = num_drawn + len(chunk), "scene" in chunk[0].record
-    return num_drawn, scenes, num
-
-
-def _revise_command(cfg: DictConfig, *, scenes: bool) -> str:
-    """The command that revises the drafts: with the exact expert for scenes, else with the reference captions."""
-    conf = "revise" if scenes else "revise,expert/reference"
-    settings = {"drafts": cfg.out, "out": f"rounds/round-{cfg.round:04d}", "tokenizer": cfg.model.path}
-    return shlex.join(["python", "-m", "src.revise", f"conf={conf}", *(f"{k}={v}" for k, v in settings.items())])
+    # 3. Print the next command: with the exact expert for scenes, else with the reference captions.
+    total = sum(count for count, _ in per_rank)
+    damaged = f" ({num - total} images could not be read)" if num > total else ""
+    conf = "conf=revise" if any(is_scene for _, is_scene in per_rank) else "conf=revise,expert/reference"
+    settings = [f"drafts={cfg.out}", f"out=rounds/round-{cfg.round:04d}", f"tokenizer={cfg.model.path}"]
+    command = shlex.join(["python", "-m", "src.revise", conf, *settings])
+    sys.stdout.write(f"{cfg.out}: {total} drafts{damaged}\nnext: {command}\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ plus model.path, data.path and tokenizer of the drafts where they differ from co
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -29,13 +28,12 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check
-from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.rounds.batch_api import read_results, write_requests
@@ -58,57 +56,49 @@ def main(argv: list[str]) -> None:
     """Write the round, or the requests for it, and print the counts."""
     cfg = load_config(argv, verb="src.revise", needs=NEEDS["src.revise"])
     check(cfg, offers=("codec",))
+    if cfg.requests and cfg.results:
+        raise UserError("requests= exports requests and results= imports answers: give one of them")
     out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
     codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
+    asks = not (cfg.dry or cfg.requests or cfg.results or cfg.reread)
+    no_key = {"key_env": None} if not asks and "key_env" in cfg.expert else {}  # nothing is sent
+    expert = build(OmegaConf.merge(cfg.expert, no_key), codec=codec)
+    # 1. What needs no round.
     if cfg.dry:
         total = read_drafts_index(drafts)["counts"]["written"]
         sample = [draft for chunk in islice(read_drafts(drafts), SAMPLE) for draft in chunk]
-        sys.stdout.write(f"{build(cfg.expert, codec=codec).estimate(sample, total=total)}\n")
+        sys.stdout.write(f"{expert.estimate(sample, total=total)}\n")
         return
-    if cfg.requests and cfg.results:
-        raise UserError("requests= exports requests and results= imports answers: give one of them")
     if cfg.requests:
         with locked(out):
             if out.exists() and not (cfg.again and reopen(out)):
                 raise UserError(f"{out} exists already; again=true asks again about its drafts where that may help")
-            written, num_skipped = write_requests(Path(cfg.requests), out, drafts, build(cfg.expert, codec=codec))
+            written, num_skipped = write_requests(Path(cfg.requests), out, drafts, expert)
         skipped = f"; {num_skipped} drafts skipped, as no request could be built" if num_skipped else ""
         sys.stdout.write(f"{cfg.requests}: {written} requests{skipped}\n")
         return
+    # 2. The round.
     lock = locked(out) if is_rank0_by_env() else nullcontext()
     with lock, report_lost_ranks(), process_group() as team:
-        options = _round_options(cfg, codec, team)
+        options = RoundOptions(
+            expert=expert,
+            codec=codec,
+            per_shard=cfg.per_shard,
+            patience=60 * cfg.patience_minutes,
+            deadline=None if cfg.deadline_minutes is None else 60 * cfg.deadline_minutes,
+            team=team,
+        )
         if cfg.again or cfg.reread:
             team.on_rank0(lambda: check_reopens(out, drafts, options))
             team.on_rank0(lambda: reopen(out, always=cfg.reread))
         if cfg.results:
-            team.on_rank0(lambda: _import_results(cfg, out, drafts, codec))
-        ask = not (cfg.results or cfg.reread)
-        finished_round = revise_round(out, drafts, options=options, ask=ask, reread=cfg.reread)
+            counts = team.on_rank0(lambda: read_results(Path(cfg.results), out, drafts, expert))
+            if team.is_rank0:
+                listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+                sys.stdout.write(f"{cfg.results}: {listed or 'empty'}\n")
+        finished_round = revise_round(out, drafts, options=options, ask=asks, reread=cfg.reread)
     if team.is_rank0:
         sys.stdout.write(f"{finished_round.path}: {report(finished_round)}\n")
-
-
-def _round_options(cfg: DictConfig, codec: Codec, team: Team) -> RoundOptions:
-    for name in ("patience_minutes", "deadline_minutes"):
-        minutes = cfg[name]
-        if minutes is None and name == "deadline_minutes":
-            continue
-        if not (isinstance(minutes, int | float) and 0 < minutes < math.inf):
-            raise UserError(f"{name} must be a number above 0, got {minutes}")
-    return RoundOptions(
-        expert=build(cfg.expert, codec=codec),
-        codec=codec,
-        per_shard=cfg.per_shard,
-        patience=60 * cfg.patience_minutes,
-        deadline=None if cfg.deadline_minutes is None else 60 * cfg.deadline_minutes,
-        team=team,
-    )
-
-
-def _import_results(cfg: DictConfig, out: Path, drafts: Path, codec: Codec) -> None:
-    counts = read_results(Path(cfg.results), out, drafts, build(cfg.expert, codec=codec))
-    sys.stdout.write(f"{cfg.results}: {', '.join(f'{count} {name}' for name, count in counts.items()) or 'empty'}\n")
 
 
 def report(finished_round: Round) -> str:

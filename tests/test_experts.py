@@ -11,8 +11,7 @@ from random import Random
 import pytest
 
 from src.experts.reference import ReferenceExpert
-from src.experts.scene_template import align, fits
-from src.experts.scenes import ScenesExpert, correct
+from src.experts.scenes import ScenesExpert, align, correct, fits
 from src.io.settings import describe
 from src.scenes.grammar import (
     LEXICON,
@@ -108,34 +107,6 @@ def test_scenes_undoes_any_single_swap_with_one_word() -> None:
     assert count > 400
 
 
-def test_scenes_mends_one_damaged_word() -> None:
-    """One word of a true caption becomes any other word, perhaps ungrammatical: everything is right again."""
-    for scene, text, rng in _samples(300, 3):
-        words = text.split(" ")
-        place = rng.randrange(len(words))
-        tail = words[place][-1] if words[place][-1] in ".," else ""
-        words[place] = rng.choice(WORDS) + tail
-        wrong = " ".join(words)
-        edits = correct(scene, wrong)
-        assert len(edits) <= 1
-        assert _quality(scene, _apply(wrong, edits)) == (1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.6])
-def test_scenes_never_makes_a_caption_worse(rate: float) -> None:
-    """However heavy the damage, all three scores stay or rise, and a second look finds nothing more to do."""
-    gains = 0.0
-    for scene, text, rng in _samples(200, 4, (1, 6)):
-        damaged = " ".join(rng.choice([*WORDS, "ring."]) if rng.random() < rate else w for w in text.split(" "))
-        fixed = _apply(damaged, correct(scene, damaged))
-        before, after = _quality(scene, damaged), _quality(scene, fixed)
-        assert all(a >= b for a, b in zip(after, before, strict=True))
-        assert len(fixed.split(" ")) == len(damaged.split(" "))
-        assert correct(scene, fixed) == []
-        gains += sum(after) - sum(before)
-    assert gains > 20
-
-
 def test_scenes_makes_captions_of_other_scenes_true() -> None:
     """Grammatical and false throughout: true afterwards, but for relations that no pair of objects satisfies."""
     others = [text for _, text, _ in _samples(150, 5)]
@@ -148,42 +119,66 @@ def test_scenes_makes_captions_of_other_scenes_true() -> None:
         assert score.covered.total() - score.covered["relation"] == 4 * min(count, len(scene.objects)) + 2
 
 
+@pytest.mark.parametrize(("lengths", "rate"), [("same", 0.1), ("same", 0.6), ("any", 0.05), ("any", 0.3)])
+def test_scenes_never_makes_a_caption_worse(lengths: str, rate: float) -> None:
+    """However heavy the damage, no score falls; with `same` a second call finds nothing more to do."""
+    gains, unlike = 0.0, (lambda w: ([], [w, w], ["", w])) if lengths == "any" else (lambda w: ())
+    for scene, text, rng in _samples(120, 4, (1, 6)):
+        words = []
+        for word in text.split(" "):
+            damages = [[rng.choice([*WORDS, "ring."])], *unlike(word)]
+            words += rng.choice(damages) if rng.random() < rate else [word]
+        damaged = " ".join(words) or "A"
+        fixed = _apply(damaged, correct(scene, damaged, lengths=lengths))
+        before, after = _quality(scene, damaged), _quality(scene, fixed)
+        assert all(a >= b for a, b in zip(after[lengths == "any" :], before[lengths == "any" :], strict=True))
+        if lengths == "same":
+            assert len(fixed.split(" ")) == len(damaged.split(" "))
+            assert correct(scene, fixed) == []
+        assert correct(scene, text, lengths=lengths) == []
+        gains += sum(after) - sum(before)
+    assert gains > 10
+
+
+UPPER_LEFT = "A small red ring is in the upper left."
+
+
 @pytest.mark.parametrize(
-    ("text", "fixed"),
+    ("lengths", "text", "fixed"),
     [
         # the place is taken: its object is what the sentence is about, even if another one looks more like it
-        ("A large blue square is in the upper left.", "A small red ring is in the upper left."),
+        ("same", "A large blue square is in the upper left.", UPPER_LEFT),
         # the place is empty: the object that agrees with most words
-        ("A large red square is in the lower right.", "A large blue square is in the upper right."),
+        ("same", "A large red square is in the lower right.", "A large blue square is in the upper right."),
         # said twice while another object goes without: the second sentence moves on
-        (
-            "A small red ring is in the upper left. A small red ring is in the upper left.",
-            "A small red ring is in the upper left. A large blue square is in the upper right.",
-        ),
+        ("same", f"{UPPER_LEFT} {UPPER_LEFT}", f"{UPPER_LEFT} A large blue square is in the upper right."),
         # a surplus sentence is made true where it stands
-        (
-            "A small red ring is in the upper left. A large blue square is in the upper right. "
-            "A small blue ring is in the upper left.",
-            "A small red ring is in the upper left. A large blue square is in the upper right. "
-            "A small red ring is in the upper left.",
-        ),
-        ("On a pink background we find one object.", "On a gray background we find two objects."),
-        ("One object can be seen on a gray background.", "Two objects can be seen on a gray background."),
-        ("The red ring is right of the blue square.", "The red ring is left of the blue square."),
-        ("The red cross is left of the blue square.", "The red ring is left of the blue square."),
-        ("The red ring is above the blue square.", None),  # they share a row
+        ("same", f"{UPPER_LEFT} A large blue square is in the upper right. A small blue ring is in the upper left.",
+         f"{UPPER_LEFT} A large blue square is in the upper right. {UPPER_LEFT}"),
+        ("same", "On a pink background we find one object.", "On a gray background we find two objects."),
+        ("same", "The red cross is left of the blue square.", "The red ring is left of the blue square."),
+        ("same", "The red ring is above the blue square.", None),  # they share a row
         # ungrammatical
-        ("A small the ring is is the upper left.", "A small red ring is in the upper left."),
-        ("a small red ring is in the upper left.", "A small red ring is in the upper left."),
-        ("A red ring, quite or, sits in the upper left,", "A red ring, quite small, sits in the upper left."),
-        ("Two object can be seen on a gray background.", "Two objects can be seen on a gray background."),
-        ("the the the the ring the the the the.", None),
-        ("A small  ring is in the upper left.", None),
-        ("A small ring is in the upper left.", None),
+        ("same", "A small the ring is is the upper left.", UPPER_LEFT),
+        ("same", "a small red ring is in the upper left.", UPPER_LEFT),
+        ("same", "A red ring, quite or, sits in the upper left,", "A red ring, quite small, sits in the upper left."),
+        ("same", "the the the the ring the the the the.", None),
+        ("same", "A small  ring is in the upper left.", None),
+        ("same", "A small ring is in the upper left.", None),
+        ("same", "", None),
+        # of any length
+        ("any", "A a small red ring is in the upper left.", UPPER_LEFT),
+        ("any", "A small ring is in the upper left.", UPPER_LEFT),
+        ("any", "small red ring is in the upper left.", UPPER_LEFT),
+        ("any", "A small red ring is in the upper left left.", UPPER_LEFT),
+        ("any", "A  small red ring is in the upper left.", UPPER_LEFT),
+        ("any", "A small red ring is in the", UPPER_LEFT),
+        ("any", "A small blue blue ring in the upper left.", UPPER_LEFT),
+        ("any", "zz zz zz zz zz zz", None),
     ],
 )  # fmt: skip
-def test_scenes_known_cases(text: str, fixed: str | None) -> None:
-    ((_, answer),) = _ask(ScenesExpert(), [_draft(text, scene=PAIR.to_dict())])
+def test_scenes_known_cases(lengths: str, text: str, fixed: str | None) -> None:
+    ((_, answer),) = _ask(ScenesExpert(lengths=lengths), [_draft(text, scene=PAIR.to_dict())])
     if fixed is None:
         assert answer == Failure("no_local_edit")
     else:
@@ -191,11 +186,17 @@ def test_scenes_known_cases(text: str, fixed: str | None) -> None:
         assert _apply(text, answer.edits) == fixed
 
 
-def test_scenes_chooses_the_duplicate_that_costs_least() -> None:
-    scene = Scene((RING, SQUARE, CROSS), "gray")
-    text = "A small green cross is in the upper left. A small red ring is in the upper left."
-    fixed = "A small green cross is in the lower left. A small red ring is in the upper left."
-    assert _apply(text, correct(scene, text)) == fixed
+@pytest.mark.parametrize(
+    ("expert", "draft", "reason"),
+    [
+        (ScenesExpert(), _draft("A ring."), "no_scene"),
+        (ScenesExpert(), _draft("A ring.", scene={"objects": 3}), "damaged_scene"),
+        (ReferenceExpert(), _draft("A dog."), "no_reference"),
+        (ReferenceExpert(), _draft("Dogs.", reference="Two brown dogs run."), "no_local_edit"),
+    ],
+)
+def test_failures(expert: Expert, draft: Draft, reason: str) -> None:
+    assert _ask(expert, [draft]) == [("k", Failure(reason))]
 
 
 def test_scenes_edits_are_words_without_their_punctuation() -> None:
@@ -209,14 +210,7 @@ def test_scenes_edits_are_words_without_their_punctuation() -> None:
 
 @pytest.mark.parametrize("kind", sorted(TEMPLATES))
 def test_scenes_reads_every_template(kind: str) -> None:
-    fields = {
-        "size": "small",
-        "colour": "red",
-        "shape": "ring",
-        "row": "upper",
-        "column": "left",
-        "noun": "objects",
-    }
+    fields = {"size": "small", "colour": "red", "shape": "ring", "row": "upper", "column": "left", "noun": "objects"}
     fields |= {"side": "left", "level": "above", "colour2": "blue", "shape2": "square", "number": NUMBERS[1]}
     low = _thing("square", "blue", "large", "lower", "right")
     for template in range(len(TEMPLATES[kind])):
@@ -225,24 +219,6 @@ def test_scenes_reads_every_template(kind: str) -> None:
         for place in range(len(words)):
             damaged = " ".join([*words[:place], "zz", *words[place + 1 :]])
             assert _apply(damaged, correct(Scene((RING, low), "gray"), damaged)) == text
-
-
-def test_scenes_edits_become_token_spans() -> None:
-    """Expert and alignment together: with a word-level tokenizer nothing is lost on the way."""
-    samples = _samples(15, 8)
-    codec = Codec.train([text for _, text, _ in _samples(150, 9, (1, 9))], vocab_size=600)
-    for scene, text, rng in samples:
-        for swap in swaps(scene, text, rng):
-            wrong = text[: swap.start] + swap.wrong + text[swap.end :]
-            ids, _ = codec.encode(wrong)
-            aligned = locate(codec, [*ids, codec.eot_id], correct(scene, wrong))
-            assert not aligned.rejected
-            assert score_caption(scene, codec.decode(apply_spans(ids, aligned.spans))).factuality == 1.0
-
-
-def test_scenes_without_a_scene_and_an_empty_draft() -> None:
-    assert _ask(ScenesExpert(), [_draft("A ring.")]) == [("k", Failure("no_scene"))]
-    assert _ask(ScenesExpert(), [_draft("", scene=PAIR.to_dict())]) == [("k", Failure("no_local_edit"))]
 
 
 @pytest.mark.parametrize("expert", [ScenesExpert(), ReferenceExpert()])
@@ -256,8 +232,8 @@ def test_every_draft_is_answered_once_and_the_raw_answer_is_json(expert: Expert)
     for _, answer in answers:
         assert isinstance(answer, Revision)
         assert answer.model == expert.name
-        told = [] if answer.raw == "right" else json.loads(answer.raw)
-        assert told == [e.to_dict() for e in answer.edits]
+        raw = [] if answer.raw == "right" else json.loads(answer.raw)
+        assert raw == [e.to_dict() for e in answer.edits]
     assert any(answer.edits for _, answer in answers if isinstance(answer, Revision))
 
 
@@ -283,9 +259,9 @@ def test_reference_edits(changes: dict[str, str], edits: list[tuple[str, str]]) 
     text = REFERENCE
     for right, wrong in changes.items():
         text = text.replace(right, wrong)
-    found = _edits(ReferenceExpert(), _draft(text, reference=REFERENCE))
-    assert [(e.org, e.target) for e in found] == edits
-    assert [e.start_char for e in found] == [text.index(org) for org, _ in edits]
+    edits_made = _edits(ReferenceExpert(), _draft(text, reference=REFERENCE))
+    assert [(e.org, e.target) for e in edits_made] == edits
+    assert [e.start_char for e in edits_made] == [text.index(org) for org, _ in edits]
 
 
 def test_reference_max_words_bounds_the_edits() -> None:
@@ -295,18 +271,6 @@ def test_reference_max_words_bounds_the_edits() -> None:
         ReferenceExpert(max_words=0)
 
 
-def test_reference_restores_scattered_words() -> None:
-    """No word occurs twice and damaged ones stand apart: the edits give back the reference."""
-    rng = Random(11)
-    for _ in range(100):
-        right = [f"w{i}{rng.choice(['', ',', '.', '?'])}" for i in range(rng.randint(8, 40))]
-        words = list(right)
-        for place in range(rng.randrange(6), len(words), 6):
-            words[place] = words[place].replace("w", "x")
-        draft, text = " ".join(words), " ".join(right)
-        assert _apply(draft, _edits(ReferenceExpert(), _draft(draft, reference=text))) == text
-
-
 def test_reference_takes_the_most_similar_of_several() -> None:
     other = "A man in a red coat holds an umbrella."
     draft = _draft(other.replace("red", "blue"), reference=REFERENCE, captions=[{"text": REFERENCE}, {"text": other}])
@@ -314,13 +278,6 @@ def test_reference_takes_the_most_similar_of_several() -> None:
     assert (edit.org, edit.target) == ("blue", "red")
     right = _draft(other, reference=REFERENCE, captions=[{"text": REFERENCE}, {"text": other}])
     assert _edits(ReferenceExpert(), right) == ()
-
-
-def test_reference_fails_without_a_reference_or_anything_local() -> None:
-    assert _ask(ReferenceExpert(), [_draft("A dog.")]) == [("k", Failure("no_reference"))]
-    told_otherwise = _draft("Dogs.", reference=REFERENCE)
-    assert _ask(ReferenceExpert(), [told_otherwise]) == [("k", Failure("no_local_edit"))]
-    assert _ask(ReferenceExpert(), [_draft("", reference=REFERENCE)]) == [("k", Failure("no_local_edit"))]
 
 
 @pytest.mark.parametrize("damage", [lambda t: t.replace(". ", ".", 1), lambda t: f" {t}"])
@@ -366,7 +323,7 @@ def _distance(words: list[str], template: list[tuple[str, str | None, str]]) -> 
 
 def test_words_are_aligned_by_edit_distance() -> None:
     rng = Random(21)
-    for scene, text, _ in _samples(60, 20):
+    for _, text, _ in _samples(30, 20):
         for sentence in re.findall(r"[^.]+\.", text):
             words = sentence.strip().split(" ")
             for _ in range(rng.randint(0, 4)):
@@ -378,12 +335,6 @@ def test_words_are_aligned_by_edit_distance() -> None:
                 cost, slots = align(words, template)
                 assert cost == _distance(words, template)
                 assert " ".join(slot for slot in slots if slot) == " ".join(words)
-                pairs = enumerate(zip(slots, template, strict=True))
-                # each slot counts its misfits: a missing word, a wrong one, or so many surplus ones
-                least = sum(max(len(slot.split(" ")) - 1, 0) + (not slot) for slot in slots)
-                most = least + sum(not any(fits(w, t, first=not n) for w in s.split(" ")) for n, (s, t) in pairs if s)
-                assert least <= cost <= most
-        assert scene
 
 
 @pytest.mark.parametrize("lengths", ["same", "any"])
@@ -406,56 +357,10 @@ def test_scenes_mends_words_too_many_and_too_few(lengths: str) -> None:
     assert exact == 0 if lengths == "same" else 0.8 * total < exact < total, (exact, total)
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.3])
-def test_scenes_of_any_length_never_makes_a_caption_worse(rate: float) -> None:
-    """Words removed, inserted, doubled and replaced at random."""
-    better = 0
-    for scene, text, rng in _samples(120, 23):
-        words = [
-            out
-            for word in text.split(" ")
-            for out in (
-                rng.choice(([], [word, word], [rng.choice(WORDS)], ["", word])) if rng.random() < rate else [word]
-            )
-        ]
-        damaged = " ".join(words) or "A"
-        edits = correct(scene, damaged, lengths="any")
-        before, after = _quality(scene, damaged), _quality(scene, _apply(damaged, edits))
-        assert all(b >= a for a, b in zip(before[1:], after[1:], strict=True))
-        better += after > before
-        assert not correct(scene, text, lengths="any")
-    assert better > 40
-
-
-@pytest.mark.parametrize(
-    ("text", "fixed"),
-    [
-        ("A a small red ring is in the upper left.", "A small red ring is in the upper left."),
-        ("A small ring is in the upper left.", "A small red ring is in the upper left."),
-        ("small red ring is in the upper left.", "A small red ring is in the upper left."),
-        ("A small red ring is in the upper left left.", "A small red ring is in the upper left."),
-        ("A  small red ring is in the upper left.", "A small red ring is in the upper left."),
-        ("A small red ring is in the", "A small red ring is in the upper left."),
-        ("A small blue blue ring in the upper left.", "A small red ring is in the upper left."),
-        ("zz zz zz zz zz zz", None),
-    ],
-)
-def test_scenes_of_any_length_known_cases(text: str, fixed: str | None) -> None:
-    scene = Scene((RING,), "gray")
-    ((_, answer),) = _ask(ScenesExpert(lengths="any"), [_draft(text, scene=scene.to_dict())])
-    if fixed is None:
-        assert answer == Failure("no_local_edit")
-    else:
-        assert isinstance(answer, Revision)
-        assert _apply(text, answer.edits) == fixed
-
-
 def test_scenes_lengths_are_checked_and_part_of_what_answers_depend_on() -> None:
     with pytest.raises(ValueError, match="lengths must be one of same, any, got 'other'"):
         ScenesExpert(lengths="other")
-    assert describe(ScenesExpert()) == {
-        "class": "ScenesExpert"
-    }  # as in rounds that were made before there was a choice
+    assert describe(ScenesExpert()) == {"class": "ScenesExpert"}  # as in rounds made before there was a choice
     assert describe(ScenesExpert(lengths="any")) == {"class": "ScenesExpert", "lengths": "any"}
 
 

@@ -71,7 +71,7 @@ def test_each_verb_says_the_next_one(data: Path, tmp_path: Path, monkeypatch, ca
     (last,) = Path("run/checkpoints").glob("last*.ckpt")
     kept = torch.load(last, weights_only=False).values()
     (rounds,) = (state["rounds"] for state in kept if isinstance(state, dict) and "rounds" in state)
-    assert [Path(found["path"]).name for found in rounds] == ["round-0001"]
+    assert [Path(entry["path"]).name for entry in rounds] == ["round-0001"]
 
 
 def test_no_more_drafts_than_images(data: Path, tmp_path: Path, caplog) -> None:
@@ -103,9 +103,9 @@ def manifest(**counts: int) -> dict[str, Any]:
 
 def test_the_report_gives_reasons() -> None:
     """`revised` of the manifest holds right and unusable drafts; the report tells them apart."""
-    found = manifest(drafted=30, revised=21, right=4, unusable=2, failed=7, unanswered=2, edits=40, written=15)
-    found |= {"rejected": {"absent": 1, "unequal_length": 5}, "failures": {"no_local_edit": 6, "timeout": 1}}
-    assert src.revise.report(Round(Path("my rounds/r"), found)).splitlines() == [
+    counts = manifest(drafted=30, revised=21, right=4, unusable=2, failed=7, unanswered=2, edits=40, written=15)
+    counts |= {"rejected": {"absent": 1, "unequal_length": 5}, "failures": {"no_local_edit": 6, "timeout": 1}}
+    assert src.revise.report(Round(Path("my rounds/r"), counts)).splitlines() == [
         "30 drafted: 15 corrected, 4 right, 2 with no edit that could be placed, 7 failed, 2 unanswered",
         "failed: 7 (no_local_edit 6, timeout 1)",
         "edits: 40 placed, 6 could not be (unequal_length 5, absent 1)",

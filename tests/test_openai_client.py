@@ -1,4 +1,4 @@
-"""The client alone: what it sends, what of a broken connection costs, and that no secret is told."""
+"""The client alone: what it sends, what a broken connection costs, and that no secret is shown."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_request_and_its_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert request.path == "/v1/chat/completions"
     assert request.body == {"model": "m", "messages": MESSAGES, "top_k": 3}
     assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert (call.replies, call.model, call.attempts) == (["Häuser"], "served", 1)
+    assert (call.replies, call.model, call.usage["requests"]) == (["Häuser"], "served", 1)
     assert call.usage.pop("seconds") > 0
     assert call.usage == {"requests": 1, "prompt_tokens": 700, "completion_tokens": 12}
 
@@ -72,7 +72,7 @@ def test_a_request_that_reached_nobody_is_not_counted(monkeypatch: pytest.Monkey
     call = Call()
     with pytest.raises(ServerDown, match="connection"):
         ask(f"{NOWHERE}/v1", call)
-    assert call.attempts == call.usage.total() == 0
+    assert call.usage["requests"] == call.usage.total() == 0
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_broken_http_may_have_been_billed_and_tells_no_key(answer: bytes) -> Non
         ask(server.url, call)
     assert KEY not in str(error.value)
     assert "\n" not in str(error.value)
-    assert call.attempts >= 3
-    assert call.usage["lost_prompt_tokens"] == 10 * call.attempts
+    assert call.usage["requests"] >= 3
+    assert call.usage["lost_prompt_tokens"] == 10 * call.usage["requests"]

@@ -11,18 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from src.chat.budget import Prices
 from src.chat.client import ChatError, ServerDown
-from src.chat.journal import Journal
 from src.chat.limits import Limits
-from src.cli.instantiate import build
 from src.experts.openai import BETWEEN, OpenAIExpert, read_replies
-from src.io.errors import UserError
 from src.io.settings import describe
 from src.text.align import locate
 from src.text.tokenizer import Codec
@@ -35,13 +31,13 @@ QUICK = Limits(timeout_s=5, attempts=3, pause_s=0.05, give_up_s=0.6, pause_after
 RIGHT = '{"right": true, "edits": []}'
 
 
-def told(*edits: tuple[str, str]) -> str:
+def with_edits(*edits: tuple[str, str]) -> str:
     """A reply with these edits."""
     items = [{"org": org, "target": target, "reason": "because"} for org, target in edits]
     return json.dumps({"right": False, "edits": items})
 
 
-GOOD = told(("red", "blue"))
+GOOD = with_edits(("red", "blue"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +63,7 @@ def draft_of(codec: Codec, number: int, **changed) -> Draft:
     return Draft(f"k{number}", "Describe.", text, ids, 8, sampler={}, fingerprint="f", seed=0, **given)
 
 
-class Asked:
+class Run:
     """What became of drafts, and what the server saw."""
 
     def __init__(self, codec: Codec, script: Callable[[Request], Http | bytes], count: int = 1, **settings) -> None:
@@ -95,22 +91,18 @@ async def collect(expert: OpenAIExpert, drafts: list[Draft]) -> list[tuple[str, 
     return [pair async for pair in expert.revise(drafts)]
 
 
-def test_a_reply_becomes_a_revision_with_all_that_was_said(codec) -> None:
-    asked = Asked(
+def test_a_reply_becomes_a_revision(codec) -> None:
+    run = Run(
         codec, lambda request: reply(GOOD, tokens=(700, 12)), limits=replace(QUICK, prices=Prices(input=1, output=4))
     )
-    found = asked.revision
-    assert found.edits == (Edit("red", "blue", None, "because"),)
-    assert (found.raw, found.model, found.attempts) == (GOOD, "served", 1)
-    assert found.usage.pop("seconds") > 0
-    assert found.usage == {
+    revision = run.revision
+    assert revision.edits == (Edit("red", "blue", None, "because"),)
+    assert (revision.raw, revision.model, revision.attempts) == (GOOD, "served", 1)
+    assert revision.usage.pop("seconds") > 0
+    assert revision.usage == {
         "requests": 1, "prompt_tokens": 700, "completion_tokens": 12, "cost": pytest.approx(748e-6), "proposed": 1,
     }  # fmt: skip
-    assert read_replies(codec, asked.drafts[0], found.raw.split(BETWEEN)).edits == found.edits
-
-
-def test_right_is_a_revision_without_edits(codec) -> None:
-    assert Asked(codec, lambda request: reply("right")).revision.edits == ()
+    assert read_replies(codec, run.drafts[0], revision.raw.split(BETWEEN))[0] == revision.edits
 
 
 def test_every_draft_is_answered_once_and_with_its_own_answer(codec) -> None:
@@ -122,14 +114,14 @@ def test_every_draft_is_answered_once_and_with_its_own_answer(codec) -> None:
         edit = {"org": "red", "target": "blue", "reason": str(number_of(request))}
         return reply(json.dumps({"right": False, "edits": [edit]}), delay=0.002 * (request.number % 7))
 
-    asked = Asked(codec, script, 60, limits=replace(QUICK, concurrency=8))
-    for draft in asked.drafts:
-        answer = asked.answers[draft.key]
+    run = Run(codec, script, 60, limits=replace(QUICK, concurrency=8))
+    for draft in run.drafts:
+        answer = run.answers[draft.key]
         assert isinstance(answer, Revision)
         assert [f"k{edit.reason}" for edit in answer.edits] == [draft.key]
-    assert 2 <= asked.server.most <= 8  # fewer while some are refused
-    refused = asked.expert.client.counts["rate_limited"]
-    assert len(asked.requests) == 60 + refused
+    assert 2 <= run.server.most <= 8  # fewer while some are refused
+    refused = run.expert.client.counts["rate_limited"]
+    assert len(run.requests) == 60 + refused
     assert refused >= 6
 
 
@@ -175,27 +167,18 @@ def test_a_damaged_image_and_an_empty_draft_cost_nothing(codec) -> None:
 def test_the_key_is_nowhere(codec, caplog, monkeypatch, tmp_path) -> None:
     """Not in settings, attributes, answers, errors or logs, even if the server repeats it."""
     caplog.set_level(logging.DEBUG)
-    asked = Asked(codec, lambda request: error(400, f"bad {KEY}") if request.number else reply(RIGHT), 3)
+    run = Run(codec, lambda request: error(400, f"bad {KEY}") if request.number else reply(RIGHT), 3)
     kept = [
-        *map(repr, asked.answers.values()),
-        json.dumps(describe(asked.expert)),
-        json.dumps(asked.expert.client.counts),
+        *map(repr, run.answers.values()),
+        json.dumps(describe(run.expert)),
+        json.dumps(run.expert.client.counts),
     ]
-    kept.append(repr(vars(asked.expert)) + repr(vars(asked.expert.client)))
+    kept.append(repr(vars(run.expert)) + repr(vars(run.expert.client)))
     with pytest.raises(ChatError) as fatal:
-        Asked(codec, lambda request: error(401, f"Incorrect API key: {KEY}"))
+        Run(codec, lambda request: error(401, f"Incorrect API key: {KEY}"))
     kept += [str(fatal.value), repr(fatal.value.__cause__), caplog.text]
     assert not [text for text in kept if KEY in text]
     assert "EXPERT_KEY" in str(fatal.value)
-
-
-def test_a_missing_key_is_told_before_anything_is_asked(codec, monkeypatch) -> None:
-    monkeypatch.delenv("EXPERT_KEY")
-    node = {"target": "src.experts.openai.OpenAIExpert", "model": "m", "key_env": "EXPERT_KEY"}
-    with pytest.raises(UserError, match="environment variable EXPERT_KEY holds no key"):
-        build(node, codec=codec)
-    node = {**node, "key_env": None, "limits": {"target": "src.chat.limits.Limits", "concurrency": 2}}
-    assert build(node, codec=codec).name == "openai"
 
 
 # settings
@@ -230,7 +213,6 @@ def why(answer: Failure) -> Failure:
     ("answer", "failure", "requests"),
     [
         (reply(None), Failure("empty", retry=True), 1),
-        (reply("  "), Failure("empty", retry=True), 1),
         (reply("no JSON"), Failure("malformed", retry=True), 1),
         (reply('{"answer": 1}'), Failure("wrong_schema", retry=True), 1),
         (reply('{"right": false, "edits": []}'), Failure("contradiction", retry=True), 1),
@@ -238,15 +220,16 @@ def why(answer: Failure) -> Failure:
         (reply("", finish="content_filter"), Failure("content_filter"), 1),
         (reply(None, refusal="I cannot help"), Failure("refusal"), 1),
         (Http(200, b'{"choices": []}'), Failure("no_choices", retry=True), 3),
-        (Http(200, b'{"choices": [null]}'), Failure("no_choices", retry=True), 3),
         (Http(200, b'{"error": {"message": "upstream"}}'), Failure("server_error", retry=True), 3),
         (Http(200, b'{"choices": [{"mess'), Failure("malformed_body", retry=True), 3),
         (Http(200, b"<html>ok</html>", {"content-type": "text/html"}), Failure("malformed_body", retry=True), 3),
         (Http(200, b"[" * 100_000), Failure("malformed_body", retry=True), 3),
-        (Http(200, b"[]"), Failure("malformed_body", retry=True), 3),
-        (Http(200, b'{"choices": [{"message": {"content": 3}}], "usage": "x"}'), Failure("empty", retry=True), 1),
+        (
+            Http(200, b'{"choices": [{"message": {"content": 3}}], "usage": "x"}'),
+            Failure("malformed_body", retry=True),
+            3,
+        ),
         (error(500), Failure("server_error", retry=True), 3),
-        (error(408), Failure("server_error", retry=True), 3),
         (error(400, "your image is odd"), Failure("bad_request", retry=True), 1),
         (error(400, "flagged by the content policy", code="content_policy_violation"), Failure("content_filter"), 1),
         (error(403, "input was flagged by moderation"), Failure("content_filter"), 1),
@@ -254,42 +237,41 @@ def why(answer: Failure) -> Failure:
         (error(413), Failure("too_long"), 1),
         (error(422, "extra inputs are not permitted"), Failure("bad_request", retry=True), 1),
         (b"", Failure("connection", retry=True), 3),
-        (b"SSH-2.0-OpenSSH\r\n\r\n", Failure("connection", retry=True), 3),
         (reply(GOOD).encoded()[:-20], Failure("connection", retry=True), 3),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", Failure("connection", retry=True), 3),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_faults_are_counted_under_their_names(codec, answer, failure, requests) -> None:
-    asked = Asked(codec, lambda request: answer)
-    assert why(asked.answer) == failure
-    assert asked.answer.attempts == len(asked.requests) == requests
+    run = Run(codec, lambda request: answer)
+    assert why(run.answer) == failure
+    assert run.answer.attempts == len(run.requests) == requests
     if failure.reason in ("length", "malformed", "wrong_schema", "contradiction"):  # paid for, so it is kept
-        assert asked.answer.raw
-        assert asked.answer.usage["completion_tokens"] > 0
+        assert run.answer.raw
+        assert run.answer.usage["completion_tokens"] > 0
 
 
 @pytest.mark.parametrize(
     "fault", [error(500), error(503, retry_after="0.01"), b"", Http(200, b"{"), error(429)], ids=str
 )
 def test_a_fault_that_passes_is_not_seen(codec, fault) -> None:
-    asked = Asked(codec, lambda request: fault if request.number < 2 else reply(GOOD))
-    assert (asked.revision.attempts, asked.revision.usage["requests"], len(asked.requests)) == (3, 3, 3)
+    run = Run(codec, lambda request: fault if request.number < 2 else reply(GOOD))
+    assert (run.revision.attempts, run.revision.usage["requests"], len(run.requests)) == (3, 3, 3)
 
 
 def test_a_slow_reply_is_a_timeout(codec) -> None:
     limits = replace(QUICK, timeout_s=0.1, attempts=2)
-    asked = Asked(codec, lambda request: reply(GOOD, delay=5), limits=limits)
-    assert why(asked.answer) == Failure("timeout", retry=True)
+    run = Run(codec, lambda request: reply(GOOD, delay=5), limits=limits)
+    assert why(run.answer) == Failure("timeout", retry=True)
 
 
 def test_a_list_of_parts_and_a_server_that_counts_no_tokens(codec) -> None:
     body = completion([{"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}])
     del body["usage"]
-    found = Asked(codec, lambda request: Http(200, json.dumps(body).encode())).revision
-    assert len(found.edits) == 1
-    assert 500 < found.usage["prompt_tokens"] < 2000
-    assert 0 < found.usage["completion_tokens"] < 200
+    revision = Run(codec, lambda request: Http(200, json.dumps(body).encode())).revision
+    assert len(revision.edits) == 1
+    assert 500 < revision.usage["prompt_tokens"] < 2000
+    assert 0 < revision.usage["completion_tokens"] < 200
 
 
 @pytest.mark.parametrize(
@@ -312,7 +294,7 @@ def test_what_no_request_can_mend_stops_at_once(codec, answer, message) -> None:
         return answer
 
     with pytest.raises(ChatError, match=message):
-        Asked(codec, script, 200, limits=replace(QUICK, concurrency=2))
+        Run(codec, script, 200, limits=replace(QUICK, concurrency=2))
     assert len(seen) <= (4 if "rejected" in message else 2)  # those in flight
 
 
@@ -320,19 +302,21 @@ def test_what_no_request_can_mend_stops_at_once(codec, answer, message) -> None:
 
 
 def test_unusable_edits_are_sent_back_once_with_the_reason(codec) -> None:
-    first = told(("red", "green"), ("purple", "blue"), ("upper", "lower"), ("square", "big green square"))
-    second = told(("upper left", "lower left"), ("blue square", "blue ring"), ("large", "small"), ("Picture", "square"))
-    asked = Asked(codec, lambda request: reply(second if request.number else first, tokens=(100, 10)))
-    found, draft = asked.revision, asked.drafts[0]
-    assert [(e.org, e.target) for e in found.edits] == [
+    first = with_edits(("red", "green"), ("purple", "blue"), ("upper", "lower"), ("square", "big green square"))
+    second = with_edits(
+        ("upper left", "lower left"), ("blue square", "blue ring"), ("large", "small"), ("Picture", "square")
+    )
+    run = Run(codec, lambda request: reply(second if request.number else first, tokens=(100, 10)))
+    revision, draft = run.revision, run.drafts[0]
+    assert [(e.org, e.target) for e in revision.edits] == [
         ("red", "green"), ("upper left", "lower left"), ("blue square", "blue ring"), ("large", "small"),
     ]  # fmt: skip
-    assert not locate(codec, draft.token_ids, found.edits).rejected
-    counts = {name: found.usage[name] for name in ("proposed", "returned", "repaired", "requests", "prompt_tokens")}
+    assert not locate(codec, draft.token_ids, revision.edits).rejected
+    counts = {name: revision.usage[name] for name in ("proposed", "returned", "repaired", "requests", "prompt_tokens")}
     assert counts == {"proposed": 4, "returned": 3, "repaired": 3, "requests": 2, "prompt_tokens": 200}
-    assert found.attempts == 2
-    problems = asked.requests[1].body["messages"]
-    assert problems[:2] == asked.requests[0].body["messages"]
+    assert revision.attempts == 2
+    problems = run.requests[1].body["messages"]
+    assert problems[:2] == run.requests[0].body["messages"]
     assert problems[2] == {"role": "assistant", "content": first}
     for line in (
         "1. `purple` .*not in the draft",
@@ -340,25 +324,25 @@ def test_unusable_edits_are_sent_back_once_with_the_reason(codec) -> None:
         r"3. `square` .*1 tokens long, `target` \d",
     ):
         assert re.search(line, problems[3]["content"])
-    assert read_replies(codec, draft, found.raw.split(BETWEEN)).edits == found.edits
+    assert read_replies(codec, draft, revision.raw.split(BETWEEN))[0] == revision.edits
 
 
 @pytest.mark.parametrize(
-    "second", [reply("I give up"), reply(RIGHT), reply(told(("purple", "blue"))), error(400), error(401)], ids=str
+    "second", [reply("I give up"), reply(RIGHT), reply(with_edits(("purple", "blue"))), error(400), error(401)], ids=str
 )
 def test_what_stays_unusable_stays_to_be_counted(codec, second) -> None:
-    first = told(("red", "blue"), ("purple", "blue"))
-    asked = Asked(codec, lambda request: second if request.number else reply(first))
-    found = asked.revision
-    assert [e.org for e in found.edits] == ["red", "purple"]
-    assert found.usage.get("repaired", 0) == 0
-    assert locate(codec, asked.drafts[0].token_ids, found.edits).rejected == Counter(absent=1)
+    first = with_edits(("red", "blue"), ("purple", "blue"))
+    run = Run(codec, lambda request: second if request.number else reply(first))
+    revision = run.revision
+    assert [e.org for e in revision.edits] == ["red", "purple"]
+    assert revision.usage.get("repaired", 0) == 0
+    assert locate(codec, run.drafts[0].token_ids, revision.edits).rejected == Counter(absent=1)
 
 
 def test_repair_can_be_off_and_is_not_asked_for_without_need(codec) -> None:
-    off = Asked(codec, lambda request: reply(told(("purple", "blue"))), repair=0)
+    off = Run(codec, lambda request: reply(with_edits(("purple", "blue"))), repair=0)
     assert (len(off.requests), [e.org for e in off.revision.edits]) == (1, ["purple"])
-    assert len(Asked(codec, lambda request: reply(GOOD)).requests) == 1
+    assert len(Run(codec, lambda request: reply(GOOD)).requests) == 1
     with pytest.raises(ValueError, match="repair must be 0 or 1, got 2"):
         OpenAIExpert(codec=codec, model="m", key_env=None, repair=2)
 
@@ -366,56 +350,30 @@ def test_repair_can_be_off_and_is_not_asked_for_without_need(codec) -> None:
 # limits
 
 
-def test_a_used_up_budget_asks_no_more(codec) -> None:
-    asked = Asked(codec, lambda request: reply(GOOD), 30, limits=replace(QUICK, max_requests=12, concurrency=4))
-    assert len(asked.requests) == 12
-    kinds = Counter(a.reason if isinstance(a, Failure) else "revised" for a in asked.answers.values())
-    assert kinds == {"revised": 12, "budget": 18}
-    assert all(a.retry for a in asked.answers.values() if isinstance(a, Failure))
-
-
 def test_a_budget_of_money_is_used_up_and_not_passed(codec) -> None:
     """What is put aside for the longest reply comes back: far more drafts are answered than at the greatest price."""
     prices = Prices(input=1, output=1)
     limits = replace(QUICK, max_cost=0.01, prices=prices, concurrency=4)  # 10000 tokens
-    asked = Asked(codec, lambda request: reply(GOOD, tokens=(400, 100)), 40, limits=limits, max_completion_tokens=2500)
-    revised = sum(isinstance(a, Revision) for a in asked.answers.values())
-    assert asked.expert.client.budget.spent["cost"] == pytest.approx(revised * 500e-6)
+    run = Run(codec, lambda request: reply(GOOD, tokens=(400, 100)), 40, limits=limits, max_completion_tokens=2500)
+    revised = sum(isinstance(a, Revision) for a in run.answers.values())
+    assert run.expert.client.budget.spent["cost"] == pytest.approx(revised * 500e-6)
     assert 10_000 - 4000 < revised * 500 <= 10_000
-    asked.expert.charge({"cost": 1.0, "prompt_tokens": 1_000_000})
-    assert asked.expert.client.budget.spent["cost"] > 1
+    run.expert.charge({"cost": 1.0, "prompt_tokens": 1_000_000})
+    assert run.expert.client.budget.spent["cost"] > 1
 
 
-def test_an_estimate_is_near_what_is_asked_and_never_above_what_may_be(codec) -> None:
+def test_an_estimate_is_near_what_is_sent_and_below_what_may_be(codec) -> None:
     limits = replace(QUICK, prices=Prices(input=1, output=4))
-    asked = Asked(codec, lambda request: reply(GOOD), 3, limits=limits, max_completion_tokens=300)
-    guess = asked.expert.estimate(asked.drafts, total=300)
-    size = sum(len(r.text) for r in asked.requests) / 3
-    assert guess.requests == 300
-    assert guess.prompt_tokens == pytest.approx(300 * size / 3.5, rel=0.05)
-    assert guess.completion_tokens == 300 * 150
-    assert guess.cost == pytest.approx((guess.prompt_tokens + 4 * guess.completion_tokens) / 1e6)
-    assert (guess.most_requests, guess.most_cost > 2 * guess.cost) == (600, True)
-    assert asked.expert.estimate(asked.drafts).requests == 3
-    assert asked.expert.estimate([]).prompt_tokens == 0
-    assert OpenAIExpert(codec=codec, model="m", key_env=None).estimate(asked.drafts).cost is None
-    assert len(asked.requests) == 3
-
-
-def test_a_limiter_that_refuses_most_is_obeyed(codec) -> None:
-    """3 requests in half a second, 12 asked for at once: none fails, and the server is not stormed."""
-    times: list[float] = []
-
-    def script(request: Request) -> Http:
-        recent = [t for t in times if request.at - t < 0.5]
-        if len(recent) >= 3:
-            return error(429, retry_after=str(0.5 - (request.at - recent[-3])))
-        times.append(request.at)
-        return reply(GOOD)
-
-    asked = Asked(codec, script, 12, limits=replace(QUICK, attempts=2))
-    assert all(isinstance(a, Revision) for a in asked.answers.values())
-    assert len(asked.requests) < 60
+    run = Run(codec, lambda request: reply(GOOD), 3, limits=limits, max_completion_tokens=300)
+    estimate = run.expert.estimate(run.drafts, total=300)
+    counts = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d", estimate)]
+    drafts, requests, prompts, replies, cost, most_requests, most_tokens, most_cost = counts
+    assert (drafts, requests, most_requests, replies) == (300, 300, 600, 300 * 150)
+    assert prompts == pytest.approx(300 * sum(len(request.text) for request in run.requests) / 3 / 3.5, rel=0.05)
+    assert cost == pytest.approx((prompts + 4 * replies) / 1e6, abs=0.005)
+    assert most_tokens > 2 * prompts + 600 * 300
+    assert most_cost > 2 * cost
+    assert "0 prompt tokens" in run.expert.estimate([], total=0)
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -423,8 +381,8 @@ def test_retry_after_is_kept_to(codec, status: int) -> None:
     """By the draft that got it; after a 429 by all others too."""
     limits = replace(QUICK, concurrency=2)
     fault = error(status, retry_after="0.5")
-    asked = Asked(codec, lambda request: reply(GOOD, delay=0.05) if request.number else fault, 6, limits=limits)
-    refused, *others = asked.requests
+    run = Run(codec, lambda request: reply(GOOD, delay=0.05) if request.number else fault, 6, limits=limits)
+    refused, *others = run.requests
     again = [request.at - refused.at for request in others if number_of(request) == number_of(refused)]
     assert len(again) == 1
     assert again[0] >= 0.5
@@ -475,9 +433,9 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
     def script(request: Request) -> Http:
         return error(429, retry_after="0.1") if number_of(request) == 1 else reply(GOOD, delay=0.05)
 
-    asked = Asked(codec, script, 12, limits=replace(QUICK, concurrency=2, deadline_s=0.4))
-    assert why(asked.answers["k1"]) == Failure("rate_limited", retry=True)
-    assert sum(isinstance(answer, Revision) for answer in asked.answers.values()) == 11
+    run = Run(codec, script, 12, limits=replace(QUICK, concurrency=2, deadline_s=0.4))
+    assert why(run.answers["k1"]) == Failure("rate_limited", retry=True)
+    assert sum(isinstance(answer, Revision) for answer in run.answers.values()) == 11
 
 
 @pytest.mark.parametrize(
@@ -493,7 +451,7 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
 def test_a_server_that_refuses_or_stays_away_is_an_error_that_says_so(codec, answer, message: str) -> None:
     began = time.monotonic()
     with pytest.raises(ServerDown, match=message):
-        Asked(codec, lambda request: answer, 20, limits=replace(QUICK, give_up_s=0.5))
+        Run(codec, lambda request: answer, 20, limits=replace(QUICK, give_up_s=0.5))
     assert time.monotonic() - began < 4
 
 
@@ -507,42 +465,10 @@ def test_chunks_share_the_limits_and_the_expert_serves_several_rounds(codec) -> 
 
         async def chunks() -> list:
             parts = [[draft_of(codec, n) for n in range(start, start + 10)] for start in range(0, 40, 10)]
-            found = await asyncio.gather(*(collect(expert, part) for part in parts))
-            return [pair for part in found for pair in part]
+            answers = await asyncio.gather(*(collect(expert, part) for part in parts))
+            return [pair for part in answers for pair in part]
 
         for _ in range(2):  # each has an event loop of its own
             assert all(isinstance(answer, Revision) for _, answer in asyncio.run(chunks()))
     assert 2 <= server.most <= 5
     assert len(server.requests) == 80
-
-
-def test_a_round_that_failed_asks_only_for_the_rest(codec, tmp_path: Path) -> None:
-    """The key is withdrawn in the middle: what was answered is on disk, and is not asked for again."""
-    served: Counter[int] = Counter()
-    stop_at = [12]
-
-    def script(request: Request) -> Http:
-        if len(served) >= stop_at[0]:
-            return error(401)
-        served[number_of(request)] += 1
-        return reply(GOOD if number_of(request) % 3 else "no JSON")
-
-    drafts = {draft.key: draft for draft in (draft_of(codec, number) for number in range(30))}
-
-    async def run(expert: OpenAIExpert, journal: Journal) -> None:
-        async for key, answer in expert.revise([d for d in drafts.values() if not journal.is_settled(d)]):
-            journal.add(drafts[key], answer)
-
-    with Scripted(script) as server:
-        limits = replace(QUICK, concurrency=3)
-        expert = OpenAIExpert(codec=codec, model="m", base_url=server.url, key_env=None, limits=limits)
-        with Journal(tmp_path / "j", expert="e") as journal, pytest.raises(ChatError, match="set key_env"):
-            asyncio.run(run(expert, journal))
-        stop_at[0] = 31
-        with Journal(tmp_path / "j", expert="e") as journal:
-            settled = {int(key[1:]) for key, draft in drafts.items() if journal.is_settled(draft)}
-            before = Counter(served)
-            asyncio.run(run(expert, journal))
-            assert None not in [journal.answer(draft) for draft in drafts.values()]
-    assert len(settled) >= 12 * 2 / 3 - 3  # up to three were under way
-    assert {n for n in served if served[n] > before[n]} == set(range(30)) - settled

@@ -39,8 +39,8 @@ def corrects(request: Request) -> Http:
     words = re.findall(r"[a-z]+", request.text.split("Draft:\n")[-1])
     once = [word for word in words if words.count(word) == 1 and word != "ring"]
     edits = [{"org": word, "target": "ring", "reason": "so it is"} for word in once[:1]]
-    said = {"right": not edits, "edits": edits, "number": request.number}
-    return reply(json.dumps(said), tokens=(500, 20), delay=0.02)
+    answer = {"right": not edits, "edits": edits, "number": request.number}
+    return reply(json.dumps(answer), tokens=(500, 20), delay=0.02)
 
 
 class Course:
@@ -65,9 +65,9 @@ class Course:
         return self.ranks.run(argv, out=folder, kill=list(kill), world=world)
 
     def new(self) -> list[Request]:
-        found = self.server.requests[self.seen :]
-        self.seen += len(found)
-        return found
+        requests = self.server.requests[self.seen :]
+        self.seen += len(requests)
+        return requests
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,11 @@ def whole(course, tmp_path_factory) -> tuple[Path, Counter[str]]:
     folder = tmp_path_factory.mktemp("whole")
     done = course.train(folder)
     assert done.codes == [0, 0], done.printed
-    asked = Counter(request.text for request in course.new())
-    assert asked.total() == 2 * NUM
+    texts = Counter(request.text for request in course.new())
+    assert texts.total() == 2 * NUM
     for number in (1, 2):
         assert read_manifest(folder / "run" / "rounds" / f"round-000{number}")["counts"]["written"] > 3
-    return folder / "run", asked
+    return folder / "run", texts
 
 
 def numbers(run_dir: Path) -> set[int]:
@@ -134,9 +134,9 @@ def test_a_kill_at_any_moment_asks_nothing_twice(
     second = course.new()
     for name, count in {"asked": len(first), "kept": len(kept), "lost": unkept.total(), "again": len(second)}.items():
         record_property(name, count)
-    asked = Counter(request.text for request in [*first, *second])
-    assert asked - whole[1] == unkept  # asked once more: what is in no journal, and nothing else
-    assert not whole[1] - asked
+    texts = Counter(request.text for request in [*first, *second])
+    assert texts - whole[1] == unkept  # sent once more: what is in no journal, and nothing else
+    assert not whole[1] - texts
     assert unkept.total() <= most
     assert len(numbers(tmp_path / "run")) == 2 * NUM
     assert rounds(tmp_path / "run") == rounds(whole[0])

@@ -15,12 +15,12 @@ from PIL import Image
 from src.chat.client import Unanswered
 from src.chat.profiles import PROFILES, Profile, choose
 from src.experts.prompt import FILE, Prompt, show, tokens_of
-from src.experts.reply import LONGEST, SCHEMA, read_reply
+from src.experts.reply import LONGEST, MOST_EDITS, SCHEMA, read_reply
 from src.text.tokenizer import BOS, Codec
 from src.types import Draft, Edit
 
 EDITS = [{"org": "red", "target": "blue", "reason": "it is blue"}, {"org": "two", "target": "three", "reason": ""}]
-TOLD = json.dumps({"right": False, "edits": EDITS})
+REPLY = json.dumps({"right": False, "edits": EDITS})
 EXPECTED = (Edit("red", "blue", None, "it is blue"), Edit("two", "three"))
 
 CODEC = Codec.train(["Two red rings, three blue ones."], vocab_size=300, alphabet="bytes")
@@ -30,15 +30,15 @@ FORM = {"name": "revision", "schema": SCHEMA}
 @pytest.mark.parametrize(
     "text",
     [
-        TOLD,
+        REPLY,
         json.dumps({"right": False, "edits": EDITS}, indent=2),
-        f"```json\n{TOLD}\n```",
-        f"```\n{TOLD}\n```\nHope that helps!",
-        f"The ring [see 1] is blue {{really}}. So:\n\n{TOLD}",
+        f"```json\n{REPLY}\n```",
+        f"```\n{REPLY}\n```\nHope that helps!",
+        f"The ring [see 1] is blue {{really}}. So:\n\n{REPLY}",
         json.dumps(EDITS),
         json.dumps({"edits": EDITS}),
-        f'For example {{"right": true, "edits": []}} would be wrong. My answer: {TOLD}',  # the last one counts
-        f'<think>Perhaps {{"right": true, "edits": []}}?</think>{TOLD}',
+        f'For example {{"right": true, "edits": []}} would be wrong. My answer: {REPLY}',  # the last one counts
+        f'<think>Perhaps {{"right": true, "edits": []}}?</think>{REPLY}',
         json.dumps({"right": False, "edits": EDITS, "confidence": 0.9}),
     ],
 )
@@ -65,8 +65,8 @@ def test_right_is_no_edits(text: str) -> None:
         ("<think>for ever", "empty"),
         ("I think it is right.", "malformed"),
         ("{'right': False, 'edits': [{'org': 'red', 'target': 'blue'}]}", "malformed"),
-        (TOLD[:30], "malformed"),
-        ("x" * LONGEST + TOLD, "malformed"),
+        (REPLY[:30], "malformed"),
+        ("x" * LONGEST + REPLY, "malformed"),
         ("[" * 50_000, "malformed"),
         ('{"answer": 3}', "wrong_schema"),
         ('{"right": "yes", "edits": []}', "wrong_schema"),
@@ -87,16 +87,14 @@ def test_what_cannot_be_read_says_why(text: str, reason: str) -> None:
 def test_wrong_items_are_counted_and_the_others_kept() -> None:
     items = [*EDITS, {"org": "", "target": "x"}, {"org": 3, "target": "x"}, "red", {"org": "a"}]
     assert read_reply(json.dumps({"right": False, "edits": items})) == (EXPECTED, 4)
-
-
-def test_halves_of_characters_can_be_written_to_a_file() -> None:
-    (edit,) = read_reply('[{"org": "red\\ud83d", "target": "blue\\udc00", "reason": "\\ud800"}]')[0]
-    (edit.org + edit.target + edit.reason).encode()
+    many = [{"org": f"a{n}", "target": "\ud83d"} for n in range(300)]  # half a character cannot be written to a file
+    edits, num_malformed = read_reply(json.dumps({"right": False, "edits": many}))
+    assert (len(edits), num_malformed, edits[0].target) == (MOST_EDITS, 300 - MOST_EDITS, "?")
 
 
 def test_any_text_is_read_or_refused() -> None:
     """Random pieces of JSON and prose: edits, or a reason, and never anything else."""
-    pieces = [*'{}[]",:', "right", "edits", "org", "target", "true", "false", '"org"', TOLD, "```", " ", "\\", "1e999"]
+    pieces = [*'{}[]",:', "right", "edits", "org", "target", "true", "false", '"org"', REPLY, "```", " ", "\\", "1e999"]
     rng, outcomes = Random(1), set()
     for _ in range(3000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 12)))
@@ -173,28 +171,29 @@ def test_tokens_grow_with_text_and_pixels() -> None:
     assert tokens_of(messages, show(_png((640, 480)), 1024)) - tokens_of(messages, None) == 512
 
 
-def _decoded(url: str) -> tuple[bytes, Image.Image]:
-    data = base64.b64decode(url.partition("base64,")[2])
-    return data, Image.open(io.BytesIO(data))
-
-
-@pytest.mark.parametrize(("kind", "mime"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")])
-def test_an_image_that_is_small_enough_goes_as_it_is(kind: str, mime: str) -> None:
-    image = _png((64, 48), kind=kind)
-    picture = show(image, 64)
+def _shown(image: bytes, side: int) -> tuple[bytes, Image.Image]:
+    """The bytes that are sent, and the image in them."""
+    picture = show(image, side)
     assert picture is not None
-    assert (picture.width, picture.height) == (64, 48)
-    assert picture.url.startswith(f"data:{mime};base64,")
-    assert _decoded(picture.url)[0] == image
+    data = base64.b64decode(picture.url.partition("base64,")[2])
+    decoded = Image.open(io.BytesIO(data))
+    assert decoded.size == (picture.width, picture.height)
+    assert picture.url.startswith(f"data:image/{(decoded.format or '').lower()};base64,")
+    return data, decoded
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_that_is_small_enough_goes_as_it_is(kind: str) -> None:
+    image = _png((64, 48), kind=kind)
+    assert _shown(image, 64)[0] == image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
 def test_a_larger_image_becomes_smaller(mode: str) -> None:
-    picture = show(_png((200, 100), mode, "TIFF"), 50)
-    assert picture is not None
-    _, seen = _decoded(picture.url)
-    assert seen.format == "JPEG"
-    assert seen.size == (picture.width, picture.height) == (50, 25)
+    shown = _shown(_png((200, 100), mode, "TIFF"), 50)[1]
+    assert (shown.format, shown.size) == ("JPEG", (50, 25))
+    if mode == "RGBA":  # wholly transparent black
+        assert np.asarray(shown).min() > 250
 
 
 def test_a_smaller_image_shows_the_same_and_stands_upright() -> None:
@@ -202,21 +201,13 @@ def test_a_smaller_image_shows_the_same_and_stands_upright() -> None:
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees: dark at the top
     Image.fromarray(ramp).save(stream, "JPEG", exif=exif)
-    picture = show(stream.getvalue(), 50)
-    assert picture is not None
-    seen = np.asarray(_decoded(picture.url)[1], dtype=float)
-    assert seen.shape == (50, 25)
-    assert np.abs(seen - np.linspace(0, 255, 50)[:, None]).max() < 8
-
-
-def test_transparent_places_become_white() -> None:
-    picture = show(_png((200, 200), "RGBA"), 50)  # wholly transparent black
-    assert picture is not None
-    assert np.asarray(_decoded(picture.url)[1]).min() > 250
+    pixels = np.asarray(_shown(stream.getvalue(), 50)[1], dtype=float)
+    assert pixels.shape == (50, 25)
+    assert np.abs(pixels - np.linspace(0, 255, 50)[:, None]).max() < 8
 
 
 @pytest.mark.parametrize("image", [b"no image", _png((9, 9))[:20]])
-def test_a_damaged_image_is_told(image: bytes) -> None:
+def test_a_damaged_image_is_a_failure(image: bytes) -> None:
     with pytest.raises(Unanswered, match="bad_image"):
         show(image, 64)
 

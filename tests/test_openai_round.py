@@ -41,8 +41,10 @@ def drafts(tmp_path_factory) -> Path:
 def corrects(request: Request) -> Http:
     """Another colour for the first one that the draft names once."""
     draft = request.text.split("Draft:\n")[-1]
-    found = next((word for word in COLOURS if len(re.findall(rf"\b{word}\b", draft)) == 1), None)
-    edits = [{"org": found, "target": next(c for c in COLOURS if c != found), "reason": "colour"}] if found else []
+    edits = []
+    for word in [word for word in COLOURS if len(re.findall(rf"\b{word}\b", draft)) == 1][:1]:
+        other = next(colour for colour in COLOURS if colour != word)
+        edits = [{"org": word, "target": other, "kind": "attribute", "reason": "colour"}]
     return reply(json.dumps({"right": not edits, "edits": edits}), tokens=(500, 20))
 
 
@@ -54,21 +56,47 @@ def revise(drafts: Path, out: Path, server: Scripted, *more: str) -> None:
     src.revise.main(["conf=revise,expert/openai", *folders, *expert, *more])
 
 
-def test_a_dry_run_tells_what_it_would_take_and_asks_nothing(drafts, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("expert.extra={n: 8, max_completion_tokens: 60000}", "extra must not hold max_completion_tokens, n"),
+        ("expert.limits.requests_per_minute=.nan", "limits.requests_per_minute must be above 0"),
+        ("expert.base_url=127.0.0.1:8000/v1", "base_url must begin with http:// or https://"),
+        ("expert.base_url=http://user:word@host/v1", "without a password"),
+        ("expert.key_env=NO_KEY", "the environment variable NO_KEY holds no key"),
+        ("expert.key_env=BAD_KEY", "the environment variable BAD_KEY holds no key, or one with blanks"),
+        ("deadline_minutes=.nan", "deadline must be above 0"),
+        ("per_shard=0", "per_shard must be above 0"),
+        ("requests=a results=b", "give one of them"),
+    ],
+)
+def test_wrong_settings_are_refused_before_a_request(drafts, tmp_path, capsys, monkeypatch, setting, message):
+    monkeypatch.setenv("BAD_KEY", "sk-secret\n")
+    with Scripted(corrects) as server, pytest.raises(SystemExit) as ended:
+        revise(drafts, tmp_path / "round", server, *([setting] if "{" in setting else setting.split(" ")))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "secret" not in printed
+    assert ":word" not in printed
+    assert not server.requests
+
+
+def test_a_dry_run_prints_the_cost_and_needs_no_key(drafts, tmp_path, capsys):
     with Scripted(corrects) as server:
-        revise(drafts, tmp_path / "round", server, "dry=true")
+        revise(drafts, tmp_path / "round", server, "dry=true", "expert.key_env=NO_KEY")
         assert not server.requests
-    said = capsys.readouterr().out
-    told = rf"{NUM} drafts: {NUM} requests, ([\d,]+) prompt tokens, 1,800 completion tokens, ([\d.]+) dollars"
-    found = re.match(told, said)
-    assert found, said
-    prompts = int(found[1].replace(",", ""))
-    assert float(found[2]) == pytest.approx((prompts + 1800) / 1000, abs=0.01)
+    printed = capsys.readouterr().out
+    pattern = rf"{NUM} drafts: {NUM} requests, ([\d,]+) prompt tokens, 1,800 completion tokens, ([\d.]+) dollars"
+    numbers = re.match(pattern, printed)
+    assert numbers, printed
+    prompts = int(numbers[1].replace(",", ""))
+    assert float(numbers[2]) == pytest.approx((prompts + 1800) / 1000, abs=0.01)
     assert NUM * 500 < prompts < NUM * 3000
     assert not (tmp_path / "round").exists()
 
 
-def test_a_round_counts_what_it_took(drafts, tmp_path):
+def test_a_round_counts_what_it_took(drafts, tmp_path, capsys):
     with Scripted(corrects) as server:
         revise(drafts, tmp_path / "round", server)
     manifest = read_manifest(tmp_path / "round")
@@ -77,6 +105,8 @@ def test_a_round_counts_what_it_took(drafts, tmp_path):
     assert manifest["usage"]["cost"] == pytest.approx(0.52 * NUM)
     assert 0 < manifest["latency"]["p50"] <= manifest["latency"]["p99"]
     assert manifest["counts"]["written"] == manifest["counts"]["edits"] == manifest["usage"]["proposed"] >= 3
+    assert manifest["kinds"] == {"attribute": manifest["counts"]["edits"]}
+    assert f"kinds of mistakes: attribute {manifest['counts']['edits']}\n" in capsys.readouterr().out
     assert manifest["waited"] >= 0
 
 
@@ -126,36 +156,24 @@ def test_kept_replies_can_be_read_again_without_a_call(drafts, tmp_path, capsys)
         for line in lines:
             if line["revision"]["edits"]:
                 line["revision"]["edits"][0]["target"] = "nothing"
-        told = lines[0].pop("revision")
-        told.pop("edits")
-        lines[0]["failure"] = {**told, "reason": "malformed", "retry": True}
+        revision = lines[0].pop("revision")
+        revision.pop("edits")
+        lines[0]["failure"] = {**revision, "reason": "malformed", "retry": True}
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
         revise(drafts, out, server, "reread=true")
         assert len(server.requests) == count
     assert digests(out) == digests(tmp_path / "whole")
 
 
-def test_usage_counts_replies_that_were_of_no_use(drafts, tmp_path):
-    """Of a first command; what they cost stands in the manifest of the second."""
-    with Scripted(lambda request: reply("I cannot say.", tokens=(100, 5))) as server:
-        revise(drafts, tmp_path / "round", server)
-        assert read_manifest(tmp_path / "round")["failures"] == {"malformed": NUM}
-    with Scripted(corrects) as server:
-        revise(drafts, tmp_path / "round", server, "again=true")
-    usage = read_manifest(tmp_path / "round")["usage"]
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (600 * NUM, 25 * NUM)
-    assert usage["requests"] == 2 * NUM
-
-
 def test_a_repair_shows_in_the_yield(drafts, tmp_path, capsys):
     """Every first reply names what is not there; every other repair is of use."""
 
     def absent(request: Request) -> Http:
-        asked = [message["content"] for message in request.body["messages"]]
-        if len(asked) == 2:
+        contents = [message["content"] for message in request.body["messages"]]
+        if len(contents) == 2:
             edits = [{"org": "no such words", "target": "at all", "kind": "object", "reason": ""}]
             return reply(json.dumps({"right": False, "edits": edits}))
-        return corrects(request) if len(asked[1][-1]["text"]) % 2 else reply('{"right": true, "edits": []}')
+        return corrects(request) if len(contents[1][-1]["text"]) % 2 else reply('{"right": true, "edits": []}')
 
     with Scripted(absent) as server:
         revise(drafts, tmp_path / "round", server, "expert.repair=1")
@@ -165,55 +183,14 @@ def test_a_repair_shows_in_the_yield(drafts, tmp_path, capsys):
     assert f"yield: {placed / NUM:.0%} of the edits could be placed; 0% before" in capsys.readouterr().out
 
 
-def test_edits_are_counted_by_kind(drafts, tmp_path, capsys):
-    def told(request: Request) -> Http:
-        content = json.loads(json.loads(corrects(request).body)["choices"][0]["message"]["content"])
-        for edit in content["edits"]:
-            edit["kind"] = "attribute"
-        return reply(json.dumps(content))
-
-    with Scripted(told) as server:
-        revise(drafts, tmp_path / "round", server)
-    manifest = read_manifest(tmp_path / "round")
-    assert manifest["kinds"] == {"attribute": manifest["counts"]["edits"]}
-    assert f"kinds of mistakes: attribute {manifest['counts']['edits']}\n" in capsys.readouterr().out
-
-
-def test_requests_that_reach_nobody_do_not_count(drafts, tmp_path, capsys):
-    with Scripted(corrects) as server:
-        gone = server.url
-    dead = ["expert.limits.give_up_s=1", "expert.limits.pause_s=0.1", f"expert.limits.max_requests={NUM}"]
-    with Scripted(corrects) as server, pytest.raises(SystemExit):
-        revise(drafts, tmp_path / "round", server, f"expert.base_url={gone}", *dead)
-    assert gone in capsys.readouterr().err
-    with Scripted(corrects) as server:
-        revise(drafts, tmp_path / "round", server, *dead)
-        assert len(server.requests) == NUM
-    assert read_manifest(tmp_path / "round")["usage"]["requests"] == NUM
-
-
-def test_a_stop_and_a_limit_change_nothing_in_the_end(drafts, tmp_path):
-    with Scripted(corrects) as server:
-        revise(drafts, tmp_path / "whole", server)
-    with (
-        Scripted(lambda request: b"" if request.number > 6 else corrects(request)) as server,
-        pytest.raises(SystemExit),
-    ):
-        revise(drafts, tmp_path / "round", server, "expert.limits.give_up_s=0.5", "expert.limits.pause_s=0.1")
-    with Scripted(corrects) as server:
-        revise(drafts, tmp_path / "round", server)
-        assert len(server.requests) < NUM
-    assert digests(tmp_path / "round") == digests(tmp_path / "whole")
-
-
 def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
     """The lines go to a server that answers them as it would one by one, in another order, but for two."""
     with Scripted(corrects) as server:
         revise(drafts, tmp_path / "whole", server)
-        asked = [request.body for request in server.requests]
-        revise(drafts, tmp_path / "round", server, f"requests={tmp_path}/requests.jsonl")
+        bodies = [request.body for request in server.requests]
+        revise(drafts, tmp_path / "round", server, f"requests={tmp_path}/requests.jsonl", "expert.key_env=NO_KEY")
         lines = read_jsonl(tmp_path / "requests.jsonl")
-        assert sorted(json.dumps(line["body"]) for line in lines) == sorted(map(json.dumps, asked))
+        assert sorted(json.dumps(line["body"]) for line in lines) == sorted(map(json.dumps, bodies))
         results = []
         for line in reversed(lines):
             body = json.loads(corrects(Request(0, "", {}, line["body"], 0.0)).body)
@@ -228,8 +205,8 @@ def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
         with_results = f"results={tmp_path}/results.jsonl"
         revise(drafts, tmp_path / "part", server, with_results)
         assert not server.requests
-        told = capsys.readouterr().out
-        assert f"results.jsonl: {NUM - 2} answered, 2 failed, 1 unknown" in told
+        printed = capsys.readouterr().out
+        assert f"results.jsonl: {NUM - 2} answered, 2 failed, 1 unknown" in printed
         part = read_manifest(tmp_path / "part")
         assert part["failures"] == {"not_processed": 1, "status_500": 1}
         assert part["usage"]["prompt_tokens"] == 500 * (NUM - 2)
@@ -237,13 +214,35 @@ def test_by_file_is_the_same_round(drafts, tmp_path, capsys):
             revise(drafts, tmp_path / "part", server, f"requests={tmp_path}/more.jsonl")
         revise(drafts, tmp_path / "part", server, f"requests={tmp_path}/more.jsonl", "again=true")
         assert len((tmp_path / "more.jsonl").read_text().splitlines()) == 2
+        (tmp_path / "results.jsonl").write_text('{"id": 3}\n')
+        with pytest.raises(SystemExit):
+            revise(drafts, tmp_path / "none", server, with_results)
+        assert "results.jsonl: line 1 is not a batch result" in capsys.readouterr().err
 
 
-def test_a_line_that_is_no_result_is_named(drafts, tmp_path, capsys):
-    (tmp_path / "results.jsonl").write_text('{"id": 3}\n')
-    with Scripted(corrects) as server, pytest.raises(SystemExit):
-        revise(drafts, tmp_path / "round", server, f"results={tmp_path}/results.jsonl")
-    assert "results.jsonl: line 1 is not a batch result" in capsys.readouterr().err
+def test_a_key_that_a_server_echoes_is_in_no_file(drafts, tmp_path, monkeypatch):
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("ECHO_KEY", key)
+    with Scripted(lambda request: reply(f"I was asked with {request.headers['authorization']}.")) as server:
+        revise(drafts, tmp_path / "round", server, "expert.key_env=ECHO_KEY")
+    assert read_manifest(tmp_path / "round")["failures"] == {"malformed": NUM}
+    for file in (tmp_path / "round").iterdir():
+        assert key.encode() not in file.read_bytes()
+
+
+def test_a_round_of_another_expert_is_not_read_again(drafts, tmp_path, capsys):
+    out = tmp_path / "round"
+    with Scripted(corrects) as server:
+        revise(drafts, out, server)
+        before = digests(out)
+        for way in ("reread=true", "again=true"):
+            with pytest.raises(SystemExit):
+                revise(drafts, out, server, way, "expert.model=other")
+            assert "is a round made with another expert" in capsys.readouterr().err
+            with pytest.raises(SystemExit):
+                revise(drafts, tmp_path / "none", server, way)
+            assert "there is no round" in capsys.readouterr().err
+    assert digests(out) == before
 
 
 def test_a_round_of_a_training_is_not_taken_apart(drafts, tmp_path, capsys):
@@ -253,11 +252,14 @@ def test_a_round_of_a_training_is_not_taken_apart(drafts, tmp_path, capsys):
         revise(drafts, out, server)
         before = digests(out)
         shutil.copytree(drafts, out / "drafts")
-        for folder, told in ((out / "drafts", "belongs to a training run"), (tmp_path / "none", "no finished drafts")):
+        for folder, message in (
+            (out / "drafts", "belongs to a training run"),
+            (tmp_path / "none", "no finished drafts"),
+        ):
             for way in ("again=true", "reread=true"):
                 with pytest.raises(SystemExit):
                     revise(folder, out, server, way)
-                assert told.split()[0] in capsys.readouterr().err
+                assert message.split()[0] in capsys.readouterr().err
                 assert digests(out) == before
 
 
@@ -275,32 +277,25 @@ def training(drafts: Path, run_dir: Path, server: Scripted) -> list[str]:
     return [conf, f"run_dir={run_dir}", *data, *quick, *rounds, *steps, *expert, "expert.limits.concurrency=2"]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_an_expert_that_refuses_in_a_training_loses_nothing(drafts, tmp_path, capsys, number):
-    """In the first round of a run that replaces another, and in the second: one line, and the answers are kept."""
+def test_an_expert_that_refuses_in_a_training_loses_nothing(drafts, tmp_path, capsys):
+    """In the second round: one line, and the answers are kept."""
     folder = tmp_path / "run"
-    asked = []
+    requests = []
 
     def until_empty(request: Request) -> Http:
-        asked.append(request)
-        return error(402, "no money") if len(asked) > 4 + 6 * number else corrects(request)
+        requests.append(request)
+        return error(402, "no money") if len(requests) > 10 else corrects(request)
 
-    with Scripted(until_empty) as server:
-        argv = training(drafts, folder, server)
-        if not number:
-            with Scripted(corrects) as other:
-                src.train.main([*training(drafts, folder, other), "callbacks.self_correction.rounds=1"])
-            argv += ["resume=false"]
-        with pytest.raises(SystemExit) as ended:
-            src.train.main(argv)
+    with Scripted(until_empty) as server, pytest.raises(SystemExit) as ended:
+        src.train.main(training(drafts, folder, server))
     assert ended.value.code == 2
     assert "error: the account is empty" in capsys.readouterr().err
-    (journal,) = (folder / "rounds" / f".round-000{number + 1}.partial").glob("journal*")
+    (journal,) = (folder / "rounds" / ".round-0002.partial").glob("journal*")
     answered = len(journal.read_text().splitlines())
     assert answered >= 2
     with Scripted(corrects) as server:
         src.train.main(training(drafts, folder, server))
-        assert len(server.requests) == 6 * (2 - number) - answered
+        assert len(server.requests) == 6 - answered
 
 
 def test_replies_that_were_lost_count_after_a_restart(drafts, tmp_path):
@@ -333,7 +328,7 @@ def test_a_training_does_not_wait_longer_than_its_deadline_and_asks_again_later(
     assert second["counts"]["late"] == late
     assert second["counts"]["revised"] + second["counts"]["failed"] == 6 + late
     assert requests == first["usage"]["requests"] + second["usage"]["requests"]
-    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
     tags = {"round/late", "round/failures/deadline", "round/waited_s", "round/yield", "round/usage/requests"}
-    assert tags <= set(found.Tags()["scalars"])
-    assert [event.value for event in found.Scalars("round/late")] == [0, late]
+    assert tags <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("round/late")] == [0, late]

@@ -9,9 +9,9 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import sys
-import tarfile
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -93,7 +93,7 @@ class Case:
         for number, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
             key = f"s{number:02d}"
             swap = next(s for s in swaps(scene, text, rng) if s.fact == "attribute" and " " not in s.right)
-            said = text if key in RIGHT else text[: swap.start] + swap.wrong + text[swap.end :]
+            draft = text if key in RIGHT else text[: swap.start] + swap.wrong + text[swap.end :]
             record = {
                 "key": key, "prompt": "Describe the image.", "captions": [{"text": text, "swaps": []}],
                 "scene": scene.to_dict(),
@@ -101,7 +101,7 @@ class Case:
             stream = io.BytesIO()
             render(scene, rng).save(stream, "PNG")
             self.truth[key] = text
-            self.samples.append((key, said, record, stream.getvalue()))
+            self.samples.append((key, draft, record, stream.getvalue()))
         self.backbone = Parrot(self.codec.vocab_size).eval()
         self.sampler = Sampler(length=CANVAS)
 
@@ -109,8 +109,8 @@ class Case:
         return [self._batch(self.samples[start : start + size]) for start in range(0, NUM, size)]
 
     def _batch(self, samples: list) -> Batch:
-        keys, said, records, images = (list(column) for column in zip(*samples, strict=True))
-        ids = [[*self.codec.encode(text)[0], self.codec.eot_id] for text in said]
+        keys, drafts, records, images = (list(column) for column in zip(*samples, strict=True))
+        ids = [[*self.codec.encode(text)[0], self.codec.eot_id] for text in drafts]
         response = torch.tensor([row + [self.codec.eos_id] * (CANVAS - len(row)) for row in ids])
         return Batch(
             prefix={"says": response}, response=response, editable=torch.ones_like(response, dtype=torch.bool),
@@ -215,8 +215,8 @@ def test_corrected_drafts_read_as_the_truth(case, whole):
         for span in record["spans"]:
             assert len(span["target_ids"]) == span["end"] - span["start"]
             ids[span["start"] : span["end"]] = span["target_ids"]
-        said, image = next((s, i) for k, s, _, i in case.samples if k == key)
-        assert record["text"] == said == case.codec.decode(record["draft_ids"])
+        draft, image = next((s, i) for k, s, _, i in case.samples if k == key)
+        assert record["text"] == draft == case.codec.decode(record["draft_ids"])
         assert record["draft_ids"][-1] == case.codec.eot_id
         assert case.codec.decode(ids) == record["reference"] == case.truth[key]
         assert sample["png"] == image
@@ -307,8 +307,8 @@ def resumed_equals_whole(case: Case, whole: Path, folder: Path, killed: Callable
     chunks = {path: path.stat().st_mtime_ns for path in (finished / "drafts").glob("*.tar")}
     again = folder.parent / "again"
     assert in_child(lambda: case.run(folder, Diligent(again))) == 0
-    asked = again.read_text().split() if again.exists() else []
-    assert sorted(asked + answered) == sorted(journaled(whole))
+    repeated = again.read_text().split() if again.exists() else []
+    assert sorted(repeated + answered) == sorted(journaled(whole))
     for path, changed in chunks.items():
         assert (folder / "drafts" / path.name).stat().st_mtime_ns == changed, "a finished chunk was drawn again"
     assert digests(folder) == digests(whole)
@@ -341,7 +341,7 @@ def test_killed_before_any_rename(case, whole, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("num_answers", [0, 1, 5, NUM - 1])
+@pytest.mark.parametrize("num_answers", [0, NUM - 1])
 def test_killed_between_answers(case, whole, tmp_path, num_answers):
     def killed(folder: Path) -> None:
         case.run(folder, Diligent(folder.parent / "asked", kill_at=num_answers))
@@ -508,9 +508,9 @@ def a_draft(key: str = "a", **changed) -> Draft:
 def test_journal_returns_what_it_was_given(tmp_path):
     revision = Revision((Edit("réd", "red", 2, "spelling"),), raw='{"x":\n1}', model="m", usage={"in": 3}, attempts=2)
     with Journal(tmp_path / "j", expert="e") as journal:
-        journal.add(a_draft("a"), revision)
-        journal.add(a_draft("b"), Failure("refused"))
-        journal.add(a_draft("c"), Failure("timeout", retry=True))
+        journal.add_all([(a_draft("a"), revision)])
+        journal.add_all([(a_draft("b"), Failure("refused"))])
+        journal.add_all([(a_draft("c"), Failure("timeout", retry=True))])
     with Journal(tmp_path / "j", expert="e") as journal:
         assert journal.answer(a_draft("a")) == revision
         assert journal.answer(a_draft("b")) == Failure("refused")
@@ -520,7 +520,7 @@ def test_journal_returns_what_it_was_given(tmp_path):
 @pytest.mark.parametrize("change", [{"text": "x"}, {"reference": "x"}, {"prompt": "x"}, {"key": "x"}])
 def test_journal_knows_a_question_by_all_that_matters(tmp_path, change):
     with Journal(tmp_path / "j", expert="e") as journal:
-        journal.add(a_draft(), Revision(()))
+        journal.add_all([(a_draft(), Revision(()))])
         assert journal.answer(a_draft(steps=9, seed=7)) is not None
         assert journal.answer(a_draft(**{"key": "a", **change})) is None
     with Journal(tmp_path / "j", expert="another") as journal:
@@ -530,15 +530,15 @@ def test_journal_knows_a_question_by_all_that_matters(tmp_path, change):
 def test_journal_drops_a_torn_last_line_wherever_it_is_torn(tmp_path):
     path = tmp_path / "j"
     with Journal(path, expert="e") as journal:
-        journal.add(a_draft("a"), Revision(()))
+        journal.add_all([(a_draft("a"), Revision(()))])
         first = path.stat().st_size
-        journal.add(a_draft("b"), Revision((Edit("é", "e"),)))
+        journal.add_all([(a_draft("b"), Revision((Edit("é", "e"),)))])
     data = path.read_bytes()
     for length in range(first, len(data)):
         path.write_bytes(data[:length])
         with Journal(path, expert="e") as journal:
             assert journal.answer(a_draft("b")) is None
-            journal.add(a_draft("b"), Revision((Edit("é", "e"),)))
+            journal.add_all([(a_draft("b"), Revision((Edit("é", "e"),)))])
         assert path.read_bytes() == data
 
 
@@ -555,17 +555,34 @@ def test_a_broken_line_of_the_journal_is_told_and_asked_again(tmp_path, caplog, 
     """The line stands between two good ones and a blank one, and answers the draft that is asked about again."""
     path, middle = tmp_path / "j", a_draft("b")
     with Journal(path, expert="e") as journal:
-        journal.add(a_draft("a"), Failure("r"))
-        journal.add(a_draft("c"), Revision((Edit("é", "e"),)))
+        journal.add_all([(a_draft("a"), Failure("r"))])
+        journal.add_all([(a_draft("c"), Revision((Edit("é", "e"),)))])
         line = line.replace('"x"', json.dumps(journal.request(middle)))
     first, last = path.read_text().splitlines()
     path.write_text("\n".join([first, line, "", last, ""]))
     with caplog.at_level(logging.WARNING), Journal(path, expert="e") as journal:
         assert [journal.is_settled(draft) for draft in (a_draft("a"), middle, a_draft("c"))] == [True, False, True]
-        journal.add(middle, Revision(()))
+        journal.add_all([(middle, Revision(()))])
     assert "j: 1 broken lines, the first of them line 2 (" in caplog.text
     with Journal(path, expert="e") as journal:
         assert journal.answer(middle) == Revision(())
+
+
+def test_an_answer_for_which_the_disk_has_no_room_leaves_nothing(tmp_path):
+    """Half a line is written, then nothing; the next answer finds room again, in the same process."""
+    with Journal(tmp_path / "j", expert="e") as journal:
+        journal.add_all([(a_draft("a"), Revision(()))])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "j").stat().st_size + 20, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                journal.add_all([(a_draft("b"), Revision(()))])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        journal.add_all([(a_draft("c"), Failure("refused"))])
+    with Journal(tmp_path / "j", expert="e") as journal:
+        assert [journal.answer(a_draft(key)) is not None for key in "abc"] == [True, False, True]
+    assert len((tmp_path / "j").read_text().splitlines()) == 2
 
 
 # --- shards -------------------------------------------------------------------------------------------------------
@@ -578,23 +595,6 @@ def samples(count: int) -> list[dict]:
 def write(folder: Path, items, **changed) -> dict:
     values = {"prefix": "train", "per_shard": 3, "kind": "captions", "tokenizer": None}
     return write_shards(folder, items, **{**values, **changed})
-
-
-def test_shards_are_read_by_webdataset_and_equal_byte_for_byte(tmp_path):
-    index = write(tmp_path / "a", samples(7), counts={"corrupt": 2}, extra={"seed": 1})
-    assert [(s["name"], s["count"]) for s in index["shards"]] == [
-        ("train-000000.tar", 3), ("train-000001.tar", 3), ("train-000002.tar", 1)
-    ]  # fmt: skip
-    assert index["counts"] == {"corrupt": 2, "written": 7}
-    assert json.loads((tmp_path / "a" / "index.json").read_text()) == index
-    found = read(tmp_path / "a")
-    assert [(s["__key__"], json.loads(s["json"]), s["png"]) for s in found] == [
-        (s["__key__"], s["json"], s["png"]) for s in samples(7)
-    ]
-    write(tmp_path / "b", samples(7))
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    with tarfile.open(tmp_path / "a" / "train-000000.tar") as tar:
-        assert {member.mtime for member in tar} == {0}
 
 
 def test_interrupted_shards_are_started_over(tmp_path):
@@ -615,7 +615,3 @@ def test_interrupted_shards_are_started_over(tmp_path):
 def test_keys_that_a_tar_cannot_hold_are_refused(tmp_path, key):
     with pytest.raises(ValueError, match="a key must have"):
         write(tmp_path, [{"__key__": key, "json": {}}])
-
-
-def test_empty_shards(tmp_path):
-    assert write(tmp_path, [])["shards"] == []

@@ -11,8 +11,10 @@ mapping of counts, as in `Revision.usage`: `requests`, `prompt_tokens`, `complet
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from src.distributed.parallel import world_size
 from src.io.errors import UserError
@@ -52,7 +54,7 @@ class Budget:
     ) -> None:
         self.prices = prices
         self._limits = {"requests": max_requests, "tokens": max_tokens, "cost": max_cost}
-        self.spent: dict[str, float] = {"requests": 0, "tokens": 0, "cost": 0.0}
+        self.spent: Counter[str] = Counter()
         self.pending = 0
 
     def reserve(self, usage: Mapping[str, float]) -> bool:
@@ -61,23 +63,21 @@ class Budget:
         for name, limit in self._limits.items():
             if limit is not None and self.spent[name] + needed[name] > limit / world_size():
                 return False
-        self.charge({"requests": 1, **usage})
+        self.spent.update(needed)
         self.pending += 1
         return True
 
     def settle(self, reserved: Mapping[str, float], used: Mapping[str, float]) -> None:
         """Replace a reservation by the actual usage."""
         self.pending -= 1
-        for name, value in self._totals({"requests": 1, **reserved}).items():
-            self.spent[name] -= value
+        self.spent.subtract(self._totals({"requests": 1, **reserved}))
         self.charge(used)
 
     def charge(self, usage: Mapping[str, float]) -> None:
         """Add a usage, also that of an earlier process of the run."""
-        for name, value in self._totals(usage).items():
-            self.spent[name] += value
+        self.spent.update(self._totals(usage))
 
-    def _totals(self, usage: Mapping[str, float]) -> dict[str, float]:
+    def _totals(self, usage: Mapping[str, float]) -> dict[str, Any]:
         lost = {name: usage.get(f"lost_{name}", 0) for name in ("prompt_tokens", "completion_tokens")}
         tokens = sum(usage.get(name, 0) + value for name, value in lost.items())
         cost = self.prices.cost(usage) + self.prices.cost(lost) if self.prices else 0.0

@@ -6,10 +6,8 @@
 
     attempt: server's pause -> budget -> rates -> one HTTP request -> reply | RetryableError: backoff, next attempt
 
-The SDK sends and receives; its retries are off, as ours count and charge every attempt and coordinate all requests. An
-error that no retry can fix (wrong key, unknown model, empty account) raises ChatError at once; a server that stays down
-or rejects all requests for `give_up_s` raises ServerDown. The key is read from the environment, and never appears in
-messages, attributes or logs of ours.
+The SDK sends and receives; its retries are off, as ours count and charge every attempt and coordinate all requests. The
+key is read from the environment, and never appears in messages, attributes or logs of ours.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ POLL_S = 0.1  # how often a request that the budget has no room for looks for wh
 MIN_SECRET_CHARS = 12  # shorter keys are not redacted, as they may be plain words
 MAX_BAD_REQUESTS = 3  # before the first reply of a server
 MAX_MESSAGE_CHARS = 300  # of a server's error message
-MAX_TOKENS = 10**8  # a larger count in a usage is an error of the server
+COUNTED = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")  # of a usage
 _MODERATED = re.compile(r"content.?(policy|filter|management)|moderation|flagged|safety", re.IGNORECASE)
 _TOO_LONG = re.compile(r"context.?(length|window)|too (long|many tokens)|maximum.{0,20}tokens", re.IGNORECASE)
 # the SDK's transport lets through the errors of aiohttp that it has no name for
@@ -49,42 +47,31 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatError(FailedRound):
-    """An error that no retry can fix."""
+    """An error that no retry can fix: a wrong key, an unknown model, an empty account."""
 
 
 class ServerDown(ChatError):
-    """Raised when a server has been unreachable, failing or rejecting every request for longer than `give_up_s`."""
+    """A server has been unreachable, failing or rejecting every request for longer than `give_up_s`."""
 
 
+@dataclass(eq=False)
 class Unanswered(ValueError):
     """There is no usable reply. retry: asking again in another round may help."""
 
-    def __init__(self, reason: str, *, retry: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.retry = reason, retry
+    reason: str
+    retry: bool = False
 
 
+@dataclass(eq=False, kw_only=True)
 class RetryableError(Unanswered):
-    """A failed request that may succeed on a retry.
+    """A failed request that may succeed on a retry."""
 
-    unavailable: the server cannot be reached, whatever the request
-    sent, billed: the request reached a server, and that may charge for a reply
-    retry_after: seconds that the server asks the client to wait
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        detail: str = "",
-        *,
-        unavailable: bool = False,
-        sent: bool = True,
-        billed: bool = False,
-        retry_after: float = 0.0,
-    ) -> None:
-        super().__init__(reason, retry=True)
-        self.detail, self.unavailable, self.sent = detail, unavailable, sent
-        self.billed, self.retry_after = billed, retry_after
+    retry: bool = True
+    detail: str = ""
+    unavailable: bool = False  # the server cannot be reached, whatever the request
+    sent: bool = True  # the request reached a server
+    billed: bool = False  # the server may charge for a reply
+    retry_after: float = 0.0  # seconds that the server asks the client to wait
 
 
 @dataclass
@@ -94,10 +81,6 @@ class Call:
     model: str = ""
     replies: list[str] = field(default_factory=list)
     usage: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def attempts(self) -> int:
-        return int(self.usage["requests"])
 
 
 class Client:
@@ -120,10 +103,12 @@ class Client:
                 "base_url must begin with http:// or https:// and name a host, without a password (the key goes into "
                 f"the variable of key_env), got {(base_url or '').rpartition('@')[2]!r}"
             )
-        self._base_url, self._key_env, self._model, self._limits = base_url, key_env, model, limits
-        self._parameters = dict(parameters)
-        names = ("max_requests", "max_tokens", "max_cost", "prices")
-        self.budget = Budget(**{name: getattr(limits, name) for name in names})
+        self._base_url, self._key_env, self._model = base_url, key_env, model
+        self._parameters, self.limits = dict(parameters), limits
+        self.budget = Budget(
+            max_requests=limits.max_requests, max_tokens=limits.max_tokens, max_cost=limits.max_cost,
+            prices=limits.prices,
+        )  # fmt: skip
         self.counts: Counter[str] = Counter()
         self.trouble = ""  # the last error since the last reply
         self._failures = 0  # since the last reply
@@ -134,16 +119,10 @@ class Client:
     @property
     def at_once(self) -> int:
         """The most requests of this process in flight."""
-        return max(1, self._limits.concurrency // world_size())
+        return max(1, self.limits.concurrency // world_size())
 
     def body(self, messages: Messages) -> dict[str, Any]:
-        """The body of a request."""
         return {"model": self._model, "messages": messages, **self._parameters}
-
-    def charge(self, usage: Mapping[str, float]) -> None:
-        """Charge what an earlier process used. Raises UserError where a limit is too low for all processes."""
-        self._limits.check_processes()
-        self.budget.charge(usage)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
@@ -155,8 +134,8 @@ class Client:
                 timeout=None,  # `_send` limits a request as a whole, the SDK each of its parts
             )  # fmt: skip
             self._slots, self._finished = asyncio.Semaphore(self.at_once), asyncio.Event()
-            self._requests = Rate(self._limits.requests_per_minute)
-            self._tokens = Rate(self._limits.tokens_per_minute)
+            self._requests = Rate(self.limits.requests_per_minute)
+            self._tokens = Rate(self.limits.tokens_per_minute)
             self._fatal_error: ChatError | None = None  # why the session is finished; None: a deadline
             self._failures, self._resume_at = 0, 0.0  # errors of an earlier session say nothing about this one
         self._sessions += 1
@@ -206,8 +185,8 @@ class Client:
                     num_attempts += 1
                     num_failed += error.reason != "rate_limited"
                 wait = error.retry_after + backoff(max(1, num_attempts))  # jitter, or all rejected return at once
-                past_deadline = time.monotonic() + wait - began > self._limits.deadline_s
-                if num_failed >= self._limits.attempts or past_deadline:
+                past_deadline = time.monotonic() + wait - began > self.limits.deadline_s
+                if num_failed >= self.limits.attempts or past_deadline:
                     raise
             await self._sleep(wait)
 
@@ -251,7 +230,7 @@ class Client:
         assert self._sdk is not None
         create, payload = self._sdk.chat.completions.with_raw_response.create, list[Any](messages)
         try:
-            async with asyncio.timeout(self._limits.timeout_s):
+            async with asyncio.timeout(self.limits.timeout_s):
                 response = await create(model=self._model, messages=payload, extra_body=self._parameters)
             return self._redacted(response.text)
         except TimeoutError:
@@ -263,7 +242,7 @@ class Client:
             message = self._line(cause)
             while cause:
                 sent, cause = sent and not isinstance(cause, aiohttp.ClientConnectorError), cause.__cause__
-            raise RetryableError("connection", message, unavailable=True, sent=sent, billed=sent) from None
+            raise RetryableError("connection", detail=message, unavailable=True, sent=sent, billed=sent) from None
 
     def _status_error(self, error: openai.APIStatusError) -> Exception:
         """The error that a status of 400 or more stands for."""
@@ -277,9 +256,10 @@ class Client:
         if status == 404 or error.code == "model_not_found":
             return ChatError(f"there is no model {self._model}, or no such address: {server}")
         if status == 429:
-            return RetryableError("rate_limited", message, retry_after=wait)
+            return RetryableError("rate_limited", detail=message, retry_after=wait)
         if status in (408, 409, 425) or status >= 500:
-            return RetryableError("server_error", message, unavailable=status in (502, 503, 504), retry_after=wait)
+            away = status in (502, 503, 504)
+            return RetryableError("server_error", detail=message, unavailable=away, retry_after=wait)
         if _MODERATED.search(message):
             return Unanswered("content_filter")
         if _TOO_LONG.search(message) or status == 413:
@@ -294,7 +274,7 @@ class Client:
 
         Raises ServerDown where it has been for too long.
         """
-        now, limits, rate_limited = time.monotonic(), self._limits, error.reason == "rate_limited"
+        now, limits, rate_limited = time.monotonic(), self.limits, error.reason == "rate_limited"
         self.counts[error.reason] += 1
         self.trouble = f"{error.reason}, {self._server} ({error.detail})".removesuffix(" ()")
         self._failing_since = self._failing_since if self._failures else now
@@ -368,25 +348,17 @@ def read_completion(body: str) -> Reply:
         text = message.get("content") or ""
         if isinstance(text, list):  # some servers send parts
             text = "".join(part.get("text") or "" for part in text)
+        text, usage = clean(text), content.get("usage") or {}
+        for group in ("prompt_tokens_details", "completion_tokens_details"):
+            usage = {**usage, **(usage.get(group) or {})}
     except RetryableError:
         raise
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):  # of another form than a completion
         raise RetryableError("malformed_body", billed=True) from None
-    text = clean(text) if isinstance(text, str) else ""
+    counts = {name: usage[name] for name in COUNTED if isinstance(usage.get(name), int) and usage[name] > 0}
     ended = finish if finish in ("content_filter", "length") else "" if text.strip() else "empty"
     problem = "refusal" if message.get("refusal") else ended
-    return Reply(text, problem, clean(str(content.get("model") or "")), _token_counts(content.get("usage")))
-
-
-def _token_counts(usage: Any) -> dict[str, int]:
-    """The counts of a `usage`; empty where it makes no sense."""
-    usage, counts = usage if isinstance(usage, dict) else {}, {}
-    for group in (usage, usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")):
-        for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
-            count = group.get(name) if isinstance(group, dict) else None
-            if isinstance(count, int) and 0 < count <= MAX_TOKENS:
-                counts[name] = count
-    return counts if "prompt_tokens" in counts else {}
+    return Reply(text, problem, clean(str(content.get("model") or "")), counts if "prompt_tokens" in counts else {})
 
 
 def clean(text: str) -> str:

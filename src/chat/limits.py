@@ -14,47 +14,37 @@ from src.io.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of the whole run; each process gets an equal share. They change no answer. null: no limit.
+    """Limits of the whole run; each process gets an equal share. They change no answer. null: no limit."""
 
-    concurrency: requests in flight
-    requests_per_minute, tokens_per_minute: rates, at which requests are spread evenly
-    timeout_s, deadline_s: for one request, and for one draft with all its attempts
-    attempts: failed attempts, other than 429s and a server that is down, after which a draft fails
-    max_requests, max_tokens, max_cost: budget; `max_cost` in dollars needs `prices`
-    pause_after, pause_s, give_up_s: after `pause_after` consecutive failures all requests wait `pause_s`; after
-        `give_up_s` without a reply the round ends with an error
-    """
-
-    concurrency: int = 64
-    requests_per_minute: float | None = None
+    concurrency: int = 64  # requests in flight
+    requests_per_minute: float | None = None  # spread evenly
     tokens_per_minute: float | None = None
-    timeout_s: float = 120.0
-    deadline_s: float = 900.0
-    attempts: int = 6
+    timeout_s: float = 120.0  # for one request
+    deadline_s: float = 900.0  # for one draft with all its attempts
+    attempts: int = 6  # that fail, other than by a 429 or a server that is down, before the draft fails
     max_requests: int | None = None
     max_tokens: int | None = None
-    max_cost: float | None = None
+    max_cost: float | None = None  # dollars; needs `prices`
     prices: Prices | None = None
-    pause_after: int = 8
+    pause_after: int = 8  # consecutive failures before all requests wait `pause_s`
     pause_s: float = 5.0
-    give_up_s: float = 300.0
+    give_up_s: float = 300.0  # without a reply before the round ends with an error
 
     def __post_init__(self) -> None:
-        if self.prices is not None and not isinstance(self.prices, Prices):
-            raise UserError("prices need a target: {target: src.chat.budget.Prices, input: 1.1, output: 4.4}")
         for name, value in vars(self).items():
             if name != "prices" and value is not None and not 0 < value < math.inf:  # nan would switch a limit off
                 raise UserError(f"limits.{name} must be above 0, got {value}")
+        if self.prices is not None and not isinstance(self.prices, Prices):
+            raise UserError("prices need a target: {target: src.chat.budget.Prices, input: 1.1, output: 4.4}")
         if self.max_cost is not None and self.prices is None:
             raise UserError(f"max_cost={self.max_cost} needs prices: give prices.input and prices.output")
 
     def check_processes(self) -> None:
         """Raise UserError where a limit is too low to be shared by all processes."""
         for name in ("concurrency", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < world_size():
+            if (getattr(self, name) or math.inf) < world_size():
                 raise UserError(
-                    f"limits.{name}={value} is shared by {world_size()} processes: raise it, or use fewer processes"
+                    f"limits.{name}={getattr(self, name)} is shared by {world_size()} processes: raise it, or use fewer"
                 )
 
 

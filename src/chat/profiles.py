@@ -16,7 +16,7 @@ from typing import Any
 
 from src.io.errors import UserError
 
-OUTPUTS = ("json_schema", "json_object", "text")
+OUTPUTS = ("json_schema", "text")
 _REASONING = re.compile(r"(^|/)(o\d|gpt-5)", re.IGNORECASE)
 
 
@@ -25,7 +25,7 @@ class Profile:
     """What a model accepts in a request.
 
     limit: the parameter that bounds the tokens of a reply, `max_completion_tokens` or `max_tokens`
-    output: `json_schema`, `json_object` or `text` (only the prompt asks for JSON)
+    output: `json_schema`, or `text` (only the prompt asks for JSON)
     temperature, effort, seed: whether the model accepts them (effort: `reasoning_effort`)
     thinks: whether it generates hidden reasoning tokens, which are billed; a dry run adds them to its estimate
     """
@@ -61,8 +61,6 @@ class Profile:
         if self.output == "json_schema":
             json_schema = {"name": name, "strict": True, "schema": schema}
             fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
-        elif self.output == "json_object":
-            fields["response_format"] = {"type": "json_object"}
         return {self.limit: limit, **fields}
 
 
@@ -81,7 +79,7 @@ def choose(profile: str | Profile, model: str) -> Profile:
     if isinstance(profile, Profile):
         return profile
     if profile == "auto":
-        return PROFILES["reasoning" if _REASONING.search(model) else "chat"]
+        profile = "reasoning" if _REASONING.search(model) else "chat"
     if profile not in PROFILES:
         raise UserError(f"profile must be auto or one of {', '.join(PROFILES)}, got {profile!r}")
     return PROFILES[profile]

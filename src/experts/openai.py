@@ -17,13 +17,12 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from src.chat.client import Call, ChatError, Client, Unanswered, read_completion
 from src.chat.limits import Limits
 from src.chat.profiles import Profile, choose
-from src.experts.prompt import Messages, Picture, Prompt, show, tokens_of
+from src.experts.prompt import Prompt, show, tokens_of
 from src.experts.reply import SCHEMA, UNREADABLE, read_reply
 from src.io.errors import UserError
 from src.text.align import locate
@@ -37,38 +36,8 @@ REPLY_TOKENS = 150  # of an average reply, for the estimate of a dry run
 THOUGHT_TOKENS = 1000  # hidden tokens before the reply of a reasoning model
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Expected cost of a run. `most_*`: the same with a repair for each draft and replies of the maximum length."""
-
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-    most_requests: int
-    most_tokens: int
-    most_cost: float | None
-
-    def __str__(self) -> str:
-        cost, max_cost = (
-            f", {value:.2f} dollars" if value is not None else "" for value in (self.cost, self.most_cost)
-        )
-        expected = f"{self.prompt_tokens:,} prompt tokens, {self.completion_tokens:,} completion tokens{cost}"
-        at_most = f"at most {self.most_requests} requests, {self.most_tokens:,} tokens{max_cost}"
-        return f"{self.requests} drafts: {self.requests} requests, {expected}\n{at_most}"
-
-
 class OpenAIExpert(Expert):
-    """Sends each draft to `model`, as many at once as `limits` allow.
-
-    base_url: null for the default of the `openai` package (OPENAI_BASE_URL, or the hosted service)
-    key_env: the environment variable that holds the key; null for a server without keys
-    profile: what the model accepts, see src/chat/profiles.py; effort: of reasoning models, such as `low`
-    image_side, detail: the longer side of the image in pixels, and the server's own hint (`low`, `high`)
-    extra: server-specific fields of a request, such as {chat_template_kwargs: {enable_thinking: false}}
-    max_completion_tokens: a longer reply is a failure, `length`, which a later round retries
-    repair: how often unusable edits are sent back, 0 or 1
-    """
+    """Sends each draft to `model`, as many at once as `limits` allow. The arguments: conf/expert/openai.yaml."""
 
     name, can_finish = "openai", True
 
@@ -142,75 +111,6 @@ class OpenAIExpert(Expert):
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-    def session(self) -> AbstractAsyncContextManager[None]:
-        """Connections for several calls of `revise` to share; otherwise each call opens its own."""
-        return self.client.session()
-
-    def finish(self) -> None:
-        """Send nothing more in this round: open drafts fail with `deadline`. Call it in the event loop of `revise`."""
-        self.client.finish()
-
-    @property
-    def trouble(self) -> str:
-        """The last error of the server since its last reply, else empty."""
-        return self.client.trouble
-
-    def charge(self, usage: Mapping[str, float]) -> None:
-        """Charge the budget with the usage of an earlier process of this run, as in an answer or a manifest.
-
-        Raises UserError where a limit is too low to be shared by all processes.
-        """
-        self.client.charge(usage)
-
-    def estimate(self, drafts: Sequence[Draft], *, total: int | None = None) -> Estimate:
-        """Estimate the cost of `total` drafts like these. Nothing is sent."""
-        total = len(drafts) if total is None else total
-        sizes = []
-        for draft in drafts:
-            try:
-                picture = show(draft.image, self._image_side)
-            except Unanswered:
-                picture = None
-            sizes.append(tokens_of(self._prompt.first(draft, picture), picture))
-        prompts = round(sum(sizes) / max(1, len(sizes)) * total)
-        replies = total * min(self._reply_limit, REPLY_TOKENS + THOUGHT_TOKENS * self._profile.thinks)
-        requests = 1 + self._repair  # the most for one draft
-        expected = {"prompt_tokens": prompts, "completion_tokens": replies}
-        bound = {
-            "prompt_tokens": prompts * requests + replies,
-            "completion_tokens": self._reply_limit * total * requests,
-        }
-        prices = self.client.budget.prices
-        cost, max_cost = (prices.cost(usage) if prices else None for usage in (expected, bound))
-        return Estimate(total, prompts, replies, cost, total * requests, sum(bound.values()), max_cost)
-
-    def body(self, draft: Draft) -> dict[str, Any]:
-        """The body of the first request about a draft, for a batch file. Raises ValueError."""
-        if not draft.text.strip():
-            raise Unanswered("empty_draft")
-        return self.client.body(self._prompt.first(draft, show(draft.image, self._image_side)))
-
-    def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
-        """Parse the replies of a journaled answer again. A failure without a complete reply stays as it is."""
-        if isinstance(answer, Failure) and answer.reason not in UNREADABLE:
-            return answer
-        fields = {"raw": answer.raw, "model": answer.model, "usage": answer.usage, "attempts": answer.attempts}
-        try:
-            return Revision(read_replies(self._codec, draft, answer.raw.split(BETWEEN)).edits, **fields)
-        except Unanswered as error:
-            return Failure(error.reason, error.retry, **fields)
-
-    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
-        """The answer in a response body of a batch file; without a repair."""
-        raw, usage = "", {}
-        try:
-            reply = read_completion(json.dumps(body))
-            raw, usage = reply.text, {"requests": 1, **reply.usage}
-            parsed = read_replies(self._codec, draft, [reply.checked()])
-        except Unanswered as error:
-            return Failure(error.reason, error.retry, raw=raw, usage=usage)
-        return Revision(parsed.edits, raw, reply.model or self.settings["model"], {**usage, **parsed.counts})
-
     async def _answer(self, draft: Draft) -> tuple[str, Revision | Failure]:
         """Ask about a draft, and send unusable edits back once. Raises ChatError."""
         call, edits, failure = Call(), (), None
@@ -220,43 +120,100 @@ class OpenAIExpert(Expert):
             async with self.client.slot():
                 # 1. The first request.
                 picture = await asyncio.to_thread(show, draft.image, self._image_side)
-                messages = self._prompt.first(draft, picture)
-                replies = [await self.client.ask(messages, self._max_usage(messages, picture), call)]
-                parsed = read_replies(self._codec, draft, replies)
+                messages, limit = self._prompt.first(draft, picture), {"completion_tokens": self._reply_limit}
+                max_usage = {"prompt_tokens": tokens_of(messages, picture), **limit}
+                replies = [await self.client.ask(messages, max_usage, call)]
+                edits, problems, counts = read_replies(self._codec, draft, replies)
                 # 2. The repair. Where it fails the first reply stands; a fatal error shows again at the next request.
-                if parsed.problems and self._repair:
-                    messages = self._prompt.repair(messages, replies[0], parsed.problems)
-                    call.usage["returned"] = len(parsed.problems)
+                if problems and self._repair:
+                    messages = self._prompt.repair(messages, replies[0], problems)
+                    max_usage = {"prompt_tokens": tokens_of(messages, picture), **limit}
+                    call.usage["returned"] = len(problems)
                     try:
-                        replies.append(await self.client.ask(messages, self._max_usage(messages, picture), call))
-                        parsed = read_replies(self._codec, draft, replies)
+                        replies.append(await self.client.ask(messages, max_usage, call))
+                        edits, _, counts = read_replies(self._codec, draft, replies)
                     except (Unanswered, ChatError):
                         call.usage["repair_failed"] = 1
-            edits = parsed.edits
-            call.usage.update(parsed.counts)
+            call.usage.update(counts)
         except Unanswered as error:
             failure = error
         # 3. `raw` holds all replies, also a repair that was cut off.
-        fields = {"raw": BETWEEN.join(call.replies), "model": call.model or self.settings["model"]}
-        fields |= {"usage": dict(call.usage), "attempts": call.attempts}
+        fields: dict[str, Any] = {"raw": BETWEEN.join(call.replies), "model": call.model or self.settings["model"]}
+        fields |= {"usage": dict(call.usage), "attempts": call.usage["requests"]}
         return draft.key, Failure(failure.reason, failure.retry, **fields) if failure else Revision(edits, **fields)
 
-    def _max_usage(self, messages: Messages, picture: Picture | None) -> dict[str, float]:
-        return {"prompt_tokens": tokens_of(messages, picture), "completion_tokens": self._reply_limit}
+    def session(self) -> AbstractAsyncContextManager[None]:
+        return self.client.session()
+
+    def finish(self) -> None:
+        self.client.finish()
+
+    @property
+    def trouble(self) -> str:
+        return self.client.trouble
+
+    def charge(self, usage: Mapping[str, float]) -> None:
+        """Charge earlier usage. Raises UserError where a limit is too low to be shared by all processes."""
+        self.client.limits.check_processes()
+        self.client.budget.charge(usage)
+
+    def estimate(self, drafts: Sequence[Draft], *, total: int) -> str:
+        """Expected requests, tokens and dollars, and the most: all drafts repaired, all replies of maximum length."""
+        sizes = []
+        for draft in drafts:
+            try:
+                picture = show(draft.image, self._image_side)
+            except Unanswered:
+                picture = None
+            sizes.append(tokens_of(self._prompt.first(draft, picture), picture))
+        prompts = round(sum(sizes) / max(1, len(sizes)) * total)
+        replies = total * min(self._reply_limit, REPLY_TOKENS + THOUGHT_TOKENS * self._profile.thinks)
+        requests = total * (1 + self._repair)  # at most
+        expected = {"prompt_tokens": prompts, "completion_tokens": replies}
+        most = {
+            "prompt_tokens": prompts * (1 + self._repair) + replies,
+            "completion_tokens": requests * self._reply_limit,
+        }
+        prices = self.client.budget.prices
+        cost, most_cost = (f", {prices.cost(usage):.2f} dollars" if prices else "" for usage in (expected, most))
+        tokens = f"{prompts:,} prompt tokens, {replies:,} completion tokens"
+        return (
+            f"{total} drafts: {total} requests, {tokens}{cost}\n"
+            f"at most {requests} requests, {sum(most.values()):,} tokens{most_cost}"
+        )
+
+    def body(self, draft: Draft) -> dict[str, Any]:
+        if not draft.text.strip():
+            raise Unanswered("empty_draft")
+        return self.client.body(self._prompt.first(draft, show(draft.image, self._image_side)))
+
+    def read(self, draft: Draft, body: Mapping[str, Any]) -> Revision | Failure:
+        raw, usage = "", {}
+        try:
+            reply = read_completion(json.dumps(body))
+            raw, usage = reply.text, {"requests": 1, **reply.usage}
+            edits, _, counts = read_replies(self._codec, draft, [reply.checked()])
+        except Unanswered as error:
+            return Failure(error.reason, error.retry, raw=raw, usage=usage)
+        return Revision(edits, raw, reply.model or self.settings["model"], {**usage, **counts})
+
+    def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
+        if isinstance(answer, Failure) and answer.reason not in UNREADABLE:
+            return answer  # there is no complete reply
+        fields = {"raw": answer.raw, "model": answer.model, "usage": answer.usage, "attempts": answer.attempts}
+        try:
+            return Revision(read_replies(self._codec, draft, answer.raw.split(BETWEEN))[0], **fields)
+        except Unanswered as error:
+            return Failure(error.reason, error.retry, **fields)
 
 
-class ParsedReplies(NamedTuple):
-    """edits: those that can be placed, then the `problems`: those that cannot, with the reason; counts: by outcome."""
-
-    edits: tuple[Edit, ...]
-    problems: list[tuple[Edit, str]]
-    counts: Counter[str]
-
-
-def read_replies(codec: Codec, draft: Draft, replies: Sequence[str]) -> ParsedReplies:
+def read_replies(
+    codec: Codec, draft: Draft, replies: Sequence[str]
+) -> tuple[tuple[Edit, ...], list[tuple[Edit, str]], Counter[str]]:
     """Parse a reply, and the reply to a repair where there is one. Raises Unanswered for the first reply only.
 
-    Each repaired edit replaces one that was sent back; the remaining problems are kept, to be counted by reason.
+    Returns the edits, those that cannot be placed at the end; these with the reason; and counts by outcome. Each
+    repaired edit replaces one that was sent back.
     """
     edits, malformed_items = read_reply(replies[0])
     usable, problems = placeable(codec, draft, edits)
@@ -269,7 +226,7 @@ def read_replies(codec: Codec, draft: Draft, replies: Sequence[str]) -> ParsedRe
         repaired = extended[len(usable) :][: len(problems)]
         counts["repaired"] = len(repaired)
         usable, problems = [*usable, *repaired], problems[len(repaired) :]
-    return ParsedReplies((*usable, *(edit for edit, _ in problems)), problems, +counts)
+    return (*usable, *(edit for edit, _ in problems)), problems, +counts
 
 
 def placeable(codec: Codec, draft: Draft, edits: Sequence[Edit]) -> tuple[list[Edit], list[tuple[Edit, str]]]:

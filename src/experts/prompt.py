@@ -13,10 +13,9 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -44,8 +43,7 @@ PROBLEMS = {
 Messages = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image as a data URL, and its size in pixels."""
 
     url: str
@@ -89,7 +87,7 @@ class Prompt:
 def show(image: bytes, side: int) -> Picture | None:
     """An encoded image as a Picture; None where there is none. Raises Unanswered where it cannot be decoded.
 
-    It is re-encoded only if its longer side exceeds `side` pixels or its format is not in PLAIN_TYPES.
+    It becomes a JPEG only if its longer side exceeds `side` pixels or its format is not in PLAIN_TYPES.
     """
     if not image:
         return None
@@ -97,28 +95,24 @@ def show(image: bytes, side: int) -> Picture | None:
         with Image.open(io.BytesIO(image)) as opened:
             size, mime = opened.size, PLAIN_TYPES.get(opened.format or "")
             if mime is None or max(size) > side:
-                image, size = _downscaled(opened, side)
-                mime = "image/jpeg"
+                picture = ImageOps.exif_transpose(opened)
+                picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+                if picture.mode not in ("RGB", "L"):  # transparent pixels become white
+                    layer = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+                stream = io.BytesIO()
+                picture.save(stream, "JPEG", quality=JPEG_QUALITY)
+                image, size, mime = stream.getvalue(), picture.size, "image/jpeg"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unanswered("bad_image") from error
     return Picture(f"data:{mime};base64,{base64.b64encode(image).decode()}", *size)
 
 
-def _downscaled(opened: Image.Image, side: int) -> tuple[bytes, tuple[int, int]]:
-    """The image as a JPEG of at most `side` pixels, and its size."""
-    image = ImageOps.exif_transpose(opened)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    if image.mode not in ("RGB", "L"):  # transparent pixels become white
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=JPEG_QUALITY)
-    return stream.getvalue(), image.size
-
-
 def tokens_of(messages: Messages, picture: Picture | None) -> int:
     """Estimate of the tokens of a request."""
-    contents = [message["content"] for message in messages]
-    parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
+    characters = 0
+    for content in (message["content"] for message in messages):
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        characters += sum(map(len, texts))
     pixels = picture.width * picture.height if picture else 0
-    return int(sum(len(part.get("text", "")) for part in parts) / CHARS_PER_TOKEN + pixels / PIXELS_PER_TOKEN) + 1
+    return int(characters / CHARS_PER_TOKEN + pixels / PIXELS_PER_TOKEN) + 1

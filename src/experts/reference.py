@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from difflib import SequenceMatcher
 
 from src.io.errors import UserError
 from src.types import Draft, Edit, Expert, Failure, Revision
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-Words = list[re.Match[str]]
 
 
 class ReferenceExpert(Expert):
@@ -43,34 +42,27 @@ class ReferenceExpert(Expert):
     def _answer(self, draft: Draft) -> Revision | Failure:
         if not draft.reference:
             return Failure("no_reference")
-        references = [draft.reference, *(caption["text"] for caption in draft.record.get("captions", ()))]
-        words = [list(_WORD.finditer(text)) for text in (draft.text, *references)]
-        matchers = [_matcher(words[0], reference) for reference in words[1:]]
+        # 1. The most similar reference.
+        texts = [draft.text, draft.reference, *(caption["text"] for caption in draft.record.get("captions", ()))]
+        words, *references = [list(_WORD.finditer(text)) for text in texts]
+        strings = [word[0] for word in words]
+        matchers = [SequenceMatcher(None, strings, [w[0] for w in other], autojunk=False) for other in references]
         best = max(range(len(references)), key=lambda i: matchers[i].ratio())
-        if references[best] == draft.text:
+        if texts[1 + best] == draft.text:
             return Revision((), raw="right", model=self.name)
-        edits = tuple(_local_edits(matchers[best], words[0], words[1 + best], self.max_words))
+        # 2. Its local differences. Each word faces a word, and each punctuation mark a punctuation mark.
+        edits = []
+        for tag, a, b, c, d in matchers[best].get_opcodes():
+            old, new = words[a:b], references[best][c:d]
+            if tag != "replace" or not len(old) == len(new) <= self.max_words:
+                continue
+            if all(x[0][0].isalnum() == y[0][0].isalnum() for x, y in zip(old, new, strict=True)):
+                edits.append(Edit(_text(old), _text(new), old[0].start(), "differs from the reference"))
         if not edits:
             return Failure("no_local_edit")
-        return Revision(edits, raw=json.dumps([edit.to_dict() for edit in edits]), model=self.name)
+        return Revision(tuple(edits), raw=json.dumps([edit.to_dict() for edit in edits]), model=self.name)
 
 
-def _matcher(draft: Words, reference: Words) -> SequenceMatcher[str]:
-    return SequenceMatcher(None, [m[0] for m in draft], [m[0] for m in reference], autojunk=False)
-
-
-def _local_edits(matcher: SequenceMatcher[str], words: Words, reference: Words, max_words: int) -> Iterator[Edit]:
-    for tag, a, b, c, d in matcher.get_opcodes():
-        if tag == "replace" and b - a == d - c <= max_words and _same_classes(words[a:b], reference[c:d]):
-            org, target = _text(words[a:b]), _text(reference[c:d])
-            yield Edit(org, target, words[a].start(), "differs from the reference")
-
-
-def _text(words: Words) -> str:
+def _text(words: list[re.Match[str]]) -> str:
     """The text from the first word to the last, with the characters between the words."""
     return words[0].string[words[0].start() : words[-1].end()]
-
-
-def _same_classes(words: Words, others: Words) -> bool:
-    """Whether each word faces a word, and each punctuation mark a punctuation mark."""
-    return all(a[0][0].isalnum() == b[0][0].isalnum() for a, b in zip(words, others, strict=True))

@@ -23,6 +23,7 @@ from src.chat.client import Unanswered, clean
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes, explained in revise.md
+_FIELDS = ("org", "target", "kind", "reason")
 _ITEM = {
     "type": "object",
     "properties": {
@@ -31,7 +32,7 @@ _ITEM = {
         "kind": {"type": "string", "enum": list(KINDS)},
         "reason": {"type": "string"},
     },
-    "required": ["org", "target", "kind", "reason"],
+    "required": list(_FIELDS),
     "additionalProperties": False,
 }
 SCHEMA = {
@@ -63,12 +64,17 @@ def read_reply(text: str) -> tuple[tuple[Edit, ...], int]:
         raise Unanswered("wrong_schema" if values else "malformed", retry=True)
     answer = answers[-1] if isinstance(answers[-1], dict) else {"edits": answers[-1]}
     items, right = answer.get("edits", []), answer.get("right")
-    edits = tuple(edit for item in items[:MOST_EDITS] if (edit := _edit(item)))
+    edits = []
+    for item in items[:MOST_EDITS]:
+        org, target, kind, reason = (item.get(name) if isinstance(item, dict) else None for name in _FIELDS)
+        if org and isinstance(org, str) and isinstance(target, str):
+            reason = clean(reason)[:MAX_REASON_CHARS] if isinstance(reason, str) else ""
+            edits.append(Edit(clean(org), clean(target), None, reason, kind if kind in KINDS else ""))
     if items and not edits:
         raise Unanswered("wrong_schema", retry=True)
     if right is not None and right != (not edits):
         raise Unanswered("contradiction", retry=True)
-    return edits, len(items) - len(edits)
+    return tuple(edits), len(items) - len(edits)
 
 
 def _json_values(text: str) -> Iterator[Any]:
@@ -93,14 +99,3 @@ def _is_answer(value: Any) -> bool:
         return all(isinstance(item, dict) for item in value)
     has_answer = "edits" in value or value.get("right") is True
     return has_answer and isinstance(value.get("edits", []), list) and value.get("right") in (None, True, False)
-
-
-def _edit(item: Any) -> Edit | None:
-    """An item of `edits` as an Edit; None where it is not valid."""
-    if not isinstance(item, dict):
-        return None
-    org, target, reason, kind = (item.get(name) for name in ("org", "target", "reason", "kind"))
-    if not isinstance(org, str) or not isinstance(target, str) or not org:
-        return None
-    reason = clean(reason)[:MAX_REASON_CHARS] if isinstance(reason, str) else ""
-    return Edit(clean(org), clean(target), None, reason, kind if kind in KINDS else "")

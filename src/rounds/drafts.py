@@ -26,7 +26,7 @@ from tqdm import tqdm
 from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
-from src.io.settings import as_json, describe, differences
+from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
 from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
@@ -48,6 +48,13 @@ class DraftSampler(Protocol):
     ) -> Sampled: ...
 
 
+class DamagedDrafts(UserError):
+    """Raised for a shard of drafts that is unreadable, incomplete or changed."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}); repeat the `src.draft` command, which draws it again")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drafter:
     """What draws the drafts of a round.
@@ -56,8 +63,6 @@ class Drafter:
     tokens_per_step: speeds; the samples of a round are split among them
     num: drafts of all ranks; seed: the same (seed, key) gives the same draft, whatever else is in the batch
     data: the datamodule's part of what drafts depend on (`draft_settings`)
-
-    Raises UserError without a speed.
     """
 
     backbone: Any
@@ -128,49 +133,68 @@ def cap_num_drafts(num: int, count: int, *, name: str) -> int:
 
 
 def draw_drafts(
-    folder: Path, batches: Iterable[tuple[int, Batch]], drafter: Drafter, *, team: Team
+    folder: Path, batches: Iterable[tuple[int, Batch]], drafter: Drafter, *, team: Team, replace: bool = False
 ) -> Iterator[list[Draft]]:
     """Draw this rank's drafts chunk by chunk, reading chunks that are already on disk; ends when all ranks are done.
 
     batches: (number, batch) of this rank
-
-    Raises UserError for a folder of drafts with other settings, or if no training sample could be read.
+    replace: drafts with other settings, for example of other weights, are removed; otherwise UserError is raised
     """
-    if team.on_rank0(lambda: _claim(folder, drafter.settings)):
+    # 1. All drafts may be there.
+    if team.on_rank0(lambda: _claim(folder, drafter.settings, replace=replace)):
         yield from read_drafts(folder, team)
         return
-    speeds = drafter.tokens_per_step
-    shards, num_drawn, seconds = [], 0, 0.0
+    # 2. Draw what is missing. Batches are split among the speeds, rotated from batch to batch to even out remainders.
+    speeds, shards, num_drawn, seconds = drafter.tokens_per_step, [], 0, 0.0
     with tqdm(total=-(-drafter.num // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
         for number, batch in batches:
-            # Split among the speeds, rotated from batch to batch to even out remainders.
             for offset in range(min(len(speeds), len(batch))):
                 part = batch.rows(slice(offset, None, len(speeds)))
                 path = folder / f"drafts-{number:06d}-{offset:02d}.tar"
-                drafts = _read_existing(path, part.keys)
-                if drafts is None:
+                try:
+                    drafts = _read_chunk(path) if path.exists() else []
+                except DamagedDrafts as error:
+                    logger.warning("%s: drawing it again", error)
+                    drafts = []
+                if [draft.key.rpartition("@")[0] for draft in drafts] == part.keys:
+                    shards.append(shard_entry(path, len(drafts)))
+                else:
                     start, speed = time.perf_counter(), speeds[(number + offset) % len(speeds)]
                     drafts = drafter.draw(part, tokens_per_step=speed)
                     seconds, num_drawn = seconds + time.perf_counter() - start, num_drawn + len(drafts)
                     shards.append(write_shard(path, map(_to_sample, drafts)))
-                else:
-                    shards.append(shard_entry(path, len(drafts)))
                 bar.update(len(drafts))
                 yield drafts
-    per_rank = team.gather((shards, num_drawn, seconds))  # NOTE: collective; runs when the caller exhausts the iterator
-    team.on_rank0(lambda: _write_drafts_index(folder, per_rank, drafter))
+    # 3. Write the index. NOTE: collective; runs when the caller exhausts the iterator
+    per_rank = team.gather((shards, num_drawn, seconds))
+
+    def write() -> None:
+        shards = sorted((shard for shards, _, _ in per_rank for shard in shards), key=lambda shard: shard["name"])
+        if not shards:
+            reason = "nothing was drafted, as no training sample could be read; prepare the data again"
+            raise UserError(f"{folder}: {reason}")
+        # of this run alone: chunks of an earlier, killed one do not count
+        drawing = {
+            "drawn": sum(drawn for _, drawn, _ in per_rank),
+            "seconds": round(max(seconds for _, _, seconds in per_rank), 3),
+        }
+        extra = {"settings": drafter.settings, "drawing": drawing}
+        write_index(folder, shards, kind="drafts", tokenizer=drafter.codec.fingerprint, extra=extra)
+
+    team.on_rank0(write)
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Take a folder for drafts with these settings; returns whether all of them are drawn already.
-
-    Raises UserError for a folder of drafts with other settings.
-    """
-    if (stored := _read_settings(folder)) is None:
+def _claim(folder: Path, settings: Mapping[str, Any], *, replace: bool) -> bool:
+    """Take a folder for drafts with these settings; returns whether all of them are drawn already."""
+    file = folder / SETTINGS
+    if file.is_file() and (changed := differences(read_json(file), settings)):
+        if not replace:
+            raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
+        logger.warning("%s: drawing again, %s changed", folder, ", ".join(changed))
+        shutil.rmtree(folder)
+    if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, dict(settings))
-    elif changed := differences(stored, settings):
-        raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
+        write_json(file, dict(settings))
     if not (folder / INDEX).exists():
         return False
     hashes = {folder / shard["name"]: shard["sha256"] for shard in read_drafts_index(folder)["shards"]}
@@ -181,30 +205,16 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> bool:
     return not damaged
 
 
-def _read_existing(path: Path, keys: Sequence[str]) -> list[Draft] | None:
-    """The drafts of the samples `keys` in a shard drawn earlier; None if it is missing, damaged or of other samples."""
-    if not path.exists():
-        return None
-    try:
-        drafts = _read_chunk(path)
-        if [draft.key.rpartition("@")[0] for draft in drafts] == keys:
-            return drafts
-        raise DamagedDrafts(path, "it does not hold the drafts of its batch")
-    except DamagedDrafts as error:
-        logger.warning("%s: drawing it again", error)
-        return None
-
-
-def _write_drafts_index(folder: Path, per_rank: list[tuple[list[dict], int, float]], drafter: Drafter) -> None:
-    """Write the index of the drafts of all ranks. per_rank: (shards, drafts drawn, seconds of drawing)."""
-    shards = sorted((shard for shards, _, _ in per_rank for shard in shards), key=lambda shard: shard["name"])
-    if not shards:
-        raise UserError(f"{folder}: nothing was drafted, as no training sample could be read; prepare the data again")
-    seconds = round(max(seconds for _, _, seconds in per_rank), 3)
-    # of this run alone: chunks of an earlier, killed one do not count
-    drawing = {"drawn": sum(drawn for _, drawn, _ in per_rank), "seconds": seconds}
-    extra = {"settings": drafter.settings, "drawing": drawing}
-    write_index(folder, shards, kind="drafts", tokenizer=drafter.codec.fingerprint, extra=extra)
+def read_drafts_index(folder: Path, codec: Codec | None = None) -> dict:
+    """The index.json of a finished folder of drafts. Raises UserError if it holds others, or is of another codec."""
+    index = read_manifest(folder)
+    if index["kind"] != "drafts":
+        raise UserError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
+    if not all(isinstance(index.get(name), dict) for name in ("settings", "drawing")):
+        raise UserError(f"{folder / INDEX} is damaged (settings, drawing or counts are missing); draw the drafts again")
+    if codec is not None and index["tokenizer"] != codec.fingerprint:
+        raise UserError(f"{folder} was written with tokenizer {index['tokenizer']}, not with {codec.fingerprint}")
+    return index
 
 
 def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -> Iterator[list[Draft]]:
@@ -214,11 +224,8 @@ def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -
     """
     shards = read_drafts_index(folder)["shards"]
     for shard in shards[team.rank :: team.size] if team else shards:
-        path = folder / shard["name"]
         try:
-            drafts = _read_chunk(path)
-            if sha256(path) != shard["sha256"]:
-                raise DamagedDrafts(path, "its content is not what was written")
+            drafts = _read_chunk(folder / shard["name"], digest=shard["sha256"])
         except DamagedDrafts as error:
             if not skip:
                 raise
@@ -227,45 +234,18 @@ def read_drafts(folder: Path, team: Team | None = None, *, skip: bool = False) -
         yield drafts
 
 
-def read_drafts_index(folder: Path) -> dict:
-    """The index.json of a finished folder of drafts. Raises UserError if the folder holds anything else."""
-    index = read_manifest(folder)
-    if index["kind"] != "drafts":
-        raise UserError(f"{folder} holds {index['kind']!r}, not drafts; make drafts with `python -m src.draft`")
-    if not all(isinstance(index.get(name), dict) for name in ("settings", "drawing", "counts")):
-        raise UserError(f"{folder / INDEX} is damaged (settings, drawing or counts are missing); draw the drafts again")
-    return index
-
-
-class DamagedDrafts(UserError):
-    """Raised for a shard of drafts that is unreadable, incomplete or changed."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason}); repeat the `src.draft` command, which draws it again")
-
-
-def drop_stale(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Remove drafts that were drawn with other settings, for example with other weights."""
-    stored = _read_settings(folder)
-    if stored is not None and stored != as_json(settings):
-        logger.warning("%s: drawing again, %s changed", folder, ", ".join(differences(stored, settings)))
-        shutil.rmtree(folder)
+def _read_chunk(path: Path, *, digest: str | None = None) -> list[Draft]:
+    """The drafts of a shard. Raises DamagedDrafts if it cannot be read, or has another sha256 than `digest`."""
+    try:
+        drafts = [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in read_shard(path)]
+    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise DamagedDrafts(path, f"{type(error).__name__}: {error}") from error
+    if digest is not None and sha256(path) != digest:
+        raise DamagedDrafts(path, "its content is not what was written")
+    return drafts
 
 
 def _to_sample(draft: Draft) -> dict[str, Any]:
     image = {image_name(draft.image): draft.image} if draft.image else {}
     content = {f.name: getattr(draft, f.name) for f in fields(draft) if f.name != "image"}
     return {"__key__": draft.key, "json": content, **image}
-
-
-def _read_chunk(path: Path) -> list[Draft]:
-    """The drafts of a shard. Raises DamagedDrafts if it cannot be read or holds anything else."""
-    try:
-        return [Draft(**s["json"], image=s.get("png") or s.get("jpg") or b"") for s in read_shard(path)]
-    except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise DamagedDrafts(path, f"{type(error).__name__}: {error}") from error
-
-
-def _read_settings(folder: Path) -> dict | None:
-    path = folder / SETTINGS
-    return read_json(path) if path.is_file() else None

@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 CANCEL_S = 5.0  # seconds for an expert to react to cancellation
 SIGNAL_GRACE_S = 15.0  # seconds for open requests when a signal ends the round
 ERROR_GRACE_S = 600.0  # the same when an error ends it
-POLL_S = 0.25  # seconds between two checks of how long an expert has been silent
-MAX_UNWRITTEN = 64  # answers in memory; with more, chunks wait for the journal
+POLL_S = 0.1  # seconds between two checks of how long an expert has been silent
 SILENCE = 60.0  # seconds without an answer between two warnings
 
 
@@ -58,7 +57,6 @@ class ExpertThread:
         self._last_answer_at = self._last_warning_at = time.monotonic()
         self._finished_asking = False  # the deadline has passed, or an error or a signal ends the round
         self._failed = False  # an error or a signal ends the round
-        self._journal_error: OSError | None = None  # the journal cannot be written
         self._futures: list[Future] = []  # one per call of `ask`
         self._requests: set[str] = set()  # journal ids of all requests so far
         self._unwritten: list[tuple[Draft, Answer]] = []  # answers not yet in the journal
@@ -73,22 +71,23 @@ class ExpertThread:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
-            if error is None:
-                ends_at = time.monotonic() + self.deadline
-                for future in self._futures:
-                    self._wait(future, ends_at)
+            ends_at = time.monotonic() + self.deadline
+            for future in self._futures if error is None else ():
+                while not future.done():
+                    self._check_silence()
+                    if time.monotonic() >= ends_at:
+                        self._finish_asking()
+                    wait([future], timeout=min(POLL_S, max(0.0, ends_at - time.monotonic()) + 0.01))
+                if not (self._finished_asking and future.cancelled()):
+                    future.result()
         except BaseException as raised:
             error = type(raised)
             raise
         finally:
             self._end(error)
-        if self._journal_error:
-            raise self._journal_error
 
     def ask(self, drafts: Sequence[Draft]) -> None:
         """Hand over drafts without waiting. Raises any error of earlier ones."""
-        if self._journal_error:
-            raise self._journal_error
         for future in self._futures:
             if future.done():
                 future.result()
@@ -97,27 +96,6 @@ class ExpertThread:
         else:
             self._check_silence()
         self._futures.append(asyncio.run_coroutine_threadsafe(self._collect(drafts), self._loop))
-
-    def _wait(self, future: Future, ends_at: float) -> None:
-        while not future.done():
-            self._check_silence()
-            if not self._finished_asking and time.monotonic() >= ends_at:
-                self._finish_asking()
-            next_event = min(self._last_answer_at + self.patience, math.inf if self._finished_asking else ends_at)
-            wait([future], timeout=max(0.0, min(next_event - time.monotonic(), POLL_S)) + 0.01)
-        if not (self._finished_asking and future.cancelled()):
-            future.result()
-
-    def _finish_asking(self) -> None:
-        """Send no further requests; an expert that cannot finish is cancelled."""
-        if self._finished_asking:
-            return
-        self._finished_asking = True
-        if self.expert.can_finish:
-            self._loop.call_soon_threadsafe(self.expert.finish)
-            return
-        for future in self._futures:
-            future.cancel()
 
     def _check_silence(self) -> None:
         """Warn about an expert that has not answered for SILENCE seconds. Raises SilentExpert after `patience`."""
@@ -136,6 +114,17 @@ class ExpertThread:
                 self.expert.name, silent, trouble and f" ({trouble})", len(self.journal),
             )  # fmt: skip
 
+    def _finish_asking(self) -> None:
+        """Send no further requests; an expert that cannot finish is cancelled."""
+        if self._finished_asking:
+            return
+        self._finished_asking = True
+        if self.expert.can_finish:
+            self._loop.call_soon_threadsafe(self.expert.finish)
+            return
+        for future in self._futures:
+            future.cancel()
+
     def _end(self, error: type[BaseException] | None) -> None:
         """End the thread. WARN: a thread that the expert blocks is left behind and ends with the process."""
         if error is not None:
@@ -153,6 +142,8 @@ class ExpertThread:
         self._thread.join()
         self._loop.close()
 
+    # In the event loop of the thread:
+
     async def _cancel(self) -> None:
         """Cancel all running tasks but the writing of answers, wait for that, and close the session."""
         tasks = asyncio.all_tasks() - {asyncio.current_task(), self._writing}
@@ -168,8 +159,11 @@ class ExpertThread:
 
     async def _collect(self, drafts: Sequence[Draft]) -> None:
         """Ask about the unanswered ones of a chunk of drafts and keep the answers."""
-        unsettled = {draft.key: draft for draft in drafts if self._is_new(draft)}
-        self._requests.update(map(self.journal.request, unsettled.values()))
+        unsettled = {}
+        for draft in drafts:
+            if not self.journal.is_settled(draft) and (request := self.journal.request(draft)) not in self._requests:
+                self._requests.add(request)
+                unsettled[draft.key] = draft
         self.bar.update(len(drafts) - len(unsettled))
         if not unsettled or self._finished_asking:
             return
@@ -182,28 +176,20 @@ class ExpertThread:
             draft = unsettled.pop(key)
             if not (self._failed and isinstance(answer, Failure) and answer.reason == DEADLINE):
                 self._keep(draft, answer)
-            if self._writing is not None and len(self._unwritten) >= MAX_UNWRITTEN:
-                await asyncio.shield(self._writing)
         if self._writing is not None:
             await asyncio.shield(self._writing)
 
-    def _is_new(self, draft: Draft) -> bool:
-        return not self.journal.is_settled(draft) and self.journal.request(draft) not in self._requests
-
     def _keep(self, draft: Draft, answer: Answer) -> None:
-        """Queue an answer for the journal, which writes and syncs all queued ones together."""
+        """Queue an answer for the journal, which writes and syncs all queued ones together. Raises an earlier error."""
         self._unwritten.append((draft, answer))
-        if self._writing is None or self._writing.done():
+        if self._writing is not None and self._writing.done():
+            self._writing = self._writing.result()  # None, or the OSError of a full disk
+        if self._writing is None:
             self._writing = self._loop.create_task(self._write())
 
     async def _write(self) -> None:
         while self._unwritten:
             answers, self._unwritten = self._unwritten, []
-            try:
-                await asyncio.to_thread(self.journal.add_all, answers)
-            except OSError as error:  # perhaps the disk is full: stop asking, but try to write later answers
-                self._journal_error, self._failed = self._journal_error or error, True
-                self._finish_asking()
-                continue
+            await asyncio.to_thread(self.journal.add_all, answers)
             self._last_answer_at = time.monotonic()
             self.bar.update(len(answers))

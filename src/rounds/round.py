@@ -6,29 +6,24 @@
             -> src.text.align.locate                         placed: edits become token spans
             -> round-000000.tar, ..., index.json             shards and the manifest
 
-    options = RoundOptions(expert=expert, codec=codec, ...)
-    run_round("rounds/round-0001", batches, Drafter(...), options=options)     draft and revise
-    revise_round("rounds/round-0001", drafts, options=options)                                   drafts on disk
+A round is built in `.round-0001.partial` and renamed last:
 
     round-0001/  index.json             the manifest, written last
                  round-000000.tar       samples with corrected spans
                  journal-rank-0000.jsonl
                  drafts/                of the callback; `revise` reads drafts that lie elsewhere
 
-A round is built in `.round-0001.partial` and renamed last. Repeat a call that was killed: it draws no finished chunk
-again, repeats no final answer (a temporary failure is asked about again), and returns a finished round unchanged.
-
-The next round asks again about drafts without an answer, because of the deadline or a failure that may be temporary;
-they count as `late` there.
-
-Each rank draws and asks about its own drafts; when all are answered, rank 0 writes the round. Its shards are byte for
-byte those of a single process.
+Repeat a call that was killed: it draws no finished chunk again, repeats no final answer, and returns a finished round
+unchanged. The next round asks again about drafts without an answer, because of the deadline or a failure that may be
+temporary; they count as `late` there. Each rank draws and asks about its own drafts; rank 0 then writes the round,
+whose shards are byte for byte those of a single process.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,13 +34,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src.chat.journal import Answers, Journal
+from src.chat.journal import Journal
 from src.distributed.parallel import Team, world_size
 from src.io.errors import UserError
 from src.io.files import publish, write_json
 from src.io.settings import describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
-from src.rounds.drafts import Drafter, draw_drafts, drop_stale, read_drafts, read_drafts_index
+from src.rounds.drafts import Drafter, draw_drafts, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
 from src.rounds.stats import RoundStats
 from src.text.align import Aligned
@@ -72,12 +67,22 @@ class RoundOptions:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.expert, Expert) and getattr(self.expert, "name", "")):
-            raise UserError(
-                f"expert: {type(self.expert).__name__} must be a subclass of src.types.Expert with a `name`"
-            )
-        if self.per_shard < 1:
-            raise UserError(f"per_shard must be at least 1, got {self.per_shard}")
+        for name in ("per_shard", "patience", "deadline"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:  # nan would switch a deadline off
+                raise UserError(f"{name} must be above 0, got {value}")
+
+    @property
+    def lengths(self) -> str:
+        """The gap token that fills edits of unequal length, or `same` if such edits are rejected."""
+        return self.codec.prompt_format.gap or "same"
+
+
+class EmptyRound(FailedRound):
+    """Raised for a round in which no draft was corrected, so there is nothing to train on."""
+
+
+# A round
 
 
 def run_round(
@@ -93,18 +98,13 @@ def run_round(
     batches: (number, batch) of this rank
     late: folder of the previous round, whose unanswered drafts are asked about again
     """
-    folder, drafts, settings = Path(folder), _partial(Path(folder)) / "drafts", drafter.settings
-
-    def prepare() -> Round | None:
-        if _is_finished(folder):
-            return _same_round(folder, settings, options)
-        return drop_stale(drafts, settings)
-
-    if finished_round := options.team.on_rank0(prepare):
-        charge(options.expert, finished_round.manifest.get("usage", {}), options.team)
+    folder, team, settings = Path(folder), options.team, drafter.settings
+    if finished_round := team.on_rank0(lambda: _finished_round(folder, settings, options)):
+        charge(options.expert, finished_round.manifest.get("usage", {}), team)
         return finished_round
-    chunks = draw_drafts(drafts, batches, drafter, team=options.team)
-    return _ask_and_write(folder, drafts, chunks, settings, options, drafter.num, late)
+    drafts = unfinished(folder) / "drafts"
+    chunks = draw_drafts(drafts, batches, drafter, team=team, replace=True)
+    return _ask_and_write(folder, drafts, chunks, options, total=drafter.num, late=late)
 
 
 def revise_round(
@@ -115,136 +115,88 @@ def revise_round(
     ask: false uses only the answers in the journal; reread: parse their raw replies again, with the current code
     and tokenizer
     """
-    folder, index = Path(folder), check_drafts(drafts, options.codec)
-    settings, total = index["settings"], index["counts"]["written"]
-
-    def existing() -> Round | None:
-        return _same_round(folder, settings, options) if _is_finished(folder) else None
-
-    if finished_round := options.team.on_rank0(existing):
+    folder, index = Path(folder), read_drafts_index(drafts, options.codec)
+    if finished_round := options.team.on_rank0(lambda: _finished_round(folder, index["settings"], options)):
         return finished_round
     chunks = read_drafts(drafts, options.team) if ask else ()
-    return _ask_and_write(folder, drafts, chunks, settings, options, total, reread=reread)
-
-
-def check_reopens(folder: Path, drafts: Path, options: RoundOptions) -> None:
-    """Raise UserError if `folder` is not a round of these drafts and this expert, and so cannot be reopened.
-
-    Also raised for a round of a training run (its drafts lie inside it), which that run may need unchanged.
-    """
-    if drafts.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} belongs to a training run, which may need it; copy its drafts to revise them")
-    settings = check_drafts(drafts, options.codec)["settings"]
-    if not folder.exists() and not _partial(folder).exists():
-        raise UserError(f"there is no round {folder}")
-    changed = _changed(read_round(folder).manifest, settings, options) if _is_finished(folder) else []
-    if changed not in ([], ["lengths"]):  # rereading applies another gap token
-        raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
-
-
-def reopen(folder: str | Path, *, always: bool = False) -> bool:
-    """Turn a finished round back into an unfinished one if asking again may help for some drafts, or `always`."""
-    folder = Path(folder)
-    if not _is_finished(folder) or not (always or read_round(folder).manifest.get("again")):
-        return False
-    work = _partial(folder)
-    shutil.rmtree(work, ignore_errors=True)
-    folder.replace(work)
-    (work / INDEX).unlink()
-    return True
-
-
-def read_round(folder: str | Path) -> Round:
-    """Read a finished round. Raises UserError if the folder holds anything else."""
-    manifest = read_manifest(folder)
-    if manifest["kind"] != "round":
-        raise UserError(f"{folder} holds {manifest['kind']!r}, not a round")
-    return Round(Path(folder), manifest)
-
-
-def update_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Add entries to the manifest of a finished round."""
-    write_json(folder / INDEX, {**read_round(folder).manifest, **entries})
-
-
-class EmptyRound(FailedRound):
-    """Raised for a round in which no draft was corrected, so there is nothing to train on."""
+    return _ask_and_write(folder, drafts, chunks, options, total=index["counts"]["written"], reread=reread)
 
 
 def _ask_and_write(
     folder: Path,
     drafts: Path,
     chunks: Iterable[list[Draft]],
-    settings: Mapping[str, Any],
     options: RoundOptions,
+    *,
     total: int,
     late: Path | None = None,
-    *,
     reread: bool = False,
 ) -> Round:
     """Ask about all drafts, then write the round. chunks: this rank's of `drafts`, possibly drawn while iterating."""
-    work, team = _partial(folder), options.team
-
-    def prepare() -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / INDEX).unlink(missing_ok=True)  # left by a process that was killed before it renamed the folder
-
-    def ask() -> float:
-        """Ask about this rank's drafts; returns the seconds waited for answers after the last draft was drawn."""
-        limits = {"patience": options.patience, "deadline": options.deadline}
-        with (
-            journal_of(folder, options.expert, team.rank) as journal,
-            _bar(total, team) as bar,
-            ExpertThread(options.expert, journal, bar, **limits) as thread,
-        ):
-            charge(options.expert, journal.usage, team)
-            for chunk in chain(_late(late, options, team), chunks):  # iterating draws the drafts
-                thread.ask(chunk)
-            all_drawn_at = time.monotonic()
-        return time.monotonic() - all_drawn_at
-
-    def write(waited: float) -> None:
-        with journal_of(folder, options.expert) as journal:
-            _write(work, drafts, journal, options, waited=waited, late=late, reread=reread)
-
-    team.on_rank0(prepare)
-    waited = max(team.gather(ask()))  # rank 0 then reads the answers of all ranks
-    team.on_rank0(lambda: write(waited))
+    work, team, expert = unfinished(folder), options.team, options.expert
+    # a process that was killed before it renamed the folder may have left an index
+    team.on_rank0(lambda: (work / INDEX).unlink(missing_ok=True))
+    # 1. Ask about this rank's drafts, those of the previous round first.
+    bar = tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.is_rank0)
+    with (
+        journal_of(work, expert, rank=team.rank) as journal,
+        bar,
+        ExpertThread(expert, journal, bar, patience=options.patience, deadline=options.deadline) as thread,
+    ):
+        charge(expert, journal.usage, team)
+        for chunk in chain(_late_drafts(late, options, team), chunks):  # iterating draws the drafts
+            thread.ask(chunk)
+        all_drawn_at = time.monotonic()
+    waited = max(team.gather(time.monotonic() - all_drawn_at))
+    # 2. Rank 0 writes the round from the answers of all ranks.
+    team.on_rank0(lambda: _write(work, drafts, options, waited=waited, late=late, reread=reread))
     team.on_rank0(lambda: publish(work, folder))
     return read_round(folder)
 
 
-def journal_of(folder: str | Path, expert: Expert, rank: int = 0) -> Journal:
-    """The journal of an unfinished round: it holds the answers of all ranks and appends to this rank's file."""
-    work = _partial(Path(folder))
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / f"journal-rank-{rank:04d}.jsonl"
-    # NOTE: also by name, since the directory listing of a network file system may be stale
-    expected = {work / f"journal-rank-{number:04d}.jsonl" for number in range(world_size())}
-    journals = {*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, expected)}
-    return Journal(path, expert=_identity_json(expert), also=sorted(journals))
+def _write(work: Path, drafts: Path, options: RoundOptions, *, waited: float, late: Path | None, reread: bool) -> None:
+    """Write the shards and the manifest. waited: seconds for the expert, after the last draft was drawn."""
+    index, stats, codec = read_drafts_index(drafts, options.codec), RoundStats(), options.codec
+    journal = journal_of(work, options.expert)
+
+    def samples() -> Iterator[dict[str, Any]]:
+        """Drafts with at least one placed edit, in the order of the drafts; late ones last."""
+        requests: set[str] = set()
+        for is_late, chunks in enumerate((read_drafts(drafts), _late_drafts(late, options, None))):
+            for draft in chain.from_iterable(chunks):
+                if (request := journal.request(draft)) in requests:
+                    continue  # a late draft that the model drew again, word for word
+                requests.add(request)
+                answer = journal.answer(draft)
+                answer = options.expert.reread(draft, answer) if reread and answer else answer
+                stats.add(answer, late=bool(is_late))
+                edits = answer.edits if isinstance(answer, Revision) else ()
+                if edits and (aligned := stats.place(codec, draft, edits)).spans:
+                    # the same image may have a new draft, with the plain key
+                    yield _to_sample(draft, aligned, key=f"{draft.key}-late" if is_late else draft.key)
+        stats.close()
+
+    write_shards(
+        work,
+        samples(),
+        prefix="round",
+        per_shard=options.per_shard,
+        kind="round",
+        tokenizer=codec.fingerprint,
+        counts=stats.counts,
+        extra={
+            "expert": identity(options.expert),
+            "lengths": options.lengths,
+            **stats.manifest,
+            "usage": journal.usage,
+            "waited": round(waited, 3),
+            "settings": index["settings"],
+            "drawing": index["drawing"],
+        },
+    )
 
 
-def _identity_json(expert: Expert) -> str:
-    return json.dumps(identity(expert), sort_keys=True)
-
-
-def identity(expert: Expert) -> dict[str, Any]:
-    """Name and settings of an expert, on which its answers depend."""
-    return {"name": expert.name, **describe(expert)}
-
-
-def charge(expert: Expert, usage: Mapping[str, float], team: Team) -> None:
-    """Count earlier usage of the run against the budget of an expert that has one; each rank takes an equal share."""
-    expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
-
-
-def _bar(total: int, team: Team) -> tqdm:
-    """Progress bar over the drafts of rank 0."""
-    return tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.is_rank0)
-
-
-def _late(folder: Path | None, options: RoundOptions, team: Team | None) -> Iterator[list[Draft]]:
+def _late_drafts(folder: Path | None, options: RoundOptions, team: Team | None) -> Iterator[list[Draft]]:
     """The drafts of a finished round about which asking again may help: this rank's, or all without a team.
 
     Empty if that round had another expert. Unreadable shards are left out.
@@ -254,53 +206,9 @@ def _late(folder: Path | None, options: RoundOptions, team: Team | None) -> Iter
     manifest = read_round(folder).manifest
     if not manifest.get("again") or differences(manifest["expert"], identity(options.expert)):
         return
-    answers = Answers(sorted(folder.glob("journal-rank-*.jsonl")), expert=_identity_json(options.expert))
+    journal = journal_of(folder, options.expert)
     for chunk in read_drafts(folder / "drafts", team, skip=True):
-        yield [draft for draft in chunk if not answers.is_settled(draft)]
-
-
-def _write(
-    work: Path, drafts: Path, journal: Journal, options: RoundOptions, *, waited: float, late: Path | None, reread: bool
-) -> None:
-    index, stats = check_drafts(drafts, options.codec), RoundStats()
-    write_shards(
-        work,
-        _samples(drafts, journal, options, stats, late=late, reread=reread),
-        prefix="round",
-        per_shard=options.per_shard,
-        kind="round",
-        tokenizer=options.codec.fingerprint,
-        counts=stats.counts,
-        extra={
-            "expert": identity(options.expert),
-            "lengths": _lengths(options.codec),
-            **stats.manifest,
-            "usage": journal.usage,
-            "waited": round(waited, 3),  # seconds for the expert, after the last draft was drawn
-            "settings": index["settings"],
-            "drawing": index["drawing"],
-        },
-    )
-
-
-def _samples(
-    drafts: Path, journal: Journal, options: RoundOptions, stats: RoundStats, *, late: Path | None, reread: bool
-) -> Iterator[dict[str, Any]]:
-    """Drafts with at least one placed edit as samples of the round, in the order of the drafts; late ones last."""
-    seen: set[str] = set()
-    for is_late, chunks in enumerate((read_drafts(drafts), _late(late, options, None))):
-        for draft in chain.from_iterable(chunks):
-            if (request := journal.request(draft)) in seen:
-                continue  # a late draft that the model drew again, word for word
-            seen.add(request)
-            answer = journal.answer(draft)
-            answer = options.expert.reread(draft, answer) if reread and answer else answer
-            stats.add(answer, late=bool(is_late))
-            edits = answer.edits if isinstance(answer, Revision) else ()
-            if edits and (aligned := stats.place(options.codec, draft, edits)).spans:
-                # the same image may have a new draft, with the plain key
-                yield _to_sample(draft, aligned, key=f"{draft.key}-late" if is_late else draft.key)
-    stats.close()
+        yield [draft for draft in chunk if not journal.is_settled(draft)]
 
 
 def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
@@ -312,41 +220,93 @@ def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
     return {"__key__": key, "json": content, **image}
 
 
-def check_drafts(drafts: Path, codec: Codec) -> dict:
-    """The index of drafts. Raises UserError if they were written with another tokenizer."""
-    index = read_drafts_index(drafts)
-    if index["tokenizer"] != codec.fingerprint:
-        raise UserError(f"{drafts} was written with tokenizer {index['tokenizer']}, not with {codec.fingerprint}")
-    return index
+# The expert's answers and usage
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+def identity(expert: Expert) -> dict[str, Any]:
+    """Name and settings of an expert, on which its answers depend."""
+    return {"name": expert.name, **describe(expert)}
 
 
-def _is_finished(folder: Path) -> bool:
-    if folder.exists() and not (folder / INDEX).exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} already exists and is not a round (no {INDEX})")
-    return (folder / INDEX).exists()
+def journal_of(work: Path, expert: Expert, *, rank: int | None = None) -> Journal:
+    """The answers of all ranks in a round's folder; with a `rank`, answers are appended to the journal of that rank."""
+    # NOTE: also by name, since the directory listing of a network file system may be stale
+    expected = [work / f"journal-rank-{number:04d}.jsonl" for number in range(world_size())]
+    journals = sorted({*work.glob("journal-rank-*.jsonl"), *filter(Path.exists, expected)})
+    if rank is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    path = None if rank is None else work / f"journal-rank-{rank:04d}.jsonl"
+    return Journal(path, expert=json.dumps(identity(expert), sort_keys=True), others=journals)
 
 
-def _same_round(folder: Path, settings: Mapping[str, Any], options: RoundOptions) -> Round:
-    """The finished round. Raises UserError if made with other settings; other weights alone only cause a warning."""
+def charge(expert: Expert, usage: Mapping[str, float], team: Team) -> None:
+    """Count earlier usage of the run against the budget of an expert that has one; each rank takes an equal share."""
+    expert.charge({"requests": 0, **{name: value / team.size for name, value in usage.items()}})
+
+
+# Rounds and drafts on disk
+
+
+def unfinished(folder: str | Path) -> Path:
+    """Where a round is built until it is complete."""
+    return Path(folder).with_name(f".{Path(folder).name}.partial")
+
+
+def read_round(folder: str | Path) -> Round:
+    """Read a finished round. Raises UserError if the folder holds anything else."""
+    manifest = read_manifest(folder)
+    if manifest["kind"] != "round":
+        raise UserError(f"{folder} holds {manifest['kind']!r}, not a round")
+    return Round(Path(folder), manifest)
+
+
+def _finished_round(
+    folder: Path, settings: Mapping[str, Any], options: RoundOptions, *, may_differ: str = "model"
+) -> Round | None:
+    """The round in `folder`, or None where there is none yet.
+
+    Raises UserError if it was made with other settings; a difference only in `may_differ` causes a warning.
+    """
+    if not (folder / INDEX).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} already exists and is not a round (no {INDEX})")
+        return None
     finished_round = read_round(folder)
-    changed = _changed(finished_round.manifest, settings, options)
-    if changed == ["model"]:
-        logger.warning("%s exists already; its drafts were drawn with other weights", folder)
+    manifest = finished_round.manifest
+    stored = {"expert": manifest["expert"], "lengths": manifest.get("lengths", "same"), **manifest["settings"]}
+    present = {"expert": identity(options.expert), "lengths": options.lengths, **settings}
+    changed = differences(stored, present)
+    if changed == [may_differ]:
+        logger.warning("%s exists already, and was made with another %s", folder, may_differ)
     elif changed:
         raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
     return finished_round
 
 
-def _changed(manifest: Mapping[str, Any], settings: Mapping[str, Any], options: RoundOptions) -> list[str]:
-    """Names of the settings in which a round on disk differs from the given ones."""
-    stored = {"expert": manifest["expert"], "lengths": manifest.get("lengths", "same"), **manifest["settings"]}
-    return differences(stored, {"expert": identity(options.expert), "lengths": _lengths(options.codec), **settings})
+def check_reopens(folder: Path, drafts: Path, options: RoundOptions) -> None:
+    """Raise UserError if `folder` is not a round of these drafts and this expert, and so cannot be reopened.
+
+    Also raised for a round of a training run (its drafts lie inside it), which that run may need unchanged.
+    """
+    if drafts.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} belongs to a training run, which may need it; copy its drafts to revise them")
+    if not folder.exists() and not unfinished(folder).exists():
+        raise UserError(f"there is no round {folder}")
+    settings = read_drafts_index(drafts, options.codec)["settings"]
+    _finished_round(folder, settings, options, may_differ="lengths")  # rereading applies another gap token
 
 
-def _lengths(codec: Codec) -> str:
-    """The gap token that fills edits of unequal length, or `same` if such edits are rejected."""
-    return codec.prompt_format.gap or "same"
+def reopen(folder: str | Path, *, always: bool = False) -> bool:
+    """Turn a finished round back into an unfinished one if asking again may help for some drafts, or `always`."""
+    folder, work = Path(folder), unfinished(folder)
+    if not (folder / INDEX).exists() or not (always or read_round(folder).manifest.get("again")):
+        return False
+    shutil.rmtree(work, ignore_errors=True)
+    folder.replace(work)
+    (work / INDEX).unlink()
+    return True
+
+
+def update_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Add entries to the manifest of a finished round."""
+    write_json(folder / INDEX, {**read_round(folder).manifest, **entries})

@@ -16,7 +16,7 @@ from typing import Any
 from src.chat.journal import Answer
 from src.text.align import Aligned, locate
 from src.text.tokenizer import Codec
-from src.types import Draft, Edit, Failure, Revision
+from src.types import Draft, Edit, Revision
 
 COUNTS = ("drafted", "late", "revised", "right", "unusable", "failed", "unanswered", "edits")
 
@@ -31,35 +31,33 @@ class RoundStats:
     rejected: edits that could not be placed, by reason
     failures: failed drafts by reason
     again: drafts for which asking again may help, by reason
+    latency: percentiles, in seconds, of the answers whose expert reports it
     """
 
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     kinds: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     again: Counter[str] = field(default_factory=Counter)
-    latency: dict[str, float] = field(default_factory=dict)  # percentiles, in seconds
-    _seconds: list[float] = field(default_factory=list)  # latency of each answer whose expert reports it
-
-    def __post_init__(self) -> None:
-        self.counts.update(dict.fromkeys(COUNTS, 0))
+    latency: dict[str, float] = field(default_factory=dict)
+    _seconds: list[float] = field(default_factory=list)
 
     def add(self, answer: Answer | None, *, late: bool = False) -> None:
         """Count a draft and its answer."""
         self.counts["late" if late else "drafted"] += 1
-        seconds = answer.usage.get("seconds") if answer is not None else None
-        if isinstance(seconds, int | float):
-            self._seconds.append(seconds)
+        if answer is None:
+            self.counts["unanswered"] += 1
+            self.again["unanswered"] += 1
+            return
         if isinstance(answer, Revision):
             self.counts["revised"] += 1
             self.counts["right"] += not answer.edits
-        elif isinstance(answer, Failure):
+        else:
             self.counts["failed"] += 1
             self.failures[answer.reason] += 1
             self.again.update([answer.reason] * answer.retry)
-        else:
-            self.counts["unanswered"] += 1
-            self.again["unanswered"] += 1
+        if "seconds" in answer.usage:
+            self._seconds.append(answer.usage["seconds"])
 
     def place(self, codec: Codec, draft: Draft, edits: Sequence[Edit]) -> Aligned:
         """Place the edits of a draft as token spans and count them."""
