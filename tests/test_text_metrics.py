@@ -18,7 +18,7 @@ from src.io.shards import write_shards
 from src.metrics.answer import ExactMatch, answer_of
 from src.metrics.perplexity import GenerativePerplexity
 from src.metrics.smiles import Smiles
-from src.metrics.variety import Variety, unigram_entropy
+from src.metrics.variety import Variety
 from src.text.tokenizer import Codec
 
 with_rdkit = pytest.mark.skipif(find_spec("rdkit") is None, reason="rdkit is not installed (the extra `smiles`)")
@@ -41,8 +41,6 @@ def test_entropy_and_repeats_by_hand():
     scores = Variety(sizes=[1, 2, 3]).score("A b, a b c!", {})
     entropy = -(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2))
     assert scores == {"entropy": pytest.approx(entropy), "repeat_1": 0.4, "repeat_2": 0.25, "repeat_3": 0.0}
-    assert unigram_entropy(["x"] * 7) == 0
-    assert unigram_entropy([str(i) for i in range(9)]) == pytest.approx(math.log(9))
     assert set(Variety().score(" .. ", {}).values()) == {0.0}
 
 

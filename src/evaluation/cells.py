@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -46,13 +47,11 @@ def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: st
 
     Raises UserError for a record that a metric cannot score, so that this fails before the first caption.
     """
-    taken = 0
+    taken, per_caption = 0, [metric for metric in metrics if isinstance(metric, CaptionMetric)]
     for batch in first_batches(loader, num):
         taken += len(batch)
-        for metric in metrics:
-            if isinstance(metric, CaptionMetric):
-                for record in batch.records:
-                    metric.check(record)
+        for metric, record in product(per_caption, batch.records):
+            metric.check(record)
     if not taken:
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:
@@ -84,12 +83,11 @@ def evaluate_cell(
         with torch.inference_mode():
             prefix = backbone.encode_prefix(batch.to(device).prefix)
             sampled = sampler(backbone, prefix, special=codec.special, keys=batch.keys, seed=seed)
-        ids = sampled.ids.tolist()
-        texts = [codec.decode(row) for row in ids]
+        ids, texts = sampled.ids.tolist(), [codec.decode(row) for row in sampled.ids.tolist()]
+        counts = {"forwards": sampled.forwards, "edits": sampled.edits, "remasks": sampled.remasks}
         scores = [
-            {"forwards": float(forwards), "edits": float(edits), "remasks": float(remasks)}
-            | response_counts(row, codec.special)
-            for row, forwards, edits, remasks in zip(ids, sampled.forwards, sampled.edits, sampled.remasks, strict=True)
+            {name: float(values[row]) for name, values in counts.items()} | response_counts(ids[row], codec.special)
+            for row in range(len(batch))
         ]
         for metric in metrics:
             metric.update(texts, batch.records)
@@ -105,7 +103,7 @@ def evaluate_cell(
 
 
 def evaluate_bound(backbone: LLaDAV, bound: Bound, batches: Iterable[Batch]) -> dict[str, Stat]:
-    """The likelihood bound of a model on the reference responses, by name."""
+    """The likelihood bound of a model on the reference responses."""
     device = next(backbone.parameters()).device
     bound.reset()
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Settings of an evaluation: samplers by name, grids of their options, speeds.
+"""Settings of an evaluation: models, samplers by name, grids of their options, speeds.
 
     grid:                              -> proseco[every=1,passes=1], proseco[every=1,passes=4], ...
       proseco:
@@ -16,12 +16,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from src.cli.config import load_part
+from src.cli.config import load_config, load_part
+from src.cli.help import config_root, fitting
 from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, nodes, walk
 from src.evaluation.results import Cell
 from src.io.errors import UserError
+from src.models.hf.weights import is_model_folder
 from src.samplers.uniform import AnySampler
 
 SPEED = "tokens_per_step"
@@ -35,24 +38,23 @@ def complete(settings: dict) -> dict:
     A named sampler writes `data.response_length` tokens, whatever length its file has, because the models were trained
     for that. Adds `speeds`: the tokens per step of each sampler.
     """
+    # 1. What a wrong value of would show only after hours, or never.
     if settings["num"] < 1:
         raise UserError(f"evaluate.num must be at least 1, got {settings['num']}")
     if not settings["headline"]:
         raise UserError("evaluate.headline: name at least one metric, for example [quality]")
     if settings["split"] not in STAGES:
         raise UserError(f"evaluate.split must be train, val or test, got {settings['split']!r}")
-
-    curve = settings.get("curve")
-    if curve is not None:
-        given, curve = curve, {"best": BEST[0], **curve} if isinstance(curve, dict) else {}
+    curve = given = settings.get("curve")
+    if given is not None:
+        curve = {"best": BEST[0], **given} if isinstance(given, dict) else {}
         if set(curve) != {"metric", "best"} or curve["best"] not in BEST:
-            raise UserError(
-                f"evaluate.curve: expected null or {{metric: NAME, best: highest or lowest}}, got {given!r}"
-            )
+            raise UserError(f"evaluate.curve: expected {{metric: NAME, best: highest or lowest}}, got {given!r}")
     bound = {"draws": None, "estimator": "count", **(settings.get("bound") or {})}
     if len(bound) > 2:
         raise UserError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {bound!r}")
 
+    # 2. Samplers and models.
     listed, length = settings["samplers"] or {}, settings["data"]["response_length"]
     files = {name: file for name, file in listed.items() if isinstance(file, str)}
     loaded = {name: {**load_part("sampler", file), "length": length} for name, file in files.items()}
@@ -65,6 +67,22 @@ def complete(settings: dict) -> dict:
             raise UserError(f"evaluate.{part}: none left to evaluate")
     changed = {"models": models, "samplers": samplers, "speeds": speeds, "curve": curve}
     return {**settings, **changed, "bound": bound if bound["draws"] is not None else None}
+
+
+def check_models(models: dict[str, str]) -> None:
+    """Raise UserError for the models that have no folder, each with the command that trains it if conf/ has one."""
+    problems = []
+    for name, folder in models.items():
+        if is_model_folder(Path(folder)):
+            continue
+        run = Path(folder).parent
+        is_shipped = run.name in fitting("src.train", config_root("conf"))[0]
+        trains_it = is_shipped and Path(load_config([f"conf={run.name}"]).run_dir) == run
+        command = f": train it with `python -m src.train conf={run.name}`" if trains_it else ""
+        problems.append(f"no model {name!r} in {folder}{command}")
+    if problems:
+        advice = "or set evaluate.models.NAME to another model folder or to null"
+        raise UserError("\n  ".join([*problems, advice]))
 
 
 def check_speeds(counts: Any, place: str) -> list[int]:
@@ -99,7 +117,8 @@ def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: se
         labels = {option: end if ends[end := option.rpartition(".")[2]] == 1 else option for option in varying}
         for values in product(*axes.values()):
             options = dict(zip(axes, values, strict=True))
-            suffix = ",".join(f"{label}={_text(options[option])}" for option, label in labels.items())
+            texts = {o: v if isinstance(v, str) else json.dumps(v) for o, v in options.items()}
+            suffix = ",".join(f"{label}={texts[option]}" for option, label in labels.items())
             variant = f"{name}[{suffix}]" if suffix else name
             expanded[variant], own_speeds[variant] = copy.deepcopy(node), counts
             for option, value in options.items():
@@ -119,6 +138,9 @@ def build_samplers(
     samplers = {}
     for name, node in nodes.items():
         place, base = f"evaluate.samplers.{name}", family(name)
+        advice = (
+            f"leave it out with evaluate.samplers.{base}=null, or set its own speeds in evaluate.grid.{base}.{SPEED}"
+        )
         try:
             sampler = build(node)
         except UserError as error:
@@ -129,10 +151,7 @@ def build_samplers(
             try:
                 samplers[name, speed] = sampler.with_steps(tokens_per_step=speed)
             except UserError as error:
-                raise UserError(
-                    f"{place} at {speed} tokens/step: {error}; leave it out with evaluate.samplers.{base}=null, or "
-                    f"give it its own speeds in evaluate.grid.{base}.{SPEED}"
-                ) from error
+                raise UserError(f"{place} at {speed} tokens/step: {error}; {advice}") from error
     return {Cell(method, *key): sampler for method in methods for key, sampler in samplers.items()}
 
 
@@ -142,9 +161,8 @@ def _axes(options: Any, place: str, name: str = "") -> Iterator[tuple[str, list]
         for key, inner in options.items():
             yield from _axes(inner, place, dotted(name, key))
     elif options is not None:
-        plain = isinstance(options, list) and not any(isinstance(value, dict | list) for value in options)
-        if not (plain and options and len(set(map(_text, options))) == len(options)):
-            raise UserError(f"{dotted(place, name)}: expected a list of different plain values, got {options!r}")
+        if not (options and isinstance(options, list)) or any(isinstance(value, dict | list) for value in options):
+            raise UserError(f"{dotted(place, name)}: expected a list of plain values, got {options!r}")
         yield name, options
 
 
@@ -152,15 +170,9 @@ def _set(node: dict, option: str, value: Any, *, place: str) -> None:
     """Set an argument of a sampler's node, or of a node inside it."""
     if option == "steps":
         raise UserError(f"{place}: the steps follow from {SPEED}; set that instead")
-    owner: Any = node
-    *above, last = option.split(".")
-    for part in above:
-        owner = owner.get(part) if isinstance(owner, dict) else None
+    owner_name, _, last = option.rpartition(".")
+    owner = dict(walk(node)).get(owner_name)
     if not is_node(owner) or last not in arguments(owner):
         options = [dotted(inner, argument) for inner, at in walk(node) if is_node(at) for argument in arguments(at)]
         raise UserError(f"{place}: the sampler has no option {option!r}{hint(option, options)}")
     owner[last] = value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

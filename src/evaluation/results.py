@@ -52,7 +52,7 @@ class ResultStore:
     """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of the config.
 
     signatures: of each cell; bound_signatures: of each model's bound. Entries of an earlier run are kept if theirs are
-        the same
+        the same and the file of their captions is as it was written
 
     Raises UserError if two cells have the same name.
     """
@@ -83,14 +83,15 @@ class ResultStore:
         self._write()
 
     def add_bound(self, method: str, stats: Stats) -> None:
-        """Write the likelihood bound of a model."""
         self.bounds[method] = stats
         self._write()
 
     def captions(self, cell: Cell) -> list[dict]:
         """The captions of a finished cell, one dict per sample: key, text, scores."""
         lines = [json.loads(line) for line in self._path(cell).read_text(encoding="utf-8").split("\n") if line]
-        return [{**line, "scores": {k: _number(v) for k, v in line["scores"].items()}} for line in lines]
+        for line in lines:
+            line["scores"] = {name: math.nan if s is None else s for name, s in line["scores"].items()}
+        return lines
 
     def _write(self) -> None:
         self.table = {cell: self.table[cell] for cell in self._signatures if cell in self.table}
@@ -124,7 +125,6 @@ def code_hash(root: Path) -> str:
 
 
 def _without_nan(tree: Any) -> Any:
-    """Plain data with None in place of every NaN."""
     if isinstance(tree, dict):
         return {key: _without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -132,9 +132,5 @@ def _without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-def _with_nan(stats: Stats) -> Stats:
-    return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _with_nan(stats: Any) -> Stats:
+    return {name: {**stat, "mean": math.nan} if stat["mean"] is None else stat for name, stat in stats.items()}

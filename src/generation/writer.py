@@ -25,7 +25,7 @@ START = b'{"key": "'  # every line starts so
 
 
 class Output:
-    """The caption file and its trace file. `keys` are the keys that have a line.
+    """The caption file and its trace file.
 
     settings: what the captions depend on; part of every line
     trace: also write `steps`: the text after each step, with _ for a mask, and the fields of `TraceStep`
@@ -51,7 +51,7 @@ class Output:
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
 
     def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
-        """Append a line per row. Returns (key, text) of each. Raises OSError with the file's name on a full disk."""
+        """Append a line per row. Returns (key, text) of each."""
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
         if self.trace_path:
             traces = []
@@ -69,6 +69,7 @@ class Output:
 
 
 def _append(path: Path, lines: Iterable[dict]) -> None:
+    """Raises OSError with the file's name on a full disk."""
     with with_filename(path), path.open("a", encoding="utf-8", newline="\n") as stream:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

@@ -1,7 +1,5 @@
-"""P(fix) and P(break): what one forward call of a model changes in drafts that an expert has corrected.
-
-P(fix):   share of the wrong tokens that it corrects
-P(break): share of the right tokens that it changes
+"""What one forward call changes in drafts that an expert has corrected: P(fix), the share of the wrong tokens that it
+corrects, and P(break), the share of the right tokens that it changes.
 """
 
 from __future__ import annotations
