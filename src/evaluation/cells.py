@@ -1,8 +1,6 @@
 """One cell of the table: prompts answered by one model with one sampler, scored; and a model's likelihood bound.
 
 stats, captions = evaluate_cell(backbone, sampler, codec, first_batches(loader, 256), metrics, seed=0)
-stats = evaluate_bound(backbone, Bound(...), first_batches(loader, 256))
-
 batches -> prefix -> sampler -> texts -> metrics -> {name: {mean, se, n}}, [{key, text, scores}, ...]
 """
 
@@ -43,10 +41,8 @@ def first_batches(loader: Any, num: int, bar: tqdm | None = None) -> Iterator[Ba
 
 
 def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: str) -> dict[str, int]:
-    """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those.
-
-    Raises UserError for a record that a metric cannot score, so that this fails before the first caption.
-    """
+    """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those."""
+    # a record that a metric cannot score fails here, before the first caption
     taken, per_caption = 0, [metric for metric in metrics if isinstance(metric, CaptionMetric)]
     for batch in first_batches(loader, num):
         taken += len(batch)
@@ -69,7 +65,7 @@ def evaluate_cell(
     *,
     seed: int,
 ) -> tuple[dict[str, Stat], list[dict]]:
-    """Answer all prompts with one sampler: statistics by name, and each caption with its scores.
+    """Statistics by name, and each caption with its scores.
 
     The statistics are those of the metrics, the means of the counts of every caption (forward calls, tokens, ...), and
     `seconds` per caption, whose n is the number of batches.
@@ -103,7 +99,6 @@ def evaluate_cell(
 
 
 def evaluate_bound(backbone: LLaDAV, bound: Bound, batches: Iterable[Batch]) -> dict[str, Stat]:
-    """The likelihood bound of a model on the reference responses."""
     device = next(backbone.parameters()).device
     bound.reset()
     for batch in batches:

@@ -35,10 +35,9 @@ STAGES = {"train": "fit", "val": "validate", "test": "test"}  # splits, and Ligh
 def complete(settings: dict) -> dict:
     """The settings, with named samplers loaded, the grid expanded, and null models and samplers removed.
 
-    A named sampler writes `data.response_length` tokens, whatever length its file has, because the models were trained
-    for that. Adds `speeds`: the tokens per step of each sampler.
+    Adds `speeds`: the tokens per step of each sampler.
     """
-    # 1. What a wrong value of would show only after hours, or never.
+    # 1. Values that would fail only after hours, or never.
     if settings["num"] < 1:
         raise UserError(f"evaluate.num must be at least 1, got {settings['num']}")
     if not settings["headline"]:
@@ -54,17 +53,15 @@ def complete(settings: dict) -> dict:
     if len(bound) > 2:
         raise UserError(f"evaluate.bound: expected {{draws: NUMBER or null, estimator: count or iid}}, got {bound!r}")
 
-    # 2. Samplers and models.
+    # 2. Samplers and models. A named sampler writes the length that the models were trained for, whatever its file has.
     listed, length = settings["samplers"] or {}, settings["data"]["response_length"]
     files = {name: file for name, file in listed.items() if isinstance(file, str)}
     loaded = {name: {**load_part("sampler", file), "length": length} for name, file in files.items()}
     samplers = nodes({**listed, **loaded}, "evaluate.samplers")
-    speeds = check_speeds(settings[SPEED], f"evaluate.{SPEED}")
-    samplers, speeds = expand(samplers, settings.get("grid") or {}, speeds, known=set(listed))
+    samplers, speeds = expand(samplers, settings.get("grid") or {}, settings[SPEED], known=set(listed))
     models = {str(name): folder for name, folder in (settings["models"] or {}).items() if folder is not None}
-    for part, left in (("models", models), ("samplers", samplers)):
-        if not left:
-            raise UserError(f"evaluate.{part}: none left to evaluate")
+    if not models or not samplers:
+        raise UserError("evaluate.models and evaluate.samplers: one of each must be left to evaluate")
     changed = {"models": models, "samplers": samplers, "speeds": speeds, "curve": curve}
     return {**settings, **changed, "bound": bound if bound["draws"] is not None else None}
 
@@ -85,24 +82,11 @@ def check_models(models: dict[str, str]) -> None:
         raise UserError("\n  ".join([*problems, advice]))
 
 
-def check_speeds(counts: Any, place: str) -> list[int]:
-    """Speeds in tokens per step, ascending and without repeats. Raises UserError for anything else."""
-    if not (counts and fits(counts, list[int]) and min(counts) > 0):
-        raise UserError(f"{place}: expected a list of whole numbers such as [1, 8], got {counts!r}")
-    return sorted(set(counts))
-
-
-def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: set[str]) -> tuple[dict, dict]:
+def expand(samplers: dict[str, dict], grid: dict, speeds: list[int], *, known: set[str]) -> tuple[dict, dict]:
     """(sampler nodes by name, speeds in tokens per step by name), in the order of `samplers`.
 
-    samplers: nodes by name
-    grid: sampler -> options, as above
     known: names that the grid may hold without effect, because those samplers are null
-
-    Raises UserError for an unknown option of a sampler, with the nearest one.
     """
-    if not isinstance(grid, dict):
-        raise UserError(f"evaluate.grid: expected a mapping of samplers to options, got {grid!r}")
     known = known | set(samplers)
     if unknown := [name for name in grid if name not in known]:
         raise UserError(f"evaluate.grid: there is no sampler {unknown[0]!r}{hint(str(unknown[0]), known)}")
@@ -110,7 +94,9 @@ def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: se
     for name, node in samplers.items():
         place = f"evaluate.grid.{name}"
         axes = dict(_axes(grid.get(name), place))
-        counts = check_speeds(axes.pop(SPEED, speeds), f"{place}.{SPEED}")
+        counts = axes.pop(SPEED, speeds)
+        if not (counts and fits(counts, list[int]) and min(counts) > 0):
+            raise UserError(f"evaluate.{SPEED}: expected a list of whole numbers such as [1, 8], got {counts!r}")
         # the label of an option is its last part, or all of it if another one ends alike
         varying = [option for option, values in axes.items() if len(values) > 1]
         ends = Counter(option.rpartition(".")[2] for option in varying)
@@ -120,7 +106,7 @@ def expand(samplers: dict[str, dict], grid: Any, speeds: list[int], *, known: se
             texts = {o: v if isinstance(v, str) else json.dumps(v) for o, v in options.items()}
             suffix = ",".join(f"{label}={texts[option]}" for option, label in labels.items())
             variant = f"{name}[{suffix}]" if suffix else name
-            expanded[variant], own_speeds[variant] = copy.deepcopy(node), counts
+            expanded[variant], own_speeds[variant] = copy.deepcopy(node), sorted(set(counts))
             for option, value in options.items():
                 _set(expanded[variant], option, value, place=place)
     return expanded, own_speeds
@@ -134,19 +120,15 @@ def family(name: str) -> str:
 def build_samplers(
     nodes: dict[str, dict], speeds: dict[str, list[int]], *, methods: Iterable[str]
 ) -> dict[Cell, AnySampler]:
-    """The sampler of every cell, in the order of the table. Raises UserError where a node and a speed do not fit."""
+    """The sampler of every cell, in the order of the table."""
     samplers = {}
     for name, node in nodes.items():
         place, base = f"evaluate.samplers.{name}", family(name)
-        advice = (
-            f"leave it out with evaluate.samplers.{base}=null, or set its own speeds in evaluate.grid.{base}.{SPEED}"
-        )
+        advice = f"set evaluate.samplers.{base}=null, or its own speeds in evaluate.grid.{base}.{SPEED}"
         try:
             sampler = build(node)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-        if not isinstance(sampler, AnySampler):
-            raise UserError(f"{place}: {node['target']} is not a sampler")
         for speed in speeds[name]:
             try:
                 samplers[name, speed] = sampler.with_steps(tokens_per_step=speed)
@@ -171,7 +153,7 @@ def _set(node: dict, option: str, value: Any, *, place: str) -> None:
     if option == "steps":
         raise UserError(f"{place}: the steps follow from {SPEED}; set that instead")
     owner_name, _, last = option.rpartition(".")
-    owner = dict(walk(node)).get(owner_name)
+    owner = dict(walk(node)).get(owner_name) or {}
     if not is_node(owner) or last not in arguments(owner):
         options = [dotted(inner, argument) for inner, at in walk(node) if is_node(at) for argument in arguments(at)]
         raise UserError(f"{place}: the sampler has no option {option!r}{hint(option, options)}")

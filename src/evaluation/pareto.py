@@ -2,9 +2,8 @@
 
     table of results -> points -> curve.json: {metric, best, points, budgets}, a plot, and a table of budgets
 
-A point is a cell. A line joins the points of one sampler over tokens/step; variants of a sampler that run at a single
-tokens/step share one line. A point is on the Pareto front if no other point is as good with fewer calls, or better with
-as many.
+A line joins the points of one sampler over tokens/step; variants of a sampler that run at a single tokens/step share
+one line. A point is on the Pareto front if no other one is as good with fewer calls, or better with as many.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def lines_of(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
-    """(method, name of the line) -> its points by increasing forward calls."""
+    """(method, name of the line) -> its points, by increasing forward calls."""
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         method, sampler, _ = point.cell
@@ -92,8 +91,7 @@ def budgets_of(points: Sequence[Point]) -> list[Budget]:
 
 def to_dict(points: Sequence[Point], *, metric: str, best: str) -> dict:
     """The content of curve.json."""
-    front = front_of(points)
-    listed = []
+    front, listed = front_of(points), []
     for point in points:
         stats = {"forwards": point.forwards, "seconds": point.seconds, "value": point.value}
         listed.append({"cell": point.cell.name, **point.cell._asdict(), **stats, "front": point in front})

@@ -41,7 +41,6 @@ def write_report(
 ) -> str:
     """Write all files of the report. Returns the text of table.md.
 
-    headline: metrics of the tables
     curve: {metric, best}: plot that metric alone, and name the best cells within budgets of forward calls
     examples: samples whose images are shown, the first ones of the split
     """
@@ -75,10 +74,7 @@ def report_text(
     headline: Sequence[str],
     budgets: list[list[str]] | None = None,
 ) -> str:
-    """Notes on the tables, tables of the bounds and of the headline metrics, and the claims.
-
-    budgets: a table of the best cells within budgets of forward calls; replaces the claims
-    """
+    """Notes, tables of the bounds and of the headline metrics, and the claims or, in their place, the budgets."""
     # 1. Notes: the columns, and the cost of each row.
     rows, speeds = _axes(table)
     num_captions = max(len(values) for columns in scores.values() for values in columns.values())
@@ -141,17 +137,14 @@ def claims(scores: Scores, metric: str) -> list[str]:
 
 
 def budget_table(points: Sequence[Point], scores: Scores, metric: str) -> list[list[str]]:
-    """A header and one line per budget, without lines that repeat the one above.
-
-    The difference to the baseline is paired over captions if the metric scores each caption.
-    """
+    """A header and one line per budget, without lines that repeat the one above."""
     header = [f"calls up to: best {metric}", "cell", "calls", "seconds", metric]
     lines = [[*header, f"best of {' '.join(points[0].row)}", "difference"]]
     for forwards, best, base in budgets_of(points):
         cells = [best.cell.name, f"{best.calls:.1f}", f"{best.seconds['mean']:.3g}", stat_text(best.value)]
         if base is None or base == best:
             cells += [stat_text(base and base.value), "-"]
-        elif metric in scores[best.cell] and metric in scores[base.cell]:
+        elif metric in scores[best.cell] and metric in scores[base.cell]:  # else a corpus metric: nothing to pair
             difference = paired_difference(scores[best.cell][metric], scores[base.cell][metric])
             cells += [stat_text(base.value), stat_text(difference, signed=True)]
         else:
@@ -184,6 +177,6 @@ def _bullets(lines: Sequence[str]) -> str:
 
 
 def _axes(cells: Mapping[Cell, object]) -> tuple[list[tuple[str, str]], list[int]]:
-    """The rows (method, sampler) in the order of the cells, and the speeds in ascending order."""
+    """The rows (method, sampler) in the order of the cells, and the speeds."""
     rows = dict.fromkeys((cell.method, cell.sampler) for cell in cells)
     return list(rows), sorted({cell.tokens_per_step for cell in cells})

@@ -4,7 +4,8 @@
     captions/CELL.jsonl      the captions of a cell, each with its scores
 
 The mean of no values is NaN in memory and null on disk, because JSON has no NaN.
-Every entry has a signature of all that its numbers depend on; a rerun keeps entries whose signature is unchanged.
+Every entry has a signature of all that its numbers depend on; a rerun keeps entries whose signature is unchanged, and
+whose captions are as they were written.
 """
 
 from __future__ import annotations
@@ -49,13 +50,7 @@ Table = dict[Cell, Stats]
 
 
 class ResultStore:
-    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of the config.
-
-    signatures: of each cell; bound_signatures: of each model's bound. Entries of an earlier run are kept if theirs are
-        the same and the file of their captions is as it was written
-
-    Raises UserError if two cells have the same name.
-    """
+    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of their signatures."""
 
     def __init__(
         self, out: Path, meta: dict, *, signatures: Mapping[Cell, str], bound_signatures: Mapping[str, str]
@@ -113,7 +108,6 @@ class ResultStore:
 
 
 def signature(*parts: Any) -> str:
-    """A hash of plain data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -132,5 +126,8 @@ def _without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-def _with_nan(stats: Any) -> Stats:
-    return {name: {**stat, "mean": math.nan} if stat["mean"] is None else stat for name, stat in stats.items()}
+def _with_nan(stats: dict) -> Stats:
+    return {
+        name: Stat(mean=math.nan if stat["mean"] is None else stat["mean"], se=stat["se"], n=stat["n"])
+        for name, stat in stats.items()
+    }

@@ -60,7 +60,7 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
 
 
 def readable(requests: Iterable[Request], *, unreadable: list[str]) -> Iterator[Sample]:
-    """The samples of the requests. Those that cannot be read are logged, and their keys added to `unreadable`."""
+    """The samples of the requests. Logs those that cannot be read, and adds their keys to `unreadable`."""
     for key, read in requests:
         try:
             yield read()
@@ -115,13 +115,11 @@ def _read_questions(file: Path) -> dict[str, str]:
         if key in questions:
             raise UserError(f"line {number} of {file} repeats the key {key!r}")
         questions[key] = question
-    if not questions:
-        raise UserError(f"prompt: no questions in {file}")
     return questions
 
 
 def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
-    """An image for the layout. A square layout would distort it, so it is pasted onto a grey square."""
+    # a square layout would distort an image, so it is pasted onto a grey square
     image = fit(load(file, size=layout.size), layout.size) if isinstance(layout, Square) else load(file)
     return Sample(key, {"prompt": prompt}, b"", image)
 

@@ -30,10 +30,8 @@ class Variety(NgramMetric):
         unit: Literal["words", "tokens"] = "words",
         codec: Codec | None = None,
     ) -> None:
-        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-            raise UserError(f"sizes must be distinct integers of at least 1, got {list(sizes)}")
-        if unit not in ("words", "tokens") or (unit == "tokens" and codec is None):
-            raise UserError(f"unit must be 'words', or 'tokens' with a codec, got {unit!r}")
+        if unit == "tokens" and codec is None:
+            raise UserError("unit='tokens' needs a codec")
         start = "token_" if unit == "tokens" else ""
         self.names = tuple(f"{start}{name}" for name in ("entropy", *(f"repeat_{n}" for n in sizes)))
         super().__init__(distinct=[f"{start}distinct_{n}" for n in sizes])
