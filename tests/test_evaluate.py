@@ -152,8 +152,7 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
         assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
     assert cell["quality"]["mean"] == pytest.approx((cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2)
     assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
-    assert methods["mask"]["plain"]["16"]["forwards"]["mean"] == LENGTH / 16
-    assert methods["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(LENGTH / 32)
+    assert [methods["mask"]["plain"][n]["forwards"]["mean"] for n in ("16", "32")] == [3, 2]
     assert methods["mask"]["plain"]["16"]["edits"]["mean"] == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "table.md").read_text()
@@ -262,43 +261,29 @@ def text_of(folder) -> dict:
     return {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
 
 
-def test_a_rerun_does_only_what_is_missing(conf, tmp_path):
-    main([conf()])
-    first = inodes(tmp_path)
-    (tmp_path / "out" / "captions" / "stage2-plain-32.jsonl").write_text("")
-    main([conf(tokens_per_step=[16, 32])])
-    second = inodes(tmp_path)
-    assert {name for name in first if first[name] != second[name]} == {"stage2-plain-32"}
-    assert len(second) == 8
-    main([conf(seed=1)])
-    third = inodes(tmp_path)
-    assert {name for name in second if second[name] != third[name]} == set(first)
-    assert set(read(tmp_path)["meta"]["cells"]) == set(first)
-
-
-def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_anew(
-    conf, data, models, tmp_path, capsys
-):
-    broken = write_model(tmp_path / "broken", Codec.load(data / "tokenizer"), seed=5)
-    config = json.loads((broken / "config.json").read_text())
+def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tmp_path, capsys):
+    codec, mine = Codec.load(data / "tokenizer"), tmp_path / "mine"
+    config = json.loads((write_model(mine, codec, seed=5) / "config.json").read_text())
     deeper = {**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}
-    (broken / "config.json").write_text(json.dumps(deeper))
-    names = {"models": {"mask": str(models / "mask"), "stage2": str(broken)}}
-    with pytest.raises(SystemExit):
-        main([conf(**names)])
-    assert "does not match its config" in capsys.readouterr().err
-    assert list(read(tmp_path)["methods"]) == ["mask"]
+    (mine / "config.json").write_text(json.dumps(deeper))
+    names = {"models": {"mask": str(models / "mask"), "mine": str(mine)}}
+    assert "does not match its config" in refused(conf(**names), capsys)  # after the cells of the first model
     first = inodes(tmp_path)
-    assert set(first) == {"mask-plain-32", "mask-refine-32"}
-    (broken / "config.json").write_text(json.dumps(config))
+    assert set(first) == {"mask-plain-32", "mask-refine-32"} and list(read(tmp_path)["methods"]) == ["mask"]
+    (mine / "config.json").write_text(json.dumps(config))
     main([conf(**names)])
-    assert list(read(tmp_path)["methods"]) == ["mask", "stage2"]
     second = inodes(tmp_path)
-    write_model(broken, Codec.load(data / "tokenizer"), seed=6)
-    main([conf(**names)])
+    write_model(mine, codec, seed=6)
+    (tmp_path / "out" / "captions" / "mask-plain-32.jsonl").write_text("")
+    main([conf(**names, tokens_per_step=[16, 32])])
     third = inodes(tmp_path)
-    assert all(first[name] == second[name] == third[name] for name in first)
-    assert all(second[name] != third[name] for name in second.keys() - first.keys())
+    assert len(third) == 8
+    kept = [first["mask-refine-32"] == cells["mask-refine-32"] for cells in (second, third)]
+    assert all(kept) and first["mask-plain-32"] == second["mask-plain-32"]
+    assert {name for name in second if second[name] != third[name]} == second.keys() - {"mask-refine-32"}
+    main([conf(**names, seed=1), "evaluate.models.mine=null", f"+evaluate.models.more={mine}"])
+    assert all(inodes(tmp_path)[name] != third[name] for name in first)
+    assert set(read(tmp_path)["meta"]["cells"]) == {*first, "more-plain-32", "more-refine-32"}
 
 
 @pytest.mark.slow
@@ -314,36 +299,31 @@ def test_a_kill_loses_only_the_cell_it_falls_into(conf, models, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    first, done = inodes(tmp_path), read(tmp_path)
-    finished = {Cell("m", s, int(n)).file for s, cells in done["methods"]["m"].items() for n in cells}
+    first, methods = inodes(tmp_path), read(tmp_path)["methods"]
+    finished = {Cell("m", s, int(n)).file for s, cells in methods["m"].items() for n in cells}
     assert 2 <= len(finished) < 10
     main([argument])
     again, final = inodes(tmp_path), read(tmp_path)
     assert {name for name in first if first[name] == again[name]} >= finished
     assert len(again) == 10
-    assert final["bounds"] == done["bounds"]
     main([conf(**settings, out=str(tmp_path / "calm" / "out"))])
     calm = read(tmp_path / "calm")
     for results in (final, calm):
         for stats in (stats for row in results["methods"]["m"].values() for stats in row.values()):
             del stats["seconds"]
     assert (final["methods"], final["bounds"]) == (calm["methods"], calm["bounds"])
-    assert [c["captions"] for c in final["meta"]["cells"].values()] == [
-        c["captions"] for c in calm["meta"]["cells"].values()
-    ]
 
 
 def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
     for package in ("src", "datamodules"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    hashes = [code_hash(ROOT), code_hash(tmp_path)]
-    assert hashes[0] == hashes[1]
-    counted = ("src/evaluate.py", "src/evaluation/cells.py", "src/metrics/text.py", "src/samplers/sampler.py")
-    for path in (*counted, "src/models/llada.py", "src/scenes/score.py", "datamodules/loader.py", "src/io/shards.py"):
+    hashes = [code_hash(tmp_path)]
+    assert hashes == [code_hash(ROOT)]
+    for path in ("src/evaluate.py", "src/evaluation/cells.py", "src/metrics/text.py", "datamodules/loader.py"):
         with (tmp_path / path).open("a") as file:
             file.write("\n# changed\n")
         hashes.append(code_hash(tmp_path))
-    assert len(set(hashes[1:])) == len(hashes) - 1
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
@@ -395,14 +375,6 @@ def test_the_command_line_changes_the_shipped_grid():
     assert samplers["proseco[every=2]"]["reviser"]["passes"] == 3
     assert not [name for name in samplers if name.startswith(("refine", "threshold["))]
     assert {node["length"] for node in samplers.values()} == {64}
-
-
-def test_a_null_leaves_out_and_a_plus_adds(conf, models, tmp_path):
-    changes = ["evaluate.models.stage2=null", f"+evaluate.models.mine={models / 'stage2'}"]
-    main([conf(), *changes, "evaluate.samplers.refine=null"])
-    results = read(tmp_path)
-    assert {method: list(row) for method, row in results["methods"].items()} == {"mask": ["plain"], "mine": ["plain"]}
-    assert list(results["meta"]["settings"]["samplers"]) == ["plain"]
 
 
 GRID = {"samplers": SWEEP["samplers"], "tokens_per_step": [16, 24]}
@@ -474,12 +446,12 @@ def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):
     assert [(p["sampler"], str(p["tokens_per_step"])) for p in curve["points"]] == cells
     for point, (sampler, speed) in zip(curve["points"], cells, strict=True):
         stats = methods["m"][sampler][speed]
-        assert (point["forwards"], point["seconds"]) == (stats["forwards"], stats["seconds"])
-        assert point["value"] == stats["quality"]
+        assert [point[name] for name in ("forwards", "seconds", "value")] == [
+            stats[name] for name in ("forwards", "seconds", "quality")
+        ]
         calls = [line["scores"]["forwards"] for line in captions(tmp_path, f"m-{sampler}-{speed}")]
         assert point["forwards"]["mean"] == statistics.mean(calls) and len(calls) == NUM
-    assert methods["m"]["plain"]["16"]["forwards"]["mean"] == 3
-    assert methods["m"]["proseco[passes=1]"]["16"]["forwards"]["mean"] == 6
+    assert [methods["m"][name]["16"]["forwards"]["mean"] for name in ("plain", "proseco[passes=1]")] == [3, 6]
     assert Image.open(tmp_path / "out" / "curve.png").size > (400, 300)
     assert not (tmp_path / "out" / "quality.png").exists()
     assert "| calls up to: best quality | cell " in capsys.readouterr().out
@@ -493,9 +465,6 @@ def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys)
         nats = response_nats(backbone, first_batch(data, codec), special=codec.special, draws=3, seed=0)
     bound = read(tmp_path)["bounds"]["m"]
     assert bound["nelbo"]["mean"] == pytest.approx(float(nats.mean()) / LENGTH, rel=1e-5)
-    assert bound["nelbo"]["se"] == pytest.approx(float(nats.std()) / LENGTH / math.sqrt(NUM), rel=1e-4)
-    assert bound["bits"]["mean"] == pytest.approx(bound["nelbo"]["mean"] / math.log(2))
-    assert bound["perplexity"]["mean"] == pytest.approx(math.exp(bound["nelbo"]["mean"]))
     assert "| bound per token | nelbo " in capsys.readouterr().out
     cells = inodes(tmp_path)
     main([conf(**settings, bound={"draws": 3}, headline=["coverage"])])
@@ -503,5 +472,3 @@ def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys)
     main([conf(**settings, bound={"draws": 4})])  # another bound, the same cells
     assert inodes(tmp_path) == cells
     assert read(tmp_path)["bounds"]["m"]["nelbo"] != bound["nelbo"]
-    main([conf(**settings, bound=None)])
-    assert read(tmp_path)["bounds"] == {}

@@ -104,12 +104,3 @@ def test_files_and_shards_of_any_shape_one_by_one_or_together(golden, command, p
     sharded = command(tmp_path / "data", *settings, prompt="", out="sharded.jsonl")
     assert [f"{line['key']}.png" for line in sharded] == whole
     assert [line["text"] for line in sharded] == [line["text"] for line in together]
-
-
-def test_the_system_text_and_the_join_reach_the_model(command, photos) -> None:
-    settings = ("length=16", "steps=4")
-    texts = {
-        name: [line["text"] for line in command(photos, *settings, *more, out=f"{name}.jsonl")]
-        for name, more in {"as told": [], "joined": ["join=upstream"], "none": ["system=''"]}.items()
-    }
-    assert texts["as told"] != texts["joined"] and texts["as told"] != texts["none"]

@@ -43,17 +43,15 @@ def test_entropy_and_repeats_by_hand():
 
 def test_distinct_n_is_over_the_whole_set_and_merges():
     texts = ["a red ring", "a red cross a red", "", "b"]
-    whole, left, right = Variety(sizes=[1, 2]), Variety(sizes=[1, 2]), Variety(sizes=[1, 2])
-    whole.update(texts, [{}] * 4)
+    left, right = Variety(sizes=[1, 2]), Variety(sizes=[1, 2])
     left.update(texts[:1], [{}])
     right.update(texts[1:], [{}] * 3)
     left.merge_state(right)
     words = [text.split() for text in texts]
     bigrams = [pair for some in words for pair in pairwise(some)]
-    stats = whole.compute()
+    stats = left.compute()
     assert stats["distinct_1"]["mean"] == len({w for some in words for w in some}) / sum(map(len, words))
     assert stats["distinct_2"]["mean"] == len(set(bigrams)) / len(bigrams)
-    assert stats == left.compute()
 
 
 def test_tokens_are_those_of_the_tokenizer(codec):
@@ -151,13 +149,12 @@ def test_molecules_without_a_training_set_and_properties():
     cages = Smiles(property="rings")
     cages.update(["C1CC2CC1C2", "C12C3C4C1C5C2C3C45", "c1ccc2ccccc2c1"], [{}] * 3)  # bonds - atoms + 1: 2, 5, 2
     assert cages.compute()["rings"]["mean"] == 3
-    halves = [Smiles(property="qed"), Smiles(property="qed")]
-    for half, texts in zip(halves, (["CCO", "C"], ["OCC", "c1ccccc1"]), strict=True):
-        half.update(texts, [{}] * 2)
-    halves[0].merge_state(halves[1])
-    merged = halves[0].compute()
-    assert merged["unique"]["mean"] == 3 / 4
-    assert 0 < merged["qed"]["mean"] < 1
+    left, right = Smiles(property="qed"), Smiles(property="qed")
+    left.update(["CCO", "C"], [{}] * 2)
+    right.update(["OCC", "c1ccccc1"], [{}] * 2)
+    left.merge_state(right)
+    assert left.compute()["unique"]["mean"] == 3 / 4
+    assert 0 < left.compute()["qed"]["mean"] < 1
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["bos", "no-bos"])
