@@ -6,12 +6,9 @@
     python -m src.evaluate conf=sweep evaluate.models.model=runs/stage2/model
 
     models x samplers x tokens/step -> captions -> metrics -> results.json, captions/METHOD-SAMPLER-N.jsonl
-                                                           -> table.md (also printed), *.png
-    models -> likelihood bound (evaluate.bound)            -> results.json, table.md
-    evaluate.grid, evaluate.curve: many sampler settings, and the best within each number of forward calls (curve.json)
+    -> table.md (also printed), *.png; curve.json with the best within each number of forward calls (evaluate.curve)
 
 Every cell is written as soon as it is finished; a rerun redoes only cells whose model, data, settings or code changed.
-results.json holds only the cells of the config: methods -> sampler -> tokens/step -> metric -> {mean, se, n}.
 """
 
 from __future__ import annotations
@@ -30,14 +27,13 @@ from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.evaluation.cells import count_samples, evaluate_bound, evaluate_cell, first_batches
-from src.evaluation.grid import STAGES, build_samplers, complete
+from src.evaluation.grid import STAGES, build_samplers, check_models, complete
 from src.evaluation.report import check_names, write_report
 from src.evaluation.results import ResultStore, code_hash, signature
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.lock import locked
 from src.models.hf.folder import fingerprint, from_pretrained
-from src.models.hf.weights import is_model_folder
 from src.models.inference import warn_if_length_differs
 from src.text.tokenizer import Codec
 
@@ -54,10 +50,7 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     # 2. Models and their tokenizers, which may differ only in whether they have a gap token.
-    for name, folder in settings.models.items():
-        if not is_model_folder(Path(folder)):
-            message = f"no model {name!r} in {folder}: train it, for example with `python -m src.train conf={name}`"
-            raise UserError(f"{message}, or set evaluate.models.{name} to another model folder or to null")
+    check_models(plain(settings.models))
     codecs = {name: Codec.load(folder) for name, folder in settings.models.items()}
     if len({codec.fingerprint for codec in codecs.values()}) > 1:
         raise UserError(f"the models of evaluate.models differ in their tokenizers: {', '.join(codecs)}")
@@ -104,13 +97,12 @@ def main(argv: list[str]) -> None:
                 if not missing_cells and method not in missing_bounds:
                     continue
                 backbone = from_pretrained(settings.models[method]).to(device).eval()
-                warn_if_length_differs(
-                    backbone, settings.data.response_length, name=f"{method}: evaluate.data.response_length"
-                )
+                name = f"{method}: evaluate.data.response_length"
+                warn_if_length_differs(backbone, settings.data.response_length, name=name)
                 if bound is not None and method in missing_bounds:
                     bar.set_description(f"bound of {method}")
-                    batches = first_batches(loader, counts["taken"], bar)
-                    store.add_bound(method, evaluate_bound(backbone, bound, batches))
+                    stats = evaluate_bound(backbone, bound, first_batches(loader, counts["taken"], bar))
+                    store.add_bound(method, stats)
                 for cell in missing_cells:
                     bar.set_description(cell.name)
                     answers = (samplers[cell], codecs[method], first_batches(loader, counts["taken"], bar), metrics)

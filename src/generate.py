@@ -92,16 +92,15 @@ def main(argv: list[str]) -> None:
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
     """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
-    if cfg.images is not None:
+    if has_image := cfg.images is not None:
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
     many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
-    if many and cfg.images is not None:
+    if many and has_image:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
     # raises UserError if the question's image marks do not match the images
-    has_image = cfg.images is not None
-    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(str(cfg.prompt), images=int(has_image))
+    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(cfg.prompt, images=int(has_image))
     if positions is not None and len(prompt_ids) + sampler.length > positions:
         raise UserError(
             f"{len(prompt_ids)} prompt tokens and {sampler.length} after them exceed the model's {positions} positions "

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import src
-from src.cli.instantiate import build, check, nodes
+from src.cli.instantiate import arguments, build, check, nodes
 from src.io.errors import UserError
 
 PARTS = '''
@@ -28,6 +28,10 @@ class Inner:
         if size < 0:
             raise UserError(f"size must not be negative,\\n got {size}")
         self.size = size
+
+class Wider(Inner):
+    def __init__(self, *, extra: int = 0, **options) -> None:
+        super().__init__(**options)
 
 class Outer:
     def __init__(
@@ -204,3 +208,15 @@ def test_what_a_component_of_a_user_raises_keeps_its_traceback(tmp_path):
         build({"target": "src.parts.where", "path": str(tmp_path / "gone")})
     conv = {"target": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 2, "kernel_size": 1, "groups": 2}
     assert "torch.nn.Conv2d: in_channels must be divisible" in failure(build, conv)
+
+
+# options that a subclass hands on
+
+
+@pytest.mark.usefixtures("parts")
+def test_options_of_the_base_class_are_those_of_a_subclass_with_kwargs():
+    node = {"target": "src.parts.Wider", "size": 3}
+    check(node)
+    assert arguments(node) == ["size", "extra"]
+    assert build(node).size == 3
+    assert failure(check, {"m": {**node, "size": "many"}}) == "m.size: expected int, got 'many'"

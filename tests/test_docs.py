@@ -20,23 +20,16 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run: .* -->\n)?```(bash|python|yaml)\n(.*?)```", re.S)
 # In this order, as later pages use what earlier ones make.
-PAGES = [
-    "docs/training.md",
-    "docs/data.md",
-    "docs/online.md",
-    "docs/evaluation.md",
-    "README.md",
-    "docs/unequal.md",
-    "docs/memory.md",
-]
+NAMES = ("docs/training", "docs/data", "docs/online", "docs/evaluation", "README", "docs/unequal", "docs/memory")
+PAGES = [f"{name}.md" for name in NAMES]
 SMALL = {
     "prepare conf=scenes": ["prepare.num_train=64", "prepare.num_val=8", "prepare.num_test=8"],
     "train": [
         "trainer.max_steps=2",
-        "optim.warmup_steps=0",
-        "data.batch_size=4",
         "trainer.limit_val_batches=1",
+        "data.batch_size=4",
         "data.workers=0",
+        "optim.warmup_steps=0",
     ],
     "train conf=stage2": ["callbacks.self_correction.drafts_per_round=4", "callbacks.self_correction.allow_empty=true"],
     "draft": ["num=4"],

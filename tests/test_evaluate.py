@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.captions import CaptionData
 from src.cli.config import load_config, load_part
@@ -134,9 +135,6 @@ def inodes(tmp_path) -> dict[str, int]:
     return {path.stem: path.stat().st_ino for path in (tmp_path / "out" / "captions").glob("*.jsonl")}
 
 
-# results
-
-
 def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     main([conf(tokens_per_step=[16, 32])])
     methods = read(tmp_path)["methods"]
@@ -154,8 +152,7 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
         assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
     assert cell["quality"]["mean"] == pytest.approx((cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2)
     assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
-    assert methods["mask"]["plain"]["16"]["forwards"]["mean"] == LENGTH / 16
-    assert methods["mask"]["plain"]["32"]["forwards"]["mean"] == math.ceil(LENGTH / 32)
+    assert [methods["mask"]["plain"][n]["forwards"]["mean"] for n in ("16", "32")] == [3, 2]
     assert methods["mask"]["plain"]["16"]["edits"]["mean"] == 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "table.md").read_text()
@@ -176,14 +173,16 @@ def test_the_captions_are_what_the_sampler_writes_in_batches_of_any_size(conf, d
     assert [line["text"] for line in captions(tmp_path, "mask-plain-32")] == texts
 
 
-def test_a_split_with_fewer_images_says_so(conf, tmp_path, capsys, caplog):
-    main([conf(num=9, batch_size=9)])
+def test_a_split_with_fewer_images_and_another_length_say_so(conf, models, data, tmp_path, capsys, caplog):
+    model = from_pretrained(models / "mask")
+    model.response_length = 32
+    save_pretrained(model, Codec.load(data / "tokenizer"), tmp_path / "model")
+    main([conf(models={"mask": str(tmp_path / "model")}, num=9, batch_size=9)])
+    assert "mask: evaluate.data.response_length=48, but the model was trained with response length 32" in caplog.text
     assert "evaluate.num=9, but the split test has only 8 samples: evaluating those" in caplog.text
     assert "standard error over 8 captions" in capsys.readouterr().out
     assert read(tmp_path)["meta"]["data"]["taken"] == 8
-    caplog.clear()
     main([conf(num=2, batch_size=9)])  # a batch that is larger than num, and than the picture
-    assert "evaluating those" not in caplog.text
     assert len(captions(tmp_path, "mask-plain-32")) == 2
 
 
@@ -224,8 +223,6 @@ def test_photographs_are_compared_with_their_captions(tmp_path):
 
 def test_texts_without_images_are_evaluated(conf, tmp_path):
     """Prompts with answers: no picture, exact match against the record, the judge's perplexity, variety by tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = pairs(tmp_path, [f"{a} + {b} = {a + b}\n#### {a + b}" for a in range(9) for b in range(9)])
     codec = Codec.load(folder / "tokenizer")
     judge = tmp_path / "judge"
@@ -264,46 +261,29 @@ def text_of(folder) -> dict:
     return {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
 
 
-# finished cells
-
-
-def test_a_rerun_does_only_what_is_missing(conf, tmp_path):
-    main([conf()])
-    first = inodes(tmp_path)
-    (tmp_path / "out" / "captions" / "stage2-plain-32.jsonl").write_text("")
-    main([conf(tokens_per_step=[16, 32])])
-    second = inodes(tmp_path)
-    assert {name for name in first if first[name] != second[name]} == {"stage2-plain-32"}
-    assert len(second) == 8
-    main([conf(seed=1)])
-    third = inodes(tmp_path)
-    assert {name for name in second if second[name] != third[name]} == set(first)
-    assert set(read(tmp_path)["meta"]["cells"]) == set(first)
-
-
-def test_an_interrupted_run_keeps_finished_cells_and_a_new_model_is_evaluated_anew(
-    conf, data, models, tmp_path, capsys
-):
-    broken = write_model(tmp_path / "broken", Codec.load(data / "tokenizer"), seed=5)
-    config = json.loads((broken / "config.json").read_text())
+def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tmp_path, capsys):
+    codec, mine = Codec.load(data / "tokenizer"), tmp_path / "mine"
+    config = json.loads((write_model(mine, codec, seed=5) / "config.json").read_text())
     deeper = {**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}
-    (broken / "config.json").write_text(json.dumps(deeper))
-    names = {"models": {"mask": str(models / "mask"), "stage2": str(broken)}}
-    with pytest.raises(SystemExit):
-        main([conf(**names)])
-    assert "does not match its config" in capsys.readouterr().err
-    assert list(read(tmp_path)["methods"]) == ["mask"]
+    (mine / "config.json").write_text(json.dumps(deeper))
+    names = {"models": {"mask": str(models / "mask"), "mine": str(mine)}}
+    assert "does not match its config" in refused(conf(**names), capsys)  # after the cells of the first model
     first = inodes(tmp_path)
-    assert set(first) == {"mask-plain-32", "mask-refine-32"}
-    (broken / "config.json").write_text(json.dumps(config))
+    assert set(first) == {"mask-plain-32", "mask-refine-32"} and list(read(tmp_path)["methods"]) == ["mask"]
+    (mine / "config.json").write_text(json.dumps(config))
     main([conf(**names)])
-    assert list(read(tmp_path)["methods"]) == ["mask", "stage2"]
     second = inodes(tmp_path)
-    write_model(broken, Codec.load(data / "tokenizer"), seed=6)
-    main([conf(**names)])
+    write_model(mine, codec, seed=6)
+    (tmp_path / "out" / "captions" / "mask-plain-32.jsonl").write_text("")
+    main([conf(**names, tokens_per_step=[16, 32])])
     third = inodes(tmp_path)
-    assert all(first[name] == second[name] == third[name] for name in first)
-    assert all(second[name] != third[name] for name in second.keys() - first.keys())
+    assert len(third) == 8
+    kept = [first["mask-refine-32"] == cells["mask-refine-32"] for cells in (second, third)]
+    assert all(kept) and first["mask-plain-32"] == second["mask-plain-32"]
+    assert {name for name in second if second[name] != third[name]} == second.keys() - {"mask-refine-32"}
+    main([conf(**names, seed=1), "evaluate.models.mine=null", f"+evaluate.models.more={mine}"])
+    assert all(inodes(tmp_path)[name] != third[name] for name in first)
+    assert set(read(tmp_path)["meta"]["cells"]) == {*first, "more-plain-32", "more-refine-32"}
 
 
 @pytest.mark.slow
@@ -319,36 +299,31 @@ def test_a_kill_loses_only_the_cell_it_falls_into(conf, models, tmp_path):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    first, done = inodes(tmp_path), read(tmp_path)
-    finished = {Cell("m", s, int(n)).file for s, cells in done["methods"]["m"].items() for n in cells}
+    first, methods = inodes(tmp_path), read(tmp_path)["methods"]
+    finished = {Cell("m", s, int(n)).file for s, cells in methods["m"].items() for n in cells}
     assert 2 <= len(finished) < 10
     main([argument])
     again, final = inodes(tmp_path), read(tmp_path)
     assert {name for name in first if first[name] == again[name]} >= finished
     assert len(again) == 10
-    assert final["bounds"] == done["bounds"]
     main([conf(**settings, out=str(tmp_path / "calm" / "out"))])
     calm = read(tmp_path / "calm")
     for results in (final, calm):
         for stats in (stats for row in results["methods"]["m"].values() for stats in row.values()):
             del stats["seconds"]
     assert (final["methods"], final["bounds"]) == (calm["methods"], calm["bounds"])
-    assert [c["captions"] for c in final["meta"]["cells"].values()] == [
-        c["captions"] for c in calm["meta"]["cells"].values()
-    ]
 
 
 def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
     for package in ("src", "datamodules"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    hashes = [code_hash(ROOT), code_hash(tmp_path)]
-    assert hashes[0] == hashes[1]
-    counted = ("src/evaluate.py", "src/evaluation/cells.py", "src/metrics/text.py", "src/samplers/sampler.py")
-    for path in (*counted, "src/models/llada.py", "src/scenes/score.py", "datamodules/loader.py", "src/io/shards.py"):
+    hashes = [code_hash(tmp_path)]
+    assert hashes == [code_hash(ROOT)]
+    for path in ("src/evaluate.py", "src/evaluation/cells.py", "src/metrics/text.py", "datamodules/loader.py"):
         with (tmp_path / path).open("a") as file:
             file.write("\n# changed\n")
         hashes.append(code_hash(tmp_path))
-    assert len(set(hashes[1:])) == len(hashes) - 1
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
@@ -368,9 +343,6 @@ def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
     assert math.isnan(line["scores"]["rings"]) and line["scores"]["valid"] == 1.0 and line["text"] == "C\u2028C"
 
 
-# settings
-
-
 def settings_of(sampler: Sampler) -> dict:
     """What a sampler does besides its speed, as values that can be compared."""
     reviser = sampler.reviser and (type(sampler.reviser), vars(sampler.reviser))
@@ -382,6 +354,9 @@ def completed(*argv: str) -> dict:
 
 
 def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_data(conf, models):
+    for name in ("plain", "refine"):  # the shipped ones stand in full in conf/evaluate.yaml
+        shipped = build(completed("conf=evaluate")["samplers"][name])
+        assert settings_of(shipped) == settings_of(build(load_part("sampler", name)))
     samplers = completed(conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released")["samplers"]
     for name, file in (("refine", "refine"), ("mine", "released")):
         argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={LENGTH}"]
@@ -391,89 +366,43 @@ def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_d
     assert samplers["plain"] == PLAIN
 
 
-@pytest.mark.parametrize("name", ["plain", "refine"])
-def test_the_samplers_of_the_shipped_evaluation_are_those_of_generate(name):
-    shipped = build(completed("conf=evaluate")["samplers"][name])
-    assert settings_of(shipped) == settings_of(build(load_part("sampler", name)))
-    assert build(completed("conf=evaluate", "evaluate.data.response_length=32")["samplers"][name]).length == 32
-
-
 def test_the_command_line_changes_the_shipped_grid():
-    found = completed(
-        "conf=sweep", "evaluate.models.model=m", "evaluate.grid.proseco.reviser.passes=[3]",
-        "evaluate.grid.threshold=null", "evaluate.samplers.refine=null",
-        "+evaluate.grid.remdm_conf.reviser={compensate: [false, true]}",
-    )  # fmt: skip
-    samplers = found["samplers"]
+    changes = ["evaluate.grid.proseco.reviser.passes=[3]", "evaluate.grid.threshold=null"]
+    changes += ["evaluate.samplers.refine=null", "+evaluate.grid.remdm_conf.reviser={compensate: [false, true]}"]
+    samplers = completed("conf=sweep", "evaluate.models.model=m", *changes)["samplers"]
     expected = {"remdm_conf[temperature=1.0,compensate=true]", "threshold", "proseco[every=1]", "proseco[every=2]"}
     assert expected <= set(samplers)
     assert samplers["proseco[every=2]"]["reviser"]["passes"] == 3
     assert not [name for name in samplers if name.startswith(("refine", "threshold["))]
     assert {node["length"] for node in samplers.values()} == {64}
-    assert list(found["models"]) == ["model"]
 
 
-def test_a_null_leaves_out_and_a_plus_adds(conf, models, tmp_path):
-    changes = ["evaluate.models.stage2=null", f"+evaluate.models.mine={models / 'stage2'}"]
-    main([conf(), *changes, "evaluate.samplers.refine=null"])
-    results = read(tmp_path)
-    assert {method: list(row) for method, row in results["methods"].items()} == {"mask": ["plain"], "mine": ["plain"]}
-    assert list(results["meta"]["settings"]["samplers"]) == ["plain"]
-
-
-def sampler(**changed) -> dict:
-    return {"samplers": {"plain": {**PLAIN, **changed}}}
-
-
-def grid(**options) -> dict:
-    return {**SWEEP, "grid": options}
+GRID = {"samplers": SWEEP["samplers"], "tokens_per_step": [16, 24]}
+JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowhere"}
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"models": {"stage1": "nowhere/model"}}, "no model 'stage1' in nowhere/model: train it, for example with"),
-        ({"models": {"mask": None, "stage1": None}}, "evaluate.models: none left to evaluate"),
-        ({"samplers": {"plain": None}}, "evaluate.samplers: none left to evaluate"),
+        ({"models": {"mask": None}}, "evaluate.models and evaluate.samplers: one of each must be left"),
         ({"samplers": {"plain": 3}}, "evaluate.samplers.plain: expected a mapping with `target:` or null, got 3"),
         ({"samplers": {"plain": "plane"}}, "no configuration 'sampler/plane'; did you mean 'sampler/plain'?"),
-        ({"samplers": {"plain": {"target": "src.samplers.unmask.TopK"}}}, "evaluate.samplers.plain: src.samplers."),
-        ({"samplers": {"plain": {"target": "src.samplers.sampler.Sampler"}}}, "length"),
-        (sampler(reviser="OverwriteAll"), "samplers.plain.reviser: expected"),
+        ({"samplers": {"plain": {**PLAIN, "reviser": "OverwriteAll"}}}, "samplers.plain.reviser: expected"),
         ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
         ({"num": 0}, "evaluate.num must be at least 1, got 0"),
         ({"headline": []}, "evaluate.headline: name at least one metric, for example [quality]"),
-        ({"tokens_per_step": 16}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8], got 16"),
-        ({"tokens_per_step": []}, "such as [1, 8], got []"),
-        ({"tokens_per_step": [0, 8]}, "such as [1, 8], got [0, 8]"),
-        (grid(prosec={"temperature": [1]}), "evaluate.grid: there is no sampler 'prosec'; did you mean 'proseco'"),
-        (
-            grid(proseco={"reviser": {"passe": [1]}}),
-            "evaluate.grid.proseco: the sampler has no option 'reviser.passe'; did you mean 'reviser.passes'?",
-        ),
-        (grid(plain={"reviser.passes": [1]}), "evaluate.grid.plain: the sampler has no option 'reviser.passes'"),
-        (grid(plain={"temperature": 1}), "evaluate.grid.plain.temperature: expected a list of different plain"),
-        (grid(plain={"temperature": []}), "expected a list of different plain values, got []"),
-        (grid(plain={"temperature": [1, 1]}), "expected a list of different plain values, got [1, 1]"),
-        (grid(plain={"temperature": ["hot"]}), "samplers.plain.temperature: expected float, got 'hot'"),
-        (grid(proseco={"reviser": {"passes": [1, 2.5]}}), "[passes=2.5].reviser.passes: expected int, got 2.5"),
-        (grid(plain={"temperature": [0, -1]}), "temperature must be at least 0, got -1"),
-        (
-            grid(plain={"tokens_per_step": [49], "temperature": [0, 1]}),
-            "with evaluate.samplers.plain=null, or give it its own speeds in evaluate.grid.plain.tokens_per_step",
-        ),
-        (grid(plain={"tokens_per_step": 8}), "evaluate.grid.plain.tokens_per_step: expected a list"),
-        (grid(plain={"steps": [8]}), "the steps follow from tokens_per_step"),
-        ({"grid": [1]}, "evaluate.grid: expected a mapping of samplers to options, got [1]"),
-        ({"curve": "quality"}, "evaluate.curve: expected null or {metric: NAME, best: highest or lowest}"),
+        ({"tokens_per_step": [0, 8]}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8]"),
+        ({**GRID, "grid": {"prosec": {}}}, "there is no sampler 'prosec'; did you mean 'proseco'"),
+        ({**GRID, "grid": {"proseco": {"reviser": {"passe": [1]}}}}, "no option 'reviser.passe'; did you mean 'rev"),
+        ({**GRID, "grid": {"plain": {"temperature": 1}}}, "evaluate.grid.plain.temperature: expected a list of plain"),
+        ({**GRID, "grid": {"plain": {"temperature": [0, -1]}}}, "temperature must be at least 0, got -1"),
+        ({**GRID, "grid": {"plain": {"tokens_per_step": [49]}}}, "or its own speeds in evaluate.grid.plain.tokens_per"),
+        ({**GRID, "grid": {"plain": {"steps": [8]}}}, "the steps follow from tokens_per_step"),
         ({"curve": {"metric": "quality", "best": "most"}}, "got {'metric': 'quality', 'best': 'most'}"),
         ({"bound": {"draws": "many"}}, "draws: expected int, got 'many'"),
         ({"bound": {"drawz": 3}}, "evaluate.bound: expected {draws: NUMBER or null"),
-        ({"bound": {"draws": 0}}, "draws must be at least 1, got 0"),
-        (
-            {"metrics": [{"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowhere"}]},
-            "no language model in 'nowhere'",
-        ),
+        ({"metrics": [JUDGE]}, "nowhere is not a causal language model with a tokenizer"),
+        ({"metrics": [{"target": "src.metrics.answer.ExactMatch"}]}, "has no answer after ####"),
     ],
 )
 def test_mistakes_are_one_error_before_anything_runs(changed, words, conf, tmp_path, capsys):
@@ -486,46 +415,28 @@ def refused(argument: str, capsys) -> str:
         main([argument])
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert message.splitlines()[-1].startswith("error: ") and "Traceback" not in message
+    assert "error: " in message and "Traceback" not in message
     return message
 
 
-def test_metrics_of_headline_and_curve_are_names_of_metrics(conf, capsys):
+def test_all_missing_models_are_listed_with_the_command_that_trains_them(conf, models, monkeypatch, tmp_path, capsys):
+    folders = {"mine": "elsewhere/model", "mask": str(models / "mask"), "other": "runs/stage1/model"}
+    assert refused(conf(models=folders), capsys).splitlines() == [
+        "error: no model 'mine' in elsewhere/model",
+        "  no model 'other' in runs/stage1/model: train it with `python -m src.train conf=stage1`",
+        "  or set evaluate.models.NAME to another model folder or to null",
+    ]
+
+
+def test_names_of_metrics_and_cells_and_tokenizers_are_checked(conf, models, tmp_path, capsys):
     assert "evaluate.headline: no metric qualty; there are coverage" in refused(conf(headline=["qualty"]), capsys)
-    curve = {"metric": "qualty"}
-    assert "evaluate.curve: no metric qualty; there are coverage" in refused(conf(curve=curve), capsys)
-
-
-def test_cells_that_would_share_a_name_are_refused(conf, models, capsys):
+    assert "evaluate.curve: no metric qualty" in refused(conf(curve={"metric": "qualty"}), capsys)
     names = {"m": str(models / "mask"), "m-x": str(models / "mask")}
     message = refused(conf(models=names, samplers={"x-y": PLAIN, "y": PLAIN}), capsys)
     assert "two cells of the evaluation have the same name" in message
-
-
-def test_models_with_other_tokenizers_are_refused(conf, models, tmp_path, capsys):
     other = write_model(tmp_path / "other", Codec.train(["another vocabulary"], vocab_size=40))
     message = refused(conf(models={"mask": str(models / "mask"), "other": str(other)}), capsys)
     assert "tokenizers: mask, other" in message
-
-
-def test_a_response_length_that_no_model_was_trained_with_is_said(conf, models, data, tmp_path, caplog):
-    model = from_pretrained(models / "mask")
-    model.response_length = 32
-    save_pretrained(model, Codec.load(data / "tokenizer"), tmp_path / "model")
-    main([conf(models={"odd": str(tmp_path / "model")}, num=1, tokens_per_step=[48])])
-    assert "odd: evaluate.data.response_length=48, but the model was trained with response length 32" in caplog.text
-
-
-def test_a_record_that_a_metric_cannot_use_stops_before_the_first_caption(conf, tmp_path, capsys):
-    folder = pairs(tmp_path, [f"a{n}" for n in range(20)])
-    model = write_model(tmp_path / "text", Codec.load(folder / "tokenizer"), vision=False)
-    settings = {"metrics": [{"target": "src.metrics.answer.ExactMatch"}], "data": text_of(folder), "split": "val"}
-    message = refused(conf(models={"m": str(model)}, **settings), capsys)
-    assert "has no answer after ####" in message
-    assert not (tmp_path / "out").exists()
-
-
-# curve and bound
 
 
 def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):
@@ -535,23 +446,15 @@ def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):
     assert [(p["sampler"], str(p["tokens_per_step"])) for p in curve["points"]] == cells
     for point, (sampler, speed) in zip(curve["points"], cells, strict=True):
         stats = methods["m"][sampler][speed]
-        assert (point["forwards"], point["seconds"]) == (stats["forwards"], stats["seconds"])
-        assert point["value"] == stats["quality"]
+        assert [point[name] for name in ("forwards", "seconds", "value")] == [
+            stats[name] for name in ("forwards", "seconds", "quality")
+        ]
         calls = [line["scores"]["forwards"] for line in captions(tmp_path, f"m-{sampler}-{speed}")]
         assert point["forwards"]["mean"] == statistics.mean(calls) and len(calls) == NUM
-    assert methods["m"]["plain"]["16"]["forwards"]["mean"] == 3
-    assert methods["m"]["proseco[passes=1]"]["16"]["forwards"]["mean"] == 6
+    assert [methods["m"][name]["16"]["forwards"]["mean"] for name in ("plain", "proseco[passes=1]")] == [3, 6]
     assert Image.open(tmp_path / "out" / "curve.png").size > (400, 300)
     assert not (tmp_path / "out" / "quality.png").exists()
     assert "| calls up to: best quality | cell " in capsys.readouterr().out
-
-
-def test_a_speed_of_its_own_leaves_gaps_in_the_table(conf, models, tmp_path, capsys):
-    only = {"proseco": {"tokens_per_step": [48]}}
-    main([conf(**{**SWEEP, "grid": only, "curve": None}, models={"m": str(models / "mask")})])
-    assert {s: list(c) for s, c in read(tmp_path)["methods"]["m"].items()} == {"plain": ["16", "24"], "proseco": ["48"]}
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| proseco |" in line]
-    assert [[cell.strip() for cell in cells[3:5]] for cells in rows] == [["-", "-"]] * 2
 
 
 def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys):
@@ -562,9 +465,6 @@ def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys)
         nats = response_nats(backbone, first_batch(data, codec), special=codec.special, draws=3, seed=0)
     bound = read(tmp_path)["bounds"]["m"]
     assert bound["nelbo"]["mean"] == pytest.approx(float(nats.mean()) / LENGTH, rel=1e-5)
-    assert bound["nelbo"]["se"] == pytest.approx(float(nats.std()) / LENGTH / math.sqrt(NUM), rel=1e-4)
-    assert bound["bits"]["mean"] == pytest.approx(bound["nelbo"]["mean"] / math.log(2))
-    assert bound["perplexity"]["mean"] == pytest.approx(math.exp(bound["nelbo"]["mean"]))
     assert "| bound per token | nelbo " in capsys.readouterr().out
     cells = inodes(tmp_path)
     main([conf(**settings, bound={"draws": 3}, headline=["coverage"])])
@@ -572,5 +472,3 @@ def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys)
     main([conf(**settings, bound={"draws": 4})])  # another bound, the same cells
     assert inodes(tmp_path) == cells
     assert read(tmp_path)["bounds"]["m"]["nelbo"] != bound["nelbo"]
-    main([conf(**settings, bound=None)])
-    assert read(tmp_path)["bounds"] == {}

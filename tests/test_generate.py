@@ -14,7 +14,7 @@ from PIL import Image
 from datamodules.collate import image_inputs
 from src.generate import main
 from src.io.shards import write_shards
-from src.models.hf.folder import BLOCK, BLOCKS, from_pretrained, save_pretrained, sketch
+from src.models.hf.folder import BLOCK, BLOCKS, save_pretrained, sketch
 from src.models.llada_v import LLaDAV
 from src.models.tiling import Square
 from src.samplers.rediff import OverwriteAll
@@ -89,11 +89,17 @@ def directly(backbone, codec, photo, sampler, *, start=None, prompt=PROMPT):
 
 @pytest.mark.parametrize("name", ["plain", "refine"])
 def test_captions_are_those_of_the_sampler(name, model, backbone, codec, photos, tmp_path):
-    found = run(model, photos, tmp_path / "out.jsonl", ask(), f"sampler={name}", "batch_size=2")
-    assert [line["key"] for line in found] == ["a.png", "b.png", "more/c.png"]
+    """A photograph that is not square is put on a grey square: the whole picture is kept, and its shape."""
+    wide = Image.effect_noise((64, 16), 90).convert("RGB")
+    wide.save(photos / "wide.png")
+    captions = run(model, photos, tmp_path / "out.jsonl", ask(), f"sampler={name}", "batch_size=2")
+    assert [line["key"] for line in captions] == ["a.png", "b.png", "more/c.png", "wide.png"]
+    square = Image.new("RGB", (32, 32), (128, 128, 128))
+    square.paste(wide.resize((32, 8), Image.Resampling.BICUBIC, reducing_gap=3.0), (0, 12))
+    square.save(photos / "wide.png")
     extra = {} if name == "plain" else {"reviser": OverwriteAll(), "post_steps": 1}
     sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True, **extra)
-    for line in found:
+    for line in captions:
         expected = directly(backbone, codec, photos / line["key"], sampler)
         assert line["text"] == codec.decode(expected.ids[0].tolist())
         assert (line["forwards"], line["edits"]) == (int(expected.forwards), int(expected.edits))
@@ -106,38 +112,28 @@ def test_a_caption_to_correct_is_what_the_sampler_starts_from(model, backbone, c
     start = torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))])
     sampler = Sampler(length=LENGTH, reviser=OverwriteAll(), post_steps=2, eos_last=True)
     expected = directly(backbone, codec, photos / "a.png", sampler, start=start)
-    assert line["text"] == codec.decode(expected.ids[0].tolist())
+    assert (line["text"], line["caption"]) == (codec.decode(expected.ids[0].tolist()), TEXTS[0])
     assert line["edits"] == int(expected.edits) > 0
-    assert 1 <= line["forwards"] <= 2
-    assert line["caption"] == TEXTS[0]
 
 
-def test_a_split_brings_its_own_prompts_and_keys(model, backbone, codec, photos, tmp_path):
-    samples = [
-        {
-            "__key__": name,
-            "json": {"key": name, "prompt": prompt},
-            "png": (photos / f"{name}.png").read_bytes(),
-        }
-        for name, prompt in [("a", PROMPT), ("b", "Describe it.")]
-    ]
-    samples.append({"__key__": "broken", "json": {"prompt": PROMPT}, "png": samples[0]["png"][:60]})
+def test_a_split_brings_its_own_prompts_and_keys(model, backbone, codec, photos, tmp_path, capsys):
+    image = {name: (photos / f"{name}.png").read_bytes() for name in "ab"}
+    samples = [("a", PROMPT, image["a"]), ("b", "Describe it.", image["b"]), ("broken", PROMPT, image["a"][:60])]
+    samples += [("marks", "<image> or <image>?", image["a"]), ("mark", f"<image>{PROMPT}", image["a"])]
+    shards = [{"__key__": key, "json": {"key": key, "prompt": text}, "png": png} for key, text, png in samples]
     split = tmp_path / "data" / "test"
-    write_shards(split, samples, prefix="test", per_shard=2, kind="captions", tokenizer=codec.fingerprint)
-    found = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
-    assert [line["key"] for line in found] == ["a", "b"]
+    write_shards(split, shards, prefix="test", per_shard=2, kind="captions", tokenizer=codec.fingerprint)
+    own = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
+    assert [line["key"] for line in own] == ["a", "b", "mark"]
+    assert "2 images could not be read: broken, marks" in capsys.readouterr().err
+    assert own[0]["text"] == own[2]["text"]  # the mark is where it would have been put
     same = run(model, split, tmp_path / "same.jsonl", "sampler=plain", ask())
-    asked = [
-        (found[0], "a", PROMPT),
-        (found[1], "b", "Describe it."),
-        (same[0], "a", PROMPT),
-        (same[1], "b", PROMPT),
-    ]
-    for line, name, prompt in asked:  # one by one, without the padding of the shorter prompt
+    pairs = [(own[0], PROMPT), (own[1], "Describe it."), (same[0], PROMPT), (same[1], PROMPT)]
+    for line, prompt in pairs:  # one by one, without the padding of the shorter prompt
         sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
-        expected = directly(backbone, codec, photos / f"{name}.png", sampler, prompt=prompt)
+        expected = directly(backbone, codec, photos / f"{line['key']}.png", sampler, prompt=prompt)
         assert line["text"] == codec.decode(expected.ids[0].tolist())
-    assert found[1]["text"] != same[1]["text"]
+    assert own[1]["text"] != same[1]["text"]
 
 
 def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path, capsys):
@@ -152,49 +148,26 @@ def test_a_run_goes_on_where_it_was_killed(model, photos, tmp_path, capsys):
     assert run(model, photos, out, ask(), "batch_size=1", "trace=true") == whole
     assert out.read_text() == text
     assert [line["key"] for line in lines(trace)] == ["a.png", "b.png", "more/c.png"]
-    said = capsys.readouterr()
-    assert "2 captions written" in said.err
-    assert "1 already there" in said.err
-    assert said.out == "".join(f"{line['key']}: {line['text']}\n" for line in whole[1:])
+    printed = capsys.readouterr()
+    assert "2 captions written" in printed.err and "1 already there" in printed.err
+    assert printed.out == "".join(f"{line['key']}: {line['text']}\n" for line in whole[1:])
     before = out.stat().st_mtime_ns
     run(model, photos, out, ask())
     assert out.stat().st_mtime_ns == before
 
 
-def test_a_photograph_is_put_on_a_grey_square(model, backbone, codec, tmp_path):
-    """The small model sees squares; the whole picture is kept, and its shape."""
-    wide = Image.effect_noise((64, 16), 90).convert("RGB")
-    wide.save(tmp_path / "wide.png")
-    square = Image.new("RGB", (32, 32), (128, 128, 128))
-    square.paste(wide.resize((32, 8), Image.Resampling.BICUBIC, reducing_gap=3.0), (0, 12))
-    square.save(tmp_path / "square.png")
-    (line,) = run(model, tmp_path / "wide.png", tmp_path / "out.jsonl", ask(), "sampler=plain")
-    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
-    seen, squashed = (directly(backbone, codec, tmp_path / name, sampler) for name in ("square.png", "wide.png"))
-    assert line["text"] == codec.decode(seen.ids[0].tolist()) != codec.decode(squashed.ids[0].tolist())
-
-
-def test_a_trace_ends_in_the_caption(model, codec, photos, tmp_path):
-    found = run(model, photos, tmp_path / "out.jsonl", ask(), "trace=true")
-    for line, trace in zip(found, lines(tmp_path / "out.trace.jsonl"), strict=True):
-        assert trace["key"] == line["key"]
-        assert codec.decode(trace["steps"][-1]["tokens"]) == line["text"]
-        assert trace["steps"][-1]["forwards"] == line["forwards"]
-        assert sum(len(step["unmasked"]) for step in trace["steps"]) == LENGTH
-
-
 def test_a_trace_can_be_read(model, codec, photos, tmp_path):
-    """The text after each step, with _ for a mask: what is in sight of the ids, put together by hand."""
-    (line,) = run(model, photos / "a.png", tmp_path / "out.jsonl", ask(), "trace=true")
-    (trace,) = lines(tmp_path / "out.trace.jsonl")
-    texts = [step["text"] for step in trace["steps"]]
-    for step, text in zip(trace["steps"], texts, strict=True):
-        ids = step["tokens"]
-        ids = ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids
-        pieces = ["_" if token == codec.mask_id else codec.decode([token]) for token in ids]
-        assert text == "".join(pieces)
-    assert "_" in texts[0]
-    assert texts[-1] == line["text"]
+    """The text after each step, with _ for a mask: put together from the ids by hand; the last one is the caption."""
+    captions = run(model, photos, tmp_path / "out.jsonl", ask(), "trace=true")
+    for line, trace in zip(captions, lines(tmp_path / "out.trace.jsonl"), strict=True):
+        steps = trace["steps"]
+        for step in steps:
+            ids = step["tokens"]
+            ids = ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids
+            assert step["text"] == "".join("_" if i == codec.mask_id else codec.decode([i]) for i in ids)
+        assert "_" in steps[0]["text"]
+        assert (trace["key"], steps[-1]["text"], steps[-1]["forwards"]) == (line["key"], line["text"], line["forwards"])
+        assert sum(len(step["unmasked"]) for step in steps) == LENGTH
 
 
 def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_path, capsys):
@@ -202,17 +175,12 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_pat
     (photos / "cut.png").write_bytes((photos / "a.png").read_bytes()[:100])
     (photos / ".hidden.png").write_bytes(b"")
     (photos / "notes.txt").write_text("not an image and not meant as one")
-    found = run(model, photos, tmp_path / "out.jsonl", ask())
-    assert [line["key"] for line in found] == ["a.png", "b.png", "more/c.png"]
-    assert "3 captions written" in (said := capsys.readouterr().err)
-    assert "2 images could not be read: bad.png, cut.png" in said
-
-
-def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
-    bad = photos / "bad.png"
-    bad.write_bytes(b"this is no image")
+    captions = run(model, photos, tmp_path / "out.jsonl", ask())
+    assert [line["key"] for line in captions] == ["a.png", "b.png", "more/c.png"]
+    assert "3 captions written" in (message := capsys.readouterr().err)
+    assert "2 images could not be read: bad.png, cut.png" in message
     with pytest.raises(SystemExit) as stop:
-        run(model, bad, tmp_path / "out.jsonl", ask())
+        run(model, photos / "bad.png", tmp_path / "none.jsonl", ask())
     assert stop.value.code == 1
 
 
@@ -226,26 +194,28 @@ def test_exit_code_1_when_no_image_could_be_read(model, photos, tmp_path):
         ([ask(), f"caption={TEXTS[0] * 9}"], "a response has room for 23"),
         ([ask(), "batch_size=0"], "batch_size must be at least 1, got 0"),
         ([ask(), "images=nowhere"], "no file or folder nowhere"),
-        ([ask(), "prompt_format=BROKEN"], "the chat template fails: Expected an expression"),
+        (["images=FOLDER"], "is a whole dataset; choose a split, such as"),
+        ([ask(), "prompt_format=FOLDER/broken.yaml"], "the chat template fails: Expected an expression"),
         ([ask(), "model.path=nowhere"], "nowhere is not a model folder"),
-        ([ask(), "temprature=1"], "did you mean 'temperature'"),
         (["images=null"], "images=null needs a prompt"),
         (["images=null", ask("nowhere.jsonl")], "prompt: nowhere.jsonl cannot be read"),
         ([ask("<image> or <image>?")], "2 image marks in '<image> or <image>?', but 1 images"),
-        (["images=null", ask("What is <image>?")], "1 image marks in 'What is <image>?', but 0 images"),
         ([ask(), "prompt_format=lada"], "no prompt format 'lada'"),
         ([ask(), "join=upstraem"], "join must be one of keep, upstream, got 'upstraem'"),
         ([ask(), "model.dtype=int3"], "dtype must be one of"),
+        ([ask(), "model.path=TEXT"], "the model has no vision path"),
     ],
 )
-def test_mistakes_are_said_in_one_line(settings, words, model, photos, tmp_path, capsys):
+def test_mistakes_are_one_line(settings, words, model, text_model, photos, tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("template: '{% if %}'")
-    settings = [setting.replace("BROKEN", str(tmp_path / "broken.yaml")) for setting in settings]
+    index = {"format": 2, "kind": "dataset", "tokenizer": "x", "counts": {}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    settings = [s.replace("FOLDER", str(tmp_path)).replace("TEXT", str(text_model[1])) for s in settings]
     with pytest.raises(SystemExit) as stop:
         run(model, photos, tmp_path / "out.jsonl", *settings)
     assert stop.value.code == 2
-    assert words in (said := capsys.readouterr().err)
-    assert len(said.splitlines()) == 1
+    assert words in (message := capsys.readouterr().err)
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -259,44 +229,26 @@ def test_a_template_is_asked_to_open_the_answer(tmp_path, codec):
     assert Codec.load(tmp_path).prompt_ids("qu", images=0) == codec.encode("qua")[0]
 
 
-def test_a_dataset_is_not_a_split(model, tmp_path, capsys):
-    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "kind": "dataset", "tokenizer": "x", "counts": {}}))
-    with pytest.raises(SystemExit):
-        run(model, tmp_path, tmp_path / "out.jsonl")
-    message = f"{tmp_path} is a whole dataset; choose a split, such as {tmp_path / 'test'}"
-    assert capsys.readouterr().err == f"error: {message}\n"
-
-
-def test_captions_of_other_settings_are_not_mixed(model, photos, tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
-    run(model, photos, out, ask())
-    text = out.read_text()
-    with pytest.raises(SystemExit):
-        run(model, photos, out, ask(), "seed=1", "temperature=0.5")
-    assert "made with another temperature, seed" in capsys.readouterr().err
-    mine = tmp_path / "refine.yaml"  # what the lines do not name one by one
-    reviser = "{target: src.samplers.rediff.OverwriteAll, scope: all}"
-    mine.write_text(f"base: sampler/refine\nsampler: {{reviser: {reviser}}}\n")
-    first = tmp_path / "first.jsonl"
-    run(model, photos, first, ask(), f"sampler={mine}")
-    mine.write_text("base: sampler/refine\nsampler: {eos_last: false}\n")
-    for change in ([f"sampler={mine}"], [f"sampler={mine}", "model.attention=full"]):
-        with pytest.raises(SystemExit):
-            run(model, photos, first, ask(), *change)
-        assert "made with another sampler or model option" in capsys.readouterr().err
-    out.write_text("not json\n" + text)
-    with pytest.raises(SystemExit):
-        run(model, photos, out, ask())
-    assert "line 1 of" in capsys.readouterr().err
-
-
-def test_captions_of_another_model_are_not_mixed(model, backbone, codec, photos, tmp_path, capsys):
+def test_captions_of_other_settings_or_models_are_not_mixed(model, backbone, codec, photos, tmp_path, capsys):
     """Other weights or another config, wherever the folder is; the same model may lie somewhere else."""
-    out, other = tmp_path / "out.jsonl", tmp_path / "other"
-    run(model, photos, out, ask())
+
+    def refused(folder, *settings) -> str:
+        with pytest.raises(SystemExit):
+            run(folder, photos, out, ask(), *settings)
+        return capsys.readouterr().err
+
+    out, other, mine = tmp_path / "out.jsonl", tmp_path / "other", tmp_path / "mine.yaml"
+    mine.write_text(
+        "base: sampler/refine\nsampler: {reviser: {target: src.samplers.rediff.OverwriteAll, scope: all}}\n"
+    )
+    run(model, photos, out, ask(), f"sampler={mine}")
     text = out.read_text()
     shutil.copytree(model, other)
-    run(other, photos, out, ask())
+    run(other, photos, out, ask(), f"sampler={mine}")
+    changes = ("seed=1", "temperature=0.5", "join=upstream")
+    assert "made with another temperature, seed, join" in refused(model, f"sampler={mine}", *changes)
+    # what the lines do not name one by one
+    assert "another sampler or model option" in refused(model, f"sampler={mine}", "model.attention=full")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     trained = copy.deepcopy(backbone)
@@ -304,10 +256,9 @@ def test_captions_of_another_model_are_not_mixed(model, backbone, codec, photos,
         trained.get_submodule("model.layers")[1].mlp.down_proj.weight.add_(1e-4)
     save_pretrained(trained, codec, tmp_path / "trained")
     for folder in (other, tmp_path / "trained"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            run(folder, photos, out, ask())
-        assert "was made with another model; choose another out" in capsys.readouterr().err
+        assert "was made with another model; choose another out" in refused(folder, f"sampler={mine}")
+    mine.write_text("base: sampler/refine\nsampler: {eos_last: false}\n")
+    assert "another sampler or model option" in refused(model, f"sampler={mine}")
     assert out.read_text() == text
 
 
@@ -319,17 +270,17 @@ def test_a_sketch_sees_both_ends_of_every_tensor(tmp_path):
     model = LLaDAV(decoder={"vocab_size": 40, **wide}, vision=None)
     codec = Codec.train(["x"], vocab_size=20)
     save_pretrained(model, codec, tmp_path / "m")
-    first, found = sketch(tmp_path / "m"), set[str]()
+    first, changed = sketch(tmp_path / "m"), set[str]()
     for name, parameter in model.state_dict().items():
         for place in (0, -1):
             values = parameter.reshape(-1)
             kept = float(values[place])
             values[place] += 1
             save_pretrained(model, codec, tmp_path / "m")
-            found.add(sketch(tmp_path / "m"))
+            changed.add(sketch(tmp_path / "m"))
             values[place] = kept
-        assert first not in found, name
-    assert len(found) == 2 * len(model.state_dict())
+        assert first not in changed, name
+    assert len(changed) == 2 * len(model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -349,74 +300,38 @@ def answer(backbone, codec, question, key, sampler):
     """The sampler called without the verb, on one question without an image."""
     with torch.no_grad():
         prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([codec.prompt_ids(question, images=0)])})
-    found = sampler(backbone, prefix, special=codec.special, keys=[key], seed=0)
-    return codec.decode(found.ids[0].tolist())
+    return codec.decode(sampler(backbone, prefix, special=codec.special, keys=[key], seed=0).ids[0].tolist())
 
 
 def test_questions_without_images(text_model, backbone, model, codec, tmp_path):
     sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
     (line,) = run(text_model[1], "null", tmp_path / "one.jsonl", ask(TEXTS[0]), "sampler=plain")
     assert (line["key"], line["text"]) == ("prompt", answer(text_model[0], codec, TEXTS[0], "prompt", sampler))
-    asked = {"a": PROMPT, "b": TEXTS[0], "c": TEXTS[1]}
+    questions = {"a": PROMPT, "b": TEXTS[0], "c": TEXTS[1]}
     file = tmp_path / "questions.jsonl"
-    file.write_text("".join(json.dumps({"key": key, "prompt": text}) + "\n" for key, text in asked.items()))
+    file.write_text("".join(json.dumps({"key": key, "prompt": text}) + "\n" for key, text in questions.items()))
     for folder, network in [(text_model[1], text_model[0]), (model, backbone)]:  # one with a vision path as well
         out = tmp_path / f"{folder.name}.jsonl"
-        found = run(folder, "null", out, f"prompt={file}", "sampler=plain", "batch_size=2")
-        expected = {key: answer(network, codec, text, key, sampler) for key, text in asked.items()}
-        assert {line["key"]: line["text"] for line in found} == expected
+        answers = run(folder, "null", out, f"prompt={file}", "sampler=plain", "batch_size=2")
+        expected = {key: answer(network, codec, text, key, sampler) for key, text in questions.items()}
+        assert {line["key"]: line["text"] for line in answers} == expected
 
 
-def test_a_text_model_takes_no_images(text_model, photos, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(text_model[1], photos, tmp_path / "out.jsonl", ask())
-    assert "the model has no vision path" in capsys.readouterr().err
-
-
-def test_a_sample_whose_prompt_has_too_many_marks_is_left_out(model, codec, photos, tmp_path, capsys):
-    image = (photos / "a.png").read_bytes()
-    samples = [
-        {"__key__": key, "json": {"prompt": prompt}, "png": image}
-        for key, prompt in [("a", PROMPT), ("b", "<image> or <image>?"), ("c", f"<image>{PROMPT}")]
-    ]
-    split = tmp_path / "test"
-    write_shards(split, samples, prefix="test", per_shard=9, kind="captions", tokenizer=codec.fingerprint)
-    found = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
-    assert [line["key"] for line in found] == ["a", "c"]
-    assert found[0]["text"] == found[1]["text"]  # the mark is where it would have been put
-    assert "1 images could not be read: b" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["cfg_scale=1.5", f"suffix={TEXTS[1]}"])
-def test_guidance_and_suffix_reach_the_sampler(name, text_model, codec, tmp_path):
-    backbone, path = text_model
+def test_settings_reach_the_sampler(text_model, codec, tmp_path):
+    """Guidance, a suffix, early stop and the response length that a model knows; a length that is given goes first."""
+    backbone = copy.deepcopy(text_model[0])
+    backbone.response_length = 20
+    save_pretrained(backbone, codec, tmp_path / "m")
     prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([codec.prompt_ids(PROMPT, images=0)])})
-    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True, cfg_scale=1.5 if "cfg" in name else 0)
-    suffix = torch.tensor(codec.encode(TEXTS[1])[0]) if "suffix" in name else None
-    found = sampler(backbone, prefix, special=codec.special, keys=["prompt"], seed=0, suffix=suffix)
-    (plain,) = run(path, "null", tmp_path / "plain.jsonl", ask(), "sampler=plain")
-    (line,) = run(path, "null", tmp_path / "out.jsonl", ask(), "sampler=plain", name)
-    assert (line["text"], line["forwards"]) == (codec.decode(found.ids[0].tolist()), int(found.forwards))
-    assert line["text"] != plain["text"]
-
-
-def test_early_stop_can_be_chosen(text_model, tmp_path):
-    settings = (ask(), "sampler=released", "tokens_per_step=1")
-    runs = {
-        choice: run(text_model[1], "null", tmp_path / f"{choice}.jsonl", *settings, f"early_stop={choice}")[0]
-        for choice in ("true", "false", "null")
-    }
-    assert runs["true"]["forwards"] < runs["false"]["forwards"]
-    assert runs["null"]["forwards"] == runs["true"]["forwards"]  # as the sampler's file says
-
-
-def test_a_model_that_knows_its_response_length_decides_the_length(backbone, codec, photos, tmp_path):
-    """The sampler's file says 64; a length that is asked for goes first."""
-    trained = copy.deepcopy(backbone)
-    trained.response_length = 20
-    save_pretrained(trained, codec, tmp_path / "m")
-    assert from_pretrained(tmp_path / "m").response_length == 20
-    argv = ["conf=generate", f"model.path={tmp_path / 'm'}", f"images={photos}", ask(), "tokens_per_step=4"]
-    for name, more, length in (("own", [], 20), ("asked", ["length=12"], 12)):
-        main([*argv, f"out={tmp_path / name}", *more])
-        assert {line["length"] for line in lines(tmp_path / name)} == {length}
+    suffix = torch.tensor(codec.encode(TEXTS[1])[0])
+    cases = [
+        ("length=null", 20, {}, None),
+        ("cfg_scale=1.5", LENGTH, {"cfg_scale": 1.5}, None),
+        ("early_stop=true", LENGTH, {"early_stop": True}, None),
+        (f"suffix={TEXTS[1]}", LENGTH, {}, suffix),
+    ]
+    for number, (setting, length, options, after) in enumerate(cases):
+        (line,) = run(tmp_path / "m", "null", tmp_path / f"{number}.jsonl", ask(), "sampler=plain", setting)
+        sampler = Sampler(length=length, tokens_per_step=4, eos_last=True, **options)
+        sampled = sampler(backbone, prefix, special=codec.special, keys=["prompt"], seed=0, suffix=after)
+        assert (line["text"], line["forwards"]) == (codec.decode(sampled.ids[0].tolist()), int(sampled.forwards))

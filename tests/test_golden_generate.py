@@ -104,34 +104,3 @@ def test_files_and_shards_of_any_shape_one_by_one_or_together(golden, command, p
     sharded = command(tmp_path / "data", *settings, prompt="", out="sharded.jsonl")
     assert [f"{line['key']}.png" for line in sharded] == whole
     assert [line["text"] for line in sharded] == [line["text"] for line in together]
-
-
-def test_a_stopped_run_goes_on_without_repeating(command, photos, tmp_path, capsys) -> None:
-    settings = ("length=16", "steps=4", "batch_size=2")
-    whole = command(photos, *settings)
-    text = (tmp_path / "out.jsonl").read_text()
-    (tmp_path / "out.jsonl").write_text("".join(text.splitlines(keepends=True)[:1]))
-    (photos / whole[0]["key"]).write_bytes(b"this would fail now")  # its caption is there
-    (photos / "a-broken.png").write_bytes(b"this does fail")
-    capsys.readouterr()
-    assert command(photos, *settings) == whole
-    said = capsys.readouterr()
-    assert said.out == "".join(f"{line['key']}: {line['text']}\n" for line in whole[1:])
-    assert f"{len(whole) - 1} captions written" in said.err and "1 already there" in said.err
-    assert "1 images could not be read: a-broken.png" in said.err
-
-
-def test_the_system_text_and_the_join_reach_the_model(command, photos) -> None:
-    settings = ("length=16", "steps=4")
-    texts = {
-        name: [line["text"] for line in command(photos, *settings, *more, out=f"{name}.jsonl")]
-        for name, more in {"as told": [], "joined": ["join=upstream"], "none": ["system=''"]}.items()
-    }
-    assert texts["as told"] != texts["joined"] and texts["as told"] != texts["none"]
-
-
-def test_output_of_other_prompts_is_not_mixed(command, photos, capsys) -> None:
-    command(photos, "length=16", "steps=4")
-    with pytest.raises(SystemExit):
-        command(photos, "length=16", "steps=4", "join=upstream", "prompt_format=llada_v")
-    assert "made with another prompt_format, join" in capsys.readouterr().err

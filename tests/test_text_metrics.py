@@ -17,8 +17,8 @@ from src.cli.instantiate import build, check
 from src.io.shards import write_shards
 from src.metrics.answer import ExactMatch, answer_of
 from src.metrics.perplexity import GenerativePerplexity
-from src.metrics.smiles import Smiles
-from src.metrics.variety import Variety, unigram_entropy
+from src.metrics.smiles import Smiles, chemistry
+from src.metrics.variety import Variety
 from src.text.tokenizer import Codec
 
 with_rdkit = pytest.mark.skipif(find_spec("rdkit") is None, reason="rdkit is not installed (the extra `smiles`)")
@@ -33,32 +33,25 @@ def answered(number) -> dict:
     return {"key": "x", "captions": [{"text": f"so it is {number}.\n#### {number}"}]}
 
 
-# variety
-
-
 def test_entropy_and_repeats_by_hand():
     # a b a b c: shares 2/5, 2/5, 1/5; bigrams ab ba ab bc: one of four repeats; trigrams aba bab abc: none
     scores = Variety(sizes=[1, 2, 3]).score("A b, a b c!", {})
     entropy = -(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2))
     assert scores == {"entropy": pytest.approx(entropy), "repeat_1": 0.4, "repeat_2": 0.25, "repeat_3": 0.0}
-    assert unigram_entropy(["x"] * 7) == 0
-    assert unigram_entropy([str(i) for i in range(9)]) == pytest.approx(math.log(9))
     assert set(Variety().score(" .. ", {}).values()) == {0.0}
 
 
 def test_distinct_n_is_over_the_whole_set_and_merges():
     texts = ["a red ring", "a red cross a red", "", "b"]
-    whole, left, right = Variety(sizes=[1, 2]), Variety(sizes=[1, 2]), Variety(sizes=[1, 2])
-    whole.update(texts, [{}] * 4)
+    left, right = Variety(sizes=[1, 2]), Variety(sizes=[1, 2])
     left.update(texts[:1], [{}])
     right.update(texts[1:], [{}] * 3)
     left.merge_state(right)
     words = [text.split() for text in texts]
     bigrams = [pair for some in words for pair in pairwise(some)]
-    stats = whole.compute()
+    stats = left.compute()
     assert stats["distinct_1"]["mean"] == len({w for some in words for w in some}) / sum(map(len, words))
     assert stats["distinct_2"]["mean"] == len(set(bigrams)) / len(bigrams)
-    assert stats == left.compute()
 
 
 def test_tokens_are_those_of_the_tokenizer(codec):
@@ -74,43 +67,25 @@ def test_tokens_are_those_of_the_tokenizer(codec):
     assert stats["token_entropy"]["mean"] == pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
-@pytest.mark.parametrize("settings", [{"sizes": []}, {"sizes": [0, 1]}, {"sizes": [2, 2]}, {"unit": "tokens"}])
-def test_variety_refuses(settings):
-    with pytest.raises(ValueError, match="must be"):
-        Variety(**settings)
-
-
-# final answers
-
-
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("#### 72", "72"),
-        ("6 * 7 = 42\n####42", "42"),
-        ("#### 1,234", "1234"),
-        ("#### 1 234 567.50", "1234567.5"),
-        ("#### 72.00", "72"),
-        ("#### .5", "0.5"),
-        ("#### -3", "-3"),
-        ("#### $18.", "18"),
-        ("#### -$1,000", "-1000"),
-        ("#### $-2", "-2"),
-        ("#### 12 34", "12"),
-        ("#### 007", "7"),
-        ("#### 5 apples\n#### 6", "5"),
-        ("#### 12,5", "12"),
-        ("#### 1,2345", "1"),
-        ("the answer is 72", None),
+        ("6 * 7 = 42\n####42", 42),
+        ("#### 1 234 567.50", 1234567.5),
+        ("#### .5", 0.5),
+        ("#### $18.", 18),
+        ("#### -$1,000", -1000),
+        ("#### $-2", -2),
+        ("#### 12 34", 12),
+        ("#### 5 apples\n#### 6", 5),
+        ("#### 1,2345", 1),
         ("####\n72", None),
-        ("#### none", None),
         ("### 72", None),
-        ("", None),
     ],
 )
 def test_answers(text, number):
     answer = answer_of(text)
-    assert (None if answer is None else float(answer)) == (None if number is None else float(number))
+    assert answer == number or float(answer) == number
 
 
 def test_exact_match_compares_values():
@@ -124,12 +99,7 @@ def test_exact_match_compares_values():
         metric.update(["#### 5"], [{"key": "x", "captions": [{"text": "five"}]}])
 
 
-# molecules
-
-
 def test_a_missing_rdkit_says_what_to_install(monkeypatch):
-    from src.metrics.smiles import chemistry
-
     chemistry.cache_clear()
     monkeypatch.setitem(sys.modules, "rdkit", None)  # what an absent package looks like to `import`
     try:
@@ -170,31 +140,21 @@ def test_molecules_without_a_training_set_and_properties():
     weights = [2 * 1.008 + 15.999, 2 * 12.011 + 6 * 1.008 + 15.999]
     assert stats["weight"]["mean"] == pytest.approx(statistics.mean(weights), abs=1e-3)
     assert stats["weight"]["se"] == pytest.approx(statistics.stdev(weights) / math.sqrt(2), abs=1e-3)
+    with pytest.raises(ValueError, match="holds no split 'train'"):
+        Smiles(train="nowhere")
+    nothing = Smiles(property="logp")
+    nothing.update(["???"], [{}])
+    assert nothing.compute()["unique"] == {"mean": 0.0, "se": None, "n": 0}
+    assert math.isnan(nothing.compute()["logp"]["mean"])
     cages = Smiles(property="rings")
     cages.update(["C1CC2CC1C2", "C12C3C4C1C5C2C3C45", "c1ccc2ccccc2c1"], [{}] * 3)  # bonds - atoms + 1: 2, 5, 2
     assert cages.compute()["rings"]["mean"] == 3
-    halves = [Smiles(property="qed"), Smiles(property="qed")]
-    for half, texts in zip(halves, (["CCO", "C"], ["OCC", "c1ccccc1"]), strict=True):
-        half.update(texts, [{}] * 2)
-    halves[0].merge_state(halves[1])
-    merged = halves[0].compute()
-    assert merged["unique"]["mean"] == 3 / 4
-    assert 0 < merged["qed"]["mean"] < 1
-
-
-@with_rdkit
-def test_no_molecule_at_all_and_wrong_settings(tmp_path):
-    metric = Smiles(property="logp")
-    metric.update(["???"], [{}])
-    assert metric.compute()["unique"] == {"mean": 0.0, "se": None, "n": 0}
-    assert math.isnan(metric.compute()["logp"]["mean"])
-    with pytest.raises(ValueError, match="null or one of qed, rings"):
-        Smiles(property="colour")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="holds no split 'train'"):
-        Smiles(train=str(tmp_path))
-
-
-# generative perplexity
+    left, right = Smiles(property="qed"), Smiles(property="qed")
+    left.update(["CCO", "C"], [{}] * 2)
+    right.update(["OCC", "c1ccccc1"], [{}] * 2)
+    left.merge_state(right)
+    assert left.compute()["unique"]["mean"] == 3 / 4
+    assert 0 < left.compute()["qed"]["mean"] < 1
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["bos", "no-bos"])
@@ -236,11 +196,3 @@ def test_perplexity_is_that_of_a_written_out_loop(judge, codec):
         error = math.sqrt(sum(r * r for r in residuals) / 5 / 6) / (sum(counts) / 6)
         assert stats["gen_nll"]["se"] == pytest.approx(error, rel=1e-4)
         assert stats["gen_nll"]["n"] == 6
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no language model in 'nowhere': name a local folder"):
-        GenerativePerplexity(model="nowhere")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a causal language model with a tokenizer"):
-        GenerativePerplexity(model=str(tmp_path))

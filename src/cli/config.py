@@ -77,6 +77,9 @@ def load_config(
     # 3. All other settings, then interpolations.
     for key, value in settings:
         if (key, value) not in layers:
+            top, _, below = key.partition(".")
+            if below and isinstance(tree.get(top), str) and below not in tree and (folder / top).is_dir():
+                raise UserError(_below_name(key, load_part(top, tree[top], root=folder), tree[top]))
             _set(tree, key, value)
     if missing := [name for name, value in walk(tree) if value == "???"]:
         raise UserError(f"these keys must be given: {', '.join(missing)}")
@@ -240,6 +243,16 @@ def _set(tree: dict, name: str, value: Any) -> None:
         owner[next(key for key in keys if str(key) == last)] = value
 
 
+def _below_name(key: str, node: dict, name: str) -> str:
+    """What to say of a key below a part that the config only names: `sampler.reviser.x` with `sampler: refine`."""
+    top, _, below = key.partition(".")
+    place = below.rpartition(".")[0]
+    owner = dict(walk(node)).get(place)
+    keys = f"; {dotted(top, place)} takes {', '.join(arguments(owner))}" if is_node(owner) else ""
+    base = f"`base: {_layer_name(top, name)}`, as in docs/samplers.md"
+    return f"unknown key {key!r}: {top}={name} names a file; set its keys in a .yaml of your own with {base}{keys}"
+
+
 def _add(owner: Any, owner_name: str, name: str, value: Any, *, plus: bool, names: list[str]) -> None:
     """Add a key to a mapping below the top level: any with a +, otherwise an argument of a node's target.
 
@@ -257,5 +270,9 @@ def _add(owner: Any, owner_name: str, name: str, value: Any, *, plus: bool, name
         owner[key] = value
         return
     suggestion = hint(name, [*names, *(dotted(owner_name, argument) for argument in accepted)])
+    head, _, below = key.partition(".")
+    is_near = hint(head, accepted) and not (below and head in accepted)
+    if accepted and not is_near and not suggestion.endswith(f".{key}'?"):
+        suggestion = f"; {owner_name} takes {', '.join(accepted)}"
     adds = f" (+{name}=... adds it)" if can_take and not is_node(owner) else ""
     raise UserError(f"unknown key {name!r}{suggestion}{adds}")

@@ -172,13 +172,21 @@ def _import(name: str) -> Any:
 
 
 def _parameters(component: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters that can be passed by name, and whether there is a `**kwargs`."""
+    """The parameters that can be passed by name, and whether there is a `**kwargs`.
+
+    If a constructor has one, those of the next constructor above it as well; it may set them, so none is required.
+    """
     try:
         parameters = inspect.signature(component).parameters.values()
     except (ValueError, TypeError):  # a C function without a signature
         return {}, True
     by_name = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return by_name, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if has_kwargs and isinstance(component, type):
+        owners = [number for number, kind in enumerate(component.__mro__) if "__init__" in vars(kind)]
+        for above in component.__mro__[owners[0] + 1 : owners[0] + 2]:
+            by_name = {p.name: p.replace(default=...) for p in _parameters(above)[0].values()} | by_name
+    return by_name, has_kwargs
 
 
 def _problems(node: dict, offers: set[str]) -> Iterator[tuple[str, str]]:

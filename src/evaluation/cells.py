@@ -1,8 +1,6 @@
 """One cell of the table: prompts answered by one model with one sampler, scored; and a model's likelihood bound.
 
 stats, captions = evaluate_cell(backbone, sampler, codec, first_batches(loader, 256), metrics, seed=0)
-stats = evaluate_bound(backbone, Bound(...), first_batches(loader, 256))
-
 batches -> prefix -> sampler -> texts -> metrics -> {name: {mean, se, n}}, [{key, text, scores}, ...]
 """
 
@@ -10,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -42,17 +41,13 @@ def first_batches(loader: Any, num: int, bar: tqdm | None = None) -> Iterator[Ba
 
 
 def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: str) -> dict[str, int]:
-    """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those.
-
-    Raises UserError for a record that a metric cannot score, so that this fails before the first caption.
-    """
-    taken = 0
+    """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those."""
+    # a record that a metric cannot score fails here, before the first caption
+    taken, per_caption = 0, [metric for metric in metrics if isinstance(metric, CaptionMetric)]
     for batch in first_batches(loader, num):
         taken += len(batch)
-        for metric in metrics:
-            if isinstance(metric, CaptionMetric):
-                for record in batch.records:
-                    metric.check(record)
+        for metric, record in product(per_caption, batch.records):
+            metric.check(record)
     if not taken:
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:
@@ -70,7 +65,7 @@ def evaluate_cell(
     *,
     seed: int,
 ) -> tuple[dict[str, Stat], list[dict]]:
-    """Answer all prompts with one sampler: statistics by name, and each caption with its scores.
+    """Statistics by name, and each caption with its scores.
 
     The statistics are those of the metrics, the means of the counts of every caption (forward calls, tokens, ...), and
     `seconds` per caption, whose n is the number of batches.
@@ -84,12 +79,11 @@ def evaluate_cell(
         with torch.inference_mode():
             prefix = backbone.encode_prefix(batch.to(device).prefix)
             sampled = sampler(backbone, prefix, special=codec.special, keys=batch.keys, seed=seed)
-        ids = sampled.ids.tolist()
-        texts = [codec.decode(row) for row in ids]
+        ids, texts = sampled.ids.tolist(), [codec.decode(row) for row in sampled.ids.tolist()]
+        counts = {"forwards": sampled.forwards, "edits": sampled.edits, "remasks": sampled.remasks}
         scores = [
-            {"forwards": float(forwards), "edits": float(edits), "remasks": float(remasks)}
-            | response_counts(row, codec.special)
-            for row, forwards, edits, remasks in zip(ids, sampled.forwards, sampled.edits, sampled.remasks, strict=True)
+            {name: float(values[row]) for name, values in counts.items()} | response_counts(ids[row], codec.special)
+            for row in range(len(batch))
         ]
         for metric in metrics:
             metric.update(texts, batch.records)
@@ -105,7 +99,6 @@ def evaluate_cell(
 
 
 def evaluate_bound(backbone: LLaDAV, bound: Bound, batches: Iterable[Batch]) -> dict[str, Stat]:
-    """The likelihood bound of a model on the reference responses, by name."""
     device = next(backbone.parameters()).device
     bound.reset()
     for batch in batches:

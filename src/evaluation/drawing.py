@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def text_box(pieces: Sequence[Piece], *, width: int, size: int = 14, gap: int = 0) -> Image.Image:
-    """Pieces, `gap` pixels apart, wrapped into lines of `width` pixels."""
+    """Pieces, `gap` pixels apart, in lines of `width` pixels."""
     font, step = ImageFont.load_default(size=size), round(size * 1.45)
     box = Image.new("RGB", (width, step * (len(pieces) + 1)), "white")
     draw, x, y = ImageDraw.Draw(box), 0, 0
@@ -56,8 +56,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], *, pad: int = PAD) -> Image.Ima
     """Images in a grid: columns as wide as their widest image, rows as high as their highest one."""
     widths = [max(image.width for image in column) for column in zip(*rows, strict=True)]
     heights = [max(image.height for image in row) for row in rows]
-    grid = Image.new("RGB", (pad + sum(widths) + pad * len(widths), pad + sum(heights) + pad * len(heights)), "white")
-    top = pad
+    size = (pad + sum(widths) + pad * len(widths), pad + sum(heights) + pad * len(heights))
+    grid, top = Image.new("RGB", size, "white"), pad
     for row, height in zip(rows, heights, strict=True):
         left = pad
         for image, width in zip(row, widths, strict=True):
@@ -87,11 +87,8 @@ def marked_text(text: str, marks: Sequence[Mark]) -> list[Piece]:
 
 
 def draw_examples(captions: Mapping[Cell, list[dict]], metrics: Sequence[Metric], examples: Batch) -> Image.Image:
-    """The first images with their captions at the highest tokens/step, flaws in colour; a legend names the colours.
-
-    Shows the baseline, and the last method with its first and its last sampler.
-    """
-    # 1. Columns.
+    """The first images with their captions at the highest tokens/step, flaws in colour; a legend names the colours."""
+    # 1. Columns: the baseline, and the last method with its first and its last sampler.
     speed = max(cell.tokens_per_step for cell in captions)
     fastest = [cell for cell in captions if cell.tokens_per_step == speed]
     last_method = [cell for cell in fastest if cell.method == fastest[-1].method]

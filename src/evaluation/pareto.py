@@ -2,17 +2,16 @@
 
     table of results -> points -> curve.json: {metric, best, points, budgets}, a plot, and a table of budgets
 
-A point is a cell. A line joins the points of one sampler over tokens/step; variants of a sampler that run at a single
-tokens/step share one line. A point is on the Pareto front if no other point is as good with fewer calls, or better with
-as many.
+A line joins the points of one sampler over tokens/step; variants of a sampler that run at a single tokens/step share
+one line. A point is on the Pareto front if no other one is as good with fewer calls, or better with as many.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -25,10 +24,8 @@ MARKERS = "osD^vP*Xh<>"
 STYLES = ("-", "--", "-.", ":")
 
 
-@dataclass(frozen=True)
-class Point:
-    """A cell: forward calls and seconds per caption, and the value of a metric. good: the value; negative if low is
-    best."""
+class Point(NamedTuple):
+    """A cell: forward calls and seconds per caption, and a metric. good: its mean, negative if low is best"""
 
     cell: Cell
     forwards: Stat
@@ -45,8 +42,7 @@ class Point:
         return self.forwards["mean"]
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """The best point within a number of forward calls, and the baseline's best (None: it needs more calls)."""
 
     forwards: int
@@ -56,12 +52,11 @@ class Budget:
 
 def points_of(table: Table, metric: str, *, lowest: bool = False) -> list[Point]:
     """One point per cell that has a value of the metric. lowest: low values are good."""
-    values = {cell: stats[metric] for cell, stats in table.items() if metric in stats}
-    return [
-        Point(cell, table[cell]["forwards"], table[cell]["seconds"], stat, -stat["mean"] if lowest else stat["mean"])
-        for cell, stat in values.items()
-        if not math.isnan(stat["mean"])
-    ]
+    points, sign = [], -1 if lowest else 1
+    for cell, stats in table.items():
+        if metric in stats and not math.isnan(mean := stats[metric]["mean"]):
+            points.append(Point(cell, stats["forwards"], stats["seconds"], stats[metric], sign * mean))
+    return points
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
@@ -74,7 +69,7 @@ def front_of(points: Sequence[Point]) -> list[Point]:
 
 
 def lines_of(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
-    """(method, name of the line) -> its points by increasing forward calls."""
+    """(method, name of the line) -> its points, by increasing forward calls."""
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         method, sampler, _ = point.cell
@@ -96,12 +91,10 @@ def budgets_of(points: Sequence[Point]) -> list[Budget]:
 
 def to_dict(points: Sequence[Point], *, metric: str, best: str) -> dict:
     """The content of curve.json."""
-    front = front_of(points)
-    listed = []
+    front, listed = front_of(points), []
     for point in points:
         stats = {"forwards": point.forwards, "seconds": point.seconds, "value": point.value}
-        place = dict(zip(("method", "sampler", "tokens_per_step"), point.cell, strict=True))
-        listed.append({"cell": point.cell.name, **place, **stats, "front": point in front})
+        listed.append({"cell": point.cell.name, **point.cell._asdict(), **stats, "front": point in front})
     budgets = [
         {"forwards": b.forwards, "best": b.best.cell.name, "baseline": b.baseline and b.baseline.cell.name}
         for b in budgets_of(points)

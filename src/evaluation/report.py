@@ -4,8 +4,6 @@
 
     store -> table.md (also returned), captions.png, and quality.png or curve.png with curve.json
 
-    table[cell][metric] = {mean, se, n}                         src.evaluation.results
-    bounds[method][metric] = {mean, se, n}                      likelihood bounds, if any
     scores[cell][metric] = [score of each caption, ...]         same order of captions in all cells
 
 The first row (first method and sampler) is the baseline, the last row the contender.
@@ -43,16 +41,15 @@ def write_report(
 ) -> str:
     """Write all files of the report. Returns the text of table.md.
 
-    headline: metrics of the tables
     curve: {metric, best}: plot that metric alone, and name the best cells within budgets of forward calls
     examples: samples whose images are shown, the first ones of the split
     """
+    check_names(next(iter(store.table.values())), headline=headline, curve=curve)
     captions = {cell: store.captions(cell) for cell in store.table}
     scores = {
         cell: {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
         for cell, lines in captions.items()
     }
-    check_names(next(iter(store.table.values())), headline=headline, curve=curve)
     budgets = None
     if curve is None:
         plot({metric: points_of(store.table, metric) for metric in headline}, store.out / "quality.png", front=False)
@@ -77,19 +74,30 @@ def report_text(
     headline: Sequence[str],
     budgets: list[list[str]] | None = None,
 ) -> str:
-    """Notes on the tables, tables of the bounds and of the headline metrics, and the claims.
-
-    budgets: a table of the best cells within budgets of forward calls; replaces the claims
-    """
-    tables = [metric_table(table, metric) for metric in headline]
+    """Notes, tables of the bounds and of the headline metrics, and the claims or, in their place, the budgets."""
+    # 1. Notes: the columns, and the cost of each row.
+    rows, speeds = _axes(table)
+    num_captions = max(len(values) for columns in scores.values() for values in columns.values())
+    columns = ", ".join(map(str, speeds))
+    notes = [f"columns: {columns} tokens per step; mean ± standard error over {num_captions} captions"]
+    for row in rows:
+        cells = [table.get(Cell(*row, n)) for n in speeds]
+        costs = [f"{cell['forwards']['mean']:.1f} ({cell['seconds']['mean']:.2g})" if cell else "-" for cell in cells]
+        notes.append(f"forward calls (and seconds) per caption, {' '.join(row)}: {', '.join(costs)}")
+    # 2. Tables; a cell without a value is a dash.
+    tables = []
     if bounds:
         names = list(next(iter(bounds.values())))
-        rows = [[method, *(stat_text(stats[name]) for name in names)] for method, stats in bounds.items()]
-        tables.insert(0, [["bound per token", *names], *rows])
+        lines = [[method, *(stat_text(stats[name]) for name in names)] for method, stats in bounds.items()]
+        tables.append([["bound per token", *names], *lines])
+    for metric in headline:
+        lines = [[*row, *(stat_text(table.get(Cell(*row, n), {}).get(metric)) for n in speeds)] for row in rows]
+        tables.append([[metric, "sampler", *map(str, speeds)], *lines])
+    # 3. Budgets or claims.
     if budgets:
         tables.append(budgets)
     lines = [BUDGETS] if budgets else [claim for metric in headline for claim in claims(scores, metric)]
-    blocks = [bullets(notes(table, scores)), *map(markdown, tables), bullets(lines)]
+    blocks = [_bullets(notes), *map(markdown, tables), _bullets(lines)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -101,51 +109,26 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def metric_table(table: Table, metric: str) -> list[list[str]]:
-    """A header and one line per method and sampler; a cell without the metric is a dash."""
-    rows, speeds = _axes(table)
-    lines = [[metric, "sampler", *map(str, speeds)]]
-    for row in rows:
-        lines.append([*row, *(stat_text(table.get(Cell(*row, n), {}).get(metric)) for n in speeds)])
-    return lines
-
-
-def notes(table: Table, scores: Scores) -> list[str]:
-    """Notes for reading the tables: the columns, and the cost of each row."""
-    rows, speeds = _axes(table)
-    num_captions = max(len(values) for columns in scores.values() for values in columns.values())
-    columns = ", ".join(map(str, speeds))
-    lines = [f"columns: {columns} tokens per step; mean ± standard error over {num_captions} captions"]
-    for row in rows:
-        costs = []
-        for n in speeds:
-            stats = table.get(Cell(*row, n))
-            costs.append(f"{stats['forwards']['mean']:.1f} ({stats['seconds']['mean']:.2g})" if stats else "-")
-        lines.append(f"forward calls (and seconds) per caption, {' '.join(row)}: {', '.join(costs)}")
-    return lines
-
-
 def claims(scores: Scores, metric: str) -> list[str]:
     """The change of each row from the lowest to the highest speed, and contender minus baseline at each speed.
 
-    A loss is also given as a share of the baseline's loss. Rows that lack a speed are left out; a corpus metric has no
-    scores to pair, so there are no claims.
+    A loss is also given as a share of the baseline's loss, if both are larger than two standard errors. Rows that lack
+    a speed are left out; a corpus metric has no scores to pair, so there are no claims.
     """
     rows, speeds = _axes(scores)
     values = {cell: columns[metric] for cell, columns in scores.items() if metric in columns}
     rows = [row for row in rows if all(Cell(*row, n) in values for n in speeds)]
-    lines, base_drop = [], 0.0
+    lines, base_loss = [], 0.0  # of the first row; 0: not significant, or a gain
     for row in rows if len(speeds) > 1 else ():
-        drop = paired_difference(values[Cell(*row, speeds[-1])], values[Cell(*row, speeds[0])])
-        line = f"{metric} from {speeds[0]} to {speeds[-1]} tokens/step: {' '.join(row)} {_signed(drop)}"
-        if row == rows[0]:
-            base_drop = drop["mean"]
-        elif base_drop < 0 and drop["mean"] <= 0:
-            line += f", {drop['mean'] / base_drop:.0%} of the change of {' '.join(rows[0])}"
+        change = paired_difference(values[Cell(*row, speeds[-1])], values[Cell(*row, speeds[0])])
+        mean, error = change["mean"], change["se"]
+        line = f"{metric} from {speeds[0]} to {speeds[-1]} tokens/step: {' '.join(row)} {_signed(change)}"
+        if error is None or abs(mean) <= 2 * error:
+            line += ", no significant change"
+        elif row == rows[0]:
+            base_loss = min(0.0, mean)
+        elif base_loss < 0 and mean < 0:
+            line += f", {mean / base_loss:.0%} of the change of {' '.join(rows[0])}"
         lines.append(line)
     for n in speeds if len(rows) > 1 else ():
         gain = paired_difference(values[Cell(*rows[-1], n)], values[Cell(*rows[0], n)])
@@ -154,25 +137,20 @@ def claims(scores: Scores, metric: str) -> list[str]:
 
 
 def budget_table(points: Sequence[Point], scores: Scores, metric: str) -> list[list[str]]:
-    """A header and one line per budget, without lines that repeat the one above.
-
-    The difference to the baseline is paired over captions if the metric scores each caption.
-    """
+    """A header and one line per budget, without lines that repeat the one above."""
     header = [f"calls up to: best {metric}", "cell", "calls", "seconds", metric]
     lines = [[*header, f"best of {' '.join(points[0].row)}", "difference"]]
-    for budget in budgets_of(points):
-        best, base = budget.best, budget.baseline
+    for forwards, best, base in budgets_of(points):
         cells = [best.cell.name, f"{best.calls:.1f}", f"{best.seconds['mean']:.3g}", stat_text(best.value)]
-        cells.append("-" if base is None else stat_text(base.value))
         if base is None or base == best:
-            cells.append("-")
-        elif metric in scores[best.cell] and metric in scores[base.cell]:
+            cells += [stat_text(base and base.value), "-"]
+        elif metric in scores[best.cell] and metric in scores[base.cell]:  # else a corpus metric: nothing to pair
             difference = paired_difference(scores[best.cell][metric], scores[base.cell][metric])
-            cells.append(stat_text(difference, signed=True))
+            cells += [stat_text(base.value), stat_text(difference, signed=True)]
         else:
-            cells.append(f"{best.value['mean'] - base.value['mean']:+.3f}")
+            cells += [stat_text(base.value), f"{best.value['mean'] - base.value['mean']:+.3f}"]
         if cells != lines[-1][1:]:
-            lines.append([str(budget.forwards), *cells])
+            lines.append([str(forwards), *cells])
     return lines
 
 
@@ -194,7 +172,11 @@ def _signed(stat: Stat) -> str:
     return f"{stat['mean']:+.3f}" + (f" ± {stat['se']:.3f}" if stat["se"] is not None else "")
 
 
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def _axes(cells: Mapping[Cell, object]) -> tuple[list[tuple[str, str]], list[int]]:
-    """The rows (method, sampler) in the order of the cells, and the speeds in ascending order."""
+    """The rows (method, sampler) in the order of the cells, and the speeds."""
     rows = dict.fromkeys((cell.method, cell.sampler) for cell in cells)
     return list(rows), sorted({cell.tokens_per_step for cell in cells})

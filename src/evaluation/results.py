@@ -4,7 +4,8 @@
     captions/CELL.jsonl      the captions of a cell, each with its scores
 
 The mean of no values is NaN in memory and null on disk, because JSON has no NaN.
-Every entry has a signature of all that its numbers depend on; a rerun keeps entries whose signature is unchanged.
+Every entry has a signature of all that its numbers depend on; a rerun keeps entries whose signature is unchanged, and
+whose captions are as they were written.
 """
 
 from __future__ import annotations
@@ -49,13 +50,7 @@ Table = dict[Cell, Stats]
 
 
 class ResultStore:
-    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of the config.
-
-    signatures: of each cell; bound_signatures: of each model's bound. Entries of an earlier run are kept if theirs are
-        the same
-
-    Raises UserError if two cells have the same name.
-    """
+    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of their signatures."""
 
     def __init__(
         self, out: Path, meta: dict, *, signatures: Mapping[Cell, str], bound_signatures: Mapping[str, str]
@@ -83,14 +78,15 @@ class ResultStore:
         self._write()
 
     def add_bound(self, method: str, stats: Stats) -> None:
-        """Write the likelihood bound of a model."""
         self.bounds[method] = stats
         self._write()
 
     def captions(self, cell: Cell) -> list[dict]:
         """The captions of a finished cell, one dict per sample: key, text, scores."""
         lines = [json.loads(line) for line in self._path(cell).read_text(encoding="utf-8").split("\n") if line]
-        return [{**line, "scores": {k: _number(v) for k, v in line["scores"].items()}} for line in lines]
+        for line in lines:
+            line["scores"] = {name: math.nan if s is None else s for name, s in line["scores"].items()}
+        return lines
 
     def _write(self) -> None:
         self.table = {cell: self.table[cell] for cell in self._signatures if cell in self.table}
@@ -112,7 +108,6 @@ class ResultStore:
 
 
 def signature(*parts: Any) -> str:
-    """A hash of plain data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -124,7 +119,6 @@ def code_hash(root: Path) -> str:
 
 
 def _without_nan(tree: Any) -> Any:
-    """Plain data with None in place of every NaN."""
     if isinstance(tree, dict):
         return {key: _without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -132,9 +126,8 @@ def _without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 
-def _with_nan(stats: Stats) -> Stats:
-    return {name: Stat(mean=_number(stat["mean"]), se=stat["se"], n=stat["n"]) for name, stat in stats.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _with_nan(stats: dict) -> Stats:
+    return {
+        name: Stat(mean=math.nan if stat["mean"] is None else stat["mean"], se=stat["se"], n=stat["n"])
+        for name, stat in stats.items()
+    }

@@ -42,12 +42,12 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
     """
     if images is None:
         return _find_questions(prompt)
-    path = Path(images)
     if layout is None:
         raise UserError("the model has no vision path, so it cannot caption images; use images=null")
-    if (path / INDEX).is_file():
-        index = read_index(path)
+    if is_split(images):
+        index = read_index(images)
         return index.count, _of_split(index, prompt, image=True)
+    path = Path(images)
     if not path.exists():
         raise UserError(f"images: no file or folder {path}")
     if prompt is None:
@@ -60,7 +60,7 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
 
 
 def readable(requests: Iterable[Request], *, unreadable: list[str]) -> Iterator[Sample]:
-    """The samples of the requests. Those that cannot be read are logged, and their keys added to `unreadable`."""
+    """The samples of the requests. Logs those that cannot be read, and adds their keys to `unreadable`."""
     for key, read in requests:
         try:
             yield read()
@@ -69,10 +69,10 @@ def readable(requests: Iterable[Request], *, unreadable: list[str]) -> Iterator[
             unreadable.append(key)
 
 
-def is_split(prompt: str | None) -> bool:
-    """Whether a prompt is the folder of a dataset split instead of a question."""
+def is_split(path: str) -> bool:
+    """Whether a text is the folder of a dataset split."""
     with suppress(OSError):  # a question may be too long for a file name
-        return bool(prompt) and (Path(prompt) / INDEX).is_file()
+        return bool(path) and (Path(path) / INDEX).is_file()
     return False
 
 
@@ -84,10 +84,15 @@ def _find_questions(prompt: str | None) -> tuple[int, Iterator[Request]]:
         if index.kind != TextData.kind:
             raise UserError(f"{prompt} holds {index.kind!r}, not texts; pass it as images=")
         return index.count, _of_split(index, None, image=False)
-    questions = _read_questions(Path(prompt)) if prompt.endswith(".jsonl") else {"prompt": prompt}
-    return len(questions), (
-        (key, partial(Sample, key, {"prompt": question}, b"", None)) for key, question in questions.items()
-    )
+    texts = _read_questions(Path(prompt)) if prompt.endswith(".jsonl") else {"prompt": prompt}
+    return len(texts), ((key, partial(Sample, key, {"prompt": text}, b"", None)) for key, text in texts.items())
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Files with the extension of an image format, at any depth, without hidden ones."""
+    extensions = Image.registered_extensions()
+    images = [path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file()]
+    return sorted(f for f in images if not any(p.startswith(".") for p in f.relative_to(folder).parts))
 
 
 def _read_questions(file: Path) -> dict[str, str]:
@@ -110,20 +115,11 @@ def _read_questions(file: Path) -> dict[str, str]:
         if key in questions:
             raise UserError(f"line {number} of {file} repeats the key {key!r}")
         questions[key] = question
-    if not questions:
-        raise UserError(f"prompt: no questions in {file}")
     return questions
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Files with the extension of an image format, at any depth, without hidden ones."""
-    extensions = Image.registered_extensions()
-    images = [path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file()]
-    return sorted(f for f in images if not any(p.startswith(".") for p in f.relative_to(folder).parts))
-
-
 def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
-    """An image for the layout. A square layout would distort it, so it is pasted onto a grey square."""
+    # a square layout would distort an image, so it is pasted onto a grey square
     image = fit(load(file, size=layout.size), layout.size) if isinstance(layout, Square) else load(file)
     return Sample(key, {"prompt": prompt}, b"", image)
 

@@ -17,7 +17,6 @@ from datamodules.collate import Collate
 from datamodules.shards import Sample
 from src.cli.config import load_part
 from src.cli.instantiate import build
-from src.io.errors import UserError
 from src.models.hf.folder import ModelFolder
 from src.models.llada_v import LLaDAV
 from src.samplers.base import AnySampler
@@ -32,8 +31,7 @@ class Responder:
     """Calling it with samples returns what the sampler writes for them.
 
     caption: a text that every response starts from, to correct it; None: start from masks
-    suffix: a text after every response
-    trace: keep every step
+    suffix: a text after every response; trace: keep every step
     positions: positions that the model was made for, if known; longer rows are warned about
     """
 
@@ -49,9 +47,9 @@ class Responder:
         trace: bool = False,
         positions: int | None = None,
     ) -> None:
-        self.backbone, self.codec, self.sampler, self.seed = backbone, codec, sampler, seed
-        self.caption, self.trace, self.positions = caption, trace, positions
+        self.backbone, self.sampler, self.caption, self.positions = backbone, sampler, caption, positions
         self.suffix = torch.tensor(codec.encode(suffix)[0]) if suffix else None
+        self.options = {"special": codec.special, "seed": seed, "trace": trace, "suffix": self.suffix}
         layout = backbone.layout
         self.collate = Collate(codec, response_length=sampler.length, layout=layout, seed=seed, first=True)
 
@@ -67,16 +65,8 @@ class Responder:
             if self.positions is not None and tokens + after > self.positions:
                 message = "%s: %d prompt tokens and %d after them exceed the model's %d positions (config.json)"
                 logger.warning(message, key, tokens, after, self.positions)
-        return self.sampler(
-            self.backbone,
-            prefix,
-            start=None if self.caption is None else batch.response,
-            suffix=self.suffix,
-            special=self.codec.special,
-            keys=batch.keys,
-            seed=self.seed,
-            trace=self.trace,
-        )
+        response = None if self.caption is None else batch.response
+        return self.sampler(self.backbone, prefix, start=response, keys=batch.keys, **self.options)
 
 
 def choose_sampler(cfg: DictConfig) -> AnySampler:
@@ -90,7 +80,4 @@ def choose_sampler(cfg: DictConfig) -> AnySampler:
     settings |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         settings |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
-    sampler = build({**node, **settings})
-    if not isinstance(sampler, AnySampler):
-        raise UserError(f"sampler={cfg.sampler}: {node['target']} is not a sampler")
-    return sampler
+    return build({**node, **settings})

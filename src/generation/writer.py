@@ -1,9 +1,5 @@
 """The file that `src.generate` writes: a JSON line per response, and a file of traces beside it.
 
-    out = Output(Path("captions.jsonl"), settings={...}, trace=False)
-    out.keys                            keys that already have a line
-    out.add(keys, sampled, codec)
-
 A killed run leaves whole lines and at most one partial line, which the next run cuts off before it continues.
 """
 
@@ -25,22 +21,16 @@ START = b'{"key": "'  # every line starts so
 
 
 class Output:
-    """The caption file and its trace file. `keys` are the keys that have a line.
+    """The caption file and its trace file, for one process at a time. `keys`: those that already have a line.
 
-    settings: what the captions depend on; part of every line
+    settings: what the captions depend on; part of every line, so that no file mixes them
     trace: also write `steps`: the text after each step, with _ for a mask, and the fields of `TraceStep`
-
-    Raises UserError if the path is not that of a regular file, a line of the file is broken, or its captions were made
-    with other settings. NOTE: one process at a time (`src.io.lock`).
     """
 
     def __init__(self, path: Path, *, settings: dict[str, Any], trace: bool) -> None:
         self.path, self.settings = path, settings
         self.trace_path = path.with_suffix(".trace.jsonl") if trace else None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"out={path} cannot be created: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
         lines = _restore(path)
         for line in lines:
             if changed := [name for name, value in settings.items() if line.get(name) != value]:
@@ -51,7 +41,7 @@ class Output:
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
 
     def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
-        """Append a line per row. Returns (key, text) of each. Raises OSError with the file's name on a full disk."""
+        """Append a line per row. Returns (key, text) of each."""
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
         if self.trace_path:
             traces = []
@@ -88,8 +78,6 @@ def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> li
     """The lines of a file, truncated at the first line not to keep and at a partial last line."""
     if not path.exists():
         return []
-    if not path.is_file():
-        raise UserError(f"out={path} is not a regular file")
     raw = path.read_bytes()
     lines, end = [], 0
     for number, text in enumerate(raw.splitlines(keepends=True), start=1):

@@ -1,6 +1,6 @@
 """Exact match of final answers, given after `####` as in GSM8K (arXiv 2110.14168).
 
-ExactMatch().score("7 * 6 = 42\\n#### 42", {"captions": [{"text": "... #### 42.0"}]})   {"exact_match": 1.0, ...}
+ExactMatch().score("7 * 6 = 42\n#### 42", {"captions": [{"text": "... #### 42.0"}]})   {"exact_match": 1.0, ...}
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ _ANSWER = re.compile(rf"####[ \t]*{_NUMBER}")
 
 def answer_of(text: str) -> Decimal | None:
     """The number after the first `####` that is followed by a number; None if there is none."""
-    match = _ANSWER.search(text)
-    if match is None:
+    if (match := _ANSWER.search(text)) is None:
         return None
     minus_before_dollar, minus_after_dollar, digits = match.groups()
     value = Decimal(re.sub(r"[, ]", "", digits))
@@ -28,10 +27,8 @@ def answer_of(text: str) -> Decimal | None:
 
 
 class ExactMatch(CaptionMetric):
-    """Per text: `exact_match`, 1 if its answer equals that of a reference, and `answered`, 1 if it has an answer.
-
-    Numbers are compared by value: `1,000`, `1 000`, `$1000` and `1000.0` are equal. The references are the captions of
-    the record. Raises UserError if none of them has an answer.
+    """Per text: `exact_match`, 1 if its answer equals, by value, that of a caption of the record, and `answered`, 1 if
+    it has an answer. Raises UserError for a record without an answer.
     """
 
     higher_is_better = True

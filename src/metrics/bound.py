@@ -16,7 +16,7 @@ instead of t, stratified over the draws of a response, has a far smaller varianc
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torchmetrics import Metric
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.metrics.caption import Stat, ratio_stat
-from src.types import Backbone, Batch, Prefix, SpecialIds
+from src.types import Backbone, Batch, SpecialIds
 
 Estimator = Literal["count", "iid"]
 LEAST = 1e-3  # minimum t of the estimator `iid`, as in LLaDA's training: from 0 on, 1/t has no finite variance
@@ -37,20 +37,30 @@ def response_nats(
 ) -> Tensor:
     """Estimated bound of each response in nats, (B,) float64; 0 if nothing is editable.
 
-    estimator: `count`, as above; `iid`: t uniform on [0.001, 1], each token masked with probability t, weight 1/t
-
     A pure function of (seed, key, draw) and the response, independent of the rest of the batch.
+
+    estimator: `count`, as above; `iid`: t uniform on [0.001, 1], each token masked with probability t, weight 1/t
     """
     prefix = backbone.encode_prefix(batch.prefix)
+    attend = None if bool(batch.editable.all()) else batch.editable
     offset = Noise(batch.keys, seed=seed, draw="bound").level(device=batch.response.device).double()
     total = torch.zeros_like(offset)
     for draw in range(draws):
+        # 1. Which tokens to mask, (B, L) bool, and the weight of their cross-entropies, (B,).
         noise = Noise(batch.keys, seed=seed, draw=f"bound/{draw}")
         if estimator == "count":
             masked, weight = hide_count(batch.editable, noise, (offset + draw) / draws)
         else:
-            masked, weight = hide_iid(batch.editable, noise)
-        total += weight * _masked_nats(backbone, prefix, batch, masked, special)
+            t = noise.level(LEAST, device=batch.editable.device)
+            masked, weight = batch.editable & (noise.uniform(batch.editable) < t[:, None]), 1 / t.double()
+        # 2. Cross-entropies there, over all ids of the tokenizer but the mask.
+        tokens = batch.response.masked_fill(masked, special.mask)
+        logits = backbone(prefix, tokens, attend=attend, positions=masked).float()  # (N, V)
+        logits[:, special.mask] = -torch.inf
+        logits[:, special.vocab_size :] = -torch.inf
+        nats = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
+        nats[masked] = F.cross_entropy(logits, batch.response[masked], reduction="none").double()
+        total += weight * nats.sum(1)
     return total / draws
 
 
@@ -66,32 +76,8 @@ def hide_count(editable: Tensor, noise: Noise, quantile: Tensor) -> tuple[Tensor
     return editable & (rank < k[:, None]), n.double() / k.clamp(min=1)
 
 
-def hide_iid(editable: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Mask each editable token with probability t: masked (B, L) bool, weight 1/t (B,) float64."""
-    t = noise.level(LEAST, device=editable.device)
-    return editable & (noise.uniform(editable) < t[:, None]), 1 / t.double()
-
-
-def _masked_nats(backbone: Backbone, prefix: Prefix, batch: Batch, masked: Tensor, special: SpecialIds) -> Tensor:
-    """Sum of the cross-entropies at the masked positions, over all ids of the tokenizer but the mask: (B,) float64."""
-    attend = None if bool(batch.editable.all()) else batch.editable
-    tokens = batch.response.masked_fill(masked, special.mask)
-    logits = backbone(prefix, tokens, attend=attend, positions=masked).float()  # (N, V)
-    logits[:, special.mask] = -torch.inf
-    logits[:, special.vocab_size :] = -torch.inf
-    nats = torch.zeros(masked.shape, dtype=torch.float64, device=masked.device)
-    nats[masked] = F.cross_entropy(logits, batch.response[masked], reduction="none").double()
-    return nats.sum(1)
-
-
-class Bound(Metric):
-    """Bound per token over all responses: `nelbo` in nats, `bits`, and `perplexity` = exp(nelbo).
-
-    The mean is the sum of all bounds divided by the number of all tokens. Standard errors are those of a ratio of means
-    over responses; that of the perplexity follows by the delta method. States are sums.
-
-    Raises UserError for draws below 1, or an unknown estimator.
-    """
+class NatsPerToken(Metric):
+    """Base: mean of nats over all tokens of all texts, with the standard error of a ratio of means over texts."""
 
     is_differentiable = False
     full_state_update = False
@@ -99,33 +85,44 @@ class Bound(Metric):
     sums: Tensor
     count: Tensor
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")  # s, n, s^2, sn, n^2
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def add(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add texts: of each the sum of its nats (B,) float64, and the number of its tokens (B,)."""
+        nats, tokens = nats.to(self.sums.device), tokens.to(self.sums)
+        self.sums += torch.stack([nats, tokens, nats**2, nats * tokens, tokens**2]).sum(1)
+        self.count += len(nats)
+
+    def per_token(self) -> Stat:
+        """Sum of all nats divided by the number of all tokens; `n` counts texts. Raises ValueError without tokens."""
+        return ratio_stat(self.sums.tolist(), int(self.count))
+
+
+def perplexity_of(nats: Stat) -> Stat:
+    """exp of a mean of nats per token, its standard error by the delta method."""
+    return scaled(nats, math.exp(nats["mean"]), math.exp(nats["mean"]))
+
+
+def scaled(stat: Stat, mean: float, factor: float) -> Stat:
+    """The statistic with another mean, its standard error times `factor`."""
+    return Stat(mean=mean, se=None if stat["se"] is None else stat["se"] * factor, n=stat["n"])
+
+
+class Bound(NatsPerToken):
+    """Bound per token over all responses: `nelbo` in nats, `bits`, and `perplexity` = exp(nelbo)."""
+
     def __init__(self, *, special: SpecialIds, draws: int, seed: int = 0, estimator: Estimator = "count") -> None:
         super().__init__()
         if draws < 1:
             raise UserError(f"draws must be at least 1, got {draws}")
-        if estimator not in get_args(Estimator):
-            raise UserError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
-        self.special, self.draws, self.seed, self.estimator = special, draws, seed, estimator
-        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")  # s, n, s^2, sn, n^2
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.settings = {"special": special, "draws": draws, "seed": seed, "estimator": estimator}
 
     def update(self, backbone: Backbone, batch: Batch) -> None:
-        """Add the responses of a batch."""
-        settings = {"draws": self.draws, "seed": self.seed, "estimator": self.estimator}
-        nats = response_nats(backbone, batch, special=self.special, **settings).to(self.sums.device)
-        tokens = batch.editable.sum(1).to(nats)
-        self.sums += torch.stack([nats, tokens, nats**2, nats * tokens, tokens**2]).sum(1)
-        self.count += len(batch)
+        self.add(response_nats(backbone, batch, **self.settings), batch.editable.sum(1))
 
     def compute(self) -> dict[str, Stat]:
-        """Statistics by name; `n` counts responses."""
-        nelbo = ratio_stat(self.sums.tolist(), int(self.count))
-        factors = {"nelbo": 1.0, "bits": 1 / math.log(2)}
-        stats = {name: _scaled(nelbo, nelbo["mean"] * factor, factor) for name, factor in factors.items()}
-        perplexity = math.exp(nelbo["mean"])
-        return {**stats, "perplexity": _scaled(nelbo, perplexity, perplexity)}
-
-
-def _scaled(stat: Stat, mean: float, factor: float) -> Stat:
-    """The statistic with another mean, its standard error times `factor`."""
-    return Stat(mean=mean, se=None if stat["se"] is None else stat["se"] * factor, n=stat["n"])
+        nelbo, bit = self.per_token(), 1 / math.log(2)
+        return {"nelbo": nelbo, "bits": scaled(nelbo, nelbo["mean"] * bit, bit), "perplexity": perplexity_of(nelbo)}

@@ -2,8 +2,8 @@
 
     (texts, records) -> score(text, record) -> {name: value} per caption -> compute() -> {name: {mean, se, n}}
 
-`record` is the sample's JSON from the shard (`captions`, `scene`). States are sums, so merging two halves of a test
-set, or reducing over ranks, gives the result of a single pass.
+`record` is the sample's JSON from the shard (`captions`, `scene`). States are sums or lists of hashes, so merging two
+halves of a test set, or reducing over ranks, gives the result of a single pass.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+Ngram = tuple[str, ...]
 
 
 class Stat(TypedDict):
@@ -35,16 +37,13 @@ class Mark(NamedTuple):
 
 
 def summarise(values: Sequence[float]) -> Stat:
-    """Mean and standard error of `values`. Raises ValueError if there are none."""
+    """Mean and standard error (sample standard deviation / sqrt(n)). Raises ValueError if there are no values."""
     numbers = torch.as_tensor(values, dtype=torch.float64)
     return stat_of(float(numbers.sum()), float(numbers.square().sum()), len(numbers))
 
 
 def stat_of(total: float, squares: float, count: int) -> Stat:
-    """Mean and standard error (sample standard deviation / sqrt(n)) from sum, sum of squares and count.
-
-    Raises ValueError for a count of 0.
-    """
+    """`summarise` from the sum, the sum of squares and the number of the values."""
     if count < 1:
         raise ValueError("no captions were scored")
     mean = total / count
@@ -69,16 +68,8 @@ def ratio_stat(sums: list[float], count: int) -> Stat:
     return Stat(mean=ratio, se=math.sqrt(residual * count) / n, n=count)
 
 
-def hash64(text: str) -> int:
-    """A 64-bit hash, to count distinct texts: only tensors can be reduced over ranks."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
 class CaptionMetric(Metric):
-    """Base of the caption metrics: a subclass lists its values in `names` and defines `score`.
-
-    latest: the scores of each caption of the last `update`
-    """
+    """A subclass lists its values in `names` and defines `score`. `latest`: the scores of the last `update`."""
 
     is_differentiable = False
     full_state_update = False
@@ -89,9 +80,8 @@ class CaptionMetric(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        zeros = torch.zeros(len(self.names), dtype=torch.float64)
-        self.add_state("total", zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("squares", zeros.clone(), dist_reduce_fx="sum")
+        for name in ("total", "squares"):
+            self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.latest: list[dict[str, float]] = []
 
@@ -117,7 +107,51 @@ class CaptionMetric(Metric):
             self.count += 1
 
     def compute(self) -> dict[str, Stat]:
-        """Statistics by name."""
-        count = int(self.count)
         sums = zip(self.names, self.total.tolist(), self.squares.tolist(), strict=True)
-        return {name: stat_of(total, squares, count) for name, total, squares in sums}
+        return {name: stat_of(total, squares, int(self.count)) for name, total, squares in sums}
+
+
+class NgramMetric(CaptionMetric):
+    """Base of metrics that also give, without an error, the distinct n-grams of the whole set divided by all n-grams.
+
+    distinct: names of these shares, the keys of what a subclass's `ngrams` returns
+    """
+
+    def __init__(self, *, distinct: Sequence[str]) -> None:
+        super().__init__()
+        self.distinct = tuple(distinct)
+        for name in self.distinct:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def ngrams(self, text: str) -> dict[str, list[Ngram]]:
+        raise NotImplementedError
+
+    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
+        super().update(texts, records)
+        for text in texts:
+            for name, ngrams in self.ngrams(text).items():
+                hashes = [hash64("\n".join(ngram)) for ngram in ngrams]
+                getattr(self, name).append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
+
+    def compute(self) -> dict[str, Stat]:
+        stats = super().compute()
+        for name in self.distinct:
+            hashes = concatenated(getattr(self, name))
+            share = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
+            stats[name] = Stat(mean=share, se=None, n=int(self.count))
+        return stats
+
+
+def repeated_share(ngrams: Sequence[Ngram]) -> float:
+    """Share of n-grams that repeat an earlier one."""
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def concatenated(state: list[Tensor] | Tensor) -> Tensor:
+    """A state with `dist_reduce_fx="cat"`, which is a list until it is reduced over ranks."""
+    return torch.cat(state) if isinstance(state, list) else state
+
+
+def hash64(text: str) -> int:
+    """To count distinct texts, as only tensors can be reduced over ranks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

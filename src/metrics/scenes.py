@@ -18,7 +18,7 @@ from torch import Tensor
 
 from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Mark, Stat, ratio_stat
-from src.scenes.grammar import TEMPLATES, Sentence, false_fields, read_caption
+from src.scenes.grammar import TEMPLATES, false_fields, read_caption
 from src.scenes.graph import Scene
 from src.scenes.score import KINDS, score_caption
 
@@ -42,13 +42,13 @@ class SceneQuality(CaptionMetric):
         self.add_state("uses", torch.zeros(len(NUMBER), dtype=torch.float64), dist_reduce_fx="sum")
 
     def score(self, text: str, record: dict) -> dict[str, float]:
-        score = score_caption(_scene(record), text)
+        score = score_caption(scene_of(record), text)
         return {name: getattr(score, name) for name in self.names}
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         super().update(texts, records)
         for text, record in zip(texts, records, strict=True):
-            score = score_caption(_scene(record), text)
+            score = score_caption(scene_of(record), text)
             for row, kind in enumerate(KINDS):
                 ratios = [(score.true_claims[kind], score.claims[kind]), (score.covered[kind], score.facts[kind])]
                 self.sums[row] += self.sums.new_tensor([[s, n, s * s, s * n, n * n] for s, n in ratios])
@@ -67,19 +67,18 @@ class SceneQuality(CaptionMetric):
 
     def marks(self, text: str, record: dict) -> list[Mark]:
         """Sentences that the grammar rejects, and in the other sentences the words that contradict the scene."""
-        scene = _scene(record)
-        return [mark for sentence in read_caption(text) for mark in _flaws(scene, sentence)]
+        scene, marks = scene_of(record), []
+        for sentence in read_caption(text):
+            if sentence.statement is None:
+                marks.append(Mark(sentence.start, sentence.end, "ungrammatical"))
+                continue
+            wrong = false_fields(scene, sentence.statement)
+            spans = sorted(sentence.places[name] for name in wrong if name in sentence.places)
+            marks += [Mark(start, end, "false") for start, end in spans]
+        return marks
 
 
-def _scene(record: dict) -> Scene:
+def scene_of(record: dict) -> Scene:
     if "scene" not in record:
         raise UserError(f"record {record.get('key', '?')!r} has no scene; use the metrics of src.metrics.text")
     return Scene.from_dict(record["scene"])
-
-
-def _flaws(scene: Scene, sentence: Sentence) -> list[Mark]:
-    if sentence.statement is None:
-        return [Mark(sentence.start, sentence.end, "ungrammatical")]
-    wrong = false_fields(scene, sentence.statement)
-    spans = sorted(sentence.places[name] for name in wrong if name in sentence.places)
-    return [Mark(start, end, "false") for start, end in spans]

@@ -1,9 +1,4 @@
-"""Text diagnostics that need no model and no network: degeneration, overlap with references.
-
-    TextHealth         words, repeated bigrams, doubled words, empty captions, variety of the whole set (distinct-2)
-    ReferenceOverlap   word F1 against the best reference
-    Bleu               corpus BLEU-4 against all references
-    response_counts    from token ids: text length, truncation, leftover masks and end-of-text ids
+"""Text diagnostics that need no model and no network: degeneration, overlap with references, counts of token ids.
 
 Quality metrics can look good while a text degenerates; these are cheap enough to be always on.
 """
@@ -20,7 +15,7 @@ from torch import Tensor
 from torchmetrics.text import BLEUScore
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat, hash64
+from src.metrics.caption import CaptionMetric, Ngram, NgramMetric, Stat, repeated_share
 from src.types import SpecialIds
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
@@ -39,9 +34,8 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
     leftover_masks: number of masks in the text
     inner_eos: share of end-of-text ids before eot (without eot: before the filler); decoding drops them
     """
-    ids = list(ids)
     ended = special.eot in ids or ids[-1] == special.eos
-    inner = ids[: ids.index(special.eot)] if special.eot in ids else ids
+    inner = list(ids[: ids.index(special.eot)] if special.eot in ids else ids)
     while special.eot not in ids and inner and inner[-1] == special.eos:
         inner = inner[:-1]
     text = [i for i in inner if i != special.eos]
@@ -55,42 +49,29 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
     }
 
 
-class TextHealth(CaptionMetric):
-    """Signs of degeneration.
-
-    Per caption: `words`, the number of words; `duplicate_bigrams`, the share of bigrams that repeat an earlier one;
+class TextHealth(NgramMetric):
+    """Per caption: `words`, the number of words; `duplicate_bigrams`, the share of bigrams that repeat an earlier one;
     `doubled_words`, the number of words equal to the word before; `empty`, 1 if there are no words. Over all captions:
     `distinct_2`, the number of distinct bigrams divided by the number of bigrams, without a standard error.
     """
 
     names = ("words", "duplicate_bigrams", "doubled_words", "empty")
-    bigrams: list[Tensor] | Tensor
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("bigrams", [], dist_reduce_fx="cat")  # hashes
+        super().__init__(distinct=["distinct_2"])
+
+    def ngrams(self, text: str) -> dict[str, list[Ngram]]:
+        return {"distinct_2": list(pairwise(words_of(text)))}
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         words = words_of(text)
         pairs = list(pairwise(words))
         return {
             "words": float(len(words)),
-            "duplicate_bigrams": 1 - len(set(pairs)) / len(pairs) if pairs else 0.0,
+            "duplicate_bigrams": repeated_share(pairs),
             "doubled_words": float(sum(a == b for a, b in pairs)),
             "empty": float(not words),
         }
-
-    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
-        super().update(texts, records)
-        assert isinstance(self.bigrams, list)
-        hashes = [hash64("\n".join(pair)) for text in texts for pair in pairwise(words_of(text))]
-        self.bigrams.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
-
-    def compute(self) -> dict[str, Stat]:
-        stats = super().compute()
-        hashes: Tensor = torch.cat(self.bigrams) if isinstance(self.bigrams, list) else self.bigrams
-        distinct = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
-        return {**stats, "distinct_2": Stat(mean=distinct, se=None, n=int(self.count))}
 
 
 class ReferenceOverlap(CaptionMetric):
@@ -100,8 +81,11 @@ class ReferenceOverlap(CaptionMetric):
     names = ("word_f1",)
 
     def score(self, text: str, record: dict) -> dict[str, float]:
-        words = words_of(text)
-        return {"word_f1": max(_f1(words, words_of(reference)) for reference in references_of(record))}
+        words, best = words_of(text), 0.0
+        for reference in map(words_of, references_of(record)):
+            if shared := (Counter(words) & Counter(reference)).total():
+                best = max(best, 2 * shared / (len(words) + len(reference)))
+        return {"word_f1": best}
 
 
 class Bleu(BLEUScore):
@@ -130,8 +114,3 @@ def references_of(record: dict) -> list[str]:
     if not texts:
         raise UserError(f"record {record.get('key', '?')!r} has no captions to compare with")
     return texts
-
-
-def _f1(words: list[str], reference: list[str]) -> float:
-    shared = sum((Counter(words) & Counter(reference)).values())
-    return 2 * shared / (len(words) + len(reference)) if shared else 0.0

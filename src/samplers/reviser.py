@@ -21,13 +21,15 @@ method is one class, and the loop in `sampler.py` stays as it is:
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from src.diffusion.noise import Noise
+from src.io.errors import UserError
 from src.samplers.predictor import Prediction, Predictor
 from src.samplers.schedule import Schedule
 
@@ -77,6 +79,16 @@ class Reviser:
     uses_all_steps: ClassVar[bool] = False
     can_veto: ClassVar[bool] = False
     selects_positions: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        hooks = [name for name in vars(Reviser) if not name.startswith("_")]
+        for name in vars(cls):  # a misspelt hook would never be called, without a word
+            near = [] if name in hooks or name.startswith("_") else difflib.get_close_matches(name, hooks, cutoff=0.8)
+            if near:
+                raise UserError(
+                    f"{cls.__name__}.{name} is no hook of Reviser; did you mean {near[0]!r}? Else rename it"
+                )
 
     def check(self, schedule: Schedule) -> None:
         """Raise UserError if the reviser can never act with this schedule."""

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from src.diffusion.corruption import text_positions
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.samplers.base import AnySampler, record
@@ -111,7 +112,7 @@ class Sampler(AnySampler):
     def schedule(self) -> Schedule:
         return replace(super().schedule, blocks=self.blocks, shift=self.shift)
 
-    def write(
+    def write(  # noqa: PLR0915  one step is one function
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Step until every row is done: predict -> refine -> unmask -> overwrite -> remask."""
@@ -160,14 +161,13 @@ class Sampler(AnySampler):
             if reviser.selects_positions:
                 unmasked = eligible
             if self.early_stop is True:  # nothing but the end of the text is left to write
-                words = eligible & (proposal != special.eot) & (proposal != special.eos)
-                unmasked = unmasked | (eligible & ~words.any(1, keepdim=True))
+                is_word = (proposal != special.eot) & (proposal != special.eos)
+                unmasked = unmasked | (eligible & ~(eligible & is_word).any(1, keepdim=True))
             # 5. overwrite: new ids for visible tokens
             new_ids = reviser.overwrite(state, prediction)
             rewritten = editable & (new_ids != before)
             if self.eos_behind_eot:
-                eot = (before == special.eot).int()
-                rewritten &= (new_ids != special.eos) | (eot.cumsum(1) - eot > 0)
+                rewritten &= (new_ids != special.eos) | ~text_positions(before, special.eot)
             if (rewritten & (new_ids == special.mask)).any():
                 raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
             # 6. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 4.

@@ -54,7 +54,9 @@ class FromNoise(AnySampler):
         random = torch.tensor([token not in (special.eos, special.eot) for token in ids], device=device)  # (K,) bool
         everywhere = torch.ones(rows, self.length, dtype=torch.bool, device=device)
         nowhere, edits = ~everywhere, torch.zeros_like(predict.forwards)
-        tokens = states[random][(noise["sampler"].uniform(everywhere, dtype=torch.float64) * random.sum()).long()]  # (B, L)
+        tokens = states[random][
+            (noise["sampler"].uniform(everywhere, dtype=torch.float64) * random.sum()).long()
+        ]  # (B, L)
         steps = self.schedule.block_steps
         for left in range(steps, 0, -1):
             # 2. predict all positions, and draw the next id of each; in parts, as float64 takes gigabytes
