@@ -109,8 +109,8 @@ def test_files_and_shards_of_any_shape_one_by_one_or_together(golden, command, p
 def test_a_stopped_run_goes_on_without_repeating(command, photos, tmp_path, capsys) -> None:
     settings = ("length=16", "steps=4", "batch_size=2")
     whole = command(photos, *settings)
-    text = (tmp_path / "out.jsonl").read_text()
-    (tmp_path / "out.jsonl").write_text("".join(text.splitlines(keepends=True)[:1]))
+    first = (tmp_path / "out.jsonl").read_text().split("\n")[0]  # a prompt may hold what `str.splitlines` breaks at
+    (tmp_path / "out.jsonl").write_text(f"{first}\n")
     (photos / whole[0]["key"]).write_bytes(b"this would fail now")  # its caption is there
     (photos / "a-broken.png").write_bytes(b"this does fail")
     capsys.readouterr()
