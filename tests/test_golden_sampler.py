@@ -175,4 +175,6 @@ def test_each_call_and_step_is_that_of_proseco(golden, golden_text_model, name):
     assert found.ids.tolist() == arrays[f"{name}/final"][:, prompts.shape[1] :].tolist()
     if rows == 1:
         assert [tokens[0].tolist() for tokens in heard.heard] == calls[:, 0, prompts.shape[1] :].tolist()
-    assert int(found.forwards.max()) == case["total_nfe"]
+        assert int(found.forwards) == case["total_nfe"]
+    # a call of a batch counts for the rows that still change
+    assert len(heard.heard) == case["total_nfe"] >= int(found.forwards.max())
