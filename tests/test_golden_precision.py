@@ -2,8 +2,9 @@
 
 How much bfloat16 loses depends on the depth and the weights of a model, so the bound comes from the model itself: its
 float32 weights rounded to bfloat16, computed in float32, with the output of every leaf module rounded. That is bfloat16
-but for what happens between the leaf modules (attention weights, gates, residual sums), which adds 3 to 55 % on models
-of 2 to 8 layers in decoder and tower; so twice its error is the limit for any golden set.
+but for what happens between the leaf modules. A decoder block has nine of these and rounds about as often between them
+(rotary embedding, attention scores and weights, their sum, gate, residual sums), so twice its error is the limit for
+any golden set. Measured on models of 2 to 12 layers in the decoder and 2 to 8 in the tower: 1.03 to 1.81 times.
 """
 
 from __future__ import annotations

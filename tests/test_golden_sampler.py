@@ -37,7 +37,7 @@ def sampler_of(case: dict) -> Sampler:
         steps=case["steps"],
         blocks=case["gen_length"] // case["block_length"],
         reviser=revise if case.get("revise") else None,
-        early_stop="stop_ids" in case,
+        early_stop="eot" if "stop_ids" in case else False,
         cfg_scale=case.get("cfg_scale", 0.0),
     )
 
@@ -160,4 +160,6 @@ def test_each_call_and_step_is_that_of_proseco(golden, golden_text_model, name):
     assert sampled.ids.tolist() == arrays[f"{name}/final"][:, prompts.shape[1] :].tolist()
     if rows == 1:
         assert [ids for _, ids in recording.texts] == calls[:, 0, prompts.shape[1] :].tolist()
-    assert int(sampled.forwards.max()) == case["total_nfe"]
+    # a call of a batch counts for the rows that still change
+    num_calls = sum(row == 0 for row, _ in recording.texts)
+    assert num_calls == case["total_nfe"] >= int(sampled.forwards.max())

@@ -14,16 +14,27 @@ from torch import Tensor
 from datamodules.collate import image_inputs
 from src.models.llada_v import LLaDAV
 from src.types import Prefix
+from tests.rounding import in_float64, tolerance
 
 FOLDER = Path(os.environ["GOLDEN_LLADA_V"])  # tests/conftest.py has seen to it
 NAMES = sorted(path.stem.removeprefix("vision_") for path in FOLDER.glob("vision_*.npz"))
-FEATURES = {"rtol": 0.0, "atol": 5e-5}
-LOGITS = {"rtol": 0.0, "atol": 1e-3}
+FEATURES, LOGITS, BATCH = 5e-5, 1e-3, 1e-4  # tolerances in two layers; the first two are those of the golden set
 
 
 @pytest.fixture(scope="module")
 def cases(golden) -> dict[str, dict[str, np.ndarray]]:
     return {name: golden.npz(f"vision_{name}") for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def wide(golden_model) -> LLaDAV:
+    return in_float64(golden_model)
+
+
+def assert_near(found: Tensor, expected: np.ndarray | Tensor, wide: Tensor, least: float) -> None:
+    """Equal but for rounding. `wide`: what was found, in float64."""
+    expected = torch.as_tensor(expected)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=tolerance(least, found, wide))
 
 
 def image(case: dict[str, np.ndarray]) -> Image.Image:
@@ -64,18 +75,19 @@ def test_tiles(golden_model, cases, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_features_of_the_tower_and_the_projector(golden_model, cases, name):
+def test_features_of_the_tower_and_the_projector(golden_model, wide, cases, name):
     case = cases[name]
     tiles = image_inputs([[image(case)]], golden_model.layout)["pixel_values"][0]
-    features = golden_model.vision.features(tiles)
-    for key, found in (("vision_features", features), ("projected", golden_model.vision.mm_projector(features))):
-        expected = torch.from_numpy(case[key])
-        torch.testing.assert_close(found[: len(expected)], expected, **FEATURES)
+    features = [model.vision.features(tiles) for model in (golden_model, wide)]
+    projected = [model.vision.mm_projector(x) for model, x in zip((golden_model, wide), features, strict=True)]
+    for key, (found, exact) in (("vision_features", features), ("projected", projected)):
+        count = len(case[key])
+        assert_near(found[:count], case[key], exact[:count], FEATURES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_packing(golden_model, cases, name):
+def test_packing(golden_model, wide, cases, name):
     case, layout, side = cases[name], golden_model.layout, golden_model.vision.side
     size = image(case).size
     rows, columns = layout.unpadded(size, side=side)
@@ -83,8 +95,8 @@ def test_packing(golden_model, cases, name):
     assert unpadded == case["unpadded_hw"].tolist()
     assert list(layout.final(size, side=side)) == case["final_hw"].tolist()
     inputs = image_inputs([[image(case)]], layout)
-    (tokens,) = golden_model.vision(inputs["pixel_values"][0], [size])
-    torch.testing.assert_close(tokens, torch.from_numpy(case["packed"]), **FEATURES)
+    (tokens,), (exact,) = (model.vision(inputs["pixel_values"][0], [size]) for model in (golden_model, wide))
+    assert_near(tokens, case["packed"], exact, FEATURES)
     assert layout.num_tokens(size, side=side) == len(tokens)
 
 
@@ -94,14 +106,16 @@ def test_images_with_and_without_shrinking_are_there(cases):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_embeddings_and_logits_of_a_prompt(golden, golden_model, cases, name):
+def test_embeddings_and_logits_of_a_prompt(golden, golden_model, wide, cases, name):
     case, model = cases[name], golden_model
     ids = prompt(model, case, golden.meta["image_placeholder"])
     images = image_inputs([[image(case)]], model.layout)
-    whole = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **images})
-    torch.testing.assert_close(whole.embeds[0], torch.from_numpy(case["inputs_embeds"]), **FEATURES)
+    inputs = {"prompt_ids": torch.tensor([ids]), **images}
+    embeds, exact_embeds = model.encode_prefix(inputs).embeds, wide.encode_prefix(inputs).embeds
+    assert_near(embeds[0], case["inputs_embeds"], exact_embeds[0], FEATURES)
     rows, expected = torch.from_numpy(case["logits_rows"]), torch.from_numpy(case["logits"])
-    torch.testing.assert_close(all_logits(model, whole.embeds)[rows], expected, **LOGITS)
+    exact = all_logits(wide, exact_embeds)[rows]
+    assert_near(all_logits(model, embeds)[rows], expected, exact, LOGITS)
 
     behind = ids.index(model.image_id) + 1  # what follows the image, as a response to it
     prefix = model.encode_prefix({"prompt_ids": torch.tensor([ids[:behind]]), **images})
@@ -109,18 +123,19 @@ def test_embeddings_and_logits_of_a_prompt(golden, golden_model, cases, name):
     start = prefix.embeds.shape[1]
     text = rows >= start
     assert text.any()
-    torch.testing.assert_close(logits[rows[text] - start], expected[text], **LOGITS)
+    assert_near(logits[rows[text] - start], expected[text], exact[text], LOGITS)
 
 
 @torch.no_grad()
-def test_two_images_in_one_prompt(golden, golden_model, cases):
+def test_two_images_in_one_prompt(golden, golden_model, wide, cases):
     case, model = golden.npz("splice_two_images"), golden_model
     ids = prompt(model, case, golden.meta["image_placeholder"])
     images = image_inputs([[image(cases[str(name)]) for name in case["image_names"]]], model.layout)
-    prefix = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **images})
-    torch.testing.assert_close(prefix.embeds[0], torch.from_numpy(case["inputs_embeds"]), **FEATURES)
-    expected = torch.from_numpy(case["logits_last"])
-    torch.testing.assert_close(all_logits(model, prefix.embeds)[-len(expected) :], expected, **LOGITS)
+    inputs = {"prompt_ids": torch.tensor([ids]), **images}
+    embeds, exact = model.encode_prefix(inputs).embeds, wide.encode_prefix(inputs).embeds
+    assert_near(embeds[0], case["inputs_embeds"], exact[0], FEATURES)
+    last = slice(-len(case["logits_last"]), None)
+    assert_near(all_logits(model, embeds)[last], case["logits_last"], all_logits(wide, exact)[last], LOGITS)
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])
@@ -138,13 +153,15 @@ def test_a_batch_gives_what_each_row_gives_alone(golden, golden_model, cases, at
         together = model.encode_prefix({**padded(prompts), **image_inputs([*images, []], model.layout)})
     finally:
         model.vision.chunk = chunk
-    logits = model(together, responses)
+    logits, wide = model(together, responses), in_float64(model)
     assert together.mask is not None
     for row, (ids, own) in enumerate(zip(prompts, [*images, []], strict=True)):
         inputs = image_inputs([own], model.layout) if own else {}
-        alone = model.encode_prefix({"prompt_ids": torch.tensor([ids]), **inputs})
+        inputs = {"prompt_ids": torch.tensor([ids]), **inputs}
+        alone, exact = model.encode_prefix(inputs), wide.encode_prefix(inputs)
         length = alone.embeds.shape[1]
         assert together.mask[row].tolist() == [place < length for place in range(together.embeds.shape[1])]
-        torch.testing.assert_close(together.embeds[row, :length], alone.embeds[0], **FEATURES)
+        assert_near(together.embeds[row, :length], alone.embeds[0], exact.embeds[0], FEATURES)
         assert not together.embeds[row, length:].any()
-        torch.testing.assert_close(logits[row], model(alone, responses[row : row + 1])[0], rtol=0, atol=1e-4)
+        response = responses[row : row + 1]
+        assert_near(logits[row], model(alone, response)[0], wide(exact, response)[0], BATCH)
