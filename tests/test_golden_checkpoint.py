@@ -13,7 +13,7 @@ from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from src.cli.config import load_config
 from src.cli.instantiate import build, check
-from src.models.hf.folder import build_empty, fingerprint, from_pretrained
+from src.models.hf.folder import ModelFolder, build_empty, fingerprint, from_pretrained
 from src.models.hf.formats import FORMATS
 from tests.rounding import in_float64, tolerance
 
@@ -244,3 +244,9 @@ def test_a_released_model_is_one_word_on_the_command_line(golden, golden_folder_
     model = build(cfg.model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.attention == "full"
+
+
+def test_only_headers_are_read_to_open_a_folder(golden_folder_v):
+    folder = ModelFolder.open(golden_folder_v)
+    assert folder.form.name == "llada_v"
+    assert set(folder.names.values()) == set(load_file(golden_folder_v / "model.safetensors"))

@@ -56,7 +56,7 @@ class Responder:
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> Sampled:
         start = [{"text": self.caption or ""}]
-        batch, _ = self.collate([replace(s, record={**s.record, "captions": start}) for s in samples], 0)
+        batch, _ = self.collate([replace(s, record={**s.record, "captions": start}) for s in samples])
         batch = batch.to(next(self.backbone.parameters()).device)
         prefix = self.backbone.encode_prefix(batch.prefix)
         lengths = [prefix.embeds.shape[1]] * len(batch) if prefix.mask is None else prefix.mask.sum(1).tolist()

@@ -296,7 +296,7 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
     rows = min(cfg.data.batch_size, micro + 1)
     image = size and Image.new("RGB", tuple(size))
     record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
-    batch = data.collate([Sample(str(row), record, b"", image) for row in range(rows)], 0)[0]
+    batch = data.collate([Sample(str(row), record, b"", image) for row in range(rows)])[0]
     planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
     return (
         f"{cfg.name}: {cfg.data.batch_size} rows on each of {gpus} GPUs, {min(micro, rows)} at a time; "
