@@ -79,7 +79,6 @@ class Checkpoint(LightningCheckpoint):
 
 
 def write_atomically(trainer: L.Trainer) -> None:
-    """Make a trainer write all of its checkpoints atomically."""
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 

@@ -207,11 +207,9 @@ class SelfCorrection(L.Callback):
         return self.run_dir / "rounds" / f"round-{number:04d}"
 
     def _checkpoint(self, number: int) -> Path:
-        """Path of the checkpoint saved before a round."""
         return self.run_dir / "checkpoints" / f"pre-round-{number:04d}.ckpt"
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the next round, log it, and train on it from now on."""
         number = self.num_done + 1
 
         # 1. Save a checkpoint in place of the one before the previous round. Lightning would save only after this hook,

@@ -40,7 +40,6 @@ SAVES = "callbacks.stop.SaveAndStop"
 
 @main_guard
 def main(argv: list[str]) -> None:
-    """Check the config of each run, prepare its folder, submit."""
     dry, argv = "dry=true" in argv, [argument for argument in argv if argument not in ("dry=true", "dry=false")]
 
     # 1. The config, and one more for each seed.

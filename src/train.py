@@ -56,7 +56,6 @@ log = logging.getLogger(__name__)
 
 @main_guard
 def main(argv: list[str]) -> None:
-    """Train, or print the memory plan if `plan.gpus` is set."""
     cfg = load_config(argv, verb="src.train", needs=NEEDS["src.train"])
     check_format(cfg)
     check(cfg, offers=OFFERS, sections=["callbacks"])

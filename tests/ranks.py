@@ -180,13 +180,6 @@ def flawed(rank: int) -> None:
         base.term_sum = lambda *arguments: term_sum(*arguments) * float("inf")
 
 
-def deaf(rank: int) -> None:
-    """Patch: training does not use the rounds that it is given."""
-    from datamodules.captions import ShardData
-
-    ShardData.add_round = lambda self, path: None
-
-
 def stops_in_a_round(rank: int) -> None:
     """Patch: while rank 0 waits for the drafts of rank 1, rank 1 creates the STOP file of a batch job."""
     from src.rounds.drafts import Drafter

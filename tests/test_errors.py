@@ -20,7 +20,6 @@ import torch
 
 import src
 from src.cli.entrypoint import main_guard
-from src.models.hf.folder import from_pretrained
 from src.preparation.scenes import Scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,12 +199,6 @@ def test_a_fault_of_the_machine_is_one_line(capsys):
         main([])
     assert stop.value.code == 1
     assert re.fullmatch(r"\nerror: /my/cache: Permission denied; once that .*\n", capsys.readouterr().err)
-
-
-def test_a_bug_in_the_model_is_no_damaged_folder(monkeypatch):
-    monkeypatch.setattr("src.models.llada.RMSNorm.__init__", lambda self, *_, **__: self.no_such_thing)
-    with pytest.raises(AttributeError, match="no_such_thing"):
-        from_pretrained(str(BASE))
 
 
 def test_a_mistake_in_a_worker_process_is_one_line(scenes, tmp_path, capsys):

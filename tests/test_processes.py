@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from src.distributed.checkpoints import is_intact, read_full
 from src.export import main as export
-from src.io.shards import read_shard, write_shard
 from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
 from tests.ranks import RENAME, ROOT, Ranks
@@ -102,7 +101,9 @@ def test_ranks_leave_one_run(whole):
         assert len(journaled(folder)) == len(set(journaled(folder))) == NUM
 
 
-@pytest.mark.parametrize(("parallel", "world"), [("ddp", 2), ("fsdp2", 3), ("fsdp2", 1)])
+@pytest.mark.parametrize(
+    ("parallel", "world"), [("ddp", 2), ("fsdp2", 3), pytest.param("fsdp2", 1, marks=pytest.mark.slow)]
+)
 def test_drafts_and_rounds_do_not_depend_on_the_ranks(ranks, scenes, whole, tmp_path, parallel, world):
     """The first round: weights then have taken other batches."""
     argv = stage2(scenes, tmp_path / "run", "trainer.max_steps=1", parallel=parallel, world=world)
@@ -164,8 +165,8 @@ def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_p
     done = ranks.run(revise, verb="revise", **made)
     assert done.codes == [0, 0], done.printed
     assert len(journaled(tmp_path / "round")) == len(set(journaled(tmp_path / "round"))) == NUM
-    found = digests(tmp_path / "round") | digests(tmp_path / "drafts")
-    assert found.keys() == rounds(whole)["round-0001"].keys()
+    files = digests(tmp_path / "round") | digests(tmp_path / "drafts")
+    assert files.keys() == rounds(whole)["round-0001"].keys()
     online = whole / "rounds" / "round-0001" / "drafts"
     for ours, theirs in zip(read_drafts(tmp_path / "drafts"), read_drafts(online), strict=True):
         assert [(one.key, one.token_ids) for one in ours] == [(one.key, one.token_ids) for one in theirs]
@@ -189,17 +190,13 @@ BOTH = (0, 1)
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ((0,), STEP, 1),
                 (BOTH, STEP, 7),
                 ((1,), DRAFT, 1),
-                (BOTH, DRAFT, 1),
                 ((0,), ANSWER, 6),
-                ((1,), RENAME, 1),  # of a shard of drafts
                 *(((0,), RENAME, number) for number in (4, 12, 15, 20)),  # drafts, rounds, manifests, checkpoints
                 ((1,), "src.training.strategy:written_files", 1),  # in the middle of a checkpoint
                 ((0,), "src.distributed.checkpoints:remove", 2),
                 ((0,), "src.rounds.round:_write", 1),
-                ((0,), "callbacks.checkpoint:remove", 0),
                 ((0,), "src.train:save_pretrained", 0),
             ]
         ),
@@ -234,33 +231,30 @@ def copied(whole, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(ranks, scenes, whole, copied, tmp_path):
+def damage(part: Path) -> None:
+    """Flip one bit."""
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(bytes(content))
+
+
+def test_a_damaged_checkpoint_is_passed_over(ranks, scenes, whole, copied, tmp_path):
     folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
     assert is_intact(folder)
-    part = folder / "__1_0.distcp"
-    content = part.read_bytes()
-    middle = len(content) // 2
-    for damage in (content[:-10], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
-        part.write_bytes(damage)
-        assert not is_intact(folder)
+    damage(folder / "__1_0.distcp")
+    assert not is_intact(folder)
     done = ranks.run(stage2(scenes, copied), out=tmp_path)
     assert done.codes == [0, 0], done.printed
     assert re.search("epoch=1-step=6.ckpt is damaged; .*\nresuming from pre-round-0002.ckpt", done.printed[0])
     assert same(whole, copied)
 
 
-@pytest.mark.parametrize("file", ["__1_0.distcp", "files.json"])
-def test_a_checkpoint_without_one_of_its_files_is_not_intact(copied, file):
-    (copied / "checkpoints" / "epoch=1-step=6.ckpt" / file).unlink()
-    assert not is_intact(copied / "checkpoints" / "epoch=1-step=6.ckpt")
-
-
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(ranks, scenes, whole, copied, tmp_path):
     before = sorted((copied / "checkpoints").glob("[!.]*"))
     done = ranks.run(stage2(scenes, copied), out=tmp_path, file_limit={1: 1 << 20})
     assert done.codes == [1, 1], done.printed
-    told = f"error: {copied}/checkpoints/epoch=2-step=8.ckpt: the checkpoint cannot be written; is a disk full?"
-    assert all(told in text and "Traceback" not in text for text in done.printed)
+    error = f"error: {copied}/checkpoints/epoch=2-step=8.ckpt: the checkpoint cannot be written; is a disk full?"
+    assert all(error in text and "Traceback" not in text for text in done.printed)
     assert sorted((copied / "checkpoints").glob("[!.]*")) == before
     assert ranks.run(stage2(scenes, copied), out=tmp_path).codes == [0, 0]
     assert same(whole, copied)
@@ -275,63 +269,50 @@ def test_at_the_start_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_p
     """Two ranks wrote it. One that shares with nobody and one without any strategy read it in different ways."""
     at_the_second_epoch(copied)
     ends = {}
-    for name, argv, world in (
-        ("shared", stage2(scenes, tmp_path / "shared", world=2), 1),
-        ("alone", stage2(scenes, tmp_path / "alone", world=1), 1),
-        ("three", stage2(scenes, tmp_path / "three", world=3), 3),
-    ):
+    for name, parallel, world in (("shared", 2, 1), ("alone", 1, 1), ("three", 3, 3)):
         shutil.copytree(copied, tmp_path / name, symlinks=True)
-        more = [f"trainer.devices={world}"]
-        done = ranks.run([*argv, *more], out=tmp_path, world=world)
+        argv = [*stage2(scenes, tmp_path / name, world=parallel), f"trainer.devices={world}"]
+        done = ranks.run(argv, out=tmp_path, world=world)
         assert done.codes == [0] * world, done.printed
         ends[name] = weights(tmp_path / name)
-    moved = False
     for name, tensor in ends["alone"].items():
         torch.testing.assert_close(ends["shared"][name], tensor, rtol=1e-5, atol=1e-6)
-        moved = moved or bool((ends["three"][name] - tensor).abs().max() > 1e-5)
-    assert moved  # three ranks see other batches
+    differences = [(ends["three"][name] - tensor).abs().max() for name, tensor in ends["alone"].items()]
+    assert max(differences) > 1e-5  # three ranks see other batches
 
 
-@pytest.mark.parametrize("parallel", ["fsdp2", "ddp"])
-def test_a_run_goes_on_with_another_strategy(ranks, scenes, whole, copied, tmp_path, parallel):
+def test_a_run_goes_on_with_another_strategy(ranks, scenes, whole, copied, tmp_path):
     """One process without a strategy writes the checkpoint of an epoch's start; two read it, with all moments."""
     at_the_second_epoch(copied)
     shutil.copytree(copied, tmp_path / "one", symlinks=True)
     alone = [*stage2(scenes, tmp_path / "one", world=1), "callbacks.checkpoint.every_n_train_steps=1"]
     killed = ranks.run(alone, out=tmp_path, world=1, kill=[(0, STEP, 0)])
     assert killed.codes == [-9]
-    content = read_full(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
-    shutil.rmtree(tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
-    torch.save(content, tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt")
-    done = ranks.run(stage2(scenes, tmp_path / "one", parallel=parallel), out=tmp_path)
+    folder = tmp_path / "one" / "checkpoints" / "pre-round-0002.ckpt"
+    content = read_full(folder)
+    shutil.rmtree(folder)
+    torch.save(content, folder)
+    done = ranks.run(stage2(scenes, tmp_path / "one"), out=tmp_path)
     assert done.codes == [0, 0], done.printed
-    if parallel == "fsdp2":
-        assert same(whole, tmp_path / "one")
-    else:
-        for name, tensor in weights(whole).items():
-            torch.testing.assert_close(weights(tmp_path / "one")[name], tensor, rtol=1e-4, atol=1e-5)
+    assert same(whole, tmp_path / "one")
 
 
 def test_in_the_middle_of_an_epoch_other_ranks_are_refused(ranks, scenes, copied, tmp_path):
     argv = stage2(scenes, copied, "trainer.devices=3")
     done = ranks.run(argv, out=tmp_path, world=3)
     assert done.codes == [2, 2, 2], done.printed
-    told = "error: the checkpoint is from the middle of epoch 1, with 2 processes, and now there are 3: resume"
-    assert all(told in text for text in done.printed)
+    error = "error: the checkpoint is from the middle of epoch 1, with 2 processes, and now there are 3: resume"
+    assert all(error in text for text in done.printed)
     done = ranks.run([*argv, "data.restart_epoch=true"], out=tmp_path, world=3)
     assert done.codes == [0, 0, 0], done.printed
     assert "and now there are 3: that epoch starts over" in done.printed[0]
 
 
-@pytest.mark.parametrize("form", ["own", "lightning"])
-def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys, form):
+def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys):
     folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
-    part = folder / "__0_0.distcp"
-    content = bytearray(part.read_bytes())
-    content[len(content) // 3] ^= 1
-    part.write_bytes(bytes(content))
+    damage(folder / "__0_0.distcp")
     with pytest.raises(SystemExit):
-        export(["conf=export", f"model={folder}", f"out={tmp_path}/out", f"format={form}"])
+        export(["conf=export", f"model={folder}", f"out={tmp_path}/out", "format=own"])
     assert "epoch=1-step=6.ckpt is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -352,22 +333,6 @@ def test_a_checkpoint_becomes_one_file_and_a_model_folder(whole, tmp_path, capsy
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------
-
-
-def test_an_unused_round_leaves_training_as_it_is(ranks, scenes, whole, tmp_path):
-    """Bit for bit: the round comes between epochs, and nothing in it draws on what training draws on."""
-    ends = []
-    for name, more in (
-        ("with", ["callbacks.self_correction.allow_empty=true"]),
-        ("without", ["callbacks.self_correction=null"]),
-    ):
-        argv = stage2(scenes, tmp_path / name)
-        argv = [argument for argument in argv if name == "with" or "self_correction" not in argument]
-        done = ranks.run([*argv, *more], out=tmp_path, patches=["tests.ranks:deaf"])
-        assert done.codes == [0, 0], done.printed
-        ends.append(tmp_path / name)
-    assert same(*ends)
-    assert not same(ends[0], whole)
 
 
 def test_gradients_that_are_not_finite_on_one_rank_stop_all_and_name_its_samples(ranks, scenes, tmp_path):
@@ -393,19 +358,6 @@ def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
     assert ranks.run(argv, out=tmp_path).codes == [0, 0]
 
 
-def test_a_damaged_validation_sample_does_not_make_ranks_wait(ranks, scenes, tmp_path):
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    (shard,) = (data / "val").glob("*.tar")
-    *samples, last = read_shard(shard)
-    entry = write_shard(shard, [*samples, {**last, "png": last["png"][:100]}])
-    index = json.loads((data / "val" / "index.json").read_text())
-    (data / "val" / "index.json").write_text(json.dumps({**index, "shards": [{**entry, "name": shard.name}]}))
-    argv = stage2(data, tmp_path / "run", "trainer.max_steps=4", "trainer.limit_val_batches=1.0", "data.batch_size=3")
-    argv += ["trainer.strategy.timeout_minutes=0.5", "callbacks.self_correction.rounds=1", "data.epoch_batches=4"]
-    done = ranks.run(argv, out=tmp_path)
-    assert done.codes == [0, 0], done.printed
-
-
 def test_a_stop_in_a_round_is_one_on_all_ranks(ranks, scenes, whole, tmp_path):
     """By the file of a batch job, while rank 0 waits for the drafts of rank 1; the mark is left in any case."""
     argv = stage2(scenes, tmp_path / "run")
@@ -420,13 +372,6 @@ def test_a_stop_in_a_round_is_one_on_all_ranks(ranks, scenes, whole, tmp_path):
     done = ranks.run(argv, out=tmp_path)
     assert done.codes == [0, 0], done.printed
     assert same(whole, tmp_path / "run")
-
-
-def test_other_numbers_of_processes_than_were_started_are_refused(ranks, scenes, tmp_path):
-    argv = stage2(scenes, tmp_path / "run", "trainer.devices=1")
-    done = ranks.run(argv, out=tmp_path, environment={"TORCHELASTIC_RUN_ID": "one"})
-    assert done.codes == [2, 2], done.printed
-    assert "2 processes were started, but trainer.devices=1 and num_nodes=1" in done.printed[0]
 
 
 @pytest.mark.slow

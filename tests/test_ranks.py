@@ -81,7 +81,6 @@ def run(
     settings = {**QUIET, **trainer, "max_steps": STEPS, "accelerator": "cpu", "use_distributed_sampler": False}
     fit = L.Trainer(callbacks=[watch], **settings)
     fit.fit(objective, DataLoader([part] * STEPS, batch_size=None))
-    full_tensor = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
     weights = torch.cat([full_tensor(p.detach()).flatten() for p in objective.parameters()])
     return {"weights": weights, "logged": watch.seen}
 
@@ -97,10 +96,10 @@ from tests.test_ranks import run
 
 rank = int(os.environ.get("LOCAL_RANK", 0))
 strategy = {strategy}
-found = {{}}
+results = {{}}
 for case in {cases!r}:
-    found[case] = run(*case, rank=rank, world={world}, devices={world}, strategy=strategy(), sharding={sharding})
-torch.save(found, {out!r} + str(rank))
+    results[case] = run(*case, rank=rank, world={world}, devices={world}, strategy=strategy(), sharding={sharding})
+torch.save(results, {out!r} + str(rank))
 """
 
 
@@ -148,10 +147,10 @@ def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, case
 @pytest.mark.dist
 def test_computing_in_bfloat16_keeps_float32_parameters_and_nearly_the_same_loss(tmp_path):
     first, _ = on_ranks(tmp_path, [("revision", "prefix")], "FSDP2", "Sharding(compute='bfloat16')")
-    found, one = first["revision", "prefix"], run("revision", "prefix")
-    assert found["weights"].dtype == torch.float32
-    assert found["logged"][0]["train/loss"] == pytest.approx(one["logged"][0]["train/loss"], rel=0.02)
-    assert found["logged"][0]["train/loss"] != one["logged"][0]["train/loss"]
+    lower, one = first["revision", "prefix"], run("revision", "prefix")
+    assert lower["weights"].dtype == torch.float32
+    assert lower["logged"][0]["train/loss"] == pytest.approx(one["logged"][0]["train/loss"], rel=0.02)
+    assert lower["logged"][0]["train/loss"] != one["logged"][0]["train/loss"]
 
 
 @pytest.mark.dist

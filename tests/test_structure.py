@@ -290,15 +290,6 @@ def test_settings_of_shipped_configs(settings: str, place: str, value: object) -
     assert selected == value if value is not None else selected
 
 
-def test_the_base_model_gets_a_tokenizer_of_its_own() -> None:
-    """`make base` writes assets/base, so it must not start from what is there."""
-    command = re.search(r"src\.prepare (conf=scenes.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
-    assert command
-    prepare = load_config(shlex.split(command[1]), root=ROOT / "conf").prepare
-    assert prepare.tokenizer is None
-    assert f"{prepare.out}/tokenizer" == load_config(["conf=base"], root=ROOT / "conf").tokenizer
-
-
 # verbs
 
 

@@ -248,6 +248,14 @@ def test_a_missing_shard_ends_in_one_clear_line(scenes, tmp_path, capsys):
     assert re.fullmatch(r"error: .*train-000\d+\.tar.*\n", error), error
 
 
+def test_other_numbers_of_processes_than_were_started_are_refused(scenes, tmp_path, monkeypatch, capsys):
+    """Each would train alone, in the same folder."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    error = refusal(arguments(scenes, tmp_path / "run"), capsys)
+    assert "2 processes were started, but trainer.devices=1 and num_nodes=1" in error
+
+
 def test_out_of_memory_says_what_to_do(scenes, tmp_path, monkeypatch, capsys):
     def corrupt(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")

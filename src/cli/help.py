@@ -41,7 +41,6 @@ def help_text(verb: str, doc: str | None, root: str | Path = "conf") -> str:
 
 
 def docstring(verb: str) -> str | None:
-    """The module docstring of a verb, read without importing it."""
     path = Path(__file__).resolve().parents[2].joinpath(*verb.split(".")).with_suffix(".py")
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

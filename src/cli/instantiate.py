@@ -106,7 +106,6 @@ def one_line(error: Exception) -> str:
 
 
 def plain(tree: Any) -> Any:
-    """A config as plain lists and dicts, interpolations resolved."""
     return OmegaConf.to_container(tree, resolve=True) if OmegaConf.is_config(tree) else tree
 
 
@@ -190,7 +189,6 @@ def _parameters(component: Callable) -> tuple[dict[str, inspect.Parameter], bool
 
 
 def _problems(node: dict, offers: set[str]) -> Iterator[tuple[str, str]]:
-    """(key, message) for each problem of one node, nested nodes excluded."""
     target = node["target"]
     try:
         component = _locate(target)

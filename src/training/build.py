@@ -118,7 +118,6 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
 
 
 def build_on_meta(node: DictConfig, codec: Codec) -> Any:
-    """The model of a config on the meta device."""
     with torch.device("meta"):
         if node.target == STORED:
             return build({**plain(node), "target": "src.models.hf.folder.outline"}, codec=codec)
@@ -140,7 +139,6 @@ def check_trainer(cfg: DictConfig) -> None:
 
 
 def silence_lightning() -> None:
-    """Silence Lightning's banners and its warnings about its own internals."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names the failed process

@@ -139,7 +139,6 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
-    """Raise UserError if the run in the folder has other settings or other inputs."""
     before, now = _fixed_settings(old), _fixed_settings(cfg)
     if changed := [key for key in FIXED if before[key] != now[key]]:
         raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")

@@ -39,13 +39,11 @@ class DDP(DDPStrategy):
         super().__init__(timeout=self.timeout)
 
     def configure_ddp(self) -> None:
-        """Broadcast the weights of rank 0."""
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
     def join(self) -> None:
-        """Create the process group, before Lightning would."""
         self.setup_environment()
 
 
@@ -78,11 +76,9 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def join(self) -> None:
-        """Create the process group, before Lightning would."""
         self._setup_distributed()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Save to a temporary folder, then rename it."""
         path = Path(self.broadcast(filepath))
         temporary = path.with_name(f".{path.name}.tmp")
         if self.is_global_zero:
