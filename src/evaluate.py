@@ -26,7 +26,7 @@ from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
-from src.evaluation.cells import count_samples, evaluate_bound, evaluate_cell, first_batches
+from src.evaluation.cells import count_samples, evaluate_cell, evaluate_model, first_batches
 from src.evaluation.grid import STAGES, build_samplers, check_models, complete
 from src.evaluation.report import check_names, write_report
 from src.evaluation.results import ResultStore, code_hash, signature
@@ -38,6 +38,7 @@ from src.models.inference import warn_if_length_differs
 from src.text.tokenizer import Codec
 
 PACKAGES = ("torch", "transformers", "torchmetrics")
+PROBES = {"bound": "src.metrics.bound.Bound", "looks": "src.metrics.fixing.Looks"}  # of a model, without a sampler
 EXAMPLES = 6  # images of captions.png: the first of the split, not a selection
 
 
@@ -60,8 +61,8 @@ def main(argv: list[str]) -> None:
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = build_samplers(plain(settings.samplers), plain(settings.speeds), methods=codecs)
-    bound_node = {"target": "src.metrics.bound.Bound", **(settings.bound or {})}
-    bound = build(bound_node, special=codec.special, seed=settings.seed) if settings.bound else None
+    nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings[name]]
+    probes = [build(node, special=codec.special, seed=settings.seed).to(device) for node in nodes]
     data = build(settings.data, **offers)
     data.setup(STAGES[settings.split])
     loader = getattr(data, f"{settings.split}_dataloader")()
@@ -82,27 +83,27 @@ def main(argv: list[str]) -> None:
         }
         shared = [meta[name] for name in ("code", "data", "seed")] + [settings.num, plain(settings.data)]
         model = {name: [meta["models"][name], meta["model_configs"][name]] for name in codecs}
-        sampled, nodes = [*shared, plain(settings.metrics)], plain(settings.samplers)
-        cells = {c: signature(*sampled, model[c.method], nodes[c.sampler], c.tokens_per_step) for c in samplers}
-        bounds = {name: signature(*shared, model[name], plain(settings.bound)) for name in codecs if bound}
-        store = ResultStore(Path(settings.out), meta, signatures=cells, bound_signatures=bounds)
+        sampled, ways = [*shared, plain(settings.metrics)], plain(settings.samplers)
+        cells = {c: signature(*sampled, model[c.method], ways[c.sampler], c.tokens_per_step) for c in samplers}
+        probed = {name: signature(*shared, model[name], nodes) for name in codecs if nodes}
+        store = ResultStore(Path(settings.out), meta, signatures=cells, model_signatures=probed)
 
-        # 5. The missing cells and bounds, model by model.
-        report = {"headline": list(settings.headline), "curve": plain(settings.curve)}
+        # 5. The missing cells and probes, model by model.
+        report = {name: plain(settings[name]) for name in ("headline", "breakdown", "curve")}
         missing = {name: [c for c in samplers if c.method == name and c not in store.table] for name in codecs}
-        missing_bounds = set(bounds) - set(store.bounds)
-        total = (sum(map(len, missing.values())) + len(missing_bounds)) * counts["taken"]
+        missing_probes = set(probed) - set(store.model_stats)
+        total = (sum(map(len, missing.values())) + len(missing_probes)) * counts["taken"]
         with tqdm(total=total, unit="caption", desc="evaluate", disable=not total) as bar:
             for method, missing_cells in missing.items():
-                if not missing_cells and method not in missing_bounds:
+                if not missing_cells and method not in missing_probes:
                     continue
                 backbone = from_pretrained(settings.models[method]).to(device).eval()
                 name = f"{method}: evaluate.data.response_length"
                 warn_if_length_differs(backbone, settings.data.response_length, name=name)
-                if bound is not None and method in missing_bounds:
-                    bar.set_description(f"bound of {method}")
-                    stats = evaluate_bound(backbone, bound, first_batches(loader, counts["taken"], bar))
-                    store.add_bound(method, stats)
+                if method in missing_probes:
+                    bar.set_description(f"{method} itself")
+                    batches = first_batches(loader, counts["taken"], bar)
+                    store.add_model_stats(method, evaluate_model(backbone, probes, batches))
                 for cell in missing_cells:
                     bar.set_description(cell.name)
                     answers = (samplers[cell], codecs[method], first_batches(loader, counts["taken"], bar), metrics)

@@ -95,6 +95,8 @@ def conf(data, models, tmp_path):
         "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.text.Bleu"}],
         "headline": ["quality", "syntax"],
         "bound": {"draws": None},
+        "looks": {"levels": [0.0, 0.5], "rate": 0.2},
+        "breakdown": ["precision_object", "templates"],
         "curve": None,
         "out": str(tmp_path / "out"),
         "seed": 0,
@@ -145,19 +147,22 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     assert [line["key"] for line in lines] == [record["key"] for record in known]
     scores = [score_caption(Scene.from_dict(r["scene"]), line["text"]) for line, r in zip(lines, known, strict=True)]
     cell = methods["stage2"]["refine"]["16"]
-    for name in ("coverage", "factuality", "syntax"):
+    for name in ("coverage", "factuality", "syntax", "quality"):
         values = [getattr(score, name) for score in scores]
         assert values == [line["scores"][name] for line in lines]
         assert cell[name]["mean"] == pytest.approx(statistics.mean(values))
         assert cell[name]["se"] == pytest.approx(statistics.stdev(values) / math.sqrt(NUM))
-    assert cell["quality"]["mean"] == pytest.approx((cell["coverage"]["mean"] + cell["factuality"]["mean"]) / 2)
     assert {stat["n"] for name, stat in cell.items() if name != "seconds"} == {NUM}
     assert [methods["mask"]["plain"][n]["forwards"]["mean"] for n in ("16", "32")] == [3, 2]
     assert methods["mask"]["plain"]["16"]["edits"]["mean"] == 0
+    looks = read(tmp_path)["model_stats"]["mask"]
+    assert list(looks) == ["p_fix at t=0", "p_fix at t=0.5", "p_break at t=0", "p_break at t=0.5"]
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "table.md").read_text()
     assert "forward calls (and seconds) per caption, mask plain: 3.0 (0." in printed
     assert printed.count("| stage2  | refine  |") == 1 and printed.count("| stage2 | refine  |") == 1
+    assert f"| mask         | {looks['p_break at t=0']['mean']:.3f} " in printed and "| p_break at t | 0     | 0.5" in printed
+    assert f"| stage2-refine-16 | {cell['precision_object']['mean']:.3f}" in printed or "| stage2-refine-16 | -" in printed
     for name in ("quality.png", "captions.png"):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
 
@@ -234,14 +239,14 @@ def test_texts_without_images_are_evaluated(conf, tmp_path):
         {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
     ]
     settings = {**SWEEP, "models": {"m": str(write_model(tmp_path / "text", codec, vision=False))}, "metrics": metrics}
-    settings |= {"headline": ["exact_match", "gen_nll"], "bound": {"draws": 2}, "split": "val"}
+    settings |= {"headline": ["exact_match", "gen_nll"], "breakdown": [], "bound": {"draws": 2}, "split": "val"}
     settings |= {"data": text_of(folder), "curve": {"metric": "gen_nll", "best": "lowest"}}
     main([conf(**settings)])
     results, points = read(tmp_path), read(tmp_path, "curve")["points"]
     stats = results["methods"]["m"]["proseco[passes=1]"]["16"]
     assert {"exact_match", "token_entropy", "token_distinct_2", "gen_perplexity", "forwards", "seconds"} <= set(stats)
     assert stats["exact_match"]["n"] == min(NUM, results["meta"]["data"]["taken"])
-    assert results["bounds"]["m"]["nelbo"]["mean"] > 0
+    assert results["model_stats"]["m"]["nelbo"]["mean"] > 0
     lowest = min(points, key=lambda point: (point["value"]["mean"], point["forwards"]["mean"]))
     assert lowest["front"]
     assert not (tmp_path / "out" / "captions.png").exists()
@@ -311,7 +316,7 @@ def test_a_kill_loses_only_the_cell_it_falls_into(conf, models, tmp_path):
     for results in (final, calm):
         for stats in (stats for row in results["methods"]["m"].values() for stats in row.values()):
             del stats["seconds"]
-    assert (final["methods"], final["bounds"]) == (calm["methods"], calm["bounds"])
+    assert (final["methods"], final["model_stats"]) == (calm["methods"], calm["model_stats"])
 
 
 def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
@@ -328,17 +333,17 @@ def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
 
 def test_nan_is_null_on_disk_and_nan_again_for_a_rerun(tmp_path):
     cell, nothing = Cell("m", "plain", 1), {"mean": math.nan, "se": None, "n": 0}
-    signatures = {"signatures": {cell: "s"}, "bound_signatures": {"m": "b"}}
+    signatures = {"signatures": {cell: "s"}, "model_signatures": {"m": "b"}}
     store = ResultStore(tmp_path, {}, **signatures)
     store.add(cell, {"rings": nothing}, [{"key": "a", "text": "C\u2028C", "scores": {"rings": math.nan, "valid": 1.0}}])
-    store.add_bound("m", {"nelbo": nothing})
+    store.add_model_stats("m", {"nelbo": nothing})
     strict = lambda text: json.loads(text, parse_constant=pytest.fail)  # noqa: E731
     written = strict((tmp_path / "results.json").read_text())
     assert written["methods"]["m"]["plain"]["1"]["rings"] == {"mean": None, "se": None, "n": 0}
-    assert written["bounds"]["m"]["nelbo"]["mean"] is None
+    assert written["model_stats"]["m"]["nelbo"]["mean"] is None
     assert strict((tmp_path / "captions" / f"{cell.file}.jsonl").read_text())["scores"]["rings"] is None
     again = ResultStore(tmp_path, {}, **signatures)
-    assert math.isnan(again.table[cell]["rings"]["mean"]) and math.isnan(again.bounds["m"]["nelbo"]["mean"])
+    assert math.isnan(again.table[cell]["rings"]["mean"]) and math.isnan(again.model_stats["m"]["nelbo"]["mean"])
     (line,) = again.captions(cell)
     assert math.isnan(line["scores"]["rings"]) and line["scores"]["valid"] == 1.0 and line["text"] == "C\u2028C"
 
@@ -463,12 +468,12 @@ def test_the_bound_of_a_model_is_done_once(conf, data, models, tmp_path, capsys)
     codec, backbone = Codec.load(data / "tokenizer"), from_pretrained(models / "mask").eval()
     with torch.no_grad():
         nats = response_nats(backbone, first_batch(data, codec), special=codec.special, draws=3, seed=0)
-    bound = read(tmp_path)["bounds"]["m"]
+    bound = read(tmp_path)["model_stats"]["m"]
     assert bound["nelbo"]["mean"] == pytest.approx(float(nats.mean()) / LENGTH, rel=1e-5)
     assert "| bound per token | nelbo " in capsys.readouterr().out
     cells = inodes(tmp_path)
     main([conf(**settings, bound={"draws": 3}, headline=["coverage"])])
-    assert read(tmp_path)["bounds"]["m"] == bound
+    assert read(tmp_path)["model_stats"]["m"] == bound
     main([conf(**settings, bound={"draws": 4})])  # another bound, the same cells
     assert inodes(tmp_path) == cells
-    assert read(tmp_path)["bounds"]["m"]["nelbo"] != bound["nelbo"]
+    assert read(tmp_path)["model_stats"]["m"]["nelbo"] != bound["nelbo"]

@@ -1,4 +1,4 @@
-"""One cell of the table: prompts answered by one model with one sampler, scored; and a model's likelihood bound.
+"""One cell of the table: prompts answered by one model with one sampler, scored; and what a model alone is measured by.
 
 stats, captions = evaluate_cell(backbone, sampler, codec, first_batches(loader, 256), metrics, seed=0)
 batches -> prefix -> sampler -> texts -> metrics -> {name: {mean, se, n}}, [{key, text, scores}, ...]
@@ -16,7 +16,6 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from src.io.errors import UserError
-from src.metrics.bound import Bound
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.llada_v import LLaDAV
@@ -98,10 +97,13 @@ def evaluate_cell(
     return {**stats, "seconds": summarise(seconds)}, captions
 
 
-def evaluate_bound(backbone: LLaDAV, bound: Bound, batches: Iterable[Batch]) -> dict[str, Stat]:
+def evaluate_model(backbone: LLaDAV, probes: Sequence[Metric], batches: Iterable[Batch]) -> dict[str, Stat]:
+    """Statistics of a model on the reference responses, without a sampler: its likelihood bound, its looks."""
     device = next(backbone.parameters()).device
-    bound.reset()
+    for probe in probes:
+        probe.reset()
     for batch in batches:
         with torch.inference_mode():
-            bound.update(backbone, batch.to(device))
-    return bound.compute()
+            for probe in probes:
+                probe.update(backbone, batch.to(device))
+    return {name: stat for probe in probes for name, stat in probe.compute().items()}

@@ -12,6 +12,7 @@ The first row (first method and sampler) is the baseline, the last row the conte
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 from torchmetrics import Metric
@@ -29,22 +30,30 @@ BUDGETS = "each best cell was chosen on these same captions, so its value is opt
 logger = logging.getLogger(__name__)
 
 
-def check_names(stats: Stats, *, headline: Sequence[str], curve: dict | None) -> None:
+def check_names(stats: Stats, *, headline: Sequence[str], breakdown: Sequence[str], curve: dict | None) -> None:
     """Raise UserError for a metric of the config that a finished cell does not have."""
-    for place, names in (("headline", headline), ("curve", [curve["metric"]] if curve else [])):
+    named = {"headline": headline, "breakdown": breakdown, "curve": [curve["metric"]] if curve else []}
+    for place, names in named.items():
         if unknown := [name for name in names if name not in stats]:
             raise UserError(f"evaluate.{place}: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
 
 
 def write_report(
-    store: ResultStore, *, headline: Sequence[str], curve: dict | None, metrics: Sequence[Metric], examples: Batch
+    store: ResultStore,
+    *,
+    headline: Sequence[str],
+    breakdown: Sequence[str],
+    curve: dict | None,
+    metrics: Sequence[Metric],
+    examples: Batch,
 ) -> str:
     """Write all files of the report. Returns the text of table.md.
 
+    breakdown: metrics of one more table, with a row for each cell
     curve: {metric, best}: plot that metric alone, and name the best cells within budgets of forward calls
     examples: samples whose images are shown, the first ones of the split
     """
-    check_names(next(iter(store.table.values())), headline=headline, curve=curve)
+    check_names(next(iter(store.table.values())), headline=headline, breakdown=breakdown, curve=curve)
     captions = {cell: store.captions(cell) for cell in store.table}
     scores = {
         cell: {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
@@ -59,7 +68,7 @@ def write_report(
         budgets = budget_table(points, scores, curve["metric"])
     else:
         logger.warning("no cell has a value of %s: no curve is drawn", curve["metric"])
-    text = report_text(store.table, store.bounds, scores, headline=headline, budgets=budgets)
+    text = report_text(store.table, store.model_stats, scores, headline=headline, breakdown=breakdown, budgets=budgets)
     write_bytes(store.out / "table.md", text.encode())
     if any(examples.images):
         draw_examples(captions, metrics, examples).save(store.out / "captions.png")
@@ -68,13 +77,14 @@ def write_report(
 
 def report_text(
     table: Table,
-    bounds: Mapping[str, Stats],
+    model_stats: Mapping[str, Stats],
     scores: Scores,
     *,
     headline: Sequence[str],
+    breakdown: Sequence[str] = (),
     budgets: list[list[str]] | None = None,
 ) -> str:
-    """Notes, tables of the bounds and of the headline metrics, and the claims or, in their place, the budgets."""
+    """Notes, tables of the models and of the headline metrics, and the claims or, in their place, the budgets."""
     # 1. Notes: the columns, and the cost of each row.
     rows, speeds = _axes(table)
     num_captions = max(len(values) for columns in scores.values() for values in columns.values())
@@ -86,13 +96,20 @@ def report_text(
         notes.append(f"forward calls (and seconds) per caption, {' '.join(row)}: {', '.join(costs)}")
     # 2. Tables; a cell without a value is a dash.
     tables = []
-    if bounds:
-        names = list(next(iter(bounds.values())))
-        lines = [[method, *(stat_text(stats[name]) for name in names)] for method, stats in bounds.items()]
-        tables.append([["bound per token", *names], *lines])
+    columns_of: dict[str, list[str]] = {}  # a table of models -> its columns: "p_fix at t=0" is "0" of "p_fix at t"
+    for name in next(iter(model_stats.values()), {}):
+        table_name, _, column = name.rpartition("=")
+        columns_of.setdefault(table_name or "bound per token", []).append(column)
+    for title, names in columns_of.items():
+        keys = [f"{title}={name}" if title != "bound per token" else name for name in names]
+        lines = [[method, *(stat_text(stats[key]) for key in keys)] for method, stats in model_stats.items()]
+        tables.append([[title, *names], *lines])
     for metric in headline:
         lines = [[*row, *(stat_text(table.get(Cell(*row, n), {}).get(metric)) for n in speeds)] for row in rows]
         tables.append([[metric, "sampler", *map(str, speeds)], *lines])
+    if breakdown:
+        lines = [[cell.name, *(stat_text(stats.get(name)) for name in breakdown)] for cell, stats in table.items()]
+        tables.append([["cell", *breakdown], *lines])
     # 3. Budgets or claims.
     if budgets:
         tables.append(budgets)
@@ -160,8 +177,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Stat:
 
 
 def stat_text(stat: Stat | None, *, signed: bool = False) -> str:
-    """A mean and its standard error, or a dash for None."""
-    if stat is None:
+    """A mean and its standard error, or a dash for no value."""
+    if stat is None or math.isnan(stat["mean"]):
         return "-"
     digits = 3 if abs(stat["mean"]) < 2 else 1  # shares, and counts such as forward calls
     mean = f"{stat['mean']:{'+' if signed else ''}.{digits}f}"

@@ -1,6 +1,6 @@
 """Results of an evaluation on disk, written cell by cell, so that a kill loses only the cell it interrupts.
 
-    results.json             methods -> sampler -> tokens/step -> metric -> {mean, se, n}; bounds -> method -> metric
+    results.json             methods -> sampler -> tokens/step -> metric -> {mean, se, n}; model_stats -> method -> ...
     captions/CELL.jsonl      the captions of a cell, each with its scores
 
 The mean of no values is NaN in memory and null on disk, because JSON has no NaN.
@@ -50,23 +50,23 @@ Table = dict[Cell, Stats]
 
 
 class ResultStore:
-    """Statistics of cells (`table`) and likelihood bounds of models (`bounds`), in the order of their signatures."""
+    """Statistics of cells (`table`) and of models alone (`model_stats`), in the order of their signatures."""
 
     def __init__(
-        self, out: Path, meta: dict, *, signatures: Mapping[Cell, str], bound_signatures: Mapping[str, str]
+        self, out: Path, meta: dict, *, signatures: Mapping[Cell, str], model_signatures: Mapping[str, str]
     ) -> None:
-        self.out, self.meta, self._signatures, self._bound_signatures = out, meta, signatures, bound_signatures
+        self.out, self.meta, self._signatures, self._model_signatures = out, meta, signatures, model_signatures
         if len({cell.name for cell in signatures}) < len(signatures):
             raise UserError("two cells of the evaluation have the same name; rename a model or a sampler")
         old = read_json(path) if (path := out / "results.json").is_file() else {}
-        entries, bounds = (old.get("meta", {}).get(name, {}) for name in ("cells", "bounds"))
+        entries, models = (old.get("meta", {}).get(name, {}) for name in ("cells", "model_stats"))
         self.table: Table = {
             cell: _with_nan(old["methods"][cell.method][cell.sampler][str(cell.tokens_per_step)])
             for cell in signatures
             if entries.get(cell.name) == self._entry(cell)
         }
-        kept = [name for name, signature in bound_signatures.items() if bounds.get(name) == signature]
-        self.bounds: dict[str, Stats] = {name: _with_nan(old["bounds"][name]) for name in kept}
+        kept = [name for name, signature in model_signatures.items() if models.get(name) == signature]
+        self.model_stats: dict[str, Stats] = {name: _with_nan(old["model_stats"][name]) for name in kept}
         self._write()
 
     def add(self, cell: Cell, stats: Stats, captions: list[dict]) -> None:
@@ -77,8 +77,8 @@ class ResultStore:
         self.table[cell] = stats
         self._write()
 
-    def add_bound(self, method: str, stats: Stats) -> None:
-        self.bounds[method] = stats
+    def add_model_stats(self, method: str, stats: Stats) -> None:
+        self.model_stats[method] = stats
         self._write()
 
     def captions(self, cell: Cell) -> list[dict]:
@@ -90,14 +90,20 @@ class ResultStore:
 
     def _write(self) -> None:
         self.table = {cell: self.table[cell] for cell in self._signatures if cell in self.table}
-        self.bounds = {name: self.bounds[name] for name in self._bound_signatures if name in self.bounds}
+        self.model_stats = {name: self.model_stats[name] for name in self._model_signatures if name in self.model_stats}
         methods: dict[str, dict[str, dict[str, Stats]]] = {}
         for cell, stats in self.table.items():
             methods.setdefault(cell.method, {}).setdefault(cell.sampler, {})[str(cell.tokens_per_step)] = stats
         cells = {cell.name: self._entry(cell) for cell in self.table}
-        meta = {**self.meta, "cells": cells, "bounds": {name: self._bound_signatures[name] for name in self.bounds}}
+        meta = {
+            **self.meta,
+            "cells": cells,
+            "model_stats": {name: self._model_signatures[name] for name in self.model_stats},
+        }
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "results.json", _without_nan({"methods": methods, "bounds": self.bounds, "meta": meta}))
+        write_json(
+            self.out / "results.json", _without_nan({"methods": methods, "model_stats": self.model_stats, "meta": meta})
+        )
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "captions" / f"{cell.file}.jsonl"

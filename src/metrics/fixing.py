@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from src.diffusion.corruption import Absorb, Replace, start, text_positions
 from src.diffusion.noise import Noise
+from src.metrics.caption import Stat
 from src.types import Backbone, Batch, Kind, Prefix, SpecialIds
 
 
@@ -75,3 +77,26 @@ def _predict(backbone: Backbone, prefix: Prefix, tokens: Tensor, special: Specia
     """(B, L) the ids that one forward call finds most likely."""
     logits = backbone(prefix, tokens)  # (B, L, V)
     return special.argmax(logits.flatten(0, 1)).view_as(tokens)
+
+
+class Looks(Metric):
+    """Shares of `count_looks` over all responses: `p_fix at t=LEVEL` and `p_break at t=LEVEL`, without an error."""
+
+    is_differentiable = False
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, *, special: SpecialIds, levels: Sequence[float], rate: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        self.settings = {"special": special, "levels": list(levels), "rate": rate, "seed": seed}
+        self.add_state("counts", torch.zeros(len(levels), 4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, backbone: Backbone, batch: Batch) -> None:
+        self.counts += count_looks(backbone, [batch], device=self.counts.device, **self.settings)
+
+    def compute(self) -> dict[str, Stat]:
+        fix, break_ = {}, {}
+        for level, (fixed, wrong, broken, right) in zip(self.settings["levels"], self.counts.tolist(), strict=True):
+            fix[f"p_fix at t={level:g}"] = Stat(mean=fixed / max(wrong, 1), se=None, n=int(wrong))
+            break_[f"p_break at t={level:g}"] = Stat(mean=broken / max(right, 1), se=None, n=int(right))
+        return {**fix, **break_}

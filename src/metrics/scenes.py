@@ -11,6 +11,7 @@ of their entropy, of at most 14. A model that always writes the same sentences g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,8 +61,8 @@ class SceneQuality(CaptionMetric):
         stats, count = super().compute(), int(self.count)
         for kind, ratios in zip(KINDS, self.sums.tolist(), strict=True):
             for name, sums in zip(("precision", "recall"), ratios, strict=True):
-                if sums[1]:  # some caption claims such a fact, some scene has one
-                    stats[f"{name}_{kind}"] = ratio_stat(sums, count)
+                no_value = Stat(mean=math.nan, se=None, n=count)  # if no caption claims such a fact
+                stats[f"{name}_{kind}"] = ratio_stat(sums, count) if sums[1] else no_value
         entropy = torch.special.entr(self.uses / self.uses.sum().clamp(min=1)).sum()
         return {**stats, "templates": Stat(mean=float(entropy.exp()), se=None, n=count)}
 

@@ -6,14 +6,16 @@ other rows (a small share of Stage I data): as in `src.objectives.revision`
 
 from __future__ import annotations
 
+from typing import Any
+
 from src.diffusion.corruption import Chain, Choose, Only, ShowGaps, Span
 from src.diffusion.losses import Term
-from src.objectives.base import Objective, Setup
-from src.objectives.revision import stage_one
+from src.objectives.base import Setup
+from src.objectives.revision import RevisionObjective
 from src.types import Corruption, Kind
 
 
-class Refine(Objective):
+class Refine(RevisionObjective):
     """Stage II with Stage I data mixed in.
 
     mistake: coefficient of the corrected spans
@@ -21,50 +23,30 @@ class Refine(Objective):
     keep: coefficient of the draft's other tokens (paper: 0)
     shown_gaps: share of the spans whose correction has a gap token that the input shows already corrected, so that
         the model learns to keep gaps; no effect if the tokenizer has no gap token
-    the rest: see `RevisionObjective`
+    stage1: see `RevisionObjective`
     """
 
     def __init__(
         self,
         setup: Setup,
         *,
-        t_min: float = 0.0,
         mistake: float = 1.0,
         mistake_weight: str = "one",
         keep: float = 0.0,
         shown_gaps: float = 0.5,
-        rate: float = 0.10,
-        source: str = "uniform",
-        dynamic: bool = False,
-        filler: bool = False,
-        hallucination: str = "mixed",
-        alone_share: float = 0.6,
-        weight: str = "inverse_rate",
         reduce: str = "kind_mean",
         floor: float = 0.05,
-        clean: float = 1.0,
+        **stage1: Any,
     ) -> None:
-        corruption, terms = stage_one(
-            setup.special,
-            rate=rate,
-            source=source,
-            dynamic=dynamic,
-            filler=filler,
-            hallucination=hallucination,
-            alone_share=alone_share,
-            weight=weight,
-            reduce=reduce,
-            floor=floor,
-            clean=clean,
-        )
-        if mistake:
-            terms += (Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor),)
-        if keep:
-            terms += (Term("keep", Kind.DRAFT, "one", reduce, coef=keep),)
+        super().__init__(setup, reduce=reduce, floor=floor, **stage1)
+        # 1. drafts, whose corrected spans are the mistakes
         mistakes: Corruption = Span(num=None, kind=Kind.MISTAKE)
         if setup.special.gap is not None:
             mistakes = Chain(mistakes, ShowGaps(gap=setup.special.gap, correct_rate=shown_gaps))
         drafts = Only(mistakes, rest=Kind.DRAFT)
-        super().__init__(
-            setup, corruption=Choose(when="drafted", then=drafts, otherwise=corruption), terms=terms, t_min=t_min
-        )
+        self.corruption = Choose(when="drafted", then=drafts, otherwise=self.corruption)
+        # 2. their terms
+        mistake_term = Term("mistake", Kind.MISTAKE, mistake_weight, reduce, coef=mistake, floor=floor)
+        keep_term = Term("keep", Kind.DRAFT, "one", reduce, coef=keep)
+        self.first_terms += tuple(term for term in (mistake_term, keep_term) if term.coef)
+        self.terms = self.first_terms

@@ -11,48 +11,7 @@ from src.diffusion.corruption import Absorb, Chain, Choose, Only, Replace, Span
 from src.diffusion.losses import Term
 from src.io.errors import UserError
 from src.objectives.base import Objective, Setup
-from src.types import Corruption, Kind, SpecialIds
-
-
-def stage_one(
-    special: SpecialIds,
-    *,
-    rate: float,
-    source: str,
-    dynamic: bool,
-    filler: bool,
-    hallucination: str,
-    alone_share: float,
-    weight: str,
-    reduce: str,
-    floor: float,
-    clean: float,
-) -> tuple[Corruption, tuple[Term, ...]]:
-    """Corruption and terms of Stage I; see `RevisionObjective`. Raises UserError for an unknown `hallucination`."""
-    # 1. masks, then random tokens
-    mask, replace = (
-        Absorb(special=special),
-        Replace(special=special, rate=rate, source=source, dynamic=dynamic, filler=filler),
-    )
-    corruption: Corruption = Chain(mask, replace)
-    # 2. hallucinated spans
-    if hallucination == "mixed":
-        corruption = Chain(mask, replace, Span())
-    elif hallucination == "alone":
-        alone = Only(Span(), rest=Kind.FROZEN)
-        corruption = Choose(when="spans", then=alone, otherwise=corruption, share=alone_share)
-    elif hallucination != "none":
-        raise UserError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
-    # 3. one term for each kind of token
-    kinds = {Kind.MASK: 1.0, Kind.SYNTAX: 1.0, Kind.HALLUCINATION: 1.0, Kind.CLEAN: clean}
-    if rate == 0:
-        del kinds[Kind.SYNTAX]
-    if hallucination == "none":
-        del kinds[Kind.HALLUCINATION]
-    terms = (
-        Term(kind.name.lower(), kind, weight, reduce, coef=coef, floor=floor) for kind, coef in kinds.items() if coef
-    )
-    return corruption, tuple(terms)
+from src.types import Corruption, Kind
 
 
 class RevisionObjective(Objective):
@@ -82,17 +41,24 @@ class RevisionObjective(Objective):
         floor: float = 0.05,
         clean: float = 1.0,
     ) -> None:
-        corruption, terms = stage_one(
-            setup.special,
-            rate=rate,
-            source=source,
-            dynamic=dynamic,
-            filler=filler,
-            hallucination=hallucination,
-            alone_share=alone_share,
-            weight=weight,
-            reduce=reduce,
-            floor=floor,
-            clean=clean,
+        # 1. masks, then random tokens
+        mask = Absorb(special=setup.special)
+        replace = Replace(special=setup.special, rate=rate, source=source, dynamic=dynamic, filler=filler)
+        corruption: Corruption = Chain(mask, replace)
+        # 2. hallucinated spans
+        if hallucination == "mixed":
+            corruption = Chain(mask, replace, Span())
+        elif hallucination == "alone":
+            alone = Only(Span(), rest=Kind.FROZEN)
+            corruption = Choose(when="spans", then=alone, otherwise=corruption, share=alone_share)
+        elif hallucination != "none":
+            raise UserError(f"hallucination must be 'mixed', 'alone' or 'none', got {hallucination!r}")
+        # 3. one term for each kind of token
+        kinds = {Kind.MASK: 1.0, Kind.SYNTAX: float(rate > 0), Kind.CLEAN: clean}
+        kinds[Kind.HALLUCINATION] = float(hallucination != "none")
+        terms = tuple(
+            Term(kind.name.lower(), kind, weight, reduce, coef=kinds[kind], floor=floor)
+            for kind in (Kind.MASK, Kind.SYNTAX, Kind.HALLUCINATION, Kind.CLEAN)
+            if kinds[kind]
         )
         super().__init__(setup, corruption=corruption, terms=terms, t_min=t_min)
