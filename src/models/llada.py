@@ -108,7 +108,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # no new tensors of the intermediate size
 
 
 class RMSNorm(nn.Module):
@@ -230,7 +233,13 @@ def rotate(x: Tensor, rope: KeyValue) -> Tensor:
     """Rotary embedding of `x` (B, H, T, d), computed in float32."""
     wide = x.float()
     first, second = wide.chunk(2, -1)
-    return (wide * rope[0] + torch.cat([-second, first], -1) * rope[1]).to(x.dtype)
+    if torch.is_grad_enabled():
+        return (wide * rope[0] + torch.cat([-second, first], -1) * rope[1]).to(x.dtype)
+    out, (left, right) = wide * rope[0], rope[1].chunk(2, -1)
+    out_first, out_second = out.chunk(2, -1)
+    out_first.sub_(second * left)
+    out_second.add_(first * right)
+    return out.to(x.dtype)
 
 
 def _join_masks(embeds: Tensor, length: int, prefix_mask: Tensor | None, attend: Tensor | None) -> Tensor | None:
