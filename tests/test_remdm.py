@@ -161,7 +161,7 @@ REVISERS = [
     (Confident(), {"max_forwards": 5}),
     (Confident(compensate=True), {"top_p": 0.7}),
     (Loop(eta=0.3), {}),
-    (Loop(eta=0.3), {"early_stop": True, "blocks": 2}),
+    (Loop(eta=0.3), {"early_stop": "eot", "blocks": 2}),
     (RemaskLowest(number=2), {"blocks": 2}),
     (RemaskLowest(number=2), {"unmask": Threshold(0.3)}),
     (Cap(eta=0.3), {"unmask": Threshold(0.5, scheduled=False)}),

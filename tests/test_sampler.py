@@ -209,7 +209,7 @@ def test_a_start_of_another_shape_is_refused():
 def test_an_end_that_was_seen_is_not_undone():
     best = [[EOT, 6, 7, 8], [4, EOT, 7, 8], [4, 5, EOT, 8]]
     backbone = Scripted(lambda r, call, t: peaked(best[call], [[1, 1, 9, 8], [1, 9, 1, 1], [1, 1, 1, 1]][call]))
-    sampler = Sampler(length=4, reviser=OverwriteAll(), early_stop=True)
+    sampler = Sampler(length=4, reviser=OverwriteAll(), early_stop="eot")
     sampled = sample(sampler, backbone, trace=True)
     # place 1 ends the text at the second step; the third unmasks place 0 and rewrites the end, in vain
     assert [step.tokens for step in sampled.traces[0]] == [

@@ -42,12 +42,15 @@ def encode(model, prompts):
 
 
 class ByHand:
-    """LLaDA's and ReDiff's loops for one row. Texts are lists; `stop` is the earliest eot that a step has left."""
+    """LLaDA's and ReDiff's loops for one row. Texts are lists; `stop` is where the text ended early."""
 
-    def __init__(self, model, prompt, *, length, start=None, cfg_scale=0.0, suffix=(), early_stop=False):
+    def __init__(
+        self, model, prompt, *, length, start=None, cfg_scale=0.0, suffix=(), early_stop=False, eos_behind_eot=False
+    ):
         self.model, self.suffix, self.scale = model, list(suffix), cfg_scale
         self.prefix, self.blank = encode(model, [prompt]), encode(model, [[MASK] * len(prompt)])
         self.x, self.early, self.stop = list(start or [MASK] * length), early_stop, length
+        self.whole_texts = eos_behind_eot
         self.forwards = self.edits = self.steps = 0
 
     def say(self, prefix):
@@ -71,12 +74,19 @@ class ByHand:
         best, sure = self.predict()
         chosen = self.hidden(range(self.stop) if self.stop < len(self.x) else places)
         unmasked = sorted(chosen, key=lambda i: -sure[i])[:count]
+        if self.early is True and all(best[i] in (EOT, EOS) for i in chosen):
+            unmasked = chosen
         rewritten = sorted(rewriting, key=lambda i: -sure[i])[: int(len(rewriting) * share)]
+        if self.whole_texts:
+            eot = self.x.index(EOT) if EOT in self.x else len(self.x)
+            rewritten = [i for i in rewritten if best[i] != EOS or i > eot]
         self.edits += sum(self.x[i] != best[i] for i in rewritten)
         for i in unmasked + rewritten:
             self.x[i] = best[i]
-        if self.early and EOT in self.x:
+        if self.early == "eot" and EOT in self.x:
             self.stop = min(self.stop, self.x.index(EOT))
+        if self.early is True and places and not self.hidden(range(places[-1] + 1)) and self.x[places[-1]] in (EOT, EOS):
+            self.stop = min(self.stop, places[-1] + 1)
         self.steps += 1
 
     def block(self, places, *, steps=None, tokens_per_step=None, revise=False, share=1.0, begin=1.0):
@@ -101,7 +111,8 @@ class ByHand:
     def text(self):
         length = len(self.x)
         end = min(self.stop, self.x.index(EOT) if EOT in self.x else length)
-        return [*self.x[:end], EOT, *[EOS] * length][:length]
+        ending = [] if self.early is True and end == self.stop else [EOT]  # `True` leaves the end as it was written
+        return [*self.x[:end], *ending, *[EOS] * length][:length]
 
 
 def by_hand(model, prompt, *, length, blocks, post=0, speed, revising=None, **settings):
@@ -187,7 +198,7 @@ def test_a_budget_counts_both_calls_of_a_guided_step(limit, spent):
 @pytest.mark.parametrize("revising", [None, {}, {"share": 0.5, "begin": 0.5}])
 def test_an_early_stop_spares_what_is_behind_it(case, revising):
     reviser = None if revising is None else OverwriteAll(**revising)
-    settings = {"early_stop": True, "reviser": reviser, "revising": revising, "post": 2 * (reviser is not None)}
+    settings = {"early_stop": "eot", "reviser": reviser, "revising": revising, "post": 2 * (reviser is not None)}
     rows = [row for seed in (1, 2) for row in compare(ending(seed), case, **settings)]
     stopped = [row for row in rows if row.stop < case["length"]]
     assert stopped
@@ -204,7 +215,19 @@ def test_a_given_beginning_is_continued():
     assert sum(row.edits for row in rows) > 0
 
 
-OPTIONS = [({}, None), ({"early_stop": True}, None), ({"early_stop": True, "cfg_scale": 0.5}, SUFFIX)]
+@pytest.mark.parametrize("case", SPEEDS)
+@pytest.mark.parametrize("revising", [None, {}])
+@pytest.mark.parametrize("eos_behind_eot", [False, True])
+def test_a_row_is_done_when_only_its_end_is_left(case, revising, eos_behind_eot):
+    """The same text as with all steps if nothing is rewritten, in fewer calls; holes are torn only if that is allowed."""
+    reviser = None if revising is None else OverwriteAll()
+    settings = {"reviser": reviser, "revising": revising, "eos_behind_eot": eos_behind_eot}
+    stopped = [row for seed in (1, 2, 3) for row in compare(ending(seed), case, early_stop=True, **settings)]
+    whole = [row for seed in (1, 2, 3) for row in compare(ending(seed), case, **settings)]
+    assert sum(row.forwards for row in stopped) < sum(row.forwards for row in whole)
+
+
+OPTIONS = [({}, None), ({"early_stop": True}, None), ({"early_stop": "eot", "cfg_scale": 0.5}, SUFFIX)]
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])

@@ -144,7 +144,7 @@ RANDOM = [
     {"score": "random", "tokens_per_step": 3},
     {"score": "random", "temperature": 0.7, "eos_last": True},
     {"unmask": Factor(1.0), "temperature": 1.0},
-    {"unmask": Bernoulli(), "blocks": 4, "early_stop": True},
+    {"unmask": Bernoulli(), "blocks": 4, "early_stop": "eot"},
 ]
 
 
