@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         store = ResultStore(Path(settings.out), meta, signatures=cells, model_signatures=probed)
 
         # 5. The missing cells and probes, model by model.
-        report = {name: plain(settings[name]) for name in ("headline", "breakdown", "curve")}
+        report = {name: plain(settings[name]) for name in ("headline", "curve")}
         missing = {name: [c for c in samplers if c.method == name and c not in store.table] for name in codecs}
         missing_probes = set(probed) - set(store.model_stats)
         total = (sum(map(len, missing.values())) + len(missing_probes)) * counts["taken"]

@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
     check(cfg)
     path = path_of(cfg, "out")
     sampler = choose_sampler(cfg)
+    if cfg.caption is not None and cfg.post_steps is None and getattr(sampler, "reviser", None):
+        sampler = replace(sampler, post_steps=max(1, sampler.post_steps))  # a text without masks has no other steps
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
     folder = ModelFolder.open(cfg.model.path)
@@ -109,7 +111,9 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
     if cfg.caption is None:
         return
     if not sampler.post_steps:
-        raise UserError(f"sampler={cfg.sampler} has no post_steps to correct a caption; use sampler=refine")
+        raise UserError(
+            f"sampler={cfg.sampler} rewrites no finished text; use sampler=refine, with post_steps of at least 1"
+        )
     ids = codec.encode(cfg.caption)[0]
     if len(ids) >= sampler.length:
         raise UserError(f"the caption has {len(ids)} tokens, but a response has room for {sampler.length - 1}")

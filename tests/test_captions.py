@@ -108,7 +108,8 @@ def test_an_evaluation_batch_by_hand(folder: Path, codec: Codec) -> None:
     assert not any(numbers[length:])
     assert first.editable.all()
     assert not first.drafted.any()
-    assert (first.epoch, first.records[1]["key"], first.images[1]) == (0, "k001", picture(1))
+    assert (first.passes, first.order) == ([0] * 4, [0, 1, 2, 3])
+    assert (first.records[1]["key"], first.images[1]) == ("k001", picture(1))
     pixels = first.prefix["pixel_values"]
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (4, 1, 3, 4, 4))
     assert [channel.unique().tolist() for channel in pixels[3, 0]] == [[3], [255], [0]]
@@ -170,14 +171,14 @@ def test_tiled_images_reach_a_model_of_the_same_layout(tmp_path: Path, codec: Co
         backbone.encode_prefix(next(iter(data(tmp_path, codec, image_size=8).val_dataloader())).prefix)
 
 
-def test_training_takes_each_image_once_and_captions_by_epoch(folder: Path, codec: Codec) -> None:
+def test_training_takes_each_image_once_and_captions_by_pass(folder: Path, codec: Codec) -> None:
     module = data(folder, codec)
     module.trainer = trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)  # type: ignore[assignment]
     taken: dict[str, list[str]] = {}
     for trainer.current_epoch in range(6):
         batches = list(module.train_dataloader())
         assert sorted(k for b in batches for k in b.keys) == [f"k{n:03d}" for n in range(20)]
-        assert {b.epoch for b in batches} == {trainer.current_epoch}
+        assert {number for b in batches for number in b.passes} == {trainer.current_epoch}
         for b in batches:
             for key, ids in zip(b.keys, b.response.tolist(), strict=True):
                 taken.setdefault(key, []).append(codec.decode(ids))

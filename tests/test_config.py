@@ -340,7 +340,7 @@ from src.cli.entrypoint import main_guard
 def main(argv):
     cfg = load_config(argv)
     check(cfg)
-    sys.stdout.write(str(build(cfg.noise).generators[0].initial_seed() >= 0) + " " + str(cfg.total))
+    sys.stdout.write(str(len(build(cfg.noise).start) == 1) + " " + str(cfg.total))
 
 if __name__ == "__main__":
     main()

@@ -45,10 +45,15 @@ def best(row):
     return max((v for v in range(V) if v not in (MASK, BAD)), key=lambda v: row[v])
 
 
-def drawn(rows, generator):
-    """A token for each row of logits, by the Gumbel rule."""
-    chance = torch.rand(len(rows), V, generator=generator, dtype=torch.float64).tolist()
-    gumbel = [[-math.log(-math.log(u)) for u in row] for row in chance]
+def at(places):
+    where = torch.zeros(1, LENGTH, dtype=torch.bool)
+    where[0, list(places)] = True
+    return where
+
+
+def drawn(rows, noise, places):
+    """A token for each row of logits, which are those of `places`, by the Gumbel rule."""
+    gumbel = torch.cat([torch.zeros(0, V), *noise.gumbel(at(places), V)]).tolist()
     noisy = [[a + b for a, b in zip(row, add, strict=True)] for row, add in zip(rows, gumbel, strict=True)]
     return [best(row) for row in noisy]
 
@@ -58,7 +63,7 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
     whole=False, temperature=0.0, scale=0.0,
 ):  # fmt: skip
     """One row, as lists: (tokens after each step, forward calls). `whole` unmasks by chance, as for MDLM."""
-    streams = {name: Noise([key], seed=0, draw=name).generators[0] for name in ("sampler", "unmask", "reviser")}
+    streams = {name: Noise([key], seed=0, draw=name) for name in ("sampler", "unmask", "reviser")}
     x, states, calls, total = [MASK] * LENGTH, [], 0, 0
     known = (None, None, set())  # a text, its logits, and the places where these were asked for
 
@@ -90,7 +95,7 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
                     if pick == "argmax":
                         draft[:end] = [best(row) for row in second[:end]]
                     elif pick == "sample":
-                        draft[:end] = drawn(second[:end], streams["reviser"])
+                        draft[:end] = drawn(second[:end], streams["reviser"], range(end))
                     else:
                         other = [i for i in range(end) if best(second[i]) != draft[i]]
                         surest = sorted(other, key=lambda i: -softmax(second[i])[best(second[i])])
@@ -100,9 +105,9 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
                 x = [draft[i] if t != MASK and i < end else t for i, t in enumerate(x)]
             hidden = [i for i in range(end) if x[i] == MASK]
             told = [logits[i] for i in hidden]
-            tokens = drawn(told, streams["sampler"]) if temperature else [best(row) for row in told]
+            tokens = drawn(told, streams["sampler"], hidden) if temperature else [best(row) for row in told]
             if whole:
-                chance = torch.rand(len(hidden), generator=streams["unmask"], dtype=torch.float32).tolist()
+                chance = streams["unmask"].uniform(at(hidden))[at(hidden)].tolist()
                 unmasked = [n for n, u in enumerate(chance) if step == steps or u < 1 / (steps + 1 - step)]
             else:
                 order = sorted(range(len(hidden)), key=lambda n: -softmax(told[n])[tokens[n]])

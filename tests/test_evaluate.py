@@ -96,7 +96,6 @@ def conf(data, models, tmp_path):
         "headline": ["quality", "syntax"],
         "bound": {"draws": None},
         "looks": {"levels": [0.0, 0.5], "rate": 0.2},
-        "breakdown": ["precision_object", "templates"],
         "curve": None,
         "out": str(tmp_path / "out"),
         "seed": 0,
@@ -161,8 +160,9 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     assert printed == (tmp_path / "out" / "table.md").read_text()
     assert "forward calls (and seconds) per caption, mask plain: 3.0 (0." in printed
     assert printed.count("| stage2  | refine  |") == 1 and printed.count("| stage2 | refine  |") == 1
-    assert f"| mask         | {looks['p_break at t=0']['mean']:.3f} " in printed and "| p_break at t | 0     | 0.5" in printed
-    assert "| precision_object | templates |" in printed and "| stage2-refine-16 | " in printed
+    assert f"| mask         | {looks['p_break at t=0']['mean']:.3f} " in printed
+    assert "| p_break at t | 0     | 0.5" in printed
+    assert "| precision_object | precision_attribute |" in printed and "| stage2-refine-16 | " in printed
     for name in ("quality.png", "captions.png"):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
 
@@ -239,7 +239,7 @@ def test_texts_without_images_are_evaluated(conf, tmp_path):
         {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
     ]
     settings = {**SWEEP, "models": {"m": str(write_model(tmp_path / "text", codec, vision=False))}, "metrics": metrics}
-    settings |= {"headline": ["exact_match", "gen_nll"], "breakdown": [], "bound": {"draws": 2}, "split": "val"}
+    settings |= {"headline": ["exact_match", "gen_nll"], "bound": {"draws": 2}, "split": "val"}
     settings |= {"data": text_of(folder), "curve": {"metric": "gen_nll", "best": "lowest"}}
     main([conf(**settings)])
     results, points = read(tmp_path), read(tmp_path, "curve")["points"]

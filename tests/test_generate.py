@@ -75,6 +75,9 @@ def lines(path):
     return read_jsonl(path)
 
 
+ENDS = {"eos_last": True, "eos_behind_eot": True, "early_stop": True}  # as in conf/sampler/plain.yaml
+
+
 def ask(text=PROMPT):
     return f"prompt={text}"
 
@@ -97,8 +100,8 @@ def test_captions_are_those_of_the_sampler(name, model, backbone, codec, photos,
     square = Image.new("RGB", (32, 32), (128, 128, 128))
     square.paste(wide.resize((32, 8), Image.Resampling.BICUBIC, reducing_gap=3.0), (0, 12))
     square.save(photos / "wide.png")
-    extra = {} if name == "plain" else {"reviser": OverwriteAll(), "post_steps": 1}
-    sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True, **extra)
+    extra = {} if name == "plain" else {"reviser": OverwriteAll()}
+    sampler = Sampler(length=LENGTH, tokens_per_step=4, **ENDS, **extra)
     for line in captions:
         expected = directly(backbone, codec, photos / line["key"], sampler)
         assert line["text"] == codec.decode(expected.ids[0].tolist())
@@ -107,10 +110,10 @@ def test_captions_are_those_of_the_sampler(name, model, backbone, codec, photos,
 
 
 def test_a_caption_to_correct_is_what_the_sampler_starts_from(model, backbone, codec, photos, tmp_path):
-    (line,) = run(model, photos / "a.png", tmp_path / "o.jsonl", ask(), f"caption={TEXTS[0]}", "post_steps=2")
+    (line,) = run(model, photos / "a.png", tmp_path / "o.jsonl", ask(), f"caption={TEXTS[0]}")
     ids = [*codec.encode(TEXTS[0])[0], codec.eot_id]
     start = torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))])
-    sampler = Sampler(length=LENGTH, reviser=OverwriteAll(), post_steps=2, eos_last=True)
+    sampler = Sampler(length=LENGTH, reviser=OverwriteAll(), post_steps=1, **ENDS)
     expected = directly(backbone, codec, photos / "a.png", sampler, start=start)
     assert (line["text"], line["caption"]) == (codec.decode(expected.ids[0].tolist()), TEXTS[0])
     assert line["edits"] == int(expected.edits) > 0
@@ -190,7 +193,7 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_pat
         ([], "image files need a prompt"),
         ([ask(), "sampler=refin"], "did you mean 'sampler/refine'"),
         ([ask(), "steps=8", "tokens_per_step=2"], "tokens_per_step=2 steps=8"),
-        ([ask(), "sampler=plain", "caption=A ring."], "sampler=plain has no post_steps"),
+        ([ask(), "sampler=plain", "caption=A ring."], "sampler=plain rewrites no finished text"),
         ([ask(), f"caption={TEXTS[0] * 9}"], "a response has room for 23"),
         ([ask(), "batch_size=0"], "batch_size must be at least 1, got 0"),
         ([ask(), "images=nowhere"], "no file or folder nowhere"),
@@ -327,11 +330,11 @@ def test_settings_reach_the_sampler(text_model, codec, tmp_path):
     cases = [
         ("length=null", 20, {}, None),
         ("cfg_scale=1.5", LENGTH, {"cfg_scale": 1.5}, None),
-        ("early_stop=true", LENGTH, {"early_stop": True}, None),
+        ("early_stop=eot", LENGTH, {"early_stop": "eot"}, None),
         (f"suffix={TEXTS[1]}", LENGTH, {}, suffix),
     ]
     for number, (setting, length, options, after) in enumerate(cases):
         (line,) = run(tmp_path / "m", "null", tmp_path / f"{number}.jsonl", ask(), "sampler=plain", setting)
-        sampler = Sampler(length=length, tokens_per_step=4, eos_last=True, **options)
+        sampler = Sampler(length=length, tokens_per_step=4, **{**ENDS, **options})
         sampled = sampler(backbone, prefix, special=codec.special, keys=["prompt"], seed=0, suffix=after)
         assert (line["text"], line["forwards"]) == (codec.decode(sampled.ids[0].tolist()), int(sampled.forwards))

@@ -120,7 +120,8 @@ def test_a_step_hides_and_unmasks_with_the_probabilities_of_the_paper(reviser):
     share = backbone.logits[0].double().softmax(-1)  # (L, V)
     observed = torch.stack([(texts[:, -1] == token).sum(0) for token in range(V)], 1)
     error = (rows * share * (1 - share)).sqrt()
-    assert ((observed - rows * share).abs() <= 4.5 * error + 1e-9).all()
+    often = rows * share >= 5  # where counts are nearly normal
+    assert ((observed - rows * share).abs() <= 5 * error)[often].all() and observed[share == 0].sum() == 0
 
 
 @pytest.mark.parametrize("compensate", [False, True])

@@ -109,7 +109,7 @@ def test_mistakes_in_files_of_questions(content, words, model, photo, tmp_path, 
     [
         ("images=", "images: expected a path, got ''"),
         ("sampler.reviser.scop=all", "in a .yaml of your own with `base: sampler/refine`, as in docs/samplers.md; "
-         "sampler.reviser takes scope, share, begin"),
+         "sampler.reviser takes begin, scope, share"),
         ("sampler.length=3", "did you mean 'length'?"),
     ],
 )  # fmt: skip

@@ -422,7 +422,8 @@ def test_trainer_that_keeps_its_loader_is_refused(data, codec, tmp_path):
 
 def draft_arguments(data: Path, model: Path, out: Path) -> list[str]:
     sizes = [f"data.response_length={LENGTH}", "data.batch_size=4", f"num={NUM}", "tokens_per_step=[16,32]", "seed=7"]
-    sizes.append("sampler.eos_last=false")
+    sizes += [f"sampler.{name}=false" for name in ("eos_last", "eos_behind_eot", "early_stop")]
+    sizes.append("sampler.reviser=null")
     return ["conf=draft", f"model.path={model}", f"data.path={data}", f"out={out}", *sizes]
 
 

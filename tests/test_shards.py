@@ -41,11 +41,11 @@ def make(folder: Path, count: int, *, per_shard: int = 10) -> Path:
 class Numbers:
     """Batches of what the samples of this file hold."""
 
-    def __call__(self, samples: list, epoch: int) -> tuple[Batch, Counter]:
+    def __call__(self, samples: list) -> tuple[Batch, Counter]:
         rows = torch.tensor([[s.record["number"], s.image.getpixel((0, 0))[0]] for s in samples])
         editable = torch.ones_like(rows, dtype=torch.bool)
         drafted = torch.zeros(len(samples), dtype=torch.bool)
-        return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples], epoch), Counter()
+        return Batch({}, rows, editable, rows, rows, drafted, [s.key for s in samples]), Counter()
 
     def misfit(self, sample: Sample) -> str | None:
         return None

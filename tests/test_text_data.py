@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ def hidden_keys(folder: Path, epoch: int, **changed: Any) -> set[str]:
     return keys
 
 
-def test_hidden_prompts_are_a_function_of_seed_epoch_and_key(folder: Path) -> None:
+def test_hidden_prompts_are_a_function_of_seed_pass_and_key(folder: Path) -> None:
     first = hidden_keys(folder, 0, batch_size=1)
     assert first == hidden_keys(folder, 0, batch_size=1, workers=2)
     assert first == hidden_keys(folder, 0, batch_size=len(stored(folder / "smiles" / "train")))
@@ -127,7 +128,7 @@ def test_share_of_hidden_prompts(folder: Path) -> None:
     for share in (0.0, 0.1, 1.0):
         collate = Collate(codec, response_length=8, layout=None, seed=3, prompt_dropout=share)
         shown = codec.prompt_ids(sample.record["prompt"], images=0)
-        prompts = [collate.prompt_ids(sample, epoch) for epoch in range(20_000)]
+        prompts = [collate.prompt_ids(replace(sample, passes=number)) for number in range(20_000)]
         assert {tuple(ids) for ids in prompts} <= {tuple(shown), (codec.mask_id,) * len(shown)}
         hidden = sum(ids != shown for ids in prompts) / len(prompts)
         assert abs(hidden - share) <= 5 * (share * (1 - share) / len(prompts)) ** 0.5

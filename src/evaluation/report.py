@@ -30,30 +30,22 @@ BUDGETS = "each best cell was chosen on these same captions, so its value is opt
 logger = logging.getLogger(__name__)
 
 
-def check_names(stats: Stats, *, headline: Sequence[str], breakdown: Sequence[str], curve: dict | None) -> None:
+def check_names(stats: Stats, *, headline: Sequence[str], curve: dict | None) -> None:
     """Raise UserError for a metric of the config that a finished cell does not have."""
-    named = {"headline": headline, "breakdown": breakdown, "curve": [curve["metric"]] if curve else []}
-    for place, names in named.items():
+    for place, names in (("headline", headline), ("curve", [curve["metric"]] if curve else [])):
         if unknown := [name for name in names if name not in stats]:
             raise UserError(f"evaluate.{place}: no metric {', '.join(unknown)}; there are {', '.join(stats)}")
 
 
 def write_report(
-    store: ResultStore,
-    *,
-    headline: Sequence[str],
-    breakdown: Sequence[str],
-    curve: dict | None,
-    metrics: Sequence[Metric],
-    examples: Batch,
+    store: ResultStore, *, headline: Sequence[str], curve: dict | None, metrics: Sequence[Metric], examples: Batch
 ) -> str:
     """Write all files of the report. Returns the text of table.md.
 
-    breakdown: metrics of one more table, with a row for each cell
     curve: {metric, best}: plot that metric alone, and name the best cells within budgets of forward calls
     examples: samples whose images are shown, the first ones of the split
     """
-    check_names(next(iter(store.table.values())), headline=headline, breakdown=breakdown, curve=curve)
+    check_names(next(iter(store.table.values())), headline=headline, curve=curve)
     captions = {cell: store.captions(cell) for cell in store.table}
     scores = {
         cell: {name: [line["scores"][name] for line in lines] for name in lines[0]["scores"]}
@@ -68,7 +60,9 @@ def write_report(
         budgets = budget_table(points, scores, curve["metric"])
     else:
         logger.warning("no cell has a value of %s: no curve is drawn", curve["metric"])
-    text = report_text(store.table, store.model_stats, scores, headline=headline, breakdown=breakdown, budgets=budgets)
+    breakdown = [] if budgets else [name for metric in metrics for name in getattr(metric, "breakdown", ())]
+    columns = {"headline": headline, "breakdown": breakdown, "budgets": budgets}
+    text = report_text(store.table, store.model_stats, scores, **columns)
     write_bytes(store.out / "table.md", text.encode())
     if any(examples.images):
         draw_examples(captions, metrics, examples).save(store.out / "captions.png")

@@ -69,11 +69,15 @@ def ratio_stat(sums: list[float], count: int) -> Stat:
 
 
 class CaptionMetric(Metric):
-    """A subclass lists its values in `names` and defines `score`. `latest`: the scores of the last `update`."""
+    """A subclass lists its values in `names` and defines `score`. `latest`: the scores of the last `update`.
+
+    breakdown: metrics of `compute` that get a table of their own in reports
+    """
 
     is_differentiable = False
     full_state_update = False
     names: tuple[str, ...]
+    breakdown: tuple[str, ...] = ()
     total: Tensor
     squares: Tensor
     count: Tensor

@@ -33,6 +33,7 @@ class SceneQuality(CaptionMetric):
 
     higher_is_better = True
     names = ("coverage", "factuality", "syntax", "quality")
+    breakdown = (*(f"precision_{kind}" for kind in KINDS), "recall_relation", "templates")
     sums: Tensor
     uses: Tensor
 
