@@ -104,7 +104,7 @@ def test_a_round_counts_what_it_took(drafts, tmp_path, capsys):
     assert manifest["usage"]["prompt_tokens"] == 500 * NUM
     assert manifest["usage"]["cost"] == pytest.approx(0.52 * NUM)
     assert 0 < manifest["latency"]["p50"] <= manifest["latency"]["p99"]
-    assert manifest["counts"]["written"] == manifest["counts"]["edits"] == manifest["usage"]["proposed"] >= 3
+    assert manifest["counts"]["written"] == manifest["counts"]["edits"] == manifest["usage"]["proposed"] >= 2
     assert manifest["kinds"] == {"attribute": manifest["counts"]["edits"]}
     assert f"kinds of mistakes: attribute {manifest['counts']['edits']}\n" in capsys.readouterr().out
     assert manifest["waited"] >= 0

@@ -118,7 +118,7 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
     assert done.codes == [0, 0], done.printed
     first, second = weights(whole), weights(tmp_path / "run")
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=3e-4)
     moved = load_file(BASE / "model.safetensors")
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
 
