@@ -9,15 +9,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from callbacks.looks import Looks
 from callbacks.samples import KEPT, NEW, OLD, REWRITTEN, SIDE, Samples
 from callbacks.throughput import Throughput
 from datamodules.captions import CaptionData
 from src.evaluation.drawing import PAD
+from src.metrics.fixing import count_looks
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
@@ -162,6 +165,36 @@ def test_a_resumed_run_logs_each_step_once(path, codec, tmp_path):
     seen = logged.Scalars("perf/samples_seen")
     assert [(event.step, event.value) for event in seen] == [(2, 2 * BATCH), (4, 4 * BATCH), (6, 6 * BATCH)]
     assert [event.value for event in logged.Scalars("perf/tokens_seen")] == [LENGTH * event.value for event in seen]
+
+
+def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
+    levels, options = [0.0, 0.5], {"every_n_steps": 2, "num": 5}
+    first = Looks(codec=codec, levels=levels, **options)
+    fit(path, codec, tmp_path, [first, Again(first)], steps=3)
+    later = Looks(codec=codec, levels=levels, **options)
+    trainer = fit(path, codec, tmp_path, [later], steps=4, ckpt=tmp_path / "last.ckpt")
+    assert sum(len(batch) for batch in later.batches) == 5 and later.last_step == 4
+    data = CaptionData(path=str(path), codec=codec, batch_size=5, response_length=LENGTH, image_size=48)
+    batch = next(iter(data.val_dataloader()))
+    backbone = trainer.lightning_module.backbone.eval()  # as it stands after step 4
+    counts = count_looks(backbone, [batch], special=codec.special, levels=levels)
+    for level, (fixed, wrong, broken, right) in zip(("0", "0.5"), counts.tolist(), strict=True):
+        for name, share in {"p_fix": fixed / wrong, "p_break": broken / right}.items():
+            seen = events(tmp_path).Scalars(f"{name}/t={level}")
+            assert [event.step for event in seen] == [2, 4]
+            assert seen[-1].value == pytest.approx(share)
+
+
+def test_averaged_weights_are_trained_on_as_without_a_stop(path, codec, tmp_path):
+    """conf/ema.yaml: the average of the weights goes on exactly where it was."""
+    average = lambda: EMAWeightAveraging(decay=0.5)  # noqa: E731
+    whole = fit(path, codec, tmp_path / "whole", [average()], steps=6)
+    fit(path, codec, tmp_path / "cut", [average()], steps=3)
+    resumed = fit(path, codec, tmp_path / "cut", [average()], steps=6, ckpt=tmp_path / "cut" / "last.ckpt")
+    plain = fit(path, codec, tmp_path / "plain", [], steps=6)
+    states = [trainer.lightning_module.state_dict() for trainer in (whole, resumed, plain)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
 def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from src.text.tokenizer import Codec
 
 def locate_swaps(codec: Codec, text: str, swaps: Sequence[Swap], counts: Counts) -> list[dict]:
     """The swaps of a caption with their tokens; those that change the number of tokens are left out and counted."""
-    located = []
+    located, encoded = [], codec.encode(text)
     for swap in swaps:
-        tokens = locate_swap(codec, text, swap.start, swap.end, swap.wrong)
+        tokens = locate_swap(codec, text, swap.start, swap.end, swap.wrong, encoded=encoded)
         if tokens:
             located.append({**asdict(swap), "tokens": list(tokens)})
     counts["swaps of unequal length"] += len(swaps) - len(located)

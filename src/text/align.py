@@ -34,6 +34,7 @@ from itertools import accumulate, takewhile
 from src.text.tokenizer import Codec
 from src.types import Edit
 
+Encoded = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
 RESIZED = ("stretched", "shortened", "filled")  # how edits with gaps change the number of tokens, see `Aligned`
 
 
@@ -106,12 +107,14 @@ def apply_spans(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
     return out
 
 
-def locate_swap(codec: Codec, text: str, start: int, end: int, wrong: str) -> tuple[int, int, list[int]] | None:
+def locate_swap(
+    codec: Codec, text: str, start: int, end: int, wrong: str, *, encoded: Encoded | None = None
+) -> tuple[int, int, list[int]] | None:
     """Tokens of a caption that change when `text[start:end]` becomes `wrong`: (first, end, wrong ids).
 
-    None if the number of tokens changes, or tokens outside the phrase do.
+    None if the number of tokens changes, or tokens outside the phrase do. encoded: `codec.encode(text)`, if known
     """
-    right_ids, offsets = codec.encode(text)
+    right_ids, offsets = encoded or codec.encode(text)
     wrong_ids, wrong_offsets = codec.encode(text[:start] + wrong + text[end:])
     if len(right_ids) != len(wrong_ids) or right_ids == wrong_ids:
         return None
