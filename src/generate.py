@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -53,8 +53,6 @@ def main(argv: list[str]) -> None:
     check(cfg)
     path = path_of(cfg, "out")
     sampler = choose_sampler(cfg)
-    if cfg.caption is not None and cfg.post_steps is None and getattr(sampler, "reviser", None):
-        sampler = replace(sampler, post_steps=max(1, sampler.post_steps))  # a text without masks has no other steps
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
     folder = ModelFolder.open(cfg.model.path)

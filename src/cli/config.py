@@ -247,7 +247,7 @@ def _below_name(key: str, node: dict, name: str) -> str:
     """What to say of a key below a part that the config only names: `sampler.reviser.x` with `sampler: refine`."""
     top, _, below = key.partition(".")
     place = below.rpartition(".")[0]
-    owner = dict(walk(node)).get(place)
+    owner: Any = dict(walk(node)).get(place)
     keys = f"; {dotted(top, place)} takes {', '.join(arguments(owner))}" if is_node(owner) else ""
     base = f"`base: {_layer_name(top, name)}`, as in docs/samplers.md"
     return f"unknown key {key!r}: {top}={name} names a file; set its keys in a .yaml of your own with {base}{keys}"

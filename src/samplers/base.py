@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class AnySampler:
     steps: int | None
     temperature: float
     cfg_scale: float
+    post_steps: int = 0
+    early_stop: bool | Literal["eot", "block"] = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "cfg_scale"):

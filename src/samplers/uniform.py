@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,6 @@ class FromNoise(AnySampler):
     steps: int | None = None
     temperature: float = 1.0
     cfg_scale: float = 0.0
-    post_steps: ClassVar[int] = 0  # read from every sampler, as is early_stop
-    early_stop: ClassVar[bool] = False
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
