@@ -55,7 +55,7 @@ class Looks(L.Callback):
         self.last_step = state_dict["last_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        missing = self.num
+        self.batches, missing = [], self.num
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             self.batches.append(batch.rows(slice(0, missing)))
             missing -= len(self.batches[-1])
@@ -76,6 +76,7 @@ class Looks(L.Callback):
                 counts = count_looks(backbone, self.batches, device=pl_module.device, **settings).tolist()
         values = {}
         for level, (fixed, wrong, broken, right) in zip(self.levels, counts, strict=True):
-            values[f"p_fix/t={level:g}"], values[f"p_break/t={level:g}"] = fixed / max(wrong, 1), broken / max(right, 1)
+            shares = {"p_fix": (fixed, wrong), "p_break": (broken, right)}
+            values |= {f"{name}/t={level:g}": hits / tries for name, (hits, tries) in shares.items() if tries}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)

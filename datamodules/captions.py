@@ -34,6 +34,7 @@ from src.text.tokenizer import Codec
 from src.types import Batch
 
 SPLITS = ("train", "val", "test")
+NEW_ROUND = 1_000_000  # passes that a loader could make before the next round
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +120,9 @@ class ShardData(L.LightningDataModule):
             rows["data"] = min(round(self.batch_size * self.data_share), self.batch_size - 1)
             rows["rounds"] = self.batch_size - rows["data"]
         folders = {"data": [self.index("train")], "rounds": self.rounds}
-        streams = {name: Stream(folders[name], seed=self.seed) for name in rows if rows[name]}
+        # NOTE: a further round changes all positions; numbers of passes that no loader had before keep the noise new.
+        first = len(self.rounds) * NEW_ROUND
+        streams = {name: Stream(folders[name], seed=self.seed, first_pass=first) for name in rows if rows[name]}
         main = streams[name := next(reversed(streams))]
         # 2. batches in an epoch
         batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated

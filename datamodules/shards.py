@@ -97,13 +97,14 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
 class Stream:
     """An endless sequence of passes over the samples of data folders, each pass in its own order.
 
-    shuffle: False keeps the order of the shards, for evaluation.
+    shuffle: False keeps the order of the shards, for evaluation
+    first_pass: number of the first pass, which the noise of its samples depends on; their order does not
     """
 
-    def __init__(self, indexes: Sequence[Index], *, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, indexes: Sequence[Index], *, seed: int, shuffle: bool = True, first_pass: int = 0) -> None:
         self.shards = tuple(shard for index in indexes for shard in index.shards)
         self.count = sum(shard.count for shard in self.shards)
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.first_pass = seed, shuffle, first_pass
         self.digests = tuple(index.digest for index in indexes)
         if not self.count:
             raise UserError(f"{', '.join(str(index.path) for index in indexes)}: no samples")
@@ -158,7 +159,9 @@ class Reader:
                     sample = None
                 if sample or self.stand_in:
                     sample = sample or self._stand_in(shard, index)
-                    yield replace(sample, position=position, passes=position // self.stream.count)
+                    yield replace(
+                        sample, position=position, passes=self.stream.first_pass + position // self.stream.count
+                    )
             start += len(indices)
 
     def _stand_in(self, shard: Shard, index: int) -> Sample:

@@ -53,7 +53,9 @@ class SpecialIds:
 
     def ban(self, logits: Tensor) -> Tensor:
         """A copy of logits (N, V) with -inf at what is never written: mask, banned ids, ids past the tokenizer."""
-        logits = logits.index_fill(-1, torch.tensor([self.mask, *self.banned], device=logits.device), -torch.inf)
+        logits = logits.clone()
+        for token in (self.mask, *self.banned):
+            logits[:, token] = -torch.inf
         logits[:, self.vocab_size :] = -torch.inf
         return logits
 

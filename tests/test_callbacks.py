@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -183,18 +182,6 @@ def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
             seen = events(tmp_path).Scalars(f"{name}/t={level}")
             assert [event.step for event in seen] == [2, 4]
             assert seen[-1].value == pytest.approx(share)
-
-
-def test_averaged_weights_are_trained_on_as_without_a_stop(path, codec, tmp_path):
-    """conf/ema.yaml: the average of the weights goes on exactly where it was."""
-    average = lambda: EMAWeightAveraging(decay=0.5)  # noqa: E731
-    whole = fit(path, codec, tmp_path / "whole", [average()], steps=6)
-    fit(path, codec, tmp_path / "cut", [average()], steps=3)
-    resumed = fit(path, codec, tmp_path / "cut", [average()], steps=6, ckpt=tmp_path / "cut" / "last.ckpt")
-    plain = fit(path, codec, tmp_path / "plain", [], steps=6)
-    states = [trainer.lightning_module.state_dict() for trainer in (whole, resumed, plain)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
 def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monkeypatch):

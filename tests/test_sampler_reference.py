@@ -74,7 +74,8 @@ class ByHand:
         best, sure = self.predict()
         chosen = self.hidden(range(self.stop) if self.stop < len(self.x) else places)
         unmasked = sorted(chosen, key=lambda i: -sure[i])[:count]
-        if self.early is True and all(best[i] in (EOT, EOS) for i in chosen):
+        last_word = max((i for i, token in enumerate(self.x) if token not in (MASK, EOT, EOS)), default=-1)
+        if self.early is True and all(best[i] in (EOT, EOS) and i > last_word for i in chosen):
             unmasked = chosen
         rewritten = sorted(rewriting, key=lambda i: -sure[i])[: int(len(rewriting) * share)]
         if self.whole_texts:

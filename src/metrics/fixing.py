@@ -9,6 +9,7 @@ the argmax over the ids that a sampler may write; the filler behind a text does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -97,6 +98,6 @@ class Looks(Metric):
     def compute(self) -> dict[str, Stat]:
         fix, break_ = {}, {}
         for level, (fixed, wrong, broken, right) in zip(self.settings["levels"], self.counts.tolist(), strict=True):
-            fix[f"p_fix at t={level:g}"] = Stat(mean=fixed / max(wrong, 1), se=None, n=int(wrong))
-            break_[f"p_break at t={level:g}"] = Stat(mean=broken / max(right, 1), se=None, n=int(right))
+            fix[f"p_fix at t={level:g}"] = Stat(mean=fixed / wrong if wrong else math.nan, se=None, n=int(wrong))
+            break_[f"p_break at t={level:g}"] = Stat(mean=broken / right if right else math.nan, se=None, n=int(right))
         return {**fix, **break_}

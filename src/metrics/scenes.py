@@ -19,7 +19,7 @@ from torch import Tensor
 
 from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Mark, Stat, ratio_stat
-from src.scenes.grammar import TEMPLATES, false_fields, read_caption
+from src.scenes.grammar import TEMPLATES
 from src.scenes.graph import Scene
 from src.scenes.score import KINDS, score_caption
 
@@ -54,7 +54,7 @@ class SceneQuality(CaptionMetric):
             for row, kind in enumerate(KINDS):
                 ratios = [(score.true_claims[kind], score.claims[kind]), (score.covered[kind], score.facts[kind])]
                 self.sums[row] += self.sums.new_tensor([[s, n, s * s, s * n, n * n] for s, n in ratios])
-            for sentence in read_caption(text):
+            for sentence in score.sentences:
                 if sentence.statement:
                     self.uses[NUMBER[sentence.statement.kind, sentence.statement.template]] += 1
 
@@ -64,17 +64,16 @@ class SceneQuality(CaptionMetric):
             for name, sums in zip(("precision", "recall"), ratios, strict=True):
                 no_value = Stat(mean=math.nan, se=None, n=count)  # if no caption claims such a fact
                 stats[f"{name}_{kind}"] = ratio_stat(sums, count) if sums[1] else no_value
-        entropy = torch.special.entr(self.uses / self.uses.sum().clamp(min=1)).sum()
-        return {**stats, "templates": Stat(mean=float(entropy.exp()), se=None, n=count)}
+        effective = torch.special.entr(self.uses / self.uses.sum()).sum().exp()  # NaN without a grammatical sentence
+        return {**stats, "templates": Stat(mean=float(effective), se=None, n=count)}
 
     def marks(self, text: str, record: dict) -> list[Mark]:
         """Sentences that the grammar rejects, and in the other sentences the words that contradict the scene."""
-        scene, marks = scene_of(record), []
-        for sentence in read_caption(text):
-            if sentence.statement is None:
+        score, marks = score_caption(scene_of(record), text), []
+        for sentence, wrong in zip(score.sentences, score.wrong, strict=True):
+            if wrong is None:
                 marks.append(Mark(sentence.start, sentence.end, "ungrammatical"))
                 continue
-            wrong = false_fields(scene, sentence.statement)
             spans = sorted(sentence.places[name] for name in wrong if name in sentence.places)
             marks += [Mark(start, end, "false") for start, end in spans]
         return marks

@@ -38,6 +38,8 @@ class AnySampler:
         for name in ("temperature", "cfg_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.early_stop not in (False, True, "eot", "block"):
+            raise UserError(f"early_stop must be true, false, 'eot' or 'block', got {self.early_stop!r}")
         _ = self.schedule  # raises here, not at the first batch
 
     @property

@@ -50,7 +50,8 @@ class Sampler(AnySampler):
         tokens are masks, and unmasked first they make every text as short as possible
     eos_behind_eot: a token is rewritten to end-of-text only behind an eot, so that no hole is torn into a text
     early_stop: when a row is done before all its steps are made
-        true: as soon as every remaining proposal of a block is eot or end-of-text, and the block ends in one of them
+        true: as soon as every mask left in the block is behind the last word and its proposal is eot or end-of-text;
+            all are unmasked then, and the row is done if the block ends in one of them
         `block`: once a block is full and ends in end-of-text (LLaDA's evaluation, ProSeCo)
         `eot`: the earliest eot ever seen after a step ends the text, even if it is rewritten later; only masks before
         it are unmasked still, in other blocks too (ReDiff's released code)
@@ -160,9 +161,8 @@ class Sampler(AnySampler):
             unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
             if reviser.selects_positions:
                 unmasked = eligible
-            if self.early_stop is True:  # nothing but the end of the text is left to write
-                is_word = (proposal != special.eot) & (proposal != special.eos)
-                unmasked = unmasked | (eligible & ~(eligible & is_word).any(1, keepdim=True))
+            ended = self._ended(before, proposal, eligible, special)
+            unmasked = unmasked | (eligible & ended[:, None])
             # 5. overwrite: new ids for visible tokens
             new_ids = reviser.overwrite(state, prediction)
             rewritten = editable & (new_ids != before)
@@ -173,7 +173,7 @@ class Sampler(AnySampler):
             # 6. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 4.
             confidence = torch.where(unmasked, probability, confidence)
             to_mask = reviser.remask(replace(state, confidence=confidence), prediction)
-            to_mask = to_mask & ~(is_final | last)[:, None]
+            to_mask = to_mask & ~(is_final | last | ended)[:, None]
             remasked = to_mask & editable
             if reviser.can_veto:
                 unmasked = unmasked & ~to_mask
@@ -192,6 +192,15 @@ class Sampler(AnySampler):
             # The backbone gets no time: a row that did not change would get the same logits again.
             predict.keep(first, progress.active & (tokens == before).all(1))
         return progress.text(tokens), edits, remasks
+
+    def _ended(self, tokens: Tensor, proposal: Tensor, eligible: Tensor, special: SpecialIds) -> Tensor:
+        """(B,) bool: rows that have only their end left to write, behind their last word; see `early_stop`."""
+        if self.early_stop is not True:
+            return torch.zeros_like(eligible[:, 0])
+        is_end = lambda ids: (ids == special.eot) | (ids == special.eos)  # noqa: E731
+        words = ~is_end(tokens) & (tokens != special.mask)
+        behind = words.flip(1).cumsum(1).flip(1) == 0  # (B, L)
+        return eligible.any(1) & ~(eligible & ~(is_end(proposal) & behind)).any(1)
 
     def _first_tokens(self, predict: Predictor, start: Tensor | None) -> Tensor:
         """(B, L) int64: a copy of `start`, or all masks."""

@@ -101,6 +101,7 @@ class Progress:
         self.active = (tokens == special.mask).any(1) | (post_steps > 0)
         self.end, self.steps, self.steps_left, self.steps_done, self.passes = tokens.new_zeros(5, len(tokens))
         self.stop = torch.full_like(self.end, schedule.length)
+        self.stopped = torch.zeros_like(self.active)
         self.seen = tokens.new_full((len(tokens), post_steps + 1, schedule.length), -1)
         self.seen[:, 0] = tokens
 
@@ -133,8 +134,10 @@ class Progress:
             ends = (final == self.special.eos) | ((final == self.special.eot) & (self.early_stop is True))
             full = ~((tokens == self.special.mask) & self.before_end).any(1)
             self.stop = torch.where(full & ends, self.end.minimum(self.stop), self.stop)
+            self.stopped = self.stopped | (full & ends)
         elif self.early_stop == "eot":  # at the first eot, or at an earlier one of a previous step
             self.stop = torch.where(tokens == self.special.eot, self.place, self.stop[:, None]).amin(1)
+            self.stopped = self.stop < self.schedule.length
         # 2. whether the row is revised: it has made its post steps, or has a text that it had before.
         # NOTE: greedy revision may alternate between texts forever; from one seen before it can only repeat itself.
         self.passes = self.passes + post
@@ -161,7 +164,7 @@ class Progress:
 
     def _stays(self) -> Tensor:
         """(B,) bool: rows that may not leave their block yet."""
-        return (self.steps_left > 0) & (self.stop == self.schedule.length) & self.uses_all_steps
+        return (self.steps_left > 0) & ~self.stopped & self.uses_all_steps
 
     @property
     def reach(self) -> Tensor:

@@ -9,43 +9,44 @@
     relation      1 if there are two objects: that the caption  1 per relation sentence
                   says how some two of them lie
 
-An object sentence is about the object that it describes best: the one that shares most of shape, colour, size and place
-with it. An ungrammatical sentence makes one false claim of each kind that its words name, so that broken text costs as
-much as false text.
+Each object sentence is about another object, and the whole is read as favourably as possible: the pair that shares most
+of shape, colour, size and place first; a sentence that is left over is false. A sentence that the grammar rejects makes
+one false claim for each of its words that names something, so that broken text costs like false text.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from src.scenes.grammar import NUMBERS, Statement, false_fields, read_caption
-from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
+from src.scenes.grammar import NUMBERS, Sentence, Statement, false_fields, read_caption
+from src.scenes.graph import BACKGROUNDS, COLOURS, ROWS, SHAPES, SIZES, Scene
 
 KINDS = ("object", "attribute", "place", "background", "number", "relation")
-WORDS = {
-    **dict.fromkeys(SHAPES, "object"),
-    **dict.fromkeys((*COLOURS, *SIZES), "attribute"),
-    **dict.fromkeys((*ROWS, *COLUMNS), "place"),
-    **dict.fromkeys(BACKGROUNDS, "background"),
-    **dict.fromkeys(NUMBERS[1:], "number"),  # "one" also begins a relation
+FIELDS = {"shape": "object", "colour": "attribute", "size": "attribute", "place": "place"}
+RELATION = re.compile(r"\b(?:left of|right of|above|below)\b")
+NAMED = {  # what counts as naming something in a broken sentence; a place is counted by its row
+    "object": re.compile(rf"\b(?:{'|'.join(SHAPES)})\b"),
+    "attribute": re.compile(rf"\b(?:{'|'.join((*COLOURS, *SIZES))})\b"),
+    "place": re.compile(rf"\b(?:{'|'.join(ROWS)})\b"),
+    "background": re.compile(rf"\b(?:{'|'.join(BACKGROUNDS)})\b"),
+    "number": re.compile(rf"\b(?:{'|'.join(NUMBERS[1:])}|one object)\b"),  # "one" also begins a relation
+    "relation": RELATION,
 }
-RELATION = re.compile(r"\b(left of|right of|above|below)\b")
-
-Fact = tuple  # (kind, object number or None, field)
 
 
 @dataclass(frozen=True)
 class CaptionScore:
-    """Counts by kind, and of sentences."""
+    """Counts by kind, and of sentences. wrong: of each sentence its false fields, None if it is ungrammatical."""
 
     facts: Counter[str]
     covered: Counter[str]
     claims: Counter[str]
     true_claims: Counter[str]
-    sentences: int
-    grammatical: int
+    sentences: tuple[Sentence, ...]
+    wrong: tuple[set[str] | None, ...]
 
     @property
     def coverage(self) -> float:
@@ -61,64 +62,76 @@ class CaptionScore:
     @property
     def syntax(self) -> float:
         """Fraction of the caption's sentences that are grammatical; 0 for an empty caption."""
-        return self.grammatical / self.sentences if self.sentences else 0.0
+        grammatical = sum(wrong is not None for wrong in self.wrong)
+        return grammatical / len(self.sentences) if self.sentences else 0.0
 
     @property
     def quality(self) -> float:
         """Mean over kinds of F1, the harmonic mean of precision and recall.
 
-        Relations count by their precision, if the caption claims any: true captions may leave them out.
+        Of a single object there are no relations: that kind is then left out, unless the caption claims one.
         """
         scores = []
         for kind in KINDS:
-            precision = self.true_claims[kind] / self.claims[kind] if self.claims[kind] else 0.0
-            recall = precision if kind == "relation" else self.covered[kind] / self.facts[kind]
-            if kind != "relation" or self.claims[kind]:
+            if self.facts[kind] or self.claims[kind]:
+                precision = self.true_claims[kind] / max(self.claims[kind], 1)
+                recall = self.covered[kind] / max(self.facts[kind], 1)
                 scores.append(2 * precision * recall / (precision + recall) if precision and recall else 0.0)
         return sum(scores) / len(scores)
 
 
 def score_caption(scene: Scene, text: str) -> CaptionScore:
     """Score a text against a scene."""
-    sentences = read_caption(text)
-    claims: list[tuple[Fact, bool]] = []
-    for sentence in sentences:
-        if sentence.statement:
-            claims += _claims(scene, sentence.statement)
-        else:
-            claims += [((kind, None, "broken"), False) for kind in _kinds_named(text[sentence.start : sentence.end])]
+    sentences = tuple(read_caption(text))
     number = len(scene.objects)
     facts = {"object": number, "attribute": 2 * number, "place": number, "background": 1, "number": 1}
-    return CaptionScore(
-        facts=Counter({**facts, "relation": int(number > 1)}),
-        covered=Counter(kind for kind, *_ in {fact for fact, true in claims if true}),
-        claims=Counter(kind for (kind, *_), _ in claims),
-        true_claims=Counter(kind for (kind, *_), true in claims if true),
-        sentences=len(sentences),
-        grammatical=sum(sentence.statement is not None for sentence in sentences),
-    )
+    claims: Counter[str] = Counter()
+    true_claims: Counter[str] = Counter()
+    covered: Counter[str] = Counter()
+    told: set[str] = set()  # facts of which a scene has one
+    wrong: list[set[str] | None] = []
+    objects = _match(scene, [s.statement for s in sentences if s.statement and s.statement.kind == "object"])
+    for sentence in sentences:
+        statement = sentence.statement
+        if statement is None:
+            broken = text[sentence.start : sentence.end].lower()
+            claims.update({kind: len(pattern.findall(broken)) for kind, pattern in NAMED.items()})
+            wrong.append(None)
+        elif statement.kind == "object":
+            shared = next(objects)
+            for name, kind in FIELDS.items():
+                claims[kind] += 1
+                true_claims[kind] += shared[name]
+                covered[kind] += shared[name]
+            false = {name for name, true in shared.items() if not true}
+            wrong.append(false - {"place"} | ({"row", "column"} if "place" in false else set()))
+        else:
+            false = false_fields(scene, statement)
+            wrong.append(false)
+            for kind in ("number", "background") if statement.kind == "intro" else ("relation",):
+                true = kind not in false if statement.kind == "intro" else not false
+                claims[kind] += 1
+                true_claims[kind] += true
+                told |= {kind} if true else set()
+    covered.update(told)
+    counts = (Counter({**facts, "relation": int(number > 1)}), covered, +claims, true_claims)
+    return CaptionScore(*counts, sentences, tuple(wrong))
 
 
-def _claims(scene: Scene, statement: Statement) -> list[tuple[Fact, bool]]:
-    """(fact, whether it is true) of each claim of a statement."""
-    fields = statement.fields
-    if statement.kind == "relation":
-        return [(("relation", None, "relation"), not false_fields(scene, statement))]
-    if statement.kind == "intro":
-        wrong = false_fields(scene, statement)
-        return [((name, None, name), name not in wrong) for name in ("number", "background")]
-
-    def shared(number: int) -> dict[str, bool]:
-        item = scene.objects[number]
-        equal = {name: getattr(item, name) == fields[name] for name in ("shape", "colour", "size")}
-        return {**equal, "place": (item.row, item.column) == (fields["row"], fields["column"])}
-
-    best = max(range(len(scene.objects)), key=lambda number: sum(shared(number).values()))
-    kinds = {"shape": "object", "colour": "attribute", "size": "attribute", "place": "place"}
-    return [((kinds[name], best, name), true) for name, true in shared(best).items()]
-
-
-def _kinds_named(sentence: str) -> set[str]:
-    """The kinds of fact that the words of an ungrammatical sentence are about."""
-    words = re.findall(r"[a-z]+", sentence.lower())
-    return {WORDS[word] for word in words if word in WORDS} | ({"relation"} if RELATION.search(sentence) else set())
+def _match(scene: Scene, statements: list[Statement]) -> Iterator[dict[str, bool]]:
+    """Yield, for each object statement in order, which of its fields are true of its object."""
+    rows: dict[int, dict[str, bool]] = {}
+    pairs = []
+    for row, statement in enumerate(statements):
+        fields = statement.fields
+        for column, item in enumerate(scene.objects):
+            equal = {name: getattr(item, name) == fields[name] for name in ("shape", "colour", "size")}
+            equal["place"] = (item.row, item.column) == (fields["row"], fields["column"])
+            pairs.append((-sum(equal.values()), row, column, equal))
+    taken: set[int] = set()
+    for _, row, column, equal in sorted(pairs, key=lambda pair: pair[:3]):
+        if row not in rows and column not in taken:
+            rows[row] = equal
+            taken.add(column)
+    nothing = dict.fromkeys(FIELDS, False)
+    yield from (rows.get(row, nothing) for row in range(len(statements)))
