@@ -25,7 +25,7 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-slurm test-servers golden base lint clean install
+.PHONY: help quickstart test test-slow test-slurm test-servers test-gpu golden base lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-slow    those that take long"
 	@echo "make test-slurm   jobs on a Slurm of two nodes that it starts on this machine (root, Debian's Slurm packages)"
 	@echo "make test-servers experts behind servers of others, as far as they are installed"
+	@echo "make test-gpu     what needs a CUDA device"
 	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
 	@echo "make lint         ruff and pyright"
@@ -66,6 +67,9 @@ test-slurm: $(INSTALLED)
 # Servers of others: needs `pip install -e .[experts-test]` or HAProxy; tests whose server is missing are skipped.
 test-servers: $(INSTALLED)
 	$(RUN) pytest -m servers
+
+test-gpu: $(INSTALLED)
+	$(RUN) pytest -m gpu
 
 golden: $(INSTALLED)
 	$(RUN) pytest -k golden
