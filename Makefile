@@ -48,9 +48,9 @@ quickstart: $(INSTALLED)
 	$(RUN) src.train conf=mask,quickstart seed=$(seed) run_dir=$(OUT)/mask
 	$(RUN) src.train conf=stage1,quickstart seed=$(seed) run_dir=$(OUT)/stage1
 	$(RUN) src.train conf=quickstart/stage2 seed=$(seed) run_dir=$(OUT)/stage2 model.path=assets/base
-	$(RUN) src.train conf=stage1,quickstart seed=$(seed) run_dir=$(OUT)/half trainer.max_steps=100
+	$(RUN) src.train conf=stage1,quickstart seed=$(seed) run_dir=$(OUT)/half trainer.max_steps=150
 	$(RUN) src.train conf=quickstart/stage2 seed=$(seed) run_dir=$(OUT)/stage1_2 model.path=$(OUT)/half/model \
-		trainer.max_steps=100
+		trainer.max_steps=150
 	$(RUN) src.evaluate conf=quickstart/evaluate evaluate.seed=$(seed) evaluate.out=$(OUT)
 
 test: $(INSTALLED)
