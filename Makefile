@@ -1,4 +1,4 @@
-# make quickstart   the whole story on embedded data: train, correct online, compare (CPU, about 10 minutes)
+# make quickstart   the whole story on embedded data: train, correct online, compare (CPU, about 12 minutes)
 # make test         all tests
 # make help         everything else
 #
