@@ -189,7 +189,7 @@ def test_noise_levels_and_damage(golden, golden_model, name):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_loss_and_gradients(golden, golden_model, name):
+def test_loss_and_gradients(golden, golden_model, golden_wide, name):
     sample = load(golden, name)
     objective = objective_of(name, sample, golden_model)
     state = golden_state(sample)
@@ -201,8 +201,10 @@ def test_loss_and_gradients(golden, golden_model, name):
     state = Corrupted(state.tokens, state.target, kind, state.rate)
     golden_model.zero_grad()
     loss = total(objective, sample.batch, [state])
-    assert loss.item() == pytest.approx(EXPECTED[name]["code_loss_fp64"], rel=1e-5)
-    assert loss.item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5)
+    lost = rounded_off(losses_of(golden_model, sample, state), losses_of(golden_wide, sample, state))
+    allowed = 2 * lost * float((1 / state.rate).mean())  # of a loss that is a mean over samples, each times 1/t
+    assert loss.item() == pytest.approx(EXPECTED[name]["code_loss_fp64"], rel=1e-5, abs=allowed)
+    assert loss.item() == pytest.approx(RESULTS[name]["loss"], rel=1e-5, abs=allowed)
     check_gradients(golden_model, RESULTS[name]["grad_norms"])
     golden_model.zero_grad()
 
