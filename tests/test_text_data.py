@@ -118,7 +118,8 @@ def test_hidden_prompts_are_a_function_of_seed_pass_and_key(folder: Path) -> Non
     first = hidden_keys(folder, 0, batch_size=1)
     assert first == hidden_keys(folder, 0, batch_size=1, workers=2)
     assert first == hidden_keys(folder, 0, batch_size=len(stored(folder / "smiles" / "train")))
-    assert len({frozenset(keys) for keys in (first, hidden_keys(folder, 1), hidden_keys(folder, 0, seed=6))}) == 3
+    others = hidden_keys(folder, 1, batch_size=1), hidden_keys(folder, 0, batch_size=1, seed=6)
+    assert len({frozenset(keys) for keys in (first, *others)}) == 3
 
 
 def test_share_of_hidden_prompts(folder: Path) -> None:
