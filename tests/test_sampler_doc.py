@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from src.cli.config import load_config
+from src.io.errors import UserError
 from src.samplers.rediff import OverwriteAll
+from src.samplers.reviser import Reviser
 from src.samplers.sampler import Sampler
 from tests.test_sampler_reference import KEYS, PROMPTS, SPECIAL, encode, ending, tiny
 
@@ -54,3 +56,9 @@ def test_the_worked_example_runs(tmp_path, monkeypatch):
     sampler = Sampler(length=12, tokens_per_step=3, reviser=module.RewriteDoubtful(below=reviser.below))
     sampled = sampler(model, encode(model, PROMPTS), special=SPECIAL, keys=KEYS, seed=0)
     assert int(sampled.edits.sum()) > 0
+
+
+def test_a_misspelt_hook_is_refused():
+    with pytest.raises(UserError, match="overwite is no hook of Reviser; did you mean 'overwrite'"):
+        type("Mine", (OverwriteAll,), {"overwite": OverwriteAll.overwrite})
+    type("Mine", (Reviser,), {"_overwite": None, "below": 0.3, "overwrite": Reviser.overwrite})
