@@ -88,7 +88,7 @@ def score_caption(scene: Scene, text: str) -> CaptionScore:
     claims: Counter[str] = Counter()
     true_claims: Counter[str] = Counter()
     covered: Counter[str] = Counter()
-    told: set[str] = set()  # facts of which a scene has one
+    stated: set[str] = set()  # facts of which a scene has one
     wrong: list[set[str] | None] = []
     objects = _match(scene, [s.statement for s in sentences if s.statement and s.statement.kind == "object"])
     for sentence in sentences:
@@ -112,8 +112,8 @@ def score_caption(scene: Scene, text: str) -> CaptionScore:
                 true = kind not in false if statement.kind == "intro" else not false
                 claims[kind] += 1
                 true_claims[kind] += true
-                told |= {kind} if true else set()
-    covered.update(told)
+                stated |= {kind} if true else set()
+    covered.update(stated)
     counts = (Counter({**facts, "relation": int(number > 1)}), covered, +claims, true_claims)
     return CaptionScore(*counts, sentences, tuple(wrong))
 
