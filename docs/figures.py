@@ -18,7 +18,7 @@ COLOURS = {"data": "#dbe9f6", "maths": "#fde9d0", "model": "#dff0d8", "disk": "#
 # name: (column, row, colour, text); arrows join names and carry a label
 STEP = {
     "batch": (0, 1, "data", "Batch\nprefix, response, keys"),
-    "noise": (0, 0, "maths", "noise level t, noise\nof (seed, epoch, key, draw)"),
+    "noise": (0, 0, "maths", "noise level t, noise\nof (seed, pass, key, draw)"),
     "prefix": (1, 2, "model", "encode_prefix\nonce, then cut off"),
     "corrupt": (1, 1, "maths", "corruption\na kind for each token"),
     "totals": (1, 0, "maths", "denominators\nall micro-batches, all ranks"),
