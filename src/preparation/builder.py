@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from tqdm import tqdm
 
 from src.io.errors import UserError
-from src.io.files import publish, read_json, write_json
+from src.io.files import publish, read_json, with_filename, write_json
 from src.io.lock import locked
 from src.io.shards import DATASET, FORMAT, INDEX, write_shards
 from src.preparation.counts import Counts, table
@@ -103,7 +103,8 @@ class Dataset(ABC):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             try:
-                index = self._write(partial, settings)
+                with with_filename(partial):  # of the tokenizer's files, too, whose library names none
+                    index = self._write(partial, settings)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
