@@ -15,11 +15,12 @@ class Skip(Exception):
 
 
 class Counts(Counter[str]):
-    """Counts by reason. `examples`: the first thing left out for each reason."""
+    """Counts by reason. `examples`: the first thing left out for each reason; `source`: what is read now."""
 
     def __init__(self) -> None:
         super().__init__()
         self.examples: dict[str, str] = {}
+        self.source = ""
 
     def skip(self, reason: str | Exception, example: str) -> None:
         """Count what is left out; the first example of a reason is kept."""
