@@ -110,7 +110,8 @@ class Photos(Dataset):
 
     def is_usable(self, item: Photo, codec: Codec) -> bool:
         """Whether the photo has a caption that fits and an image that can be decoded."""
-        if all(len(codec.encode(text)[0]) >= self.response_length for text in item.captions):
+        fits = lambda text: len(codec.encode(text)[0]) < self.response_length and not codec.loses(text)  # noqa: E731
+        if codec.loses(item.prompt) or not any(map(fits, item.captions)):
             return False
         try:
             load(item.path, size=self.image_size)
@@ -120,13 +121,18 @@ class Photos(Dataset):
 
     def samples(self, items: Iterable[Photo], codec: Codec, counts: Counts) -> Iterator[dict]:
         for photo in items:
+            if codec.loses(photo.prompt):
+                counts.skip("prompt_not_in_vocabulary", photo.source)
+                continue
             captions = []
             for caption in photo.captions.values():
-                if len(codec.encode(caption.text)[0]) < self.response_length:
+                if codec.loses(caption.text):
+                    counts.skip("not_in_vocabulary", photo.source)
+                elif len(codec.encode(caption.text)[0]) >= self.response_length:
+                    counts.skip("captions too long", photo.source)
+                else:
                     swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
                     captions.append({"text": caption.text, "swaps": swaps})
-                else:
-                    counts.skip("captions too long", photo.source)
             if not captions:
                 counts.skip("no_usable_caption", photo.source)
                 continue
