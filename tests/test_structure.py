@@ -48,7 +48,7 @@ ROOMS = {
         objectives   <- types diffusion samplers distributed scenes
         experts      <- types io text scenes chat
         rounds       <- types io text distributed chat models
-        preparation  <- types io text scenes
+        preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
         evaluation   <- types io cli text models samplers datamodules metrics generation

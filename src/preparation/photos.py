@@ -16,6 +16,7 @@ from typing import Literal
 
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, load
+from src.models.tiling import resizer
 from src.preparation.annotations import Caption, read_entries
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts
@@ -45,6 +46,7 @@ class Photos(Dataset):
     annotations: one file or several: JSON, JSONL, CSV or TSV
     image_size:  pixels, side of the stored square image: the whole picture, padded with grey
     square:      false keeps the shape of images, the longer side at most `image_size`, for training with tiles
+    resize:      torch, or pillow
     prompt:      for records without a question
     max_images:  use only the first `max_images` photos; null uses all
     """
@@ -56,6 +58,7 @@ class Photos(Dataset):
     encoding: Literal["jpg", "png"] = "jpg"
     square: bool = True
     max_images: int | None = None
+    resize: Literal["torch", "pillow"] = "torch"
 
     @property
     def sources(self) -> Sequence[str]:
@@ -137,7 +140,8 @@ class Photos(Dataset):
                 counts.skip("no_usable_caption", photo.source)
                 continue
             try:
-                data = convert(photo.path, size=self.image_size, encoding=self.encoding, square=self.square)
+                form = {"encoding": self.encoding, "square": self.square, "resize": resizer(self.resize)}
+                data = convert(photo.path, size=self.image_size, **form)
             except ImageProblem as reason:
                 counts.skip(reason, photo.source)
                 continue
