@@ -7,6 +7,7 @@
     python -m src.prepare conf=smiles prepare.files=qm9_smiles.csv     molecules with a class label
 
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
+    OUT/manifest.json  OUT/rejects.jsonl      sources, shards and statistics; everything that was left out
 
 Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. The keys of a record
 tell its format:
@@ -24,8 +25,9 @@ Texts are read from .txt files and from the same kinds of record files, and spli
 are given per split: prepare.files={train: FILE, val: FILE, test: FILE}. Unusable records are left out and counted, with
 an example of each reason.
 
-The dataset is written into OUT.partial, which is renamed to OUT at the end, so a killed run leaves nothing that looks
-finished. Running the same command again does nothing. The same settings write the same bytes.
+The dataset is written into OUT.partial and renamed to OUT at the end, so a killed run leaves nothing that looks
+finished. The same command continues it, and does nothing once OUT is complete and its source files are unchanged. The
+same settings write the same bytes, with any number of processes (prepare.processes; null: all cores).
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ from src.preparation.counts import table
 @main_guard
 def main(argv: list[str]) -> None:
     config = load_config(argv, verb="src.prepare", needs=NEEDS["src.prepare"])
-    index = build(config.prepare).run()
-    sys.stdout.write(table(index["counts"], index.get("examples", {})) + "\n")
+    dataset = build(config.prepare)
+    index = dataset.run()
+    sys.stdout.write(f"{table(index['counts'], index.get('examples', {}))}\n{dataset.summary()}\n")
 
 
 if __name__ == "__main__":

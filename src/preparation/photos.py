@@ -103,7 +103,7 @@ class Photos(Dataset):
                     counts["duplicate_caption"] += not new
         return list(photos.values())[: self.max_images]
 
-    def texts(self, items: Sequence[Photo]) -> Iterator[str]:
+    def texts(self, items: Iterable[Photo]) -> Iterator[str]:
         yield f"{self.prompt} system user assistant"  # the roles of the chat template
         for photo in items:
             yield photo.prompt
