@@ -53,7 +53,7 @@ class Texts(Dataset):
     files: Files | Mapping[str, Files | None]
 
     @property
-    def sources(self) -> Sequence[str]:
+    def inputs(self) -> Sequence[str]:
         return [path for _, path in self._split_files()]
 
     def _split_files(self) -> list[tuple[str, str]]:
