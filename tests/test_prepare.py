@@ -18,11 +18,11 @@ from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
-from src.preparation.sources.base import Entry
-from src.preparation.sources.reader import read_entries
 from src.preparation.counts import Counts
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
+from src.preparation.sources.base import Entry
+from src.preparation.sources.reader import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
 from src.scenes.graph import Scene, draw_scene

@@ -80,6 +80,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "huggingface_hub": {"io", "models"},
     "filelock": {"io"},
     "webdataset": {"io"},
+    "pyarrow": {"preparation"},
     "torchmetrics": {"metrics", "evaluation"},
 }
 
@@ -106,6 +107,7 @@ ON_TOP: dict[str, list[str]] = {
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
     "task/": ["mask", "stage1"],
+    "data/": ["photos"],
     "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
     "model/llada": ["mask", "stage1", "stage2", "generate"],
@@ -117,6 +119,7 @@ ON_TOP: dict[str, list[str]] = {
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
     "sweep": ["evaluate.models.model=model"],
+    "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 
 

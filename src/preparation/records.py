@@ -2,7 +2,7 @@
 
     read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
 
-    .csv, .tsv   a table whose first line names the columns, which commas, semicolons, tabs or | separate
+    .csv, .tsv   a table whose first line names the columns
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
     any other    JSON: a list of records, records one after another (in lines or over several), COCO's tables, tables
                  with names ({"data": [...]}, {"train": [...]}), {name: record}, or {file name: captions}
@@ -12,9 +12,7 @@ What cannot be read is counted and left out, with its file and line (`:17`) or n
 
 from __future__ import annotations
 
-import csv
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,10 @@ from src.preparation.counts import Counts, Skip
 from src.preparation.json_text import NOT_UTF8, JsonText, TooLong, open_text
 from src.preparation.sources import coco
 from src.preparation.splits import SPLIT_NAMES
+from src.preparation.tables import read_table
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-IMAGE_FILE = re.compile(r"\s*[^\n]*\.(jpe?g|jfif|png|webp|avif|gif|bmp|tiff?)(#\d+)?\s*", re.IGNORECASE)
-DELIMITERS = ",;\t|"
 LARGE = 1 << 24  # characters: a longer object is no record
 NUM_KEYS = 100  # of an object, from which its form is told
 
@@ -98,7 +95,7 @@ def _json(path: Path) -> Iterator[Value]:
         # 1. a list
         if first == "[":
             try:
-                for number, value in enumerate(text.elements(), start=1):  # noqa: B007
+                for number, value in enumerate(text.elements(), start=1):
                     yield f"{path.name}#{number}", value
             except (ValueError, RecursionError) as error:
                 raise _not_json(path, error, text) from error
@@ -126,36 +123,35 @@ def _is_one_object(path: Path) -> bool:
 
 def _object(path: Path) -> Iterator[Any]:
     """The records of a file that is a single object."""
-    # 1. its keys, with the first value of each
+    # 1. its keys: those of records, and those of lists of records
     first: dict[str, Any] = {}
-    listed: set[str] = set()
+    records, tables = set[str](), set[str]()
     for key, value, is_element in _pairs(path):
-        first.setdefault(key, value)
-        listed |= {key} if is_element else set()
+        if key not in first and isinstance(first.setdefault(key, value), dict):
+            (tables if is_element else records).add(key)
         if len(first) >= NUM_KEYS:
             break
-    records = {key for key, value in first.items() if isinstance(value, dict)}
-    tables = listed & records
     file_names = [key for key in first if FILE_NAME.search(key) or (key.isdecimal() and key not in records)]
     # 2. its records
     if not {"conversations", "messages"}.isdisjoint(first):
-        yield from _whole(path)
-    elif {"images", "annotations"} <= tables:  # COCO: annotations name images by their ids
-        yield from coco.join(partial(_pairs, path))
-    elif first and 2 * len(file_names) >= len(first):
-        for key, value, _ in _pairs(path):
-            yield {"image": key, **value} if isinstance(value, dict) else {"image": key, "captions": value}
-    elif tables:
-        for key, value, _ in _pairs(path):
-            if key in tables and isinstance(value, dict):
-                yield {"split": key, **value} if key.lower() in SPLIT_NAMES else value
-            elif key in tables:
-                yield value
-    elif first and 2 * len(records) >= len(first):
-        for key, value, _ in _pairs(path):
-            yield {"id": key, **value} if isinstance(value, dict) else value
-    else:
-        yield from _whole(path)
+        return _whole(path)
+    if {"images", "annotations"} <= tables:
+        return coco.join(partial(_pairs, path))
+    if first and 2 * len(file_names) >= len(first):
+        return (_keyed(key, value, "image") for key, value, _ in _pairs(path))
+    if tables:
+        rows = ((key.lower(), value) for key, value, _ in _pairs(path) if key in tables)
+        return (_keyed(key, value, "split") if key in SPLIT_NAMES else value for key, value in rows)
+    if first and 2 * len(records) >= len(first):
+        return (_keyed(key, value, "id") for key, value, _ in _pairs(path))
+    return _whole(path)
+
+
+def _keyed(key: str, value: Any, name: str) -> Any:
+    """A record with its key in the object; captions become one where the key is that of an image."""
+    if isinstance(value, dict):
+        return {name: key, **value}
+    return {"image": key, "captions": value} if name == "image" else value
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, Any, bool]]:
@@ -174,80 +170,6 @@ def _whole(path: Path) -> Iterator[Any]:
 
 def _not_json(path: Path, error: Exception, text: JsonText) -> UserError:
     return UserError(f"{path} is not valid JSON: {getattr(error, 'msg', error)} (at or behind line {text.line})")
-
-
-def read_table(path: Path) -> Iterator[Value]:
-    """The rows of a table. Without a header, a first cell that names an image file is of the columns image, caption.
-
-    A row with more or fewer cells than columns is left out, as a text in it may be cut at a comma. If a quotation mark
-    is not closed, the lines behind it are read again as rows if they look like rows, and are left out otherwise.
-    """
-    with open_text(path) as stream:
-        lines = enumerate(stream, start=1)
-        not_blank = ((number, line) for number, line in lines if line.strip())
-        # 1. the delimiter, and the columns
-        number, header = next(not_blank, (0, ""))
-        delimiter = ""
-        if header.lower().startswith("sep=") and len(header.strip()) <= 5:  # written by Excel
-            delimiter = header.rstrip("\n")[4:]
-            number, header = next(not_blank, (0, ""))
-        unquoted = re.sub(r'"[^"]*"', "", header)
-        delimiter = delimiter or max(DELIMITERS, key=unquoted.count)
-        columns = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        waiting: deque[tuple[int, str]] = deque()
-        if columns and IMAGE_FILE.fullmatch(columns[0]):
-            columns = ["image", "caption"]
-            waiting.append((number, header))
-        while len(columns) > 1 and not columns[-1]:
-            columns.pop()
-        if twice := {name for name in columns if name and columns.count(name) > 1}:
-            raise UserError(f"{path} has two columns {twice.pop()!r}: rename one")
-        last = len(columns) - 1
-
-        def is_row(line: str) -> bool:
-            cells = line.split(delimiter)
-            is_exact = delimiter == "\t" and len(cells) == last + 1  # no caption holds tabs
-            return len(cells) > last and (is_exact or any(map(IMAGE_FILE.fullmatch, cells)))
-
-        # 2. its rows
-        while row := waiting.popleft() if waiting else next(lines, None):
-            number, line = row
-            if not line.strip():
-                continue
-            span = [row]  # the lines of this row
-            if '"' in line:
-
-                def feed(span: list[tuple[int, str]] = span) -> Iterator[str]:
-                    yield span[0][1]
-                    while following := waiting.popleft() if waiting else next(lines, None):
-                        span.append(following)
-                        yield following[1]
-
-                spaced = bool(re.search(re.escape(delimiter) + ' +"', line))
-                try:
-                    cells = next(csv.reader(feed(), delimiter=delimiter, strict=True, skipinitialspace=spaced))
-                except csv.Error:  # a field that is too long, or a quotation mark that is not closed
-                    cells = line.rstrip("\n").split(delimiter) if delimiter == "\t" and len(span) == 1 else []
-                rows = [index for index, (_, later) in enumerate(span) if index and is_row(later)]
-                if rows:  # the quotation mark has swallowed them
-                    waiting.extendleft(reversed(span[rows[0] :]))
-                    del span[rows[0] :]
-                    cells = []
-                elif len(span) > 1 and last and all(later.count(delimiter) == last for _, later in span):
-                    cells = []  # each may be a row of its own
-            else:
-                cells = line.rstrip("\n").split(delimiter)
-            while len(cells) > last + 1 and not cells[-1].strip():  # commas at the ends of lines
-                cells.pop()
-            if not cells:
-                yield from ((f"{path.name}:{number}", Skip("broken_row", " (a quotation mark)")) for number, _ in span)
-            elif len(cells) != last + 1:
-                detail = f" ({len(cells)} cells for {last + 1} columns)"
-                yield f"{path.name}:{number}", Skip("broken_row", detail)
-            elif any(NOT_UTF8.search(later) for _, later in span):
-                yield f"{path.name}:{number}", Skip("not_utf-8")
-            else:
-                yield f"{path.name}:{number}", dict(zip(columns, cells, strict=True))
 
 
 def _documents(path: Path) -> Iterator[Value]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.preparation.counts import Skip
-from src.preparation.records import IMAGE_FILE, clean
+from src.preparation.records import clean
+from src.preparation.tables import IMAGE_FILE
 from src.scenes.grammar import Swap
 
 IMAGE_KEYS = ("image", "images", "image_path", "image_file", "image_name", "file_name", "filename", "img", "image_id")
@@ -90,5 +91,5 @@ def image_of(record: Mapping[str, Any]) -> tuple[str, bytes | None]:
         value = None
     if value is None and not data:
         raise Skip("no_image")
-    name = re.sub(r"#\d+$", "", clean(str(value if value is not None else "")))  # Flickr8k: a.jpg#0
+    name = re.sub(r"#\d+$", "", clean(str(value if value is not None else "")).strip())  # Flickr8k: a.jpg#0
     return name, data or None

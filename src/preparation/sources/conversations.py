@@ -36,8 +36,8 @@ def first_turns(record: dict, place: str, counts: Counts) -> tuple[str, Any]:
         raise Skip("video")
     if roles[:2] != ["question", "answer"] and roles != ["answer"]:
         raise Skip("turns_out_of_order")
-    marks = [len(IMAGE_MARK.findall(text)) for text, role in zip(texts, roles, strict=True) if role == "question" and text]
-    if marks and marks[0] <= 0 < sum(marks):
+    marks = [isinstance(text, str) and bool(IMAGE_MARK.search(text)) for text in texts]
+    if roles[0] == "question" and any(marks[2:]) and not marks[0]:
         raise Skip("image_in_later_turn")
     for _ in range(roles.count("answer") - 1):
         counts.skip("later_turns", place)
@@ -48,5 +48,6 @@ def _plain(content: Any) -> Any:
     """The text of a turn; one in parts is joined, with the mark of an image for each image."""
     if not isinstance(content, list):
         return content
-    parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-    return "".join("<image>" if str(part.get("type")).startswith("image") else str(part.get("text") or "") for part in parts)
+    parts = (part if isinstance(part, dict) else {"text": part} for part in content)
+    is_image = lambda part: str(part.get("type")).startswith("image")  # noqa: E731
+    return "".join("<image>" if is_image(part) else str(part.get("text") or "") for part in parts)

@@ -55,9 +55,9 @@ class Images:
         for names in ([base], coco.spellings(base)):
             if path := self._same(folder, names):
                 return path
-            if Path(base).suffix.lower() not in SUFFIXES:
-                if path := self._same(folder, [name + suffix for name in names for suffix in SUFFIXES]):
-                    return path
+            endings = () if Path(base).suffix.lower() in SUFFIXES else SUFFIXES
+            if path := self._same(folder, [name + ending for name in names for ending in endings]):
+                return path
         return None
 
     def _same(self, folder: Path, names: Iterable[str]) -> Path | None:

@@ -1,4 +1,5 @@
-"""Parquet files, as DetailCaps: {"image": {"bytes", "path"}} or bytes, or base64 in "binary", and columns of captions."""
+"""Parquet: rows with an image as {"bytes", "path"}, as bytes, or as bytes or base64 in `binary` (DetailCaps), and
+captions in one or several columns."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
-from src.preparation.records import clean, read_records, read_table
+from src.preparation.records import clean, read_records
 from src.preparation.sources import captions, coco, conversations, revise, vicrit
 from src.preparation.sources.base import CAPTION_KEYS, IMAGE_KEYS, Entry, has_image, image_of, question_text
 from src.preparation.sources.parquet import read_parquet
+from src.preparation.tables import read_table
 
 FORMATS = (vicrit, revise, conversations, captions)  # the first that matches reads the record
 READERS = {".parquet": read_parquet, ".txt": read_table, ".token": read_table}  # files of annotations only
