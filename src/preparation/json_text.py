@@ -66,7 +66,7 @@ class JsonText:
                 if not (is_cut and self._more()):
                     raise
             else:
-                if end < len(self._text) or not self._more():  # a number may go on
+                if end + 2 < len(self._text) or not self._more():  # a number may go on, as 1 in 1e+7
                     break
         raw = self._text[self._at : end]
         self._go_to(end)

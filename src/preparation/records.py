@@ -27,7 +27,7 @@ from src.preparation.tables import read_table
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-LARGE = 1 << 24  # characters: a longer object is no record
+LARGE = 1 << 20  # characters: a longer object that begins a .json file is the whole file
 NUM_KEYS = 100  # of an object, from which its form is told
 
 Value = tuple[str, Any]  # place, and a record, or a `Skip` for what cannot be read
@@ -113,7 +113,7 @@ def _is_one_object(path: Path) -> bool:
     with open_text(path) as stream:
         text = JsonText(stream)
         try:
-            text.value(limit=LARGE)
+            text.value(limit=float("inf") if path.suffix.lower() == ".jsonl" else LARGE)
         except TooLong:
             return True
         except (ValueError, RecursionError):
@@ -131,7 +131,7 @@ def _object(path: Path) -> Iterator[Any]:
             (tables if is_element else records).add(key)
         if len(first) >= NUM_KEYS:
             break
-    file_names = [key for key in first if FILE_NAME.search(key) or (key.isdecimal() and key not in records)]
+    file_names = [key for key in first if FILE_NAME.search(key) or (key.isdecimal() and isinstance(first[key], str))]
     # 2. its records
     if not {"conversations", "messages"}.isdisjoint(first):
         return _whole(path)
@@ -159,6 +159,8 @@ def _pairs(path: Path) -> Iterator[tuple[str, Any, bool]]:
         text = JsonText(stream)
         try:
             yield from text.pairs()
+            if text.peek():
+                raise ValueError("more than one object; files of such long ones must end in .jsonl")
         except (ValueError, RecursionError) as error:
             raise _not_json(path, error, text) from error
 

@@ -110,7 +110,8 @@ def read_row(row: Line, lines: Lines, delimiter: str, num_columns: int) -> tuple
     except csv.Error:  # a field that is too long, or a quotation mark that is not closed
         literal = delimiter == "\t" and len(span) == 1  # tables with tabs often quote nothing
         cells = row[1].rstrip("\n").split(delimiter) if literal else []
-    later = [index for index, (_, line) in enumerate(span) if index and is_row(line, delimiter, num_columns)]
+    by_count = delimiter == "\t" and not cells
+    later = [index for index, (_, line) in enumerate(span) if index and is_row(line, delimiter, num_columns, by_count)]
     if later:  # the quotation mark has swallowed them
         lines.put_back(span[later[0] :])
         return span[: later[0]], []
@@ -119,8 +120,8 @@ def read_row(row: Line, lines: Lines, delimiter: str, num_columns: int) -> tuple
     return span, cells
 
 
-def is_row(line: str, delimiter: str, num_columns: int) -> bool:
-    """Whether a line inside of quotation marks is a row of its own."""
+def is_row(line: str, delimiter: str, num_columns: int, by_count: bool) -> bool:
+    """Whether a line inside of quotation marks is a row of its own: it names an image, or has as many cells."""
     cells = [cell.strip(' "') for cell in line.rstrip("\n").split(delimiter)]
-    is_exact = delimiter == "\t" and len(cells) == num_columns  # no caption holds tabs
+    is_exact = by_count and len(cells) == num_columns
     return len(cells) >= num_columns and (is_exact or any(map(IMAGE_FILE.fullmatch, cells)))
