@@ -4,8 +4,9 @@
 
     .csv, .tsv   a table whose first line names the columns
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
-    any other    JSON: a list of records, records one after another (in lines or over several), COCO's tables, tables
-                 with names ({"data": [...]}, {"train": [...]}), {name: record}, or {file name: captions}
+    .jsonl       JSON records one after another, in lines or over several lines
+    any other    JSON: the same, a list of records, COCO's tables, tables with names ({"data": [...]}, {"train": [...]}),
+                 {name: record}, or {file name: captions}
 
 What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
 """
@@ -88,7 +89,7 @@ def _json(path: Path) -> Iterator[Value]:
     with open_text(path) as stream:
         text = JsonText(stream)
         first, number = text.peek(), 0
-        if first == "{" and _is_one_object(path):
+        if first == "{" and path.suffix.lower() != ".jsonl" and _is_one_object(path):
             records = enumerate(_object(path), start=1)
             yield from ((f"{path.name}#{number}", record) for number, record in records)
             return
@@ -113,7 +114,7 @@ def _is_one_object(path: Path) -> bool:
     with open_text(path) as stream:
         text = JsonText(stream)
         try:
-            text.value(limit=float("inf") if path.suffix.lower() == ".jsonl" else LARGE)
+            text.value(limit=LARGE)
         except TooLong:
             return True
         except (ValueError, RecursionError):

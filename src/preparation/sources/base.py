@@ -15,7 +15,7 @@ from src.preparation.tables import IMAGE_FILE
 from src.scenes.grammar import Swap
 
 IMAGE_KEYS = ("image", "images", "image_path", "image_file", "image_name", "file_name", "filename", "img", "image_id")
-BYTES_KEYS = ("binary", "image_bytes", "image_base64", "bytes")
+BYTES_KEYS = ("binary", "image_bytes", "image_base64")
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "output", "description", "comment")
 PROMPT_KEYS = ("prompt", "problem", "instruction", "question")
 IMAGE_MARK = re.compile(r"\s*(?:<image>|<ImageHere>)\s*", re.IGNORECASE)
