@@ -129,6 +129,9 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
                         {"caption_not_text": "a.json#1"}),
     "an answer before the question": ("a.json", dump([talk("Hi", "Q", "A", first="gpt"), record("c.jpg")]),
                                       [("c", "A")], {"turns_out_of_order": "a.json#1"}),
+    "no question": ("a.csv", "image,caption,prompt\na.jpg,A,nan\nb.jpg,B,\n", [("a", "A"), ("b", "B")], {}),
+    "questions": ("a.json", dump([{**record("a.jpg"), "prompt": ["Q", "R"]}, {**record("b.jpg"), "prompt": ["Q"]}]),
+                  [("b", "A")], {"question_not_text": "a.json#1"}),
     "line ends": ("a.json", dump([record("a.jpg", "A\r\nB\rC")]), [("a", "A\nB\nC")], {}),
 }  # fmt: skip
 

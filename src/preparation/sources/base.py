@@ -51,11 +51,13 @@ def caption_text(value: Any) -> str:
 
 
 def question_text(value: Any) -> str | None:
-    """A question without the mark of its only image; its line ends stay."""
+    """A question without the mark of its only image; its line ends stay. None for an empty one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, str) or not value.strip():
+    if value is None or value == "":
         return None
+    if not isinstance(value, str):
+        raise Skip("question_not_text")
     if len(IMAGE_MARK.findall(value)) > 1:
         raise Skip("several_images")
     return IMAGE_MARK.sub(lambda mark: "\n" if "\n" in mark[0] else " ", clean(value)).strip() or None

@@ -10,7 +10,7 @@ from typing import Any
 from src.preparation.counts import Counts, Skip
 from src.preparation.sources.base import CAPTION_KEYS, PROMPT_KEYS, Caption, caption_text
 
-EMPTY = {"nan", "none", "null"}  # written into a table for no value
+EMPTY = {"", "nan", "none", "null"}  # written into a table for no value
 
 
 def caption_key(record: dict) -> str | None:
@@ -24,17 +24,18 @@ def matches(record: dict) -> bool:
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
+    is_empty = lambda value: value is None or str(value).strip().lower() in EMPTY  # noqa: E731
     captions, values = [], list(flatten(record[caption_key(record) or ""])) or [None]
     for value in values:
         try:
-            captions.append(Caption(caption_text(None if str(value).strip().lower() in EMPTY else value)))
+            captions.append(Caption(caption_text(None if is_empty(value) else value)))
         except Skip as reason:
             if len(values) == 1:
                 raise
             counts.skip(reason, place)
     if not captions:
         raise Skip("empty_caption")
-    return captions, next((record[key] for key in PROMPT_KEYS if record.get(key)), None)
+    return captions, next((record[key] for key in PROMPT_KEYS if not is_empty(record.get(key))), None)
 
 
 def flatten(value: Any) -> Iterator[Any]:

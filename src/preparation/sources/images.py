@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from src.preparation.counts import Skip
 from src.preparation.sources import coco
@@ -39,37 +39,40 @@ class Images:
     def find(self, name: str) -> Match | None:
         """The image of a name: as it is spelt; composed or decomposed, its ending in another case; with each ending, if
         it has none; as COCO spells it. All this without some of its leading folders, too. Raises `Skip` for several."""
-        parts = [p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", ".", "..")]
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         for dropped in range(len(parts)):
-            folder = self.root
+            folder: str | None = str(self.root)
             for part in parts[dropped:-1]:
-                folder = folder / part if os.path.isdir(folder / part) else self._same(folder, [part]) or Path()
-            if path := (folder.name or dropped == len(parts) - 1) and self._in(folder, parts[-1]):
+                inner = os.path.join(folder, part)
+                folder = inner if os.path.isdir(inner) else self._same(folder, [part])
+                if folder is None:
+                    break
+            if folder is not None and (path := self._in(folder, parts[-1])):
                 is_exact = not dropped or self._above[-dropped:] == [_folded(part) for part in parts[:dropped]]
-                return Match(path, is_exact, is_exact or coco.is_coco("/".join(parts)))
+                return Match(Path(path), is_exact, is_exact or coco.is_coco("/".join(parts)))
         return None
 
-    def _in(self, folder: Path, base: str) -> Path | None:
-        if os.path.isfile(folder / base):  # unlike Path.is_file, False for invalid names
-            return folder / base
+    def _in(self, folder: str, base: str) -> str | None:
+        if os.path.isfile(path := os.path.join(folder, base)):  # False for invalid names, too
+            return path
         for names in ([base], coco.spellings(base)):
             if path := self._same(folder, names):
                 return path
-            endings = () if Path(base).suffix.lower() in SUFFIXES else SUFFIXES
+            endings = () if os.path.splitext(base)[1].lower() in SUFFIXES else SUFFIXES
             if path := self._same(folder, [name + ending for name in names for ending in endings]):
                 return path
         return None
 
-    def _same(self, folder: Path, names: Iterable[str]) -> Path | None:
+    def _same(self, folder: str, names: Iterable[str]) -> str | None:
         """The only file or folder that has one of these names, up to composition and the case of its ending."""
         listed = self._names(folder)
         present = [same for name in names for same in listed.get(_folded(name), ())]
         if len(present) > 1:
             raise Skip("ambiguous_image", f" (it may be {' or '.join(present[:3])})")
-        return folder / present[0] if present else None
+        return os.path.join(folder, present[0]) if present else None
 
 
-def _names(folder: Path) -> dict[str, list[str]]:
+def _names(folder: str) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         names.setdefault(_folded(name), []).append(name)
