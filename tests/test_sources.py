@@ -395,6 +395,25 @@ def test_each_source_has_its_own_images_prompt_and_licence(tmp_path: Path) -> No
     assert [origins.count(n) for n in range(3)] == [8, 8, 3]
 
 
+def test_the_first_record_of_an_image_sets_its_split_for_all_prompts(tmp_path: Path) -> None:
+    rows = []
+    for number in range(12):
+        picture(tmp_path / f"{number}.jpg")
+        given, none = {"split": "test"}, {}
+        splits = [given, none] if number % 2 else [none, given]
+        rows += [{**record(f"{number}.jpg"), "prompt": q, **split} for q, split in zip("QR", splits, strict=True)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300, "images": str(tmp_path)}
+    Photos(out=str(tmp_path / "out"), annotations=str(tmp_path / "a.json"), **settings).run()
+    places: dict[str, list[str]] = {}
+    for tar in (tmp_path / "out").rglob("*.tar"):
+        for sample in read_shard(tar):
+            places.setdefault(sample["__key__"].split("-")[0], []).append(tar.parent.name)
+    assert {len(split) for split in places.values()} == {2} and len(places) == 12
+    assert all(len(set(split)) == 1 for split in places.values())
+    assert all(places[f"{number}"][0] == "test" for number in range(1, 12, 2))
+
+
 def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Path) -> None:
     rows = [record("a.jpg", f"{n}") for n in range(400)]
     found, counts = read(tmp_path, "a.jsonl", lines(*rows), ("a.jpg",), max=100)

@@ -5,7 +5,7 @@
     .csv, .tsv   a table whose first line names the columns
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
     .jsonl       JSON records one after another, in lines or over several lines
-    any other    JSON: the same, a list of records, COCO's tables, tables with names ({"data": [...]}, {"train": [...]}),
+    any other    JSON: the same, a list of records, COCO's tables, tables by name ({"data": [...]}, {"train": [...]}),
                  {name: record}, or {file name: captions}
 
 What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
