@@ -18,7 +18,7 @@ images in it or without. The keys of a record tell its format:
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     conversations and "revise": [{"org": "a dog", "target": "a cat"}]              ReDiff: the answer has errors
     "original_caption", "changed_caption", "solution_original", "solution_target"  ViCrit: "image" as above
-Several sources, each with its own files, images and prompt: conf=photos,data/coco_captions or conf=data/rediff_260k.
+Several sources, each with its own files, images and prompt: conf=data/coco_captions or conf=data/rediff_260k.
 A record may set "split" (train, val or test) and "prompt". Other images are split by a hash of their names; with three
 or more of them, each split gets at least one.
 

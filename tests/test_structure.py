@@ -107,7 +107,6 @@ ON_TOP: dict[str, list[str]] = {
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
     "task/": ["mask", "stage1"],
-    "data/": ["photos"],
     "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
     "model/llada": ["mask", "stage1", "stage2", "generate"],
