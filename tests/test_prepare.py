@@ -28,7 +28,8 @@ from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
-from src.text.tokenizer import Codec
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import SPECIAL, Codec
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -460,6 +461,55 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert codec.decode(codec.encode("Ünseen 日本 text")[0]) == "Ünseen 日本 text"
     data = CaptionData(path=str(out), codec=codec, batch_size=5, response_length=64, image_size=16)
     assert len(list(data.train_dataloader())) == 1
+
+
+def test_text_that_spells_special_tokens_stays_text_up_to_the_batch(tmp_path: Path) -> None:
+    """Captions, questions, false captions, and the mark of an image in a caption."""
+    rows: list[dict] = []
+    for number, token in enumerate(SPECIAL):
+        picture(tmp_path / f"p{number}.png")
+        false = vicrit(f"A {token} dog.", f"A {token} cat.", "dog", "cat")
+        flawed = rediff(f"A {token} red dog.", ("red", "big"), (token, f"{token}{token}"))
+        rows += [{**row, "image": f"p{number}.png", "split": "train"} for row in (false, flawed)]
+        rows[-2]["problem"] = f"Is {token} there?" if token != IMAGE else "Why?"
+        rows[-1]["conversations"][0]["value"] = f"<image>\n{token.strip('<>')}> {token if token != IMAGE else ''}"
+    annotations = write_json(tmp_path / "a.json", rows)
+    settings = {**PHOTOS, "annotations": str(annotations), "vocab_size": 0}
+    index = Photos(out=str(tmp_path / "out"), images=str(tmp_path), **settings).run()
+    assert index["counts"]["train"]["written"] == 2 * len(SPECIAL)
+    codec = Codec.load(tmp_path / "out" / "tokenizer")
+    data = CaptionData(path=str(tmp_path / "out"), codec=codec, batch_size=1, response_length=64, image_size=16)
+    control, seen = set(codec.special.unwritten), set()
+    plain = sum(token in control for token in codec.prompt_ids("Why?"))
+    for batch in data.train_dataloader():
+        prompt, response, flawed = (x[0].tolist() for x in (batch.prefix["prompt_ids"], batch.response, batch.flawed))
+        assert sum(token in control for token in prompt) == plain
+        text = codec.decode(response)
+        assert control.isdisjoint([*response[: response.index(codec.eot_id)], *flawed[: flawed.index(codec.eot_id)]])
+        assert text == batch.records[0]["captions"][0]["text"] and (batch.span > 0).any()
+        seen |= {token for token in SPECIAL if token in text}
+    assert seen == set(SPECIAL)
+
+
+def test_what_the_tokenizer_lacks_is_left_out_and_counted(tmp_path: Path) -> None:
+    """The base model's letters are few: captions, questions and false words that it would garble are not trained on."""
+    texts = ["A red ring.", "A Zebra & 3 quick foxes.", "一只猫。", "A red ring 🙂.", "A blue ring."]
+    rows = [{"image": f"p{n}.png", "caption": text} for n, text in enumerate(texts)]
+    rows += [{"image": "p0.png", "caption": "A ring.", "question": "Quo vadis?"}]
+    rows += [vicrit("A red cross.", "A réd cross.", "red", "réd") | {"image": "p5.png", "problem": None}]
+    rows += [vicrit("A red cross.", "A tan cross.", "red", "tan") | {"image": "p5.png", "problem": None}]
+    for number in range(6):
+        picture(tmp_path / f"p{number}.png")
+    annotations = write_json(tmp_path / "a.json", [{**row, "split": "train"} for row in rows])
+    settings = {**PHOTOS, "prompt": "Describe.", "tokenizer": str(ROOT / "assets" / "base")}
+    index = Photos(out=str(tmp_path / "out"), images=str(tmp_path), annotations=str(annotations), **settings).run()
+    counts = index["counts"]["train"]
+    names = ("written", "not_in_vocabulary", "prompt_not_in_vocabulary", "swaps not in vocabulary")
+    assert [counts.get(name) for name in names] == [3, 3, 1, 1]
+    written = [caption for s in samples(tmp_path / "out" / "train") for caption in s.record["captions"]]
+    assert {caption["text"] for caption in written} == {"A red ring.", "A blue ring.", "A red cross."}
+    assert not any(swap["wrong"] == "réd" for caption in written for swap in caption["swaps"])
+    assert index["examples"]["train"]["prompt_not_in_vocabulary"] == "p0.png: Quo vadis?"
 
 
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
