@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,8 @@ def compare_images(_: Path, options: argparse.Namespace) -> None:
 
     def ours(layout) -> np.ndarray:
         samples = [decode({"__key__": "a", "json": b"{}", "jpg": data}) for data in photos]
-        return image_inputs([[s.image] for s in samples if s], layout, resize="torch")["pixel_values"].numpy()
+        images = [[sample.image] for sample in samples if sample and sample.image]
+        return image_inputs(images, layout, resize="torch")["pixel_values"].numpy()
 
     def plain_square() -> list[np.ndarray]:
         return [np.asarray(resized(opened(data), (SIZE, SIZE)))[None] for data in photos]
@@ -98,7 +100,7 @@ def compare_loader(folder: Path, options: argparse.Namespace) -> None:
     count = 512
     codec = Codec.train([WORDS], vocab_size=400)
     samples = ({"__key__": f"k{n}", "json": record(f"k{n}", n), "jpg": photo(n, (SIZE, SIZE))} for n in range(count))
-    common = {"prefix": "train", "per_shard": 128, "kind": "captions", "tokenizer": codec.fingerprint}
+    common: dict[str, Any] = {"prefix": "train", "per_shard": 128, "kind": "captions", "tokenizer": codec.fingerprint}
     index = write_shards(folder / "train", samples, **common)
     data = CaptionData(path=str(folder), codec=codec, batch_size=32, response_length=64, image_size=SIZE)
     read = [decode(raw) for name in index["shards"] for raw in members(folder / "train" / name["name"])]
@@ -141,10 +143,10 @@ PARTS = {"images": compare_images, "loader": compare_loader, "prepare": compare_
 
 
 def scale(folder: Path, count: int, workers: int) -> None:
-    """Prepare and stream `count` records. Memory is that of each process when the step is halfway, and at its peak."""
-    for number, name in write_images(folder, count, SMALL, distinct=1000):
-        with (folder / "a.jsonl").open("a") as file:
-            file.write(json.dumps({"image": name, "caption": caption(number)}) + "\n")
+    """Prepare and stream `count` records. Memory: the greatest of each process until half of the time, and in all."""
+    images = write_images(folder, count, SMALL, distinct=1000)
+    with (folder / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps({"image": name, "caption": caption(n)}) + "\n" for n, name in images)
     line = "| {:8} | {:>9} | {:>9} | {:>9} | {:>12} | {:>12} | {:>10} |\n"
     columns = ("step", "seconds", "samples/s", "processes", "MB, halfway", "MB, peak", "MB on disk")
     sys.stdout.write(line.format(*columns) + line.format(*["---"] * len(columns)))
@@ -158,19 +160,22 @@ def scale(folder: Path, count: int, workers: int) -> None:
         halfway, peak = memory.stop()
         if process.returncode:
             sys.exit(f"{step} failed:\n{errors[-2000:]}")
-        seconds = time.perf_counter() - began
-        num = count if step == "prepare" else json.loads(output)["samples"]
+        num, seconds = count, time.perf_counter() - began
+        if step == "epoch":  # without the start of the process
+            num, seconds = json.loads(output)
         disk = sum(file.stat().st_size for file in out.rglob("*.*"))
         cells = (f"{seconds:.0f}", f"{num / seconds:.0f}", len(peak), text(halfway), text(peak), f"{disk / 1e6:.0f}")
         sys.stdout.write(line.format(step, *cells))
 
 
 def stream(folder: Path, workers: int) -> None:
-    """One epoch of training batches."""
+    """Read one epoch of training batches; print their samples, and seconds."""
     codec = Codec.load(folder / "tokenizer")
-    settings = {"batch_size": 64, "response_length": 64, "image_size": SMALL[1], "workers": workers}
+    settings: dict[str, Any] = {"batch_size": 64, "response_length": 64, "image_size": SMALL[1], "workers": workers}
     data = CaptionData(path=str(folder), codec=codec, **settings)
-    sys.stdout.write(json.dumps({"samples": sum(len(batch) for batch in data.train_dataloader())}))
+    began = time.perf_counter()
+    num = sum(len(batch) for batch in data.train_dataloader())
+    sys.stdout.write(json.dumps([num, time.perf_counter() - began]))
 
 
 class Watch:
