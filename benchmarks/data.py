@@ -222,8 +222,8 @@ def text(memory: list[float]) -> str:
 def prepare_command(folder: Path, out: Path, *, size: int, processes: int | None = None) -> list[str]:
     annotations = next(folder.glob("a.json*"))
     settings = {
-        "out": out, "images": folder / "images", "annotations": annotations, "image_size": size, "per_shard": 256,
-        "vocab_size": 400, "processes": processes or "null",
+        "out": out, "images": folder / "images", "annotations": annotations, "image_size": size, "vocab_size": 400,
+        **({"processes": processes} if processes else {}),
     }  # fmt: skip
     command = [sys.executable, "-m", "src.prepare", "conf=photos"]
     return [*command, *(f"prepare.{name}={value}" for name, value in settings.items())]

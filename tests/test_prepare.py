@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -522,6 +524,17 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no image folder"):
         Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_prepares_and_reads_its_records() -> None:
+    """A row for each step, with the memory of its processes."""
+    command = [sys.executable, "-m", "benchmarks.data", "--scale", "300", "--workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not result.returncode, result.stderr
+    prepared, read = ([cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:])
+    assert (prepared[0], read[0]) == ("prepare", "epoch")
+    assert min(float(value) for row in (prepared, read) for value in row[5].split()[:1]) > 50
 
 
 # --- real files --------------------------------------------------------------------------------------
