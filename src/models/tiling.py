@@ -9,8 +9,9 @@ AnyRes: choose the best grid of tiles -> resize the image into it, centred on bl
 squashed into a square, tiles 1.. are the grid row by row. The features of the black bars are dropped, and the others
 shrunk if there are more than those of `max_tiles` tiles. Sizes are computed here; `VisionPath` packs the features.
 
-Two bicubic antialiased resizes, which differ by at most one grey level: that of Pillow is what the released models
-were trained with, torch's kernel for uint8 is what the loader uses unless `data.resize` says otherwise.
+Two bicubic antialiased resizes, which differ by one grey level here and there (a few values in a million by two): that
+of Pillow is what the released models were trained with, torch's kernel for uint8 is what the loader uses unless
+`data.resize` says otherwise.
 
 T tiles, S pixels on a tile's side. Sizes of images and grids are (width, height), of features (height, width).
 """
