@@ -256,8 +256,8 @@ class CaptionData(ShardData):
         self.resize = self.resize or ("pillow" if self.codec.prompt_format.join == "upstream" else "torch")
         if self.resize not in RESIZES:
             raise UserError(f"data.resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
-        common = {"response_length": self.response_length, "seed": self.seed}
-        return Collate(self.codec, layout=self.layout, resize=self.resize, **common)
+        length, layout = self.response_length, self.layout
+        return Collate(self.codec, response_length=length, layout=layout, seed=self.seed, resize=self.resize)
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None

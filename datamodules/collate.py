@@ -178,9 +178,9 @@ def image_inputs(
     for row, pictures in enumerate(images):
         start = 0
         for picture in pictures:
-            tiles = layout.tiles(picture, resize=resize)  # (., S, S, 3)
-            pixels[row, start : start + len(tiles)] = tiles
-            start += len(tiles)
+            stop = start + layout.num_tiles(picture.size)
+            layout.tiles(picture, resize=resize, out=pixels[row, start:stop])
+            start = stop
     arrays = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {**tensors, "pixel_values": tensors["pixel_values"].permute(0, 1, 4, 2, 3)}

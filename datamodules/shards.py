@@ -190,6 +190,7 @@ def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
         if data is None:
             return Sample(raw["__key__"], record, b"", None)
         with Image.open(io.BytesIO(data)) as picture:
-            return Sample(raw["__key__"], record, data, picture.convert("RGB"))
+            picture.load()  # `convert` would copy an image that is RGB already
+            return Sample(raw["__key__"], record, data, picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError):  # what Pillow and json raise on damaged bytes
         return None
