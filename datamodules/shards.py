@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from datamodules.stream import Shard, Stream
 from src.io.errors import UserError
-from src.io.shards import read_tar
+from src.io.shards import Tar
 
 IMAGES = ("png", "jpg")
+OPEN_SHARDS = 16  # per reader; a shard takes a file handle and the places of its files, some 100 bytes each
 
 
 @dataclass
@@ -42,38 +43,50 @@ class Sample:
 
 
 class Reader:
-    """Reads a stream; `damage` counts unusable samples by (place, reason).
+    """Reads samples of a stream; `damage` counts unusable ones by (place, reason).
 
     stand_in: replace a damaged sample by a readable one instead of leaving it out
     misfit: returns why a readable sample cannot be used, or None; such a sample counts as damaged
+
+    A sample is read by seeking, so a reader holds one at a time and not a shard. A shard that cannot be opened is not
+    asked again by the same reader.
     """
 
     def __init__(
         self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
+        self._tars: OrderedDict[Path, Tar | None] = OrderedDict()  # the last used ones, and those that cannot be opened
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, start: int, stop: int) -> Iterator[Sample]:
         for shard, indices in self.stream.segments(start, stop):
-            selected = set(indices)
-            raws = {index: raw for index, raw in enumerate(read_tar(shard.path, strict=False)) if index in selected}
             for position, index in enumerate(indices, start):
-                raw = raws.pop(index, None)
-                sample = None if raw is None else decode(raw, image=shard.image)
-                if sample is None:
-                    self.damage[str(shard.path), "missing" if raw is None else "damaged"] += 1
-                elif why := self.misfit(sample):
-                    message = self._first_misfit.setdefault(shard, f"{sample.key} of {shard.path}: {why}")
-                    self.damage[message, "misfit"] += 1
-                    sample = None
-                if sample or self.stand_in:
-                    sample = sample or self._stand_in(shard, index)
-                    yield replace(
-                        sample, position=position, passes=self.stream.first_pass + position // self.stream.count
-                    )
+                if sample := self.read(shard, index):
+                    passes = self.stream.first_pass + position // self.stream.count
+                    yield replace(sample, position=position, passes=passes)
             start += len(indices)
+
+    def read(self, shard: Shard, index: int) -> Sample | None:
+        """The sample at `index` of a shard. If it is unusable it is counted, and its stand-in returned, or None."""
+        sample, place, reason = None, str(shard.path), ""
+        try:
+            if (tar := self._open(shard.path)) is None:
+                reason = "unreadable"
+            elif index >= len(tar):
+                reason = "missing"
+            elif (sample := decode(tar.read(index), image=shard.image)) is None:
+                reason = "damaged"
+            elif why := self.misfit(sample):
+                place = self._first_misfit.setdefault(shard, f"{sample.key} of {place}: {why}")
+                reason = "misfit"
+        except OSError:
+            reason = "unreadable"
+        if not reason:
+            return sample
+        self.damage[place, reason] += 1
+        return self._stand_in(shard, index) if self.stand_in else None
 
     def _stand_in(self, shard: Shard, index: int) -> Sample:
         """The next readable sample after `index`, cyclically in its shard, then in the other shards.
@@ -81,12 +94,30 @@ class Reader:
         It depends on the files only, so a resumed run gets the same one.
         """
         for other in (shard, *(s for s in self.stream.shards if s != shard)):
-            raws = list(islice(read_tar(other.path, strict=False), other.count))
-            for step in range(len(raws)):
-                sample = decode(raws[(index + step) % len(raws)], image=other.image)
+            tar = self._open(other.path)
+            num = min(len(tar), other.count) if tar else 0
+            for step in range(num):
+                assert tar is not None
+                try:
+                    sample = decode(tar.read((index + step) % num), image=other.image)
+                except OSError:
+                    break  # of the whole file, as a rule
                 if sample and not self.misfit(sample):
                     return sample
         raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
+
+    def _open(self, path: Path) -> Tar | None:
+        """The tar, its headers read; None if that is impossible."""
+        if path not in self._tars:
+            try:
+                self._tars[path] = Tar(path.open("rb"))
+            except OSError:
+                self._tars[path] = None
+            opened = [key for key, tar in self._tars.items() if tar]
+            for key in opened[:-OPEN_SHARDS]:
+                del self._tars[key]
+        self._tars.move_to_end(path)
+        return self._tars[path]
 
 
 def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
@@ -101,6 +132,7 @@ def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
         if data is None:
             return Sample(raw["__key__"], record, b"", None)
         with Image.open(io.BytesIO(data)) as picture:
-            return Sample(raw["__key__"], record, data, picture.convert("RGB"))
+            picture.load()  # `convert` would copy an RGB image
+            return Sample(raw["__key__"], record, data, picture if picture.mode == "RGB" else picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError):  # what Pillow and json raise on damaged bytes
         return None
