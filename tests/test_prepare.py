@@ -51,7 +51,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(folder: Path) -> list[Sample]:
     index = read_index(folder)
-    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count)) if index.count else []
+    if not index.count:
+        return []
+    stream = Stream([index], seed=0, shuffle=False)
+    return list(Reader(stream).samples(stream.places(0, index.count)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
