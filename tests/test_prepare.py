@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from datamodules.captions import CaptionData
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.counts import Counts
@@ -55,7 +56,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(folder: Path) -> list[Sample]:
     index = read_index(folder)
-    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count)) if index.count else []
+    if not index.count:
+        return []
+    stream = Stream([index], seed=0, shuffle=False)
+    return list(Reader(stream).samples(stream.places(0, index.count)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

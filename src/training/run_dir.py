@@ -44,7 +44,7 @@ FIXED = (
 )
 # Settings below these that may change: how a step is computed, and what is checked where it is used.
 FREE = (
-    *("data.workers", "data.restart_epoch"),
+    "data.workers",
     *(f"{LOOP}.expert.{name}" for name in ("base_url", "key_env", "limits", "max_completion_tokens")),
     *(f"optim.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
