@@ -26,7 +26,7 @@ import lightning as L
 
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
-from datamodules.shards import Index, Stream, read_index
+from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
 from src.models.tiling import AnyRes, Layout, Square
 from src.text.align import RESIZED
@@ -152,7 +152,11 @@ class ShardData(L.LightningDataModule):
         return []
 
     def test_dataloader(self) -> Loader:
-        return self._eval_loader(self.index("test"))
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: str) -> Loader:
+        """All samples of any split, as in `test_dataloader`."""
+        return self._eval_loader(self.index(split))
 
     def round_dataloader(self, path: str | Path) -> Loader:
         """The corrected drafts of a finished round, in order."""

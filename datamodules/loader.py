@@ -28,7 +28,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.shards import Reader, Sample, Stream
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream
 from src.io.errors import UserError
 from src.types import Batch
 

@@ -1,9 +1,6 @@
-"""Read shards in an order that is a pure function of (seed, position), so that a run can resume anywhere.
+"""Read the samples of a stream (datamodules/stream.py) from their shards.
 
     Reader(Stream([read_index(folder)], seed=0)).samples(100, 164)      at positions 100 to 163 of the stream
-
-    pass 0: shards permuted, samples permuted within each shard | pass 1: new permutation | ...
-            [---- epoch 0, cut into equal ranges per rank and worker ----][---- epoch 1 ...
 
 Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
 replaces each, so the number of samples stays the same. In drafts and in evaluation on one rank they are left out.
@@ -14,53 +11,20 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from PIL import Image
 
+from datamodules.stream import Shard, Stream
 from src.io.errors import UserError
-from src.io.files import sha256
-from src.io.shards import INDEX, Tar, read_manifest
+from src.io.remote import Remote
+from src.io.shards import Tar
 
 IMAGES = ("png", "jpg")
 OPEN_SHARDS = 16  # per reader; a shard takes a file handle and the places of its files, some 100 bytes each
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file. count: samples in use; image: a sample without an image is damaged."""
-
-    path: Path
-    count: int
-    image: bool = True
-
-
-@dataclass(frozen=True)
-class Index:
-    """A data folder, as described by its index.json. digest: hash of index.json."""
-
-    path: Path
-    kind: str
-    tokenizer: str | None
-    shards: tuple[Shard, ...]
-    digest: str
-    content: dict
-
-    @property
-    def count(self) -> int:
-        return sum(shard.count for shard in self.shards)
-
-    def first(self, limit: int | None) -> Index:
-        """The same folder, cut to its first `limit` samples."""
-        remaining, kept = self.count if limit is None else limit, []
-        for shard in self.shards:
-            kept.append(replace(shard, count=min(shard.count, remaining)))
-            remaining -= kept[-1].count
-        return replace(self, shards=tuple(shard for shard in kept if shard.count))
 
 
 @dataclass
@@ -79,57 +43,6 @@ class Sample:
     passes: int = 0
 
 
-def read_index(folder: str | Path, *, image: bool = True) -> Index:
-    """Read a data folder's index.json. image: a sample without an image counts as damaged.
-
-    Raises UserError if a shard is missing. A shard that was replaced by another is not detected.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
-    content = read_manifest(folder)
-    shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
-    if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
-
-
-class Stream:
-    """An endless sequence of passes over the samples of data folders, each pass in its own order.
-
-    shuffle: False keeps the order of the shards, for evaluation
-    first_pass: number of the first pass, which the noise of its samples depends on; their order does not
-    """
-
-    def __init__(self, indexes: Sequence[Index], *, seed: int, shuffle: bool = True, first_pass: int = 0) -> None:
-        self.shards = tuple(shard for index in indexes for shard in index.shards)
-        self.count = sum(shard.count for shard in self.shards)
-        self.seed, self.shuffle, self.first_pass = seed, shuffle, first_pass
-        self.digests = tuple(index.digest for index in indexes)
-        if not self.count:
-            raise UserError(f"{', '.join(str(index.path) for index in indexes)}: no samples")
-
-    def segments(self, start: int, stop: int) -> Iterator[tuple[Shard, list[int]]]:
-        """(shard, indices in it) of the samples at positions `start` to `stop` (exclusive)."""
-        while start < stop:
-            pass_number, offset = divmod(start, self.count)
-            end = min(self.count, offset + stop - start)
-            begin = 0  # of a shard within the pass
-            for number in self._order(len(self.shards), f"{pass_number}"):
-                shard = self.shards[number]
-                low, high = max(offset - begin, 0), min(end - begin, shard.count)
-                if low < high:
-                    yield shard, self._order(shard.count, f"{pass_number}/{number}")[low:high]
-                begin += shard.count
-            start += end - offset
-
-    def _order(self, count: int, name: str) -> list[int]:
-        order = list(range(count))
-        if self.shuffle:
-            Random(f"{self.seed}/{name}").shuffle(order)
-        return order
-
-
 class Reader:
     """Reads samples of a stream; `damage` counts unusable ones by (place, reason).
 
@@ -144,7 +57,7 @@ class Reader:
         self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
-        self._tars: OrderedDict[Path, Tar | None] = OrderedDict()  # the last used ones, and those that cannot be opened
+        self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used ones, and those that cannot be opened
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
@@ -169,8 +82,9 @@ class Reader:
             elif why := self.misfit(sample):
                 place = self._first_misfit.setdefault(shard, f"{sample.key} of {place}: {why}")
                 reason = "misfit"
-        except OSError:
+        except OSError:  # a bad sector, or a file that was removed: open it again
             reason = "unreadable"
+            self._tars.pop(shard.path)
         if not reason:
             return sample
         self.damage[place, reason] += 1
@@ -194,11 +108,11 @@ class Reader:
                     return sample
         raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
 
-    def _open(self, path: Path) -> Tar | None:
+    def _open(self, path: Path | Remote) -> Tar | None:
         """The tar, its headers read; None if that is impossible."""
         if path not in self._tars:
             try:
-                self._tars[path] = Tar(path.open("rb"))
+                self._tars[path] = Tar(path.open("rb") if isinstance(path, Path) else path.open())
             except OSError:
                 self._tars[path] = None
             opened = [key for key, tar in self._tars.items() if tar]

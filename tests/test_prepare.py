@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from datamodules.captions import CaptionData
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.annotations import Entry, read_entries

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from datamodules.loader import Loader, Part, share
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from src.io.shards import write_shards
 from src.types import Batch
 

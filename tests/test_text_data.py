@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from datamodules.collate import Collate
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from datamodules.text import TextData
 from src.evaluate import main as evaluate
 from src.generate import main as generate

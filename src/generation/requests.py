@@ -21,7 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.shards import Index, Sample, decode, read_index
+from datamodules.shards import Sample, decode
+from datamodules.stream import Index, read_index
 from datamodules.text import TextData
 from src.io.errors import UserError
 from src.io.images import ImageProblem, fit, load
