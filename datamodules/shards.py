@@ -57,7 +57,7 @@ class Reader:
         self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
-        self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used ones, and those that cannot be opened
+        self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used; None: cannot be opened
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
@@ -112,7 +112,7 @@ class Reader:
         """The tar, its headers read; None if that is impossible."""
         if path not in self._tars:
             try:
-                self._tars[path] = Tar(path.open("rb") if isinstance(path, Path) else path.open())
+                self._tars[path] = Tar(path.open("rb"))
             except OSError:
                 self._tars[path] = None
             opened = [key for key, tar in self._tars.items() if tar]

@@ -8,30 +8,32 @@ pass 0: shards permuted, samples permuted within each shard | pass 1: new permut
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from src.io.errors import UserError
-from src.io.files import sha256
-from src.io.shards import INDEX, read_manifest
+from src.io.files import parse_json, sha256
+from src.io.remote import Cache, Remote, locate, redact
+from src.io.shards import INDEX, check_manifest, read_manifest
 
 
 @dataclass(frozen=True)
 class Shard:
     """A tar file. count: samples in use; image: a sample without an image is damaged."""
 
-    path: Path
+    path: Path | Remote
     count: int
     image: bool = True
 
 
 @dataclass(frozen=True)
 class Index:
-    """A data folder, as described by its index.json. digest: hash of index.json."""
+    """A data folder, as described by its index.json. path: a str for a URL; digest: hash of index.json."""
 
-    path: Path
+    path: Path | str
     kind: str
     tokenizer: str | None
     shards: tuple[Shard, ...]
@@ -51,19 +53,32 @@ class Index:
         return replace(self, shards=tuple(shard for shard in kept if shard.count))
 
 
-def read_index(folder: str | Path, *, image: bool = True) -> Index:
+def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = None) -> Index:
     """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Raises UserError if a shard is missing. A shard that was replaced by another is not detected.
+    folder: a path, a URL or `pipe:COMMAND` (src/io/remote.py); cache: where the shards of a URL are kept
+
+    Raises UserError if a shard is missing, or a URL cannot be read. A shard of a local folder that was replaced by
+    another is not detected.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
-    content = read_manifest(folder)
-    shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
-    if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
+    place = locate(folder, INDEX, cache=cache)
+    if isinstance(place, Path):
+        if not place.parent.is_dir():
+            raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
+        content, digest = read_manifest(folder), sha256(place)
+    else:
+        data = place.read_bytes()
+        content, digest = check_manifest(parse_json(data, str(place)), place), hashlib.sha256(data).hexdigest()
+    shards = tuple(
+        Shard(locate(folder, e["name"], cache=cache, size=e.get("bytes"), sha256=e.get("sha256")), e["count"], image)
+        for e in content["shards"]
+    )
+    if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
+    if shards and isinstance(first := shards[0].path, Remote):
+        first.probe(largest=max(entry.get("bytes", 0) for entry in content["shards"]))
+    path = Path(folder) if isinstance(place, Path) else redact(folder)
+    return Index(path, content["kind"], content["tokenizer"], shards, digest, content)
 
 
 class Stream:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -156,26 +156,35 @@ class Remote:
         return f"{redact(self.url)} ({self.name})" if self.url.startswith("pipe:") else redact(self.url)
 
     def read_bytes(self) -> bytes:
-        """Its content, always from the server."""
+        """Its content, always from the server. Raises UserError, as it is read when a command starts."""
         buffer = io.BytesIO()
-        self._download(buffer)
+        try:
+            self._download(buffer)
+        except OSError as error:
+            raise UserError(f"{error}; check the URL, and whether you may read it") from None
         return buffer.getvalue()
 
-    def probe(self) -> None:
-        """Raise OSError now if the server refuses the file."""
+    def probe(self, *, largest: int) -> None:
+        """Raise UserError now if the server refuses the file, or the cache cannot hold one of `largest` bytes."""
+        try:
+            if largest > self.cache.max_gb * 1e9:
+                raise OSError(f"max_gb={self.cache.max_gb} is less than a shard of {largest / 1e9:.3g} GB")
+            self.cache.make()
+        except OSError as error:
+            raise UserError(f"data.cache: {error}") from None
         if not self.url.startswith("pipe:"):
             try:
                 with _connect(self.url, 0):
                     pass
             except OSError as error:
                 if _is_final(error):
-                    raise OSError(f"{self}: {redact(error)}") from None
+                    raise UserError(f"{self}: {redact(error)}; check whether you may read it") from None
 
-    def open(self) -> BinaryIO:
-        """The file in the cache; downloaded if it is not there. It stays readable even when it is removed there."""
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """As `Path.open`: the file in the cache, downloaded if it is not there. It may be removed there meanwhile."""
         digest = self.sha256 or hashlib.sha256(self.url.encode()).hexdigest()
         folder = self.cache.make()
-        path = folder / f"{digest[:32]}-{self.name}"
+        path = folder / f"{digest[:32]}-{Path(self.name).name}"
         if file := self._cached(path):
             return file
         with FileLock(folder / f".{int(digest[:8], 16) % LOCKS:02}.lock", timeout=DEADLINE + PATIENCE):
