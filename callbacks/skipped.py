@@ -56,7 +56,7 @@ class Skipped(L.Callback):
     ) -> None:
         self._read += len(batch)
         self._epoch = int(trainer.num_training_batches) * len(batch) * trainer.world_size
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
+        if trainer.global_step % self.every_n_steps == 0:
             self._check(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,7 +65,8 @@ class Skipped(L.Callback):
     def _check(self, trainer: L.Trainer) -> None:
         """Sum over the ranks, log, and stop if too many were skipped."""
         data = getattr(trainer, "datamodule", None)
-        if (notes := getattr(data, "notes", None)) is None:
+        notes = getattr(data, "notes", None)
+        if notes is None or trainer.global_step == self._last_step:  # a step that was skipped ends again
             return
         self._last_step = trainer.global_step
         own = Counter({note: count for note, count in notes.items() if note[1] in REASONS})
@@ -84,6 +85,6 @@ class Skipped(L.Callback):
             places = [f"{place}: {count} {reason}" for (place, reason), count in skipped.most_common(SHOWN)]
             more = [f"{len(skipped) - SHOWN} more places"] if len(skipped) > SHOWN else []
             raise UserError(
-                f"{skipped.total()} samples were skipped, data.max_skipped allows {limit:.0f}: make the data again, or raise it. "
-                f"{'; '.join(places + more)}"
+                f"{skipped.total()} samples were skipped, and data.max_skipped allows {limit:.0f}: make the data "
+                f"again, or raise it. {'; '.join(places + more)}"
             )

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datamodules.shards import Reader
 from datamodules.stream import Stream, read_index
@@ -25,9 +26,11 @@ from src.io import remote
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.remote import Cache, Remote, join, locate, redact
+from src.preparation.scenes import Scenes
+from tests.ranks import ROOT, Ranks
 from tests.test_shards import keys, loader, make
 
-ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "assets" / "base"
 
 
 class Server(ThreadingHTTPServer):
@@ -181,7 +184,7 @@ def test_another_content_is_refused_and_never_in_the_cache(server, tmp_path) -> 
 
 def test_a_server_that_stays_silent_is_given_up_in_time(server, tmp_path) -> None:
     cache, name = Cache(str(tmp_path / "cache")), "train/train-000000.tar"
-    server.faults = {name: ["stall 1000"] * 99, "train/train-000001.tar": ["503"] * 99}
+    server.faults = {name: ["stall 0"] * 99, "train/train-000001.tar": ["503"] * 99}
     begin = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         shard(server, cache).open("rb")
@@ -246,7 +249,7 @@ def test_the_least_recently_used_shards_leave_a_full_cache(server, tmp_path) -> 
     assert held[1].read() == (server.folder / "train" / "train-000001.tar").read_bytes()  # still open
     for file in held:
         file.close()
-    with pytest.raises(UserError, match="data.cache: max_gb=1e-06 is less than a shard"):
+    with pytest.raises(UserError, match=r"data\.cache: max_gb=1e-06 is less than a shard"):
         read_index(f"{server.url}/train", cache=Cache(str(tmp_path / "cache"), max_gb=1e-6))
 
 
@@ -273,8 +276,8 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_that_looks_whol
     folder, names = tmp_path / "cache", [f"train/train-{n:06}.tar" for n in range(3)]
     everything = " ".join(f"s{n:03}" for n in range(30))
     server.faults = {name: ["cut 600"] for name in names}  # the first one is the probe's
-    processes = [start(f"{server.url}/train", folder, seed) for seed in (1, 2, 3)]
-    assert [process.communicate()[0].strip() for process in processes] == [everything] * 3
+    processes = [start(f"{server.url}/train", folder, seed) for seed in (1, 2)]
+    assert [process.communicate()[0].strip() for process in processes] == [everything] * 2
     begun = Counter(name for name, asked in server.requests if name in names and asked is None)
     assert begun[names[1]] == begun[names[2]] == 1  # downloaded by one of them
     # killed in the middle of a download
@@ -340,11 +343,44 @@ def test_secrets_of_the_environment_open_the_door_and_are_shown_nowhere(server, 
     assert not re.search("hunt", caplog.text + str(refusal.value) + str(reader.damage))
 
 
-def test_what_a_command_was_called_with_is_not_shown(tmp_path, capfd) -> None:
+def test_what_a_command_was_called_with_is_not_shown(server, tmp_path, caplog, capfd) -> None:
     with pytest.raises(UserError, match=r"pipe:sh \*\*\* \(index.json\): the command ended with status 3") as refusal:
-        remote_data = 'pipe:sh -c "exit 3" hunter2 {}'
-        read_index(remote_data, cache=Cache(str(tmp_path / "cache")))
-    assert "hunter2" not in str(refusal.value) + "".join(capfd.readouterr())
+        read_index('pipe:sh -c "exit 3" hunter2 {}', cache=Cache(str(tmp_path / "cache")))
+    assert "hunter2" not in str(refusal.value) + caplog.text + "".join(capfd.readouterr())
+    with pytest.raises(UserError, match="status 127"):
+        read_index("pipe:no-such-command {} 2>/dev/null", cache=Cache(str(tmp_path / "cache")))
+
+
+@pytest.mark.dist
+def test_two_ranks_train_from_a_server_that_loses_a_shard(server, tmp_path) -> None:
+    """Their losses are summed, the run goes on, and a limit ends it on both; the password is nowhere."""
+    Scenes(out=str(tmp_path / "site" / "scenes"), image_size=48, response_length=64, prompt="Describe.", num_train=48,
+           num_val=8, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16,
+           tokenizer=str(BASE)).run()  # fmt: skip
+    server.authorization = "Basic bWU6aHVudC8yQA=="
+    server.faults = {"scenes/train/train-000001.tar": ["404"] * 99}
+    url = f"{server.url.replace('://', '://me:$SECRET@')}/scenes"
+    run_dir = tmp_path / "run"
+    argv = [
+        *("conf=stage1,parallel/ddp", f"model.path={BASE}", f"tokenizer={BASE}", f"run_dir={run_dir}"),
+        *("data.batch_size=4", "data.workers=1", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=6"),
+        *("callbacks.samples=null", "callbacks.progress=null", "optim.warmup_steps=1", f"data.path={url}"),
+        f"data.cache={{target: src.io.remote.Cache, folder: {tmp_path / 'cache'}, max_gb: 1}}",
+    ]
+    environment = {"SECRET": "hunt/2@", "no_proxy": "127.0.0.1"}
+    with Ranks() as ranks:
+        done = ranks.run(argv, out=tmp_path, environment=environment)
+        assert done.codes == [0, 0], done.printed
+        again = [*argv, "resume=false", "data.max_skipped=3"]
+        stopped = ranks.run(again, out=tmp_path / "stopped", environment=environment)
+    points = EventAccumulator(str(next(run_dir.rglob("events*")).parent)).Reload().Scalars("data/skipped/unreadable")
+    assert (points[-1].step, points[-1].value) == (6, 16)
+    assert stopped.codes == [2, 2], stopped.printed
+    for text in stopped.printed:
+        assert re.search(r"allows 3: .*train-000001.tar: \d+ unreadable", text)
+    everything = "".join([*done.printed, *stopped.printed]).encode()
+    everything += b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
+    assert b"$SECRET" in everything and b"hunt/2" not in everything and b"bWU6aHVudC8yQA" not in everything
 
 
 # --- fsspec ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import shlex
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from functools import partial
@@ -269,8 +269,13 @@ def _is_final(error: Exception) -> bool:
 def _connect(url: str, offset: int) -> Iterator[tuple[Callable[[int], bytes], int, int | None]]:
     """(function that reads up to n bytes, offset that it begins at, size of the whole file if the server tells)."""
     if url.startswith("pipe:"):
-        with closing(gopen(url)) as pipe:
+        pipe: Any = gopen(url)
+        try:
             yield partial(_read_pipe, pipe), 0, None
+        finally:
+            pipe.proc.kill()  # a shell that has ended does not mind
+            with suppress(OSError):  # its text holds the command
+                pipe.close()
         return
     if unset := [name for name in VARIABLE.findall(url) if name not in os.environ]:
         raise UserError(f"{redact(url)}: the environment variable {unset[0]} is not set")
@@ -287,16 +292,16 @@ def _connect(url: str, offset: int) -> Iterator[tuple[Callable[[int], bytes], in
         with urlopen(request, timeout=STALL) as answer:
             start = offset if answer.status == 206 else 0
             length = answer.headers.get("Content-Length")
-            yield answer.read, start, start + int(length) if length else None
+            yield answer.read1, start, start + int(length) if length else None
         return
-    protocol = url.split("://")[0]
     try:
         from fsspec.core import url_to_fs  # of the extra `data`
 
         system, path = url_to_fs(expand(url))
     except ImportError as error:
-        package = "'rediff-lightning[data]'" if error.name == "fsspec" else PACKAGES.get(protocol, error.name)
-        raise UserError(f"{redact(url)} needs a package that is not installed: pip install {package}") from None
+        package = "'rediff-lightning[data]'" if "fsspec" in (error.name or "") else PACKAGES.get(url.split("://")[0])
+        command = f": pip install {package}" if package else ""
+        raise UserError(f"{redact(url)} needs a package that is not installed ({redact(error)}){command}") from None
     except ValueError as error:
         raise UserError(f"{redact(url)}: {redact(error)}") from None
     with system.open(path, "rb") as file:
@@ -306,9 +311,9 @@ def _connect(url: str, offset: int) -> Iterator[tuple[Callable[[int], bytes], in
 
 def _read_pipe(pipe: Any, count: int) -> bytes:
     if not select.select([pipe.stream], [], [], STALL)[0]:
-        pipe.proc.kill()
         raise TimeoutError(f"no output for {STALL:.0f} seconds")
     data = os.read(pipe.stream.fileno(), count)
     if not data and (status := pipe.proc.wait()):
-        raise OSError(f"the command ended with status {status}")
+        error = FileNotFoundError if status in (126, 127) else OSError  # the shell's numbers for no such command
+        raise error(f"the command ended with status {status}")
     return data
