@@ -238,13 +238,15 @@ def test_a_shard_that_disappears_from_the_server_is_replaced(server, tmp_path) -
 def test_the_least_recently_used_shards_leave_a_full_cache(server, tmp_path) -> None:
     sizes = [(server.folder / "train" / f"train-{n:06}.tar").stat().st_size for n in range(3)]
     cache = Cache(str(tmp_path / "cache"), max_gb=(sum(sizes) - 1) / 1e9)
+    mine = Path(cache.folder) / "not-a-shard.tar"
+    mine.parent.mkdir()
+    mine.write_bytes(b"x" * sum(sizes))
     held = [shard(server, cache, number).open("rb") for number in (0, 1)]
     time.sleep(0.01)
     content(shard(server, cache, 0))  # used again, so that 1 is the oldest
     content(shard(server, cache, 2))
-    assert [path.name[33:] for path in sorted(cached(cache), key=lambda p: p.name[33:])] == [
-        "train-000000.tar",
-        "train-000002.tar",
+    assert sorted(path.name[-16:] for path in cached(cache)) == [
+        *("not-a-shard.tar", "train-000000.tar", "train-000002.tar"),  # files of others count for nothing
     ]
     assert held[1].read() == (server.folder / "train" / "train-000001.tar").read_bytes()  # still open
     for file in held:
@@ -308,6 +310,7 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_that_looks_whol
         ("https://me:$SECRET@host/a?sig=$SIG", "https://me:$SECRET@host/a?sig=$SIG"),
         ("pipe:curl -u me:hunter2 https://host/{}", "pipe:curl ***"),
         ("pipe:TOKEN=hunter2 aws s3 cp s3://b/{} -", "pipe: ***"),
+        ("hf://datasets/me/scenes@main/train", "hf://datasets/me/scenes@main/train"),
         ("s3://bucket/data/train-000000.tar, why?", "s3://bucket/data/train-000000.tar, why?"),
     ],
 )

@@ -69,6 +69,8 @@ def redact(text: object) -> str:
 
     def hide_user(user: re.Match) -> str:
         name, _, password = user[0].partition(":")  # without a password the name is a token
+        if "/" in name:  # a path with an @
+            return user[0]
         return user[0] if VARIABLE.fullmatch(password or name) else "***:***" if password else "***"
 
     def hide_query(query: re.Match) -> str:
@@ -109,12 +111,13 @@ class Cache:
         """Remove what exceeds the limit, and what downloads left that were killed."""
         folder, total = self.make(), 0.0
         with FileLock(folder / ".trim.lock", timeout=DEADLINE):
-            files = [(path, path.stat()) for path in folder.glob("*-*") if not path.name.startswith(".")]
+            own = "[0-9a-f]" * 32 + "-*"  # the folder may hold other files
+            files = [(path, path.stat()) for path in folder.glob(own)]
             for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns, reverse=True):
                 total += stat.st_size / 1e9
                 if total > self.max_gb:
                     path.unlink(missing_ok=True)
-            for path in folder.glob(".*.tmp"):
+            for path in folder.glob(f".{own}.tmp"):
                 with suppress(FileNotFoundError):
                     if path.stat().st_mtime < time.time() - DEADLINE:
                         path.unlink()
@@ -208,7 +211,7 @@ class Remote:
 
     def _download(self, out: BinaryIO) -> None:
         """Write the file to `out`, with as many attempts as it takes and as time allows."""
-        host = self.url[: self.url.find("/", self.url.find("://") + 3)]
+        host = "/".join(self.url.split("/")[:3])
         begun = last = time.monotonic()  # `last`: when the last bytes came
         attempts = wrong = 0
         while True:
@@ -221,6 +224,7 @@ class Remote:
                 raise
             except Exception as error:  # noqa: BLE001 - every file system raises its own
                 if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+                    out.truncate(0)
                     raise UserError(
                         "data.cache: no space is left in its folder; lower max_gb, or choose another"
                     ) from None
