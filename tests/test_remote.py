@@ -28,6 +28,7 @@ from src.io.files import sha256
 from src.io.remote import Cache, Remote, join, locate, redact
 from src.preparation.scenes import Scenes
 from tests.ranks import ROOT, Ranks
+from tests.test_reading import read_all
 from tests.test_shards import keys, loader, make
 
 BASE = ROOT / "assets" / "base"
@@ -228,7 +229,7 @@ def test_a_shard_that_disappears_from_the_server_is_replaced(server, tmp_path) -
     (server.folder / "train" / "train-000001.tar").unlink()
     server.requests.clear()
     reader = Reader(Stream([index], seed=1))
-    samples = list(reader.samples(0, 30))
+    samples = read_all(reader)
     assert len(samples) == 30
     assert not {s.key for s in samples} & {f"s{n:03}" for n in range(10, 20)}
     assert reader.damage == {(f"{server.url}/train/train-000001.tar", "unreadable"): 10}
@@ -261,9 +262,10 @@ from datamodules.stream import Stream, read_index
 from datamodules.shards import Reader
 from src.io.remote import Cache
 
-url, folder, seed = sys.argv[1:]
+url, folder, first = sys.argv[1:]
 index = read_index(url, cache=Cache(folder))
-print(*sorted(s.key for s in Reader(Stream([index], seed=int(seed))).samples(0, 30)))
+reader = Reader(Stream([index], seed=0))
+print(*sorted(reader.read(s, n).key for s in index.shards[int(first):] + index.shards[:int(first)] for n in range(10)))
 """
 
 
@@ -278,7 +280,7 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_that_looks_whol
     folder, names = tmp_path / "cache", [f"train/train-{n:06}.tar" for n in range(3)]
     everything = " ".join(f"s{n:03}" for n in range(30))
     server.faults = {name: ["cut 600"] for name in names}  # the first one is the probe's
-    processes = [start(f"{server.url}/train", folder, seed) for seed in (1, 2)]
+    processes = [start(f"{server.url}/train", folder, first) for first in (0, 1)]
     assert [process.communicate()[0].strip() for process in processes] == [everything] * 2
     begun = Counter(name for name, asked in server.requests if name in names and asked is None)
     assert begun[names[1]] == begun[names[2]] == 1  # downloaded by one of them
@@ -286,14 +288,14 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_that_looks_whol
     shutil.rmtree(folder)
     server.requests.clear()
     server.faults = {name: ["", "stall 600"] if name == names[0] else ["stall 600"] for name in names}
-    killed = start(f"{server.url}/train", folder, 1)
+    killed = start(f"{server.url}/train", folder, 0)
     while not any(path.stat().st_size for path in folder.glob(".*.tmp")) and killed.poll() is None:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not list(folder.glob("*.tar"))
     server.faults.clear()
-    assert start(f"{server.url}/train", folder, 1).communicate()[0].strip() == everything
+    assert start(f"{server.url}/train", folder, 0).communicate()[0].strip() == everything
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_secrets_of_the_environment_open_the_door_and_are_shown_nowhere(server, 
     index = read_index(url, cache=Cache(str(tmp_path / "cache")))
     reader = Reader(Stream([index], seed=0))
     with caplog.at_level(logging.DEBUG):
-        assert len(list(reader.samples(0, 30))) == 30
+        assert len(read_all(reader)) == 30
     (place,) = {place for place, _ in reader.damage}
     assert place == f"{url.replace('/train?', '/train/train-000001.tar?')}"
     assert "503" in caplog.text
