@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
     """Serves a folder. faults: of a file, one for each request, in turn; then it is served well.
 
     `503`, `403`: a status; `cut 100`: the connection ends behind as many bytes; `stall 100`: it goes silent;
+    `302 URL`: it is elsewhere;
     `short 100`, `long 100`: a Content-Length that is wrong by as many bytes; `other`: another file of that size
     """
 
@@ -48,6 +49,7 @@ class Server(ThreadingHTTPServer):
         self.folder, self.faults = folder, dict[str, list[str]]()
         self.requests: list[tuple[str, str | None]] = []  # (name, Range)
         self.authorization: str | None = None  # refuse requests without
+        self.authorizations: list[str | None] = []  # of the requests
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address) -> None:
@@ -61,11 +63,18 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.split("?")[0].lstrip("/")
         asked = self.headers.get("Range")
         self.server.requests.append((name, asked))
+        self.server.authorizations.append(self.headers.get("Authorization"))
         faults = self.server.faults.get(name, [])
         fault, _, number = (faults.pop(0) if faults else "").partition(" ")
         path = self.server.folder / name
         if self.server.authorization not in (None, self.headers.get("Authorization")):
             fault = "401"
+        if fault == "302":
+            self.send_response(302)
+            self.send_header("Location", number)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if fault.isdigit() or not path.is_file():
             self.send_error(int(fault or 404))
             return
@@ -134,7 +143,7 @@ def test_a_url_gives_the_batches_of_the_folder_and_is_downloaded_once(server, tm
 
 def test_a_command_gives_the_batches_of_the_folder(server, tmp_path) -> None:
     cache = Cache(str(tmp_path / "cache"))
-    folder = join(f"pipe:cat {server.folder}/{{}}", "train")
+    folder = join(f"pipe:sleep 0.1; cat {server.folder}/{{}}", "train")  # from a slow disk
     stream = Stream([read_index(folder, cache=cache)], seed=1)
     assert keys(loader(stream)) == keys(loader(Stream([read_index(server.folder / "train")], seed=1)))
     with pytest.raises(UserError, match=re.escape("the command must hold {}")):
@@ -346,6 +355,19 @@ def test_secrets_of_the_environment_open_the_door_and_are_shown_nowhere(server, 
     with pytest.raises(UserError, match="the environment variable SECRET is not set"):
         read_index(url)
     assert not re.search("hunt", caplog.text + str(refusal.value) + str(reader.damage))
+
+
+def test_a_password_is_not_handed_on_to_another_server(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SECRET", "hunt/2@")
+    server.authorization = "Basic bWU6aHVudC8yQA=="
+    with Server(server.folder) as other:
+        Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        server.faults["train/index.json"] = [f"302 {other.url}/train/index.json"]
+        server.faults["train/train-000000.tar"] = [f"302 {other.url}/train/train-000000.tar"]
+        index = read_index(f"{server.url.replace('://', '://me:$SECRET@')}/train", cache=Cache(str(tmp_path / "cache")))
+        other.shutdown()
+    assert index.count == 30
+    assert (server.authorizations, other.authorizations) == ([server.authorization] * 2, [None] * 2)
 
 
 def test_what_a_command_was_called_with_is_not_shown(server, tmp_path, caplog, capfd) -> None:
