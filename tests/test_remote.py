@@ -100,6 +100,7 @@ def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "PAUSES", (0.01,))
     monkeypatch.setattr(remote, "STALL", 0.3)
     monkeypatch.setattr(remote, "PATIENCE", 1.0)
+    monkeypatch.setattr(remote, "AT_START", 0.5)
     monkeypatch.setattr(remote, "_unreachable", set())
     make(tmp_path / "site" / "train", 30)
     with Server(tmp_path / "site") as server:
@@ -380,7 +381,10 @@ def test_what_a_command_was_called_with_is_not_shown(server, tmp_path, caplog, c
 
 @pytest.mark.dist
 def test_two_ranks_train_from_a_server_that_loses_a_shard(server, tmp_path) -> None:
-    """Their losses are summed, the run goes on, and a limit ends it on both; the password is nowhere."""
+    """Their losses are summed, the run goes on, and a limit ends it on both; the password is nowhere.
+
+    Two servers with different data end it too.
+    """
     Scenes(out=str(tmp_path / "site" / "scenes"), image_size=48, response_length=64, prompt="Describe.", num_train=48,
            num_val=8, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16,
            tokenizer=str(BASE)).run()  # fmt: skip
@@ -400,11 +404,19 @@ def test_two_ranks_train_from_a_server_that_loses_a_shard(server, tmp_path) -> N
         assert done.codes == [0, 0], done.printed
         again = [*argv, "resume=false", "data.max_skipped=3"]
         stopped = ranks.run(again, out=tmp_path / "stopped", environment=environment)
+        shutil.copytree(server.folder / "scenes", tmp_path / "0")
+        index = json.loads((shutil.copytree(tmp_path / "0", tmp_path / "1") / "train" / "index.json").read_bytes())
+        index["shards"].reverse()
+        (tmp_path / "1" / "train" / "index.json").write_text(json.dumps(index))
+        pipe = [f"data.path=pipe:cat {tmp_path}/$LOCAL_RANK/{{}}", f"run_dir={tmp_path / 'torn'}"]
+        torn = ranks.run([*argv, *pipe], out=tmp_path / "torn_out", environment=environment)
     points = EventAccumulator(str(next(run_dir.rglob("events*")).parent)).Reload().Scalars("data/skipped/unreadable")
     assert (points[-1].step, points[-1].value) == (6, 16)
     assert stopped.codes == [2, 2], stopped.printed
     for text in stopped.printed:
         assert re.search(r"allows 3: .*train-000001.tar: \d+ unreadable", text)
+    assert torn.codes == [2, 2], torn.printed
+    assert all("error: data.path: the processes read different data" in text for text in torn.printed), torn.printed
     everything = "".join([*done.printed, *stopped.printed]).encode()
     everything += b"".join(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     assert b"$SECRET" in everything and b"hunt/2" not in everything and b"bWU6aHVudC8yQA" not in everything

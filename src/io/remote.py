@@ -43,6 +43,7 @@ from src.io.files import atomic, sha256
 
 STALL = 30.0  # seconds without a byte until a connection is given up
 PATIENCE = 60.0  # seconds without a byte, over all attempts, until a file is
+AT_START = 15.0  # the same for an index: someone waits for it
 DEADLINE = 600.0  # seconds for a file in all, below the timeout of the ranks
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next attempts; the last one repeats
 CHUNK = 1 << 20
@@ -162,7 +163,7 @@ class Remote:
         """Its content, always from the server. Raises UserError, as it is read when a command starts."""
         buffer = io.BytesIO()
         try:
-            self._download(buffer)
+            self._download(buffer, patience=AT_START)
         except OSError as error:
             raise UserError(f"{error}; check the URL, and whether you may read it") from None
         return buffer.getvalue()
@@ -194,7 +195,7 @@ class Remote:
             if file := self._cached(path):  # by another process meanwhile
                 return file
             with atomic(path) as stream:
-                self._download(stream)
+                self._download(stream, patience=PATIENCE)
             self.cache.trim()
             if file := self._cached(path):
                 return file
@@ -209,7 +210,7 @@ class Remote:
             file.close()
         return None
 
-    def _download(self, out: BinaryIO) -> None:
+    def _download(self, out: BinaryIO, *, patience: float) -> None:
         """Write the file to `out`, with as many attempts as it takes and as time allows."""
         host = "/".join(self.url.split("/")[:3])
         begun = last = time.monotonic()  # `last`: when the last bytes came
@@ -233,7 +234,7 @@ class Remote:
             now, pause = time.monotonic(), PAUSES[min(attempts, len(PAUSES) - 1)]
             attempts += 1
             last = now if out.tell() > size else last
-            silent = now + pause > last + PATIENCE or host in _unreachable
+            silent = now + pause > last + patience or host in _unreachable
             if silent:
                 _unreachable.add(host)
             if final or silent or wrong > 1 or now + pause > begun + DEADLINE:
