@@ -115,7 +115,7 @@ class Reader:
                 self._tars[path] = Tar(path.open("rb"))
             except OSError:
                 self._tars[path] = None
-            opened = [key for key, tar in self._tars.items() if tar]
+            opened = [key for key, tar in self._tars.items() if tar is not None]
             for key in opened[:-OPEN_SHARDS]:
                 del self._tars[key]
         self._tars.move_to_end(path)
@@ -136,5 +136,10 @@ def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()  # `convert` would copy an RGB image
             return Sample(raw["__key__"], record, data, picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):  # what Pillow and json raise on damaged bytes
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # what Pillow and json raise on damaged bytes
         return None

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
+from PIL import Image
 
-from datamodules.shards import Reader, Sample
+from datamodules.shards import Reader, Sample, decode
 from datamodules.stream import Stream, read_index
 from src.io.shards import read_tar
 from tests.test_shards import make
@@ -60,6 +61,18 @@ def test_a_fault_in_the_middle_costs_only_the_samples_that_it_hits(tmp_path: Pat
     reader = Reader(Stream([read_index(folder)], seed=1), stand_in=False)
     assert [s.record["number"] for s in read_all(reader)] == [n for n in range(30) if n not in lost]
     assert sum(reader.damage.values()) == len(lost)
+
+
+def test_an_image_that_claims_to_be_huge_is_damaged() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 10), (200, 10, 30)).save(stream, "JPEG")
+    whole = stream.getvalue()
+    raw = {"__key__": "k", "json": b"{}", "jpg": whole}
+    sample = decode(raw)
+    assert sample and sample.image and sample.image.size == (20, 10)
+    assert sample.image.tobytes() == Image.open(io.BytesIO(whole)).convert("RGB").tobytes()
+    at = whole.index(bytes([0, 10, 0, 20]))  # height and width
+    assert decode({**raw, "jpg": whole[:at] + b"\xff" * 4 + whole[at + 4 :]}) is None
 
 
 def test_members_with_odd_names_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
