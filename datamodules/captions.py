@@ -50,10 +50,11 @@ class ShardData(L.LightningDataModule):
     data_share:      with rounds, the fraction of each training batch that comes from the data
     limit:           use only the first `limit` samples of a split: a number for all, or {split: number}
     epoch_batches:   batches per training epoch and rank; null: one pass over the data, or over the rounds if any
+    weights:         {source: how often a pass takes its samples}, where it differs from the prepared data
+    bucket:          so many consecutive batches are sorted by length, so that prefixes are padded less; null: none
     max_skipped:     unusable samples with which a run goes on: a share (float) of those read or of an epoch, and at
                      least 100; or a number (int). See `callbacks.skipped`
     cache:           where shards are kept that come from a URL, and how many
-    restart_epoch:   on resume with other ranks or workers in the middle of an epoch, start the epoch over
     """
 
     kind: ClassVar[str]  # of the split folders, as in their index.json
@@ -69,15 +70,22 @@ class ShardData(L.LightningDataModule):
     data_share: float = 0.25
     limit: int | Mapping[str, int] | None = None
     epoch_batches: int | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    bucket: int | None = 16
     max_skipped: float | int = 0.01
     cache: Cache | None = None
-    restart_epoch: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
         if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        least = {"batch_size": 1, "response_length": 2, "epoch_batches": 1, "workers": 0}  # response: a token and eot
+        least = {
+            "batch_size": 1,
+            "response_length": 2,
+            "epoch_batches": 1,
+            "workers": 0,
+            "bucket": 1,
+        }  # response: a token and eot
         for name, minimum in least.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
@@ -94,6 +102,8 @@ class ShardData(L.LightningDataModule):
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
         self._warned_empty_val = False
         self._remote: dict[str, Index] = {}  # URL -> index
+        self._loader_of_epoch: Loader | None = None
+        self._loader_state: dict[str, Any] | None = None
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -110,12 +120,22 @@ class ShardData(L.LightningDataModule):
         if index.digest not in {added.digest for added in self.rounds}:
             self.rounds.append(index)
 
+    def setup(self, stage: str) -> None:
+        """Forget the position of an earlier run; Lightning loads the state of a checkpoint after this."""
+        self._loader_of_epoch = self._loader_state = None
+
     def state_dict(self) -> dict[str, Any]:
-        """The rounds trained on. Lightning saves the loader's state, the position in the epoch."""
-        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self.rounds]}
+        """The rounds trained on, and the position in the epoch.
+
+        Lightning saves and loads the position too, but only after it has asked for the length of the epoch, which
+        depends on it.
+        """
+        rounds = [{"path": str(index.path), "digest": index.digest} for index in self.rounds]
+        loader = self._loader_of_epoch
+        return {"rounds": rounds, "loader": loader.state_dict() if loader else self._loader_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounds = []
+        self.rounds, self._loader_state = [], state_dict.get("loader")
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
@@ -132,24 +152,35 @@ class ShardData(L.LightningDataModule):
         folders = {"data": [self.index("train")], "rounds": self.rounds}
         # NOTE: a further round changes all positions; numbers of passes that no loader had before keep the noise new.
         first = len(self.rounds) * NEW_ROUND
-        streams = {name: Stream(folders[name], seed=self.seed, first_pass=first) for name in rows if rows[name]}
+        weights = {"data": self.weights}
+        streams = {
+            name: Stream(folders[name], seed=self.seed, first_pass=first, weights=weights.get(name))
+            for name in rows
+            if rows[name]
+        }
         main = streams[name := next(reversed(streams))]
         # 2. batches in an epoch
-        batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated
-        if not self.rounds and not self.epoch_batches and main.count < self.batch_size * world:
+        step = rows[name] * world  # samples of the main stream in a step
+        batches = self.epoch_batches or max(1, main.count // step)  # a small round is repeated
+        if not self.rounds and not self.epoch_batches and main.count < step:
             raise UserError(
                 f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
                 "lower batch_size, or set epoch_batches to repeat the data"
             )
-        # 3. An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has
-        # ended, so that every sample is seen equally often.
-        parts = []
-        for name, stream in streams.items():
-            num = batches * rows[name] * world
-            is_pass = self.epoch_batches is None and stream is main and num <= stream.count
-            parts.append(Part(stream, rows[name], stream.count if is_pass else num, batches * rows[name]))
+        # 3. An epoch of one pass leaves out the samples that do not fill a batch on every rank, other ones in each
+        # epoch. Any other epoch begins where the one before has ended, so that every sample is seen equally often.
+        if self.epoch_batches is None and batches * step <= main.count:
+            streams[name] = main.resized(batches * step)
+            if (tail := main.count - batches * step) and not self._loader_of_epoch:
+                log.info("each epoch leaves out %d of %d samples, other ones each time", tail, main.count)
+        parts = [Part(stream, rows[name], batches * rows[name]) for name, stream in streams.items()]
         epoch = lambda: self.trainer.current_epoch if self.trainer else 0  # noqa: E731
-        return self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world)
+        settings = {"fixed": self.epoch_batches is not None, "bucket": self.bucket or 1, "length": self.collate.length}
+        loader = self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world, **settings)
+        if self._loader_state:
+            loader.load_state_dict(self._loader_state)
+        self._loader_of_epoch = loader
+        return loader
 
     def val_dataloader(self) -> Loader | list:
         """Empty if the split is, as in a small dataset: Lightning then skips validation."""
@@ -180,7 +211,7 @@ class ShardData(L.LightningDataModule):
         """
         rank, world = self._place()
         per_rank = -(-index.count // world)
-        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, 0, per_rank, stand_in=world > 1)
+        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, per_rank, stand_in=world > 1)
         batches, collate = -(-per_rank // self.batch_size), replace(self.collate, first=True)
         return self._loader([part], collate, batches=batches, epoch=lambda: 0, rank=rank, world=world)
 
@@ -199,12 +230,12 @@ class ShardData(L.LightningDataModule):
         first, last = (batches * number // world for number in (rank, rank + 1))
         start, stop = (min(num, number * self.batch_size) for number in (first, last))
         stream = Stream([index], seed=self.seed + cycle)
-        part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
+        part = Part(stream, self.batch_size, stop - start, stand_in=False, start=slot * num + start)
         collate = replace(self.collate, first=True)
-        return self._loader([part], collate, batches=last - first, epoch=lambda: slot).numbered(first)
+        return self._loader([part], collate, batches=last - first, epoch=lambda: 0).numbered(first)
 
     def _loader(self, parts: list[Part], collate: Collate, **settings: Any) -> Loader:
-        return Loader(parts, collate, notes=self.notes, workers=self.workers, restart=self.restart_epoch, **settings)
+        return Loader(parts, collate, notes=self.notes, workers=self.workers, **settings)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place

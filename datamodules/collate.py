@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from datamodules.loader import Notes
 from datamodules.shards import Sample
+from datamodules.stream import Shard
 from src.models.tiling import Layout
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 from src.types import Batch
 
 RESOLUTION = 2**32  # of a probability drawn by `choice`
+PATCH = 14  # pixels on the side of a vision tower's patch, about; for `Collate.length` only
 
 
 @dataclass
@@ -133,6 +136,15 @@ class Collate:
             return f"{type(error).__name__}: {error}"
         return None if rows else "it has no captions"
 
+    def length(self, shard: Shard, index: int) -> int | None:
+        """About the tokens of a sample's prefix, by the index of its shard; None if that does not say."""
+        if shard.prompt_tokens is None or (self.layout and shard.sizes is None):
+            return None
+        tokens = int(shard.prompt_tokens[index])
+        if self.layout and shard.sizes is not None:
+            tokens += image_tokens(self.layout, *shard.sizes[index].tolist())
+        return tokens
+
     def prompt_ids(self, sample: Sample) -> list[int]:
         """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
         ids = self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
@@ -157,6 +169,11 @@ def draft_row(record: dict) -> Row:
 
 def choice(name: str, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
+
+
+@lru_cache(maxsize=2**16)
+def image_tokens(layout: Layout, width: int, height: int) -> int:
+    return layout.num_tokens((width, height), side=max(1, layout.size // PATCH))
 
 
 def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:

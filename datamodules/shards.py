@@ -1,6 +1,7 @@
 """Read the samples of a stream (datamodules/stream.py) from their shards.
 
-    Reader(Stream([read_index(folder)], seed=0)).samples(100, 164)      at positions 100 to 163 of the stream
+    stream = Stream([read_index(folder)], seed=0)
+    Reader(stream).samples(stream.places(100, 164))      at positions 100 to 163
 
 Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
 replaces each, so the number of samples stays the same. In drafts and in evaluation on one rank they are left out.
@@ -11,14 +12,14 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from datamodules.stream import Shard, Stream
+from datamodules.stream import Place, Shard, Stream
 from src.io.errors import UserError
 from src.io.remote import Remote
 from src.io.shards import Tar
@@ -32,7 +33,7 @@ class Sample:
     """A decoded sample.
 
     record: its JSON; data, image: the encoded image and its RGB pixels, or b"" and None
-    position: in the stream, over all passes; passes: how often the stream had been read before
+    position: in the stream, over all passes; passes: how often the stream has taken it before
     """
 
     key: str
@@ -61,13 +62,10 @@ class Reader:
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
-    def samples(self, start: int, stop: int) -> Iterator[Sample]:
-        for shard, indices in self.stream.segments(start, stop):
-            for position, index in enumerate(indices, start):
-                if sample := self.read(shard, index):
-                    passes = self.stream.first_pass + position // self.stream.count
-                    yield replace(sample, position=position, passes=passes)
-            start += len(indices)
+    def samples(self, places: Iterable[Place]) -> Iterator[Sample]:
+        for place in places:
+            if sample := self.read(place.shard, place.index):
+                yield replace(sample, position=place.turn, passes=place.passes)
 
     def read(self, shard: Shard, index: int) -> Sample | None:
         """The sample at `index` of a shard. If it is unusable it is counted, and its stand-in returned, or None."""
