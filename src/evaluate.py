@@ -27,7 +27,7 @@ from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.evaluation.cells import count_samples, evaluate_cell, evaluate_model, first_batches
-from src.evaluation.grid import STAGES, build_samplers, check_models, complete
+from src.evaluation.grid import build_samplers, check_models, complete
 from src.evaluation.report import check_names, write_report
 from src.evaluation.results import ResultStore, code_hash, signature
 from src.io.errors import UserError
@@ -64,8 +64,7 @@ def main(argv: list[str]) -> None:
     nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings[name]]
     probes = [build(node, special=codec.special, seed=settings.seed).to(device) for node in nodes]
     data = build(settings.data, **offers)
-    data.setup(STAGES[settings.split])
-    loader = getattr(data, f"{settings.split}_dataloader")()
+    loader = data.eval_dataloader(settings.split)
     metrics = [build(node, **offers).to(device) for node in plain(settings.metrics)]
     counts = count_samples(loader, settings.num, metrics, split=settings.split)
 
@@ -111,7 +110,8 @@ def main(argv: list[str]) -> None:
                     check_names(store.table[cell], **report)
 
         # 6. The report.
-        examples = next(first_batches(loader, min(EXAMPLES, counts["taken"])))
+        few = build(settings.data, **{**offers, "batch_size": EXAMPLES}).eval_dataloader(settings.split)
+        examples = next(first_batches(few, counts["taken"]))
         sys.stdout.write(write_report(store, **report, metrics=metrics, examples=examples))
 
 

@@ -136,6 +136,29 @@ def inodes(tmp_path) -> dict[str, int]:
     return {path.stem: path.stat().st_ino for path in (tmp_path / "out" / "captions").glob("*.jsonl")}
 
 
+@pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
+def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(conf, data, models, tmp_path, split, count):
+    """Also the training split, which training shuffles and cuts to whole batches."""
+    keys = [s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])]
+    assert len(keys) == count
+    outputs = []
+    for size in (count - 1, 64):
+        outputs.append(tmp_path / f"out{size}")
+        main([conf(split=split, num=count, batch_size=size, models={"mask": str(models / "mask")}, bound={"draws": 2}, out=str(outputs[-1]))])
+    tables, bounds = [], []
+    for out in outputs:
+        assert [line["key"] for line in read_jsonl(out / "captions" / "mask-plain-32.jsonl")] == keys
+        result = json.loads((out / "results.json").read_text())
+        for stats in result["methods"]["mask"].values():
+            del stats["32"]["seconds"]
+        tables.append([result["methods"], result["meta"]["data"]])
+        bounds.append(result["model_stats"]["mask"]["nelbo"]["mean"])
+    assert tables[0] == tables[1]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)  # sums in another order
+    with Image.open(outputs[0] / "captions.png") as first, Image.open(outputs[1] / "captions.png") as second:
+        assert first.size == second.size  # as many examples
+
+
 def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     main([conf(tokens_per_step=[16, 32])])
     methods = read(tmp_path)["methods"]
