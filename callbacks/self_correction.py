@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from callbacks.checkpoint import write_atomically
+from callbacks.checkpoint import save_as_last, write_atomically
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_intact, remove
 from src.distributed.parallel import Team, all_reduce_sum, gathered
@@ -218,7 +218,7 @@ class SelfCorrection(L.Callback):
         if self.saved_for < number:
             self.saved_for = number
             path = self._checkpoint(number)
-            trainer.save_checkpoint(path)
+            save_as_last(trainer, path)
             if trainer.is_global_zero:
                 needed = {path, self._checkpoint(1)} if self.train_from == "start" else {path}
                 for older in set(path.parent.glob("pre-round-*.ckpt")) - needed:
