@@ -28,12 +28,10 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check
+from src.cli.instantiate import build, check, with_arguments
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.rounds.batch_api import read_results, write_requests
@@ -61,8 +59,8 @@ def main(argv: list[str]) -> None:
     out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
     codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
     asks = not (cfg.dry or cfg.requests or cfg.results or cfg.reread)
-    no_key = {"key_env": None} if not asks and "key_env" in cfg.expert else {}  # nothing is sent
-    expert = build(OmegaConf.merge(cfg.expert, no_key), codec=codec)
+    # where nothing is sent, no key is needed
+    expert = build(cfg.expert if asks else with_arguments(cfg.expert, key_env=None), codec=codec)
     # 1. What needs no round.
     if cfg.dry:
         total = read_drafts_index(drafts)["counts"]["written"]

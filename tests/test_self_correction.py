@@ -457,13 +457,17 @@ def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"), [(["round=2", "seed=6"], "data_seed, round"), (["data.batch_size=3"], "batch_size")]
+    ("change", "changes"),
+    [
+        (["round=2", "seed=6"], "round: 1 in the drafts, 2 now; data_seed: 7 in the drafts, 6 now"),
+        (["data.batch_size=3"], "batch_size: 4 in the drafts, 3 now"),
+    ],
 )
-def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change, name):
+def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change, changes):
     src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
     with pytest.raises(SystemExit):
         src.draft.main([*draft_arguments(data, model, tmp_path / "drafts"), *change])
-    message = f"error: {tmp_path / 'drafts'} holds drafts made with another {name}; choose another folder"
+    message = f"error: {tmp_path / 'drafts'} holds drafts made with other settings ({changes}); choose another folder"
     assert capsys.readouterr().err.splitlines()[-1] == message
     other = tmp_path / "data"
     shutil.copytree(data, other)
@@ -471,7 +475,8 @@ def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change,
     (other / "train" / "index.json").write_text(json.dumps({**index, "note": "other data"}))
     with pytest.raises(SystemExit):
         src.draft.main(draft_arguments(other, model, tmp_path / "drafts"))
-    assert "made with another data;" in capsys.readouterr().err
+    hashes = [hashlib.sha256((path / "train" / "index.json").read_bytes()).hexdigest() for path in (data, other)]
+    assert f"(data: {hashes[0]} in the drafts, {hashes[1]} now);" in capsys.readouterr().err
 
 
 def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
@@ -483,7 +488,9 @@ def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
         src.revise.main(["conf=revise,expert/reference", *arguments])
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == f"error: {tmp_path / 'r'} is a round made with another expert; choose another folder\n"
+    values = "expert.name: scenes in the round, reference now; expert.class: ScenesExpert in the round, ReferenceExpert now"
+    assert f"error: {tmp_path / 'r'} is a round made with other settings ({values}; " in output.err
+    assert output.err.count("\n") == 1
 
 
 if __name__ == "__main__":
