@@ -83,7 +83,7 @@ class ShardData(L.LightningDataModule):
         self.place = (0, 1)  # (rank, world size) without a trainer
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
-        self._warned_empty_val = False
+        self._warned_empty_val = self._warned_few = False
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -126,10 +126,13 @@ class ShardData(L.LightningDataModule):
         main = streams[name := next(reversed(streams))]
         # 2. batches in an epoch
         batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated
-        if not self.rounds and not self.epoch_batches and main.count < self.batch_size * world:
-            raise UserError(
-                f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
-                "lower batch_size, or set epoch_batches to repeat the data"
+        if not self.rounds and main.count < self.batch_size * world and not self._warned_few and not rank:
+            self._warned_few = True
+            log.warning(
+                "a step has %d rows, but there %s: samples repeat within a step, each time with other noise; a smaller "
+                "data.batch_size repeats fewer",
+                self.batch_size * world,
+                "is 1 training sample" if main.count == 1 else f"are {main.count} training samples",
             )
         # 3. An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has
         # ended, so that every sample is seen equally often.
