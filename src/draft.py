@@ -20,18 +20,20 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check
+from src.cli.instantiate import build, check, plain
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.models.hf.folder import fingerprint
-from src.models.inference import warn_if_length_differs
+from src.models.inference import warn_if_length_differs, with_layout
 from src.models.tiling import check_layout
 from src.rounds.drafts import Drafter, cap_num_drafts, draw_drafts
 from src.text.tokenizer import Codec
+from src.training.build import build_on_meta
 from src.training.launch import is_rank0_by_env, process_group, report_lost_ranks
 
 
@@ -39,13 +41,15 @@ from src.training.launch import is_rank0_by_env, process_group, report_lost_rank
 def main(argv: list[str]) -> None:
     """Draw the drafts of one round into `out`."""
     cfg = load_config(argv, verb="src.draft", needs=NEEDS["src.draft"])
-    check(cfg, offers=("codec", "seed"))
     if cfg.round < 1:
         raise UserError(f"round must be at least 1, got {cfg.round}")
+    codec = Codec.load(cfg.model.path)
+    layout = build_on_meta(cfg.model, codec).layout
+    cfg = OmegaConf.create({**cfg, "data": with_layout(plain(cfg.data), layout)})
+    check(cfg, offers=("codec", "seed"))
     lock = locked(path_of(cfg, "out")) if is_rank0_by_env() else nullcontext()
     with lock, report_lost_ranks(), process_group() as team:
         # 1. Build the data and the model.
-        codec = Codec.load(cfg.model.path)
         data = build(cfg.data, codec=codec, seed=cfg.seed)
         data.place = (team.rank, team.size)
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))

@@ -33,8 +33,9 @@ from src.evaluation.results import ResultStore, code_hash, signature
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.lock import locked
-from src.models.hf.folder import fingerprint, from_pretrained
-from src.models.inference import warn_if_length_differs
+from src.models.hf.folder import fingerprint, from_pretrained, outline
+from src.models.inference import warn_if_length_differs, with_layout
+from src.models.tiling import check_layout
 from src.text.tokenizer import Codec
 
 PACKAGES = ("torch", "transformers", "torchmetrics")
@@ -58,12 +59,16 @@ def main(argv: list[str]) -> None:
     codec = next(iter(codecs.values()))
 
     # 3. Samplers, data and metrics. A record that a metric cannot score fails here, before the first caption.
+    layouts = [outline(settings.models[name], codec=codecs[name]).layout for name in codecs]
+    settings.data = with_layout(plain(settings.data), layouts[0])
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = build_samplers(plain(settings.samplers), plain(settings.speeds), methods=codecs)
     nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings[name]]
     probes = [build(node, special=codec.special, seed=settings.seed).to(device) for node in nodes]
     data = build(settings.data, **offers)
+    for layout in layouts if hasattr(data, "layout") else ():  # a datamodule without images has none
+        check_layout(data.layout, layout)
     loader = data.eval_dataloader(settings.split)
     metrics = [build(node, **offers).to(device) for node in plain(settings.metrics)]
     counts = count_samples(loader, settings.num, metrics, split=settings.split)

@@ -234,7 +234,8 @@ def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
     assert [path.name for path in sorted((run / "rounds").iterdir())] == ["round-0001", "round-0002"]
     assert [index.path.name for index in datamodule.rounds] == ["round-0001", "round-0002"]
     assert list(steps.drafted.values()) == [3] * 3 * STEPS_PER_EPOCH, "a quarter of 4 rows are captions"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["pre-round-0002.ckpt"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"pre-round-0002.ckpt", "last.ckpt"}
+    assert (run / "checkpoints" / "last.ckpt").readlink() == Path("pre-round-0002.ckpt")
 
 
 def test_rounds_draft_for_different_images_with_the_weights_of_their_time(whole):
@@ -330,7 +331,7 @@ def test_rounds_may_train_from_the_start(data, whole, tmp_path):
     with pytest.raises(ConnectionError):
         train(data, tmp_path / "lost", lost=True, train_from="start")  # in the second
     names = {path.name for path in (tmp_path / "lost" / "checkpoints").iterdir()}
-    assert names == {"pre-round-0001.ckpt", "pre-round-0002.ckpt"}
+    assert names == {"pre-round-0001.ckpt", "pre-round-0002.ckpt", "last.ckpt"}
     _, weights, _ = train(data, tmp_path / "lost", train_from="start")
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
