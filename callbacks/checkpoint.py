@@ -78,7 +78,7 @@ class Checkpoint(LightningCheckpoint):
 
 
 def save_as_last(trainer: L.Trainer, path: Path) -> None:
-    """Save a checkpoint, then let the link `last.ckpt` beside it lead to it. A kill in between leaves the older link."""
+    """Save a checkpoint, then replace the link `last.ckpt` beside it by one to it."""
     trainer.save_checkpoint(path)
     if trainer.is_global_zero:
         link = path.with_name(".last.ckpt.tmp")

@@ -243,7 +243,8 @@ class ShardData(L.LightningDataModule):
 class CaptionData(ShardData):
     """Images with captions, as `src.prepare` writes them.
 
-    image_size: input size of the vision tower in pixels; images are resized to this square
+    image_size: input size of the vision tower in pixels; images are resized to this square. Verbs that read a model
+                replace null by the model's (`with_layout` in src/models/inference.py)
     tiling:     cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
     Other arguments: see `ShardData`.
     """
@@ -251,10 +252,12 @@ class CaptionData(ShardData):
     kind: ClassVar[str] = "captions"
     image: ClassVar[bool] = True
 
-    image_size: int
+    image_size: int | None
     tiling: AnyRes | None = None
 
     def make_collate(self) -> Collate:
+        if self.image_size is None:
+            raise UserError("data.image_size must be set: the side in pixels of the images that the model takes")
         if self.tiling and self.tiling.size != self.image_size:
             raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
         self.layout: Layout = self.tiling or Square(self.image_size)

@@ -16,6 +16,7 @@ from random import Random
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.shards import INDEX, read_manifest
+from src.io.words import counted
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def read_index(folder: str | Path, *, image: bool = True) -> Index:
     content = read_manifest(folder)
     shards = tuple(Shard(folder / entry["name"], entry["count"], image) for entry in content["shards"])
     if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {counted(len(shards), 'shard')}, such as {missing[0]}; make them again"
+        )
     return Index(folder, content["kind"], content["tokenizer"], shards, sha256(folder / INDEX), content)
 
 

@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
@@ -28,6 +27,7 @@ from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.words import counted
 from src.models.hf.folder import fingerprint
 from src.models.inference import warn_if_length_differs, with_layout
 from src.models.tiling import check_layout
@@ -41,16 +41,15 @@ from src.training.launch import is_rank0_by_env, process_group, report_lost_rank
 def main(argv: list[str]) -> None:
     """Draw the drafts of one round into `out`."""
     cfg = load_config(argv, verb="src.draft", needs=NEEDS["src.draft"])
+    check(cfg, offers=("codec", "seed"))
     if cfg.round < 1:
         raise UserError(f"round must be at least 1, got {cfg.round}")
-    codec = Codec.load(cfg.model.path)
-    layout = build_on_meta(cfg.model, codec).layout
-    cfg = OmegaConf.create({**cfg, "data": with_layout(plain(cfg.data), layout)})
-    check(cfg, offers=("codec", "seed"))
     lock = locked(path_of(cfg, "out")) if is_rank0_by_env() else nullcontext()
     with lock, report_lost_ranks(), process_group() as team:
         # 1. Build the data and the model.
-        data = build(cfg.data, codec=codec, seed=cfg.seed)
+        codec = Codec.load(cfg.model.path)
+        node = with_layout(plain(cfg.data), build_on_meta(cfg.model, codec).layout)
+        data = build(node, codec=codec, seed=cfg.seed)
         data.place = (team.rank, team.size)
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -79,11 +78,11 @@ def main(argv: list[str]) -> None:
         return
     # 3. Print the next command: with the exact expert for scenes, else with the reference captions.
     total = sum(count for count, _ in per_rank)
-    damaged = f" ({num - total} images could not be read)" if num > total else ""
+    damaged = f" ({counted(num - total, 'image')} could not be read)" if num > total else ""
     conf = "conf=revise" if any(is_scene for _, is_scene in per_rank) else "conf=revise,expert/reference"
     settings = [f"drafts={cfg.out}", f"out=rounds/round-{cfg.round:04d}", f"tokenizer={cfg.model.path}"]
     command = shlex.join(["python", "-m", "src.revise", conf, *settings])
-    sys.stdout.write(f"{cfg.out}: {total} drafts{damaged}\nnext: {command}\n")
+    sys.stdout.write(f"{cfg.out}: {counted(total, 'draft')}{damaged}\nnext: {command}\n")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ def main(argv: list[str]) -> None:
                 if not missing_cells and method not in missing_probes:
                     continue
                 backbone = from_pretrained(settings.models[method]).to(device).eval()
-                name = f"{method}: evaluate.data.response_length"
-                warn_if_length_differs(backbone, settings.data.response_length, name=name)
+                warn_if_length_differs(
+                    backbone, settings.data.response_length, name=f"{method}: evaluate.data.response_length"
+                )
                 if method in missing_probes:
                     bar.set_description(f"{method} itself")
                     batches = first_batches(loader, counts["taken"], bar)
@@ -115,8 +116,8 @@ def main(argv: list[str]) -> None:
                     check_names(store.table[cell], **report)
 
         # 6. The report.
-        few = build(settings.data, **{**offers, "batch_size": EXAMPLES}).eval_dataloader(settings.split)
-        examples = next(first_batches(few, counts["taken"]))
+        shown = build(settings.data, **{**offers, "batch_size": EXAMPLES}).eval_dataloader(settings.split)
+        examples = next(first_batches(shown, counts["taken"]))
         sys.stdout.write(write_report(store, **report, metrics=metrics, examples=examples))
 
 

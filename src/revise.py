@@ -34,6 +34,7 @@ from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, with_arguments
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.words import counted
 from src.rounds.batch_api import read_results, write_requests
 from src.rounds.drafts import read_drafts, read_drafts_index
 from src.rounds.round import RoundOptions, check_reopens, reopen, revise_round
@@ -72,8 +73,8 @@ def main(argv: list[str]) -> None:
             if out.exists() and not (cfg.again and reopen(out)):
                 raise UserError(f"{out} exists already; again=true asks again about its drafts where that may help")
             written, num_skipped = write_requests(Path(cfg.requests), out, drafts, expert)
-        skipped = f"; {num_skipped} drafts skipped, as no request could be built" if num_skipped else ""
-        sys.stdout.write(f"{cfg.requests}: {written} requests{skipped}\n")
+        skipped = f"; {counted(num_skipped, 'draft')} skipped, as no request could be built" if num_skipped else ""
+        sys.stdout.write(f"{cfg.requests}: {counted(written, 'request')}{skipped}\n")
         return
     # 2. The round.
     lock = locked(out) if is_rank0_by_env() else nullcontext()

@@ -153,14 +153,29 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
-def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(conf, data, models, tmp_path, split, count):
+def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
+    conf, data, models, tmp_path, split, count
+):
     """Also the training split, which training shuffles and cuts to whole batches."""
-    keys = [s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])]
+    keys = [
+        s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])
+    ]
     assert len(keys) == count
     outputs = []
     for size in (count - 1, 64):
         outputs.append(tmp_path / f"out{size}")
-        main([conf(split=split, num=count, batch_size=size, models={"mask": str(models / "mask")}, bound={"draws": 2}, out=str(outputs[-1]))])
+        main(
+            [
+                conf(
+                    split=split,
+                    num=count,
+                    batch_size=size,
+                    models={"mask": str(models / "mask")},
+                    bound={"draws": 2},
+                    out=str(outputs[-1]),
+                )
+            ]
+        )
     tables, bounds = [], []
     for out in outputs:
         assert [line["key"] for line in read_jsonl(out / "captions" / "mask-plain-32.jsonl")] == keys

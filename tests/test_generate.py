@@ -252,7 +252,9 @@ def test_captions_of_other_settings_or_models_are_not_mixed(model, backbone, cod
     values = "temperature: 0.0 in the file, 0.5 now; seed: 0 in the file, 1 now; join: null in the file, upstream now"
     assert f"made with other settings ({values})" in refused(model, f"sampler={mine}", *changes)
     # what the lines do not name one by one
-    assert "other settings (an option of the sampler or of the model)" in refused(model, f"sampler={mine}", "model.attention=full")
+    assert "other settings (an option of the sampler or of the model)" in refused(
+        model, f"sampler={mine}", "model.attention=full"
+    )
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     trained = copy.deepcopy(backbone)

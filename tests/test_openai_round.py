@@ -252,7 +252,10 @@ def test_a_round_of_another_expert_is_not_read_again(drafts, tmp_path, capsys):
         for way in ("reread=true", "again=true"):
             with pytest.raises(SystemExit):
                 revise(drafts, out, server, way, "expert.model=other")
-            assert "is a round made with other settings (expert.model: some in the round, other now" in capsys.readouterr().err
+            assert (
+                "is a round made with other settings (expert.model: some in the round, other now"
+                in capsys.readouterr().err
+            )
             with pytest.raises(SystemExit):
                 revise(drafts, tmp_path / "none", server, way)
             assert "there is no round" in capsys.readouterr().err

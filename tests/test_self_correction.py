@@ -399,7 +399,7 @@ def test_wrong_numbers_fail_at_once(codec, tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "limit", "message"),
     [
-        ({"rounds": 2}, {"max_steps": 3}, r"more than 1 epochs of 3 steps, .*=3; set data.epoch_batches=1,"),
+        ({"rounds": 2}, {"max_steps": 3}, r"more than 1 epoch of 3 steps, .*=3; set data.epoch_batches=1,"),
         ({"rounds": 2, "at_start": False}, {"max_steps": 6}, "more than 2 epochs of 3 steps"),
         ({"rounds": 2, "every_n_epochs": 3}, {"max_steps": 9}, "more than 3 epochs of 3 steps"),
         ({"rounds": 3}, {"max_steps": -1, "max_epochs": 2}, "more than 2 epochs, but max_epochs=2"),
@@ -489,7 +489,9 @@ def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
         src.revise.main(["conf=revise,expert/reference", *arguments])
     output = capsys.readouterr()
     assert output.out == ""
-    values = "expert.name: scenes in the round, reference now; expert.class: ScenesExpert in the round, ReferenceExpert now"
+    values = (
+        "expert.name: scenes in the round, reference now; expert.class: ScenesExpert in the round, ReferenceExpert now"
+    )
     assert f"error: {tmp_path / 'r'} is a round made with other settings ({values}; " in output.err
     assert output.err.count("\n") == 1
 

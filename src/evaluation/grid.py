@@ -25,6 +25,7 @@ from src.cli.help import config_root, fitting
 from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, nodes, walk
 from src.evaluation.results import Cell
 from src.io.errors import UserError
+from src.io.words import counted
 from src.models.hf.weights import is_model_folder
 from src.samplers.base import AnySampler
 
@@ -133,7 +134,7 @@ def build_samplers(
             try:
                 samplers[name, speed] = sampler.with_steps(tokens_per_step=speed)
             except UserError as error:
-                raise UserError(f"{place} at {speed} tokens/step: {error}; {advice}") from error
+                raise UserError(f"{place} at {counted(speed, 'token')}/step: {error}; {advice}") from error
     return {Cell(method, *key): sampler for method in methods for key, sampler in samplers.items()}
 
 

@@ -8,13 +8,13 @@ changes(stored, present, "in the run")    the same with both values, for an erro
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 LISTED, SHOWN = 8, 80  # settings in an error, characters of a value
+
 
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ from those read from JSON."""
@@ -35,9 +35,10 @@ def changes(stored: Mapping[str, Any], present: Mapping[str, Any], where: str) -
                 compare(f"{name}.{key}" if name else str(key), old.get(key), new.get(key))
         elif old != new:
             texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (old, new)]
-            if max(map(len, texts)) > SHOWN:  # the part in which they differ
-                start = max(0, len(os.path.commonprefix(texts)) - SHOWN // 4)
-                texts = ["..." * (start > 0) + (text[start:][:SHOWN] + "..." * (len(text) > start + SHOWN)) for text in texts]
+            if max(map(len, texts)) > SHOWN:  # from a little before they differ
+                same = next((n for n, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), SHOWN)
+                start = max(0, same - SHOWN // 4)
+                texts = ["..." * bool(start) + text[start:][:SHOWN] for text in texts]
             parts.append(f"{name}: {texts[0]} {where}, {texts[1]} now")
 
     compare("", dict(stored), as_json(present))

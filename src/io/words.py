@@ -10,9 +10,9 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def size(num_bytes: float, *, units: tuple[str, ...] = DECIMAL, digits: int = 1) -> str:
-    """Bytes in the largest unit of which there is at least one: `4 B`, `0 B`, `3.1 MB`."""
+def data_size(num_bytes: float, *, units: tuple[str, ...] = DECIMAL, digits: int = 1) -> str:
+    """Bytes in the largest unit of which there is at least one: `0 B`, `4 B`, `3.1 MB`."""
     base, unit = (1000 if units is DECIMAL else 1024), 0
-    while num_bytes >= base and unit < len(units) - 1:
+    while round(num_bytes, digits) >= base and unit < len(units) - 1:
         num_bytes, unit = num_bytes / base, unit + 1
     return f"{num_bytes:.{digits if unit else 0}f} {units[unit]}"

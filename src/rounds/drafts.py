@@ -28,6 +28,7 @@ from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
 from src.io.settings import changes, describe
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
+from src.io.words import counted
 from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
@@ -128,7 +129,7 @@ class Drafter:
 def cap_num_drafts(num: int, count: int, *, name: str) -> int:
     """`num`, but at most the `count` training images. name: the setting that the warning mentions."""
     if num > count:
-        logger.warning("%s=%d is more than the %d training images: each of them is drafted once", name, num, count)
+        logger.warning("%s=%d is more than the %s: each of them is drafted once", name, num, counted(count, "training image"))
     return min(num, count)
 
 
