@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     # 3. Samplers, data and metrics. A record that a metric cannot score fails here, before the first caption.
     layouts = [outline(settings.models[name], codec=codecs[name]).layout for name in codecs]
-    settings.data = with_layout(plain(settings.data), layouts[0])
+    settings.merge_with({"data": with_layout(plain(settings.data), layouts[0])})
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = build_samplers(plain(settings.samplers), plain(settings.speeds), methods=codecs)

@@ -129,7 +129,9 @@ class Drafter:
 def cap_num_drafts(num: int, count: int, *, name: str) -> int:
     """`num`, but at most the `count` training images. name: the setting that the warning mentions."""
     if num > count:
-        logger.warning("%s=%d is more than the %s: each of them is drafted once", name, num, counted(count, "training image"))
+        logger.warning(
+            "%s=%d is more than the %s: each of them is drafted once", name, num, counted(count, "training image")
+        )
     return min(num, count)
 
 
