@@ -81,10 +81,12 @@ def save_as_last(trainer: L.Trainer, path: Path) -> None:
     """Save a checkpoint, then replace the link `last.ckpt` beside it by one to it."""
     trainer.save_checkpoint(path)
     if trainer.is_global_zero:
-        link = path.with_name(".last.ckpt.tmp")
+        link, last = path.with_name(".last.ckpt.tmp"), path.with_name("last.ckpt")
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
-        os.replace(link, path.with_name("last.ckpt"))
+        if not last.is_symlink():  # of a run that was copied with its links followed
+            remove(last)
+        os.replace(link, last)
 
 
 def write_atomically(trainer: L.Trainer) -> None:
