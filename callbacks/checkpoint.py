@@ -3,7 +3,7 @@
     callbacks: {checkpoint: {target: callbacks.checkpoint.Checkpoint, every_n_train_steps: 250, keep: 2}}
 
     RUN/checkpoints/epoch=E-step=S.ckpt     the newest `keep`; a damaged one costs the steps since the previous one
-    RUN/checkpoints/last.ckpt               link to the newest one
+    RUN/checkpoints/last.ckpt               link to the newest one, also of those that a stop or an online round saves
 
 A checkpoint is a file, or a folder if the model is sharded (FSDP2): see `src/distributed/checkpoints.py`.
 """
@@ -11,6 +11,7 @@ A checkpoint is a file, or a folder if the model is sharded (FSDP2): see `src/di
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,24 @@ class Checkpoint(LightningCheckpoint):
         if step == self.last_step:
             return
         self.last_step = step
-        path, last = self.folder / f"epoch={trainer.current_epoch}-step={step}.ckpt", self.folder / "last.ckpt"
-        trainer.save_checkpoint(path)
+        path = self.folder / f"epoch={trainer.current_epoch}-step={step}.ckpt"
+        save_as_last(trainer, path)
         if trainer.is_global_zero:
-            last.unlink(missing_ok=True)
-            last.symlink_to(path.name)
-            by_step = sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
-            for older in [*by_step[: -self.keep], *self.folder.glob("stopped*.ckpt")]:
+            by_age = sorted(self.folder.glob("epoch=*-step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+            for older in [*by_age[: -self.keep], *self.folder.glob("stopped*.ckpt")]:
                 remove(older)
+
+
+def save_as_last(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint, then replace the link `last.ckpt` beside it by one to it."""
+    trainer.save_checkpoint(path)
+    if trainer.is_global_zero:
+        link, last = path.with_name(".last.ckpt.tmp"), path.with_name("last.ckpt")
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        if not last.is_symlink():  # of a run that was copied with its links followed
+            remove(last)
+        os.replace(link, last)
 
 
 def write_atomically(trainer: L.Trainer) -> None:

@@ -26,11 +26,12 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from callbacks.checkpoint import write_atomically
+from callbacks.checkpoint import save_as_last, write_atomically
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_intact, remove
 from src.distributed.parallel import Team, all_reduce_sum, gathered
 from src.io.errors import UserError
+from src.io.words import counted
 from src.metrics.fixing import count_fixes
 from src.models.hf.folder import fingerprint
 from src.models.inference import evaluating
@@ -188,15 +189,15 @@ class SelfCorrection(L.Callback):
         epochs = (self.rounds - self.at_start) * self.every_n_epochs  # before the last round
         if max_epochs is not None and 0 <= max_epochs <= epochs:
             raise UserError(
-                f"{self.rounds} rounds need more than {epochs} epochs, but max_epochs={max_epochs}; "
-                "raise trainer.max_epochs, or lower rounds"
+                f"rounds={self.rounds} needs more than {counted(epochs, 'epoch')}, but "
+                f"max_epochs={max_epochs}; raise trainer.max_epochs, or lower rounds"
             )
         if max_steps != -1 and epochs * steps >= max_steps:
             longest = max_steps // (epochs + 1)  # steps in an epoch with which all rounds fit
             shorter_epochs = f"set data.epoch_batches={longest}, or " if longest else ""
             raise UserError(
-                f"{self.rounds} rounds need more than {epochs} epochs of {steps} steps, but "
-                f"max_steps={max_steps}; {shorter_epochs}lower rounds"
+                f"rounds={self.rounds} needs more than {counted(epochs, 'epoch')} of "
+                f"{counted(steps, 'step')}, but max_steps={max_steps}; {shorter_epochs}lower rounds"
             )
 
     def _num_due(self, epochs: int) -> int:
@@ -218,7 +219,7 @@ class SelfCorrection(L.Callback):
         if self.saved_for < number:
             self.saved_for = number
             path = self._checkpoint(number)
-            trainer.save_checkpoint(path)
+            save_as_last(trainer, path)
             if trainer.is_global_zero:
                 needed = {path, self._checkpoint(1)} if self.train_from == "start" else {path}
                 for older in set(path.parent.glob("pre-round-*.ckpt")) - needed:

@@ -4,7 +4,7 @@
         trainer = Trainer(callbacks=[..., SaveAndStop(stop=stop, run_dir="runs/x")])      last: saves the others' state
         trainer.fit(...)                                                                  raises Stopped
 
-The checkpoint is RUN/checkpoints/stopped-step=S.ckpt; the next regular one replaces it.
+The checkpoint is RUN/checkpoints/stopped-step=S.ckpt, where last.ckpt then leads; the next regular one replaces it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 
-from callbacks.checkpoint import write_atomically
+from callbacks.checkpoint import save_as_last, write_atomically
 from src.cli.signals import Stop
 from src.distributed.checkpoints import remove
 from src.distributed.parallel import Team
@@ -52,7 +52,7 @@ class SaveAndStop(L.Callback):
             return
         self.stop.received = signal.Signals(number)
         path = self.folder / f"stopped-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
+        save_as_last(trainer, path)
         if trainer.is_global_zero:
             for older in set(self.folder.glob("stopped*.ckpt")) - {path}:
                 remove(older)

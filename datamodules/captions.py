@@ -100,7 +100,7 @@ class ShardData(L.LightningDataModule):
         self.place = (0, 1)  # (rank, world size) without a trainer
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
-        self._warned_empty_val = False
+        self._warned_empty_val = self._warned_few = False
         self._remote: dict[str, Index] = {}  # URL -> index
         self._loader_of_epoch: Loader | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -162,10 +162,13 @@ class ShardData(L.LightningDataModule):
         # 2. batches in an epoch
         step = rows[name] * world  # samples of the main stream in a step
         batches = self.epoch_batches or max(1, main.count // step)  # a small round is repeated
-        if not self.rounds and not self.epoch_batches and main.count < step:
-            raise UserError(
-                f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
-                "lower batch_size, or set epoch_batches to repeat the data"
+        if not self.rounds and main.count < step and not self._warned_few and not rank:
+            self._warned_few = True
+            log.warning(
+                "a step has %d rows, but there %s: samples repeat within a step, each time with other noise; a smaller "
+                "data.batch_size repeats fewer",
+                step,
+                "is 1 training sample" if main.count == 1 else f"are {main.count} training samples",
             )
         # 3. An epoch of one pass leaves out the samples that do not fill a batch on every rank, other ones in each
         # epoch. Any other epoch begins where the one before has ended, so that every sample is seen equally often.
@@ -283,7 +286,8 @@ class ShardData(L.LightningDataModule):
 class CaptionData(ShardData):
     """Images with captions, as `src.prepare` writes them.
 
-    image_size: input size of the vision tower in pixels; images are resized to this square
+    image_size: input size of the vision tower in pixels; images are resized to this square. Verbs that read a model
+                replace null by the model's (`with_layout` in src/models/inference.py)
     tiling:     cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
     resize:     torch, or pillow as the released models were trained; null: torch, and pillow with `join: upstream`
     Other arguments: see `ShardData`.
@@ -292,11 +296,13 @@ class CaptionData(ShardData):
     kind: ClassVar[str] = "captions"
     image: ClassVar[bool] = True
 
-    image_size: int
+    image_size: int | None
     tiling: AnyRes | None = None
     resize: str | None = None
 
     def make_collate(self) -> Collate:
+        if self.image_size is None:
+            raise UserError("data.image_size must be set: the side in pixels of the images that the model takes")
         if self.tiling and self.tiling.size != self.image_size:
             raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
         self.layout: Layout = self.tiling or Square(self.image_size)

@@ -31,6 +31,7 @@ from src.io.errors import UserError
 from src.io.files import parse_json, sha256
 from src.io.remote import Cache, Remote, locate, redact
 from src.io.shards import INDEX, check_manifest, read_manifest
+from src.io.words import counted
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = 
         shards.append(Shard(path, entry["count"], image, **lists))
         largest = max(largest, entry.get("bytes", 0))
     if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
-        raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {counted(len(shards), 'shard')}, such as {missing[0]}; make them again"
+        )
     if shards and isinstance(first := shards[0].path, Remote):
         first.probe(largest=largest)
     path = Path(folder) if isinstance(file, Path) else redact(folder)

@@ -24,14 +24,16 @@ import torch
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check
+from src.cli.instantiate import build, check, plain
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.words import counted
 from src.models.hf.folder import fingerprint
-from src.models.inference import warn_if_length_differs
+from src.models.inference import warn_if_length_differs, with_layout
 from src.models.tiling import check_layout
 from src.rounds.drafts import Drafter, cap_num_drafts, draw_drafts
 from src.text.tokenizer import Codec
+from src.training.build import build_on_meta
 from src.training.launch import is_rank0_by_env, process_group, report_lost_ranks
 
 
@@ -46,7 +48,8 @@ def main(argv: list[str]) -> None:
     with lock, report_lost_ranks(), process_group() as team:
         # 1. Build the data and the model.
         codec = Codec.load(cfg.model.path)
-        data = build(cfg.data, codec=codec, seed=cfg.seed)
+        node = with_layout(plain(cfg.data), build_on_meta(cfg.model, codec).layout)
+        data = build(node, codec=codec, seed=cfg.seed)
         data.place = (team.rank, team.size)
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -75,11 +78,11 @@ def main(argv: list[str]) -> None:
         return
     # 3. Print the next command: with the exact expert for scenes, else with the reference captions.
     total = sum(count for count, _ in per_rank)
-    damaged = f" ({num - total} images could not be read)" if num > total else ""
+    damaged = f" ({counted(num - total, 'image')} could not be read)" if num > total else ""
     conf = "conf=revise" if any(is_scene for _, is_scene in per_rank) else "conf=revise,expert/reference"
     settings = [f"drafts={cfg.out}", f"out=rounds/round-{cfg.round:04d}", f"tokenizer={cfg.model.path}"]
     command = shlex.join(["python", "-m", "src.revise", conf, *settings])
-    sys.stdout.write(f"{cfg.out}: {total} drafts{damaged}\nnext: {command}\n")
+    sys.stdout.write(f"{cfg.out}: {counted(total, 'draft')}{damaged}\nnext: {command}\n")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,15 @@ from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.evaluation.cells import count_samples, evaluate_cell, evaluate_model, first_batches
-from src.evaluation.grid import STAGES, build_samplers, check_models, complete
+from src.evaluation.grid import build_samplers, check_models, complete
 from src.evaluation.report import check_names, write_report
 from src.evaluation.results import ResultStore, code_hash, signature
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.lock import locked
-from src.models.hf.folder import fingerprint, from_pretrained
-from src.models.inference import warn_if_length_differs
+from src.models.hf.folder import fingerprint, from_pretrained, outline
+from src.models.inference import warn_if_length_differs, with_layout
+from src.models.tiling import check_layout
 from src.text.tokenizer import Codec
 
 PACKAGES = ("torch", "transformers", "torchmetrics")
@@ -58,14 +59,17 @@ def main(argv: list[str]) -> None:
     codec = next(iter(codecs.values()))
 
     # 3. Samplers, data and metrics. A record that a metric cannot score fails here, before the first caption.
+    layouts = [outline(settings.models[name], codec=codecs[name]).layout for name in codecs]
+    settings.merge_with({"data": with_layout(plain(settings.data), layouts[0])})
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = build_samplers(plain(settings.samplers), plain(settings.speeds), methods=codecs)
     nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings[name]]
     probes = [build(node, special=codec.special, seed=settings.seed).to(device) for node in nodes]
     data = build(settings.data, **offers)
-    data.setup(STAGES[settings.split])
-    loader = getattr(data, f"{settings.split}_dataloader")()
+    for layout in layouts if hasattr(data, "layout") else ():  # a datamodule without images has none
+        check_layout(data.layout, layout)
+    loader = data.eval_dataloader(settings.split)
     metrics = [build(node, **offers).to(device) for node in plain(settings.metrics)]
     counts = count_samples(loader, settings.num, metrics, split=settings.split)
 
@@ -97,8 +101,9 @@ def main(argv: list[str]) -> None:
                 if not missing_cells and method not in missing_probes:
                     continue
                 backbone = from_pretrained(settings.models[method]).to(device).eval()
-                name = f"{method}: evaluate.data.response_length"
-                warn_if_length_differs(backbone, settings.data.response_length, name=name)
+                warn_if_length_differs(
+                    backbone, settings.data.response_length, name=f"{method}: evaluate.data.response_length"
+                )
                 if method in missing_probes:
                     bar.set_description(f"{method} itself")
                     batches = first_batches(loader, counts["taken"], bar)
@@ -110,7 +115,8 @@ def main(argv: list[str]) -> None:
                     check_names(store.table[cell], **report)
 
         # 6. The report.
-        examples = next(first_batches(loader, min(EXAMPLES, counts["taken"])))
+        shown = build(settings.data, **{**offers, "batch_size": EXAMPLES}).eval_dataloader(settings.split)
+        examples = next(first_batches(shown, counts["taken"]))
         sys.stdout.write(write_report(store, **report, metrics=metrics, examples=examples))
 
 

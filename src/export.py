@@ -34,6 +34,7 @@ from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
 from src.io.files import FORMAT, atomic
 from src.io.hub import local_folder
+from src.io.words import counted, data_size
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
 from src.models.hf.formats import FORMATS, Description
 from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
@@ -93,7 +94,7 @@ def export(cfg: DictConfig, out: Path) -> None:
         elif has_tokenizer:
             Codec.load(tokenizer).save(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    sys.stdout.write(f"{out}: {len(state)} tensors, {size / 1e9:.2f} GB, layout {form.name}\n")
+    sys.stdout.write(f"{out}: {counted(len(state), 'tensor')}, {data_size(size)}, layout {form.name}\n")
 
 
 def merge_shards(path: Path, out: Path) -> None:
@@ -104,7 +105,7 @@ def merge_shards(path: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as stream:
         torch.save(content, stream)
-    sys.stdout.write(f"{out}: step {content['global_step']}, {len(content['state_dict'])} tensors\n")
+    sys.stdout.write(f"{out}: step {content['global_step']}, {counted(len(content['state_dict']), 'tensor')}\n")
 
 
 def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path]:

@@ -36,6 +36,7 @@ from src.generation.writer import Output
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.io.settings import describe
+from src.io.words import counted
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.samplers.base import AnySampler
 from src.text.prompt_format import IMAGE
@@ -81,11 +82,11 @@ def main(argv: list[str]) -> None:
     sys.stdout.writelines(f"{key}: {text}\n" for key, text in texts[:SHOWN])
     if len(texts) > SHOWN:
         sys.stdout.write(f"... and {len(texts) - SHOWN} more in {path}\n")
-    parts = [f"{len(texts)} captions written to {path}"]
+    parts = [f"{counted(len(texts), 'caption')} written to {path}"]
     if skipped := count - len(texts) - len(unreadable):
         parts.append(f"{skipped} already there")
     if unreadable:
-        parts.append(f"{len(unreadable)} images could not be read: {', '.join(unreadable)}")
+        parts.append(f"{counted(len(unreadable), 'image')} could not be read: {', '.join(unreadable)}")
     sys.stderr.write("; ".join(parts) + "\n")
     if unreadable and not texts and not skipped:
         sys.exit(1)
@@ -105,8 +106,8 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
     prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(cfg.prompt, images=int(has_image))
     if positions is not None and len(prompt_ids) + sampler.length > positions:
         raise UserError(
-            f"{len(prompt_ids)} prompt tokens and {sampler.length} after them exceed the model's {positions} positions "
-            f"(config.json): lower length={sampler.length}, or shorten the prompt"
+            f"{counted(len(prompt_ids), 'prompt token')} and {sampler.length} after them exceed the model's "
+            f"{positions} positions (config.json): lower length={sampler.length}, or shorten the prompt"
         )
     if cfg.caption is None:
         return
@@ -116,7 +117,9 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
         )
     ids = codec.encode(cfg.caption)[0]
     if len(ids) >= sampler.length:
-        raise UserError(f"the caption has {len(ids)} tokens, but a response has room for {sampler.length - 1}")
+        raise UserError(
+            f"the caption has {counted(len(ids), 'token')}, but a response has room for {sampler.length - 1}"
+        )
     if codec.decode(ids) != cfg.caption:
         logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
 

@@ -28,14 +28,13 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check
+from src.cli.instantiate import build, check, with_arguments
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.words import counted
 from src.rounds.batch_api import read_results, write_requests
 from src.rounds.drafts import read_drafts, read_drafts_index
 from src.rounds.round import RoundOptions, check_reopens, reopen, revise_round
@@ -61,8 +60,8 @@ def main(argv: list[str]) -> None:
     out, drafts = path_of(cfg, "out"), path_of(cfg, "drafts")
     codec = Codec.load(cfg.tokenizer).with_format(gap=cfg.gap)
     asks = not (cfg.dry or cfg.requests or cfg.results or cfg.reread)
-    no_key = {"key_env": None} if not asks and "key_env" in cfg.expert else {}  # nothing is sent
-    expert = build(OmegaConf.merge(cfg.expert, no_key), codec=codec)
+    # where nothing is sent, no key is needed
+    expert = build(cfg.expert if asks else with_arguments(cfg.expert, key_env=None), codec=codec)
     # 1. What needs no round.
     if cfg.dry:
         total = read_drafts_index(drafts)["counts"]["written"]
@@ -74,8 +73,8 @@ def main(argv: list[str]) -> None:
             if out.exists() and not (cfg.again and reopen(out)):
                 raise UserError(f"{out} exists already; again=true asks again about its drafts where that may help")
             written, num_skipped = write_requests(Path(cfg.requests), out, drafts, expert)
-        skipped = f"; {num_skipped} drafts skipped, as no request could be built" if num_skipped else ""
-        sys.stdout.write(f"{cfg.requests}: {written} requests{skipped}\n")
+        skipped = f"; {counted(num_skipped, 'draft')} skipped, as no request could be built" if num_skipped else ""
+        sys.stdout.write(f"{cfg.requests}: {counted(written, 'request')}{skipped}\n")
         return
     # 2. The round.
     lock = locked(out) if is_rank0_by_env() else nullcontext()

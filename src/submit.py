@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check, nodes, plain
+from src.cli.instantiate import build, check, nodes, plain, with_arguments
 from src.io.errors import UserError
 from src.models.hf.weights import is_model_folder
 from src.training.build import OFFERS, STORED, check_trainer, rehearse
@@ -53,7 +53,9 @@ def main(argv: list[str]) -> None:
     # 2. All that can be built on this machine.
     if unfinished:
         model = _existing_model(plain(cfg.model), pending=cluster.after is not None)
-        rehearse(OmegaConf.create({**unfinished[0], "model": model}), world=cluster.nodes * cluster.tasks_per_node)
+        run = {**plain(unfinished[0]), "model": model}
+        run = with_arguments(run, key_env=None) if dry else run  # the job asks its expert, and needs the key
+        rehearse(OmegaConf.create(run), world=cluster.nodes * cluster.tasks_per_node)
 
     # 3. The job.
     text = script(cluster, name=cfg.name, run_dir=run_dir.absolute(), command=argv)

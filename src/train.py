@@ -36,6 +36,7 @@ from src.cli.signals import STOP_FILE_SIGNAL, Stop, Stopped
 from src.io.errors import UserError
 from src.io.files import write_json
 from src.io.lock import locked
+from src.io.words import counted
 from src.models.hf.folder import save_pretrained
 from src.training.build import OFFERS, assemble, check_trainer, load_codec, silence_lightning
 from src.training.launch import exit_now, exit_stopped, exit_with_parent, is_rank0_by_env, rendezvous, report_lost_ranks
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
         save_pretrained(objective.backbone, codec, run_dir / MODEL)
         if is_rank0:
             write_json(run_dir / FINISHED, {"steps": trainer.global_step})
-            sys.stdout.write(f"{trainer.global_step} steps done; the model is in {run_dir / MODEL}\n")
+            sys.stdout.write(f"{counted(trainer.global_step, 'step')} done; the model is in {run_dir / MODEL}\n")
         trainer.strategy.barrier()  # a launcher may treat the exit of one process as a failure of the others
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from src.io.errors import UserError
+from src.io.words import counted
 
 
 class Kind(IntEnum):
@@ -322,7 +323,7 @@ class Expert:
 
     def estimate(self, drafts: Sequence[Draft], *, total: int) -> object:
         """What `total` drafts like these would take, printed by a dry run."""
-        return f"{total} drafts; expert {self.name} uses no server"
+        return f"{counted(total, 'draft')}; expert {self.name} uses no server"
 
     def reread(self, draft: Draft, answer: Revision | Failure) -> Revision | Failure:
         """The same answer, its raw reply parsed again."""

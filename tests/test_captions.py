@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -298,6 +299,21 @@ def test_limit(folder: Path, codec: Codec) -> None:
     assert len(list(module.test_dataloader())) == 1
 
 
+def test_fewer_samples_than_a_batch_are_repeated_equally_often(folder: Path, codec: Codec, caplog) -> None:
+    """20 samples in steps of 2 ranks x 16 rows: over 5 epochs each is seen 8 times, with another pass each time."""
+    seen = []
+    for rank in (0, 1):
+        module = data(folder, codec, batch_size=16)
+        module.trainer = trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        for trainer.current_epoch in range(5):
+            (batch,) = module.train_dataloader()
+            assert len(batch) == 16
+            seen += zip(batch.keys, batch.passes, strict=True)
+    assert len(set(seen)) == len(seen)
+    assert set(Counter(key for key, _ in seen).values()) == {8}
+    assert caplog.text.count("a step has 32 rows, but there are 20 training samples: samples repeat") == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -305,7 +321,6 @@ def test_limit(folder: Path, codec: Codec) -> None:
         ({"tiling": anyres(8)}, r"image_size 4 and tiling.size 8 must be equal"),
         ({"data_share": 1}, r"data_share .* got 1"),
         ({"limit": {"dev": 3}}, r"limit names .*dev"),
-        ({"batch_size": 21}, r"20 training samples .* batch of 21"),
         ({"path": "/none"}, "no data folder"),
         ({"codec": Codec.train(["something else"], vocab_size=300)}, r"src\.prepare with this tokenizer"),
     ],

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.captions import CaptionData
@@ -63,11 +64,11 @@ def data(tmp_path_factory):
     return out
 
 
-def write_model(path, codec, *, seed=0, vision=True):
+def write_model(path, codec, *, seed=0, vision=True, image_size=48):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     decoder = {"vocab_size": codec.vocab_size, "num_hidden_layers": 1, "attention": "prefix", **sizes}
-    tower = {"num_hidden_layers": 1, "image_size": 48, "patch_size": 16, **sizes} if vision else None
+    tower = {"num_hidden_layers": 1, "image_size": image_size, "patch_size": 16, **sizes} if vision else None
     save_pretrained(LLaDAV(decoder=decoder, vision=tower, image_id=codec.image_id), codec, path)
     return path
 
@@ -134,6 +135,59 @@ def records(data) -> list[dict]:
 
 def inodes(tmp_path) -> dict[str, int]:
     return {path.stem: path.stat().st_ino for path in (tmp_path / "out" / "captions").glob("*.jsonl")}
+
+
+def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, capsys):
+    """Without a size, that of the models; with another one, or for a model of another one, an error before any cell."""
+    alone = {"mask": str(models / "mask")}
+    main([conf(models=alone)])
+    named = captions(tmp_path, "mask-plain-32")
+    unnamed = {**captions_of(data), "image_size": None, "tiling": None}
+    main([conf(models=alone, data=unnamed, out=str(tmp_path / "null"))])
+    assert read_jsonl(tmp_path / "null" / "captions" / "mask-plain-32.jsonl") == named
+    error = refused(conf(models=alone, data={**unnamed, "image_size": 32}), capsys)
+    assert "one tile of 32 pixels, model means one tile of 48 pixels; set data.image_size=48" in error
+    other = write_model(tmp_path / "other", Codec.load(data / "tokenizer"), image_size=64)
+    error = refused(conf(models={**alone, "other": str(other)}, data=unnamed), capsys)
+    assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
+def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
+    conf, data, models, tmp_path, split, count
+):
+    """Also the training split, which training shuffles and cuts to whole batches."""
+    keys = [
+        s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])
+    ]
+    assert len(keys) == count
+    outputs = []
+    for size in (count - 1, 64):
+        outputs.append(tmp_path / f"out{size}")
+        main(
+            [
+                conf(
+                    split=split,
+                    num=count,
+                    batch_size=size,
+                    models={"mask": str(models / "mask")},
+                    bound={"draws": 2},
+                    out=str(outputs[-1]),
+                )
+            ]
+        )
+    tables, bounds = [], []
+    for out in outputs:
+        assert [line["key"] for line in read_jsonl(out / "captions" / "mask-plain-32.jsonl")] == keys
+        result = json.loads((out / "results.json").read_text())
+        for stats in result["methods"]["mask"].values():
+            del stats["32"]["seconds"]
+        tables.append([result["methods"], result["meta"]["data"]])
+        bounds.append(result["model_stats"]["mask"]["nelbo"]["mean"])
+    assert tables[0] == tables[1]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)  # sums in another order
+    with Image.open(outputs[0] / "captions.png") as first, Image.open(outputs[1] / "captions.png") as second:
+        assert first.size == second.size  # as many examples
 
 
 def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
@@ -269,12 +323,15 @@ def text_of(folder) -> dict:
 def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tmp_path, capsys):
     codec, mine = Codec.load(data / "tokenizer"), tmp_path / "mine"
     config = json.loads((write_model(mine, codec, seed=5) / "config.json").read_text())
-    deeper = {**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}
-    (mine / "config.json").write_text(json.dumps(deeper))
+    weights = load_file(mine / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["lm_head.weight"] * math.inf}, mine / "model.safetensors")
     names = {"models": {"mask": str(models / "mask"), "mine": str(mine)}}
-    assert "does not match its config" in refused(conf(**names), capsys)  # after the cells of the first model
+    assert "has NaN or infinite values" in refused(conf(**names), capsys)  # after the cells of the first model
     first = inodes(tmp_path)
     assert set(first) == {"mask-plain-32", "mask-refine-32"} and list(read(tmp_path)["methods"]) == ["mask"]
+    save_file(weights, mine / "model.safetensors")
+    (mine / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}))
+    assert "does not match its config" in refused(conf(**names), capsys)  # before any cell
     (mine / "config.json").write_text(json.dumps(config))
     main([conf(**names)])
     second = inodes(tmp_path)

@@ -212,7 +212,7 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
     assert yaml.safe_load((model / "prompt.yaml").read_text())["gap"] == BOS
     assert Codec.load(model).gap_id is not None
     (Path("run") / "finished.json").unlink()
-    assert "holds a run with other settings (gap)" in refused(train, capsys)
+    assert f"holds a run with other settings (gap: {BOS} in the run, null now)" in refused(train, capsys)
 
     again = ["conf=draft", f"model.path={model}", f"data.path={data}", "out=drafts", "tokens_per_step=[16]", "num=4"]
     src.draft.main(again)

@@ -16,8 +16,12 @@ import src.draft
 import src.revise
 import src.train
 from src.io.shards import read_manifest
+from src.models.hf.folder import save_pretrained
+from src.models.tiling import anyres
+from src.models.tiny import tiny
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
+from src.text.tokenizer import Codec
 from src.types import Round
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +84,21 @@ def test_no_more_drafts_than_images(data: Path, tmp_path: Path, caplog) -> None:
     assert not caplog.records
     assert sum(shard["count"] for shard in read_manifest(tmp_path / "drafts")["shards"]) == NUM
     draft(data, tmp_path, "num=9")  # means the same drafts, which are there
+
+
+@pytest.mark.parametrize("tiling", [None, anyres(16, columns=2, rows=1)])
+def test_images_are_cut_as_the_model_takes_them(data: Path, tmp_path: Path, capsys, tiling) -> None:
+    """Whatever conf/draft.yaml would need; another size by hand is refused before the model is read."""
+    codec, size = Codec.load(BASE), 16 if tiling else 32
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = tiny(codec, decoder=sizes, vision={**sizes, "image_size": size, "patch_size": 8}, tiling=tiling)
+    save_pretrained(model, codec, tmp_path / "model")
+    draft(data, tmp_path, f"model.path={tmp_path / 'model'}", "num=2")
+    settings = read_manifest(tmp_path / "drafts")["settings"]
+    assert (settings["image_size"], settings["tiling"]) == (size, tiling and json.loads(json.dumps(tiling.to_dict())))
+    with pytest.raises(SystemExit):
+        draft(data, tmp_path, f"model.path={tmp_path / 'model'}", "data.image_size=48")
+    assert f"pixels, model means {model.layout}" in capsys.readouterr().err
 
 
 def test_drafts_of_photographs_go_to_the_reference_expert(tmp_path: Path, capsys) -> None:

@@ -96,6 +96,20 @@ def test_a_dry_run_prints_the_cost_and_needs_no_key(drafts, tmp_path, capsys):
     assert not (tmp_path / "round").exists()
 
 
+def test_nothing_that_sends_no_request_needs_a_key(drafts, tmp_path, monkeypatch, capsys):
+    """Neither with the key's variable in the configuration, nor with that of the class."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    base = [f"drafts={drafts}", f"out={tmp_path / 'round'}", f"tokenizer={BASE}"]
+    own = "expert={target: src.experts.openai.OpenAIExpert, model: o4-mini}"
+    for expert in (["conf=revise,expert/openai"], ["conf=revise", own]):
+        for way in ("dry=true", f"requests={tmp_path / 'requests.jsonl'}"):
+            src.revise.main([*expert, *base, way])
+            assert f"{NUM} requests" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            src.revise.main([*expert, *base])
+        assert "OPENAI_API_KEY holds no key" in capsys.readouterr().err
+
+
 def test_a_round_counts_what_it_took(drafts, tmp_path, capsys):
     with Scripted(corrects) as server:
         revise(drafts, tmp_path / "round", server)
@@ -238,7 +252,10 @@ def test_a_round_of_another_expert_is_not_read_again(drafts, tmp_path, capsys):
         for way in ("reread=true", "again=true"):
             with pytest.raises(SystemExit):
                 revise(drafts, out, server, way, "expert.model=other")
-            assert "is a round made with another expert" in capsys.readouterr().err
+            assert (
+                "is a round made with other settings (expert.model: some in the round, other now"
+                in capsys.readouterr().err
+            )
             with pytest.raises(SystemExit):
                 revise(drafts, tmp_path / "none", server, way)
             assert "there is no round" in capsys.readouterr().err

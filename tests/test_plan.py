@@ -301,12 +301,15 @@ def test_the_command_prints_a_plan_and_trains_nothing(tmp_path, capsys):
     main(arguments(tmp_path, "plan.gpus=2", "optim.micro_batch=1", "optim.views=2"))
     text = capsys.readouterr().out
     assert "3 rows on each of 2 GPUs, 1 at a time; 2 x 20 tokens after a prefix of" in text
-    numbers = {line[:26].strip(): re.findall(r"[\d.]+(?= MiB)", line) for line in text.splitlines()}
+    assert not re.search(r"\b0\.0+ ", text)
+    units = {"MiB": 1.0, "KiB": 2.0**-10, "B": 2.0**-20}
+    cells = {line[:26].strip(): re.findall(r"([\d.]+) ([MK]?i?B)|\b(0)\b", line[26:]) for line in text.splitlines()}
+    numbers = {name: [float(n) * units[unit] if unit else 0.0 for n, unit, _ in row] for name, row in cells.items()}
     assert {PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY, "sum"} <= numbers.keys()
     rows = [list(map(float, row)) for name, row in numbers.items() if len(row) == 4 and name != "sum"]
     for column, expected in zip(zip(*rows, strict=True), numbers["sum"], strict=True):
         assert sum(column) == pytest.approx(float(expected), abs=0.05 * len(rows))
-    assert f"at most {max(map(float, numbers['sum'])):.1f} MiB on each GPU" in text
+    assert f"at most {max(numbers['sum']):.1f} MiB on each GPU" in text
     assert list(tmp_path.iterdir()) == []
 
 

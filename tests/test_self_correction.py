@@ -234,7 +234,8 @@ def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
     assert [path.name for path in sorted((run / "rounds").iterdir())] == ["round-0001", "round-0002"]
     assert [index.path.name for index in datamodule.rounds] == ["round-0001", "round-0002"]
     assert list(steps.drafted.values()) == [3] * 3 * STEPS_PER_EPOCH, "a quarter of 4 rows are captions"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["pre-round-0002.ckpt"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"pre-round-0002.ckpt", "last.ckpt"}
+    assert (run / "checkpoints" / "last.ckpt").readlink() == Path("pre-round-0002.ckpt")
 
 
 def test_rounds_draft_for_different_images_with_the_weights_of_their_time(whole):
@@ -330,7 +331,7 @@ def test_rounds_may_train_from_the_start(data, whole, tmp_path):
     with pytest.raises(ConnectionError):
         train(data, tmp_path / "lost", lost=True, train_from="start")  # in the second
     names = {path.name for path in (tmp_path / "lost" / "checkpoints").iterdir()}
-    assert names == {"pre-round-0001.ckpt", "pre-round-0002.ckpt"}
+    assert names == {"pre-round-0001.ckpt", "pre-round-0002.ckpt", "last.ckpt"}
     _, weights, _ = train(data, tmp_path / "lost", train_from="start")
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
@@ -398,7 +399,7 @@ def test_wrong_numbers_fail_at_once(codec, tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("settings", "limit", "message"),
     [
-        ({"rounds": 2}, {"max_steps": 3}, r"more than 1 epochs of 3 steps, .*=3; set data.epoch_batches=1,"),
+        ({"rounds": 2}, {"max_steps": 3}, r"more than 1 epoch of 3 steps, .*=3; set data.epoch_batches=1,"),
         ({"rounds": 2, "at_start": False}, {"max_steps": 6}, "more than 2 epochs of 3 steps"),
         ({"rounds": 2, "every_n_epochs": 3}, {"max_steps": 9}, "more than 3 epochs of 3 steps"),
         ({"rounds": 3}, {"max_steps": -1, "max_epochs": 2}, "more than 2 epochs, but max_epochs=2"),
@@ -457,13 +458,17 @@ def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "name"), [(["round=2", "seed=6"], "data_seed, round"), (["data.batch_size=3"], "batch_size")]
+    ("change", "changes"),
+    [
+        (["round=2", "seed=6"], "round: 1 in the drafts, 2 now; data_seed: 7 in the drafts, 6 now"),
+        (["data.batch_size=3"], "batch_size: 4 in the drafts, 3 now"),
+    ],
 )
-def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change, name):
+def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change, changes):
     src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
     with pytest.raises(SystemExit):
         src.draft.main([*draft_arguments(data, model, tmp_path / "drafts"), *change])
-    message = f"error: {tmp_path / 'drafts'} holds drafts made with another {name}; choose another folder"
+    message = f"error: {tmp_path / 'drafts'} holds drafts made with other settings ({changes}); choose another folder"
     assert capsys.readouterr().err.splitlines()[-1] == message
     other = tmp_path / "data"
     shutil.copytree(data, other)
@@ -471,7 +476,8 @@ def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change,
     (other / "train" / "index.json").write_text(json.dumps({**index, "note": "other data"}))
     with pytest.raises(SystemExit):
         src.draft.main(draft_arguments(other, model, tmp_path / "drafts"))
-    assert "made with another data;" in capsys.readouterr().err
+    hashes = [hashlib.sha256((path / "train" / "index.json").read_bytes()).hexdigest() for path in (data, other)]
+    assert f"(data: {hashes[0]} in the drafts, {hashes[1]} now);" in capsys.readouterr().err
 
 
 def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
@@ -483,7 +489,11 @@ def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
         src.revise.main(["conf=revise,expert/reference", *arguments])
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == f"error: {tmp_path / 'r'} is a round made with another expert; choose another folder\n"
+    values = (
+        "expert.name: scenes in the round, reference now; expert.class: ScenesExpert in the round, ReferenceExpert now"
+    )
+    assert f"error: {tmp_path / 'r'} is a round made with other settings ({values}; " in output.err
+    assert output.err.count("\n") == 1
 
 
 if __name__ == "__main__":

@@ -89,7 +89,14 @@ def signalled(where: str, argv: list[str]) -> tuple[int, str]:
 
 
 def step_of(run_dir: Path) -> int:
+    """The step of the checkpoint that a stop has left, to which `last.ckpt` leads."""
     (path,) = (run_dir / "checkpoints").glob("stopped-step=*.ckpt")
+    step = steps(path)
+    assert steps(run_dir / "checkpoints" / "last.ckpt") == step == max(map(steps, path.parent.glob("*=*.ckpt")))
+    return step
+
+
+def steps(path: Path) -> int:
     return torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True)["global_step"]
 
 
@@ -175,7 +182,9 @@ def test_drafting_stops_at_once_and_keeps_what_is_drawn(scenes, tmp_path, nth, s
     assert (code, line) == (143, f"stopped at step {step} of 16 by SIGTERM; the same command continues")
     drawn = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "rounds").glob(".round*/drafts/*.tar")}
     assert len(drawn) == 2
+    assert steps(tmp_path / "run" / "checkpoints" / "last.ckpt") == step  # saved before the round
     main(argv)
+    assert steps(tmp_path / "run" / "checkpoints" / "last.ckpt") == 16
     kept = tmp_path / "run" / "rounds" / f"round-000{1 + (step > 0)}" / "drafts"
     assert all((kept / path.name).stat().st_mtime_ns == stamp for path, stamp in drawn.items())
     main(stage_two(scenes, tmp_path / "whole"))

@@ -262,7 +262,7 @@ def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "epoch=0-step=6.ckpt").touch()
     error = refusal(job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
-    assert "holds a run with other settings (objective)" in error
+    assert "holds a run with other settings (objective.rate: 0.1 in the run, 0.3 now)" in error
 
 
 def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, capsys):
@@ -300,11 +300,21 @@ def test_dry_prints_the_job_and_writes_nothing(scenes, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_all_processes_would_notice_is_an_error_here(scenes, tmp_path, capsys):
+def test_to_look_at_a_job_takes_no_key_but_to_submit_it_does(scenes, tmp_path, sbatch, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    model = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_round=8", "rounds=1")]
+    conf, *rest = job_arguments(scenes, tmp_path / "run", *model, "expert=openai")
+    argv = [conf.replace("stage1", "stage2"), *rest]
+    main([*argv, "dry=true"])
+    assert "-m src.train" in capsys.readouterr().out
+    assert "OPENAI_API_KEY holds no key" in refusal(argv, capsys)
+
+
+def test_what_only_all_processes_would_notice_is_said_here(scenes, tmp_path, caplog):
     sizes = ["cluster.nodes=8", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
     conf, *rest = arguments(scenes, tmp_path / "run", *sizes, "data.batch_size=8", "dry=true")
-    error = refusal([f"{conf},cluster/example", *rest], capsys)
-    assert "48 training samples do not fill one batch of 64 rows on all ranks" in error
+    main([f"{conf},cluster/example", *rest])
+    assert "a step has 64 rows, but there are 48 training samples" in caplog.text
 
 
 def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):

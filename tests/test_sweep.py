@@ -173,7 +173,7 @@ def test_claims_by_hand():
     assert claims(SCORES, "quality") == [
         "quality from 1 to 8 tokens/step: mask plain -0.400 ± 0.100",
         "quality from 1 to 8 tokens/step: stage2 refine -0.100 ± 0.000, 25% of the change of mask plain",
-        "quality at 1 tokens/step: stage2 refine - mask plain +0.000 ± 0.000",
+        "quality at 1 token/step: stage2 refine - mask plain +0.000 ± 0.000",
         "quality at 8 tokens/step: stage2 refine - mask plain +0.300 ± 0.100",
     ]
     gain = {**SCORES, Cell("stage2", "refine", 8): {"quality": [1.0, 1.0]}}

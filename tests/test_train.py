@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,14 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import types as nouns
+from src.cli.config import load_config
+from src.cli.help import NEEDS
+from src.cli.signals import Stop
 from src.io.shards import INDEX, read_manifest, read_tar, write_shard
 from src.objectives.revision import RevisionObjective
 from src.preparation.scenes import Scenes
 from src.train import main
+from src.training.build import assemble, load_codec
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +117,10 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("objective.rate=0.2", r"holds a run with other settings \(objective\)"),
+        (
+            "objective.rate=0.2",
+            r"with other settings \(objective\.rate: 0\.1 in the run, 0\.2 now\); set another run_dir",
+        ),
         ("optim.warmup_steps=11", "optim.warmup_steps=11 is more than trainer.max_steps=10"),
         (
             "model.vision.image_size=96",
@@ -149,6 +158,72 @@ def logged(run_dir: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of a scalar; empty if there is none."""
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     return [(e.step, e.value) for e in events.Scalars(name)] if name in events.Tags()["scalars"] else []
+
+
+@pytest.fixture(scope="module")
+def stepwise(scenes, tmp_path_factory) -> tuple[Path, list[str], list[tuple[float, float]]]:
+    """A run of 10 steps that logs and saves each: its folder, its command, and (rate, norm) as each step was made."""
+    run_dir, rates, norms = tmp_path_factory.mktemp("runs") / "stepwise", list[float](), list[float]()
+    step, clip = torch.optim.AdamW.step, torch.nn.utils.clip_grad_norm_
+
+    def noted_step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def noted_clip(*args, **kwargs):
+        norms.append(float(norm := clip(*args, **kwargs)))
+        return norm
+
+    argv = arguments(scenes, run_dir, "trainer.log_every_n_steps=1", "optim.warmup_steps=4", "optim.decay=cosine")
+    argv += ["callbacks.checkpoint.every_n_train_steps=1", "callbacks.checkpoint.keep=20", "callbacks.looks.num=4"]
+    argv += ["callbacks.throughput.every_n_steps=2", "callbacks.looks.every_n_steps=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", noted_step)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", noted_clip)
+        main(argv)
+    return run_dir, argv, list(zip(rates, norms, strict=True))
+
+
+def test_what_is_logged_at_a_step_is_of_that_step(stepwise):
+    """train/* at n: of the step that n steps precede. All else at n: of the weights after n steps."""
+    run_dir, argv, made = stepwise
+    assert made[0][0] == pytest.approx(1e-3 / 4) and made[3][0] == pytest.approx(1e-3)  # warm-up in 4 steps
+    for name, values in zip(("train/lr", "train/grad_norm"), zip(*made, strict=True), strict=True):
+        assert logged(run_dir, name) == [(step, pytest.approx(value)) for step, value in enumerate(values)]
+    assert [step for step, _ in logged(run_dir, "val/loss")] == [6]  # 48 samples in batches of 8: the end of an epoch
+    assert logged(run_dir, "perf/samples_seen") == [(step, 8 * step) for step in (2, 4, 6, 8, 10)]
+    assert [step for step, _ in logged(run_dir, "p_break/t=0")] == [2, 4, 6, 8, 10]
+    # the loss at 4: of the weights of the checkpoint of step 4, on the fifth batch
+    cfg = load_config(argv, verb="src.train", needs=NEEDS["src.train"])
+    data, objective, _ = assemble(cfg, load_codec(cfg), stop=Stop(), is_rank0=False)
+    (path,) = (run_dir / "checkpoints").glob("*step=4.ckpt")
+    objective.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    batch = list(islice(data.train_dataloader(), 5))[4]
+    views = objective.corrupt(batch)
+    totals = objective.denominators([(batch, views)])
+    with torch.no_grad():
+        sums = objective.forward_backward(batch, views, totals)
+    loss = objective.weighted({name: value / totals[name] for name, value in sums.items()})
+    assert dict(logged(run_dir, "train/loss"))[4] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_resumed_run_logs_what_the_whole_one_does(stepwise, tmp_path):
+    """From the middle of an epoch, and from its end, before which the whole run has validated."""
+    whole, argv, _ = stepwise
+    names = EventAccumulator(str(whole / "tensorboard")).Reload().Tags()["scalars"]
+    names = [name for name in names if name in ("perf/samples_seen", "perf/tokens_seen") or "perf/" not in name]
+    assert {"train/loss", "train/lr", "val/loss", "p_break/t=0", "perf/samples_seen"} <= set(names)
+    for step in (4, 6):
+        run_dir = tmp_path / f"run{step}"
+        shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("tensorboard", "model", "finished.json", "last*"))
+        for path in (run_dir / "checkpoints").iterdir():
+            if int(path.stem.split("=")[-1]) > step:
+                path.unlink()
+        main([*argv, f"run_dir={run_dir}"])
+        for name in names:
+            first = step if name.startswith("train/") else step + 1
+            logs = [[(n, value) for n, value in logged(run, name) if n >= first] for run in (whole, run_dir)]
+            assert logs[0] == logs[1], name
 
 
 def test_terms_without_positions_are_not_logged(tmp_path):
@@ -194,13 +269,20 @@ def refined(scenes, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["drafts_per_round=9", "sampler.temperature=0.5", "expert={target: src.experts.reference.ReferenceExpert}"],
+    ("change", "values"),
+    [
+        ("drafts_per_round=9", "drafts_per_round: 8 in the run, 9 now"),
+        ("tokens_per_step=[20,16]", "tokens_per_step: [20, 40] in the run, [20, 16] now"),
+        ("sampler.temperature=0.5", "sampler.temperature: null in the run, 0.5 now"),
+        (
+            "expert={target: src.experts.reference.ReferenceExpert}",
+            "expert.target: src.experts.scenes.ScenesExpert in the run, src.experts.reference.ReferenceExpert now",
+        ),
+    ],
 )
-def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change):
+def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change, values):
     argv = arguments(scenes, refined, *STAGE_TWO, f"callbacks.self_correction.{change}", conf="stage2")
-    name = re.split(r"[.=]", change)[0]
-    assert f"holds a run with other settings (callbacks.self_correction.{name});" in refusal(argv, capsys)
+    assert f"holds a run with other settings (callbacks.self_correction.{values}" in refusal(argv, capsys)
 
 
 def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
@@ -277,11 +359,13 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     state = load_file(model / "model.safetensors")
     save_file({**state, "lm_head.weight": state["lm_head.weight"] * 1.01}, model / "model.safetensors")
     error = refusal(argv, capsys)
-    assert f"changed since (model.path={model});" in error
+    assert re.search(rf"changed since \(hash of model\.path={model}: \w+ in the run, \w+ now\);", error), error
     assert "resume=false" in error
     index = data / "train" / INDEX
+    before = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
     index.write_text(index.read_text() + "\n")
-    assert f"(model.path={model}, data.path={data})" in refusal(argv, capsys)
+    after = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
+    assert f"; hash of data.path={data}: {before} in the run, {after} now);" in refusal(argv, capsys)
     main([*argv, "resume=false"])
     main(argv)
 

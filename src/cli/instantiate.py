@@ -76,6 +76,18 @@ def arguments(node: dict) -> list[str]:
     return list(_parameters(_locate(node["target"]))[0])
 
 
+def with_arguments(tree: Any, /, **values: Any) -> Any:
+    """The tree as plain data, with `values` set at every node whose target takes an argument of that name."""
+    tree = plain(tree)
+    if isinstance(tree, list):
+        return [with_arguments(item, **values) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    taken = arguments(tree) if is_node(tree) else []
+    inner = {key: with_arguments(item, **values) for key, item in tree.items()}
+    return inner | {name: value for name, value in values.items() if name in taken}
+
+
 def walk(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of a tree and of everything nested in it."""
     yield name, value

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from src.io.errors import UserError
+from src.io.words import counted
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
 from src.models.llada_v import LLaDAV
@@ -50,7 +51,8 @@ def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: st
     if not taken:
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:
-        logger.warning("evaluate.num=%d, but the split %s has only %d samples: evaluating those", num, split, taken)
+        message = "evaluate.num=%d, but the split %s has only %s: evaluating %s"
+        logger.warning(message, num, split, counted(taken, "sample"), "it" if taken == 1 else "those")
     damages = ("damaged", "missing", "unreadable")
     left_out = sum(count for (_, reason), count in loader.notes.items() if reason in damages)
     return {"taken": taken, "left_out": left_out}

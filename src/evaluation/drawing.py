@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchmetrics import Metric
 
 from src.evaluation.results import Cell
+from src.io.words import counted
 from src.metrics.caption import CaptionMetric, Mark
 from src.types import Batch
 
@@ -94,7 +95,7 @@ def draw_examples(captions: Mapping[Cell, list[dict]], metrics: Sequence[Metric]
     last_method = [cell for cell in fastest if cell.method == fastest[-1].method]
     shown = list(dict.fromkeys([fastest[0], last_method[0], last_method[-1]]))
     blank, width, flaws = Image.new("RGB", (1, 1), "white"), 310, set()
-    titles = [f"{cell.method}, {cell.sampler}, {cell.tokens_per_step} tokens/step" for cell in shown]
+    titles = [f"{cell.method}, {cell.sampler}, {counted(cell.tokens_per_step, 'token')}/step" for cell in shown]
     rows = [[blank, *(text_box([Piece(title)], width=width) for title in titles)]]
     # 2. One row for each image.
     marking = [metric for metric in metrics if isinstance(metric, CaptionMetric)]

@@ -19,17 +19,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from datamodules.captions import SPLITS
 from src.cli.config import load_config, load_part
 from src.cli.help import config_root, fitting
 from src.cli.instantiate import arguments, build, dotted, fits, hint, is_node, nodes, walk
 from src.evaluation.results import Cell
 from src.io.errors import UserError
+from src.io.words import counted
 from src.models.hf.weights import is_model_folder
 from src.samplers.base import AnySampler
 
 SPEED = "tokens_per_step"
 BEST = ("highest", "lowest")  # which values of a metric are good
-STAGES = {"train": "fit", "val": "validate", "test": "test"}  # splits, and Lightning's names of the stages
 
 
 def complete(settings: dict) -> dict:
@@ -42,7 +43,7 @@ def complete(settings: dict) -> dict:
         raise UserError(f"evaluate.num must be at least 1, got {settings['num']}")
     if not settings["headline"]:
         raise UserError("evaluate.headline: name at least one metric, for example [quality]")
-    if settings["split"] not in STAGES:
+    if settings["split"] not in SPLITS:
         raise UserError(f"evaluate.split must be train, val or test, got {settings['split']!r}")
     curve = given = settings.get("curve")
     if given is not None:
@@ -133,7 +134,7 @@ def build_samplers(
             try:
                 samplers[name, speed] = sampler.with_steps(tokens_per_step=speed)
             except UserError as error:
-                raise UserError(f"{place} at {speed} tokens/step: {error}; {advice}") from error
+                raise UserError(f"{place} at {counted(speed, 'token')}/step: {error}; {advice}") from error
     return {Cell(method, *key): sampler for method in methods for key, sampler in samplers.items()}
 
 

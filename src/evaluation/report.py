@@ -22,6 +22,7 @@ from src.evaluation.pareto import Point, budgets_of, plot, points_of, to_dict
 from src.evaluation.results import Cell, ResultStore, Stats, Table
 from src.io.errors import UserError
 from src.io.files import write_bytes, write_json
+from src.io.words import counted
 from src.metrics.caption import Stat, summarise
 from src.types import Batch
 
@@ -83,7 +84,7 @@ def report_text(
     rows, speeds = _axes(table)
     num_captions = max(len(values) for columns in scores.values() for values in columns.values())
     columns = ", ".join(map(str, speeds))
-    notes = [f"columns: {columns} tokens per step; mean ± standard error over {num_captions} captions"]
+    notes = [f"columns: {columns} tokens per step; mean ± standard error over {counted(num_captions, 'caption')}"]
     for row in rows:
         cells = [table.get(Cell(*row, n)) for n in speeds]
         costs = [f"{cell['forwards']['mean']:.1f} ({cell['seconds']['mean']:.2g})" if cell else "-" for cell in cells]
@@ -143,7 +144,8 @@ def claims(scores: Scores, metric: str) -> list[str]:
         lines.append(line)
     for n in speeds if len(rows) > 1 else ():
         gain = paired_difference(values[Cell(*rows[-1], n)], values[Cell(*rows[0], n)])
-        lines.append(f"{metric} at {n} tokens/step: {' '.join(rows[-1])} - {' '.join(rows[0])} {_signed(gain)}")
+        difference = f"{' '.join(rows[-1])} - {' '.join(rows[0])} {_signed(gain)}"
+        lines.append(f"{metric} at {counted(n, 'token')}/step: {difference}")
     return lines
 
 

@@ -25,6 +25,7 @@ from src.chat.profiles import Profile, choose
 from src.experts.prompt import Prompt, show, tokens_of
 from src.experts.reply import SCHEMA, UNREADABLE, read_reply
 from src.io.errors import UserError
+from src.io.words import counted
 from src.text.align import locate
 from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Expert, Failure, Revision
@@ -175,11 +176,12 @@ class OpenAIExpert(Expert):
             "completion_tokens": requests * self._reply_limit,
         }
         prices = self.client.budget.prices
-        cost, most_cost = (f", {prices.cost(usage):.2f} dollars" if prices else "" for usage in (expected, most))
-        tokens = f"{prompts:,} prompt tokens, {replies:,} completion tokens"
+        dollars = [prices.cost(usage) if prices else 0.0 for usage in (expected, most)]
+        cost, most_cost = (f", {sum_:{'.2f' if sum_ >= 1 else '.2g'}} dollars" if prices else "" for sum_ in dollars)
+        tokens = f"{counted(prompts, 'prompt token')}, {counted(replies, 'completion token')}"
         return (
-            f"{total} drafts: {total} requests, {tokens}{cost}\n"
-            f"at most {requests} requests, {sum(most.values()):,} tokens{most_cost}"
+            f"{counted(total, 'draft')}: {counted(total, 'request')}, {tokens}{cost}\n"
+            f"at most {counted(requests, 'request')}, {counted(sum(most.values()), 'token')}{most_cost}"
         )
 
     def body(self, draft: Draft) -> dict[str, Any]:

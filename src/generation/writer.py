@@ -14,6 +14,7 @@ from typing import Any
 
 from src.io.errors import UserError
 from src.io.files import with_filename
+from src.io.settings import changes
 from src.text.tokenizer import Codec
 from src.types import Sampled
 
@@ -33,9 +34,12 @@ class Output:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = _restore(path)
         for line in lines:
-            if changed := [name for name, value in settings.items() if line.get(name) != value]:
-                names = [name for name in changed if name != "options"] or ["sampler or model option"]
-                raise UserError(f"{path} was made with another {', '.join(names)}; choose another out")
+            old = {name: line.get(name) for name in settings}
+            if old != settings:
+                hashed = {"options": None}  # of sampler and model: their values are not in the file
+                changed = changes({**old, **hashed}, {**settings, **hashed}, "in the file")
+                changed = changed or "an option of the sampler or of the model"
+                raise UserError(f"{path} was made with other settings ({changed}); choose another out")
         self.keys = {line["key"] for line in lines}
         if self.trace_path:  # traces are written before their captions, so a kill can leave some too many
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)

@@ -1,14 +1,28 @@
-"""Running a model: a length check, and eval mode."""
+"""Running a model: its size of images, a length check, and eval mode."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from src.io.errors import UserError
+from src.models.tiling import AnyRes, Layout
+
 logger = logging.getLogger(__name__)
+
+
+def with_layout(data: dict[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """The node of a datamodule. If its `image_size` is null, it and `tiling` become those of a model with `layout`."""
+    if data.get("image_size", 0) is not None:
+        return data
+    if layout is None:
+        raise UserError("the data have images, but the model has no vision path")
+    tiling = {"target": f"{AnyRes.__module__}.AnyRes", **layout.to_dict()} if isinstance(layout, AnyRes) else None
+    return {**data, "image_size": layout.size, "tiling": tiling}
 
 
 def warn_if_length_differs(backbone: nn.Module, response_length: int, *, name: str) -> None:

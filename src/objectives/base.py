@@ -211,10 +211,11 @@ class Objective(L.LightningModule):
             self._skip(batch, sums)
             return
         self._consecutive_skips = 0
+        rate = optimizer.param_groups[0]["lr"]  # of this step: the schedule then sets that of the next one
         optimizer.step()
         schedule.step()
         self._log_losses("train", sums, totals, micro_batches)
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+        self.log_dict({"train/grad_norm": norm, "train/lr": rate})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         micro_batches = [(batch, self.corrupt(batch))]
@@ -239,6 +240,13 @@ class Objective(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Align Lightning's log step with optimizer steps: it also counts skipped steps, and one extra on resuming."""
+        self._log_at_global_step()
+
+    def on_validation_start(self) -> None:
+        """Log validation at the number of steps that the weights have taken; Lightning would log it one too early."""
+        self._log_at_global_step()
+
+    def _log_at_global_step(self) -> None:
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
-from src.io.settings import describe, differences
+from src.io.settings import changes, describe
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
+from src.io.words import counted
 from src.text.tokenizer import Codec
 from src.types import Backbone, Batch, Draft, Prefix, Sampled, SpecialIds
 
@@ -128,7 +129,9 @@ class Drafter:
 def cap_num_drafts(num: int, count: int, *, name: str) -> int:
     """`num`, but at most the `count` training images. name: the setting that the warning mentions."""
     if num > count:
-        logger.warning("%s=%d is more than the %d training images: each of them is drafted once", name, num, count)
+        logger.warning(
+            "%s=%d is more than the %s: each of them is drafted once", name, num, counted(count, "training image")
+        )
     return min(num, count)
 
 
@@ -187,10 +190,10 @@ def draw_drafts(
 def _claim(folder: Path, settings: Mapping[str, Any], *, replace: bool) -> bool:
     """Take a folder for drafts with these settings; returns whether all of them are drawn already."""
     file = folder / SETTINGS
-    if file.is_file() and (changed := differences(read_json(file), settings)):
+    if file.is_file() and (changed := changes(read_json(file), settings, "in the drafts")):
         if not replace:
-            raise UserError(f"{folder} holds drafts made with another {', '.join(changed)}; choose another folder")
-        logger.warning("%s: drawing again, %s changed", folder, ", ".join(changed))
+            raise UserError(f"{folder} holds drafts made with other settings ({changed}); choose another folder")
+        logger.warning("%s: drawing again, settings changed (%s)", folder, changed)
         shutil.rmtree(folder)
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)

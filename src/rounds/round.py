@@ -38,7 +38,7 @@ from src.chat.journal import Journal
 from src.distributed.parallel import Team, world_size
 from src.io.errors import UserError
 from src.io.files import publish, write_json
-from src.io.settings import describe, differences
+from src.io.settings import changes, describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
 from src.rounds.drafts import Drafter, draw_drafts, read_drafts, read_drafts_index
 from src.rounds.expert_thread import ExpertThread
@@ -279,7 +279,8 @@ def _finished_round(
     if changed == [may_differ]:
         logger.warning("%s exists already, and was made with another %s", folder, may_differ)
     elif changed:
-        raise UserError(f"{folder} is a round made with another {', '.join(changed)}; choose another folder")
+        values = changes(stored, present, "in the round")
+        raise UserError(f"{folder} is a round made with other settings ({values}); choose another folder")
     return finished_round
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from src.chat.journal import Answer
+from src.io.words import counted
 from src.text.align import Aligned, locate
 from src.text.tokenizer import Codec
 from src.types import Draft, Edit, Revision
@@ -84,7 +85,13 @@ class RoundStats:
 
 def summary(manifest: Mapping[str, Any]) -> str:
     """One line of text: the counts, then rejected edits and failed drafts by reason."""
-    parts = [", ".join(f"{count} {name}" for name, count in manifest["counts"].items() if count or name != "late")]
+    parts = [
+        ", ".join(
+            counted(count, "edit") if name == "edits" else f"{count} {name}"
+            for name, count in manifest["counts"].items()
+            if count or name != "late"
+        )
+    ]
     for kind, label in (("rejected", "edits rejected"), ("failures", "drafts failed")):
         if reasons := manifest[kind]:
             parts.append(f"{label}: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items()))

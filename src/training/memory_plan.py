@@ -37,6 +37,7 @@ from src.cli.instantiate import fits, plain
 from src.diffusion import corruption
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
+from src.io.words import BINARY, counted, data_size
 from src.objectives.base import Objective
 from src.training.build import build_on_meta, component_args, data_and_objective, load_codec, silence_lightning
 from src.types import Batch, Corrupted
@@ -153,7 +154,9 @@ class Plan:
         return sum(self.phases[phase].values())
 
     def format(self, size: int) -> str:
-        return f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
+        """In the unit of the peak; what would be 0.00 in it, in a smaller one."""
+        text = f"{size / GIB:.2f} GiB" if self.peak >= GIB else f"{size / MIB:.1f} MiB"
+        return text if float(text.split()[0]) else data_size(size, units=BINARY) if size else "0"
 
     def table(self) -> str:
         rows = {row: [self.phases[phase][row] for phase in PHASES] for row in ROWS}
@@ -298,9 +301,10 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
     record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
     batch = data.collate([Sample(str(row), record, b"", image) for row in range(rows)])[0]
     planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
+    devices = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
     return (
-        f"{cfg.name}: {cfg.data.batch_size} rows on each of {gpus} GPUs, {min(micro, rows)} at a time; "
-        f"{objective.optim.views} x {cfg.data.response_length} tokens after a prefix of {planned.prefix}; "
+        f"{cfg.name}: {counted(cfg.data.batch_size, 'row')} on {devices}, {min(micro, rows)} at a time; "
+        f"{objective.optim.views} x {counted(cfg.data.response_length, 'token')} after a prefix of {planned.prefix}; "
         f"{cfg.trainer.precision}\n{planned.parameters:,} parameters, {planned.trained:,} of them trained\n\n"
         f"{planned.table()}\nat most {planned.format(planned.peak)} on each GPU; docs/memory.md says what it omits\n"
     )

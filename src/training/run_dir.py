@@ -30,6 +30,7 @@ from src.io.errors import UserError
 from src.io.files import FORMAT, read_json, sha256, write_json
 from src.io.hub import local_folder
 from src.io.remote import is_url, join, locate
+from src.io.settings import changes
 from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import is_model_folder
@@ -144,13 +145,14 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
-    before, now = _fixed_settings(old), _fixed_settings(cfg)
-    if changed := [key for key in FIXED if before[key] != now[key]]:
-        raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); {REMEDY}")
+    if changed := changes(_fixed_settings(old), _fixed_settings(cfg), "in the run"):
+        raise UserError(f"{run_dir} holds a run with other settings ({changed}); {REMEDY}")
     recorded = read_json(run_dir / INPUTS) if (run_dir / INPUTS).exists() else {}
     current = inputs(cfg)
-    if changed := [f"{key}={OmegaConf.select(cfg, key)}" for key in current if current[key] != recorded.get(key)]:
-        raise UserError(f"{run_dir} was trained from files that have changed since ({', '.join(changed)}); {REMEDY}")
+    names = {key: f"hash of {key}={OmegaConf.select(cfg, key)}" for key in current}
+    before, now = ({name: str(of.get(key))[:12] for key, name in names.items()} for of in (recorded, current))
+    if changed := changes(before, now, "in the run"):
+        raise UserError(f"{run_dir} was trained from files that have changed since ({changed}); {REMEDY}")
 
 
 def _fixed_settings(cfg: DictConfig) -> dict[str, Any]:
