@@ -147,6 +147,8 @@ class Stream:
                 close = difflib.get_close_matches(name, prepared, 1, 0)[0]
                 hint = f"did you mean {close!r}?" if close else "its one source has no name"
                 raise UserError(f"data.weights: {index.path} has no source {name!r}; {hint}")
+            if (least := min((weights or {}).values(), default=0)) < 0:
+                raise UserError(f"data.weights must be at least 0, got {least}")
             first += [len(shares)] * len(index.shards)
             shares += [1.0] * len(prepared) if weights is None else [{**prepared, **weights}[n] for n in prepared]
         for shard, group in zip(self.shards, first, strict=True):
@@ -158,18 +160,18 @@ class Stream:
         # 2. samples of each group in a pass
         self._have = self._sizes.sum(0)
         self.sizes, self.weights = self._have.tolist(), shares
-        self._take = np.ceil(self._have * np.array(shares) - 1e-9).astype(np.int64)
+        self._take = self._whole = np.ceil(self._have * np.array(shares) - 1e-9).astype(np.int64)
         self.count = int(self._take.sum())
         self._last: tuple[int, list[int], np.ndarray] | None = None
         self._last_unit: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
-        if min(shares, default=0) < 0 or not self.count:
+        if not self.count:
             paths = ", ".join(str(index.path) for index in indexes)
             raise UserError(f"{paths}: no samples" + (f" with weights {dict(weights)}" if weights else ""))
 
     def resized(self, count: int) -> Stream:
         """The same stream with passes of `count` samples, the groups in proportion."""
         other = copy(self)
-        ends = np.rint(self._take.cumsum() * (count / self.count)).astype(np.int64)
+        ends = np.rint(self._whole.cumsum() * (count / self._whole.sum())).astype(np.int64)
         other._take, other.count = np.diff(ends, prepend=0), count
         other._last = other._last_unit = None
         return other
