@@ -28,6 +28,7 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
+from src.io.remote import Cache, is_url, join
 from src.models.tiling import AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 class ShardData(L.LightningDataModule):
     """Shards under `path` (train, val, test), mixed with online rounds; a subclass defines their samples.
 
+    path:            a folder, a URL, or `pipe:COMMAND` (src/io/remote.py)
     response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
     workers:         processes that read shards, per rank
     rounds:          folders of online rounds, which become `Index`es; `add_round` adds more
@@ -50,6 +52,9 @@ class ShardData(L.LightningDataModule):
     epoch_batches:   batches per training epoch and rank; null: one pass over the data, or over the rounds if any
     weights:         {source: how often a pass takes its samples}, where it differs from the prepared data
     bucket:          so many consecutive batches are sorted by length, so that prefixes are padded less; null: none
+    max_skipped:     unusable samples with which a run goes on: a share (float) of those read or of an epoch, and at
+                     least 100; or a number (int). See `callbacks.skipped`
+    cache:           where shards are kept that come from a URL, and how many
     """
 
     kind: ClassVar[str]  # of the split folders, as in their index.json
@@ -67,6 +72,8 @@ class ShardData(L.LightningDataModule):
     epoch_batches: int | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     bucket: int | None = 16
+    max_skipped: float | int = 0.01
+    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -84,6 +91,8 @@ class ShardData(L.LightningDataModule):
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         if not 0 <= self.data_share < 1:
             raise UserError(f"data_share must be at least 0 and less than 1, got {self.data_share}")
+        if self.max_skipped < 0 or (isinstance(self.max_skipped, float) and self.max_skipped > 1):
+            raise UserError(f"data.max_skipped is a share such as 0.01, or a whole number, got {self.max_skipped}")
         limit = self.limit
         self.limits: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if unknown := set(self.limits) - set(SPLITS):
@@ -94,6 +103,7 @@ class ShardData(L.LightningDataModule):
         self._warned_empty_val = False
         self._loader_of_epoch: Loader | None = None
         self._loader_state: dict[str, Any] | None = None
+        self._remote: dict[str, Index] = {}  # URL -> index
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -249,11 +259,13 @@ class ShardData(L.LightningDataModule):
         return index
 
     def read_split(self, split: str) -> Index:
-        return self._read(Path(self.path) / split, kind=self.kind).first(self.limits.get(split))
+        return self._read(join(self.path, split), kind=self.kind).first(self.limits.get(split))
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
-        index = read_index(folder, image=self.image)
+        index = self._remote.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
+        if is_url(folder):  # asked for once, so that a run keeps its data and needs the server for shards only
+            self._remote[str(folder)] = index
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:

@@ -37,7 +37,7 @@ Notes = Counter[tuple[str, str]]  # number of samples per (place, reason)
 PATIENCE = 1.0  # seconds between a worker's checks that its parent is alive
 ADVICE = {
     "missing": "{where} is truncated and lacks samples; copy or make it again",
-    "unreadable": "{where} cannot be read; other samples replace its own",
+    "unreadable": "{where} cannot be read (any more): its samples are skipped; check the disk or the server",
     "damaged": "{where} holds damaged samples, which are skipped; copy or make it again",
     "misfit": "{where}. Such samples are skipped; make the data again",
     "cut": "some responses exceed the response length of {where} tokens and were cut; set a larger response length",

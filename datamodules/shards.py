@@ -21,6 +21,7 @@ from PIL import Image
 
 from datamodules.stream import Place, Shard, Stream
 from src.io.errors import UserError
+from src.io.remote import Remote
 from src.io.shards import Tar
 
 IMAGES = ("png", "jpg")
@@ -57,7 +58,7 @@ class Reader:
         self, stream: Stream, *, stand_in: bool = True, misfit: Callable[[Sample], str | None] = lambda _: None
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
-        self._tars: OrderedDict[Path, Tar | None] = OrderedDict()  # the last used ones, and those that cannot be opened
+        self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used; None: cannot be opened
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self.damage: Counter[tuple[str, str]] = Counter()
 
@@ -79,8 +80,9 @@ class Reader:
             elif why := self.misfit(sample):
                 place = self._first_misfit.setdefault(shard, f"{sample.key} of {place}: {why}")
                 reason = "misfit"
-        except OSError:
+        except OSError:  # a bad sector, or a file that was removed: open it again
             reason = "unreadable"
+            self._tars.pop(shard.path)
         if not reason:
             return sample
         self.damage[place, reason] += 1
@@ -104,14 +106,14 @@ class Reader:
                     return sample
         raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
 
-    def _open(self, path: Path) -> Tar | None:
+    def _open(self, path: Path | Remote) -> Tar | None:
         """The tar, its headers read; None if that is impossible."""
         if path not in self._tars:
             try:
                 self._tars[path] = Tar(path.open("rb"))
             except OSError:
                 self._tars[path] = None
-            opened = [key for key, tar in self._tars.items() if tar]
+            opened = [key for key, tar in self._tars.items() if tar is not None]
             for key in opened[:-OPEN_SHARDS]:
                 del self._tars[key]
         self._tars.move_to_end(path)
@@ -132,5 +134,10 @@ def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()  # `convert` would copy an RGB image
             return Sample(raw["__key__"], record, data, picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):  # what Pillow and json raise on damaged bytes
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # what Pillow and json raise on damaged bytes
         return None

@@ -18,6 +18,7 @@ way (`resized`): other ones in every pass.
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,11 @@ from random import Random
 import numpy as np
 
 from src.io.errors import UserError
-from src.io.files import sha256
-from src.io.shards import INDEX, read_manifest
+from src.io.files import parse_json, sha256
+from src.io.remote import Cache, Remote, locate, redact
+from src.io.shards import INDEX, check_manifest, read_manifest
+
+COLUMNS = {"prompt_tokens": np.int32, "sizes": np.int32, "source": np.uint8}  # of the index: a value for each sample
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Shard:
     image, and the number of its source; None if the index does not say
     """
 
-    path: Path
+    path: Path | Remote
     count: int
     image: bool = True
     prompt_tokens: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -49,9 +53,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """A data folder, as described by its index.json. digest: hash of index.json; content: all of it but the shards."""
+    """A data folder, as described by its index.json.
 
-    path: Path
+    path: a str for a URL; digest: hash of index.json; content: all of it but the shards
+    """
+
+    path: Path | str
     kind: str
     tokenizer: str | None
     shards: tuple[Shard, ...]
@@ -90,31 +97,35 @@ class Place:
     turn: int
 
 
-def read_index(folder: str | Path, *, image: bool = True) -> Index:
+def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = None) -> Index:
     """Read a data folder's index.json. image: a sample without an image counts as damaged.
 
-    Raises UserError if a shard is missing. A shard that was replaced by another is not detected.
+    folder: a path, a URL or `pipe:COMMAND` (src/io/remote.py); cache: where the shards of a URL are kept
+
+    Raises UserError if a shard is missing, or a URL cannot be read. A shard of a local folder that was replaced by
+    another is not detected.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
-    content = read_manifest(folder)
-    num_sources = len(content.get("sources", [{}]))
-    shards = []
-    for entry in content.pop("shards"):
-        lists = {}
-        for name, kind in (("prompt_tokens", np.int32), ("sizes", np.int32), ("source", np.uint8)):
-            if name in entry:
-                lists[name] = np.array(entry[name], dtype=kind)
-        if (
-            any(len(values) != entry["count"] for values in lists.values())
-            or max(entry.get("source", [0])) >= num_sources
-        ):
-            raise UserError(f"{folder / INDEX} is damaged: {entry['name']} has lists of another length; make it again")
-        shards.append(Shard(folder / entry["name"], entry["count"], image, **lists))
-    if missing := [shard.path.name for shard in shards if not shard.path.is_file()]:
+    place = locate(folder, INDEX, cache=cache)
+    if isinstance(place, Path):
+        if not place.parent.is_dir():
+            raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
+        content, digest = read_manifest(folder), sha256(place)
+    else:
+        data = place.read_bytes()
+        content, digest = check_manifest(parse_json(data, str(place)), place), hashlib.sha256(data).hexdigest()
+    entries, shards = content.pop("shards"), []
+    for entry in entries:
+        path = locate(folder, entry["name"], cache=cache, size=entry.get("bytes"), sha256=entry.get("sha256"))
+        columns = {name: np.array(entry[name], dtype=kind) for name, kind in COLUMNS.items() if name in entry}
+        if any(len(values) != entry["count"] for values in columns.values()):
+            raise UserError(f"{place} is damaged: {entry['name']} has lists of another length; make the data again")
+        shards.append(Shard(path, entry["count"], image, **columns))
+    if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
-    return Index(folder, content["kind"], content["tokenizer"], tuple(shards), sha256(folder / INDEX), content)
+    if shards and isinstance(first := shards[0].path, Remote):
+        first.probe(largest=max(entry.get("bytes", 0) for entry in entries))
+    path = Path(folder) if isinstance(place, Path) else redact(folder)
+    return Index(path, content["kind"], content["tokenizer"], tuple(shards), digest, content)
 
 
 class Stream:

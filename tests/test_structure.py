@@ -80,6 +80,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "huggingface_hub": {"io", "models"},
     "filelock": {"io"},
     "webdataset": {"io"},
+    "fsspec": {"io"},
     "torchmetrics": {"metrics", "evaluation"},
 }
 

@@ -27,6 +27,7 @@ from webdataset.writer import TarWriter
 
 from src.io.errors import UserError
 from src.io.files import FORMAT, atomic, read_json, sha256, write_json
+from src.io.remote import Remote
 
 REMAKE = {  # kind of a folder -> the command that makes it
     "drafts": "python -m src.draft conf=draft out=...",
@@ -169,7 +170,7 @@ class Tar:
                 yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": ""}
 
 
-def read_tar(path: Path) -> Iterator[dict[str, Any]]:
+def read_tar(path: Path | Remote) -> Iterator[dict[str, Any]]:
     """The readable samples of one tar, in order: `__key__`, and the bytes of each file."""
     with path.open("rb") as file:
         tar = Tar(file)
@@ -192,10 +193,15 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / INDEX
     if not path.is_file():
         raise UserError(f"{folder} is not a finished data folder: it has no {INDEX}")
-    content = read_json(path)
+    return check_manifest(read_json(path), path)
+
+
+def check_manifest(content: dict, path: Path | Remote) -> dict:
+    """The content of an index.json. Raises UserError if it is damaged or of another format. path: for errors"""
     kind, form = content.get("kind"), content.get("format", FORMAT)
     if kind == DATASET:
-        raise UserError(f"{folder} is a whole dataset; choose a split, such as {Path(folder) / 'test'}")
+        folder = str(path).removesuffix(f"/{INDEX}")
+        raise UserError(f"{folder} is a whole dataset; choose a split, such as {folder}/test")
     if form != FORMAT:
         command = REMAKE.get(str(kind), "python -m src.prepare conf=... prepare.out=...")
         raise UserError(
