@@ -28,7 +28,7 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
-from src.io.remote import Cache, is_url, join
+from src.io.remote import Cache, join
 from src.models.tiling import AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
@@ -103,7 +103,7 @@ class ShardData(L.LightningDataModule):
         self._warned_empty_val = False
         self._loader_of_epoch: Loader | None = None
         self._loader_state: dict[str, Any] | None = None
-        self._remote: dict[str, Index] = {}  # URL -> index
+        self._indexes: dict[str, Index] = {}  # by folder or URL
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -263,9 +263,9 @@ class ShardData(L.LightningDataModule):
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
-        index = self._remote.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
-        if is_url(folder):  # asked for once, so that a run keeps its data and needs the server for shards only
-            self._remote[str(folder)] = index
+        # read once, so that a run keeps its data, and needs a server for shards only
+        index = self._indexes.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
+        self._indexes[str(folder)] = index
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
