@@ -263,9 +263,9 @@ class ShardData(L.LightningDataModule):
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
-        # read once, so that a run keeps its data, and needs a server for shards only
         index = self._indexes.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
-        self._indexes[str(folder)] = index
+        if kind != "round":  # read once, so that a run keeps its data; that of a round still gets its numbers
+            self._indexes[str(folder)] = index
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
