@@ -29,7 +29,7 @@ from datamodules.loader import Loader, Notes, Part
 from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
 from src.io.remote import Cache, join
-from src.models.tiling import AnyRes, Layout, Square
+from src.models.tiling import RESIZES, AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
 from src.types import Batch
@@ -285,6 +285,7 @@ class CaptionData(ShardData):
 
     image_size: input size of the vision tower in pixels; images are resized to this square
     tiling:     cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
+    resize:     torch, or pillow as the released models were trained; null: torch, and pillow with `join: upstream`
     Other arguments: see `ShardData`.
     """
 
@@ -293,13 +294,18 @@ class CaptionData(ShardData):
 
     image_size: int
     tiling: AnyRes | None = None
+    resize: str | None = None
 
     def make_collate(self) -> Collate:
         if self.tiling and self.tiling.size != self.image_size:
             raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
         self.layout: Layout = self.tiling or Square(self.image_size)
-        return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed)
+        self.resize = self.resize or ("pillow" if self.codec.prompt_format.join == "upstream" else "torch")
+        if self.resize not in RESIZES:
+            raise UserError(f"data.resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
+        length, layout = self.response_length, self.layout
+        return Collate(self.codec, response_length=length, layout=layout, seed=self.seed, resize=self.resize)
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None
-        return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling}
+        return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling, "resize": self.resize}

@@ -105,26 +105,27 @@ def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = 
     Raises UserError if a shard is missing, or a URL cannot be read. A shard of a local folder that was replaced by
     another is not detected.
     """
-    place = locate(folder, INDEX, cache=cache)
-    if isinstance(place, Path):
-        if not place.parent.is_dir():
+    file = locate(folder, INDEX, cache=cache)
+    if isinstance(file, Path):
+        if not file.parent.is_dir():
             raise UserError(f"no data folder {folder}; make it with `python -m src.prepare`")
-        content, digest = read_manifest(folder), sha256(place)
+        content, digest = read_manifest(folder), sha256(file)
     else:
-        data = place.read_bytes()
-        content, digest = check_manifest(parse_json(data, str(place)), place), hashlib.sha256(data).hexdigest()
-    entries, shards = content.pop("shards"), []
+        data = file.read_bytes()
+        content, digest = check_manifest(parse_json(data, str(file)), file), hashlib.sha256(data).hexdigest()
+    entries, shards, num_sources = content.pop("shards"), [], len(content.get("sources", [{}]))
     for entry in entries:
         path = locate(folder, entry["name"], cache=cache, size=entry.get("bytes"), sha256=entry.get("sha256"))
         columns = {name: np.array(entry[name], dtype=kind) for name, kind in COLUMNS.items() if name in entry}
-        if any(len(values) != entry["count"] for values in columns.values()):
-            raise UserError(f"{place} is damaged: {entry['name']} has lists of another length; make the data again")
+        fits = all(len(values) == entry["count"] for values in columns.values())
+        if not fits or max(entry.get("source", ()), default=0) >= num_sources:
+            raise UserError(f"{file} is damaged: the lists of {entry['name']} do not fit it; make the data again")
         shards.append(Shard(path, entry["count"], image, **columns))
     if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} shards, such as {missing[0]}; make them again")
     if shards and isinstance(first := shards[0].path, Remote):
         first.probe(largest=max(entry.get("bytes", 0) for entry in entries))
-    path = Path(folder) if isinstance(place, Path) else redact(folder)
+    path = Path(folder) if isinstance(file, Path) else redact(folder)
     return Index(path, content["kind"], content["tokenizer"], tuple(shards), digest, content)
 
 

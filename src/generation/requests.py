@@ -28,7 +28,6 @@ from src.io.errors import UserError
 from src.io.images import ImageProblem, fit, load
 from src.io.shards import INDEX, read_tar
 from src.models.tiling import Layout, Square
-from src.text.prompt_format import IMAGE
 
 Request = tuple[str, Callable[[], Sample]]  # the function raises ImageProblem if the sample cannot be read
 logger = logging.getLogger(__name__)
@@ -140,6 +139,4 @@ def _decode(raw: dict[str, Any], prompt: str | None, image: bool) -> Sample:
     question = (sample.record.get("prompt") or "") if prompt is None else prompt
     if not question and image and prompt is None:  # a text model can write without a prompt
         raise ImageProblem("no_prompt")
-    if question.count(IMAGE) > int(image):
-        raise ImageProblem("more_image_marks_than_images")
     return replace(sample, record={"prompt": question})

@@ -26,7 +26,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from src.io.errors import UserError
-from src.io.files import FORMAT, atomic, read_json, sha256, write_json
+from src.io.files import FORMAT, atomic, read_json, sha256, write_bytes
 from src.io.remote import Remote
 
 REMAKE = {  # kind of a folder -> the command that makes it
@@ -105,7 +105,11 @@ def write_index(
     total = {**(counts or {}), "written": sum(shard["count"] for shard in shards)}
     index = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer, "shards": shards, "counts": total}
     index |= extra or {}
-    write_json(folder / INDEX, index)
+    lines = ",\n".join(
+        f"  {json.dumps(shard, ensure_ascii=False)}" for shard in shards
+    )  # one a shard, as they are long
+    head = json.dumps({**index, "shards": []}, indent=1, ensure_ascii=False)
+    write_bytes(folder / INDEX, head.replace('"shards": []', f'"shards": [\n{lines}\n ]', 1).encode() + b"\n")
     return index
 
 

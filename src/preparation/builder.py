@@ -1,33 +1,43 @@
 """A dataset on disk: splits of shards and a tokenizer, written atomically. `src.prepare` runs a `Dataset`.
 
-OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
+OUT/index.json  OUT/manifest.json  OUT/rejects.jsonl  OUT/tokenizer/  OUT/{train,val,test}/{index.json, *.tar}
 
-    read -> items -> tokenizer -> divide -> items of each split -> samples -> shards
+    read -> items, on disk -> tokenizer -> divide -> shards of each split, over several processes -> indexes -> rename
 
-A dataset of your own is one file and one yaml that names it as `target:` (docs/data.md has one).
+Until the rename everything is in OUT.partial, which a kill, Ctrl-C or a full disk leaves: the same command continues
+there. A dataset of your own is one file and one yaml that names it as `target:` (docs/data.md has one).
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tqdm import tqdm
 
 from src.io.errors import UserError
-from src.io.files import publish, read_json, with_filename, write_json
+from src.io.files import atomic, publish, read_json, sha256, with_filename, write_json
 from src.io.lock import locked
-from src.io.shards import DATASET, FORMAT, INDEX, write_shards
-from src.preparation.counts import Counts, table
+from src.io.settings import as_json, differences
+from src.io.shards import DATASET, FORMAT, INDEX, write_index
+from src.preparation.counts import Counts, plural, size, table
+from src.preparation.items import Items, disk_errors
+from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS, fill_splits
+from src.preparation.workers import DATA, ITEMS, REPORTS, Job, WorkerLost, num_processes, write, write_in_processes
 from src.text.tokenizer import Codec
 
 log = logging.getLogger(__name__)
+PLAN = "plan.json"  # what an unfinished dataset is made of
+PARTS = ("records", *SPLITS)  # of the counts: what is read, and the samples of each split
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 @dataclass(kw_only=True)
@@ -38,11 +48,15 @@ class Dataset(ABC):
     tokenizer:     folder of a tokenizer, to which missing special tokens are added; null trains one
     vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet and the special tokens
     prompt_format: a file in src/text/prompts; null uses that of the tokenizer's folder, or `tiny` for a new tokenizer
-    overwrite:     replace `out`; if false, `out` is kept when its settings are the same, else a UserError is raised
+    per_shard:     items of one shard
+    processes:     that write shards; null: one per core, fewer for small datasets. The bytes do not depend on it
+    overwrite:     replace `out`; if false, `out` is kept when its settings and source files are the same, else a
+        UserError is raised
     """
 
     kind: ClassVar[str] = "captions"  # of the split folders
     alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text; or "seen"
+    order: ClassVar[Literal["hash", "read"]] = "hash"  # of the items of a split: by a hash of seed and key, or as read
 
     out: str
     response_length: int
@@ -51,73 +65,170 @@ class Dataset(ABC):
     prompt_format: str | None = None
     seed: int = 0
     per_shard: int = 512
+    processes: int | None = None
     overwrite: bool = False
 
     @property
-    def sources(self) -> Sequence[str]:
+    def inputs(self) -> Sequence[str]:
         """The files and folders that are read."""
         return ()
 
-    @abstractmethod
-    def read(self, counts: Counts) -> Iterable[Any]:
-        """All items, each an `Item` with its split."""
+    @property
+    def mixture(self) -> Sequence[Mapping[str, Any]]:
+        """Where the items come from: name (as in `Item.origin`), weight in training, licence, origin."""
+        return [{"name": "", "weight": 1.0, "licence": None, "origin": None}]
 
     @abstractmethod
-    def texts(self, items: Sequence[Any]) -> Iterable[str]:
+    def read(self, counts: Counts) -> Iterable[Any]:
+        """All items, each an `Item` with its split. `counts.source` names the source that is read."""
+
+    def merge(self, item: Any, other: Any, counts: Counts) -> None:
+        """Add a later item of the same key to the first one."""
+        raise ValueError(f"two items have the key {item.key!r}: {item.source} and {other.source}")
+
+    @abstractmethod
+    def texts(self, items: Iterable[Any]) -> Iterable[str]:
         """Texts that a new tokenizer is trained on."""
 
     def is_usable(self, item: Any, codec: Codec) -> bool:
         """Whether `samples` will make a sample of an item; asked where a split might stay empty."""
         return True
 
-    def divide(
-        self, items: Sequence[Any], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Sequence[Any]], dict]:
-        """The items of each split, and further entries for index.json."""
+    def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
+        """Set the split of every item, and remove those that cannot be used. Returns further entries of index.json."""
         fill_splits(items, lambda item: self.is_usable(item, codec))
-        return {split: [item for item in items if item.split == split] for split in SPLITS}, {}
+        return {}
 
     @abstractmethod
     def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
-        """Samples for `write_shards` of consecutive items of a split. A sample depends on its own item only."""
+        """Samples for `write_shard` of items of a split. A sample depends on its own item only."""
 
     def run(self) -> dict:
         """Write the dataset unless it exists; return its index.json."""
+        for name, value in (("per_shard", self.per_shard), ("processes", self.processes)):
+            if value is not None and value < 1:
+                raise UserError(f"prepare.{name} must be at least 1, got {value}")
         out = Path(self.out)
-        partial = out.with_name(f"{out.name}.partial")
-        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "overwrite")}
+        folder = out.with_name(f"{out.name}.partial")
         with locked(out):
             # 1. never replace what is read, nor what is no dataset
-            for path in self.sources:
-                if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in (out, partial)):
-                    raise UserError(
-                        f"prepare.out={out} would take the place of {path}, which is read: choose another one"
-                    )
-            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-                index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
-                if index.get("kind") != DATASET:
-                    raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
-                if not self.overwrite:
-                    return _same(out, index, settings)
-            # 2. write, and rename
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            finished, plan = self._finished(out, folder), self._plan()
+            if finished and not self.overwrite:
+                index = _same(out, finished, plan)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed after its rename
+                return index
+            # 2. write, or continue what was begun with the same plan, and rename
+            _begin(folder, plan)
             try:
-                with with_filename(partial):  # of the tokenizer's files, too, whose library names none
-                    index = self._write(partial, settings)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                with with_filename(folder), disk_errors(folder):  # also of the tokenizer's files and of SQLite
+                    index = self._write(folder, plan)
+            except (OSError, MemoryError, WorkerLost):
+                raise  # nothing is wrong with the dataset
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
             if out.exists():
                 shutil.rmtree(out)
-            publish(partial, out)
+            publish(folder / DATA, out)
+            shutil.rmtree(folder)
         return index
 
-    def _write(self, folder: Path, settings: dict) -> dict:
+    def _finished(self, out: Path, folder: Path) -> dict | None:
+        """The index of the dataset in `out`, if there is one. Raises UserError if something else would be replaced."""
+        for path in self.inputs:
+            if any(Path(path).resolve().is_relative_to(place.resolve()) for place in (out, folder)):
+                raise UserError(f"prepare.out={out} would take the place of {path}, which is read: choose another one")
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return None
+        index = read_json(out / INDEX) if (out / INDEX).is_file() else {}
+        if index.get("kind") != DATASET:
+            raise UserError(f"{out} exists but is no finished dataset; remove it or choose another prepare.out")
+        return index
+
+    def _plan(self) -> dict:
+        """The settings, and size and hash of the source files: with an equal plan a dataset is the same."""
+        others = ("out", "overwrite", "processes")
+        settings = {name: value for name, value in asdict(self).items() if name not in others}
+        paths = [*self.inputs, *(str(Path(self.tokenizer or "") / name) for name in TOKENIZER_FILES if self.tokenizer)]
+        files = [Path(path) for path in paths if Path(path).is_file()]
+        digests = {str(path): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+        return as_json({"format": FORMAT, "settings": settings, "files": digests})
+
+    def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
-        # 1. items and tokenizer
-        counts = {part: Counts() for part in ("records", *SPLITS)}
-        items = list(self.read(counts["records"]))
+        items, data = Items(folder / ITEMS), folder / DATA
+        try:
+            # 1. items, tokenizer, splits: an earlier run may have done some of this
+            scan = items.once("scan", partial(self._scan, items))
+            items.once("tokenizer", partial(self._make_tokenizer, items, data / "tokenizer"))
+            codec = Codec.load(data / "tokenizer")
+            division = items.once("divide", partial(self._divide, items, codec))
+            # 2. shards
+            jobs = [
+                Job(split, number, start, min(start + self.per_shard, length))
+                for split, length in division["sizes"].items()
+                for number, start in enumerate(range(0, length, self.per_shard))
+            ]
+            self._write_shards(jobs, folder, codec, items)
+            # 3. an index for each split
+            counts = {part: Counts() for part in PARTS}
+            for part, report in (*scan["counts"].items(), *division["counts"].items()):
+                counts[part].add(report)
+            manifest = Manifest(self.mixture)
+            with atomic(data / REJECTS) as stream:
+                for part, reject in items.rejects():
+                    stream.write(manifest.reject(part, reject))
+                for split in SPLITS:
+                    shards = []
+                    for job in (job for job in jobs if job.split == split):
+                        report = read_json(job.report(folder))
+                        counts[split].add(report)
+                        stream.writelines(manifest.reject(split, reject) for reject in report["rejects"])
+                        manifest.lengths[split].update(dict(report["lengths"]))
+                        if report["entry"]:
+                            shards.append(report["entry"])
+                            manifest.shard(split, report["entry"])
+                    extra = {"sources": manifest.sources, **division["extra"]}
+                    common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
+                    write_index(data / split, shards, **common, extra=extra)
+                    counts[split]["written"] = sum(shard["count"] for shard in shards)
+        finally:
+            items.close()
+        # 4. what became of all of it
+        index = {
+            "format": FORMAT,
+            "kind": DATASET,
+            **plan,
+            "tokenizer": codec.fingerprint,
+            "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
+            "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
+            "sources": manifest.sources,
+            **division["extra"],
+        }
+        empty = [split for split in SPLITS if not counts[split]["written"]]
+        if "train" in empty:
+            reasons = table(index["counts"], index["examples"])
+            raise UserError(f"nothing could be used for train; reasons:\n{reasons}")
+        if empty:
+            log.warning(
+                "no sample is in %s; add more, or name them (images: `split` in the records; texts: "
+                "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
+                " and in ".join(empty),
+            )
+        write_json(data / MANIFEST, manifest.content(index))
+        write_json(data / INDEX, index)
+        return index
+
+    def _scan(self, items: Items) -> dict:
+        counts = Counts(partial(items.reject, "records"))
+        for item in tqdm(self.read(counts), desc="read", unit=" records", disable=None):
+            if not items.add(item):
+                first = items[item.key]
+                self.merge(first, item, counts)
+                items.update(first)
+        return {"counts": {"records": counts.report()}}
+
+    def _make_tokenizer(self, items: Items, folder: Path) -> dict:
         if self.tokenizer:
             codec = Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
         else:
@@ -132,48 +243,80 @@ class Dataset(ABC):
                     f"prepare.vocab_size={self.vocab_size} is too small: the alphabet and the special tokens alone "
                     f"take {codec.vocab_size}"
                 )
-        codec.save(folder / "tokenizer")
-        # 2. samples of each split
-        parts, extra = self.divide(items, codec, counts)
-        for split in SPLITS:
-            progress = tqdm(parts[split], desc=split, unit="sample", disable=None)
-            samples = self.samples(progress, codec, counts[split])
-            common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split], "extra": extra}
-            index = write_shards(folder / split, samples, prefix=split, per_shard=self.per_shard, **common)
-            counts[split]["written"] = index["counts"]["written"]
-        # 3. index.json
-        index = {
-            "format": FORMAT,
-            "kind": DATASET,
-            "settings": settings,
-            "tokenizer": codec.fingerprint,
-            "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
-            "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
-            **extra,
-        }
-        empty = [split for split in SPLITS if not counts[split]["written"]]
-        if "train" in empty:
-            reasons = table(index["counts"], index["examples"])
-            raise UserError(f"nothing could be used for train; reasons:\n{reasons}")
-        if empty:
-            log.warning(
-                "no sample is in %s; add more, or name them (images: `split` in the records; texts: "
-                "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
-                " and in ".join(empty),
-            )
-        write_json(folder / INDEX, index)
-        return index
+        codec.save(folder)
+        return {}
+
+    def _divide(self, items: Items, codec: Codec) -> dict:
+        counts = {part: Counts(partial(items.reject, part)) for part in PARTS}
+        extra = self.divide(items, codec, counts)
+        sizes = items.number(self.seed if self.order == "hash" else None)
+        reports = {part: numbers.report() for part, numbers in counts.items()}
+        return {"counts": reports, "extra": extra, "sizes": {split: sizes.get(split, 0) for split in SPLITS}}
+
+    def _write_shards(self, jobs: Sequence[Job], folder: Path, codec: Codec, items: Items) -> None:
+        """Write the shards that are not there yet."""
+        open_jobs = [job for job in jobs if not job.is_finished(folder)]
+        if num_kept := len(jobs) - len(open_jobs):
+            log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
+        for place in (folder / REPORTS, *(folder / DATA / split for split in SPLITS)):
+            place.mkdir(exist_ok=True)
+        sizes = [sum(job.stop - job.start for job in some) for some in (jobs, open_jobs)]
+        unit = " images" if self.kind == "captions" else " texts"
+        processes = num_processes(self.processes, open_jobs)
+        # smoothing: shards of several processes end in bursts
+        with tqdm(
+            total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, disable=None, smoothing=0
+        ) as bar:
+            if processes > 1:
+                write_in_processes(open_jobs, self, folder, processes=processes, advance=bar.update)
+            else:
+                for job in open_jobs:
+                    write(job, self, codec, items, folder, bar.update)
+
+    @property
+    def training(self) -> str:
+        """The configuration in the command that `src.prepare` suggests at its end."""
+        return "conf=mask,model/tiny" if self.kind == "captions" else "conf=mask,task/sft"
+
+    def summary(self) -> str:
+        """What was written and where, and a command that trains on it."""
+        out = Path(self.out)
+        shards = [shard for split in SPLITS for shard in read_json(out / split / INDEX)["shards"]]
+        samples = plural(sum(shard["count"] for shard in shards), "image" if self.kind == "captions" else "text")
+        amount = size(sum(shard["bytes"] for shard in shards))
+        settings = [self.training, f"run_dir=runs/{out.name}", f"data.path={out}", f"tokenizer={out / 'tokenizer'}"]
+        settings += [f"data.response_length={self.response_length}"]
+        settings += [f"data.image_size={side}"] if (side := getattr(self, "image_size", None)) else []
+        command = shlex.join(["python", "-m", "src.train", *settings])
+        return f"wrote {samples} in {plural(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
 
 
-def _same(out: Path, index: dict, settings: dict) -> dict:
-    """The index of a finished dataset. Raises UserError if it was made with other settings."""
+def _same(out: Path, index: dict, plan: dict) -> dict:
+    """The index of a finished dataset. Raises UserError if it was made of other settings or files.
+
+    A source file that is no longer there is not compared.
+    """
     if (form := index.get("format")) != FORMAT:
         raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
-    old = index["settings"]
-    if changed := sorted(name for name in {*old, *settings} if old.get(name) != settings.get(name)):
-        raise UserError(
-            f"{out} was made with other settings ({', '.join(changed)}); "
-            "set prepare.overwrite=true to make it again, or choose another prepare.out"
-        )
+    again = "set prepare.overwrite=true to make it again, or choose another prepare.out"
+    if changed := differences(index["settings"], plan["settings"]):
+        raise UserError(f"{out} was made with other settings ({', '.join(changed)}); {again}")
+    old = index.get("files", {})
+    if changed := [path for path, file in plan["files"].items() if old.get(path, file) != file]:
+        raise UserError(f"{out} was made before {', '.join(changed)} changed; {again}")
     log.info("%s is already complete: nothing to do", out)
     return index
+
+
+def _begin(folder: Path, plan: dict) -> None:
+    """Make the folder of an unfinished dataset, unless it is there and was begun with the same plan."""
+    if folder.exists():
+        begun = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+        if begun == plan:
+            return
+        names = differences(begun.get("settings", {}), plan["settings"])
+        names += differences(begun.get("files", {}), plan["files"])
+        log.info("starting over: %s was begun with other settings or files (%s)", folder, ", ".join(names))
+        shutil.rmtree(folder)
+    (folder / DATA).mkdir(parents=True)
+    write_json(folder / PLAN, plan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+Reject = tuple[str, str, str]  # source (`Item.origin`), reason, place
 
 
 class Skip(Exception):
@@ -15,16 +17,38 @@ class Skip(Exception):
 
 
 class Counts(Counter[str]):
-    """Counts by reason. `examples`: the first thing left out for each reason."""
+    """Counts by reason.
 
-    def __init__(self) -> None:
+    examples: the first thing left out for each reason
+    source: name of the source that is read now, for the list of what is left out
+    rejected: called with everything that is left out
+    """
+
+    def __init__(self, rejected: Callable[[Reject], None] | None = None) -> None:
         super().__init__()
         self.examples: dict[str, str] = {}
+        self.source = ""
+        self._rejected = rejected
 
     def skip(self, reason: str | Exception, example: str) -> None:
         """Count what is left out; the first example of a reason is kept."""
+        place = example + getattr(reason, "detail", "")
+        place = place.encode("utf-8", "backslashreplace").decode()  # a file name need not be Unicode
         self[str(reason)] += 1
-        self.examples.setdefault(str(reason), example + getattr(reason, "detail", ""))
+        self.examples.setdefault(str(reason), place)
+        if self._rejected:
+            self._rejected((self.source, str(reason), place))
+
+    def report(self) -> dict:
+        """Counts and examples as plain data."""
+        return {"counts": dict(self), "examples": self.examples}
+
+    def add(self, report: Mapping[str, Mapping]) -> None:
+        """Add the `report` of a later part."""
+        for reason, number in report["counts"].items():
+            self[reason] += number
+        for reason, example in report["examples"].items():
+            self.examples.setdefault(reason, example)
 
 
 def table(counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, Mapping[str, str]]) -> str:
@@ -38,3 +62,18 @@ def table(counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, Mappin
                 rows.append((part, str(number), reason.replace("_", " ") + note))
     width, digits = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     return "\n".join(f"{part:{width}}  {number:>{digits}}  {words}" for part, number, words in rows)
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(num_bytes: int) -> str:
+    """`12 bytes`, `3.1 kB`, `1.4 GB`: decimal units."""
+    amount, unit = float(num_bytes), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if amount < 999.95 or unit == "TB":
+            break
+        amount /= 1000
+    return plural(num_bytes, "byte") if unit == "bytes" else f"{amount:.1f} {unit}"

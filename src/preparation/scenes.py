@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from src.io.errors import UserError
@@ -41,6 +42,7 @@ class Scenes(Dataset):
     """
 
     alphabet = "seen"
+    order = "read"
 
     image_size: int
     prompt: str
@@ -57,6 +59,14 @@ class Scenes(Dataset):
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+
+    @property
+    def mixture(self) -> list[dict]:
+        return [{"name": "", "weight": 1.0, "licence": "none needed", "origin": "drawn by this program"}]
+
+    @property
+    def training(self) -> str:
+        return "conf=mask" if self.tokenizer else "conf=mask,model/tiny"  # that of the embedded base model, or its own
 
     def read(self, counts: Counts) -> Iterator[SceneItem]:
         """Scenes of every split. Val and test hold distinct scenes, and train holds none of these."""
@@ -82,11 +92,11 @@ class Scenes(Dataset):
                     key, name = f"{split}-{number:06d}", f"{seed}/{split}/{number}"
                     yield SceneItem(key=key, name=name, source=key, split=split, scene=scene)
 
-    def texts(self, items: Sequence[SceneItem]) -> Iterator[str]:
+    def texts(self, items: Iterable[SceneItem]) -> Iterator[str]:
         rng = Random(f"{self.seed}/tokenizer")
         words = " ".join(word for words in LEXICON.values() for word in words)
         yield f"{self.prompt} system user assistant {words}"
-        for scene in [item.scene for item in items if item.split == "train"][:2000]:
+        for scene in islice((item.scene for item in items if item.split == "train"), 2000):
             text = write_caption(scene, rng)
             yield text
             yield from (text[: s.start] + s.wrong + text[s.end :] for s in swaps(scene, text, rng))

@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from src.preparation.counts import Counts, Skip
+from src.preparation.items import Items
 from src.preparation.records import text_of
+from src.preparation.splits import SPLITS
 from src.preparation.text import Text, Texts
 from src.text.tokenizer import Codec
 
@@ -95,22 +96,25 @@ class Smiles(Texts):
         if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
 
-    def divide(
-        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Sequence[Any]], dict]:
-        parts, _ = super().divide(items, codec, counts)
+    @property
+    def training(self) -> str:
+        return "conf=stage1,task/smiles"
+
+    def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
+        super().divide(items, codec, counts)
         name = self.value or "rings"
-        values = [item.extra[name] for item in parts["train"]]
-        threshold = float(np.percentile(values, self.percentile)) if values else 0.0
-        for split, molecules in parts.items():
-            for item in molecules:
+        values = np.fromiter((item.extra[name] for item in items.of("train")), np.float64)
+        threshold = float(np.percentile(values, self.percentile)) if len(values) else 0.0
+        for split in SPLITS:
+            for item in items.of(split):
                 item.prompt = str(int(item.extra[name] >= threshold))
+                items.update(item)
                 counts[split]["class_1"] += item.prompt == "1"
-        classes = {item.prompt for item in parts["train"]}
+        classes = {str(int(value >= threshold)) for value in values}
         if len(classes) == 1:
             log.warning(
                 "all molecules of train are of class %s, as the percentile %g of %s is %g: the model cannot learn "
                 "guidance by class; change prepare.percentile or prepare.value",
                 classes.pop(), self.percentile, name, threshold,
             )  # fmt: skip
-        return parts, {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}
+        return {"label": {"property": name, "percentile": self.percentile, "threshold": threshold}}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from src.preparation.items import Items
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -17,10 +19,12 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 class Item:
     """What becomes a sample: a photo with its captions, a scene, a text.
 
-    key:    of the sample, unique
+    key:    unique; usually of the sample, too
     name:   decides the split; items of one name, such as one image with two prompts, share it
     source: where the item comes from, for messages
     share:  hash of `name` in 0..1; None if the split is given
+    origin: name of the source (`Dataset.mixture`) that it belongs to; "" for the only one
+    number: its position in its split, set before samples are made
     """
 
     key: str
@@ -28,11 +32,16 @@ class Item:
     source: str
     split: str
     share: float | None = None
+    origin: str = ""
+    number: int = 0
+
+
+def hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def hashed_share(name: str, seed: int) -> float:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return hash64(f"{seed}/{name}") / 2**64
 
 
 def split_of(share: float) -> str:
@@ -40,24 +49,19 @@ def split_of(share: float) -> str:
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
 
 
-def fill_splits(items: Sequence[Any], usable: Callable[[Any], bool]) -> None:
+def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
     """Move an item into each split without a usable one, from the largest split, in the order of hashes.
 
     Train comes first; val and test take an item only if its split keeps another usable one. An item whose split is
     given stays.
     """
-    by_key = {item.key: item for item in items}
-    is_usable = cache(lambda key: usable(by_key[key]))
+    is_usable = cache(lambda key: usable(items[key]))
     for split in SPLITS:
-        if any(is_usable(item.key) for item in items if item.split == split):
+        if any(is_usable(item.key) for item in items.of(split)):
             continue
-        sizes = Counter({item.name: item.split for item in items}.values())
-        movable = [item for item in items if item.share is not None]
-        sign = 1 if split == "train" else -1
-        for item in sorted(movable, key=lambda item: (-sizes[item.split], sign * (item.share or 0))):
-            others = (o.key for o in items if o.split == item.split and o.name != item.name)
+        sizes, sign = items.sizes(), 1 if split == "train" else -1
+        for item in sorted(items.movable(), key=lambda item: (-sizes[item.split], sign * item.share)):
+            others = (other.key for other in items.of(item.split) if other.name != item.name)
             if is_usable(item.key) and (split == "train" or any(map(is_usable, others))):
-                for moved in items:
-                    if moved.name == item.name:
-                        moved.split = split
+                items.move(item.name, split)
                 break

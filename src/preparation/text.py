@@ -11,7 +11,6 @@ reference for metrics; `ids` are stored only if encoding the text again might gi
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, Literal
 from src.io.errors import UserError
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts, Skip
+from src.preparation.items import Items
 from src.preparation.records import read_records, text_of
 from src.preparation.splits import SPLITS, Item, hashed_share, split_of
 from src.text.prompt_format import IMAGE
@@ -53,7 +53,7 @@ class Texts(Dataset):
     files: Files | Mapping[str, Files | None]
 
     @property
-    def sources(self) -> Sequence[str]:
+    def inputs(self) -> Sequence[str]:
         return [path for _, path in self._split_files()]
 
     def _split_files(self) -> list[tuple[str, str]]:
@@ -70,55 +70,55 @@ class Texts(Dataset):
 
     def check(self, item: Text, codec: Codec) -> None:
         """Raises `Skip` if the item does not fit the tokenizer or the settings."""
-        if is_lossy(codec, item.text):
+        if codec.loses(item.text):
             raise Skip("not_in_vocabulary")
 
-    def read(self, counts: Counts) -> list[Text]:
-        """The texts of all files without duplicates."""
-        items: dict[str, Text] = {}
+    def read(self, counts: Counts) -> Iterator[Text]:
+        """The texts of all files."""
         for split, file in self._split_files():
             for source, record in read_records(Path(file), counts):
                 try:
                     prompt, text, extra = self.parse(record)
-                    name = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
-                    if name in items:
-                        raise Skip("duplicate_text")
                 except Skip as reason:
                     counts.skip(reason, source)
                     continue
                 if taken := RESERVED & extra.keys():
                     raise UserError(f"a sample has {taken.pop()!r} of its own; rename the field in {file}")
+                name = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
                 share = hashed_share(name, self.seed)
                 placed = {"split": split, "share": None} if split else {"split": split_of(share), "share": share}
-                items[name] = Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
-        return list(items.values())
+                yield Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
 
-    def texts(self, items: Sequence[Text]) -> Iterator[str]:
+    def merge(self, item: Text, other: Text, counts: Counts) -> None:
+        counts.skip("duplicate_text", other.source)
+
+    def texts(self, items: Iterable[Text]) -> Iterator[str]:
         yield from self.words
         for item in items:
             yield item.prompt
             yield item.text
 
-    def divide(
-        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Sequence[Any]], dict]:
-        fitting = []
+    def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
         for item in items:
             try:
                 self.check(item, codec)
-                fitting.append(item)
             except Skip as reason:
                 counts["records"].skip(reason, item.source)
-        parts, extra = super().divide(fitting, codec, counts)
-        for split in SPLITS:
-            for number, item in enumerate(parts[split]):
-                item.key = f"{split}-{number:06d}"
-        return parts, extra
+                items.remove(item)
+        return super().divide(items, codec, counts)
 
     def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
         for item in items:
-            own = {"key": item.key, "prompt": item.prompt, "captions": [{"text": item.text}]}
-            yield {"__key__": item.key, "json": {"source": item.source, **item.extra, **own}}
+            key = f"{item.split}-{item.number:06d}"
+            own = {"key": key, "prompt": item.prompt, "captions": [{"text": item.text}]}
+            yield {"__key__": key, "json": {"source": item.source, **item.extra, **own}}
+
+
+@dataclass(kw_only=True)
+class Row(Item):
+    """A row of packed text. ids: its tokens"""
+
+    ids: list[int]
 
 
 @dataclass(kw_only=True)
@@ -131,36 +131,52 @@ class Packed(Texts):
         book: the first 90 % are train, the next 5 % val, the last 5 % test. Needs `files` without a mapping
     """
 
+    order = "read"
+
     field: str = "text"
     split: Literal["documents", "rows"] = "documents"
+
+    @property
+    def training(self) -> str:
+        return "conf=mask,task/text"
 
     def parse(self, record: dict) -> tuple[str, str, dict]:
         return "", text_of(record, self.field), {}
 
-    def divide(
-        self, items: Sequence[Text], codec: Codec, counts: Mapping[str, Counts]
-    ) -> tuple[dict[str, Sequence[Any]], dict]:
-        """The token ids of the rows of each split."""
-        if self.split == "rows":
+    def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
+        """Put rows in place of the documents."""
+        size, book = self.response_length, self.split == "rows"
+        if book:
             if isinstance(self.files, Mapping):
                 raise UserError("prepare.split=rows needs prepare.files without {train: ..., val: ..., test: ...}")
             for item in items:
                 item.split, item.share = "train", None  # all of them, in order: the rows are split instead
-        documents, _ = super().divide(items, codec, counts)
-        size, rows = self.response_length, {}
-        for split in ("train",) if self.split == "rows" else SPLITS:
-            ids = [token for item in documents[split] for token in (*codec.encode(item.text)[0], codec.eos_id)]
-            rows[split] = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
-            counts["test" if self.split == "rows" else split]["tokens_left"] = len(ids) % size
-        if self.split == "rows":
-            book = rows["train"]
-            first, second = round(0.90 * len(book)), round(0.95 * len(book))
-            rows = {"train": book[:first], "val": book[first:second], "test": book[second:]}
-        return {s: [(f"{s}-{number:06d}", ids) for number, ids in enumerate(rows[s])] for s in SPLITS}, {"row": size}
+                items.update(item)
+        super().divide(items, codec, counts)
+        num_rows = 0
+        for split in ("train",) if book else SPLITS:
+            ids: list[int] = []
+            for document in items.of(split):
+                ids += [*codec.encode(document.text)[0], codec.eos_id]
+                for start in range(0, len(ids) - size + 1, size):
+                    key = f"row-{num_rows}"
+                    items.add(
+                        Row(key=key, name=key, source=document.source, split=split, ids=ids[start : start + size])
+                    )
+                    num_rows += 1
+                ids = ids[len(ids) // size * size :]
+                items.remove(document)
+            counts["test" if book else split]["tokens_left"] = len(ids)
+        if book:
+            first, second = round(0.90 * num_rows), round(0.95 * num_rows)
+            for number in range(first, num_rows):
+                items.move(f"row-{number}", "val" if number < second else "test")
+        return {"row": size}
 
     def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
-        for key, ids in items:
-            record = {"key": key, "prompt": "", "captions": [{"text": codec.decode(ids), "ids": ids}]}
+        for item in items:
+            key = f"{item.split}-{item.number:06d}"
+            record = {"key": key, "prompt": "", "captions": [{"text": codec.decode(item.ids), "ids": item.ids}]}
             yield {"__key__": key, "json": record}
 
 
@@ -179,31 +195,29 @@ class Pairs(Texts):
     keep: Sequence[str] = ()
     max_prompt: int | None = None
 
+    @property
+    def training(self) -> str:
+        return "conf=proseco,task/sft"
+
     def parse(self, record: dict) -> tuple[str, str, dict]:
         prompt, response = text_of(record, self.prompt), text_of(record, self.response)
         if IMAGE in prompt:
             raise Skip("image_mark")
         return prompt, response, {name: record[name] for name in self.keep if name in record}
 
-    def read(self, counts: Counts) -> list[Text]:
-        items = super().read(counts)
-        if items and (unknown := [name for name in self.keep if not any(name in item.extra for item in items)]):
+    def read(self, counts: Counts) -> Iterator[Text]:
+        known: set[str] | None = None  # fields of any record
+        for item in super().read(counts):
+            known = (known or set()) | item.extra.keys()
+            yield item
+        if known is not None and (unknown := [name for name in self.keep if name not in known]):
             raise UserError(f"prepare.keep: no record has a field {unknown[0]!r}")
-        return items
 
     def check(self, item: Text, codec: Codec) -> None:
-        if any(token in item.prompt for token in codec.controls):
-            raise Skip("special_token")
-        if is_lossy(codec, item.prompt):
+        if codec.loses(item.prompt):
             raise Skip("not_in_vocabulary")
         super().check(item, codec)
         if self.max_prompt is not None and len(codec.prompt_ids(item.prompt, images=0)) > self.max_prompt:
             raise Skip("prompts too long")
         if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
-
-
-def is_lossy(codec: Codec, text: str) -> bool:
-    """Whether encoding drops characters or maps them to the unknown token; whitespace and Unicode form may change."""
-    normalize = lambda string: "".join(unicodedata.normalize("NFC", string).split())  # noqa: E731
-    return normalize(codec.decode(codec.encode(text)[0])) != normalize(text)

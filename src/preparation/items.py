@@ -1,0 +1,181 @@
+"""The items of a dataset between reading and writing: on disk, so that memory does not grow with their number.
+
+    items = Items(folder / "items.db", seed=0)
+    items.once("scan", read)        a stage: its changes and its result are one transaction, so a killed one is redone
+    items.add(item)  items[key]  items.update(item)  items.remove(item)  items.move(name, "val")  items.of("train")
+    items.number()                  fixes the order of each split
+    items.between("train", 0, 512)  the items of a shard, in any process
+
+An iteration yields what was there when it began, in the order in which it was read; items may be changed, removed and
+added meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from src.preparation.counts import Reject
+from src.preparation.splits import hash64
+
+PAGE = 1000  # items in memory
+TABLES = """
+    CREATE TABLE IF NOT EXISTS items (
+        id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, name BLOB NOT NULL, split TEXT NOT NULL, share REAL,
+        data BLOB NOT NULL);
+    CREATE INDEX IF NOT EXISTS by_split ON items (split, id);
+    CREATE INDEX IF NOT EXISTS by_name ON items (name);
+    CREATE TABLE IF NOT EXISTS numbers (split TEXT, number INTEGER, id INTEGER, PRIMARY KEY (split, number))
+        WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS rejects (part TEXT, source TEXT, reason TEXT, place TEXT);
+    CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, result TEXT);
+"""
+
+
+class Movable(NamedTuple):
+    """An item whose split is not given."""
+
+    key: str
+    name: str
+    split: str
+    share: float
+
+
+class Items:
+    """Items by key, in an SQLite file.
+
+    read_only: for worker processes, once nothing changes any more
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        # No locks of SQLite's own, which some network file systems lack: the builder locks the whole dataset.
+        mode = "mode=ro&immutable=1" if read_only else "nolock=1"
+        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
+        if not read_only:
+            self._db.executescript(TABLES)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def once(self, stage: str, make: Callable[[], dict]) -> dict:
+        """The result of a stage, which is plain data; `make` is called if no process has finished the stage yet."""
+        row = self._db.execute("SELECT result FROM stages WHERE name = ?", (stage,)).fetchone()
+        if row is None:
+            with self._db:
+                row = (json.dumps(make()),)
+                self._db.execute("INSERT INTO stages VALUES (?, ?)", (stage, *row))
+        return json.loads(row[0])
+
+    def add(self, item: Any) -> bool:
+        """Append an item; False, and nothing is done, if there is one of that key."""
+        values = item.key, _name(item.name), item.split, item.share, pickle.dumps(item)
+        insert = "INSERT OR IGNORE INTO items (key, name, split, share, data) VALUES (?, ?, ?, ?, ?)"
+        return self._db.execute(insert, values).rowcount == 1
+
+    def __getitem__(self, key: str) -> Any:
+        split, data = self._db.execute("SELECT split, data FROM items WHERE key = ?", (key,)).fetchone()
+        return _load(split, data)
+
+    def __len__(self) -> int:
+        return self._db.execute("SELECT COUNT(*) FROM items").fetchone()[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._iterate("")
+
+    def of(self, split: str) -> Iterator[Any]:
+        """The items of a split."""
+        return self._iterate("split = ? AND", split)
+
+    def _iterate(self, condition: str, *values: str) -> Iterator[Any]:
+        last, end = 0, self._db.execute("SELECT MAX(id) FROM items").fetchone()[0] or 0
+        query = f"SELECT id, split, data FROM items WHERE {condition} id > ? AND id <= ? ORDER BY id LIMIT {PAGE}"
+        while page := self._db.execute(query, (*values, last, end)).fetchall():
+            for _, split, data in page:
+                yield _load(split, data)
+            last = page[-1][0]
+
+    def update(self, item: Any) -> None:
+        """Store an item that was changed; its key and name stay."""
+        values = item.split, item.share, pickle.dumps(item), item.key
+        self._db.execute("UPDATE items SET split = ?, share = ?, data = ? WHERE key = ?", values)
+
+    def remove(self, item: Any) -> None:
+        self._db.execute("DELETE FROM items WHERE key = ?", (item.key,))
+
+    def move(self, name: str, split: str) -> None:
+        """Move all items of a name into a split."""
+        self._db.execute("UPDATE items SET split = ? WHERE name = ?", (split, _name(name)))
+
+    def unite(self) -> None:
+        """Move all items of a name into the split of the first one."""
+        self._db.execute(
+            "UPDATE items SET (split, share) = (SELECT split, share FROM items AS first WHERE first.name = items.name "
+            "ORDER BY id LIMIT 1) WHERE name IN (SELECT name FROM items GROUP BY name HAVING COUNT(DISTINCT split) > 1)"
+        )
+
+    def movable(self) -> Iterator[Movable]:
+        """The items whose split is not given."""
+        for key, name, split, share in self._db.execute(
+            "SELECT key, name, split, share FROM items WHERE share IS NOT NULL ORDER BY id"
+        ):
+            yield Movable(key, name.decode("utf-8", "surrogatepass"), split, share)
+
+    def sizes(self) -> dict[str, int]:
+        """The number of names in each split that has one."""
+        return dict(self._db.execute("SELECT split, COUNT(DISTINCT name) FROM items GROUP BY split"))
+
+    def number(self, seed: int | None) -> dict[str, int]:
+        """Fix the order of each split: by a hash of seed and key, or (None) as read. Returns their numbers of items."""
+        self._db.create_function("rank", 1, lambda key: 0 if seed is None else hash64(f"{seed}/order/{key}") >> 1)
+        self._db.execute(
+            "INSERT INTO numbers SELECT split, ROW_NUMBER() OVER (PARTITION BY split ORDER BY rank(key), id) - 1, id "
+            "FROM items"
+        )
+        return dict(self._db.execute("SELECT split, COUNT(*) FROM numbers GROUP BY split"))
+
+    def between(self, split: str, start: int, stop: int) -> Iterator[Any]:
+        """The items of a split with numbers from `start` to `stop` (exclusive)."""
+        query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
+        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)):
+            item = _load(split, data)
+            item.number = number
+            yield item
+
+    def reject(self, part: str, reject: Reject) -> None:
+        """Keep what was left out."""
+        self._db.execute("INSERT INTO rejects VALUES (?, ?, ?, ?)", (part, *reject))
+
+    def rejects(self) -> Iterator[tuple[str, Reject]]:
+        """What was left out, in the order in which it was: (part, (source, reason, place))."""
+        for part, *reject in self._db.execute("SELECT part, source, reason, place FROM rejects ORDER BY rowid"):
+            yield part, tuple(reject)
+
+
+def _name(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")  # of a file: it need not be Unicode
+
+
+def _load(split: str, data: bytes) -> Any:
+    item = pickle.loads(data)
+    item.split = split
+    return item
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors of a full or broken disk into an OSError that names the file."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        primary = error.sqlite_errorcode & 0xFF  # the rest tells what was being done
+        if primary not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise
+        code = errno.ENOSPC if primary == sqlite3.SQLITE_FULL else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error

@@ -1,0 +1,163 @@
+"""The shards of a dataset as jobs, in this process or in several.
+
+    job -> its items -> samples -> dataset/train/train-000003.tar -> reports/train-000003.json
+
+A shard depends on its items alone, so its bytes do not depend on the number of processes. The report is written after
+the tar and holds its sha256: a shard whose report fits is finished, and is kept when the command is run again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from src.io.errors import UserError
+from src.io.files import read_json, sha256, write_json
+from src.io.shards import write_shard
+from src.preparation.counts import Counts, Reject
+from src.preparation.items import Items
+from src.text.tokenizer import Codec
+
+if TYPE_CHECKING:
+    from src.preparation.builder import Dataset
+
+DATA, ITEMS, REPORTS = "dataset", "items.db", "reports"  # in the folder of an unfinished dataset
+ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # one thread a worker: each has a core
+WORTH = 1000  # samples that are worth the start of one more process, which takes seconds
+
+
+class WorkerLost(UserError):
+    """A worker process was killed. What is finished stays."""
+
+
+class Job(NamedTuple):
+    """One shard: the items of a split with numbers from `start` to `stop` (exclusive)."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    def tar(self, folder: Path) -> Path:
+        return folder / DATA / self.split / f"{self.split}-{self.number:06d}.tar"
+
+    def report(self, folder: Path) -> Path:
+        return folder / REPORTS / f"{self.split}-{self.number:06d}.json"
+
+    def is_finished(self, folder: Path) -> bool:
+        if not self.report(folder).is_file():
+            return False
+        entry, tar = read_json(self.report(folder))["entry"], self.tar(folder)
+        return entry is None or (tar.is_file() and sha256(tar) == entry["sha256"])
+
+
+def write(job: Job, dataset: Dataset, codec: Codec, items: Items, folder: Path, advance: Callable[[], Any]) -> None:
+    """Write the tar and the report of a job. advance: called after every item"""
+    rejects, lengths = list[Reject](), Counter[int]()
+    counts = Counts(rejects.append)
+    origins = [source["name"] for source in dataset.mixture]
+    columns: dict[str, list] = {"prompt_tokens": [], "sizes": [], "source": []}  # of the index, one entry a sample
+
+    @cache
+    def prompt_tokens(prompt: str, images: int) -> int:
+        return sum(token != codec.image_id for token in codec.prompt_ids(prompt, images=images))
+
+    def samples() -> Iterator[dict]:
+        for item in items.between(job.split, job.start, job.stop):
+            counts.source = item.origin
+            for sample in dataset.samples([item], codec, counts):
+                record, image = sample["json"], sample.get("png") or sample.get("jpg")
+                try:
+                    columns["prompt_tokens"].append(prompt_tokens(record.get("prompt", ""), int(image is not None)))
+                except UserError:  # image marks without images
+                    counts.skip("unusable_prompt", item.source)
+                    continue
+                if image is not None:
+                    with Image.open(BytesIO(image)) as header:
+                        columns["sizes"].append(header.size)
+                if len(origins) > 1:
+                    columns["source"].append(origins.index(item.origin))
+                for caption in record["captions"]:
+                    lengths[len(caption["ids"] if "ids" in caption else codec.encode(caption["text"])[0])] += 1
+                yield sample
+            advance()
+
+    entry = write_shard(job.tar(folder), samples())
+    if entry["count"]:
+        entry |= {name: values for name, values in columns.items() if values}
+    else:
+        job.tar(folder).unlink()
+    report = {"entry": entry if entry["count"] else None, "rejects": rejects, "lengths": sorted(lengths.items())}
+    write_json(job.report(folder), {**report, **counts.report()})
+
+
+def num_processes(asked: int | None, jobs: Sequence[Job]) -> int:
+    """At most one process a job; without a number that was asked for: all cores, but fewer for small datasets."""
+    if asked is not None:
+        return max(1, min(asked, len(jobs)))
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(num_cores, len(jobs), sum(job.stop - job.start for job in jobs) // WORTH))
+
+
+def write_in_processes(
+    jobs: Sequence[Job], dataset: Dataset, folder: Path, *, processes: int, advance: Callable[[int], Any]
+) -> None:
+    """Write the jobs in worker processes. advance: called with the number of items of a finished shard
+
+    Raises WorkerLost if a worker is killed, and what `dataset.samples` raises. Then, and if this process is killed,
+    the workers end at once.
+    """
+    # A fork server: this process may have threads (of torch, of tokenizers), whose locks a forked child would inherit.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    environment = {name: os.environ.get(name) for name in ALONE}
+    os.environ.update(ALONE)
+    alive, own = context.Pipe(duplex=False)  # the system closes `own` with this process, whatever ends it
+    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(dataset, folder, alive))
+    try:
+        futures = {executor.submit(_work, job): job for job in jobs}
+        for future in as_completed(futures):
+            future.result()
+            advance(futures[future].stop - futures[future].start)
+    except BrokenProcessPool as error:
+        raise WorkerLost(
+            f"a worker process was killed, often because memory ran out; the same command continues, and "
+            f"prepare.processes=N with fewer than {processes} needs less memory"
+        ) from error
+    finally:
+        own.close()
+        executor.shutdown(cancel_futures=True)
+        alive.close()
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_state: dict[str, Any] = {}  # of a worker process
+
+
+def _start(dataset: Dataset, folder: Path, alive: Connection) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process ends its workers
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=lambda: os._exit(int(alive.poll(None))), daemon=True).start()
+    codec = Codec.load(folder / DATA / "tokenizer")
+    _state.update(dataset=dataset, codec=codec, items=Items(folder / ITEMS, read_only=True), folder=folder)
+
+
+def _work(job: Job) -> None:
+    write(job, **_state, advance=lambda: None)
