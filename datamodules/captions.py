@@ -28,7 +28,7 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
-from src.io.remote import Cache, is_url, join
+from src.io.remote import Cache, join
 from src.models.tiling import RESIZES, AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
@@ -101,9 +101,9 @@ class ShardData(L.LightningDataModule):
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
         self._warned_empty_val = self._warned_few = False
-        self._remote: dict[str, Index] = {}  # URL -> index
         self._loader_of_epoch: Loader | None = None
         self._loader_state: dict[str, Any] | None = None
+        self._indexes: dict[str, Index] = {}  # by folder or URL
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -266,9 +266,9 @@ class ShardData(L.LightningDataModule):
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
-        index = self._remote.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
-        if is_url(folder):  # asked for once, so that a run keeps its data and needs the server for shards only
-            self._remote[str(folder)] = index
+        index = self._indexes.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
+        if kind != "round":  # read once, so that a run keeps its data; that of a round still gets its numbers
+            self._indexes[str(folder)] = index
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:

@@ -33,6 +33,8 @@ from src.io.remote import Cache, Remote, locate, redact
 from src.io.shards import INDEX, check_manifest, read_manifest
 from src.io.words import counted
 
+COLUMNS = {"prompt_tokens": np.int32, "sizes": np.int32, "source": np.uint8}  # of the index: a value for each sample
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -112,27 +114,20 @@ def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = 
     else:
         data = file.read_bytes()
         content, digest = check_manifest(parse_json(data, str(file)), file), hashlib.sha256(data).hexdigest()
-    num_sources = len(content.get("sources", [{}]))
-    shards, largest = [], 0
-    for entry in content.pop("shards"):
-        lists = {}
-        for name, kind in (("prompt_tokens", np.int32), ("sizes", np.int32), ("source", np.uint8)):
-            if name in entry:
-                lists[name] = np.array(entry[name], dtype=kind)
-        if (
-            any(len(values) != entry["count"] for values in lists.values())
-            or max(entry.get("source", [0])) >= num_sources
-        ):
-            raise UserError(f"{file} is damaged: {entry['name']} has lists of another length; make it again")
+    entries, shards, num_sources = content.pop("shards"), [], len(content.get("sources", [{}]))
+    for entry in entries:
         path = locate(folder, entry["name"], cache=cache, size=entry.get("bytes"), sha256=entry.get("sha256"))
-        shards.append(Shard(path, entry["count"], image, **lists))
-        largest = max(largest, entry.get("bytes", 0))
+        columns = {name: np.array(entry[name], dtype=kind) for name, kind in COLUMNS.items() if name in entry}
+        fits = all(len(values) == entry["count"] for values in columns.values())
+        if not fits or max(entry.get("source", ()), default=0) >= num_sources:
+            raise UserError(f"{file} is damaged: the lists of {entry['name']} do not fit it; make the data again")
+        shards.append(Shard(path, entry["count"], image, **columns))
     if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
         raise UserError(
             f"{folder} lacks {len(missing)} of {counted(len(shards), 'shard')}, such as {missing[0]}; make them again"
         )
     if shards and isinstance(first := shards[0].path, Remote):
-        first.probe(largest=largest)
+        first.probe(largest=max(entry.get("bytes", 0) for entry in entries))
     path = Path(folder) if isinstance(file, Path) else redact(folder)
     return Index(path, content["kind"], content["tokenizer"], tuple(shards), digest, content)
 
@@ -167,6 +162,8 @@ class Stream:
                 close = difflib.get_close_matches(name, prepared, 1, 0)[0]
                 hint = f"did you mean {close!r}?" if close else "its one source has no name"
                 raise UserError(f"data.weights: {index.path} has no source {name!r}; {hint}")
+            if (least := min((weights or {}).values(), default=0)) < 0:
+                raise UserError(f"data.weights must be at least 0, got {least}")
             first += [len(shares)] * len(index.shards)
             shares += [1.0] * len(prepared) if weights is None else [{**prepared, **weights}[n] for n in prepared]
         for shard, group in zip(self.shards, first, strict=True):
@@ -178,18 +175,18 @@ class Stream:
         # 2. samples of each group in a pass
         self._have = self._sizes.sum(0)
         self.sizes, self.weights = self._have.tolist(), shares
-        self._take = np.ceil(self._have * np.array(shares) - 1e-9).astype(np.int64)
+        self._take = self._whole = np.ceil(self._have * np.array(shares) - 1e-9).astype(np.int64)
         self.count = int(self._take.sum())
         self._last: tuple[int, list[int], np.ndarray] | None = None
         self._last_unit: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
-        if min(shares, default=0) < 0 or not self.count:
+        if not self.count:
             paths = ", ".join(str(index.path) for index in indexes)
             raise UserError(f"{paths}: no samples" + (f" with weights {dict(weights)}" if weights else ""))
 
     def resized(self, count: int) -> Stream:
         """The same stream with passes of `count` samples, the groups in proportion."""
         other = copy(self)
-        ends = np.rint(self._take.cumsum() * (count / self.count)).astype(np.int64)
+        ends = np.rint(self._whole.cumsum() * (count / self._whole.sum())).astype(np.int64)
         other._take, other.count = np.diff(ends, prepend=0), count
         other._last = other._last_unit = None
         return other
