@@ -14,6 +14,7 @@ from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
 from src.preparation.annotations import read_entries
 from src.preparation.counts import Counts, Skip, table
+from src.preparation.items import Items
 from src.preparation.photos import Photos
 from src.preparation.splits import Item, fill_splits, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
@@ -130,9 +131,11 @@ def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: 
     assert "error: nothing could be used for train" in capsys.readouterr().err
 
 
-def test_few_usable_images_are_looked_at_once() -> None:
+def test_few_usable_images_are_looked_at_once(tmp_path: Path) -> None:
     """Each look may decode an image."""
-    photos = [Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100) for n in range(4)]
+    photos = Items(tmp_path / "items.db")
+    for n in range(4):
+        photos.add(Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100))
     decoded: list[str] = []
     fill_splits(photos, lambda photo: decoded.append(photo.key) or photo.key in ("k1", "k3"))
     assert sorted(decoded) == sorted(set(decoded))

@@ -57,7 +57,8 @@ class Items:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         # No locks of SQLite's own, which some network file systems lack: the builder locks the whole dataset.
         mode = "mode=ro&immutable=1" if read_only else "nolock=1"
-        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
+        # A tokenizer is trained in a thread of its own, which reads texts while this one waits.
+        self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
         if not read_only:
             self._db.executescript(TABLES)
 
