@@ -137,7 +137,7 @@ class Items:
     def between(self, split: str, start: int, stop: int) -> Iterator[Any]:
         """The items of a split with numbers from `start` to `stop` (exclusive)."""
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
-        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)):
+        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall():
             item = _load(split, data)
             item.number = number
             yield item
