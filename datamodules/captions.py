@@ -28,7 +28,7 @@ from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
 from datamodules.shards import Index, Stream, read_index
 from src.io.errors import UserError
-from src.models.tiling import AnyRes, Layout, Square
+from src.models.tiling import RESIZES, AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
 from src.types import Batch
@@ -238,6 +238,7 @@ class CaptionData(ShardData):
 
     image_size: input size of the vision tower in pixels; images are resized to this square
     tiling:     cut images into tiles of `image_size` pixels instead, which keeps aspect ratio and resolution
+    resize:     torch, or pillow as the released models were trained; null: torch, and pillow with `join: upstream`
     Other arguments: see `ShardData`.
     """
 
@@ -246,13 +247,18 @@ class CaptionData(ShardData):
 
     image_size: int
     tiling: AnyRes | None = None
+    resize: str | None = None
 
     def make_collate(self) -> Collate:
         if self.tiling and self.tiling.size != self.image_size:
             raise UserError(f"image_size {self.image_size} and tiling.size {self.tiling.size} must be equal")
         self.layout: Layout = self.tiling or Square(self.image_size)
-        return Collate(self.codec, response_length=self.response_length, layout=self.layout, seed=self.seed)
+        self.resize = self.resize or ("pillow" if self.codec.prompt_format.join == "upstream" else "torch")
+        if self.resize not in RESIZES:
+            raise UserError(f"data.resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
+        common = {"response_length": self.response_length, "seed": self.seed}
+        return Collate(self.codec, layout=self.layout, resize=self.resize, **common)
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None
-        return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling}
+        return {**super().draft_settings(), "image_size": self.layout.size, "tiling": tiling, "resize": self.resize}

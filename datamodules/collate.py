@@ -68,6 +68,7 @@ class Collate:
     layout: the model's layout, which cuts images into tiles; None for samples without images
     first:  for evaluation: take the first caption of every image instead of one chosen by a hash, and mask no prompt
     prompt_dropout: probability of masking a prompt, drawn by a hash of (seed, pass, key)
+    resize: how images come to the size of tiles, torch or pillow (see `src.models.tiling`)
     """
 
     codec: Codec
@@ -77,6 +78,7 @@ class Collate:
     seed: int
     first: bool = False
     prompt_dropout: float = 0.0
+    resize: str = "pillow"
 
     def __call__(self, samples: list[Sample]) -> tuple[Batch, Notes]:
         # 1. one caption of every sample, or its draft, cut or filled to the response length
@@ -99,7 +101,7 @@ class Collate:
         prefix = {"prompt_ids": torch.tensor(filled)}  # (B, T)
         images = [[] if sample.image is None else [sample.image] for sample in samples]
         if self.layout and any(images):
-            prefix |= image_inputs(images, self.layout)
+            prefix |= image_inputs(images, self.layout, resize=self.resize)
         if lengths.min() < longest:
             prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
         batch = Batch(
@@ -113,7 +115,7 @@ class Collate:
             passes=[sample.passes for sample in samples],
             order=[sample.position for sample in samples],
             records=[sample.record for sample in samples],
-            images=[sample.data for sample in samples],
+            images=[sample.data for sample in samples] if self.first else [],  # nobody reads those of a training batch
         )
         return batch, Counter({(str(self.response_length), "cut"): num_cut} if num_cut else {})
 
@@ -159,10 +161,13 @@ def choice(name: str, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
 
 
-def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dict[str, Tensor]:
+def image_inputs(
+    images: Sequence[Sequence[Image.Image]], layout: Layout, *, resize: str = "pillow"
+) -> dict[str, Tensor]:
     """A backbone's inputs for the images of each row (zero or more); shorter rows are padded with empty tiles.
 
     pixel_values (B, T, 3, S, S) uint8, num_tiles (B, M) int64, image_sizes (B, M, 2) int64 (width, height).
+    NOTE: the channels of pixel_values come last in memory, as images hold them; the model sorts them on its device.
     """
     shape = len(images), max(map(len, images))
     num_tiles, image_sizes = np.zeros(shape, dtype=np.int64), np.zeros((*shape, 2), dtype=np.int64)
@@ -170,10 +175,13 @@ def image_inputs(images: Sequence[Sequence[Image.Image]], layout: Layout) -> dic
         for index, picture in enumerate(pictures):
             num_tiles[row, index], image_sizes[row, index] = layout.num_tiles(picture.size), picture.size
     longest = num_tiles.sum(1).max()
-    pixels = np.zeros((len(images), longest, 3, layout.size, layout.size), dtype=np.uint8)
+    pixels = np.zeros((len(images), longest, layout.size, layout.size, 3), dtype=np.uint8)
     for row, pictures in enumerate(images):
-        if pictures:
-            tiles = np.concatenate([layout.tiles(picture) for picture in pictures])  # (., S, S, 3)
-            pixels[row, : len(tiles)] = tiles.transpose(0, 3, 1, 2)
+        start = 0
+        for picture in pictures:
+            tiles = layout.tiles(picture, resize=resize)  # (., S, S, 3)
+            pixels[row, start : start + len(tiles)] = tiles
+            start += len(tiles)
     arrays = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {**tensors, "pixel_values": tensors["pixel_values"].permute(0, 1, 4, 2, 3)}

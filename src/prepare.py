@@ -9,8 +9,8 @@
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
     OUT/manifest.json  OUT/rejects.jsonl      sources, shards and statistics; everything that was left out
 
-Annotations are JSON (a list or a mapping), JSONL, CSV or TSV. The keys of a record
-tell its format:
+Annotations are JSON (a list or a mapping), JSONL, tables (CSV, TSV, captions.txt; also with ; or |) or Parquet, with
+images in it or without. The keys of a record tell its format:
     {"image": "a.jpg", "caption": "A cat."}          or image_id, file_name, ...; captions: a list, text, output, ...
     {"a.jpg": "A cat.", "b.jpg": ["A dog."]}         file names with captions
     {"images": [...], "annotations": [...]}          COCO
@@ -18,6 +18,7 @@ tell its format:
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     conversations and "revise": [{"org": "a dog", "target": "a cat"}]              ReDiff: the answer has errors
     "original_caption", "changed_caption", "solution_original", "solution_target"  ViCrit: "image" as above
+Several sources, each with its own files, images and prompt: conf=data/coco_captions or conf=data/rediff_260k.
 A record may set "split" (train, val or test) and "prompt". Other images are split by a hash of their names; with three
 or more of them, each split gets at least one.
 

@@ -80,7 +80,7 @@ class Batch:
     passes:   how often the stream of each row had been read before: its noise is new in each pass; empty: 0
     order:    position of each row in its stream, over all passes and ranks; empty outside training
     records:  JSON record of each row from the shard (text, scene, ...), for callbacks and metrics
-    images:   encoded image of each row from the shard, for drafts and logging
+    images:   encoded image of each row from the shard, for drafts and logging; empty in training
     """
 
     prefix: dict[str, Tensor]

@@ -12,10 +12,10 @@ from PIL import Image
 
 from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
-from src.preparation.annotations import read_entries
 from src.preparation.counts import Counts, Skip, table
 from src.preparation.items import Items
 from src.preparation.photos import Photos
+from src.preparation.sources.reader import read_entries
 from src.preparation.splits import Item, fill_splits, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main

@@ -18,10 +18,11 @@ from datamodules.captions import CaptionData
 from datamodules.shards import Reader, Sample, Stream, read_index
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
-from src.preparation.annotations import Entry, read_entries
 from src.preparation.counts import Counts
-from src.preparation.photos import Photos
+from src.preparation.photos import Photo, Photos
 from src.preparation.scenes import Scenes
+from src.preparation.sources.base import Entry
+from src.preparation.sources.reader import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
@@ -211,11 +212,11 @@ GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
         ("a.json", b'{"images": [{"id": 3, "file_name": "x.png"}], "annotations": [{"image_id": 3, "caption": "a"}]}',
          ["x.png"], {}),
         ("a.json", b"\xef\xbb\xbf[" + GOOD + b", 2]", ["a.jpg"], {"not_a_record": "a.json#2"}),
-        # tables: a comma that is not quoted, a quotation mark that is not closed, a field of 140 kB
+        # tables: a comma that is not quoted, a quotation mark that is not closed, a text of 140 kB
         ("a.csv", b'\xef\xbb\xbfimage,caption\na.jpg,x\nb.jpg,"y ""z"",\n"\nc.jpg,red, and grey\nd.jpg,"e\nf.jpg,g\n',
-         ["a.jpg", "b.jpg"], {"broken_row": "a.csv:5"}),
+         ["a.jpg", "b.jpg", "f.jpg"], {"broken_row": "a.csv:5 (3 cells for 2 columns)"}),
         ("a.tsv", b"image\tcaption\r\na.jpg\tx\r\n\xff\ty\r\nc.jpg\t" + b"z" * 140_000 + b"\r\nd.jpg\tw\r\n",
-         ["a.jpg", "d.jpg"], {"not_utf-8": "a.tsv:3", "broken_row": "a.tsv:4"}),
+         ["a.jpg", "c.jpg", "d.jpg"], {"not_utf-8": "a.tsv:3"}),
         ("a.json", b'[{"image": "a.jpg", "captions": ["x", "\\ud83d", " "]}]', ["a.jpg"],
          {"not_utf-8": "a.json#1", "empty_caption": "a.json#1"}),
     ],
@@ -238,7 +239,7 @@ def test_one_reader_for_all_files(
         (b'[{"picture": "a.jpg", "words": "x"}]', "keys picture, words.* needs an image .*file_name.* and a caption"),
         (b"[]", "holds no records"),
         (b'[{"image": "a.jpg", "caption": "x"},', "not valid JSON"),
-        (b'[{"image": "\xff", "caption": "x"}]', "not valid JSON: 'utf-8' codec"),
+        (b'[{"image": "\xff", "caption": "x"}]', "holds no records"),
         (None, "no file"),
     ],
 )
@@ -333,18 +334,24 @@ def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -
         {**swap, "image": "COCO_val2014_000000000042.jpg", "split": "test"},
         {**swap, "image": "42", "split": "test"},
         {**vicrit("A red cat.", "A red dog.", "cat", "dog"), "image": "coco/x/000000000042", "split": "train"},
-        {**swap, "image": "/images/42", "problem": "R", "split": "unheard of"},
+        {**swap, "image": "/images/42", "problem": "R", "split": "Test"},
+        {**swap, "image": "42", "split": "unheard of"},
         {**swap, "image": "../../etc/passwd"},
     ]
     annotations = write_json(tmp_path / "a.json", rows)
     dataset = Photos(out="", **PHOTOS, images=str(tmp_path / "images"), annotations=str(annotations))
-    one, other = dataset.read(counts := Counts())
+    photos: dict[str, Photo] = {}
+    for photo in dataset.read(counts := Counts()):
+        if first := photos.get(photo.key):
+            dataset.merge(first, photo, counts)
+        photos.setdefault(photo.key, photo)
+    one, other = photos.values()
     assert (one.prompt, other.prompt) == ("Q", "R")
     assert one.key != other.key
     assert one.split == other.split == "test"
     assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue"), ("cat", "dog")]
-    assert +counts == {"records": 6, "merged": 3, "missing_image": 1, "duplicate_caption": 2, "unknown_split": 1}
-    assert counts.examples == {"missing_image": "../../etc/passwd"}
+    assert +counts == {"records": 7, "merged": 3, "missing_image": 1, "duplicate_caption": 2, "unknown_split": 1}
+    assert counts.examples == {"missing_image": "../../etc/passwd", "unknown_split": "a.json#6 (unheard of)"}
 
 
 def test_hashed_splits_have_their_shares() -> None:

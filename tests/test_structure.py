@@ -48,7 +48,7 @@ ROOMS = {
         objectives   <- types diffusion samplers distributed scenes
         experts      <- types io text scenes chat
         rounds       <- types io text distributed chat models
-        preparation  <- types io text scenes
+        preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
         evaluation   <- types io cli text models samplers datamodules metrics generation
@@ -80,6 +80,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "huggingface_hub": {"io", "models"},
     "filelock": {"io"},
     "webdataset": {"io"},
+    "pyarrow": {"preparation"},
     "torchmetrics": {"metrics", "evaluation"},
 }
 
@@ -117,6 +118,7 @@ ON_TOP: dict[str, list[str]] = {
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
     "sweep": ["evaluate.models.model=model"],
+    "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Convert any image file to a small RGB image.
+"""Convert any image file, or its bytes, to a small RGB image.
 
     convert(path, size=96, encoding="jpg") -> bytes
 
@@ -7,14 +7,20 @@
 
 Images are never cropped, as captions describe all of them. NOTE: pixels are decoded before EXIF is read: with EXIF
 first, Pillow accepts some broken files.
+
+Callers pass the function that resizes (`src.models.tiling.resizer`), as this room does without torch; Pillow's is the
+default.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,31 +28,46 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 100_000_000
 GREY = (128, 128, 128)
 ENCODINGS = {"jpg": {"format": "JPEG", "quality": 92}, "png": {"format": "PNG"}}
-BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, ZeroDivisionError, EOFError, MemoryError)
+BROKEN = (
+    *(OSError, ValueError, SyntaxError, TypeError, LookupError, ZeroDivisionError, EOFError, MemoryError),
+    *(RuntimeError, struct.error),
+)
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+Resize = Callable[[Image.Image, tuple[int, int]], Image.Image]  # of an RGB image to (width, height)
 
 
 class ImageProblem(Exception):
     """An image that cannot be used. The message is the reason, a word for counts."""
 
 
-def convert(path: Path, *, size: int, encoding: str, square: bool = True) -> bytes:
+def by_pillow(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bicubic; images much larger than `size` are first reduced by a whole factor."""
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def convert(
+    source: Path | bytes, *, size: int, encoding: str, square: bool = True, resize: Resize = by_pillow
+) -> bytes:
     """The re-encoded image: a square of `size` pixels, or its own aspect ratio within it."""
     stream = io.BytesIO()
-    resize = fit if square else shrink
-    resize(load(path, size=size), size).save(stream, **ENCODINGS[encoding])
+    fitted = fit if square else shrink
+    fitted(load(source, size=size), size, resize=resize).save(stream, **ENCODINGS[encoding])
     return stream.getvalue()
 
 
-def load(path: Path, *, size: int = 0) -> Image.Image:
-    """Read an image file, upright and as RGB. JPEGs much larger than `size` (0: none) are decoded at reduced size."""
-    if not path.is_file():
+def load(source: Path | bytes, *, size: int = 0) -> Image.Image:
+    """Decode an image file, or the bytes of one: its first frame, upright and as RGB.
+
+    JPEGs much larger than `size` (0: none) are decoded at reduced size. Raises ImageProblem.
+    """
+    if isinstance(source, Path) and not source.is_file():
         raise ImageProblem("missing_image")
-    if not path.stat().st_size:
+    if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
         raise ImageProblem("empty_image_file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for corrupt EXIF; unusable images raise
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 if size:
@@ -55,39 +76,59 @@ def load(path: Path, *, size: int = 0) -> Image.Image:
                 upright: Image.Image = image
                 with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
                     upright = ImageOps.exif_transpose(image)
-                return to_rgb(upright)
+                return to_rgb(upright, tags=getattr(image, "tag_v2", {}))
         except Image.DecompressionBombError as error:
             raise ImageProblem("image_too_large") from error
         except BROKEN as error:
             raise ImageProblem("undecodable_image") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: transparency on white, 16-bit and float values scaled to 8 bits."""
+def to_rgb(image: Image.Image, *, tags: Mapping[int, Any]) -> Image.Image:
+    """Convert any mode to RGB, transparency on white. tags: those of a TIFF file."""
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.size and values.max() > 255 else 1.0
-        image = Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8))
+        image = _to_8_bits(image, tags)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
+def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """A grey image of 16 or 32 bits or of floats, as bright as it looks.
+
+    White is the greatest value of the type. Files use floats and 32 bits in several ranges: the smallest that holds
+    the values is taken.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    bits, signed = tags.get(BITS, (16,))[0], tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+    if image.mode != "F" and bits <= 16:
+        white = 2.0 ** (bits - signed) - 1
+    else:
+        brightest = float(values.max(initial=0.0))
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, 2.0**31 - 1)
+        white = next((end for end in ranges if brightest <= end), brightest)
+    grey = np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero
+        grey = 255 - grey
+    if (transparent := image.info.get("transparency")) is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def fit(image: Image.Image, size: int, *, resize: Resize = by_pillow) -> Image.Image:
     """The whole image, its longer side `size` pixels, centred on a grey square."""
-    small = _scaled(image, size)
+    small = _scaled(image, size, resize)
     square = Image.new("RGB", (size, size), GREY)
     square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
     return square
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
+def shrink(image: Image.Image, size: int, *, resize: Resize = by_pillow) -> Image.Image:
     """The image with its longer side at most `size` pixels, in its own aspect ratio. Smaller images stay unchanged."""
-    return _scaled(image, size) if max(image.size) > size else image
+    return _scaled(image, size, resize) if max(image.size) > size else image
 
 
-def _scaled(image: Image.Image, size: int) -> Image.Image:
+def _scaled(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return resize(image, (width, height))

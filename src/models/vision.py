@@ -59,7 +59,8 @@ class VisionPath(nn.Module):
 
     def features(self, tiles: Tensor) -> Tensor:
         """Output of the last encoder layer (N, n, W), without the final norm that the tower's `forward` applies."""
-        pixels = tiles.float().div(127.5).sub(1)  # (u8 / 255 - 0.5) / 0.5
+        # (u8 / 255 - 0.5) / 0.5, in float32 before the cast; the loader's tiles have their channels last in memory
+        pixels = tiles.to(torch.float32, memory_format=torch.contiguous_format).div(127.5).sub(1)
         embeddings = self.vision_tower.embeddings
         pixels = pixels.to(embeddings.patch_embedding.weight.dtype)
         return self.vision_tower.encoder(inputs_embeds=embeddings(pixels)).last_hidden_state

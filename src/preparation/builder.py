@@ -69,7 +69,7 @@ class Dataset(ABC):
     overwrite: bool = False
 
     @property
-    def sources(self) -> Sequence[str]:
+    def inputs(self) -> Sequence[str]:
         """The files and folders that are read."""
         return ()
 
@@ -135,7 +135,7 @@ class Dataset(ABC):
 
     def _finished(self, out: Path, folder: Path) -> dict | None:
         """The index of the dataset in `out`, if there is one. Raises UserError if something else would be replaced."""
-        for path in self.sources:
+        for path in self.inputs:
             if any(Path(path).resolve().is_relative_to(place.resolve()) for place in (out, folder)):
                 raise UserError(f"prepare.out={out} would take the place of {path}, which is read: choose another one")
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -149,7 +149,7 @@ class Dataset(ABC):
         """The settings, and size and hash of the source files: with an equal plan a dataset is the same."""
         others = ("out", "overwrite", "processes")
         settings = {name: value for name, value in asdict(self).items() if name not in others}
-        paths = [*self.sources, *(str(Path(self.tokenizer or "") / name) for name in TOKENIZER_FILES if self.tokenizer)]
+        paths = [*self.inputs, *(str(Path(self.tokenizer or "") / name) for name in TOKENIZER_FILES if self.tokenizer)]
         files = [Path(path) for path in paths if Path(path).is_file()]
         digests = {str(path): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
         return as_json({"format": FORMAT, "settings": settings, "files": digests})

@@ -114,6 +114,13 @@ class Items:
         """Move all items of a name into a split."""
         self._db.execute("UPDATE items SET split = ? WHERE name = ?", (split, _name(name)))
 
+    def unite(self) -> None:
+        """Move all items of a name into the split of the first one."""
+        self._db.execute(
+            "UPDATE items SET (split, share) = (SELECT split, share FROM items AS first WHERE first.name = items.name "
+            "ORDER BY id LIMIT 1) WHERE name IN (SELECT name FROM items GROUP BY name HAVING COUNT(DISTINCT split) > 1)"
+        )
+
     def movable(self) -> Iterator[Movable]:
         """The items whose split is not given."""
         for key, name, split, share in self._db.execute(

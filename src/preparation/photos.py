@@ -1,104 +1,140 @@
-"""Photographs with annotation files (`conf=photos`).
+"""Photographs with annotation files (`conf=photos`), from one source or several.
 
-A photo is one image under one prompt, with the captions of all its records. All photos of an image are in the same
-split, even if the image has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
+    sources -> entries of each, with image files -> a photo for each -> photos of one image and prompt are merged
+
+A photo is one image under one prompt, with the captions of all its records in one source. All photos of an image are
+in the same split, even if the image has two names (`COCO_val2014_000000000042.jpg` is `000000000042.jpg`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, load
-from src.preparation.annotations import Caption, read_entries
+from src.models.tiling import resizer
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts
+from src.preparation.items import Items
+from src.preparation.sources import coco
+from src.preparation.sources.base import Caption
+from src.preparation.sources.source import Source
 from src.preparation.splits import SPLIT_NAMES, Item, hashed_share, split_of
 from src.preparation.swaps import locate_swaps
 from src.text.tokenizer import Codec
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_COCO_PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")
-_ID_DIGITS = 12  # COCO file names pad ids with zeros
-
 
 @dataclass(kw_only=True)
 class Photo(Item):
-    """An image under one prompt. name: of the image, without COCO's prefix; captions: by text."""
+    """An image under one prompt. name: of the image, without COCO's prefix; image: its file, or the bytes of one;
+    captions: by text."""
 
-    path: Path
+    image: Path | bytes
     prompt: str
     captions: dict[str, Caption] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class Photos(Dataset):
-    """Photographs with captions, from annotation files in any format that `src.preparation.annotations` reads.
+    """Photographs with captions, from annotation files in any format that `src.preparation.sources` reads.
 
-    images:      folder that the image names in the annotations are relative to
-    annotations: one file or several: JSON, JSONL, CSV or TSV
+    images, annotations: of the only source, see `Source`
+    sources:     {name: {annotations, images, prompt, weight, max, captions, licence, origin}} instead, see `Source`
     image_size:  pixels, side of the stored square image: the whole picture, padded with grey
     square:      false keeps the shape of images, the longer side at most `image_size`, for training with tiles
+    resize:      torch, or pillow
     prompt:      for records without a question
     max_images:  use only the first `max_images` photos; null uses all
     """
 
     image_size: int
     prompt: str
-    images: str
-    annotations: str | Sequence[str]
+    images: str | None = None
+    annotations: str | Sequence[str] | None = None
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     encoding: Literal["jpg", "png"] = "jpg"
     square: bool = True
     max_images: int | None = None
+    resize: Literal["torch", "pillow"] = "torch"
+
+    @cached_property
+    def source_list(self) -> list[Source]:
+        """Raises UserError for a source that is not as `Source` says."""
+        if bool(self.sources) == bool(self.annotations):
+            raise UserError("give either prepare.annotations=FILE (with prepare.images=DIR) or prepare.sources")
+        if self.annotations:
+            return [Source(annotations=self.annotations, images=self.images)]
+        names, sources = [known.name for known in fields(Source)][1:], []
+        for name, values in self.sources.items():
+            if unknown := set(values) - set(names):
+                raise UserError(f"prepare.sources.{name} has no key {unknown.pop()!r}; it may have {', '.join(names)}")
+            if not values.get("annotations"):
+                raise UserError(f"prepare.sources.{name}.annotations must be given")
+            source = Source(name=str(name), **values)
+            if not (isinstance(source.weight, int | float) and source.weight > 0):
+                raise UserError(f"prepare.sources.{name}.weight must be a positive number, got {source.weight!r}")
+            if source.max is not None and not (isinstance(source.max, int) and source.max > 0):
+                raise UserError(f"prepare.sources.{name}.max must be a positive whole number, got {source.max!r}")
+            sources.append(source)
+        return sources
 
     @property
-    def sources(self) -> Sequence[str]:
-        return [self.images, *([self.annotations] if isinstance(self.annotations, str) else self.annotations)]
+    def inputs(self) -> Sequence[str]:
+        return [path for source in self.source_list for path in (source.images, *source.files()) if path]
 
-    def read(self, counts: Counts) -> list[Photo]:
-        """The photos of all records whose image is there. The first record of an image sets its split."""
-        folder = Path(self.images)
-        if not folder.is_dir():
-            raise UserError(f"no image folder {folder}")
-        photos: dict[tuple[Path, str], Photo] = {}
-        splits: dict[str, tuple[str, float | None]] = {}
-        entries = (entry for file in self.sources[1:] for entry in read_entries(Path(file), counts))
-        for entry in entries:
-            # 1. the image, and its split
-            path = find_image(folder, entry.image)
-            if path is None:
-                counts.skip("missing_image", entry.image)
-                continue
-            name, source = _COCO_PREFIX.sub("", path.stem), path.relative_to(folder).as_posix()
-            if name not in splits:
-                given, share = SPLIT_NAMES.get((entry.split or "").lower()), hashed_share(name, self.seed)
-                splits[name] = (given, None) if given else (split_of(share), share)
-            # 2. the photo, unless another record has made it
-            prompt = entry.prompt or self.prompt
-            if (path, prompt) in photos:
-                counts["merged"] += 1
-            else:
-                counts["unknown_split"] += bool(entry.split) and entry.split.lower() not in SPLIT_NAMES
-                digest = hashlib.blake2b(f"{source}\n{prompt}".encode(), digest_size=4).hexdigest()
-                key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.stem)[:60]}-{digest}"
-                split, share = splits[name]
-                common = {"key": key, "name": name, "source": source, "split": split, "share": share}
-                photos[path, prompt] = Photo(path=path, prompt=prompt, **common)
-            # 3. its captions; one that the photo has already may bring new swaps
-            captions = photos[path, prompt].captions
-            for caption in entry.captions:
-                existing = captions.setdefault(caption.text, caption)
-                if existing is not caption:
-                    new = [swap for swap in caption.swaps if swap not in existing.swaps]
-                    existing.swaps.extend(new)
-                    counts["duplicate_caption"] += not new
-        return list(photos.values())[: self.max_images]
+    @property
+    def mixture(self) -> Sequence[Mapping[str, Any]]:
+        keys = ("name", "weight", "licence", "origin")
+        return [{key: getattr(source, key) for key in keys} for source in self.source_list]
+
+    def read(self, counts: Counts) -> Iterator[Photo]:
+        """A photo for each record whose image is there."""
+        keys: set[str] = set()  # of the photos, where their number is limited
+        for source in self.source_list:
+            for entry, path in source.read(counts, self.seed):
+                # 1. the image
+                if path is not None:
+                    image, stem = path, path.stem
+                    place = identity = path.relative_to(source.images or ".").as_posix()
+                else:
+                    image, place = entry.data or b"", entry.place
+                    identity = hashlib.blake2b(image, digest_size=16).hexdigest()
+                    stem = Path(entry.image).stem or identity
+                # 2. its split
+                split, name = (entry.split or "").lower(), coco.PREFIX.sub("", stem)
+                if split and split not in SPLIT_NAMES:
+                    counts.skip("unknown_split", f"{entry.place} ({split[:40]})")
+                    continue
+                share = None if split else hashed_share(name, self.seed)
+                # 3. the photo
+                prompt = entry.prompt or source.prompt or self.prompt
+                parts = [source.name, identity, prompt] if source.name else [identity, prompt]
+                digest = hashlib.blake2b("\n".join(parts).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+                key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}-{digest}"
+                if self.max_images is not None and key not in keys:
+                    if len(keys) >= self.max_images:
+                        continue
+                    keys.add(key)
+                common = {"key": key, "name": name, "source": place, "origin": source.name, "share": share}
+                split = split_of(share) if share is not None else SPLIT_NAMES[split]
+                photo = Photo(image=image, prompt=prompt, split=split, **common)
+                _add(photo, entry.captions, counts)
+                yield photo
+
+    def merge(self, item: Photo, other: Photo, counts: Counts) -> None:
+        """Add the captions of a later record of an image and prompt."""
+        counts["merged"] += 1
+        _add(item, other.captions.values(), counts)
+
+    def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
+        items.unite()
+        return super().divide(items, codec, counts)
 
     def texts(self, items: Iterable[Photo]) -> Iterator[str]:
         yield f"{self.prompt} system user assistant"  # the roles of the chat template
@@ -110,28 +146,35 @@ class Photos(Dataset):
 
     def is_usable(self, item: Photo, codec: Codec) -> bool:
         """Whether the photo has a caption that fits and an image that can be decoded."""
-        if all(len(codec.encode(text)[0]) >= self.response_length for text in item.captions):
+        fits = lambda text: len(codec.encode(text)[0]) < self.response_length and not codec.loses(text)  # noqa: E731
+        if codec.loses(item.prompt) or not any(map(fits, item.captions)):
             return False
         try:
-            load(item.path, size=self.image_size)
+            load(item.image, size=self.image_size)
         except ImageProblem:
             return False
         return True
 
     def samples(self, items: Iterable[Photo], codec: Codec, counts: Counts) -> Iterator[dict]:
         for photo in items:
+            if codec.loses(photo.prompt):
+                counts.skip("prompt_not_in_vocabulary", photo.source)
+                continue
             captions = []
             for caption in photo.captions.values():
-                if len(codec.encode(caption.text)[0]) < self.response_length:
+                if codec.loses(caption.text):
+                    counts.skip("not_in_vocabulary", photo.source)
+                elif len(codec.encode(caption.text)[0]) >= self.response_length:
+                    counts.skip("captions too long", photo.source)
+                else:
                     swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
                     captions.append({"text": caption.text, "swaps": swaps})
-                else:
-                    counts.skip("captions too long", photo.source)
             if not captions:
                 counts.skip("no_usable_caption", photo.source)
                 continue
             try:
-                data = convert(photo.path, size=self.image_size, encoding=self.encoding, square=self.square)
+                form = {"encoding": self.encoding, "square": self.square, "resize": resizer(self.resize)}
+                data = convert(photo.image, size=self.image_size, **form)
             except ImageProblem as reason:
                 counts.skip(reason, photo.source)
                 continue
@@ -139,19 +182,11 @@ class Photos(Dataset):
             yield {"__key__": photo.key, "json": record, self.encoding: data}
 
 
-def find_image(folder: Path, name: str) -> Path | None:
-    """The image file of a name, trying it with fewer and fewer leading folders, in COCO's other spelling (without the
-    prefix, with padding), and with each image suffix if it has none."""
-    parts = [p for p in PurePosixPath(name.replace("\\", "/")).parts if p not in ("/", ".", "..")]
-    for first in range(len(parts)):
-        path = folder.joinpath(*parts[first:])
-        plain = path.with_name(_COCO_PREFIX.sub("", path.name))
-        if path.name.isdecimal():
-            plain = plain.with_name(plain.name.zfill(_ID_DIGITS))
-        spellings = [path, plain]
-        if path.suffix.lower() not in SUFFIXES:
-            spellings += [p.with_name(p.name + suffix) for p in (path, plain) for suffix in SUFFIXES]
-        for candidate in spellings:
-            if os.path.isfile(candidate):  # unlike Path.is_file, False for invalid names
-                return candidate
-    return None
+def _add(photo: Photo, captions: Iterable[Caption], counts: Counts) -> None:
+    """Add captions to a photo; one that it has already may bring new swaps."""
+    for caption in captions:
+        existing = photo.captions.setdefault(caption.text, caption)
+        if existing is not caption:
+            new = [swap for swap in caption.swaps if swap not in existing.swaps]
+            existing.swaps.extend(new)
+            counts["duplicate_caption"] += not new

@@ -1,38 +1,53 @@
-"""Read record files of any kind: the one reader for annotations and texts.
+"""Read record files of any kind: the one reader for annotations and texts. Files of any size are read in pieces.
 
     read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
 
     .csv, .tsv   a table whose first line names the columns
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
     .jsonl       JSON records one after another, in lines or over several lines
-    any other    JSON: the same, a list of records, COCO's tables, {name: record}, or {file name: captions}
+    any other    JSON: the same, a list of records, COCO's tables, tables by name ({"data": [...]}, {"train": [...]}),
+                 {name: record}, or {file name: captions}
 
 What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
+from src.preparation.json_text import NOT_UTF8, JsonText, TooLong, open_text
+from src.preparation.sources import coco
+from src.preparation.splits import SPLIT_NAMES
+from src.preparation.tables import read_table
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-NOT_BLANK = re.compile(r"\S")
+LARGE = 1 << 20  # characters: a longer object that begins a .json file is the whole file
+NUM_KEYS = 100  # of an object, from which its form is told
+
+Value = tuple[str, Any]  # place, and a record, or a `Skip` for what cannot be read
 
 
-def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record). Raises UserError if the file is missing, or is a JSON list with a syntax error."""
+def read_records(
+    path: Path, counts: Counts, reader: Callable[[Path], Iterator[Value]] | None = None
+) -> Iterator[tuple[str, dict]]:
+    """Yield (place, record). reader: for files of another form.
+
+    Raises UserError if the file is missing, or is a JSON list, or one JSON object of many records, with a syntax error.
+    """
     if not path.is_file():
         raise UserError(f"no file {path}")
-    readers = {".csv": _table, ".tsv": _table, ".txt": _documents, ".jsonl": _json_values}
-    for place, value in readers.get(path.suffix.lower(), _json)(path, counts):
+    readers = {".csv": read_table, ".tsv": read_table, ".txt": _documents}
+    for place, value in (reader or readers.get(path.suffix.lower(), _json))(path):
+        if isinstance(value, Skip):
+            counts.skip(value, place)
+            continue
         counts["records"] += 1
         if isinstance(value, dict):
             yield place, value
@@ -41,100 +56,138 @@ def read_records(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
 
 
 def text_of(record: dict, field: str) -> str:
-    """The text of a field, with LF line ends. Raises `Skip` if it is missing, empty or not text."""
-    value = record.get(field)
+    """The text of a field, with LF line ends. A field in other case, or with blanks around it, is the same.
+
+    Raises `Skip` if it is missing, empty or not text.
+    """
+    plain = field.strip().casefold()
+    same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
+    value = record.get(field if field in record else next(same, field))
     if value is None:
-        names = ", ".join(str(name) for name in record if name is not None)
+        names = ", ".join(str(name) for name in record)
         raise Skip("missing_field", f" (its fields: {names[:80]})")  # shows a misspelling
     if not isinstance(value, str):
         raise Skip("not_a_text")
     if not value.strip():
         raise Skip("empty_text")
-    check_unicode(value)
-    return value.replace("\r\n", "\n").replace("\r", "\n")
+    return clean(value)
 
 
-def check_unicode(text: str) -> None:
-    """Raise `Skip` for half of a surrogate pair, which is valid in JSON, but cannot be stored as UTF-8."""
+def clean(text: str) -> str:
+    """The text with LF line ends. Raises `Skip` for a NUL character, and for half of a surrogate pair, which is valid
+    in JSON, but cannot be stored as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise Skip("not_utf-8") from None
+    if "\0" in text:
+        raise Skip("nul_character")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _json(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        if path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        yield from _json_values(path, counts)
-        return
-    records = content if isinstance(content, list) else [content]
-    if isinstance(content, dict):
-        images, annotations = content.get("images"), content.get("annotations")
-        if isinstance(images, list) and isinstance(annotations, list):  # COCO
-            names = {image.get("id"): image.get("file_name") for image in images}
-            records = [{**row, "image": names.get(row.get("image_id"))} for row in annotations]
-        elif all(isinstance(item, dict) for item in content.values()):
-            records = [{"id": name, **item} for name, item in content.items()]
-        elif all(FILE_NAME.search(name) for name in content):
-            records = [{"image": name, "captions": item} for name, item in content.items()]
-    for number, record in enumerate(records, start=1):
-        yield f"{path.name}#{number}", record
-
-
-def _json_values(path: Path, counts: Counts) -> Iterator[tuple[str, Any]]:
-    """JSON values that white space separates. After a broken one, reading goes on in the next line."""
-    lines = dict(_lines(path, counts))
-    text = "".join(lines.get(number, "\n") for number in range(1, max(lines, default=0) + 1))
-    decoder, number, start = json.JSONDecoder(), 1, 0
-    while rest := NOT_BLANK.search(text, start):
-        number += text.count("\n", start, rest.start())
-        place = f"{path.name}:{number}"
-        try:
-            value, start = decoder.raw_decode(text, rest.start())
-        except (ValueError, RecursionError):
-            counts.skip("broken_json", place)
-            newline = text.find("\n", rest.start())
-            start = newline if newline >= 0 else len(text)
-        else:
-            yield place, value
-        number += text.count("\n", rest.start(), start)
-
-
-def _table(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
-    lines = dict(_lines(path, counts))
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(lines.values(), delimiter=delimiter, strict=True)
-    numbers = list(lines)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
+def _json(path: Path) -> Iterator[Value]:
+    with open_text(path) as stream:
+        text = JsonText(stream)
+        first, number = text.peek(), 0
+        if first == "{" and path.suffix.lower() != ".jsonl" and _is_one_object(path):
+            records = enumerate(_object(path), start=1)
+            yield from ((f"{path.name}#{number}", record) for number, record in records)
             return
-        except csv.Error:  # a field that is too long, or a quotation mark that is not closed
-            row = {None: None}
-        place = f"{path.name}:{numbers[rows.reader.line_num - 1]}"  # the last line of the row
-        if None in row:  # more cells than columns, as with a comma that is not quoted
-            counts.skip("broken_row", place)
-        else:
-            yield place, row
-
-
-def _documents(path: Path, counts: Counts) -> Iterator[tuple[str, dict]]:
-    documents = "".join(line for _, line in _lines(path, counts)).split(SEPARATOR)
-    if len(documents) > 1 and not documents[-1].strip():  # a separator may end the file
-        documents.pop()
-    for number, document in enumerate(documents, start=1):
-        yield f"{path.name}#{number}", {"text": document.strip()}
-
-
-def _lines(path: Path, counts: Counts) -> Iterator[tuple[int, str]]:
-    """Yield (number, line with its line end); lines that are not UTF-8 are counted and left out."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        # 1. a list
+        if first == "[":
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                counts.skip("not_utf-8", f"{path.name}:{number}")
+                for number, value in enumerate(text.elements(), start=1):
+                    yield f"{path.name}#{number}", value
+            except (ValueError, RecursionError) as error:
+                raise _not_json(path, error, text) from error
+        # 2. values that white space separates; after a broken one, reading goes on in the next line
+        while text.peek():
+            place = f"{path.name}:{text.line}"
+            try:
+                yield place, text.value()
+            except (ValueError, RecursionError):
+                yield place, Skip(text.skip_line())
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a file is a single object: nothing follows it, or it is too long for a record."""
+    with open_text(path) as stream:
+        text = JsonText(stream)
+        try:
+            text.value(limit=LARGE)
+        except TooLong:
+            return True
+        except (ValueError, RecursionError):
+            return False
+        return not text.peek()
+
+
+def _object(path: Path) -> Iterator[Any]:
+    """The records of a file that is a single object."""
+    # 1. its keys: those of records, and those of lists of records
+    first: dict[str, Any] = {}
+    records, tables = set[str](), set[str]()
+    for key, value, is_element in _pairs(path):
+        if key not in first and isinstance(first.setdefault(key, value), dict):
+            (tables if is_element else records).add(key)
+        if len(first) >= NUM_KEYS:
+            break
+    file_names = [key for key in first if FILE_NAME.search(key) or (key.isdecimal() and isinstance(first[key], str))]
+    # 2. its records
+    if not {"conversations", "messages"}.isdisjoint(first):
+        return _whole(path)
+    if {"images", "annotations"} <= tables:
+        return coco.join(partial(_pairs, path))
+    if first and 2 * len(file_names) >= len(first):
+        return (_keyed(key, value, "image") for key, value, _ in _pairs(path))
+    if tables:
+        rows = ((key.lower(), value) for key, value, _ in _pairs(path) if key in tables)
+        return (_keyed(key, value, "split") if key in SPLIT_NAMES else value for key, value in rows)
+    if first and 2 * len(records) >= len(first):
+        return (_keyed(key, value, "id") for key, value, _ in _pairs(path))
+    return _whole(path)
+
+
+def _keyed(key: str, value: Any, name: str) -> Any:
+    """A record with its key in the object; captions become one where the key is that of an image."""
+    if isinstance(value, dict):
+        return {name: key, **value}
+    return {"image": key, "captions": value} if name == "image" else value
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, Any, bool]]:
+    with open_text(path) as stream:
+        text = JsonText(stream)
+        try:
+            yield from text.pairs()
+            if text.peek():
+                raise ValueError("more than one object; files of such long ones must end in .jsonl")
+        except (ValueError, RecursionError) as error:
+            raise _not_json(path, error, text) from error
+
+
+def _whole(path: Path) -> Iterator[Any]:
+    with open_text(path) as stream:
+        yield JsonText(stream).value()
+
+
+def _not_json(path: Path, error: Exception, text: JsonText) -> UserError:
+    return UserError(f"{path} is not valid JSON: {getattr(error, 'msg', error)} (at or behind line {text.line})")
+
+
+def _documents(path: Path) -> Iterator[Value]:
+    number, parts = 0, []
+    with open_text(path) as stream:
+        for line_number, line in enumerate(stream, start=1):
+            if NOT_UTF8.search(line):
+                yield f"{path.name}:{line_number}", Skip("not_utf-8")
+                continue
+            *ends, rest = line.split(SEPARATOR)
+            for end in ends:
+                number += 1
+                yield f"{path.name}#{number}", {"text": "".join([*parts, end]).strip()}
+                parts = []
+            parts.append(rest)
+    text = "".join(parts).strip()
+    if text or not number:  # a separator may end the file
+        yield f"{path.name}#{number + 1}", {"text": text}

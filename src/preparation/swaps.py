@@ -12,12 +12,15 @@ from src.text.tokenizer import Codec
 
 
 def locate_swaps(codec: Codec, text: str, swaps: Sequence[Swap], counts: Counts) -> list[dict]:
-    """The swaps of a caption with their tokens; those that change the number of tokens are left out and counted."""
+    """The swaps of a caption with their tokens; those that change the number of tokens, or whose false words the
+    tokenizer cannot give back, are left out and counted."""
     located, encoded = [], codec.encode(text)
-    for swap in swaps:
+    encodable = [swap for swap in swaps if not codec.loses(swap.wrong)]
+    for swap in encodable:
         tokens = locate_swap(codec, text, swap.start, swap.end, swap.wrong, encoded=encoded)
         if tokens:
             located.append({**asdict(swap), "tokens": list(tokens)})
-    counts["swaps of unequal length"] += len(swaps) - len(located)
+    counts["swaps of unequal length"] += len(encodable) - len(located)
+    counts["swaps not in vocabulary"] += len(swaps) - len(encodable)
     counts["swaps"] += len(located)
     return located

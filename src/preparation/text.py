@@ -11,7 +11,6 @@ reference for metrics; `ids` are stored only if encoding the text again might gi
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Texts(Dataset):
     files: Files | Mapping[str, Files | None]
 
     @property
-    def sources(self) -> Sequence[str]:
+    def inputs(self) -> Sequence[str]:
         return [path for _, path in self._split_files()]
 
     def _split_files(self) -> list[tuple[str, str]]:
@@ -72,7 +71,7 @@ class Texts(Dataset):
 
     def check(self, item: Text, codec: Codec) -> None:
         """Raises `Skip` if the item does not fit the tokenizer or the settings."""
-        if is_lossy(codec, item.text):
+        if codec.loses(item.text):
             raise Skip("not_in_vocabulary")
 
     def read(self, counts: Counts) -> Iterator[Text]:
@@ -216,16 +215,10 @@ class Pairs(Texts):
     def check(self, item: Text, codec: Codec) -> None:
         if any(token in item.prompt for token in codec.controls):
             raise Skip("special_token")
-        if is_lossy(codec, item.prompt):
+        if codec.loses(item.prompt):
             raise Skip("not_in_vocabulary")
         super().check(item, codec)
         if self.max_prompt is not None and len(codec.prompt_ids(item.prompt, images=0)) > self.max_prompt:
             raise Skip("prompts too long")
         if len(codec.encode(item.text)[0]) >= self.response_length:
             raise Skip("responses too long")
-
-
-def is_lossy(codec: Codec, text: str) -> bool:
-    """Whether encoding drops characters or maps them to the unknown token; whitespace and Unicode form may change."""
-    normalize = lambda string: "".join(unicodedata.normalize("NFC", string).split())  # noqa: E731
-    return normalize(codec.decode(codec.encode(text)[0])) != normalize(text)

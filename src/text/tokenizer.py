@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -188,7 +189,10 @@ class Codec:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a response text, and the character range of each token."""
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"the tokenizer cannot encode {text[:60]!r} ({error})") from error
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -197,6 +201,16 @@ class Codec:
         if self._direct:
             return self._plain.decode(ids, skip_special_tokens=True)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def loses(self, text: str) -> bool:
+        """Whether the tokenizer cannot give a text back: it drops characters, changes them or maps them to the unknown
+        token. Whitespace and Unicode form (NFC) may change."""
+        try:
+            decoded = self.decode(self.encode(text)[0])
+        except UserError:
+            return True
+        compact = lambda string: "".join(unicodedata.normalize("NFC", string).split())  # noqa: E731
+        return compact(decoded) != compact(text)
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
         """The text of each token up to the first eot, or None if these do not concatenate to the decoded text.

@@ -1,0 +1,1 @@
+"""Sources of photographs: one file for each format of annotations, and what finds their images."""

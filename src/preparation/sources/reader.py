@@ -1,0 +1,68 @@
+"""Captions of images in the records of annotation files. The keys of a record tell its format: see `FORMATS`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from src.io.errors import UserError
+from src.preparation.counts import Counts, Skip
+from src.preparation.records import clean, read_records
+from src.preparation.sources import captions, coco, conversations, revise, vicrit
+from src.preparation.sources.base import CAPTION_KEYS, IMAGE_KEYS, Entry, has_image, image_of, question_text
+from src.preparation.sources.parquet import read_parquet
+from src.preparation.tables import read_table
+
+FORMATS = (vicrit, revise, conversations, captions)  # the first that matches reads the record
+READERS = {".parquet": read_parquet, ".txt": read_table, ".token": read_table}  # files of annotations only
+
+
+def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Iterator[Entry]:
+    """Yield the usable records of an annotation file. columns: that hold the captions; empty: those that are known.
+
+    Raises UserError if no record has a known format.
+    """
+    keys, is_known = "", False
+    for place, record in read_records(path, counts, READERS.get(path.suffix.lower())):
+        keys = keys or ", ".join(map(str, list(record)[:12]))
+        try:
+            entry = to_entry(record, place, counts, columns)
+        except Skip as reason:
+            counts.skip(reason, place)
+            is_known |= str(reason) != "unknown_format"
+        else:
+            is_known = True
+            yield entry
+    if not is_known:
+        raise UserError(
+            f"{path} has no known annotation format: "
+            f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}. "
+            f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
+            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; "
+            "`python -m src.prepare --help` shows every format"
+        )
+
+
+def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = ()) -> Entry:
+    """The entry of one record. Raises Skip if it is unusable."""
+    # 1. its keys, in any case and with any blanks around them
+    record = {**{str(key).strip().lower(): value for key, value in record.items()}, **record}
+    if columns:
+        if not (present := [record[name] for name in columns if name in record]):
+            raise Skip("unknown_format")
+        record = {key: value for key, value in record.items() if key not in CAPTION_KEYS} | {"captions": present}
+    if "sentences" in record:
+        record = coco.flatten(record)
+    # 2. its captions and its question, by format
+    form = next((form for form in FORMATS if form.matches(record)), None)
+    if form is None or (form is captions and not has_image(record)):
+        raise Skip("unknown_format")
+    texts, question = form.parse(record, place, counts)
+    prompt = question_text(question)
+    for swap in (swap for caption in texts for swap in caption.swaps):
+        clean(swap.wrong)
+    # 3. its only image, and its split
+    image, data = image_of(record)
+    split = record.get("split")
+    split = split.strip() if isinstance(split, str) else None
+    return Entry(image, texts, prompt, split or None, place, data)

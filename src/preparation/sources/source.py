@@ -1,0 +1,121 @@
+"""A source of photographs: annotation files, and the folder that the image names in them are relative to."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from src.io.errors import UserError
+from src.preparation.counts import Counts, Skip
+from src.preparation.sources.base import Entry
+from src.preparation.sources.images import Images, Match
+from src.preparation.sources.reader import read_entries
+from src.preparation.splits import hashed_share
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One source of a dataset.
+
+    annotations: one file or several; a name with * stands for all files that match
+    images:      folder that image names are relative to; null: the images are in the annotations (Parquet, base64)
+    prompt:      for records without a question; null: that of the dataset
+    weight:      in training, relative to other sources: 2 reads each sample twice in a pass
+    max:         use only so many of the usable records, chosen by a hash; null: all
+    captions:    fields that hold the captions, if they have other names than those that are known
+    licence, origin: for the manifest
+    """
+
+    name: str = ""
+    annotations: str | Sequence[str]
+    images: str | None = None
+    prompt: str | None = None
+    weight: float = 1.0
+    max: int | None = None
+    captions: str | Sequence[str] = ()
+    licence: str | None = None
+    origin: str | None = None
+
+    def files(self) -> list[str]:
+        """The annotation files. Raises UserError if none matches a name with *."""
+        names = [self.annotations] if isinstance(self.annotations, str) else self.annotations
+        files = []
+        for name in names:
+            matching = sorted(glob.glob(name)) if "*" in name else [name]
+            if not matching:
+                raise UserError(f"no file {name}")
+            files += matching
+        return files
+
+    def read(self, counts: Counts, seed: int) -> Iterator[tuple[Entry, Path | None]]:
+        """The usable records, each with its image file; None if the record holds the image."""
+        if self.images is not None and not Path(self.images).is_dir():
+            raise UserError(f"no image folder {self.images}")
+        counts.source = self.name
+        if self.max is None:
+            yield from self._found(counts)
+            return
+        share = lambda number: hashed_share(f"{self.name}#{number}", seed)  # noqa: E731
+        least = nsmallest(self.max, (share(number) for number, _ in enumerate(self._found(Counts()))))
+        for number, found in enumerate(self._found(counts)):
+            if least and share(number) <= least[-1]:
+                yield found
+            else:
+                counts["over_max"] += 1
+
+    def _found(self, counts: Counts) -> Iterator[tuple[Entry, Path | None]]:
+        """The records whose image is there.
+
+        Image names may be relative to another folder than `images`: `x/a.jpg` may be its `a.jpg`, unless some name is
+        right as it is, or another record of the source names that file differently. This is known at the end of the
+        files, which are then read again.
+        """
+        # 1. what is certain
+        images, is_exact, num_open = Images(Path(self.images or ".")), False, 0
+        folders: dict[Path, str | None] = {}  # file -> folder in the only name for it; None: there are several names
+        for entry in self._entries(counts):
+            if entry.data is not None:
+                yield entry, None
+            elif match := self._find(images, entry, counts):
+                if match.is_certain:
+                    is_exact |= match.is_exact
+                    yield entry, match.path
+                elif is_exact:
+                    counts.skip("missing_image", f"{entry.image} ({match.path} is in another folder)")
+                else:
+                    num_open += 1
+                    folder = str(PurePosixPath(entry.image).parent)
+                    if folders.setdefault(match.path, folder) != folder:
+                        folders[match.path] = None
+        if not num_open:
+            return
+        # 2. the names that were open until now
+        matches = ((entry, self._find(images, entry, Counts())) for entry in self._entries(Counts()) if not entry.data)
+        uncertain = ((entry, match.path) for entry, match in matches if match and not match.is_certain)
+        for entry, path in islice(uncertain, num_open):
+            if is_exact or folders[path] is None:
+                counts.skip("missing_image", f"{entry.image} ({path} is in another folder)")
+            else:
+                yield entry, path
+
+    def _entries(self, counts: Counts) -> Iterator[Entry]:
+        columns = [self.captions] if isinstance(self.captions, str) else self.captions
+        for file in self.files():
+            yield from read_entries(Path(file), counts, columns)
+
+    def _find(self, images: Images, entry: Entry, counts: Counts) -> Match | None:
+        """The image of an entry; None, counted, if it is not there."""
+        if self.images is None:
+            raise UserError(f"{entry.place} names the image file {entry.image[:80]}: set `images` to its folder")
+        try:
+            match = images.find(entry.image)
+        except Skip as reason:
+            counts.skip(reason, entry.image)
+            return None
+        if match is None:
+            counts.skip("missing_image", entry.image)
+        return match
