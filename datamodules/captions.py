@@ -26,8 +26,9 @@ import lightning as L
 
 from datamodules.collate import Collate
 from datamodules.loader import Loader, Notes, Part
-from datamodules.shards import Index, Stream, read_index
+from datamodules.stream import Index, Stream, read_index
 from src.io.errors import UserError
+from src.io.remote import Cache, is_url, join
 from src.models.tiling import RESIZES, AnyRes, Layout, Square
 from src.text.align import RESIZED
 from src.text.tokenizer import Codec
@@ -42,13 +43,18 @@ log = logging.getLogger(__name__)
 class ShardData(L.LightningDataModule):
     """Shards under `path` (train, val, test), mixed with online rounds; a subclass defines their samples.
 
+    path:            a folder, a URL, or `pipe:COMMAND` (src/io/remote.py)
     response_length: in tokens; shorter responses are filled with eos behind eot, longer ones are cut
     workers:         processes that read shards, per rank
     rounds:          folders of online rounds, which become `Index`es; `add_round` adds more
     data_share:      with rounds, the fraction of each training batch that comes from the data
     limit:           use only the first `limit` samples of a split: a number for all, or {split: number}
     epoch_batches:   batches per training epoch and rank; null: one pass over the data, or over the rounds if any
-    restart_epoch:   on resume with other ranks or workers in the middle of an epoch, start the epoch over
+    weights:         {source: how often a pass takes its samples}, where it differs from the prepared data
+    bucket:          so many consecutive batches are sorted by length, so that prefixes are padded less; null: none
+    max_skipped:     unusable samples with which a run goes on: a share (float) of those read or of an epoch, and at
+                     least 100; or a number (int). See `callbacks.skipped`
+    cache:           where shards are kept that come from a URL, and how many
     """
 
     kind: ClassVar[str]  # of the split folders, as in their index.json
@@ -64,18 +70,29 @@ class ShardData(L.LightningDataModule):
     data_share: float = 0.25
     limit: int | Mapping[str, int] | None = None
     epoch_batches: int | None = None
-    restart_epoch: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
+    bucket: int | None = 16
+    max_skipped: float | int = 0.01
+    cache: Cache | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
         if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        least = {"batch_size": 1, "response_length": 2, "epoch_batches": 1, "workers": 0}  # response: a token and eot
+        least = {
+            "batch_size": 1,
+            "response_length": 2,
+            "epoch_batches": 1,
+            "workers": 0,
+            "bucket": 1,
+        }  # response: a token and eot
         for name, minimum in least.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
         if not 0 <= self.data_share < 1:
             raise UserError(f"data_share must be at least 0 and less than 1, got {self.data_share}")
+        if self.max_skipped < 0 or (isinstance(self.max_skipped, float) and self.max_skipped > 1):
+            raise UserError(f"data.max_skipped is a share such as 0.01, or a whole number, got {self.max_skipped}")
         limit = self.limit
         self.limits: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if unknown := set(self.limits) - set(SPLITS):
@@ -84,6 +101,9 @@ class ShardData(L.LightningDataModule):
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
         self._warned_empty_val = False
+        self._remote: dict[str, Index] = {}  # URL -> index
+        self._loader_of_epoch: Loader | None = None
+        self._loader_state: dict[str, Any] | None = None
         folders, self.rounds = self.rounds, []
         for folder in folders:
             self.add_round(folder)
@@ -100,12 +120,22 @@ class ShardData(L.LightningDataModule):
         if index.digest not in {added.digest for added in self.rounds}:
             self.rounds.append(index)
 
+    def setup(self, stage: str) -> None:
+        """Forget the position of an earlier run; Lightning loads the state of a checkpoint after this."""
+        self._loader_of_epoch = self._loader_state = None
+
     def state_dict(self) -> dict[str, Any]:
-        """The rounds trained on. Lightning saves the loader's state, the position in the epoch."""
-        return {"rounds": [{"path": str(index.path), "digest": index.digest} for index in self.rounds]}
+        """The rounds trained on, and the position in the epoch.
+
+        Lightning saves and loads the position too, but only after it has asked for the length of the epoch, which
+        depends on it.
+        """
+        rounds = [{"path": str(index.path), "digest": index.digest} for index in self.rounds]
+        loader = self._loader_of_epoch
+        return {"rounds": rounds, "loader": loader.state_dict() if loader else self._loader_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounds = []
+        self.rounds, self._loader_state = [], state_dict.get("loader")
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
@@ -122,24 +152,35 @@ class ShardData(L.LightningDataModule):
         folders = {"data": [self.index("train")], "rounds": self.rounds}
         # NOTE: a further round changes all positions; numbers of passes that no loader had before keep the noise new.
         first = len(self.rounds) * NEW_ROUND
-        streams = {name: Stream(folders[name], seed=self.seed, first_pass=first) for name in rows if rows[name]}
+        weights = {"data": self.weights}
+        streams = {
+            name: Stream(folders[name], seed=self.seed, first_pass=first, weights=weights.get(name))
+            for name in rows
+            if rows[name]
+        }
         main = streams[name := next(reversed(streams))]
         # 2. batches in an epoch
-        batches = self.epoch_batches or max(1, main.count // (rows[name] * world))  # a small round is repeated
-        if not self.rounds and not self.epoch_batches and main.count < self.batch_size * world:
+        step = rows[name] * world  # samples of the main stream in a step
+        batches = self.epoch_batches or max(1, main.count // step)  # a small round is repeated
+        if not self.rounds and not self.epoch_batches and main.count < step:
             raise UserError(
                 f"{main.count} training samples do not fill one batch of {self.batch_size * world} rows on all ranks; "
                 "lower batch_size, or set epoch_batches to repeat the data"
             )
-        # 3. An epoch of one pass drops the remainder of the pass. Any other epoch begins where the one before has
-        # ended, so that every sample is seen equally often.
-        parts = []
-        for name, stream in streams.items():
-            num = batches * rows[name] * world
-            is_pass = self.epoch_batches is None and stream is main and num <= stream.count
-            parts.append(Part(stream, rows[name], stream.count if is_pass else num, batches * rows[name]))
+        # 3. An epoch of one pass leaves out the samples that do not fill a batch on every rank, other ones in each
+        # epoch. Any other epoch begins where the one before has ended, so that every sample is seen equally often.
+        if self.epoch_batches is None and batches * step <= main.count:
+            streams[name] = main.resized(batches * step)
+            if (tail := main.count - batches * step) and not self._loader_of_epoch:
+                log.info("each epoch leaves out %d of %d samples, other ones each time", tail, main.count)
+        parts = [Part(stream, rows[name], batches * rows[name]) for name, stream in streams.items()]
         epoch = lambda: self.trainer.current_epoch if self.trainer else 0  # noqa: E731
-        return self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world)
+        settings = {"fixed": self.epoch_batches is not None, "bucket": self.bucket or 1, "length": self.collate.length}
+        loader = self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world, **settings)
+        if self._loader_state:
+            loader.load_state_dict(self._loader_state)
+        self._loader_of_epoch = loader
+        return loader
 
     def val_dataloader(self) -> Loader | list:
         """Empty if the split is, as in a small dataset: Lightning then skips validation."""
@@ -152,7 +193,11 @@ class ShardData(L.LightningDataModule):
         return []
 
     def test_dataloader(self) -> Loader:
-        return self._eval_loader(self.index("test"))
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: str) -> Loader:
+        """All samples of any split, as in `test_dataloader`."""
+        return self._eval_loader(self.index(split))
 
     def round_dataloader(self, path: str | Path) -> Loader:
         """The corrected drafts of a finished round, in order."""
@@ -166,7 +211,7 @@ class ShardData(L.LightningDataModule):
         """
         rank, world = self._place()
         per_rank = -(-index.count // world)
-        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, 0, per_rank, stand_in=world > 1)
+        part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, per_rank, stand_in=world > 1)
         batches, collate = -(-per_rank // self.batch_size), replace(self.collate, first=True)
         return self._loader([part], collate, batches=batches, epoch=lambda: 0, rank=rank, world=world)
 
@@ -185,12 +230,12 @@ class ShardData(L.LightningDataModule):
         first, last = (batches * number // world for number in (rank, rank + 1))
         start, stop = (min(num, number * self.batch_size) for number in (first, last))
         stream = Stream([index], seed=self.seed + cycle)
-        part = Part(stream, self.batch_size, num, stop - start, stand_in=False, start=start)
+        part = Part(stream, self.batch_size, stop - start, stand_in=False, start=slot * num + start)
         collate = replace(self.collate, first=True)
-        return self._loader([part], collate, batches=last - first, epoch=lambda: slot).numbered(first)
+        return self._loader([part], collate, batches=last - first, epoch=lambda: 0).numbered(first)
 
     def _loader(self, parts: list[Part], collate: Collate, **settings: Any) -> Loader:
-        return Loader(parts, collate, notes=self.notes, workers=self.workers, restart=self.restart_epoch, **settings)
+        return Loader(parts, collate, notes=self.notes, workers=self.workers, **settings)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
@@ -214,11 +259,13 @@ class ShardData(L.LightningDataModule):
         return index
 
     def read_split(self, split: str) -> Index:
-        return self._read(Path(self.path) / split, kind=self.kind).first(self.limits.get(split))
+        return self._read(join(self.path, split), kind=self.kind).first(self.limits.get(split))
 
     def _read(self, folder: str | Path, *, kind: str) -> Index:
         """A data folder. Raises UserError if it is of another kind, or made with another tokenizer or a gap token."""
-        index = read_index(folder, image=self.image)
+        index = self._remote.get(str(folder)) or read_index(folder, image=self.image, cache=self.cache)
+        if is_url(folder):  # asked for once, so that a run keeps its data and needs the server for shards only
+            self._remote[str(folder)] = index
         if index.kind != kind:
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
@@ -256,8 +303,8 @@ class CaptionData(ShardData):
         self.resize = self.resize or ("pillow" if self.codec.prompt_format.join == "upstream" else "torch")
         if self.resize not in RESIZES:
             raise UserError(f"data.resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
-        common = {"response_length": self.response_length, "seed": self.seed}
-        return Collate(self.codec, layout=self.layout, resize=self.resize, **common)
+        length, layout = self.response_length, self.layout
+        return Collate(self.codec, response_length=length, layout=layout, seed=self.seed, resize=self.resize)
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None

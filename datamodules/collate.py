@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from datamodules.loader import Notes
 from datamodules.shards import Sample
+from datamodules.stream import Shard
 from src.models.tiling import Layout
-from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 from src.types import Batch
 
 RESOLUTION = 2**32  # of a probability drawn by `choice`
+PATCH = 14  # pixels on the side of a vision tower's patch, about; for `Collate.length` only
 
 
 @dataclass
@@ -121,10 +123,10 @@ class Collate:
 
     def misfit(self, sample: Sample) -> str | None:
         """Why a sample cannot be used, whichever of its captions is chosen; None if it can."""
-        record, num_images = sample.record, int(sample.image is not None)
+        record = sample.record
         try:
-            if (marks := record["prompt"].count(IMAGE)) > num_images:
-                return f"its prompt holds {marks} image marks for {num_images} images"
+            if not isinstance(record["prompt"], str):
+                return "its prompt is no text"
             if "draft_ids" in record:
                 draft_row(record)
                 return None
@@ -134,6 +136,15 @@ class Collate:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return None if rows else "it has no captions"
+
+    def length(self, shard: Shard, index: int) -> int | None:
+        """About the tokens of a sample's prefix, by the index of its shard; None if that does not say."""
+        if shard.prompt_tokens is None or (self.layout and shard.sizes is None):
+            return None
+        tokens = int(shard.prompt_tokens[index])
+        if self.layout and shard.sizes is not None:
+            tokens += image_tokens(self.layout, *shard.sizes[index].tolist())
+        return tokens
 
     def prompt_ids(self, sample: Sample) -> list[int]:
         """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
@@ -161,6 +172,11 @@ def choice(name: str, count: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % count
 
 
+@lru_cache(maxsize=2**16)
+def image_tokens(layout: Layout, width: int, height: int) -> int:
+    return layout.num_tokens((width, height), side=max(1, layout.size // PATCH))
+
+
 def image_inputs(
     images: Sequence[Sequence[Image.Image]], layout: Layout, *, resize: str = "pillow"
 ) -> dict[str, Tensor]:
@@ -179,9 +195,9 @@ def image_inputs(
     for row, pictures in enumerate(images):
         start = 0
         for picture in pictures:
-            tiles = layout.tiles(picture, resize=resize)  # (., S, S, 3)
-            pixels[row, start : start + len(tiles)] = tiles
-            start += len(tiles)
+            stop = start + layout.num_tiles(picture.size)
+            layout.tiles(picture, resize=resize, out=pixels[row, start:stop])
+            start = stop
     arrays = {"pixel_values": pixels, "num_tiles": num_tiles, "image_sizes": image_sizes}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {**tensors, "pixel_values": tensors["pixel_values"].permute(0, 1, 4, 2, 3)}

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from datamodules.captions import ShardData
 from datamodules.collate import Collate
-from datamodules.shards import Index
+from datamodules.stream import Index
 from src.io.errors import UserError
 
 

@@ -71,11 +71,10 @@ def main(argv: list[str]) -> None:
 
     with locked(settings.out):
         # 4. What an earlier run has finished, by hashes of all that the numbers depend on.
-        index = Path(settings.data.path) / settings.split / "index.json"
         meta = {
             "models": {name: fingerprint(folder) for name, folder in settings.models.items()},
             "model_configs": {name: sha256(Path(f) / "config.json")[:16] for name, f in settings.models.items()},
-            "data": {"split": settings.split, "index_sha256": sha256(index), **counts},
+            "data": {"split": settings.split, "index_sha256": data.read_split(settings.split).digest, **counts},
             "seed": settings.seed,
             "settings": plain(settings),
             "code": code_hash(Path(__file__).parents[1]),

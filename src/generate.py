@@ -38,6 +38,7 @@ from src.io.lock import locked
 from src.io.settings import describe
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.samplers.base import AnySampler
+from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
     many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
     if many and has_image:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
-    # raises UserError if the question's image marks do not match the images
+    if not many and cfg.prompt and cfg.prompt.count(IMAGE) > int(has_image):
+        logger.warning("the prompt has more image marks than images: %s in it is read as text", IMAGE)
     prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(cfg.prompt, images=int(has_image))
     if positions is not None and len(prompt_ids) + sampler.length > positions:
         raise UserError(

@@ -5,6 +5,7 @@
     python -m src.prepare conf=text prepare.files=book.txt             plain text, packed into rows of equal length
     python -m src.prepare conf=sft prepare.files=gsm8k_train.jsonl     prompts with responses
     python -m src.prepare conf=smiles prepare.files=qm9_smiles.csv     molecules with a class label
+    python -m src.prepare show=data/photos [seed=0]                    look at a dataset, a split or a round
 
     OUT/index.json  OUT/tokenizer/  OUT/{train,val,test}/{index.json, train-000000.tar, ...}
     OUT/manifest.json  OUT/rejects.jsonl      sources, shards and statistics; everything that was left out
@@ -26,6 +27,10 @@ Texts are read from .txt files and from the same kinds of record files, and spli
 are given per split: prepare.files={train: FILE, val: FILE, test: FILE}. Unusable records are left out and counted, with
 an example of each reason.
 
+show=PATH prints settings, counts and lengths, names what looks wrong (one caption on many images, refusals of a
+labelling model, captions that are cut off, special tokens in texts, tiny images, ...), and writes PATH/contact.html, a
+page of samples with hallucinated spans marked.
+
 The dataset is written into OUT.partial and renamed to OUT at the end, so a killed run leaves nothing that looks
 finished. The same command continues it, and does nothing once OUT is complete and its source files are unchanged. The
 same settings write the same bytes, with any number of processes (prepare.processes; null: all cores).
@@ -40,10 +45,14 @@ from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build
 from src.preparation.counts import table
+from src.preparation.show import show, show_arguments
 
 
 @main_guard
 def main(argv: list[str]) -> None:
+    if any(argument.startswith("show=") for argument in argv):
+        sys.stdout.write(show(**show_arguments(argv)) + "\n")
+        return
     config = load_config(argv, verb="src.prepare", needs=NEEDS["src.prepare"])
     dataset = build(config.prepare)
     index = dataset.run()

@@ -11,7 +11,7 @@ import pytest
 from src.scenes.grammar import LEXICON, swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.text.align import Aligned, _boundaries, apply_spans, locate, locate_swap
-from src.text.tokenizer import BOS, Codec
+from src.text.tokenizer import BOS, SPECIAL, Codec
 from src.types import Edit
 
 ODD = "Häuser naïve 東京タワー 🙂🙃 isn't e\u0301 co-op “quoted” tab\there  two  blanks\nline ½"
@@ -219,11 +219,18 @@ def test_special_tokens_inside_a_draft(codec: Codec) -> None:
     assert through.rejected == {"unequal_length": 1}  # three tokens, one of them special
 
 
-def test_a_target_cannot_smuggle_in_special_tokens(raw_codec: Codec) -> None:
-    text = "x" * len("<|eot_id|>") + " end"
-    ids = raw_codec.encode(text)[0]
-    for span in locate(raw_codec, ids, [Edit("x" * len("<|eot_id|>"), "<|eot_id|>")]).spans:
-        assert raw_codec.eot_id not in span.target_ids
+@pytest.mark.parametrize("token", SPECIAL)
+def test_a_special_token_in_an_edit_is_text(raw_codec: Codec, token: str) -> None:
+    """As the target, as the quote, and in a draft that spells one."""
+    control = set(raw_codec.special.unwritten)
+    for org, target in (("x" * len(token), token), (token, "y" * len(token)), (f"{token} e", f"{token} E")):
+        ids = raw_codec.encode(f"a {org}nd")[0]
+        (span,) = locate(raw_codec, ids, [Edit(org, target)]).spans
+        fixed = apply_spans(ids, [span])
+        assert control.isdisjoint([*ids, *fixed]) and raw_codec.decode(fixed) == f"a {target}nd"
+    text = f"a {token} dog"
+    first, stop, wrong = locate_swap(raw_codec, text, 2, 2 + len(token), token[::-1]) or (0, 0, [])
+    assert wrong and control.isdisjoint(wrong) and stop - first == len(wrong)
 
 
 def test_broken_bytes_in_a_draft_do_no_harm(raw_codec: Codec) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
+import tarfile
 
 import lightning as L
 import numpy as np
@@ -16,9 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.looks import Looks
 from callbacks.samples import KEPT, NEW, OLD, REWRITTEN, SIDE, Samples
+from callbacks.skipped import Skipped
 from callbacks.throughput import Throughput
 from datamodules.captions import CaptionData
 from src.evaluation.drawing import PAD
+from src.io.errors import UserError
 from src.metrics.fixing import count_looks
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
@@ -48,7 +52,7 @@ def codec(path):
     return Codec.load(path / "tokenizer")
 
 
-def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trainer:
+def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, max_skipped=0.01, **options) -> L.Trainer:
     """A real training run; the checkpoint of its last step is `run/last.ckpt`."""
 
     def backbone():
@@ -63,7 +67,8 @@ def fit(path, codec, run, callbacks, *, steps=4, ckpt=None, **options) -> L.Trai
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     options |= {"max_steps": steps, "max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **quiet}
     trainer = L.Trainer(callbacks=callbacks, accelerator="cpu", **options)
-    data = CaptionData(path=str(path), codec=codec, batch_size=BATCH, response_length=LENGTH, image_size=48)
+    sizes = {"batch_size": BATCH, "response_length": LENGTH, "image_size": 48, "max_skipped": max_skipped}
+    data = CaptionData(path=str(path), codec=codec, **sizes)
     trainer.fit(objective, datamodule=data, ckpt_path=ckpt)
     trainer.save_checkpoint(run / "last.ckpt")
     return trainer
@@ -208,6 +213,35 @@ def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monke
     # steps 1 to 4: four steps of 1 s, three waits of 3 s (the first batch was there at once)
     assert waits[0].value == pytest.approx(9 / 13)
     assert rates[0].value == pytest.approx(4 * BATCH / 13)
+
+
+def test_skipped_samples_are_logged_by_reason_over_restarts_and_limited(path, codec, tmp_path):
+    """The only shard of 40 samples lacks its last quarter and has two broken images: 12 of each pass."""
+    data = shutil.copytree(path, tmp_path / "data")
+    (shard,) = (data / "train").glob("*.tar")
+    with tarfile.open(shard) as tar:
+        members = sorted((member.offset, member) for member in tar if member.name.endswith(".png"))
+    content = bytearray(shard.read_bytes()[: members[30][0]])  # sample 30 has its JSON only
+    for _, member in members[4:6]:
+        content[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+    shard.write_bytes(content)
+    pass_of_data = 40 // BATCH
+    fit(data, codec, tmp_path, [Skipped(every_n_steps=5)], steps=pass_of_data)
+    more = {"steps": 2 * pass_of_data, "ckpt": tmp_path / "last.ckpt"}
+    fit(data, codec, tmp_path, [Skipped(every_n_steps=pass_of_data)], **more)
+    logged = {tag: events(tmp_path).Scalars(tag) for tag in events(tmp_path).Tags()["scalars"] if "skipped" in tag}
+    last = {tag: [(event.step, event.value) for event in points][-2:] for tag, points in logged.items()}
+    assert last == {
+        "data/skipped/missing": [(pass_of_data, 9), (2 * pass_of_data, 18)],
+        "data/skipped/damaged": [(pass_of_data, 3), (2 * pass_of_data, 6)],
+    }
+    assert logged["data/skipped/missing"][0].step == 5
+    message = rf"1\d samples were skipped, and data.max_skipped allows 9: .* {shard}: \d missing; {shard}: \d damaged$"
+    with pytest.raises(UserError, match=message):
+        fit(data, codec, tmp_path, [Skipped(every_n_steps=1)], steps=99, max_skipped=9)
+    # a share is one of the epoch, and at least 100 samples: 96 after 8 passes, 108 after 9
+    with pytest.raises(UserError, match=r"10\d samples were skipped, and data.max_skipped allows 100"):
+        fit(data, codec, tmp_path, [Skipped(every_n_steps=1)], steps=99)
 
 
 def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path):

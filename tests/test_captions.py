@@ -19,7 +19,7 @@ from datamodules.captions import CaptionData
 from datamodules.collate import image_inputs
 from src.io.errors import UserError
 from src.io.shards import write_shards
-from src.models.tiling import Square, anyres
+from src.models.tiling import Square, anyres, resized
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
 
@@ -143,6 +143,29 @@ def test_a_square_is_normalised_as_ever() -> None:
     resized = np.array(image.resize((48, 48), Image.Resampling.BICUBIC))
     expected = torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
     torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_loader_resizes_as_the_config_says(tmp_path: Path, codec: Codec) -> None:
+    """By torch; by Pillow where it is asked for or where prompts are made as the released inference code does."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8))
+    for split in ("train", "val"):
+        write(tmp_path / split, codec, [record(codec, 0)], "captions", [png(image)])
+    ways = {
+        "torch": data(tmp_path, codec, image_size=96),
+        "pillow": data(tmp_path, codec, image_size=96, resize="pillow"),
+    }
+    ways["upstream"] = data(tmp_path, codec.with_format(join="upstream"), image_size=96)
+    pixels = {}
+    for name, module in ways.items():
+        (batch,) = module.val_dataloader()
+        pixels[name] = batch.prefix["pixel_values"][0, 0].permute(1, 2, 0)
+        assert module.draft_settings()["resize"] == ("torch" if name == "torch" else "pillow")
+    expected = torch.from_numpy(np.array(image.resize((96, 96), Image.Resampling.BICUBIC)))
+    assert torch.equal(pixels["pillow"], expected) and torch.equal(pixels["upstream"], expected)
+    assert torch.equal(pixels["torch"], torch.from_numpy(resized(image, [(96, 96)], "torch")[0]))
+    assert not torch.equal(pixels["torch"], expected)
+    with pytest.raises(UserError, match=r"data\.resize must be one of torch, pillow, got 'opencv'"):
+        data(tmp_path, codec, resize="opencv")
 
 
 def test_tiled_images_reach_a_model_of_the_same_layout(tmp_path: Path, codec: Codec) -> None:

@@ -90,7 +90,8 @@ SPAN = {"start": 0, "end": 2, "target_ids": [5, 6]}
         ({"prompt": "<image> What?", "captions": [CAPTION, {"ids": [3, 4]}, {"text": "a red ring"}]}, None),
         ({"prompt": "What?", "draft_ids": [1, 2, 3], "spans": [SPAN]}, None),
         ({"captions": [CAPTION]}, "KeyError: 'prompt'"),
-        ({"prompt": "<image><image>", "captions": [CAPTION]}, "2 image marks for 1 images"),
+        ({"prompt": "<image><image>", "captions": [CAPTION]}, None),
+        ({"prompt": ["What?"], "captions": [CAPTION]}, "its prompt is no text"),
         ({"prompt": "What?", "captions": []}, "it has no captions"),
         ({"prompt": "What?", "captions": ["a ring"]}, "AttributeError|TypeError"),
         ({"prompt": "What?", "captions": [{"text": " "}]}, "the text of a caption is empty"),
@@ -274,12 +275,18 @@ def photos(tmp_path) -> Path:
     folder.mkdir()
     for number in range(4):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
-    (folder / "a.json").write_text(json.dumps([{"image": f"{n}.png", "caption": f"Picture {n}."} for n in range(4)]))
+    (folder / "a.json").write_text(json.dumps([{"image": f"{n}.png", "caption": "A ring."} for n in range(4)]))
     return folder
 
 
 def prepare(photos: Path, out: Path) -> None:
-    settings = {"image_size": 48, "response_length": 64, "prompt": "What?", "tokenizer": str(BASE), "overwrite": True}
+    settings = {
+        "image_size": 48,
+        "response_length": 64,
+        "prompt": "Describe.",
+        "tokenizer": str(BASE),
+        "overwrite": True,
+    }
     Photos(out=str(out), images=str(photos), annotations=str(photos / "a.json"), **settings).run()
 
 

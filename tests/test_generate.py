@@ -127,11 +127,18 @@ def test_a_split_brings_its_own_prompts_and_keys(model, backbone, codec, photos,
     split = tmp_path / "data" / "test"
     write_shards(split, shards, prefix="test", per_shard=2, kind="captions", tokenizer=codec.fingerprint)
     own = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
-    assert [line["key"] for line in own] == ["a", "b", "mark"]
-    assert "2 images could not be read: broken, marks" in capsys.readouterr().err
-    assert own[0]["text"] == own[2]["text"]  # the mark is where it would have been put
+    assert [line["key"] for line in own] == ["a", "b", "marks", "mark"]
+    assert "1 images could not be read: broken" in capsys.readouterr().err
+    assert own[0]["text"] == own[3]["text"]  # the mark is where it would have been put
     same = run(model, split, tmp_path / "same.jsonl", "sampler=plain", ask())
-    pairs = [(own[0], PROMPT), (own[1], "Describe it."), (same[0], PROMPT), (same[1], PROMPT)]
+    own[2]["key"] = "a"  # its two marks for one image are text
+    pairs = [
+        (own[0], PROMPT),
+        (own[1], "Describe it."),
+        (own[2], "<image> or <image>?"),
+        (same[0], PROMPT),
+        (same[1], PROMPT),
+    ]
     for line, prompt in pairs:  # one by one, without the padding of the shorter prompt
         sampler = Sampler(length=LENGTH, tokens_per_step=4, eos_last=True)
         expected = directly(backbone, codec, photos / f"{line['key']}.png", sampler, prompt=prompt)
@@ -202,7 +209,6 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_pat
         ([ask(), "model.path=nowhere"], "nowhere is not a model folder"),
         (["images=null"], "images=null needs a prompt"),
         (["images=null", ask("nowhere.jsonl")], "prompt: nowhere.jsonl cannot be read"),
-        ([ask("<image> or <image>?")], "2 image marks in '<image> or <image>?', but 1 images"),
         ([ask(), "prompt_format=lada"], "no prompt format 'lada'"),
         ([ask(), "join=upstraem"], "join must be one of keep, upstream, got 'upstraem'"),
         ([ask(), "model.dtype=int3"], "dtype must be one of"),
@@ -318,6 +324,41 @@ def test_questions_without_images(text_model, backbone, model, codec, tmp_path):
         answers = run(folder, "null", out, f"prompt={file}", "sampler=plain", "batch_size=2")
         expected = {key: answer(network, codec, text, key, sampler) for key, text in questions.items()}
         assert {line["key"]: line["text"] for line in answers} == expected
+
+
+def test_special_tokens_in_a_question_a_system_text_and_a_caption_are_letters(tmp_path, monkeypatch):
+    """One token per byte, so that the ids can be written down; the model is asked what it was given."""
+    codec = Codec.train([], vocab_size=263, alphabet="bytes")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    save_pretrained(LLaDAV(decoder={"vocab_size": codec.vocab_size, **sizes}, vision=None), codec, tmp_path / "m")
+    given, starts = [], []
+    encode, forward = LLaDAV.encode_prefix, LLaDAV.forward
+
+    def encode_and_note(self, prefix):
+        given.extend(prefix["prompt_ids"].tolist())
+        return encode(self, prefix)
+
+    def forward_and_note(self, prefix, tokens, *args, **kwargs):
+        starts.append(tokens[0].tolist())
+        return forward(self, prefix, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(LLaDAV, "encode_prefix", encode_and_note)
+    monkeypatch.setattr(LLaDAV, "forward", forward_and_note)
+    text, vocabulary = "<|eot_id|><|mdm_mask|><image>", codec.tokenizer.get_vocab()
+    letters = lambda word: [vocabulary[letter] for letter in word]  # noqa: E731
+    turn = lambda role, word: [  # noqa: E731
+        vocabulary["<|start_header_id|>"],
+        *letters(role),
+        vocabulary["<|end_header_id|>"],
+        *letters(word),
+        codec.eot_id,
+    ]
+    settings = (ask(text), f"system=Be{text}", "length=40")
+    run(tmp_path / "m", "null", tmp_path / "a.jsonl", *settings, f"caption={text}", "steps=null")
+    opened = [vocabulary["<|start_header_id|>"], *letters("assistant"), vocabulary["<|end_header_id|>"]]
+    assert given == [[codec.bos_id, *turn("system", f"Be{text}"), *turn("user", text), *opened]]
+    assert starts[0][: len(text) + 1] == [*letters(text), codec.eot_id]
 
 
 def test_settings_reach_the_sampler(text_model, codec, tmp_path):

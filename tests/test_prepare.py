@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +18,8 @@ import pytest
 from PIL import Image
 
 from datamodules.captions import CaptionData
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.counts import Counts
@@ -28,7 +32,8 @@ from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
 from src.scenes.render import render
 from src.scenes.score import score_caption
-from src.text.tokenizer import Codec
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import SPECIAL, Codec
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -51,7 +56,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(folder: Path) -> list[Sample]:
     index = read_index(folder)
-    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count)) if index.count else []
+    if not index.count:
+        return []
+    stream = Stream([index], seed=0, shuffle=False)
+    return list(Reader(stream).samples(stream.places(0, index.count)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -368,17 +376,75 @@ def test_whole_picture_on_grey() -> None:
     assert fit(Image.new("RGB", (300, 1), "red"), 16).getpixel((3, 7)) == (255, 0, 0)
 
 
+def grey(value: float, dtype: str) -> Image.Image:
+    """Black, but for one column of a value."""
+    values = np.zeros((4, 4), dtype=dtype)
+    values[:, 1] = value
+    return Image.fromarray(values)
+
+
+def cmyk() -> Image.Image:
+    return Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK")
+
+
 @pytest.mark.parametrize(
-    ("image", "pixel"),
+    ("image", "form", "options", "pixel"),
     [
-        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),  # transparent
-        (Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)), (128, 128, 128)),
-        (Image.new("LA", (4, 4), (9, 255)), (9, 9, 9)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG", {}, (255, 255, 255)),  # transparent
+        (Image.new("LA", (4, 4), (9, 255)), "PNG", {}, (9, 9, 9)),
+        (Image.new("LA", (4, 4), (9, 0)), "PNG", {}, (255, 255, 255)),
+        (Image.new("1", (4, 4), 1), "PNG", {}, (255, 255, 255)),
+        (Image.new("1", (4, 4), 0), "TIFF", {}, (0, 0, 0)),
+        (Image.new("RGB", (4, 4), "red").quantize(4), "PNG", {"transparency": 0}, (255, 255, 255)),
+        (Image.new("RGB", (4, 4), "red").quantize(4), "GIF", {}, (255, 0, 0)),
+        (cmyk(), "JPEG", {"quality": 100}, (200, 30, 60)),
+        (cmyk(), "TIFF", {}, (200, 30, 60)),
+        (grey(32768, "uint16"), "PNG", {}, (128, 128, 128)),
+        (grey(200, "uint16"), "PNG", {}, (1, 1, 1)),  # 200 of 65,535
+        (grey(65535, "uint16"), "PNG", {"transparency": 65535}, (255, 255, 255)),
+        (grey(32768, ">u2"), "TIFF", {}, (128, 128, 128)),
+        (grey(200, ">u2"), "TIFF", {}, (1, 1, 1)),
+        (grey(200, "uint16"), "PPM", {}, (1, 1, 1)),
+        (grey(65535, "uint16"), "TIFF", {"tiffinfo": {262: 0}}, (0, 0, 0)),  # white is zero
+        (grey(0.5, "float32"), "TIFF", {}, (128, 128, 128)),
+        (grey(1.0, "float32"), "TIFF", {}, (255, 255, 255)),
+        (grey(200.0, "float32"), "TIFF", {}, (200, 200, 200)),
+        (grey(32768.0, "float32"), "TIFF", {}, (128, 128, 128)),
+        (grey(np.nan, "float32"), "TIFF", {}, (0, 0, 0)),
+        (grey(200, "int32"), "TIFF", {}, (200, 200, 200)),
     ],
 )
-def test_images_of_any_mode_become_rgb(tmp_path: Path, image: Image.Image, pixel: tuple[int, int, int]) -> None:
-    image.save(tmp_path / "a.png")
-    assert load(tmp_path / "a.png").getpixel((1, 1)) == pixel
+def test_images_of_any_mode_become_rgb(
+    tmp_path: Path, image: Image.Image, form: str, options: dict, pixel: tuple[int, int, int]
+) -> None:
+    image.save(tmp_path / "a", form, **options)
+    for source in (tmp_path / "a", (tmp_path / "a").read_bytes()):
+        assert np.abs(np.subtract(load(source).getpixel((1, 1)), pixel)).max() <= (form == "JPEG")
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_the_first_frame_of_an_animation(form: str) -> None:
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue", "green")]
+    stream = io.BytesIO()
+    frames[0].save(stream, form, save_all=True, append_images=frames[1:], quality=95)
+    assert Image.open(io.BytesIO(stream.getvalue())).n_frames == 3
+    with Image.open(io.BytesIO(convert(stream.getvalue(), size=24, encoding="png", square=False))) as image:
+        assert image.size == (24, 16)
+        assert np.abs(np.asarray(image, dtype=int) - (255, 0, 0)).max() <= 4
+
+
+@pytest.mark.parametrize("form", ["AVIF", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP"])
+def test_damaged_bytes_are_an_image_or_a_reason(form: str) -> None:
+    rng, stream = np.random.default_rng(0), io.BytesIO()
+    Image.effect_noise((60, 40), 90).convert("RGB").save(stream, form)
+    for number in range(60):
+        data = np.frombuffer(stream.getvalue(), dtype=np.uint8).copy()
+        data[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
+        data[rng.integers(0, 60, 2)] = rng.integers(0, 256, 2)  # of the header
+        with suppress(ImageProblem):
+            assert load(data[: rng.integers(len(data) // 2, len(data)) if number % 2 else None].tobytes()).mode == "RGB"
+    with pytest.raises(ImageProblem, match="empty_image_file"):
+        load(b"")
 
 
 def test_images_are_upright_and_decoded_small(tmp_path: Path) -> None:
@@ -465,6 +531,55 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(list(data.train_dataloader())) == 1
 
 
+def test_text_that_spells_special_tokens_stays_text_up_to_the_batch(tmp_path: Path) -> None:
+    """Captions, questions, false captions, and the mark of an image in a caption."""
+    rows: list[dict] = []
+    for number, token in enumerate(SPECIAL):
+        picture(tmp_path / f"p{number}.png")
+        false = vicrit(f"A {token} dog.", f"A {token} cat.", "dog", "cat")
+        flawed = rediff(f"A {token} red dog.", ("red", "big"), (token, f"{token}{token}"))
+        rows += [{**row, "image": f"p{number}.png", "split": "train"} for row in (false, flawed)]
+        rows[-2]["problem"] = f"Is {token} there?" if token != IMAGE else "Why?"
+        rows[-1]["conversations"][0]["value"] = f"<image>\n{token.strip('<>')}> {token if token != IMAGE else ''}"
+    annotations = write_json(tmp_path / "a.json", rows)
+    settings = {**PHOTOS, "annotations": str(annotations), "vocab_size": 0}
+    index = Photos(out=str(tmp_path / "out"), images=str(tmp_path), **settings).run()
+    assert index["counts"]["train"]["written"] == 2 * len(SPECIAL)
+    codec = Codec.load(tmp_path / "out" / "tokenizer")
+    data = CaptionData(path=str(tmp_path / "out"), codec=codec, batch_size=1, response_length=64, image_size=16)
+    control, seen = set(codec.special.unwritten), set()
+    plain = sum(token in control for token in codec.prompt_ids("Why?"))
+    for batch in data.train_dataloader():
+        prompt, response, flawed = (x[0].tolist() for x in (batch.prefix["prompt_ids"], batch.response, batch.flawed))
+        assert sum(token in control for token in prompt) == plain
+        text = codec.decode(response)
+        assert control.isdisjoint([*response[: response.index(codec.eot_id)], *flawed[: flawed.index(codec.eot_id)]])
+        assert text == batch.records[0]["captions"][0]["text"] and (batch.span > 0).any()
+        seen |= {token for token in SPECIAL if token in text}
+    assert seen == set(SPECIAL)
+
+
+def test_what_the_tokenizer_lacks_is_left_out_and_counted(tmp_path: Path) -> None:
+    """The base model's letters are few: captions, questions and false words that it would garble are not trained on."""
+    texts = ["A red ring.", "A Zebra & 3 quick foxes.", "一只猫。", "A red ring 🙂.", "A blue ring."]
+    rows = [{"image": f"p{n}.png", "caption": text} for n, text in enumerate(texts)]
+    rows += [{"image": "p0.png", "caption": "A ring.", "question": "Quo vadis?"}]
+    rows += [vicrit("A red cross.", "A réd cross.", "red", "réd") | {"image": "p5.png", "problem": None}]
+    rows += [vicrit("A red cross.", "A tan cross.", "red", "tan") | {"image": "p5.png", "problem": None}]
+    for number in range(6):
+        picture(tmp_path / f"p{number}.png")
+    annotations = write_json(tmp_path / "a.json", [{**row, "split": "train"} for row in rows])
+    settings = {**PHOTOS, "prompt": "Describe.", "tokenizer": str(ROOT / "assets" / "base")}
+    index = Photos(out=str(tmp_path / "out"), images=str(tmp_path), annotations=str(annotations), **settings).run()
+    counts = index["counts"]["train"]
+    names = ("written", "not_in_vocabulary", "prompt_not_in_vocabulary", "swaps not in vocabulary")
+    assert [counts.get(name) for name in names] == [3, 3, 1, 1]
+    written = [caption for s in samples(tmp_path / "out" / "train") for caption in s.record["captions"]]
+    assert {caption["text"] for caption in written} == {"A red ring.", "A blue ring.", "A red cross."}
+    assert not any(swap["wrong"] == "réd" for caption in written for swap in caption["swaps"])
+    assert index["examples"]["train"]["prompt_not_in_vocabulary"] == "p0.png: Quo vadis?"
+
+
 def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
     settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
@@ -473,6 +588,17 @@ def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no image folder"):
         Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_prepares_and_reads_its_records() -> None:
+    """A row for each step, with the memory of its processes."""
+    command = [sys.executable, "-m", "benchmarks.data", "--scale", "300", "--workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not result.returncode, result.stderr
+    prepared, read = ([cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:])
+    assert (prepared[0], read[0]) == ("prepare", "epoch")
+    assert min(float(value) for row in (prepared, read) for value in row[5].split()[:1]) > 50
 
 
 # --- real files --------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules.loader import Loader, Part, share
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.loader import Loader, Part
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
+from src.io.errors import UserError
 from src.io.shards import write_shards
 from src.types import Batch
 
@@ -57,7 +59,7 @@ collate = Numbers()
 def loader(stream: Stream, *, rows: int = 4, epoch: int = 0, **place: int) -> Loader:
     """place: workers, rank, world"""
     batches = stream.count // (rows * place.get("world", 1))
-    part = Part(stream, rows, stream.count, batches * rows)
+    part = Part(stream, rows, batches * rows)
     return Loader([part], collate, batches=batches, epoch=lambda: epoch, notes=Counter(), **place)
 
 
@@ -66,7 +68,7 @@ def keys(batches) -> list[list[str]]:
 
 
 def positions(stream: Stream, start: int, stop: int) -> list[tuple[str, int]]:
-    return [(shard.path.name, place) for shard, places in stream.segments(start, stop) for place in places]
+    return [(place.shard.path.name, place.index) for place in stream.places(start, stop)]
 
 
 def test_index_names_what_is_wrong(tmp_path: Path) -> None:
@@ -110,29 +112,11 @@ def test_order_does_not_depend_on_where_it_is_cut(tmp_path: Path) -> None:
 def test_reader_yields_what_was_written(tmp_path: Path) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 25))], seed=0)
     places = positions(stream, 0, 30)
-    samples = list(Reader(stream).samples(0, 30))
+    samples = list(Reader(stream).samples(stream.places(0, 30)))
     numbers = [int(name[6:12]) * 10 + place for name, place in places]
     assert [s.record["number"] for s in samples] == numbers
     assert [s.image.getpixel((0, 0)) for s in samples] == [(n, 0, 0) for n in numbers]
     assert [s.data for s in samples] == [png(n) for n in numbers]
-
-
-@pytest.mark.parametrize(("batches", "workers"), [(0, 1), (1, 2), (7, 1), (7, 2), (7, 3), (6, 3), (2, 5)])
-def test_shares_of_workers_by_brute_force(batches: int, workers: int) -> None:
-    def round_robin(done: int) -> list[int]:
-        queues = [list(range(*share(batches, workers, (w + done) % workers, done))) for w in range(workers)]
-        order, turn = [], 0
-        while any(queues):
-            queue = queues[turn % workers]
-            if queue:
-                order.append(queue.pop(0))
-            turn += 1
-        return order
-
-    whole = round_robin(0)
-    assert sorted(whole) == list(range(batches))
-    for done in range(batches + 1):
-        assert round_robin(done) == whole[done:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -152,18 +136,16 @@ def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) 
         assert keys(second) == whole  # the next pass starts anew
 
 
-def test_resume_with_other_data_is_refused_or_starts_the_epoch_anew(tmp_path: Path, caplog) -> None:
+def test_resume_with_other_data_is_refused_with_the_values(tmp_path: Path) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
     state = {**loader(stream).state_dict(), "batches": 3}
-    other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=1))
+    other = loader(Stream([read_index(make(tmp_path / "e", 34))], seed=2), rows=5)
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match="from the middle of epoch 0, with other data"):
+    with pytest.raises(
+        UserError,
+        match=r"middle of epoch 0, .*samples \[\[30\]\] -> \[\[34\]\]; seed \[1\] -> \[2\]; rows \[4\] -> \[5\]",
+    ):
         next(iter(other))
-    other.restart = True
-    other.load_state_dict(state)
-    with caplog.at_level(logging.WARNING):
-        assert len(keys(other)) == len(other)
-    assert "starts over" in caplog.text
     later = loader(stream, epoch=1)
     later.load_state_dict(state)
     assert len(keys(later)) == len(later)
@@ -212,7 +194,7 @@ def test_damage_is_survived_counted_and_named_once(
 def test_damage_is_left_out_where_nothing_may_stand_in(tmp_path: Path, workers: int) -> None:
     folder = make(tmp_path / "d", 30)
     damage(folder)
-    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 3, 0, 30, stand_in=False)
+    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 3, 30, stand_in=False)
     careful = Loader([part], collate, batches=10, epoch=lambda: 0, notes=Counter(), workers=workers)
     read = sorted(key for batch in careful for key in batch.keys)
     assert read == [f"s{n:03d}" for n in (*range(4), 10, 11, 13, 14, *range(16, 30))]
@@ -222,7 +204,7 @@ def test_damage_is_left_out_where_nothing_may_stand_in(tmp_path: Path, workers: 
 def test_damage_to_the_whole_last_batch_is_counted(tmp_path: Path) -> None:
     folder = make(tmp_path / "d", 20)
     (folder / "train-000001.tar").write_bytes(b"")
-    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 10, 0, 20, stand_in=False)
+    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 10, 20, stand_in=False)
     careful = Loader([part], collate, batches=2, epoch=lambda: 0, notes=Counter())
     assert keys(careful) == [[f"s{n:03d}" for n in range(10)]]
     assert careful.notes[str(folder / "train-000001.tar"), "missing"] == 10
@@ -231,12 +213,13 @@ def test_damage_to_the_whole_last_batch_is_counted(tmp_path: Path) -> None:
 def test_an_unreadable_shard_is_replaced_by_another_and_all_of_them_are_an_error(tmp_path: Path) -> None:
     folder = make(tmp_path / "d", 20)
     (folder / "train-000000.tar").write_bytes(b"\xff" * 5000)
-    samples = list(Reader(Stream([read_index(folder)], seed=1)).samples(0, 20))
+    stream = Stream([read_index(folder)], seed=1)
+    samples = list(Reader(stream).samples(stream.places(0, 20)))
     assert len(samples) == 20
     assert {s.record["number"] for s in samples} == set(range(10, 20))
     (folder / "train-000001.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="no readable sample"):
-        list(Reader(Stream([read_index(folder)], seed=1)).samples(0, 20))
+        list(Reader(stream).samples(stream.places(0, 20)))
 
 
 def test_shards_are_plain_tars_and_equal_samples_make_equal_bytes(tmp_path: Path) -> None:
@@ -252,6 +235,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from tests.test_shards import sample
+from src.io.errors import UserError
 from src.io.shards import write_shards
 
 def samples():

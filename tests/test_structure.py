@@ -81,6 +81,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "filelock": {"io"},
     "webdataset": {"io"},
     "pyarrow": {"preparation"},
+    "fsspec": {"io"},
     "torchmetrics": {"metrics", "evaluation"},
 }
 

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from datamodules.collate import Collate
-from datamodules.shards import Reader, Sample, Stream, read_index
+from datamodules.shards import Reader, Sample
+from datamodules.stream import Stream, read_index
 from datamodules.text import TextData
 from src.evaluate import main as evaluate
 from src.generate import main as generate
@@ -56,7 +57,8 @@ def data(folder: Path, kind: str, **changed: Any) -> TextData:
 
 def stored(folder: Path) -> list[Sample]:
     index = read_index(folder, image=False)
-    return list(Reader(Stream([index], seed=0, shuffle=False)).samples(0, index.count))
+    stream = Stream([index], seed=0, shuffle=False)
+    return list(Reader(stream).samples(stream.places(0, index.count)))
 
 
 def at_epoch(module: TextData, epoch: int) -> list[Batch]:
@@ -101,7 +103,7 @@ def test_a_sample_without_an_image_is_damaged_only_where_there_should_be_one(fol
     text = read_index(folder / "sft" / "val", image=False)
     assert all(sample.image is None and sample.data == b"" for sample in stored(folder / "sft" / "val"))
     reader = Reader(Stream([read_index(folder / "sft" / "val")], seed=0, shuffle=False), stand_in=False)
-    assert list(reader.samples(0, text.count)) == []
+    assert list(reader.samples(reader.stream.places(0, text.count))) == []
     assert sum(reader.damage.values()) == text.count
 
 

@@ -262,12 +262,15 @@ def test_rows_that_the_tokenizer_does_not_give_back_are_left_out(tmp_path: Path)
     assert index["counts"]["records"] == {"records": 3, "not_in_vocabulary": 2}
 
 
-def test_prompts_that_spell_out_special_tokens_are_left_out(tmp_path: Path) -> None:
-    lines = [{"question": f"q{n} {token}", "answer": token or "b"} for n, token in enumerate(["", *SPECIAL[:-1]])]
+def test_prompts_and_texts_that_spell_out_special_tokens_are_text(tmp_path: Path) -> None:
+    lines = [{"question": f"q{n} {token}", "answer": f"{token} b"} for n, token in enumerate(["", *SPECIAL[:-1]])]
     file = write_jsonl(tmp_path / "a.jsonl", lines)
-    index, rows, _ = made(pairs(tmp_path, files={"train": str(file)}))
-    assert [row["prompt"] for row in rows["train"]] == ["q0 "]
-    assert index["counts"]["records"] == {"records": 7, "special_token": 6}
+    index, rows, codec = made(pairs(tmp_path, files={"train": str(file)}))
+    assert [row["prompt"] for row in rows["train"]] == [line["question"] for line in lines]
+    assert index["counts"]["records"] == {"records": 7}
+    control = set(codec.special.unwritten)
+    assert len({sum(token in control for token in codec.prompt_ids(row["prompt"])) for row in rows["train"]}) == 1
+    assert not any(control & set(codec.encode(row["captions"][0]["text"])[0]) for row in rows["train"])
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,20 @@ from PIL import Image
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
+from datamodules.collate import image_inputs
 from src.cli.config import load_config
 from src.cli.instantiate import build, check
 from src.io.errors import UserError
-from src.models.tiling import AnyRes, Square, anyres
+from src.models.tiling import AnyRes, Square, anyres, resized
+from src.models.tiny import tiny
 from src.models.vision import VisionPath
+from src.text.tokenizer import Codec
 from src.train import OFFERS
 
 RELEASED = anyres(384)  # LLaDA-V: 36 grids, a tower of 27 x 27 features
 SIDE = 27
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real data is not there")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -127,6 +132,75 @@ def test_the_grid_keeps_most_pixels_then_wastes_least() -> None:
                 kept = min(fitted, size[0] * size[1])
                 best.append((-kept, 1024 * wide * high - kept, wide, high))
         assert min(best)[2:] == (columns, rows)
+
+
+def photographs() -> list[Image.Image]:
+    files = sorted((SHARED / "coco_cc" / "images").glob("*.jpg"))[:12]
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+@pytest.mark.parametrize("kind", ["noise", pytest.param("photographs", marks=needs_real_data)])
+def test_the_resize_of_torch_is_within_one_grey_level_of_pillows(kind: str) -> None:
+    """Down and up, squashed and not. Two roundings may coincide: a few values in a million are two levels off."""
+    images = photographs() if kind == "photographs" else [noise(*size, seed=7) for size in random_sizes(12, 1, 300)]
+    sizes = [(384, 384), (768, 576), (48, 48), (37, 211), (300, 20), (1, 9)]
+    differences = []
+    for image in images:
+        for (width, height), array in zip(sizes, resized(image, sizes, "torch"), strict=True):
+            expected = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=int)
+            assert array.dtype == np.uint8 and array.shape == (height, width, 3)
+            differences.append(np.abs(array - expected).ravel())
+    all_differences = np.concatenate(differences)
+    assert (all_differences > 1).sum() < 3e-5 * len(all_differences) and all_differences.max() <= 2
+    assert 0 < (all_differences > 0).mean() < 0.01  # above 0: torch made them
+
+
+def test_tiles_of_both_resizes_are_the_same_image() -> None:
+    image = Image.effect_noise((150, 90), 60).convert("RGB")
+    for layout in (Square(40), anyres(32)):
+        ours, pillows = (layout.tiles(image, resize=resize) for resize in ("torch", "pillow"))
+        assert np.abs(ours.astype(int) - pillows).max() <= 1
+        into = np.zeros((len(ours) + 3, *ours.shape[1:]), dtype=np.uint8)
+        layout.tiles(image, resize="torch", out=into[2 : 2 + len(ours)])
+        np.testing.assert_array_equal(into[2 : 2 + len(ours)], ours)
+        assert not into[:2].any() and not into[2 + len(ours) :].any()
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (2, 1), (3, 2500)])
+@pytest.mark.parametrize("resize", ["torch", "pillow"])
+def test_thin_images_keep_a_feature_of_each_row_and_train(size: tuple[int, int], resize: str) -> None:
+    """Of the released layout (the code of the released model keeps none of 1 x 4000), and of a small one end to end."""
+    rows, columns = RELEASED.unpadded(size, side=SIDE)
+    assert rows.stop > rows.start and columns.stop > columns.start
+    layout = anyres(8, columns=3, rows=3, max_tiles=1)
+    assert min(layout.final(size, side=2)) > 0
+    codec = Codec.train(["Which?"], vocab_size=80)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    backbone = tiny(codec, decoder=sizes, vision=vision, tiling=layout)
+    ids = codec.prompt_ids("Which?", images=1)
+    inputs = image_inputs([[noise(*size)]], layout, resize=resize)
+    prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([ids]), **inputs})
+    height, width = layout.final(size, side=2)
+    assert prefix.embeds.shape[1] == len(ids) - 1 + 4 + height * (width + 1)
+    logits = backbone(prefix, torch.tensor([[codec.mask_id] * 3]))
+    loss = logits.logsumexp(-1).mean()
+    loss.backward()
+    assert loss.isfinite() and backbone.vision.image_newline.grad.isfinite().all()
+
+
+def test_pixels_are_normalised_in_float32_before_they_become_bfloat16() -> None:
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path = VisionPath({**tower, "image_size": 16, "patch_size": 4}, 6).bfloat16()
+    inputs = image_inputs([[noise(16, 16)]], Square(16))["pixel_values"]  # every grey level
+    assert inputs.dtype == torch.uint8
+    seen: list[torch.Tensor] = []
+    path.vision_tower.embeddings.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    path.features(inputs[0])
+    expected = ((inputs[0].numpy().astype(np.float32) / np.float32(127.5)) - np.float32(1)).astype(np.float32)
+    assert torch.equal(seen[0], torch.from_numpy(expected).bfloat16())
+    early = inputs[0].bfloat16().div(127.5).sub(1)
+    assert not torch.equal(seen[0], early)  # the cast first gives other values
 
 
 def test_a_square_is_the_whole_image() -> None:

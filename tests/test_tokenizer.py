@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -13,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from src.io.errors import UserError
 from src.text.prompt_format import FOLDER, IMAGE, PromptFormat
-from src.text.tokenizer import BOS, EOS, EOT, HEADER_END, HEADER_START, MASK, SPECIAL, Codec
+from src.text.tokenizer import BOS, DISGUISES, EOS, EOT, HEADER_END, HEADER_START, MASK, NAMES, SPECIAL, Codec
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION, ANSWER = "Describe the picture.", "A small red ring."
 ODD = "Häuser 東京 🙂 e\u0301 isn't , it ? \ufffd\n\t two  blanks . <|eot_id|>"
 GPT2 = ROOT.parent / "shared" / "data" / "tokenizer_gpt2"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+FORMATS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +81,23 @@ def test_prompts_of_the_small_models_by_hand(codec) -> None:
     assert codec.prompt_ids(f"{IMAGE}Why?", turns=turns) != codec.prompt_ids("Why?", turns=turns)
 
 
-@pytest.mark.parametrize(("text", "images"), [(IMAGE, 0), (IMAGE, 2), (f"{IMAGE}{IMAGE}", 1)])
-def test_marks_must_be_as_many_as_images(text, images, codec) -> None:
-    with pytest.raises(ValueError, match=f"^{text.count(IMAGE)} image marks in '{text}', but {images} images$"):
-        codec.prompt_ids(text, images=images)
-    with pytest.raises(ValueError, match="image marks in 'Why"):
-        codec.prompt_ids("Why?", images=images, turns=[(text, ANSWER)])
+def test_marks_are_images_only_if_there_are_as_many(codec) -> None:
+    """Any other number is text, of which nothing is lost, and the images come first."""
+    image, text = codec.image_id, codec.encode(IMAGE)[0]
+    assert image not in text and codec.decode(text) == IMAGE
+    assert codec.prompt_ids(f"a{IMAGE}b{IMAGE}", images=2) == asks(codec, "a", image, "b", image)
+    assert codec.prompt_ids(f"a {IMAGE}", images=0) == asks(codec, f"a {IMAGE}")
+    assert codec.prompt_ids(IMAGE, images=2) == asks(codec, image, image, *text)
+    assert codec.prompt_ids(f"a{IMAGE} or {IMAGE}?") == asks(codec, image, f"a{IMAGE} or {IMAGE}?")
+    head = asks(codec, image, f"a{IMAGE}")[: -len(asks(codec)) + 3]
+    assert codec.prompt_ids(f"b{IMAGE}", turns=[(f"a{IMAGE}", "c")])[: len(head)] == head
+    assert codec.prompt_ids("b", turns=[("a", f"c{IMAGE}")]).count(image) == 1  # also in an earlier answer
+    drops = replace(codec.prompt_format, template="{{ messages[0]['role'] }}")
+    with pytest.raises(UserError, match=r"^the chat template makes 0 image marks of 1$"):
+        Codec(codec.tokenizer, drops).prompt_ids("Why?")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_special_token_that_a_user_spells_out_is_text(name, folder) -> None:
     """Alone, inside a word, cut by an image mark, in an answer; whatever the template does with the text."""
     codec = Codec.load(folder, prompt_format=name)
@@ -102,8 +112,13 @@ def test_a_special_token_that_a_user_spells_out_is_text(name, folder) -> None:
             read = codec.tokenizer.decode([token for token in ids if token not in control])
             assert read.count(text.strip()) == 3
         assert count(codec.prompt_ids(f"{token[:4]}{IMAGE}{token[4:]}", turns=[("b", "c")])) == plain
-    for text in ("\ufdd00\ufdd1", "\ufdd0999\ufdd1", "\ufdd0"):  # the placeholders of the implementation
-        assert count(codec.prompt_ids(text, images=0, turns=[("b", "c")])) == plain
+        system = codec.with_format(system=f"Be {token}.").prompt_ids("a", images=0, turns=[("b", "c")])
+        assert count(system) == count(codec.with_format(system="Be.").prompt_ids("a", images=0, turns=[("b", "c")]))
+    halves = codec.prompt_ids("id|>b", images=0, turns=[("a<|eot_", "id|>c<|eot_")])  # `plain` joins its texts
+    assert count(halves) == plain
+    names = "".join(map(chr, (NAMES, NAMES + 1, DISGUISES, DISGUISES + 1)))  # of the implementation
+    assert count(codec.prompt_ids(names, images=0, turns=[("b", "c")])) == plain
+    assert not control & set(codec.encode(names)[0]) and codec.loses(names)
 
 
 def test_the_released_formats_differ_where_they_should(folder) -> None:
@@ -214,7 +229,7 @@ def test_mistakes_in_a_format_are_named(content, words, tmp_path) -> None:
     ) as error:
         PromptFormat.load(file)
     assert re.search(words, str(error.value)) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=f"no prompt format 'lada': use {', '.join(NAMES)}, or the path"):
+    with pytest.raises(ValueError, match=f"no prompt format 'lada': use {', '.join(FORMATS)}, or the path"):
         PromptFormat.load("lada")
 
 
@@ -333,3 +348,105 @@ def test_a_gap_is_written_stripped_and_kept_with_the_model(golden_folder_v, tmp_
 def test_tokens_that_cannot_be_gaps(gap, message) -> None:
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         Codec.load(ROOT / "assets" / "base").with_format(gap=gap)
+
+
+def that_know_special_tokens_as_words(tmp_path: Path) -> dict[str, Codec]:
+    """Tokenizers whose model, normalizer or list of added tokens could turn text into a special token."""
+    words = [
+        "[UNK]",
+        *SPECIAL,
+        "<s>",
+        "[CLS]",
+        *"abcdeghinostuwy<>|_[]CLSdm.",
+        "dog",
+        "what",
+        "user",
+        "assistant",
+        "system",
+    ]
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    chars = [(word, 0.0 if word in (*SPECIAL, "<s>") else -2.0) for word in numbers] + [("▁", -2.0), ("▁dog", -1.0)]
+    backends = {
+        "words": Tokenizer(models.WordLevel(numbers, unk_token="[UNK]")),
+        "pieces": Tokenizer(models.WordPiece({**numbers, "##s": len(numbers)}, unk_token="[UNK]")),
+        "unigram": Tokenizer(models.Unigram(chars, unk_id=0)),
+        "bpe": Tokenizer(models.BPE(numbers, [], unk_token="[UNK]", ignore_merges=True)),
+        "merged": Tokenizer(models.BPE({**numbers, "<s": len(numbers)}, [("<", "s"), ("<s", ">")], unk_token="[UNK]")),
+    }
+    for name in ("words", "pieces", "bpe"):
+        backends[name].pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backends["pieces"].normalizer = normalizers.BertNormalizer(lowercase=True)
+    backends["unigram"].normalizer = normalizers.NFKC()
+    backends["unigram"].pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backends["unigram"].decoder = decoders.Metaspace(prepend_scheme="first")
+    codecs = {}
+    for name, backend in backends.items():
+        backend.enable_truncation(3)  # as some folders have it
+        backend.save(str(tmp_path / f"{name}.json"))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_file(str(tmp_path / f"{name}.json")), unk_token="[UNK]", cls_token="[CLS]"
+        )
+        special = [AddedToken(token, normalized=True) for token in (*SPECIAL, "<s>")]
+        tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": EOS, "mask_token": MASK})
+        tokenizer.add_tokens([AddedToken("<|fim|>", special=False)])
+        codecs[name] = Codec(tokenizer, PromptFormat.load("llada"))
+    if GPT2.is_dir():
+        codecs["gpt2"] = Codec.adopt(GPT2, prompt_format="llada_v")
+    codecs["base"] = Codec.load(ROOT / "assets" / "base")
+    return codecs
+
+
+def test_no_tokenizer_makes_a_special_token_of_text(tmp_path) -> None:
+    """Words of the vocabulary, full-width letters, and tokens that are matched behind the normalizer, too."""
+    wide = str.maketrans({chr(c): chr(c + 0xFEE0) for c in range(0x21, 0x7F)})
+    for name, codec in that_know_special_tokens_as_words(tmp_path).items():
+        added = codec.tokenizer.get_added_vocab()
+        unknown = {codec.tokenizer.unk_token_id} if name != "gpt2" else set()
+        control = set(added.values()) - unknown
+        assert {codec.mask_id, codec.eos_id, codec.eot_id} <= control
+        count = lambda ids, control=control: sum(token in control for token in ids)  # noqa: E731
+        plain = count(codec.prompt_ids("dog", images=0, turns=[("a", "b")]))
+        for token in added:
+            for text in (
+                token,
+                f"a {token} dog",
+                f"{token}{token}",
+                f"dog{token}s",
+                token.translate(wide),
+                token.upper(),
+            ):
+                assert not control & set(codec.encode(text)[0]), (name, text)
+                assert count(codec.prompt_ids(text, images=0, turns=[(text, text)])) == plain, (name, text)
+                if name in ("gpt2", "unigram") and text.isascii() and not codec.loses(text):
+                    assert codec.decode(codec.encode(text)[0]) == text
+
+
+def test_prompts_without_such_text_are_those_of_the_library(tmp_path) -> None:
+    """`apply_chat_template` of transformers; also the blanks that some special tokens take in."""
+    for name, codec in that_know_special_tokens_as_words(tmp_path).items():
+        strips = copy.deepcopy(codec.tokenizer)
+        strips.add_special_tokens({"additional_special_tokens": [AddedToken("<|x|>", lstrip=True, rstrip=True)]})
+        template = "{{ '<|' + 'x|>' }} \n{{ messages[0].content }} <|x|> a" + codec.prompt_format.template
+        for one in (codec, Codec(strips, PromptFormat(template=template))):
+            one.tokenizer.backend_tokenizer.no_truncation()
+            messages = one.prompt_format.messages(text := " what dog  it is.\n ", images=0, turns=[("a dog", "dogs\n")])
+            ids = one.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=False, add_generation_prompt=True
+            )
+            assert one.prompt_ids(text, images=0, turns=[("a dog", "dogs\n")]) == ids, name
+
+
+def test_what_a_tokenizer_loses(tmp_path) -> None:
+    codecs = that_know_special_tokens_as_words(tmp_path)
+    keeps = {"a dog": set(codecs), "a  dog\n": set(codecs), "": set(codecs)}
+    keeps |= {"東京": {"gpt2"}, "a 🙂": {"gpt2"}, "e\u0301": {"gpt2"}, "A dog": {"gpt2", "base"}}
+    keeps |= {"[UNK]": {"gpt2"}, EOT: {"unigram", "gpt2", "bpe", "merged"}}
+    for text, names in keeps.items():
+        assert {name for name, codec in codecs.items() if not codec.loses(text)} == names & codecs.keys(), text
+    bare = Tokenizer(models.WordLevel({"dog": 0, **{token: n for n, token in enumerate(SPECIAL, 1)}}, unk_token="[?]"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare)
+    codec = Codec(tokenizer, PromptFormat(template="{{ messages[0].content }}"))
+    assert codec.encode("dog dog")[0] == [0, 0] and not codec.loses("dog") and codec.loses(f"dog {EOT}")
+    with pytest.raises(UserError, match=r"^the tokenizer cannot encode 'a dog' "):
+        codec.encode("a dog")

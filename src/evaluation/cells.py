@@ -51,7 +51,8 @@ def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: st
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:
         logger.warning("evaluate.num=%d, but the split %s has only %d samples: evaluating those", num, split, taken)
-    left_out = sum(count for (_, reason), count in loader.notes.items() if reason in ("damaged", "missing"))
+    damages = ("damaged", "missing", "unreadable")
+    left_out = sum(count for (_, reason), count in loader.notes.items() if reason in damages)
     return {"taken": taken, "left_out": left_out}
 
 

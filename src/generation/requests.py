@@ -21,13 +21,13 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.shards import Index, Sample, decode, read_index, read_tar
+from datamodules.shards import Sample, decode
+from datamodules.stream import Index, read_index
 from datamodules.text import TextData
 from src.io.errors import UserError
 from src.io.images import ImageProblem, fit, load
-from src.io.shards import INDEX
+from src.io.shards import INDEX, read_tar
 from src.models.tiling import Layout, Square
-from src.text.prompt_format import IMAGE
 
 Request = tuple[str, Callable[[], Sample]]  # the function raises ImageProblem if the sample cannot be read
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
 def _of_split(index: Index, prompt: str | None, *, image: bool) -> Iterator[Request]:
     """One request per sample of a split, also for those that a truncated shard lacks."""
     for shard in index.shards:
-        raws = islice(read_tar(shard.path, strict=False), shard.count)
+        raws = islice(read_tar(shard.path), shard.count)
         for number, raw in zip_longest(range(shard.count), raws, fillvalue={}):
             yield raw.get("__key__", f"{shard.path.name}#{number}"), partial(_decode, raw, prompt, image)
 
@@ -139,6 +139,4 @@ def _decode(raw: dict[str, Any], prompt: str | None, image: bool) -> Sample:
     question = (sample.record.get("prompt") or "") if prompt is None else prompt
     if not question and image and prompt is None:  # a text model can write without a prompt
         raise ImageProblem("no_prompt")
-    if question.count(IMAGE) > int(image):
-        raise ImageProblem("more_image_marks_than_images")
     return replace(sample, record={"prompt": question})

@@ -51,12 +51,17 @@ def with_filename(path: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> dict:
     """Read a JSON file that contains a mapping. Raises UserError for any other content."""
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, name: str) -> dict:
+    """What `read_json` returns for a file of this content. name: of the file, for errors"""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise ValueError(f"expected a mapping, got a {type(content).__name__}")
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove or recreate it") from error
+        raise UserError(f"{name} is damaged ({error}); remove or recreate it") from error
     return content
 
 

@@ -9,8 +9,9 @@ AnyRes: choose the best grid of tiles -> resize the image into it, centred on bl
 squashed into a square, tiles 1.. are the grid row by row. The features of the black bars are dropped, and the others
 shrunk if there are more than those of `max_tiles` tiles. Sizes are computed here; `VisionPath` packs the features.
 
-Two bicubic antialiased resizes, which differ by at most one grey level: that of Pillow is what the released models
-were trained with, torch's kernel for uint8 is what the loader uses unless `data.resize` says otherwise.
+Two bicubic antialiased resizes, which differ by one grey level here and there (a few values in a million by two): that
+of Pillow is what the released models were trained with, torch's kernel for uint8 is what the loader uses unless
+`data.resize` says otherwise.
 
 T tiles, S pixels on a tile's side. Sizes of images and grids are (width, height), of features (height, width).
 """
@@ -43,9 +44,13 @@ class Square:
     def __str__(self) -> str:
         return f"one tile of {self.size} pixels"
 
-    def tiles(self, image: Image.Image, *, resize: str = "pillow") -> np.ndarray:
-        """(1, S, S, 3) uint8."""
-        return resized(image, [(self.size, self.size)], resize)[0][None]
+    def tiles(self, image: Image.Image, *, resize: str = "pillow", out: np.ndarray | None = None) -> np.ndarray:
+        """(1, S, S, 3) uint8. out: an array of zeros to write into."""
+        (whole,) = resized(image, [(self.size, self.size)], resize)
+        if out is None:
+            return whole[None]
+        out[0] = whole
+        return out
 
     def num_tiles(self, image_size: Size) -> int:
         return 1
@@ -76,9 +81,13 @@ class AnyRes:
         """The settings as a model folder stores them: `AnyRes(**settings)` is the same layout."""
         return {"size": self.size, "grids": [list(grid) for grid in self.grids], "max_tiles": self.max_tiles}
 
-    def tiles(self, image: Image.Image, *, resize: str = "pillow") -> np.ndarray:
-        """(T, S, S, 3) uint8: the whole image squashed, then its grid row by row, aspect ratio kept, on black."""
+    def tiles(self, image: Image.Image, *, resize: str = "pillow", out: np.ndarray | None = None) -> np.ndarray:
+        """(T, S, S, 3) uint8: the whole image squashed, then its grid row by row, aspect ratio kept, on black.
+
+        out: an array of zeros to write into.
+        """
         side, (columns, rows) = self.size, self.grid(image.size)
+        tiles = np.zeros((1 + columns * rows, side, side, 3), dtype=np.uint8) if out is None else out
         width, height = columns * side, rows * side
         across, down = width / image.width, height / image.height
         if across < down:
@@ -86,11 +95,13 @@ class AnyRes:
         else:
             inner = min(math.ceil(image.width * down), width), height
         left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-        whole, fitted = resized(image, [(side, side), inner], resize)
-        black = np.zeros((height, width, 3), dtype=np.uint8)
-        black[top : top + inner[1], left : left + inner[0]] = fitted
-        grid = black.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
-        return np.concatenate([whole[None], grid.reshape(-1, side, side, 3)])
+        tiles[0], fitted = resized(image, [(side, side), inner], resize)
+        for number, tile in enumerate(tiles[1:]):
+            x, y = side * (number % columns) - left, side * (number // columns) - top  # of the tile in `fitted`
+            part = fitted[max(y, 0) : max(y + side, 0), max(x, 0) : max(x + side, 0)]
+            down_from, right_from = max(-y, 0), max(-x, 0)
+            tile[down_from : down_from + part.shape[0], right_from : right_from + part.shape[1]] = part
+        return tiles
 
     def grid(self, image_size: Size) -> Size:
         """(columns, rows) in tiles of the grid that keeps most of the resolution; among equal ones, wastes least."""
@@ -173,14 +184,16 @@ def resized(image: Image.Image, sizes: Sequence[Size], resize: str) -> list[np.n
     pixels = np.asarray(image)
     # (1, 3, H, W) in the memory order of the image, for which torch has a vectorised kernel; from_numpy would warn
     # that the array is read-only
-    tensor = torch.from_dlpack(pixels).permute(2, 0, 1)[None]
+    tensor = torch.from_dlpack(pixels)[None].permute(0, 3, 1, 2)
     arrays = []
     for width, height in sizes:
-        if image.size == (width, height):
-            arrays.append(pixels)
-        else:
-            output = F.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
-            arrays.append(output[0].permute(1, 2, 0).numpy())
+        output = tensor
+        # both round between the two directions, so their order matters: Pillow 13 begins with the height in this case
+        if image.height - height > max(0, 2 * (image.width - width)):
+            output = F.interpolate(output, size=(height, image.width), mode="bicubic", antialias=True)
+        if output.shape[2:] != (height, width):
+            output = F.interpolate(output, size=(height, width), mode="bicubic", antialias=True)
+        arrays.append(output[0].permute(1, 2, 0).numpy())
     return arrays
 
 

@@ -27,6 +27,7 @@ from src.preparation.sources.base import Caption
 from src.preparation.sources.source import Source
 from src.preparation.splits import SPLIT_NAMES, Item, hashed_share, split_of
 from src.preparation.swaps import locate_swaps
+from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
 
@@ -158,7 +159,7 @@ class Photos(Dataset):
     def samples(self, items: Iterable[Photo], codec: Codec, counts: Counts) -> Iterator[dict]:
         for photo in items:
             if codec.loses(photo.prompt):
-                counts.skip("prompt_not_in_vocabulary", photo.source)
+                counts.skip("prompt_not_in_vocabulary", f"{photo.source}: {photo.prompt}")
                 continue
             captions = []
             for caption in photo.captions.values():
@@ -178,6 +179,7 @@ class Photos(Dataset):
             except ImageProblem as reason:
                 counts.skip(reason, photo.source)
                 continue
+            counts["image marks read as text"] += photo.prompt.count(IMAGE) > 1  # see `Codec.prompt_ids`
             record = {"key": photo.key, "prompt": photo.prompt, "captions": captions}
             yield {"__key__": photo.key, "json": record, self.encoding: data}
 

@@ -213,8 +213,6 @@ class Pairs(Texts):
             raise UserError(f"prepare.keep: no record has a field {unknown[0]!r}")
 
     def check(self, item: Text, codec: Codec) -> None:
-        if any(token in item.prompt for token in codec.controls):
-            raise Skip("special_token")
         if codec.loses(item.prompt):
             raise Skip("not_in_vocabulary")
         super().check(item, codec)

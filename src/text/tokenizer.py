@@ -6,17 +6,24 @@ codec.encode("A red ring.")                 ids and character offsets of a respo
 codec.decode(ids)                           text up to the first eot, special tokens removed
 
 The prompt format (src/text/prompts) of a model folder comes from prompt.yaml, else from the model type in config.json,
-else from the chat template of its tokenizer. A special token that a user spells out is plain text.
+else from the chat template of its tokenizer.
+
+A special token that a text spells out is plain text, whoever wrote it: only the chat template adds special tokens. To
+that end the backend has other names for them, private characters, which never occur in a text:
+
+    text ------------------------------------------------> backend -> ids without special tokens
+    texts, disguised -> chat template -> its special tokens renamed, texts as they were -> backend -> ids of the prompt
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -33,6 +40,8 @@ MASK, EOS, BOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>", "<|eot
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 SPECIAL = (MASK, EOS, BOS, EOT, HEADER_START, HEADER_END, IMAGE)
 BROKEN = "\ufffd"  # the decoding of bytes that are not a complete character
+NAMES, DISGUISES = 0x108000, 0x10F000  # private characters: special tokens, and what stands for their first characters
+_PRIVATE = re.compile("[\U00108000-\U0010ffff]")
 LONGEST = 1000  # characters of the longest word in the training of a tokenizer
 _LONG = re.compile(rf"\S{{{LONGEST + 1}}}|\s{{{LONGEST + 1}}}")
 _CUT = re.compile(rf"\s{{0,{LONGEST}}}\S{{1,{LONGEST}}}|\s{{1,{LONGEST}}}")
@@ -73,7 +82,10 @@ class Codec:
         self.mask_id, self.eos_id, self.eot_id = (vocabulary[t] for t in (MASK, EOS, EOT))
         self.bos_id, self.image_id = vocabulary.get(BOS), vocabulary.get(IMAGE, NO_IMAGE_TOKEN)
         self.vocab_size = len(tokenizer)
-        self.controls = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        roles = {*SPECIAL, *tokenizer.all_special_tokens}
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        looks = [token for token in tokenizer.get_added_vocab() if token.startswith("<|") and token.endswith("|>")]
+        self.controls = tuple(sorted(vocabulary.keys() & {*added, *looks, *roles}, key=vocabulary.__getitem__))
         if gap and (gap not in self.controls or gap in set(SPECIAL) - {BOS}):
             raise UserError(f"{gap} cannot be the gap: a gap is a special token, and one without another meaning")
         self.gap_id = vocabulary[gap] if gap else None
@@ -84,10 +96,14 @@ class Codec:
         else:
             banned = {vocabulary[token] for token in (*suppress, IMAGE) if token in vocabulary}
         self.banned_ids = sorted(banned - {self.gap_id})
-        # 3. The fast backend
-        # A special token spelt out in a caption is plain text. Twenty times faster than calling `tokenizer`.
-        self._plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._plain.encode_special_tokens = True
+        # 3. The backend, twenty times faster than calling `tokenizer`, whose special tokens no text can spell
+        self._names = {token: chr(NAMES + number) for number, token in enumerate(self.controls)}
+        self._plain = _renamed(tokenizer.backend_tokenizer, self._names)
+        spelled = sorted(self.controls, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spelled)))
+        firsts = sorted({ord(token[0]) for token in (*spelled, IMAGE)})
+        self._disguise = {first: DISGUISES + number for number, first in enumerate(firsts)}
+        self._reveal = {disguise: first for first, disguise in self._disguise.items()}
         # Half the time of `tokenizer.decode`, which else removes blanks before punctuation.
         self._direct = not tokenizer.clean_up_tokenization_spaces
         self._concatenates = self._direct and isinstance(self._plain.decoder, decoders.ByteLevel)
@@ -176,7 +192,7 @@ class Codec:
     @property
     def special(self) -> SpecialIds:
         """The special ids for objectives and samplers."""
-        added = self.tokenizer.added_tokens_decoder
+        vocabulary = self.tokenizer.get_vocab()
         return SpecialIds(
             mask=self.mask_id,
             eos=self.eos_id,
@@ -184,11 +200,17 @@ class Codec:
             banned=tuple(self.banned_ids),
             vocab_size=self.vocab_size,
             gap=self.gap_id,
-            unwritten=tuple(sorted(token_id for token_id, token in added.items() if token.special)),
+            unwritten=tuple(vocabulary[token] for token in self.controls),
         )
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a response text, and the character range of each token."""
+        """Token ids of a text, none of them special, and the character range of each token.
+
+        Raises UserError if the tokenizer lacks a character and has no unknown token.
+        """
+        return self._encode(_PRIVATE.sub(BROKEN, text))
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
             encoding = self._plain.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises nothing narrower
@@ -231,41 +253,40 @@ class Codec:
     def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Ids of a prompt up to the start of the response, with `image_id` in place of each image.
 
-        images: their number; if no text contains image marks they are inserted at the start
+        images: their number. If the texts contain `<image>` exactly as often, that is where the images go; any other
+            `<image>` is plain text, and the images go before the first question
         turns: earlier (question, answer) pairs
-        Raises UserError if the number of image marks differs from `images`, or if the chat template fails.
+        Raises UserError if the chat template fails, or does not give each image its place.
         """
-        # 1. Special tokens that the texts spell out wait behind placeholders, so that only the template's count
-        hidden = {f"\ufdd0{number}\ufdd1": token for number, token in enumerate(self.controls) if token != IMAGE}
+        # 1. What users write is disguised, so that it spells no special token
+        form, num_marks = self.prompt_format, sum(text.count(IMAGE) for text in (question, *chain(*turns)))
 
-        def hide(text: str) -> str:
-            for placeholder, token in hidden.items():
-                text = text.replace(token, placeholder)
-            return text
+        def disguise(text: str) -> str:
+            return _PRIVATE.sub(BROKEN, text).translate(self._disguise)
 
-        turns = [(hide(user), hide(answer)) for user, answer in turns]
-        messages = self.prompt_format.messages(hide(question), images=images, turns=turns)
+        def content(text: str) -> str:
+            return IMAGE.join(map(disguise, text.split(IMAGE))) if num_marks == images else disguise(text)
+
+        system, turns = disguise(form.system or ""), [(content(user), content(answer)) for user, answer in turns]
+        messages = replace(form, system=system).messages(content(question), images=images, turns=turns)
         # 2. The released templates always open the answer, those of other models only with add_generation_prompt
         try:
             prompt = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.prompt_format.template, tokenize=False, add_generation_prompt=True
+                messages, chat_template=form.template, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError) as error:
             raise UserError(f"the chat template fails: {' '.join(str(error).split())}") from error
         first, *others = str(prompt).split(IMAGE)
         if len(others) != images:
-            raise UserError(f"{len(others)} image marks in {question!r}, but {images} images")
+            raise UserError(f"the chat template makes {len(others)} image marks of {images}")
 
-        # 3. Each text between images is encoded by itself
+        # 3. The special tokens that are left are the template's. Each text between images is encoded by itself
         def encode(text: str) -> list[int]:
-            ids: list[int] = []
-            for part in re.split("(\ufdd0\\d+\ufdd1)", text):
-                plain = hidden.get(part)
-                ids += self.encode(plain)[0] if plain else self.tokenizer(part, add_special_tokens=False)["input_ids"]
-            return ids
+            named = self._spelled.sub(lambda token: self._names[token[0]], text)
+            return self._encode(named.translate(self._reveal))[0]
 
         ids = encode(first)
-        num_dropped = int(self.prompt_format.join == "upstream" and ids[:1] == [self.bos_id])
+        num_dropped = int(form.join == "upstream" and ids[:1] == [self.bos_id])
         for text in others:
             ids += [self.image_id, *encode(text)[num_dropped:]]
         return ids
@@ -274,6 +295,29 @@ class Codec:
 def _pieces(text: str) -> list[str]:
     """The text, with very long words and blanks cut: the training time is quadratic in their length."""
     return _CUT.findall(text) if _LONG.search(text) else [text]
+
+
+def _renamed(backend: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
+    """A tokenizer whose special tokens, those with a new name, are not found under the old one: neither as such nor as
+    words of its vocabulary. Their ids stay. It neither cuts, pads nor frames a text."""
+    state = json.loads(backend.to_str())
+    state["truncation"] = state["padding"] = state["post_processor"] = None
+    for token in state["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "special": True, "normalized": False}
+    model = state["model"]
+    if isinstance(vocabulary := model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+    else:  # a unigram model
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if unknown := model.get("unk_token"):
+        model["unk_token"] = names.get(unknown, unknown)
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))]
+    renamed = Tokenizer.from_str(json.dumps(state))
+    known = {token["content"] for token in state["added_tokens"]}
+    renamed.add_special_tokens([name for name in names.values() if name not in known])  # words of the vocabulary so far
+    return renamed
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

@@ -11,6 +11,7 @@ Only names in `OWN` are ever removed, by `begin` with `resume=false`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from contextlib import suppress
@@ -28,6 +29,7 @@ from src.distributed.checkpoints import is_intact, remove
 from src.io.errors import UserError
 from src.io.files import FORMAT, read_json, sha256, write_json
 from src.io.hub import local_folder
+from src.io.remote import is_url, join, locate
 from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import is_model_folder
@@ -44,7 +46,7 @@ FIXED = (
 )
 # Settings below these that may change: how a step is computed, and what is checked where it is used.
 FREE = (
-    *("data.workers", "data.restart_epoch"),
+    *("data.workers", "data.max_skipped", "data.cache"),
     *(f"{LOOP}.expert.{name}" for name in ("base_url", "key_env", "limits", "max_completion_tokens")),
     *(f"optim.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
@@ -133,7 +135,10 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
     if model and is_model_folder(model):
         hashes["model.path"] = fingerprint(model)
     indexes = [Path(data, "train", INDEX), Path(data, INDEX)] if data else []
-    if index := next((index for index in indexes if index.is_file()), None):
+    if data and is_url(data):
+        with suppress(ValueError):  # building the data reports it
+            hashes["data.path"] = hashlib.sha256(locate(join(data, "train"), INDEX).read_bytes()).hexdigest()
+    elif index := next((index for index in indexes if index.is_file()), None):
         hashes["data.path"] = sha256(index)
     return hashes
 
