@@ -462,7 +462,7 @@ class Word(Item):
 
 @dataclass(kw_only=True)
 class Words(Dataset):
-    """Two sources; records of one key are one item; a word with a mark of an image is no prompt."""
+    """Two sources; records of one key are one item."""
 
     order = "read"
     kind = "text"
@@ -497,7 +497,7 @@ class Words(Dataset):
 
 
 def test_several_sources_and_items_of_several_records(tmp_path: Path) -> None:
-    words = {"first": ["ab", "ac", "b", "bad one"], "second": ["bad two", "c", "bad three", "abc", "d <image>"]}
+    words = {"first": ["ab", "ac", "b", "bad one"], "second": ["bad two", "c", "bad three", "abc"]}
     settings: dict[str, Any] = {"response_length": 8, "vocab_size": 300, "per_shard": 2}
     index = Words(out=str(tmp_path), words=words, **settings).run()
     entries = list(samples(tmp_path / "train"))
@@ -513,10 +513,7 @@ def test_several_sources_and_items_of_several_records(tmp_path: Path) -> None:
     assert [source["samples"] for source in manifest["sources"]] == [2, 1]
     assert [source["left_out"] for source in manifest["sources"]] == [
         {"records": {"bad_word": {"count": 1, "example": "bad one"}}},
-        {
-            "records": {"bad_word": {"count": 2, "example": "bad two"}},
-            "train": {"unusable_prompt": {"count": 1, "example": "d <image>"}},
-        },
+        {"records": {"bad_word": {"count": 2, "example": "bad two"}}},
     ]
     with pytest.raises(ValueError, match="two items have the key 'a': ab and ac"):
         Dataset.merge(Words(out="", words=words, **settings), *(Word(key="a", name=w, source=w, split="", texts=[]) for w in ("ab", "ac")), Counts())  # fmt: skip # noqa: E501

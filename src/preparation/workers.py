@@ -78,11 +78,7 @@ def write(job: Job, dataset: Any, codec: Codec, items: Items, folder: Path, adva
             counts.source = item.origin
             for sample in dataset.samples([item], codec, counts):
                 record, image = sample["json"], sample.get("png") or sample.get("jpg")
-                try:
-                    columns["prompt_tokens"].append(prompt_tokens(record.get("prompt", ""), int(image is not None)))
-                except UserError:  # image marks without images
-                    counts.skip("unusable_prompt", item.source)
-                    continue
+                columns["prompt_tokens"].append(prompt_tokens(record.get("prompt", ""), int(image is not None)))
                 if image is not None:
                     with Image.open(BytesIO(image)) as header:
                         columns["sizes"].append(header.size)
