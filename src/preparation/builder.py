@@ -28,9 +28,9 @@ from src.io.lock import locked
 from src.io.settings import as_json, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.preparation.counts import Counts, plural, size, table
-from src.preparation.items import Items, disk_errors
+from src.preparation.items import Items, disk_errors, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
-from src.preparation.splits import SPLITS, fill_splits
+from src.preparation.splits import SPLITS
 from src.preparation.workers import DATA, ITEMS, REPORTS, Job, WorkerLost, num_processes, write, write_in_processes
 from src.text.tokenizer import Codec
 

@@ -19,11 +19,12 @@ import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.preparation.counts import Reject
-from src.preparation.splits import hash64
+from src.preparation.splits import SPLITS, hash64
 
 PAGE = 1000  # items in memory
 TABLES = """
@@ -57,6 +58,7 @@ class Items:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         # No locks of SQLite's own, which some network file systems lack: the builder locks the whole dataset.
         mode = "mode=ro&immutable=1" if read_only else "nolock=1"
+        # A tokenizer is trained in a thread of its own, which reads texts while this one waits.
         self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
         if not read_only:
             self._db.executescript(TABLES)
@@ -143,7 +145,7 @@ class Items:
     def between(self, split: str, start: int, stop: int) -> Iterator[Any]:
         """The items of a split with numbers from `start` to `stop` (exclusive)."""
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
-        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)):
+        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall():
             item = _load(split, data)
             item.number = number
             yield item
@@ -156,6 +158,24 @@ class Items:
         """What was left out, in the order in which it was: (part, (source, reason, place))."""
         for part, *reject in self._db.execute("SELECT part, source, reason, place FROM rejects ORDER BY rowid"):
             yield part, tuple(reject)
+
+
+def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
+    """Move an item into each split without a usable one, from the largest split, in the order of hashes.
+
+    Train comes first; val and test take an item only if its split keeps another usable one. An item whose split is
+    given stays.
+    """
+    is_usable = cache(lambda key: usable(items[key]))
+    for split in SPLITS:
+        if any(is_usable(item.key) for item in items.of(split)):
+            continue
+        sizes, sign = items.sizes(), 1 if split == "train" else -1
+        for item in sorted(items.movable(), key=lambda item: (-sizes[item.split], sign * item.share)):
+            others = (other.key for other in items.of(item.split) if other.name != item.name)
+            if is_usable(item.key) and (split == "train" or any(map(is_usable, others))):
+                items.move(item.name, split)
+                break
 
 
 def _name(name: str) -> bytes:

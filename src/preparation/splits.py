@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from src.preparation.items import Items
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -47,21 +41,3 @@ def hashed_share(name: str, seed: int) -> float:
 def split_of(share: float) -> str:
     """90 % train, 5 % val, 5 % test."""
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
-
-
-def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
-    """Move an item into each split without a usable one, from the largest split, in the order of hashes.
-
-    Train comes first; val and test take an item only if its split keeps another usable one. An item whose split is
-    given stays.
-    """
-    is_usable = cache(lambda key: usable(items[key]))
-    for split in SPLITS:
-        if any(is_usable(item.key) for item in items.of(split)):
-            continue
-        sizes, sign = items.sizes(), 1 if split == "train" else -1
-        for item in sorted(items.movable(), key=lambda item: (-sizes[item.split], sign * item.share)):
-            others = (other.key for other in items.of(item.split) if other.name != item.name)
-            if is_usable(item.key) and (split == "train" or any(map(is_usable, others))):
-                items.move(item.name, split)
-                break

@@ -48,6 +48,7 @@ class Texts(Dataset):
     """
 
     kind = "text"
+    order = "read"
     words: ClassVar[Sequence[str]] = ("system", "user", "assistant")  # training texts besides those of the items
 
     files: Files | Mapping[str, Files | None]
@@ -130,8 +131,6 @@ class Packed(Texts):
     split: `documents` assigns whole documents to splits; `rows` cuts the sequence of all documents, such as a single
         book: the first 90 % are train, the next 5 % val, the last 5 % test. Needs `files` without a mapping
     """
-
-    order = "read"
 
     field: str = "text"
     split: Literal["documents", "rows"] = "documents"

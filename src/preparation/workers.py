@@ -2,8 +2,9 @@
 
     job -> its items -> samples -> dataset/train/train-000003.tar -> reports/train-000003.json
 
-A shard depends on its items alone, so its bytes do not depend on the number of processes. The report is written after
-the tar and holds its sha256: a shard whose report fits is finished, and is kept when the command is run again.
+`dataset` is a `src.preparation.builder.Dataset`. A shard depends on its items alone, so its bytes do not depend on the
+number of processes. The report is written after the tar and holds its sha256: a shard whose report fits is finished,
+and is kept when the command is run again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import cache
 from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -30,9 +31,6 @@ from src.io.shards import write_shard
 from src.preparation.counts import Counts, Reject
 from src.preparation.items import Items
 from src.text.tokenizer import Codec
-
-if TYPE_CHECKING:
-    from src.preparation.builder import Dataset
 
 DATA, ITEMS, REPORTS = "dataset", "items.db", "reports"  # in the folder of an unfinished dataset
 ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # one thread a worker: each has a core
@@ -64,7 +62,7 @@ class Job(NamedTuple):
         return entry is None or (tar.is_file() and sha256(tar) == entry["sha256"])
 
 
-def write(job: Job, dataset: Dataset, codec: Codec, items: Items, folder: Path, advance: Callable[[], Any]) -> None:
+def write(job: Job, dataset: Any, codec: Codec, items: Items, folder: Path, advance: Callable[[], Any]) -> None:
     """Write the tar and the report of a job. advance: called after every item"""
     rejects, lengths = list[Reject](), Counter[int]()
     counts = Counts(rejects.append)
@@ -80,11 +78,7 @@ def write(job: Job, dataset: Dataset, codec: Codec, items: Items, folder: Path, 
             counts.source = item.origin
             for sample in dataset.samples([item], codec, counts):
                 record, image = sample["json"], sample.get("png") or sample.get("jpg")
-                try:
-                    columns["prompt_tokens"].append(prompt_tokens(record.get("prompt", ""), int(image is not None)))
-                except UserError:  # image marks without images
-                    counts.skip("unusable_prompt", item.source)
-                    continue
+                columns["prompt_tokens"].append(prompt_tokens(record.get("prompt", ""), int(image is not None)))
                 if image is not None:
                     with Image.open(BytesIO(image)) as header:
                         columns["sizes"].append(header.size)
@@ -113,7 +107,7 @@ def num_processes(asked: int | None, jobs: Sequence[Job]) -> int:
 
 
 def write_in_processes(
-    jobs: Sequence[Job], dataset: Dataset, folder: Path, *, processes: int, advance: Callable[[int], Any]
+    jobs: Sequence[Job], dataset: Any, folder: Path, *, processes: int, advance: Callable[[int], Any]
 ) -> None:
     """Write the jobs in worker processes. advance: called with the number of items of a finished shard
 
@@ -151,7 +145,7 @@ def write_in_processes(
 _state: dict[str, Any] = {}  # of a worker process
 
 
-def _start(dataset: Dataset, folder: Path, alive: Connection) -> None:
+def _start(dataset: Any, folder: Path, alive: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process ends its workers
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: os._exit(int(alive.poll(None))), daemon=True).start()
