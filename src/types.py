@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import register_dataclass
 
@@ -128,20 +129,40 @@ class Prefix:
 
     embeds: (B, P, D)
     mask:   (B, P) bool, false on padding; None if no row is padded
-    cache:  (keys, values) of each decoder layer, each (B, H, P, d); None if the attention mode allows no exact cache
+    cache:  (keys, values) of each decoder layer, each (B, H, P + room, d); None if the attention mode allows no exact
+            cache
     last:   (B, 1, D) final hidden state of the last token; None unless there is a cache and logits are shifted
+    room:   slots of the cache behind the prefix, which a response overwrites in each forward call without gradient
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     cache: list[tuple[Tensor, Tensor]] | None = None
     last: Tensor | None = None
+    room: int = 0
 
-    def select(self, rows: Tensor) -> Prefix:
-        """The prefixes of `rows` (N,) int64, which may repeat."""
-        cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
+    def reserve(self, slots: int) -> None:
+        """Give the cache room for `slots` response tokens, a layer at a time: the old one and the new one never both."""
+        if self.cache is None or self.room >= slots:
+            return
+        length = self.embeds.shape[1]
+        for layer in range(len(self.cache)):
+            keys, values = (F.pad(tensor[:, :, :length], (0, 0, 0, slots)) for tensor in self.cache[layer])
+            self.cache[layer] = (keys, values)
+        self.room = slots
+
+    def swap(self, a: int, b: int) -> None:
+        """Let the rows a and b of the cache change places; the other tensors stay as they are (see `first`)."""
+        for tensor in (tensor for pair in self.cache or () for tensor in pair):
+            row = tensor[a].clone()
+            tensor[a] = tensor[b]
+            tensor[b] = row
+
+    def first(self, rows: Tensor) -> Prefix:
+        """The prefix of `rows` (n,) int64, whose cache is that of the first n rows."""
+        cache = self.cache and [(keys[: len(rows)], values[: len(rows)]) for keys, values in self.cache]
         mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
-        return Prefix(self.embeds[rows], mask, cache, last)
+        return Prefix(self.embeds[rows], mask, cache, last, self.room)
 
 
 register_dataclass(Prefix)  # lets FSDP2 find its tensors, even in torch 2.11

@@ -93,7 +93,8 @@ class ProSeCo(Objective):
         if self.pick == "argmax":
             predicted = self.special.argmax(logits)  # (N,)
         else:
-            predicted = draw(self.special.ban(logits), where, temperature=1.0, noise=noise)
+            at, options = where.flatten().nonzero()[:, 0], {"special": self.special, "temperature": 1.0, "noise": noise}
+            predicted = draw(self.special.ban(logits), at, where, **options)
         # 2. The true tokens elsewhere.
         tokens = state.target.masked_scatter(where, predicted)  # (B, L)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)
