@@ -142,7 +142,7 @@ class Prefix:
     room: int = 0
 
     def reserve(self, slots: int) -> None:
-        """Give the cache room for `slots` response tokens, a layer at a time: the old one and the new one never both."""
+        """Give the cache room for `slots` response tokens, a layer at a time, as two caches may not fit."""
         if self.cache is None or self.room >= slots:
             return
         length = self.embeds.shape[1]
@@ -287,6 +287,11 @@ class Sampled:
     traces: list[list[TraceStep]] | None = None  # the steps of each row
 
 
+# Positions of a response: the true ones of a mask (B, L), or rows (N,) and columns (N,) int64. Only on a CPU or where
+# waiting for the device does no harm is a mask as good.
+Positions = Tensor | tuple[Tensor, ...]
+
+
 class Backbone(Protocol):
     """A (vision-)language model with bidirectional attention over the response."""
 
@@ -295,9 +300,9 @@ class Backbone(Protocol):
         ...
 
     def __call__(
-        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
+        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Positions | None = None
     ) -> Tensor:
-        """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at the N true positions of `positions` (B, L) bool.
+        """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at N of its `positions`.
 
         attend: (B, L) bool, false on padding; None: attend to every position
         """

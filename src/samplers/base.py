@@ -102,7 +102,9 @@ def traces_of(steps: list[dict[str, Tensor]], num_rows: int) -> list[list[TraceS
     """The trace of each row, from tensors of each step: its `rows` (B,) bool, `forwards` (B,), tokens `before` and
     `after` it, and the other fields of `TraceStep` as (B, L) masks and confidences."""
     traces: list[list[TraceStep]] = [[] for _ in range(num_rows)]
-    for step in ({name: values.tolist() for name, values in step.items()} for step in steps):
+    host = {name: torch.stack([step[name] for step in steps]).tolist() for name in steps[0]} if steps else {}
+    for number in range(len(steps)):
+        step = {name: values[number] for name, values in host.items()}
         for row in (row for row, made in enumerate(step["rows"]) if made):
             old, new = step["before"][row], step["after"][row]
             places = {

@@ -123,10 +123,7 @@ class Sampler(AnySampler):
             raise UserError(f"post_steps only rewrite, which {kind.__name__} never does: set post_steps=0")
         if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
             raise UserError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
-        if self.max_forwards is not None and self.max_forwards < cost:
-            raise UserError(f"max_forwards must be at least {cost}, got {self.max_forwards}")
-        if self.check_every < 1 or (self.check_every > 1 and self.max_forwards is not None):
-            raise UserError(f"check_every must be at least 1, and 1 with max_forwards, got {self.check_every}")
+        self._check_budget(cost)
         if policy.scores and self.score not in policy.scores:
             raise UserError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
         if not policy.scores and (self.eos_last or self.score != "probability"):
@@ -147,6 +144,12 @@ class Sampler(AnySampler):
         if self.shift != 1 and not (scheduled and policy.scheduled):
             raise UserError(f"shift={self.shift} is for samplers that unmask a scheduled number of masks")
         reviser.check(self.schedule)
+
+    def _check_budget(self, cost: int) -> None:
+        if self.max_forwards is not None and self.max_forwards < cost:
+            raise UserError(f"max_forwards must be at least {cost}, got {self.max_forwards}")
+        if self.check_every < 1 or (self.check_every > 1 and self.max_forwards is not None):
+            raise UserError(f"check_every must be at least 1, and 1 with max_forwards, got {self.check_every}")
 
     @property
     def schedule(self) -> Schedule:
@@ -175,7 +178,9 @@ class Sampler(AnySampler):
         for number in itertools.count():
             plan = self._look(run, progress, predict, noise)
             if number % self.check_every == 0 or number in ends:
-                active, called, wrote_mask = read(progress.active, plan.asks & ~predict.known(run.tokens), run.wrote_mask)
+                active, called, wrote_mask = read(
+                    progress.active, plan.asks & ~predict.known(run.tokens), run.wrote_mask
+                )
                 if any(wrote_mask):
                     raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
                 if not any(active):
@@ -215,7 +220,7 @@ class Sampler(AnySampler):
         where = eligible | (reviser.reads(state) & active[:, None])
         return Plan(state, where, eligible, editable, post, last)
 
-    def _step(  # noqa: PLR0915  one step is one function
+    def _step(
         self,
         run: Run,
         plan: Plan,

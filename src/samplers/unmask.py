@@ -133,7 +133,14 @@ SCORES = {"margin": margin, "entropy": negative_entropy}
 
 
 def draw(
-    logits: Tensor, at: Tensor, where: Tensor, *, special: SpecialIds, temperature: float, noise: Noise, top_p: float = 1
+    logits: Tensor,
+    at: Tensor,
+    where: Tensor,
+    *,
+    special: SpecialIds,
+    temperature: float,
+    noise: Noise,
+    top_p: float = 1,
 ) -> Tensor:
     """(N,) ids by the Gumbel-max rule, never the mask or an id beyond the tokenizer's.
 
