@@ -99,8 +99,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Copy with all tensors on `device` (called by Lightning)."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy with all tensors on `device` (called by Lightning); the host does not wait for copies to a GPU."""
+        non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

@@ -91,7 +91,7 @@ class LLaDAV(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each decoder block; parameter names and hooks stay as they are."""
         for block in self.model.layers:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
         """Embed the prompt, insert the image tokens and, in `prefix` mode, run the decoder over it once."""

@@ -238,7 +238,7 @@ class Sampler(AnySampler):
         prediction = reviser.refine(state, first, predict)
         # 2. unmask: propose a token for each eligible mask, and choose which masks become it
         proposal, probability, score = self._propose(prediction, eligible, last, special, noise)
-        chance = reviser.chance(state, self.schedule.chance(state.steps, state.steps_left))
+        chance = reviser.chance(state, progress.schedule.chance(state.steps, state.steps_left))
         count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
         unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
         if reviser.selects_positions:
@@ -252,8 +252,8 @@ class Sampler(AnySampler):
             rewritten &= (new_ids != special.eos) | ~text_positions(before, special.eot)
         run.wrote_mask = run.wrote_mask | (rewritten & (new_ids == special.mask)).any(1)
         # 4. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 2.
-        confidence = torch.where(unmasked, probability, run.confidence)
-        to_mask = reviser.remask(replace(state, confidence=confidence), prediction)
+        state.confidence = confidence = torch.where(unmasked, probability, run.confidence)
+        to_mask = reviser.remask(state, prediction)
         to_mask = to_mask & ~(is_final | last | ended)[:, None]
         remasked = to_mask & editable
         if reviser.can_veto:
