@@ -95,7 +95,7 @@ class ProSeCo(Objective):
         else:
             at = torch.nonzero_static(where.flatten(), size=len(logits))[:, 0]
             options = {"special": self.special, "temperature": 1.0, "noise": noise}
-            predicted = draw(self.special.ban(logits), at, where, **options)
+            predicted = draw(self.special.ban(logits), torch.arange(len(at), device=at.device), at, where, **options)
         # 2. The true tokens elsewhere.
         tokens = state.target.masked_scatter(where, predicted)  # (B, L)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)

@@ -53,7 +53,7 @@ class DraftPrediction(Prediction):
     def of(cls, prediction: Prediction, draft: Tensor) -> DraftPrediction:
         return cls(**vars(prediction), draft=draft)
 
-    def update(self, predict: Predictor, rows: list[bool]) -> None:
+    def update(self, predict: Predictor, rows: list[int]) -> None:
         """One forward call with the draft for each true one of `rows`. Leaves the prediction it came from as it is."""
         fresh = predict.again(self, self.draft, rows)
         self.logits, self.best, self.peak, self.log_prob = fresh.logits, fresh.best, fresh.peak, fresh.log_prob
@@ -102,7 +102,7 @@ class Predictor:
         the same again."""
         return (self.read == tokens).all(1)
 
-    def first(self, tokens: Tensor, where: Tensor, rows: list[bool]) -> Prediction:
+    def first(self, tokens: Tensor, where: Tensor, rows: list[int]) -> Prediction:
         """The prediction of a step: one forward call for each true one of `rows`, what is known of the others."""
         if any(rows):
             if all(rows):
@@ -112,14 +112,14 @@ class Predictor:
         assert self.latest is not None
         return replace(self.latest, where=where, best=torch.where(where, self.latest.best, tokens))
 
-    def again(self, prediction: Prediction, draft: Tensor, rows: list[bool]) -> Prediction:
+    def again(self, prediction: Prediction, draft: Tensor, rows: list[int]) -> Prediction:
         """A new prediction, of `draft` (B, L): one further forward call for each true one of `rows`."""
         if not any(rows):
             return prediction
         fresh = self._call(draft, rows, prediction, in_place=False)
         return replace(fresh, where=prediction.where, best=torch.where(prediction.where, fresh.best, draft))
 
-    def _call(self, tokens: Tensor, rows: list[bool], old: Prediction | None, *, in_place: bool) -> Prediction:
+    def _call(self, tokens: Tensor, rows: list[int], old: Prediction | None, *, in_place: bool) -> Prediction:
         self._arrange([row for row, is_called in enumerate(rows) if is_called])
         texts = tokens if self.rows is None else tokens[self.rows]  # (n, L)
         texts = torch.cat([texts, self.suffix.expand(len(texts), -1)], 1) if len(self.suffix) else texts
@@ -177,9 +177,9 @@ class Predictor:
         self.rows, self.called, self.num_rows = None, self.prefixes, len(self.order)
 
 
-def read(*flags: Tensor) -> list[list[bool]]:
-    """The values of flags (B,) on the host. Where a sampler waits for the device, it does so here."""
-    return torch.stack(flags).tolist()
+def read(*values: Tensor) -> list[list[int]]:
+    """Flags or numbers (B,) on the host. Where a sampler waits for the device, it does so here."""
+    return torch.stack([value.long() for value in values]).tolist()
 
 
 def masked_prefix(backbone: Backbone, prefix: Prefix, special: SpecialIds) -> Prefix:

@@ -98,7 +98,7 @@ class Corrector(Reviser):
         if self.pick == "sample":
             everywhere = torch.arange(draft.numel(), device=draft.device)
             options = {"special": predict.special, "temperature": 1.0, "noise": state.noise}
-            drawn = draw(corrected.logits.flatten(0, 1), everywhere, region, **options)
+            drawn = draw(corrected.logits.flatten(0, 1), everywhere, everywhere, region, **options)
             return torch.where(region, drawn.view_as(draft), draft)
         if self.pick == "edit":
             region = region & (corrected.best != draft)

@@ -59,11 +59,12 @@ class Plan:
     editable: Tensor
     post: Tensor
     last: Tensor
+    num_drawn: int | None = None  # number of true positions of `drawn`, if the host has asked
 
     @property
-    def asks(self) -> Tensor:
-        """(B,) bool: rows that read any logits."""
-        return self.where.any(1)
+    def drawn(self) -> Tensor:
+        """(B, L) bool: masks whose token is drawn; rows whose budget ends take the argmax."""
+        return self.eligible & ~self.last[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +179,9 @@ class Sampler(AnySampler):
         for number in itertools.count():
             plan = self._look(run, progress, predict, noise)
             if number % self.check_every == 0 or number in ends:
-                active, called, wrote_mask = read(
-                    progress.active, plan.asks & ~predict.known(run.tokens), run.wrote_mask
-                )
+                asks = plan.where.any(1) & ~predict.known(run.tokens)
+                active, called, wrote_mask, drawn = read(progress.active, asks, run.wrote_mask, plan.drawn.sum(1))
+                plan.num_drawn = sum(drawn)
                 if any(wrote_mask):
                     raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
                 if not any(active):
@@ -237,7 +238,7 @@ class Sampler(AnySampler):
         # 1. refine: the reviser may make further forward calls
         prediction = reviser.refine(state, first, predict)
         # 2. unmask: propose a token for each eligible mask, and choose which masks become it
-        proposal, probability, score = self._propose(prediction, eligible, last, special, noise)
+        proposal, probability, score = self._propose(prediction, plan, special, noise)
         chance = reviser.chance(state, progress.schedule.chance(state.steps, state.steps_left))
         count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
         unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
@@ -287,15 +288,18 @@ class Sampler(AnySampler):
         return start.to(device=device, dtype=torch.int64, copy=True)
 
     def _propose(
-        self, prediction: Prediction, eligible: Tensor, last: Tensor, special: SpecialIds, noise: dict[str, Noise]
+        self, prediction: Prediction, plan: Plan, special: SpecialIds, noise: dict[str, Noise]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token, its probability and its score, all (B, L), at eligible positions; rows in `last` take the argmax."""
-        proposal = prediction.best
+        proposal, eligible = prediction.best, plan.eligible
         if self.temperature > 0:
-            drawn, everywhere = eligible & ~last[:, None], torch.arange(proposal.numel(), device=proposal.device)
+            flat, at = plan.drawn.flatten(), torch.arange(proposal.numel(), device=proposal.device)
+            if plan.num_drawn is not None:  # noise for a vocabulary is dear
+                at = torch.nonzero_static(flat, size=plan.num_drawn)[:, 0]
             options = {"temperature": self.temperature, "top_p": self.top_p, "noise": noise["sampler"]}
-            ids = draw(prediction.logits.flatten(0, 1), everywhere, drawn, special=special, **options)
-            proposal = torch.where(drawn, ids.view_as(proposal), proposal)
+            ids = draw(prediction.logits.flatten(0, 1), at, at, plan.drawn, special=special, **options)
+            ids = torch.where(flat[at], ids, proposal.flatten()[at])
+            proposal = proposal.flatten().index_copy(0, at, ids).view_as(proposal)
         score = probability = prediction.confidence(eligible, proposal)
         if self.score == "random":
             score = noise["score"].uniform(eligible).double()

@@ -134,6 +134,7 @@ SCORES = {"margin": margin, "entropy": negative_entropy}
 
 def draw(
     logits: Tensor,
+    rows: Tensor,
     at: Tensor,
     where: Tensor,
     *,
@@ -144,13 +145,13 @@ def draw(
 ) -> Tensor:
     """(N,) ids by the Gumbel-max rule, never the mask or an id beyond the tokenizer's.
 
-    logits: (N, V) at the N positions `at` of the flattened (B, L); where: (B, L) bool, see `Noise`
+    logits: (M, V), of which `rows` (N,) are those of the positions `at` (N,) of the flattened (B, L)
+    where: (B, L) bool, a row that is true somewhere uses up a call of `noise`
     top_p: draw from the smallest set of tokens that has this probability (nucleus, arXiv 1904.09751)
     """
     ids = []
-    parts = zip(logits.split(PART), noise.gumbel(where, special.vocab_size, at=at), strict=True)
-    for part, gumbel in parts:
-        own = part[:, : special.vocab_size].double()
+    for part, gumbel in zip(rows.split(PART), noise.gumbel(where, special.vocab_size, at=at), strict=False):
+        own = logits[part, : special.vocab_size].double()
         own[:, special.mask] = -torch.inf
         if top_p < 1:
             own = nucleus(own, temperature=temperature, top_p=top_p)
