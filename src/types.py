@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import register_dataclass
 
@@ -99,8 +100,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """Copy with all tensors on `device` (called by Lightning)."""
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy with all tensors on `device` (called by Lightning); the host does not wait for copies to a GPU."""
+        non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -129,20 +131,40 @@ class Prefix:
 
     embeds: (B, P, D)
     mask:   (B, P) bool, false on padding; None if no row is padded
-    cache:  (keys, values) of each decoder layer, each (B, H, P, d); None if the attention mode allows no exact cache
+    cache:  (keys, values) of each decoder layer, each (B, H, P + room, d); None if the attention mode allows no exact
+            cache
     last:   (B, 1, D) final hidden state of the last token; None unless there is a cache and logits are shifted
+    room:   slots of the cache behind the prefix, which a response overwrites in each forward call without gradient
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     cache: list[tuple[Tensor, Tensor]] | None = None
     last: Tensor | None = None
+    room: int = 0
 
-    def select(self, rows: Tensor) -> Prefix:
-        """The prefixes of `rows` (N,) int64, which may repeat."""
-        cache = self.cache and [(k[rows], v[rows]) for k, v in self.cache]
+    def reserve(self, slots: int) -> None:
+        """Give the cache room for `slots` response tokens, a layer at a time, as two caches may not fit."""
+        if self.cache is None or self.room >= slots:
+            return
+        length = self.embeds.shape[1]
+        for layer in range(len(self.cache)):
+            keys, values = (F.pad(tensor[:, :, :length], (0, 0, 0, slots)) for tensor in self.cache[layer])
+            self.cache[layer] = (keys, values)
+        self.room = slots
+
+    def swap(self, a: int, b: int) -> None:
+        """Let the rows a and b of the cache change places; the other tensors stay as they are (see `first`)."""
+        for tensor in (tensor for pair in self.cache or () for tensor in pair):
+            row = tensor[a].clone()
+            tensor[a] = tensor[b]
+            tensor[b] = row
+
+    def first(self, rows: Tensor) -> Prefix:
+        """The prefix of `rows` (n,) int64, whose cache is that of the first n rows."""
+        cache = self.cache and [(keys[: len(rows)], values[: len(rows)]) for keys, values in self.cache]
         mask, last = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.last))
-        return Prefix(self.embeds[rows], mask, cache, last)
+        return Prefix(self.embeds[rows], mask, cache, last, self.room)
 
 
 register_dataclass(Prefix)  # lets FSDP2 find its tensors, even in torch 2.11
@@ -267,6 +289,11 @@ class Sampled:
     traces: list[list[TraceStep]] | None = None  # the steps of each row
 
 
+# Positions of a response: the true ones of a mask (B, L), or rows (N,) and columns (N,) int64. Only on a CPU or where
+# waiting for the device does no harm is a mask as good.
+Positions = Tensor | tuple[Tensor, ...]
+
+
 class Backbone(Protocol):
     """A (vision-)language model with bidirectional attention over the response."""
 
@@ -275,9 +302,9 @@ class Backbone(Protocol):
         ...
 
     def __call__(
-        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
+        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Positions | None = None
     ) -> Tensor:
-        """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at the N true positions of `positions` (B, L) bool.
+        """Logits (B, L, V) of a response `tokens` (B, L), or (N, V) at N of its `positions`.
 
         attend: (B, L) bool, false on padding; None: attend to every position
         """

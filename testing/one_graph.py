@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from src.diffusion.losses import term_sum
-from src.objectives.base import Objective, attended
+from src.diffusion.losses import editable, term_sum
+from src.objectives.base import Objective
 from src.types import Batch
 
 
@@ -21,8 +21,8 @@ def one_graph(objective: Objective, batch: Batch) -> None:
         for terms in (objective.first_terms, objective.second_terms):
             if state is None:
                 break
-            where = objective.positions(terms, state)
-            logits = objective.backbone(prefix, state.tokens, attend=attended(batch), positions=where).float()
+            where = editable(state) if terms is objective.second_terms else objective.positions(terms, state)
+            logits = objective.backbone(prefix, state.tokens, attend=batch.editable, positions=where).float()
             values = torch.zeros(where.shape, device=where.device)
             values[where] = F.cross_entropy(logits, state.target[where], reduction="none")
             losses += [term.coef * term_sum(term, values, state) / totals[term.name] for term in terms]

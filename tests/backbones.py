@@ -82,4 +82,5 @@ class Table:
 
     def __call__(self, prefix, tokens, *, attend=None, positions=None):
         rows = zip(prefix.embeds[:, 0, 0].int().tolist(), tokens.tolist(), strict=True)
-        return torch.stack([self.say(row, text) for row, text in rows])[positions]
+        logits = torch.stack([self.say(row, text) for row, text in rows])
+        return logits if positions is None else logits[positions]

@@ -65,7 +65,7 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
     """One row, as lists: (tokens after each step, forward calls). `whole` unmasks by chance, as for MDLM."""
     streams = {name: Noise([key], seed=0, draw=name) for name in ("sampler", "unmask", "reviser")}
     x, states, calls, total = [MASK] * LENGTH, [], 0, 0
-    known = (None, None, set())  # a text, its logits, and the places where these were asked for
+    known = (None, None)  # a text and its logits
 
     def logits_of(tokens):
         nonlocal calls
@@ -81,8 +81,7 @@ def by_hand(  # noqa: C901  one loop, to be read next to the papers' pseudocode
             total += 1
             number = step if counts == "block" else total
             fires = bool(passes) and number % every == 0 and number >= begin
-            needed = set(range(LENGTH)) if fires else {i for i in range(end) if x[i] == MASK}
-            known = (x, known[1] if known[0] == x and needed <= known[2] else logits_of(x), needed)
+            known = known if known[0] == x else (x, logits_of(x))
             logits = list(known[1])
             if fires:
                 draft = [best(row) if t == MASK else t for t, row in zip(x, logits, strict=True)]

@@ -77,8 +77,8 @@ class GivenNoise:
         return torch.zeros(len(self.case["t"]))  # below every share
 
     def uniform(self, where: torch.Tensor) -> torch.Tensor:
-        if tuple(where.shape) != self.case["masked"].shape:
-            return torch.zeros(where.shape)  # the choice among spans: there is one
+        if not torch.equal(where, torch.from_numpy(self.case["labels_full"]) >= 0):
+            return (~where).float()  # the choice among spans: there is one
         return torch.from_numpy(next(self.numbers))
 
     def integers(self, where: torch.Tensor, high: int) -> torch.Tensor:

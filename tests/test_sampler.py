@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.samplers.predictor import read
 from src.samplers.rediff import OverwriteAll
 from src.samplers.remdm import KeepSurest, RemaskLowest
 from src.samplers.reviser import Reviser
 from src.samplers.sampler import Sampler
 from src.samplers.unmask import PART, Bernoulli, Factor, Threshold
-from src.types import SpecialIds
-from tests.backbones import rows_of
+from src.types import Prefix, SpecialIds
+from tests.backbones import rows_of, small_model
 
 MASK, EOS, EOT, BOS = 0, 1, 2, 3
 V = 24
@@ -283,8 +285,49 @@ def test_a_greedy_step_makes_no_copy_of_the_logits(reviser):
     start[:, 1::2] = 7 if reviser else MASK
     sampler = Sampler(length=length, tokens_per_step=length, reviser=reviser)
     with Large(logits.nbytes) as large:
-        sample(sampler, lambda prefix, tokens, positions: logits, count=rows, special=special, start=start)
+        sample(sampler, lambda prefix, tokens: logits.view(rows, length, 300), count=rows, special=special, start=start)
     assert large.operations == []
+
+
+class Caches(TorchDispatchMode):
+    """Counts the new tensors (B, H, T, d) with at least as many tokens as the prefix, by operation."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.counts = tokens, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_new = isinstance(out, torch.Tensor) and not func.is_view and "copy_" not in str(func)
+        self.counts[str(func)] += is_new and out.ndim == 4 and out.shape[2] >= self.tokens
+        return out
+
+
+def test_rows_leave_the_batch_without_a_second_cache():
+    model = small_model(V)
+    prompts = torch.randint(4, V, (4, 50), generator=torch.Generator().manual_seed(0))
+    start = torch.full((4, 6), MASK)
+    for row, masks in enumerate((1, 6, 2, 4)):
+        start[row, masks:] = 7
+    sampler = Sampler(length=6)
+    with torch.no_grad():
+        prefix = model.encode_prefix({"prompt_ids": prompts})
+    before = [(keys.clone(), values.clone()) for keys, values in prefix.cache]
+    options = {"special": SPECIAL, "keys": list("abcd"), "seed": 0, "start": start}
+    with Caches(50) as caches:
+        sampled = sampler(model, prefix, **options)
+    assert +caches.counts == {"aten.constant_pad_nd.default": 2 * len(before)}  # room for the response, once a layer
+    assert sampled.forwards.tolist() == [1, 6, 2, 4]
+    for old, new in zip(before, prefix.cache, strict=True):  # the rows are where they were
+        assert all(torch.equal(a, b[:, :, :50]) for a, b in zip(old, new, strict=True))
+    with Caches(50) as caches:
+        again = sampler(model, prefix, **options)
+    assert not +caches.counts
+    assert torch.equal(again.ids, sampled.ids)
+    full = Prefix(prefix.embeds, None, before)  # without room: keys and values are concatenated
+    text = torch.randint(4, V, (4, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(prefix, text), model(full, text))
 
 
 # --- temperature and seeds -------------------------------------------------------------------------------
@@ -332,14 +375,8 @@ class LookTwice(Reviser):
     """At every second step, predicts again from a response whose masks are filled."""
 
     def refine(self, state, prediction, predict):
-        rows = (state.step % 2 == 1)[:, None]
-        if not rows.any():
-            return prediction
-        again = predict(prediction.best, prediction.where & rows)
-        logits = prediction.logits.clone()
-        logits[(prediction.where & rows)[prediction.where]] = again.logits
-        best = torch.where(again.where, again.best, prediction.best)
-        return type(prediction)(prediction.where, logits, best)
+        (rows,) = read(state.step % 2 == 1)
+        return predict.again(prediction, prediction.best, rows)
 
 
 class RemaskFirst(Reviser):

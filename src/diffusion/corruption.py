@@ -93,10 +93,12 @@ class Replace:
     def draw(self, batch: Batch, noise: Noise) -> Tensor:
         """(B, L) a replacement id for each position."""
         original = batch.response
+        # the tables stay on the device of the batches, where the first one takes them
+        self.ordinary, self.rank = (table.to(original.device) for table in (self.ordinary, self.rank))
         if self.source == "uniform":
             index = noise.integers(batch.editable, len(self.ordinary) - 1)
-            index += index >= self.rank.to(original.device)[original]  # skip the original: uniform over all others
-            return self.ordinary.to(original.device)[index]
+            index += index >= self.rank[original]  # skip the original: uniform over all others
+            return self.ordinary[index]
         words = batch.editable & (original != self.eos) & (original != self.eot)
         place = (noise.uniform(batch.editable) * words.sum(1, keepdim=True)).long().clamp(max=original.shape[1] - 1)
         ordered = torch.argsort((~words).int(), dim=1, stable=True)  # words first
@@ -148,9 +150,8 @@ class ShowGaps:
 
 def _spans_at(batch: Batch, where: Tensor) -> Tensor:
     """(B, S) bool: the spans with a token at a true position of `where` (B, L)."""
-    count = int(batch.span.max()) if batch.span.numel() else 0
-    ids = torch.arange(1, count + 1, device=batch.span.device)
-    return ((batch.span[:, :, None] == ids) & where[:, :, None]).any(1)
+    spans = torch.zeros(len(where), where.shape[1] + 1, dtype=torch.bool, device=where.device)
+    return spans.scatter_(1, batch.span * where, True)[:, 1:]  # a text has at most as many spans as tokens
 
 
 def _within(batch: Batch, spans: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def denominator(term: Term, corrupted: Corrupted) -> Tensor:
         return term.where(corrupted).sum()
     if term.reduce == "batch_tokens":
         return editable(corrupted).sum()
-    return torch.tensor(len(corrupted.rate), device=corrupted.kind.device)
+    return torch.full((), len(corrupted.rate), device=corrupted.kind.device)
 
 
 def term_sum(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Tensor:

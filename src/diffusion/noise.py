@@ -52,14 +52,16 @@ class Noise:
         """(B, L) int64: uniform on [0, high) at the true positions of `where`, 0 elsewhere."""
         return (shift(self._bits(where), 1) % high).masked_fill(~where, 0)
 
-    def gumbel(self, where: Tensor, size: int) -> Iterator[Tensor]:
-        """Standard Gumbel noise for the N true positions of `where`, row-major, in parts of at most (PART, size).
+    def gumbel(self, where: Tensor, size: int, *, at: Tensor | None = None) -> Iterator[Tensor]:
+        """Standard Gumbel noise for N positions, in parts of at most (PART, size).
 
+        at: (N,) int64 positions of the flattened (B, L); None: the true ones of `where`, which waits for the device
         float64: float32 would truncate the tail of the distribution, which lowers the temperature of a sampler.
         """
         state, index = self._begin(where), torch.arange(size, device=where.device)
-        rows, positions = where.nonzero(as_tuple=True)
-        for row, position in zip(rows.split(PART), positions.split(PART), strict=True):
+        at = where.flatten().nonzero()[:, 0] if at is None else at
+        for part in at.split(PART):
+            row, position = part // where.shape[1], part % where.shape[1]
             bits = splitmix(state[row, None] + ((position[:, None] << POSITION) + index) * GOLDEN)
             yield -(-(fraction(bits, torch.float64) + 2.0**-54).log()).log()  # never log(0)
 
@@ -70,7 +72,8 @@ class Noise:
 
     def _begin(self, where: Tensor) -> Tensor:
         """(B,) the state at position 0 of a new call, for rows with a true position in `where`."""
-        self.start, self.calls = self.start.to(where.device), self.calls.to(where.device) + where.any(1)
+        self.start, self.calls = (part.to(where.device, non_blocking=True) for part in (self.start, self.calls))
+        self.calls = self.calls + where.any(1)
         return self.start + (self.calls << CALL) * GOLDEN
 
 

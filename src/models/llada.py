@@ -88,10 +88,19 @@ class Attention(nn.Module):
         """Rotated keys and values (B, H, T, d) of `x` (B, T, D)."""
         return rotate(self._split(self.k_proj(x), self.kv_heads), rope), self._split(self.v_proj(x), self.kv_heads)
 
-    def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None, in_place: bool = False
+    ) -> tuple[Tensor, KeyValue]:
+        """in_place: `past` has room for the keys and values of `x` at its end; they are written there."""
         query = rotate(self._split(self.q_proj(x), self.heads), rope)
         own = self.keys_values(x, rope)
-        key, value = own if past is None else (torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2))
+        if past is None:
+            key, value = own
+        elif in_place:
+            key, value = past
+            key[:, :, -x.shape[1] :], value[:, :, -x.shape[1] :] = own
+        else:
+            key, value = torch.cat([past[0], own[0]], 2), torch.cat([past[1], own[1]], 2)
         gqa = self.heads != self.kv_heads
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=gqa)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).flatten(2)), own
@@ -139,8 +148,10 @@ class Block(nn.Module):
         """Those of its attention, without the block's output."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
-    def forward(self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        attended, own = self.self_attn(self.input_layernorm(x), rope, mask, past)
+    def forward(
+        self, x: Tensor, rope: KeyValue, mask: Tensor | None, past: KeyValue | None, in_place: bool = False
+    ) -> tuple[Tensor, KeyValue]:
+        attended, own = self.self_attn(self.input_layernorm(x), rope, mask, past, in_place)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), own
 
@@ -183,8 +194,10 @@ class Decoder(nn.Module):
         mask = _join_masks(embeds, length, prefix.mask, attend)
         if prefix.cache is not None:
             x, last = embeds, prefix.last
-            for block, past in zip(self.layers, prefix.cache, strict=True):
-                x, _ = self._run(block, x, rope, mask, past)
+            in_place = prefix.room >= x.shape[1] and not torch.is_grad_enabled()
+            end = length + x.shape[1] if in_place else length
+            for block, (keys, values) in zip(self.layers, prefix.cache, strict=True):
+                x, _ = self._run(block, x, rope, mask, (keys[:, :, :end], values[:, :, :end]), in_place)
             x = self.norm(x)
         else:
             left = self._rope(prefix.embeds)

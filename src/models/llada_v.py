@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from src.io.errors import UserError
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
 from src.models.tiling import AnyRes, Layout, Size
 from src.models.vision import VisionPath
-from src.types import Prefix
+from src.types import Positions, Prefix
 
 
 class LLaDAV(nn.Module):
@@ -90,22 +91,29 @@ class LLaDAV(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each decoder block; parameter names and hooks stay as they are."""
         for block in self.model.layers:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
         """Embed the prompt, insert the image tokens and, in `prefix` mode, run the decoder over it once."""
         ids, mask = prefix["prompt_ids"], prefix.get("prompt_mask")
-        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask  # (B, T)
-        marks = keep & (ids == self.image_id)
-        sizes = self._image_sizes(prefix) if "pixel_values" in prefix else [[] for _ in ids]
+        # 1. The host learns where images go and how large they are: it waits for the device here, and only here.
+        parts = [ids, torch.ones_like(ids) if mask is None else mask.long()]
+        parts += [prefix[name] for name in ("num_tiles", "image_sizes") if "pixel_values" in prefix]
+        host = torch.cat([part.flatten() for part in parts]).cpu().split([part.numel() for part in parts])
+        values = [part.numpy().reshape(shape) for part, shape in zip(host, (part.shape for part in parts), strict=True)]
+        keep = values[1] > 0  # (B, T)
+        marks = keep & (values[0] == self.image_id)
+        sizes = self._image_sizes(prefix["pixel_values"], *values[2:]) if len(values) > 2 else [[] for _ in ids]
         for row, (num_marks, images) in enumerate(zip(marks.sum(1).tolist(), sizes, strict=True)):
             if num_marks != len(images):
                 message = f"the prompt holds {num_marks} image marks, but there are {len(images)} images"
                 raise UserError(f"row {row}: {message}")
+        # 2. The images, and their tokens between those of the text.
         if self.vision and any(sizes):
-            pixels, num_tiles = prefix["pixel_values"], prefix["num_tiles"]
-            real = torch.arange(pixels.shape[1], device=pixels.device) < num_tiles.sum(1, keepdim=True)  # (B, N)
-            images = self.vision(pixels[real], [size for row in sizes for size in row])
+            pixels = prefix["pixel_values"].flatten(0, 1)
+            real = np.arange(prefix["pixel_values"].shape[1]) < values[2].sum(1, keepdims=True)  # (B, N)
+            tiles = pixels if real.all() else pixels[_places(real, pixels.device)]
+            images = self.vision(tiles, [size for row in sizes for size in row])
             embeds, mask = self._splice(ids, keep, marks, images)
         else:
             embeds = self.model.embed_tokens(ids)
@@ -114,51 +122,58 @@ class LLaDAV(nn.Module):
         return Prefix(embeds, mask, *self.model.prefix_cache(embeds, mask))
 
     def forward(
-        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Tensor | None = None
+        self, prefix: Prefix, tokens: Tensor, *, attend: Tensor | None = None, positions: Positions | None = None
     ) -> Tensor:
-        """Logits (B, L, V), or (N, V) at the true positions of `positions` (B, L) bool, in row-major order."""
+        """Logits (B, L, V), or (N, V) at `positions`; those of a mask in row-major order."""
         hidden = self.model(self.model.embed_tokens(tokens), prefix, attend)
         return self.lm_head(hidden if positions is None else hidden[positions])
 
-    def _image_sizes(self, prefix: dict[str, Tensor]) -> list[list[Size]]:
+    def _image_sizes(self, pixels: Tensor, num_tiles: np.ndarray, image_sizes: np.ndarray) -> list[list[Size]]:
         """(width, height) of the images of each row."""
         if self.layout is None:
             raise UserError("the batch has images, but the model has no vision path (model.vision is null)")
-        assert prefix["pixel_values"].dtype == torch.uint8, "other pixels would be scaled wrongly"
-        image_sizes_by_row = []
-        counts_and_sizes = zip(prefix["num_tiles"].tolist(), prefix["image_sizes"].tolist(), strict=True)
-        for row, (counts, sizes) in enumerate(counts_and_sizes):
-            image_sizes = []
+        assert pixels.dtype == torch.uint8, "other pixels would be scaled wrongly"
+        sizes_by_row = []
+        for row, (counts, sizes) in enumerate(zip(num_tiles.tolist(), image_sizes.tolist(), strict=True)):
+            sizes_of_row = []
             for count, (width, height) in zip(counts, sizes, strict=True):
                 if not count:
                     continue  # padding
-                image_sizes.append((width, height))
+                sizes_of_row.append((width, height))
                 expected = self.layout.num_tiles((width, height))
                 if count != expected:
                     raise UserError(
                         f"row {row}: an image of {width} x {height} pixels comes as {count} tiles, "
                         f"but the model makes {expected} of it (see data.tiling)"
                     )
-            image_sizes_by_row.append(image_sizes)
-        return image_sizes_by_row
+            sizes_by_row.append(sizes_of_row)
+        return sizes_by_row
 
-    def _splice(self, ids: Tensor, keep: Tensor, marks: Tensor, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _splice(
+        self, ids: Tensor, keep: np.ndarray, marks: np.ndarray, images: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, P, D) of the prompt with the tokens of `images` at the `marks` (B, T), in order; mask (B, P).
 
         keep (B, T): where the prompt is not padding. Shorter rows end in zero vectors, which the mask excludes; it is
         None if all rows are equally long.
         """
-        width = keep.long()  # (B, T): number of positions that each id of the prompt takes
-        width[marks] = torch.tensor([len(tokens) for tokens in images], device=ids.device)
-        length = width.sum(1, keepdim=True)  # (B, 1)
-        mask = torch.arange(int(length.max()), device=ids.device) < length  # (B, P)
-        of_image = torch.zeros_like(mask)
-        of_image[mask] = marks.flatten().repeat_interleave(width.flatten())
-        text = self.model.embed_tokens(ids[keep & ~marks])
-        embeds = text.new_zeros(*mask.shape, text.shape[-1])
-        embeds[of_image] = torch.cat(images).to(text.dtype)
-        embeds[mask & ~of_image] = text
-        return embeds, None if bool(mask.all()) else mask
+        width = keep.astype(np.int64)  # (B, T): number of positions that each id of the prompt takes
+        width[marks] = [len(tokens) for tokens in images]
+        length = width.sum(1, keepdims=True)  # (B, 1)
+        mask = np.arange(length.max()) < length  # (B, P)
+        of_image = np.zeros_like(mask)
+        of_image[mask] = np.repeat(marks.ravel(), width.ravel())
+        text = self.model.embed_tokens(ids.flatten()[_places(keep & ~marks, ids.device)])
+        embeds = text.new_zeros(mask.size, text.shape[-1])
+        embeds.index_copy_(0, _places(of_image, ids.device), torch.cat(images).to(text.dtype))
+        embeds.index_copy_(0, _places(mask & ~of_image, ids.device), text)
+        device_mask = None if mask.all() else torch.from_numpy(mask).to(ids.device, non_blocking=True)
+        return embeds.view(*mask.shape, -1), device_mask
+
+
+def _places(mask: np.ndarray, device: torch.device) -> Tensor:
+    """(N,) int64: the true positions of the flattened mask, on the device."""
+    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
 
 
 def _init(module: nn.Module, *, std: float) -> None:

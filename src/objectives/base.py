@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.diffusion import corruption
-from src.diffusion.losses import Term, denominator, positions_of, term_sum
+from src.diffusion.losses import Term, denominator, editable, positions_of, term_sum
 from src.diffusion.noise import Noise
 from src.distributed.parallel import (
     Sharding,
@@ -106,7 +106,10 @@ class Objective(L.LightningModule):
     # What an objective may override
 
     def positions(self, terms: tuple[Term, ...], state: Corrupted) -> Tensor:
-        """(B, L) bool: positions whose logits a pass with these terms computes; at least those of the terms."""
+        """(B, L) bool: positions whose logits the first pass computes; at least those of its terms.
+
+        The second pass computes those of all positions but the frozen ones, which are the same in both passes.
+        """
         return positions_of(terms, state)
 
     def second_input(
@@ -126,7 +129,7 @@ class Objective(L.LightningModule):
             of_level = self._noise(batch, "levels") if self.optim.antithetic else noise
             level = of_level.level(device=batch.response.device)  # (B,), on [0, 1)
             if self.optim.strata and batch.order:
-                strata = torch.tensor(batch.order, device=level.device) % self.optim.strata
+                strata = torch.tensor(batch.order).to(level.device, non_blocking=True) % self.optim.strata
                 level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
                 level = (level + view / self.optim.views) % 1
@@ -149,27 +152,28 @@ class Objective(L.LightningModule):
         #    which their gradients accumulate.
         prefix = self.backbone.encode_prefix(batch.prefix)
         leaves = detached(prefix)
+        # 2. Where the passes need logits. The host waits for the device once, to learn how many positions these are.
+        wheres = [(self.positions(self.first_terms, state), editable(state)) for state in views]  # (B, L) each
+        counts = [where.sum() for pair in wheres for where in pair]
+        unpadded, *numbers = torch.stack([batch.editable.all(), *counts]).tolist()
+        attend = None if unpadded else batch.editable
         for view, state in enumerate(views):
             noise = self._noise(batch, f"{view}/passes")
-            for terms in (self.first_terms, self.second_terms):
+            for second, terms in enumerate((self.first_terms, self.second_terms)):
                 if state is None:
                     break
-                # 2. Logits, only where a term needs them.
-                where = self.positions(terms, state)  # (B, L)
-                logits = self.backbone(leaves, state.tokens, attend=attended(batch), positions=where).float()  # (N, V)
+                where = wheres[view][second]
+                at = torch.nonzero_static(where, size=numbers[2 * view + second]).unbind(1)  # (N,) rows, (N,) columns
+                logits = self.backbone(leaves, state.tokens, attend=attend, positions=at).float()  # (N, V)
                 # 3. Cross-entropy with the correct tokens, 0 elsewhere.
                 cross_entropy = torch.zeros(where.shape, device=where.device, dtype=logits.dtype)
-                cross_entropy[where] = F.cross_entropy(logits, state.target[where], reduction="none")
+                cross_entropy[at] = F.cross_entropy(logits, state.target[at], reduction="none")
                 # 4. Each term: weighted by 1 or 1/t, summed over its positions, divided by the total denominator.
                 losses = {term.name: term_sum(term, cross_entropy, state) for term in terms}
                 loss = self.weighted({name: value / totals[name] for name, value in losses.items()})
                 # 5. Count correct predictions; the logits may give the input of a second pass.
-                self._count(logits.detach(), state, where, terms)
-                state = (
-                    self.second_input(batch, state, where, logits.detach(), noise)
-                    if terms is self.first_terms
-                    else None
-                )
+                self._count(logits.detach(), state, at, terms)
+                state = None if second else self.second_input(batch, state, where, logits.detach(), noise)
                 del logits, cross_entropy
                 # 6. Backward down to the leaves. Gradients are averaged over the ranks, but the denominators are
                 #    already sums over the ranks.
@@ -205,8 +209,10 @@ class Objective(L.LightningModule):
         optimizer.zero_grad()
         sums = _summed([self.forward_backward(rows, views, totals) for rows, views in micro_batches])
         average_gradients(self.parameters())
-        norm = self._clip()
-        if not norm.isfinite():
+        # The host waits for the device once more, for all that it logs or decides.
+        device_norm = self._clip().double()[None]
+        norm, *logged = torch.cat([device_norm, self._logged(sums, totals, micro_batches)]).tolist()
+        if not math.isfinite(norm):
             optimizer.zero_grad()
             self._skip(batch, sums)
             return
@@ -214,13 +220,14 @@ class Objective(L.LightningModule):
         rate = optimizer.param_groups[0]["lr"]  # of this step: the schedule then sets that of the next one
         optimizer.step()
         schedule.step()
-        self._log_losses("train", sums, totals, micro_batches)
-        self.log_dict({"train/grad_norm": norm, "train/lr": rate})
+        self._log("train", logged, list(sums), micro_batches)
+        self._log_values("train", {"grad_norm": norm, "lr": rate})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         micro_batches = [(batch, self.corrupt(batch))]
         totals = self.denominators(micro_batches)
-        self._log_losses("val", self.forward_backward(*micro_batches[0], totals), totals, micro_batches)
+        sums = self.forward_backward(*micro_batches[0], totals)
+        self._log("val", self._logged(sums, totals, micro_batches).tolist(), list(sums), micro_batches)
 
     def configure_model(self) -> None:
         """Shard the backbone over the ranks if the strategy has a device mesh (called by Lightning).
@@ -259,7 +266,8 @@ class Objective(L.LightningModule):
         """AdamW over the trainable parameters; freezes the vision tower if its learning rate is 0."""
         groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
         betas = (self.optim.betas[0], self.optim.betas[1])
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.optim.weight_decay)
+        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.optim.weight_decay, fused=fused or None)
 
     def configure_optimizers(self) -> Any:
         optim, optimizer = self.optim, self.make_optimizer()
@@ -300,7 +308,8 @@ class Objective(L.LightningModule):
         # of each rank, its keys if its loss is not finite
         suspects = gather([] if finite else [str(key) for key in batch.keys])
         keys = [key for part in suspects for key in part] or [str(key) for part in gather(batch.keys) for key in part]
-        message = f"the gradients are not finite after step {self.trainer.global_step} (samples {_shortened(keys)})"
+        message = f"the gradients are not finite after step {self.trainer.global_step} (samples {', '.join(keys[:8])}"
+        message += ", ...)" if len(keys) > 8 else ")"
         if self._consecutive_skips > self.optim.max_skipped:
             raise Diverged(
                 f"{message}, {self._consecutive_skips} times in a row: lower optim.lr, or go back to an "
@@ -312,49 +321,57 @@ class Objective(L.LightningModule):
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
 
-    def _count(self, logits: Tensor, state: Corrupted, where: Tensor, terms: tuple[Term, ...]) -> None:
+    def _count(self, logits: Tensor, state: Corrupted, at: tuple[Tensor, ...], terms: tuple[Term, ...]) -> None:
         """Count the correctly predicted tokens of each kind that the terms cover."""
-        correct = torch.zeros_like(where)
-        correct[where] = self.special.argmax(logits) == state.target[where]
+        correct = torch.zeros_like(state.tokens, dtype=torch.bool)
+        correct[at] = self.special.argmax(logits) == state.target[at]
         for kind in dict.fromkeys(kind for term in terms for kind in term.kinds):
             of_kind = state.where(kind)
             self.tally(f"accuracy/{kind.name.lower()}", correct & of_kind, of_kind)
 
-    def _log_losses(
-        self,
-        stage: str,
-        losses: dict[str, Tensor],
-        totals: dict[str, Tensor],
-        micro_batches: list[tuple[Batch, list[Corrupted]]],
-    ) -> None:
-        """Log, over all ranks, the terms that have positions in the batch, their weighted sum, and the counts."""
-        num_rows = sum(len(rows) for rows, _ in micro_batches)
+    def _logged(
+        self, sums: dict[str, Tensor], totals: dict[str, Tensor], micro_batches: list[tuple[Batch, list[Corrupted]]]
+    ) -> Tensor:
+        """(3 T + 2 C,) float64, of the T terms in `sums` and the C counts: their denominators; over all ranks, their
+        positions in the batch and their sums; and (hits, tries) of each count."""
         states = [state for _, corrupted in micro_batches for state in corrupted]
-        terms = [term for term in self.terms if term.name in losses]
-        num_positions = torch.stack(
-            [torch.stack([term.where(state).sum() for state in states]).sum() for term in terms]
-        )
-        sums = torch.stack([losses[term.name] for term in terms])
-        num_positions, sums = all_reduce_sum(torch.stack([num_positions.to(sums), sums]))
-        values = {term.name: value / totals[term.name] for term, value in zip(terms, sums, strict=True)}
-        has_positions = ((num_positions > 0) | (sums != 0)).tolist()  # sums: for positions chosen after the corruption
-        names = [term.name for term, shown in zip(terms, has_positions, strict=True) if shown]
-        self.log_dict({f"{stage}/{name}": values[name] for name in names}, batch_size=num_rows)
-        self.log(f"{stage}/loss", self.weighted(values), batch_size=num_rows, prog_bar=True)
-        self._log_counts(stage, num_rows)
+        terms = [term for term in self.terms if term.name in sums]
+        positions = [torch.stack([term.where(state).sum() for state in states]).sum() for term in terms]
+        values = [*positions, *(sums[term.name] for term in terms), *(n for c in self._counts.values() for n in c)]
+        shared = all_reduce_sum(torch.stack([value.double() for value in values]))
+        return torch.cat([torch.stack([totals[term.name].double() for term in terms]), shared])
 
-    def _log_counts(self, stage: str, num_rows: int) -> None:
-        """Log the accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
-        counts = all_reduce_sum(torch.stack(list(self._counts.values()))) if self._counts else torch.zeros(0)
-        shares = dict(zip(self._counts, counts.tolist(), strict=True))
+    def _log(
+        self, stage: str, logged: list[float], names: list[str], micro_batches: list[tuple[Batch, list[Corrupted]]]
+    ) -> None:
+        """Log, of `_logged`, the terms that have positions in the batch, their weighted sum, and the counts."""
+        terms = [term for term in self.terms if term.name in names]
+        size = len(terms)
+        totals, positions, sums = (logged[i * size : (i + 1) * size] for i in range(3))
+        losses = {term.name: value / total for term, value, total in zip(terms, sums, totals, strict=True)}
+        # sums: for positions chosen after the corruption
+        shown = [t.name for t, number, value in zip(terms, positions, sums, strict=True) if number > 0 or value != 0]
+        hits, tries = logged[3 * size :: 2], logged[3 * size + 1 :: 2]
+        shares = _shares(dict(zip(self._counts, zip(hits, tries, strict=True), strict=True)))
         self._counts.clear()
-        accuracy = {kind: shares.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
-        if kept := accuracy[Kind.CLEAN]:
-            shares["p_keep_clean"] = kept
-        if wrong := [accuracy[kind] for kind in WRONG if accuracy[kind]]:
-            shares["p_fix_wrong"] = [sum(column) for column in zip(*wrong, strict=True)]
-        values = {f"{stage}/{name}": hits / tries for name, (hits, tries) in shares.items() if tries}
-        self.log_dict(values, batch_size=num_rows)
+        num_rows = sum(len(rows) for rows, _ in micro_batches)
+        loss = sum(term.coef * losses[term.name] for term in terms)
+        self._log_values(stage, {"loss": loss}, batch_size=num_rows, prog_bar=True)
+        self._log_values(stage, {name: losses[name] for name in shown} | shares, batch_size=num_rows)
+
+    def _log_values(self, stage: str, values: dict[str, float], **options: Any) -> None:
+        # NOTE: Lightning would copy numbers to the device, one by one
+        self.log_dict({f"{stage}/{name}": torch.tensor(value) for name, value in values.items()}, **options)
+
+
+def _shares(counts: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
+    accuracy = {kind: counts.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
+    if kept := accuracy[Kind.CLEAN]:
+        counts = {**counts, "p_keep_clean": kept}
+    if wrong := [pair for kind in WRONG if (pair := accuracy[kind])]:
+        counts = {**counts, "p_fix_wrong": (sum(hits for hits, _ in wrong), sum(tries for _, tries in wrong))}
+    return {name: hits / tries for name, (hits, tries) in counts.items() if tries}
 
 
 def _init_state(optimizer: torch.optim.AdamW) -> None:
@@ -362,11 +379,8 @@ def _init_state(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-
-def _shortened(keys: list[str]) -> str:
-    return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+            step = torch.tensor(0.0, device=parameter.device if optimizer.defaults["fused"] else None)
+            optimizer.state[parameter] = {"step": step, **moments}
 
 
 def detached(prefix: Prefix) -> Prefix:
@@ -387,11 +401,6 @@ def propagate(prefix: Prefix, leaves: Prefix) -> None:
 def _tensors(prefix: Prefix) -> list[Tensor]:
     tensors = [prefix.embeds, prefix.last, *(tensor for pair in prefix.cache or () for tensor in pair)]
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def attended(batch: Batch) -> Tensor | None:
-    """Attention mask of the response, (B, L) bool, or None if no row is padded."""
-    return None if bool(batch.editable.all()) else batch.editable
 
 
 def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

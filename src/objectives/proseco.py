@@ -80,7 +80,7 @@ class ProSeCo(Objective):
         self.replace = Replace(special=setup.special, rate=rate)
 
     def positions(self, terms: tuple[Term, ...], state: Corrupted) -> Tensor:
-        """(B, L) bool: those that the draft fills with predictions, and in the second pass all."""
+        """(B, L) bool: those that the draft fills with predictions."""
         return editable(state) if self.fill == "all" else super().positions(terms, state)
 
     def second_input(
@@ -93,7 +93,9 @@ class ProSeCo(Objective):
         if self.pick == "argmax":
             predicted = self.special.argmax(logits)  # (N,)
         else:
-            predicted = draw(self.special.ban(logits), where, temperature=1.0, noise=noise)
+            at = torch.nonzero_static(where.flatten(), size=len(logits))[:, 0]
+            options = {"special": self.special, "temperature": 1.0, "noise": noise}
+            predicted = draw(self.special.ban(logits), torch.arange(len(at), device=at.device), at, where, **options)
         # 2. The true tokens elsewhere.
         tokens = state.target.masked_scatter(where, predicted)  # (B, L)
         kind = torch.where(tokens == state.target, int(Kind.CLEAN), int(Kind.MISTAKE)).to(state.kind.dtype)

@@ -75,38 +75,51 @@ class AnySampler:
         started = time.perf_counter()
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
-        predict = Predictor(backbone, prefix, special, cfg_scale=self.cfg_scale, suffix=suffix)
+        predict = Predictor(backbone, prefix, special, length=self.length, cfg_scale=self.cfg_scale, suffix=suffix)
         noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
-        traces: list[list[TraceStep]] | None = [[] for _ in keys] if trace else None
-        tokens, edits, remasks = self.write(predict, noise, start, traces)
+        steps: list[dict[str, Tensor]] | None = [] if trace else None
+        try:
+            tokens, edits, remasks = self.write(predict, noise, start, steps)
+        finally:
+            predict.release()
+        traces = None if steps is None else traces_of(steps, len(keys))
         # The first eot ends the text; behind it is end-of-text.
         eot = (tokens == special.eot).long()
         ids = tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
         return Sampled(ids, predict.forwards, edits, remasks, time.perf_counter() - started, traces)
 
     def write(
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens (B, L), and how many were rewritten (B,) and remasked (B,). `noise`: one of each of `DRAWS`."""
+        """The tokens (B, L), and how many were rewritten (B,) and remasked (B,).
+
+        noise: one of each of `DRAWS`; steps: what `traces_of` needs of each step is appended here
+        """
         raise NotImplementedError
 
 
-def record(
-    traces: list[list[TraceStep]], rows: Tensor, forwards: Tensor, before: Tensor, after: Tensor, **masks: Tensor
-) -> None:
-    """Append a step to the trace of each of `rows` (B,) bool. masks: (B, L), what `TraceStep` lists."""
-    host = {name: values.tolist() for name, values in masks.items()}
-    old, new, calls = before.tolist(), after.tolist(), forwards.tolist()
-    for row in rows.nonzero()[:, 0].tolist():
-        places = {name: [i for i, true in enumerate(values[row]) if true] for name, values in host.items()}
-        traces[row].append(
-            TraceStep(
-                tokens=new[row],
-                unmasked=places["unmasked"],
-                # NOTE: a token can be rewritten and remasked in one step; its new id is the mask then.
-                rewritten=[(i, old[row][i], new[row][i]) for i in places["rewritten"]],
-                remasked=places["remasked"],
-                confidence=[host["confidence"][row][i] for i in places["unmasked"]],
-                forwards=calls[row],
+def traces_of(steps: list[dict[str, Tensor]], num_rows: int) -> list[list[TraceStep]]:
+    """The trace of each row, from tensors of each step: its `rows` (B,) bool, `forwards` (B,), tokens `before` and
+    `after` it, and the other fields of `TraceStep` as (B, L) masks and confidences."""
+    traces: list[list[TraceStep]] = [[] for _ in range(num_rows)]
+    host = {name: torch.stack([step[name] for step in steps]).tolist() for name in steps[0]} if steps else {}
+    for number in range(len(steps)):
+        step = {name: values[number] for name, values in host.items()}
+        for row in (row for row, made in enumerate(step["rows"]) if made):
+            old, new = step["before"][row], step["after"][row]
+            places = {
+                name: [i for i, true in enumerate(step[name][row]) if true]
+                for name in ("unmasked", "rewritten", "remasked")
+            }
+            traces[row].append(
+                TraceStep(
+                    tokens=new,
+                    unmasked=places["unmasked"],
+                    # NOTE: a token can be rewritten and remasked in one step; its new id is the mask then.
+                    rewritten=[(i, old[i], new[i]) for i in places["rewritten"]],
+                    remasked=places["remasked"],
+                    confidence=[step["confidence"][row][i] for i in places["unmasked"]],
+                    forwards=step["forwards"][row],
+                )
             )
-        )
+    return traces

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.predictor import DraftPrediction, Prediction, Predictor
+from src.samplers.predictor import DraftPrediction, Prediction, Predictor, read
 from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Schedule
 from src.samplers.unmask import draw, top
@@ -72,16 +72,16 @@ class Corrector(Reviser):
         region = self._region(state) & prediction.where
         # 1. fill every mask with its argmax
         draft = torch.where(state.visible, state.tokens, prediction.best)
-        corrected = DraftPrediction.copy_of(prediction, draft)
+        corrected = DraftPrediction.of(prediction, draft)
         stale = (draft != state.tokens).any(1)  # (B,) whether the logits are of another text than the draft
         # 2. predict the draft, change it, and repeat
         for number in range(self.passes):
             region = region & ~(stale & (state.spare_passes <= number))[:, None]
-            needed = region & stale[:, None]
-            if needed.any():
-                corrected.update(predict, needed)
-            elif not region.any():
+            changing = region.any(1)
+            called, left = read(changing & stale, changing)
+            if not any(left):
                 break
+            corrected.update(predict, called)
             draft = self._change(state, corrected, region, predict)
             stale = (draft != corrected.draft).any(1)
             corrected.draft = draft
@@ -94,12 +94,12 @@ class Corrector(Reviser):
         return prediction.draft
 
     def _change(self, state: State, corrected: DraftPrediction, region: Tensor, predict: Predictor) -> Tensor:
-        draft = corrected.draft.clone()
+        draft = corrected.draft
         if self.pick == "sample":
-            logits = corrected.at(region)[:, : predict.special.vocab_size]
-            logits[:, predict.special.mask] = -torch.inf
-            draft[region] = draw(logits, region, temperature=1.0, noise=state.noise)
-            return draft
+            everywhere = torch.arange(draft.numel(), device=draft.device)
+            options = {"special": predict.special, "temperature": 1.0, "noise": state.noise}
+            drawn = draw(corrected.logits.flatten(0, 1), everywhere, everywhere, region, **options)
+            return torch.where(region, drawn.view_as(draft), draft)
         if self.pick == "edit":
             region = region & (corrected.best != draft)
             count = torch.full_like(state.step, self.num_edits or 0)

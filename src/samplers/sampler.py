@@ -5,8 +5,9 @@
     sampled = sampler(backbone, prefix, special=codec.special, keys=["a", "b"], seed=0)
     codec.decode(sampled.ids[0].tolist())
 
-B rows, L response positions, N positions with logits, V vocabulary. Each row keeps its own block, step, end and noise,
-so its result does not depend on the other rows. Rows that are done leave the batch of the backbone.
+B rows, L response positions, V vocabulary. Each row keeps its own block, step, end and noise, so its result does not
+depend on the other rows. A step is a function of fixed shapes: it never waits for the device. Between two steps the
+host asks which rows are done, and these leave the batch of the backbone.
 
 The end of the text is the first eot of the finished response; all tokens behind it become end-of-text. Until then
 these positions are ordinary ones, so that a reviser may still move the end; `early_stop` fixes it sooner.
@@ -14,6 +15,7 @@ these positions are ordinary ones, so that a reviser may still move the end; `ea
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,12 +26,45 @@ from torch import Tensor
 from src.diffusion.corruption import text_positions
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.samplers.base import AnySampler, record
-from src.samplers.predictor import Prediction, Predictor
+from src.samplers.base import AnySampler
+from src.samplers.predictor import Prediction, Predictor, read
 from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Progress, Schedule
-from src.samplers.unmask import TopK, Unmask, draw, keep_nucleus
-from src.types import SpecialIds, TraceStep
+from src.samplers.unmask import TopK, Unmask, draw
+from src.types import SpecialIds
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What the steps of a batch change. tokens, confidence, num_remasks: (B, L) and step: (B,) as in `State`; edits,
+    remasks: (B,) made so far; wrote_mask: (B,) bool, whether a reviser wrote the mask as a token."""
+
+    tokens: Tensor
+    confidence: Tensor
+    num_remasks: Tensor
+    step: Tensor
+    edits: Tensor
+    remasks: Tensor
+    wrote_mask: Tensor
+
+
+@dataclass
+class Plan:
+    """What a step may do. where: (B, L) bool, positions whose logits it reads; eligible: masks that it may unmask;
+    editable: visible tokens that it may change; post: (B,) bool, rows that it only revises; last: whose budget ends."""
+
+    state: State
+    where: Tensor
+    eligible: Tensor
+    editable: Tensor
+    post: Tensor
+    last: Tensor
+    num_drawn: int | None = None  # number of true positions of `drawn`, if the host has asked
+
+    @property
+    def drawn(self) -> Tensor:
+        """(B, L) bool: masks whose token is drawn; rows whose budget ends take the argmax."""
+        return self.eligible & ~self.last[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +91,8 @@ class Sampler(AnySampler):
         `eot`: the earliest eot ever seen after a step ends the text, even if it is rewritten later; only masks before
         it are unmasked still, in other blocks too (ReDiff's released code)
     max_forwards: forward calls that a row may use, checked once a step; the last one fills every mask with its argmax
+    check_every: the host asks after this many steps which rows are done, and which need no call as their text is still
+        the same. 1 saves forward calls, as all calls until then are made and counted; more saves waiting for the device
     """
 
     length: int
@@ -74,6 +111,7 @@ class Sampler(AnySampler):
     early_stop: bool | Literal["eot", "block"] = False
     cfg_scale: float = 0.0
     max_forwards: int | None = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that do not fit together, or that would be ignored."""
@@ -86,8 +124,7 @@ class Sampler(AnySampler):
             raise UserError(f"post_steps only rewrite, which {kind.__name__} never does: set post_steps=0")
         if not 0 < self.top_p <= 1 or (self.top_p < 1 and self.temperature == 0):
             raise UserError(f"top_p must be above 0 and at most 1, and 1 at temperature 0, got {self.top_p}")
-        if self.max_forwards is not None and self.max_forwards < cost:
-            raise UserError(f"max_forwards must be at least {cost}, got {self.max_forwards}")
+        self._check_budget(cost)
         if policy.scores and self.score not in policy.scores:
             raise UserError(f"{type(policy).__name__} needs a score of {policy.scores}, got {self.score!r}")
         if not policy.scores and (self.eos_last or self.score != "probability"):
@@ -109,89 +146,128 @@ class Sampler(AnySampler):
             raise UserError(f"shift={self.shift} is for samplers that unmask a scheduled number of masks")
         reviser.check(self.schedule)
 
+    def _check_budget(self, cost: int) -> None:
+        if self.max_forwards is not None and self.max_forwards < cost:
+            raise UserError(f"max_forwards must be at least {cost}, got {self.max_forwards}")
+        if self.check_every < 1 or (self.check_every > 1 and self.max_forwards is not None):
+            raise UserError(f"check_every must be at least 1, and 1 with max_forwards, got {self.check_every}")
+
     @property
     def schedule(self) -> Schedule:
         return replace(super().schedule, blocks=self.blocks, shift=self.shift)
 
-    def write(  # noqa: PLR0915  one step is one function
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
+    def write(
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Step until every row is done: predict -> refine -> unmask -> overwrite -> remask."""
-        special, policy, reviser = predict.special, self.unmask or TopK(), self.reviser or Reviser()
+        """Step until every row is done; the host only asks which rows are."""
+        reviser = self.reviser or Reviser()
         tokens = self._first_tokens(predict, start)
-        ends = {"early_stop": self.early_stop, "post_steps": self.post_steps, "random": reviser.random}
-        progress = Progress(self.schedule, tokens, special, uses_all_steps=reviser.uses_all_steps, **ends)
+        options = {"early_stop": self.early_stop, "post_steps": self.post_steps, "random": reviser.random}
+        progress = Progress(self.schedule, tokens, predict.special, uses_all_steps=reviser.uses_all_steps, **options)
         step, edits, remasks = tokens.new_zeros(3, len(tokens))
-        confidence = torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device)
-        num_remasks = torch.zeros_like(tokens)
+        run = Run(
+            tokens=tokens,
+            confidence=torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device),
+            num_remasks=torch.zeros_like(tokens),
+            step=step,
+            edits=edits,
+            remasks=remasks,
+            wrote_mask=torch.zeros_like(progress.active),
+        )
+        scheduled, active = self.schedule.block_steps * self.blocks, []
+        ends = (scheduled, scheduled + self.post_steps)  # where rows end that take all steps: no call is made in vain
+        for number in itertools.count():
+            plan = self._look(run, progress, predict, noise)
+            if number % self.check_every == 0 or number in ends:
+                asks = plan.where.any(1) & ~predict.known(run.tokens)
+                active, called, wrote_mask, drawn = read(progress.active, asks, run.wrote_mask, plan.drawn.sum(1))
+                plan.num_drawn = sum(drawn)
+                if any(wrote_mask):
+                    raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
+                if not any(active):
+                    break
+            else:
+                called = active
+            first = predict.first(run.tokens, plan.where, called)
+            changes = self._step(run, plan, first, progress, predict, noise)
+            if steps is not None:
+                steps.append({**changes, "forwards": predict.forwards})
+        return progress.text(run.tokens), run.edits, run.remasks
+
+    def _look(self, run: Run, progress: Progress, predict: Predictor, noise: dict[str, Noise]) -> Plan:
+        """Where each row stands, and what its next step may do. Changes nothing of rows that are done."""
+        special, reviser = predict.special, self.reviser or Reviser()
+        tokens, active, visible = run.tokens, progress.active, run.tokens != special.mask
         max_forwards = torch.iinfo(torch.int64).max if self.max_forwards is None else self.max_forwards
+        post = active & ~progress.unfinished(tokens)  # (B,) rows that are only revised
+        spare_passes = (max_forwards - predict.forwards) // predict.cost - 2  # after this step and a last one
+        last = spare_passes < 0  # (B,) rows whose budget allows this step and none after it
+        progress.enter(tokens)
+        state = State(
+            tokens=tokens,
+            visible=visible,
+            block=progress.in_block | post[:, None],
+            step=run.step,
+            steps=progress.steps,
+            steps_left=progress.steps_left.masked_fill(post, 0),
+            steps_done=progress.steps_done.masked_fill(post, -1),
+            spare_passes=spare_passes,
+            confidence=run.confidence,
+            num_remasks=run.num_remasks,
+            noise=noise["reviser"],
+        )
+        eligible = progress.pending(tokens) & (progress.reach | last[:, None]) & active[:, None]
+        editable = reviser.editable(state) & visible & active[:, None]
+        where = eligible | (reviser.reads(state) & active[:, None])
+        return Plan(state, where, eligible, editable, post, last)
 
-        while (active := progress.active).any():
-            # 1. where each row stands, and what this step may do
-            before, visible = tokens, tokens != special.mask
-            post = active & ~progress.unfinished(before)  # (B,) rows that are only revised
-            spare_passes = (max_forwards - predict.forwards) // predict.cost - 2  # after this step and a last one
-            last = spare_passes < 0  # (B,) rows whose budget allows this step and none after it
-            progress.enter(before)
-            state = State(
-                tokens=before,
-                visible=visible,
-                block=progress.in_block | post[:, None],
-                step=step,
-                steps=progress.steps,
-                steps_left=progress.steps_left.masked_fill(post, 0),
-                steps_done=progress.steps_done.masked_fill(post, -1),
-                spare_passes=spare_passes,
-                confidence=confidence,
-                num_remasks=num_remasks,
-                noise=noise["reviser"],
-            )
-            eligible = progress.pending(before) & (progress.reach | last[:, None]) & active[:, None]
-            editable = reviser.editable(state) & visible & active[:, None]
-            is_final = state.steps_left <= 1  # (B,) it unmasks all masks of the block and remasks nothing
-
-            # 2. predict: one forward call, or none for rows that the previous step left unchanged
-            first = predict.reuse(before, eligible | (reviser.reads(state) & active[:, None]))
-            # 3. refine: the reviser may make further forward calls
-            prediction = reviser.refine(state, first, predict)
-            # 4. unmask: propose a token for each eligible mask, and choose which masks become it
-            proposal, probability, score = self._propose(prediction, eligible, last, special, noise)
-            chance = reviser.chance(state, self.schedule.chance(state.steps, state.steps_left))
-            count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
-            unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
-            if reviser.selects_positions:
-                unmasked = eligible
-            ended = self._ended(before, proposal, eligible, special)
-            unmasked = unmasked | (eligible & ended[:, None])
-            # 5. overwrite: new ids for visible tokens
-            new_ids = reviser.overwrite(state, prediction)
-            rewritten = editable & (new_ids != before)
-            if self.eos_behind_eot:
-                rewritten &= (new_ids != special.eos) | ~text_positions(before, special.eot)
-            if (rewritten & (new_ids == special.mask)).any():
-                raise ValueError(f"{type(reviser).__name__}.overwrite writes the mask: use `remask`")
-            # 6. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 4.
-            confidence = torch.where(unmasked, probability, confidence)
-            to_mask = reviser.remask(replace(state, confidence=confidence), prediction)
-            to_mask = to_mask & ~(is_final | last | ended)[:, None]
-            remasked = to_mask & editable
-            if reviser.can_veto:
-                unmasked = unmasked & ~to_mask
-
-            tokens = torch.where(unmasked, proposal, torch.where(rewritten, new_ids, before))
-            tokens = tokens.masked_fill(remasked, special.mask)
-            confidence = confidence.masked_fill(tokens == special.mask, torch.inf)
-            num_remasks = num_remasks + remasked
-            step, edits, remasks = step + active, edits + rewritten.sum(1), remasks + remasked.sum(1)
-            if traces is not None:
-                changes = {"unmasked": unmasked, "rewritten": rewritten, "remasked": remasked}
-                record(traces, active, predict.forwards, before, tokens, **changes, confidence=probability)
-
-            # 7. which rows are done
-            progress.finish(tokens, post=post, last=last)
-            # The backbone gets no time: a row that did not change would get the same logits again.
-            predict.keep(first, progress.active & (tokens == before).all(1))
-        return progress.text(tokens), edits, remasks
+    def _step(
+        self,
+        run: Run,
+        plan: Plan,
+        first: Prediction,
+        progress: Progress,
+        predict: Predictor,
+        noise: dict[str, Noise],
+    ) -> dict[str, Tensor]:
+        """One step of every row: predict (done) -> refine -> unmask -> overwrite -> remask. Returns what it did."""
+        special, policy, reviser = predict.special, self.unmask or TopK(), self.reviser or Reviser()
+        state, eligible, editable, last = plan.state, plan.eligible, plan.editable, plan.last
+        before, active = run.tokens, progress.active
+        is_final = state.steps_left <= 1  # (B,) it unmasks all masks of the block and remasks nothing
+        # 1. refine: the reviser may make further forward calls
+        prediction = reviser.refine(state, first, predict)
+        # 2. unmask: propose a token for each eligible mask, and choose which masks become it
+        proposal, probability, score = self._propose(prediction, plan, special, noise)
+        chance = reviser.chance(state, progress.schedule.chance(state.steps, state.steps_left))
+        count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
+        unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
+        if reviser.selects_positions:
+            unmasked = eligible
+        ended = self._ended(before, proposal, eligible, special)
+        unmasked = unmasked | (eligible & ended[:, None])
+        # 3. overwrite: new ids for visible tokens
+        new_ids = reviser.overwrite(state, prediction)
+        rewritten = editable & (new_ids != before)
+        if self.eos_behind_eot:
+            rewritten &= (new_ids != special.eos) | ~text_positions(before, special.eot)
+        run.wrote_mask = run.wrote_mask | (rewritten & (new_ids == special.mask)).any(1)
+        # 4. remask: visible tokens become masks again; with `can_veto` it may also cancel unmasks of 2.
+        state.confidence = confidence = torch.where(unmasked, probability, run.confidence)
+        to_mask = reviser.remask(state, prediction)
+        to_mask = to_mask & ~(is_final | last | ended)[:, None]
+        remasked = to_mask & editable
+        if reviser.can_veto:
+            unmasked = unmasked & ~to_mask
+        # 5. the new text, and which rows are done
+        tokens = torch.where(unmasked, proposal, torch.where(rewritten, new_ids, before))
+        tokens = tokens.masked_fill(remasked, special.mask)
+        run.tokens, run.confidence = tokens, confidence.masked_fill(tokens == special.mask, torch.inf)
+        run.num_remasks, run.step = run.num_remasks + remasked, run.step + active
+        run.edits, run.remasks = run.edits + rewritten.sum(1), run.remasks + remasked.sum(1)
+        progress.finish(tokens, post=plan.post, last=last)
+        changes = {"unmasked": unmasked, "rewritten": rewritten, "remasked": remasked}
+        return {"rows": active, "before": before, "after": tokens, **changes, "confidence": probability}
 
     def _ended(self, tokens: Tensor, proposal: Tensor, eligible: Tensor, special: SpecialIds) -> Tensor:
         """(B,) bool: rows that have only their end left to write, behind their last word; see `early_stop`."""
@@ -212,17 +288,18 @@ class Sampler(AnySampler):
         return start.to(device=device, dtype=torch.int64, copy=True)
 
     def _propose(
-        self, prediction: Prediction, eligible: Tensor, last: Tensor, special: SpecialIds, noise: dict[str, Noise]
+        self, prediction: Prediction, plan: Plan, special: SpecialIds, noise: dict[str, Noise]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token, its probability and its score, all (B, L), at eligible positions; rows in `last` take the argmax."""
-        proposal = prediction.best.clone()
+        proposal, eligible = prediction.best, plan.eligible
         if self.temperature > 0:
-            drawn = eligible & ~last[:, None]
-            logits = prediction.at(drawn)[:, : special.vocab_size]
-            logits[:, special.mask] = -torch.inf
-            if self.top_p < 1:
-                keep_nucleus(logits, temperature=self.temperature, top_p=self.top_p)
-            proposal[drawn] = draw(logits, drawn, temperature=self.temperature, noise=noise["sampler"])
+            flat, at = plan.drawn.flatten(), torch.arange(proposal.numel(), device=proposal.device)
+            if plan.num_drawn is not None:  # noise for a vocabulary is dear
+                at = torch.nonzero_static(flat, size=plan.num_drawn)[:, 0]
+            options = {"temperature": self.temperature, "top_p": self.top_p, "noise": noise["sampler"]}
+            ids = draw(prediction.logits.flatten(0, 1), at, at, plan.drawn, special=special, **options)
+            ids = torch.where(flat[at], ids, proposal.flatten()[at])
+            proposal = proposal.flatten().index_copy(0, at, ids).view_as(proposal)
         score = probability = prediction.confidence(eligible, proposal)
         if self.score == "random":
             score = noise["score"].uniform(eligible).double()

@@ -54,7 +54,7 @@ class Schedule:
     @property
     def block_steps(self) -> int:
         """Steps of a block that starts as all masks."""
-        return int(self.steps_for(torch.tensor([self.block_length]))[0])
+        return self.steps // self.blocks if self.steps else -(-self.block_length // (self.tokens_per_step or 1))
 
     def steps_for(self, masks: Tensor) -> Tensor:
         """(B,) steps of a block with `masks` (B,) masks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.io.errors import UserError
-from src.samplers.predictor import DraftPrediction, Prediction, Predictor
+from src.samplers.predictor import DraftPrediction, Prediction, Predictor, read
 from src.samplers.reviser import Reviser, State
 
 
@@ -38,14 +38,14 @@ class ThresholdEdit(Reviser):
     def refine(self, state: State, prediction: Prediction, predict: Predictor) -> Prediction:
         """Edit the block that was filled last and predict again, until nothing changes."""
         region = self._previous_block(state) & state.visible & prediction.where
-        edited = DraftPrediction.copy_of(prediction, state.tokens)
+        edited = DraftPrediction.of(prediction, state.tokens)
         for number in range(self.block_passes):
             draft = self._edit(edited, region & (state.spare_passes > number)[:, None])
-            changed = (draft != edited.draft).any(1)[:, None]
-            if not changed.any():
+            (changed,) = read((draft != edited.draft).any(1) & prediction.where.any(1))
+            if not any(changed):
                 break
             edited.draft = draft
-            edited.update(predict, prediction.where & changed)  # an unchanged row will not change any more
+            edited.update(predict, changed)  # an unchanged row will not change any more
         return edited
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:

@@ -13,15 +13,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.samplers.base import AnySampler, record
+from src.samplers.base import AnySampler
 from src.samplers.predictor import Predictor
 from src.samplers.unmask import PART
-from src.types import TraceStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class FromNoise(AnySampler):
     cfg_scale: float = 0.0
 
     def write(
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, traces: list[list[TraceStep]] | None
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if start is not None:
             raise UserError("this sampler starts from noise and cannot begin with a given text: leave start out")
@@ -51,30 +49,32 @@ class FromNoise(AnySampler):
         random = torch.tensor([token not in (special.eos, special.eot) for token in ids], device=device)  # (K,) bool
         everywhere = torch.ones(rows, self.length, dtype=torch.bool, device=device)
         nowhere, edits = ~everywhere, torch.zeros_like(predict.forwards)
-        tokens = states[random][
-            (noise["sampler"].uniform(everywhere, dtype=torch.float64) * random.sum()).long()
-        ]  # (B, L)
-        steps = self.schedule.block_steps
-        for left in range(steps, 0, -1):
+        ordinary = states[random]
+        place = noise["sampler"].uniform(everywhere, dtype=torch.float64) * len(ordinary)
+        tokens = ordinary[place.long()]  # (B, L)
+        num_steps = self.schedule.block_steps
+        for left in range(num_steps, 0, -1):
             # 2. predict all positions, and draw the next id of each; in parts, as float64 takes gigabytes
-            logits = predict(tokens, everywhere).logits  # (B * L, V)
+            logits = predict.first(tokens, everywhere, [True] * rows).logits.flatten(0, 1)  # (B * L, V)
             chance = noise["sampler"].uniform(everywhere, dtype=torch.float64).flatten()
             place = torch.searchsorted(states, tokens).flatten()  # index of each token among the states
             drawn = []
-            for part in torch.arange(len(logits), device=device).split(PART):
-                own = logits[part][:, states]
+            parts = (values.split(PART) for values in (logits, place, chance))
+            for part, its_place, its_chance in zip(*parts, strict=True):
+                own = part[:, states]
                 if self.temperature == 0:
-                    probs = F.one_hot(own.argmax(1), len(states)).double()
+                    probs = torch.zeros_like(own, dtype=torch.float64).scatter_(1, own.argmax(1, keepdim=True), 1.0)
                 else:
                     probs = (own.double() / self.temperature).softmax(-1)
-                weight = self.transition(probs, place[part], random, left=left, steps=steps)
-                drawn.append(states[pick(weight, chance[part])])
+                weight = self.transition(probs, its_place, random, left=left, steps=num_steps)
+                drawn.append(states[pick(weight, its_chance)])
             before, tokens = tokens, torch.cat(drawn).view_as(tokens)
             rewritten = tokens != before
-            edits += rewritten.sum(1)
-            if traces is not None:
+            edits = edits + rewritten.sum(1)
+            if steps is not None:
                 changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere, "confidence": nowhere}
-                record(traces, everywhere[:, 0], predict.forwards, before, tokens, **changes)
+                made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
+                steps.append({**made, **changes})
         return tokens, edits, torch.zeros_like(edits)
 
     def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:

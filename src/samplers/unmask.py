@@ -1,7 +1,7 @@
 """Which masked tokens to unmask: policies, the scores they rank by, and the draw of the tokens themselves.
 
-B rows, L response positions, V vocabulary, N positions with logits of all rows, M of them scored. Scores do not depend
-on the temperature, which would saturate them. A copy of all logits in float64 would take gigabytes, so it is in parts.
+B rows, L response positions, V vocabulary, N positions with logits. Scores do not depend on the temperature, which
+would saturate them. A copy of all logits in float64 would take gigabytes, so it is in parts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from src.diffusion.noise import PART, Noise
 from src.io.errors import UserError
+from src.types import SpecialIds
 
 
 class Unmask(Protocol):
@@ -108,40 +109,58 @@ def top(confidence: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     return eligible & (order.argsort(dim=1) < count[:, None])
 
 
-def low_confidence(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
-    """(M,) float64 probability of `proposal` (M,) under `rows` (M,) of `logits` (N, V); LLaDA's low-confidence rule."""
+def log_probability(logits: Tensor, ids: Tensor) -> Tensor:
+    """(N,) float64 log-probability of `ids` (N,) under logits (N, V)."""
     # NOTE: in lower precision many probabilities near 1 are equal, and position would decide instead.
-    parts = zip(rows.split(PART), proposal.split(PART), strict=True)
-    log_probs = [logits[part].double().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for part, ids in parts]
-    return torch.cat(log_probs).exp()
+    parts = zip(logits.split(PART), ids.split(PART), strict=True)
+    return torch.cat([part.double().log_softmax(-1).gather(-1, of[:, None])[:, 0] for part, of in parts])
 
 
-def margin(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
-    """(M,) float64 highest minus second highest probability; `proposal` is not used."""
-    best = [logits[part].double().softmax(-1).topk(2, dim=-1).values for part in rows.split(PART)]
+def margin(logits: Tensor) -> Tensor:
+    """(N,) float64 highest minus second highest probability of logits (N, V)."""
+    best = [part.double().softmax(-1).topk(2, dim=-1).values for part in logits.split(PART)]
     first, second = torch.cat(best).unbind(-1)
     return first - second
 
 
-def negative_entropy(logits: Tensor, rows: Tensor, proposal: Tensor) -> Tensor:
-    """(M,) float64 sum of p log p, at most 0; `proposal` is not used."""
-    return -torch.cat([torch.special.entr(logits[part].double().softmax(-1)).sum(-1) for part in rows.split(PART)])
+def negative_entropy(logits: Tensor) -> Tensor:
+    """(N,) float64 sum of p log p, at most 0, of logits (N, V)."""
+    return -torch.cat([torch.special.entr(part.double().softmax(-1)).sum(-1) for part in logits.split(PART)])
 
 
-# Scores that are functions of the logits; the score "random" is drawn from the row's noise instead.
-SCORES = {"probability": low_confidence, "margin": margin, "entropy": negative_entropy}
+# Scores other than the probability of a proposal and "random", which is drawn from the row's noise.
+SCORES = {"margin": margin, "entropy": negative_entropy}
 
 
-def draw(logits: Tensor, where: Tensor, *, temperature: float, noise: Noise) -> Tensor:
-    """(N,) ids by the Gumbel-max rule, from logits (N, V) at the N true positions of `where` (B, L) bool."""
-    parts = zip(logits.split(PART), noise.gumbel(where, logits.shape[1]), strict=True)
-    ids = [(part.double() + temperature * gumbel).argmax(-1) for part, gumbel in parts]
-    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device=logits.device)
+def draw(
+    logits: Tensor,
+    rows: Tensor,
+    at: Tensor,
+    where: Tensor,
+    *,
+    special: SpecialIds,
+    temperature: float,
+    noise: Noise,
+    top_p: float = 1,
+) -> Tensor:
+    """(N,) ids by the Gumbel-max rule, never the mask or an id beyond the tokenizer's.
+
+    logits: (M, V), of which `rows` (N,) are those of the positions `at` (N,) of the flattened (B, L)
+    where: (B, L) bool, a row that is true somewhere uses up a call of `noise`
+    top_p: draw from the smallest set of tokens that has this probability (nucleus, arXiv 1904.09751)
+    """
+    ids = []
+    for part, gumbel in zip(rows.split(PART), noise.gumbel(where, special.vocab_size, at=at), strict=False):
+        own = logits[part, : special.vocab_size].double()
+        own[:, special.mask] = -torch.inf
+        if top_p < 1:
+            own = nucleus(own, temperature=temperature, top_p=top_p)
+        ids.append((own + temperature * gumbel).argmax(-1))
+    return torch.cat(ids) if ids else torch.zeros_like(at)
 
 
-def keep_nucleus(logits: Tensor, *, temperature: float, top_p: float) -> None:
-    """Set logits (N, V) outside the nucleus, the smallest set of probability `top_p`, to -inf (arXiv 1904.09751)."""
-    for part in logits.split(PART):
-        probs, order = (part.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        outside = probs.cumsum(-1) - probs >= top_p
-        part.masked_fill_(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
+def nucleus(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Logits (N, V) float64, -inf outside the smallest set of probability `top_p`."""
+    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    outside = probs.cumsum(-1) - probs >= top_p
+    return logits.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
