@@ -507,6 +507,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         *_settings(PHOTOS),
     ])  # fmt: skip
     *lines, wrote, command = capsys.readouterr().out.splitlines()
+    limit = PHOTOS["response_length"]
+    num_tokens = len(Codec.load(out / "tokenizer").encode(("word " * 100).strip())[0])
     # the photos of train lie in the order of their hashes, and so do the reasons
     assert [*lines[:6], *sorted(lines[6:8]), *lines[8:]] == [
         "records  11  records",
@@ -515,7 +517,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "records   1  empty caption (left out), such as a.json#10",
         "train     5  written",
         "train     1  swaps of unequal length",
-        "train     1  captions too long (left out), such as p0.jpg",
+        f"train     1  captions too long (left out), such as p0.jpg: {num_tokens} tokens, and prepare.response_length="
+        f"{limit} holds {limit - 1}",
         "train     1  undecodable image (left out), such as bad.jpg",
         "val       1  written",
         "test      0  written",

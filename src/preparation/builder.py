@@ -216,6 +216,13 @@ class Dataset(ABC):
                 "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
                 " and in ".join(empty),
             )
+        if without := manifest.sources_without_samples():
+            log.warning(
+                "nothing of the source%s %s could be used; %s says why of each record",
+                "s"[: len(without) > 1],
+                " and ".join(without),
+                REJECTS,
+            )
         write_json(data / MANIFEST, manifest.content(index))
         write_json(data / INDEX, index)
         return index
