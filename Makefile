@@ -1,4 +1,4 @@
-# make quickstart   the whole story on embedded data: train, correct online, compare (CPU, 10 to 15 minutes)
+# make quickstart   the whole story on embedded data: train, correct online, compare (CPU, 8 to 15 minutes)
 # make test         all tests
 # make help         everything else
 #

@@ -273,9 +273,13 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
             verbs = "src.draft and src.revise" if kind == "round" else "src.prepare"
+            folder_of_data = Path(self.path) / "tokenizer"
+            own = (
+                f", or set tokenizer={folder_of_data} if the model has fresh weights" if folder_of_data.is_dir() else ""
+            )
             raise UserError(
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the tokenizer of the model is "
-                f"{self.codec.fingerprint}; make it again by {verbs} with this tokenizer"
+                f"{self.codec.fingerprint}; make it again by {verbs} with this tokenizer{own}"
             )
         if self.codec.gap_id is None and any(index.content.get("counts", {}).get(name) for name in RESIZED):
             raise UserError(f"{index.path} was made with a gap token, but this run has none: set gap=TOKEN")

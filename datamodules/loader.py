@@ -40,7 +40,7 @@ ADVICE = {
     "unreadable": "{where} cannot be read (any more): its samples are skipped; check the disk or the server",
     "damaged": "{where} holds damaged samples, which are skipped; copy or make it again",
     "misfit": "{where}. Such samples are skipped; make the data again",
-    "cut": "some responses exceed the response length of {where} tokens and were cut; set a larger response length",
+    "cut": "some responses have more than data.response_length={where} tokens and are cut; set a larger one",
 }
 
 

@@ -29,7 +29,7 @@ from src.io.errors import UserError
 from src.io.shards import read_shard
 from src.preparation import builder, items, workers
 from src.preparation.builder import Dataset
-from src.preparation.counts import Counts, plural, size
+from src.preparation.counts import Counts
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
 from src.preparation.splits import Item
@@ -532,17 +532,10 @@ def test_prepare_ends_with_the_folder_and_a_command_that_fits(
     main(["conf=photos", *(f"prepare.{name}={value}" for name, value in names.items())])
     *_, wrote, command = capsys.readouterr().out.splitlines()
     num_bytes = sum(path.stat().st_size for path in (tmp_path / "my photos").rglob("*.tar"))
-    assert wrote == f"wrote 27 images in 3 shards ({num_bytes / 1000:.1f} kB) to {tmp_path / 'my photos'}; next:"
+    assert wrote == f"wrote 27 images in 3 shards ({num_bytes / 1000:.1f} KB) to {tmp_path / 'my photos'}; next:"
     assert f"'data.path={tmp_path / 'my photos'}'" in command
     assert "data.response_length=24 data.image_size=24" in command
     check_verb(command)
-
-
-def test_numbers_and_sizes_in_words() -> None:
-    assert [plural(number, "image") for number in (0, 1, 2, 260_000)] == ["0 images", "1 image", "2 images", "260,000 images"]  # fmt: skip # noqa: E501
-    sizes = [0, 1, 999, 1000, 999_949, 999_950, 5_400_000, 3 * 10**9, 7 * 10**15]
-    expected = ["0 bytes", "1 byte", "999 bytes", "1.0 kB", "999.9 kB", "1.0 MB", "5.4 MB", "3.0 GB", "7000.0 TB"]
-    assert [size(number) for number in sizes] == expected
 
 
 def test_shards_hold_what_their_index_says(whole: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_split_brings_its_own_prompts_and_keys(model, backbone, codec, photos,
     write_shards(split, shards, prefix="test", per_shard=2, kind="captions", tokenizer=codec.fingerprint)
     own = run(model, split, tmp_path / "out.jsonl", "sampler=plain")
     assert [line["key"] for line in own] == ["a", "b", "marks", "mark"]
-    assert "1 images could not be read: broken" in capsys.readouterr().err
+    assert "1 image could not be read: broken" in capsys.readouterr().err
     assert own[0]["text"] == own[3]["text"]  # the mark is where it would have been put
     same = run(model, split, tmp_path / "same.jsonl", "sampler=plain", ask())
     own[2]["key"] = "a"  # its two marks for one image are text

@@ -154,7 +154,7 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, sce
     assert Scenes(out=str(out), **SCENES).run() == json.loads((out / "index.json").read_text())
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     changed = {**SCENES, "num_val": 7, "noise": 0.0}
-    with pytest.raises(ValueError, match=r"made with other settings \(noise, num_val\)"):
+    with pytest.raises(ValueError, match=r"made with other settings \(.*num_val: \d+ before, 7 now"):
         Scenes(out=str(out), **changed).run()
     Scenes(out=str(out), overwrite=True, **changed).run()
     assert len(samples(out / "val")) == 7
@@ -507,6 +507,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         *_settings(PHOTOS),
     ])  # fmt: skip
     *lines, wrote, command = capsys.readouterr().out.splitlines()
+    limit = PHOTOS["response_length"]
+    num_tokens = len(Codec.load(out / "tokenizer").encode(("word " * 100).strip())[0])
     # the photos of train lie in the order of their hashes, and so do the reasons
     assert [*lines[:6], *sorted(lines[6:8]), *lines[8:]] == [
         "records  11  records",
@@ -515,12 +517,13 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "records   1  empty caption (left out), such as a.json#10",
         "train     5  written",
         "train     1  swaps of unequal length",
-        "train     1  captions too long (left out), such as p0.jpg",
+        f"train     1  captions too long (left out), such as p0.jpg: {num_tokens} tokens, and prepare.response_length="
+        f"{limit} holds {limit - 1}",
         "train     1  undecodable image (left out), such as bad.jpg",
         "val       1  written",
         "test      0  written",
     ]
-    assert wrote.startswith("wrote 6 images in 2 shards (30.7 kB) to ") and "conf=mask,model/tiny" in command
+    assert wrote.startswith("wrote 6 images in 2 shards (30.7 KB) to ") and "conf=mask,model/tiny" in command
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
     photos = {s.key[:2]: s for s in samples(out / "train")}
     assert [c["text"] for c in photos["p3"].record["captions"]] == ["A red box.", "Box 3."]

@@ -425,6 +425,17 @@ def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Pat
     assert [int(entry.captions[0].text) for entry, _ in source.read(Counts(), seed=1)] != taken
 
 
+def test_a_source_of_which_nothing_is_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = three_sources(tmp_path)
+    (tmp_path / "two.json").write_text(json.dumps([record("0.jpg", "much too long " * 20)]))
+    settings = {"image_size": 8, "response_length": 32, "prompt": "Any?", "vocab_size": 300}
+    index = Photos(out=str(tmp_path / "out"), sources={**sources, "three": None}, **settings).run()
+    assert [source["name"] for source in index["sources"]] == ["one", "two"]
+    assert "nothing of the source two could be used; rejects.jsonl says why" in caplog.text
+    (example,) = [row["captions too long"] for row in index["examples"].values() if "captions too long" in row]
+    assert "0.jpg: " in example and "prepare.response_length=32 holds 31" in example
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

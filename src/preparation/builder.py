@@ -25,9 +25,10 @@ from tqdm import tqdm
 from src.io.errors import UserError
 from src.io.files import atomic, publish, read_json, sha256, with_filename, write_json
 from src.io.lock import locked
-from src.io.settings import as_json, differences
+from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
-from src.preparation.counts import Counts, plural, size, table
+from src.io.words import counted, data_size
+from src.preparation.counts import Counts, table
 from src.preparation.items import Items, disk_errors, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
@@ -215,6 +216,13 @@ class Dataset(ABC):
                 "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
                 " and in ".join(empty),
             )
+        if without := manifest.sources_without_samples():
+            log.warning(
+                "nothing of the source%s %s could be used; %s says why of each record",
+                "s"[: len(without) > 1],
+                " and ".join(without),
+                REJECTS,
+            )
         write_json(data / MANIFEST, manifest.content(index))
         write_json(data / INDEX, index)
         return index
@@ -282,13 +290,13 @@ class Dataset(ABC):
         """What was written and where, and a command that trains on it."""
         out = Path(self.out)
         shards = [shard for split in SPLITS for shard in read_json(out / split / INDEX)["shards"]]
-        samples = plural(sum(shard["count"] for shard in shards), "image" if self.kind == "captions" else "text")
-        amount = size(sum(shard["bytes"] for shard in shards))
+        samples = counted(sum(shard["count"] for shard in shards), "image" if self.kind == "captions" else "text")
+        amount = data_size(sum(shard["bytes"] for shard in shards))
         settings = [self.training, f"run_dir=runs/{out.name}", f"data.path={out}", f"tokenizer={out / 'tokenizer'}"]
         settings += [f"data.response_length={self.response_length}"]
         settings += [f"data.image_size={side}"] if (side := getattr(self, "image_size", None)) else []
         command = shlex.join(["python", "-m", "src.train", *settings])
-        return f"wrote {samples} in {plural(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
+        return f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
 
 
 def _same(out: Path, index: dict, plan: dict) -> dict:
@@ -299,8 +307,8 @@ def _same(out: Path, index: dict, plan: dict) -> dict:
     if (form := index.get("format")) != FORMAT:
         raise UserError(f"{out} has format {form}, not {FORMAT}; set prepare.overwrite=true to make it again")
     again = "set prepare.overwrite=true to make it again, or choose another prepare.out"
-    if changed := differences(index["settings"], plan["settings"]):
-        raise UserError(f"{out} was made with other settings ({', '.join(changed)}); {again}")
+    if differing := changes(index["settings"], plan["settings"], "before"):
+        raise UserError(f"{out} was made with other settings ({differing}); {again}")
     old = index.get("files", {})
     if changed := [path for path, file in plan["files"].items() if old.get(path, file) != file]:
         raise UserError(f"{out} was made before {', '.join(changed)} changed; {again}")

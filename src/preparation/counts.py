@@ -62,18 +62,3 @@ def table(counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, Mappin
                 rows.append((part, str(number), reason.replace("_", " ") + note))
     width, digits = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
     return "\n".join(f"{part:{width}}  {number:>{digits}}  {words}" for part, number, words in rows)
-
-
-def plural(number: int, noun: str) -> str:
-    """`1 image`, `2,000 images`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def size(num_bytes: int) -> str:
-    """`12 bytes`, `3.1 kB`, `1.4 GB`: decimal units."""
-    amount, unit = float(num_bytes), "bytes"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if amount < 999.95 or unit == "TB":
-            break
-        amount /= 1000
-    return plural(num_bytes, "byte") if unit == "bytes" else f"{amount:.1f} {unit}"

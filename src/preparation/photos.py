@@ -58,7 +58,7 @@ class Photos(Dataset):
     prompt: str
     images: str | None = None
     annotations: str | Sequence[str] | None = None
-    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     encoding: Literal["jpg", "png"] = "jpg"
     square: bool = True
     max_images: int | None = None
@@ -67,12 +67,16 @@ class Photos(Dataset):
     @cached_property
     def source_list(self) -> list[Source]:
         """Raises UserError for a source that is not as `Source` says."""
-        if bool(self.sources) == bool(self.annotations):
-            raise UserError("give either prepare.annotations=FILE (with prepare.images=DIR) or prepare.sources")
+        if bool(self.sources) == bool(self.annotations) or (self.sources and self.images):
+            raise UserError(
+                "give either prepare.annotations=FILE with prepare.images=DIR, or prepare.sources, each with its images"
+            )
         if self.annotations:
             return [Source(annotations=self.annotations, images=self.images)]
         names, sources = [known.name for known in fields(Source)][1:], []
         for name, values in self.sources.items():
+            if values is None:  # takes a source of another layer out
+                continue
             if unknown := set(values) - set(names):
                 raise UserError(f"prepare.sources.{name} has no key {unknown.pop()!r}; it may have {', '.join(names)}")
             if not values.get("annotations"):
@@ -165,8 +169,9 @@ class Photos(Dataset):
             for caption in photo.captions.values():
                 if codec.loses(caption.text):
                     counts.skip("not_in_vocabulary", photo.source)
-                elif len(codec.encode(caption.text)[0]) >= self.response_length:
-                    counts.skip("captions too long", photo.source)
+                elif (num := len(codec.encode(caption.text)[0])) >= self.response_length:
+                    limit = f"prepare.response_length={self.response_length} holds {self.response_length - 1}"
+                    counts.skip("captions too long", f"{photo.source}: {num} tokens, and {limit}")
                 else:
                     swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
                     captions.append({"text": caption.text, "swaps": swaps})

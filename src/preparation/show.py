@@ -33,6 +33,7 @@ from src.io.errors import UserError
 from src.io.files import atomic, read_json
 from src.io.shards import DATASET, INDEX, read_manifest, read_shard
 from src.preparation.counts import Counts, table
+from src.preparation.manifest import MANIFEST
 from src.preparation.splits import SPLITS
 from src.text.tokenizer import Codec
 
@@ -92,7 +93,7 @@ def show(path: str | Path, *, seed: int = 0) -> str:
     else:
         indexes = {folder.name: read_manifest(folder)}
         shards = [(folder.name, folder / entry["name"]) for entry in indexes[folder.name]["shards"]]
-    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     # 2. its samples
     codec = next((Codec.load(f / "tokenizer") for f in (folder, folder.parent) if (f / "tokenizer").is_dir()), None)
     Random(seed).shuffle(shards)

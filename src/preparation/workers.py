@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from io import BytesIO
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,9 @@ def write_in_processes(
     # A fork server: this process may have threads (of torch, of tokenizers), whose locks a forked child would inherit.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited by the server: Ctrl-C is for this process
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     environment = {name: os.environ.get(name) for name in ALONE}
     os.environ.update(ALONE)
     alive, own = context.Pipe(duplex=False)  # the system closes `own` with this process, whatever ends it
