@@ -357,9 +357,16 @@ def test_records_of_one_image_are_merged_and_stay_in_one_split(tmp_path: Path) -
     assert (one.prompt, other.prompt) == ("Q", "R")
     assert one.key != other.key
     assert one.split == other.split == "test"
-    assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue"), ("cat", "dog")]
-    assert +counts == {"records": 7, "merged": 3, "missing_image": 1, "duplicate_caption": 2, "unknown_split": 1}
-    assert counts.examples == {"missing_image": "../../etc/passwd", "unknown_split": "a.json#6 (unheard of)"}
+    assert [(s.right, s.wrong) for s in one.captions["A red cat."].swaps] == [("red", "blue")]
+    assert +counts == {
+        "records": 7, "merged": 2, "missing_image": 1, "duplicate_caption": 2, "unknown_split": 1,
+        "image_in_two_splits": 1,
+    }  # fmt: skip
+    assert counts.examples == {
+        "missing_image": "../../etc/passwd",
+        "unknown_split": "a.json#6 (unheard of)",
+        "image_in_two_splits": "000000000042.jpg (test and train)",
+    }
 
 
 def test_hashed_splits_have_their_shares() -> None:

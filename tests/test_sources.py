@@ -395,12 +395,12 @@ def test_each_source_has_its_own_images_prompt_and_licence(tmp_path: Path) -> No
     assert [origins.count(n) for n in range(3)] == [8, 8, 3]
 
 
-def test_the_first_record_of_an_image_sets_its_split_for_all_prompts(tmp_path: Path) -> None:
+def test_a_split_that_is_given_counts_for_all_prompts_of_an_image(tmp_path: Path) -> None:
     rows = []
-    for number in range(12):
+    for number in range(18):
         picture(tmp_path / f"{number}.jpg")
         given, none = {"split": "test"}, {}
-        splits = [given, none] if number % 2 else [none, given]
+        splits = [none, none] if number >= 12 else [given, none] if number % 2 else [none, given]
         rows += [{**record(f"{number}.jpg"), "prompt": q, **split} for q, split in zip("QR", splits, strict=True)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300, "images": str(tmp_path)}
@@ -409,9 +409,69 @@ def test_the_first_record_of_an_image_sets_its_split_for_all_prompts(tmp_path: P
     for tar in (tmp_path / "out").rglob("*.tar"):
         for sample in read_shard(tar):
             places.setdefault(sample["__key__"].split("-")[0], []).append(tar.parent.name)
-    assert {len(split) for split in places.values()} == {2} and len(places) == 12
+    assert {len(split) for split in places.values()} == {2} and len(places) == 18
     assert all(len(set(split)) == 1 for split in places.values())
-    assert all(places[f"{number}"][0] == "test" for number in range(1, 12, 2))
+    assert all(places[f"{number}"][0] == "test" for number in range(12))
+
+
+def test_pictures_of_one_name_in_two_folders_keep_the_splits_they_are_given(tmp_path: Path) -> None:
+    rows = []
+    for split, number in (("train", 1), ("val", 1), ("test", 2), ("train", 2)):
+        picture(tmp_path / split / f"{number}.jpg")
+        rows.append({**record(f"{split}/{number}.jpg", f"{split} {number}"), "split": split})
+    rows.append({**record("train/1.jpg", "a caption of the test set"), "split": "test"})
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300, "images": str(tmp_path)}
+    index = Photos(out=str(tmp_path / "out"), annotations=str(tmp_path / "a.json"), **settings).run()
+    texts = {
+        (tar.parent.name, caption["text"])
+        for tar in (tmp_path / "out").rglob("*.tar")
+        for sample in read_shard(tar)
+        for caption in sample["json"]["captions"]
+    }
+    assert texts == {("train", "train 1"), ("train", "train 2"), ("val", "val 1"), ("test", "test 2")}
+    assert index["counts"]["records"]["image_in_two_splits"] == 1
+
+
+def test_coco_ids_join_as_text_and_never_become_file_names(tmp_path: Path) -> None:
+    tables = {
+        "images": [{"id": 1, "file_name": "3.jpg"}, {"id": 2, "file_name": "1.jpg"}, {"id": 4, "file_name": "1.jpg"}],
+        "annotations": [
+            {"image_id": "1", "caption": "Three."},
+            {"image_id": 2, "caption": "One."},
+            {"image_id": 3, "caption": "Of no image."},
+            {"image_id": [1], "caption": "Odd."},
+        ],
+    }
+    found, counts = read(tmp_path, "a.json", json.dumps(tables), ("1.jpg", "2.jpg", "3.jpg"))
+    assert {(path.name, entry.captions[0].text) for entry, path in found} == {("3.jpg", "Three."), ("1.jpg", "One.")}
+    assert counts["no_image"] == 2
+
+
+@pytest.mark.parametrize(
+    ("revise", "captions"),
+    [
+        ('[{"org": "dog", "target": "cat"}]', ["A cat sits."]),
+        ({"org": "dog", "target": "cat"}, ["A cat sits."]),
+        ([], ["A dog sits."]),
+        (None, []),
+        ("right", []),
+    ],
+)
+def test_a_draft_is_never_trained_without_its_edits(revise: Any, captions: list[str], tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A dog sits."}]
+    content = lines({"image": "a.jpg", "conversations": turns, "revise": revise})
+    found, counts = read(tmp_path, "a.jsonl", content, ("a.jpg",))
+    assert [entry.captions[0].text for entry, _ in found] == captions
+    assert counts["revise_not_a_list"] == 1 - len(captions)
+
+
+def test_a_name_that_leaves_the_folder_is_missing(tmp_path: Path) -> None:
+    picture(tmp_path / "other" / "a.jpg")
+    names = ["../a.jpg", str(tmp_path / "other" / "a.jpg"), "sub/../a.jpg", "b/../../a.jpg"]
+    found, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), ("a.jpg", "sub/a.jpg"))
+    assert [path.relative_to(tmp_path / "photos").as_posix() for _, path in found] == ["a.jpg"]
+    assert counts["missing_image"] == 3
 
 
 def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     else:
         brightest = float(values.max(initial=0.0))
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, 2.0**31 - 1)
-        white = next((end for end in ranges if brightest <= end), brightest)
+        white = next((end for end in ranges if brightest <= 1.5 * end), brightest)  # resizing overshoots
     grey = np.clip(values * (255 / white), 0, 255).round().astype(np.uint8)
     if tags.get(PHOTOMETRIC) == 0:  # white is zero
         grey = 255 - grey

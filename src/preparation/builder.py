@@ -123,9 +123,9 @@ class Dataset(ABC):
             try:
                 with with_filename(folder), disk_errors(folder):  # also of the tokenizer's files and of SQLite
                     index = self._write(folder, plan)
-            except (OSError, MemoryError, WorkerLost):
+            except WorkerLost:
                 raise  # nothing is wrong with the dataset
-            except Exception:
+            except UserError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             if out.exists():
@@ -310,7 +310,7 @@ def _same(out: Path, index: dict, plan: dict) -> dict:
     if differing := changes(index["settings"], plan["settings"], "before"):
         raise UserError(f"{out} was made with other settings ({differing}); {again}")
     old = index.get("files", {})
-    if changed := [path for path, file in plan["files"].items() if old.get(path, file) != file]:
+    if changed := [path for path, file in plan["files"].items() if old.get(path) != file]:
         raise UserError(f"{out} was made before {', '.join(changed)} changed; {again}")
     log.info("%s is already complete: nothing to do", out)
     return index
@@ -318,13 +318,17 @@ def _same(out: Path, index: dict, plan: dict) -> dict:
 
 def _begin(folder: Path, plan: dict) -> None:
     """Make the folder of an unfinished dataset, unless it is there and was begun with the same plan."""
-    if folder.exists():
-        begun = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / PLAN).is_file():
+            raise UserError(f"{folder} is no unfinished dataset: remove it, or choose another prepare.out")
+        begun = read_json(folder / PLAN)
         if begun == plan:
+            (folder / DATA).mkdir(exist_ok=True)
             return
         names = differences(begun.get("settings", {}), plan["settings"])
         names += differences(begun.get("files", {}), plan["files"])
         log.info("starting over: %s was begun with other settings or files (%s)", folder, ", ".join(names))
         shutil.rmtree(folder)
-    (folder / DATA).mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PLAN, plan)
+    (folder / DATA).mkdir()

@@ -116,10 +116,11 @@ class Items:
         self._db.execute("UPDATE items SET split = ? WHERE name = ?", (split, _name(name)))
 
     def unite(self) -> None:
-        """Move all items of a name into the split of the first one."""
+        """One split for the items of a name: a given one, or that of the first. Splits that are given stay."""
         self._db.execute(
             "UPDATE items SET (split, share) = (SELECT split, share FROM items AS first WHERE first.name = items.name "
-            "ORDER BY id LIMIT 1) WHERE name IN (SELECT name FROM items GROUP BY name HAVING COUNT(DISTINCT split) > 1)"
+            "ORDER BY share IS NOT NULL, id LIMIT 1) WHERE share IS NOT NULL AND name IN (SELECT name FROM items "
+            "GROUP BY name HAVING COUNT(DISTINCT split) > 1 OR COUNT(share) BETWEEN 1 AND COUNT(*) - 1)"
         )
 
     def movable(self) -> Iterator[Movable]:

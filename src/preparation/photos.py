@@ -134,6 +134,11 @@ class Photos(Dataset):
 
     def merge(self, item: Photo, other: Photo, counts: Counts) -> None:
         """Add the captions of a later record of an image and prompt."""
+        if item.share is None and other.share is None and item.split != other.split:
+            counts.skip("image_in_two_splits", f"{other.source} ({item.split} and {other.split})")
+            return
+        if other.share is None:  # a split that is given counts more than a hash
+            item.split, item.share = other.split, None
         counts["merged"] += 1
         _add(item, other.captions.values(), counts)
 

@@ -22,7 +22,7 @@ from src.preparation.builder import Dataset
 from src.preparation.counts import Counts, Skip
 from src.preparation.items import Items
 from src.preparation.records import read_records, text_of
-from src.preparation.splits import SPLITS, Item, hashed_share, split_of
+from src.preparation.splits import SPLIT_NAMES, SPLITS, Item, hashed_share, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
@@ -87,7 +87,9 @@ class Texts(Dataset):
                     raise UserError(f"a sample has {taken.pop()!r} of its own; rename the field in {file}")
                 name = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
                 share = hashed_share(name, self.seed)
-                placed = {"split": split, "share": None} if split else {"split": split_of(share), "share": share}
+                own = record.get("split")
+                given = split or (SPLIT_NAMES.get(own.lower()) if isinstance(own, str) else None)
+                placed = {"split": given, "share": None} if given else {"split": split_of(share), "share": share}
                 yield Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
 
     def merge(self, item: Text, other: Text, counts: Counts) -> None:

@@ -17,19 +17,24 @@ ID = re.compile(r"\d{12}")
 
 def join(pairs: Callable[[], Iterator[tuple[str, Any, bool]]]) -> Iterator[Any]:
     """The annotations of a file, each with the name of its image. pairs: reads the file from its start."""
-    names = {}
+    names: dict[str, Any] = {}
     for key, row, _ in pairs():
         if key == "images" and isinstance(row, dict):
-            names[row.get("id")] = row.get("file_name")
+            number, name = str(row.get("id")), row.get("file_name")
+            names[number] = name if names.get(number, name) == name else None  # None: two images of one id
     for key, row, _ in pairs():
         if key == "annotations":
-            yield {**row, "image": names.get(row.get("image_id"))} if isinstance(row, dict) else row
+            if isinstance(row, dict):  # an id that is in no row names no image, not the file of that number
+                row = {**row, "image_id": None, "image": names.get(str(row.get("image_id")))}
+            yield row
 
 
 def flatten(record: dict) -> dict:
     """A record of Karpathy's dataset_coco.json: {"filename", "filepath"?, "sentences": [{"raw"}], "split"}."""
     folder, name, split = record.get("filepath"), record.get("filename"), record.get("split")
-    image = f"{folder}/{name}" if folder and name else name
+    if name is None:
+        return record
+    image = f"{folder}/{name}" if folder else name
     return {**record, "image": image, "split": "train" if split == "restval" else split}
 
 

@@ -7,6 +7,8 @@ only where the images' folder ends with them, or where the name is of COCO, whos
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 
 from src.preparation.counts import Skip
 from src.preparation.sources import coco
+
+_SPLIT = re.compile(r"train|val|test", re.IGNORECASE)
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -39,8 +43,14 @@ class Images:
     def find(self, name: str) -> Match | None:
         """The image of a name: as it is spelt; composed or decomposed, its ending in another case; with each ending, if
         it has none; as COCO spells it. All this without some of its leading folders, too. Raises `Skip` for several."""
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        parts = posixpath.normpath(name.replace("\\", "/")).strip("/").split("/")
+        elsewhere = os.path.isabs(name) and os.path.isfile(name) and not Path(name).is_relative_to(self.root.absolute())
+        if parts[0] == ".." or elsewhere:
+            return None
         for dropped in range(len(parts)):
+            splits = [_SPLIT.findall(folder.lower()) for folder in (*parts[dropped - 1 : dropped], self.root.name)]
+            if len(splits) > 1 and all(splits) and splits[0] != splits[1]:
+                return None  # the folder of another split
             folder: str | None = str(self.root)
             for part in parts[dropped:-1]:
                 inner = os.path.join(folder, part)

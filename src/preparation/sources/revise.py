@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -22,8 +23,16 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
 
 def corrected(draft: str, edits: Any) -> Caption:
     """The draft with all edits applied, and its errors as swaps. Raises Skip if an edit does not apply."""
+    if isinstance(edits, str):
+        try:
+            edits = json.loads(edits)
+        except ValueError:
+            raise Skip("revise_not_a_list") from None
+    edits = [edits] if isinstance(edits, dict) else edits
+    if not isinstance(edits, list):  # without its edits the draft would be trained as it is, errors and all
+        raise Skip("revise_not_a_list")
     spans: list[tuple[int, str, str]] = []
-    for edit in edits if isinstance(edits, list) else []:
+    for edit in edits:
         org, target = (edit.get("org"), edit.get("target")) if isinstance(edit, dict) else (None, None)
         if not (isinstance(org, str) and isinstance(target, str) and org and target):
             raise Skip("revise_empty_span")
