@@ -187,7 +187,7 @@ def stepwise(scenes, tmp_path_factory) -> tuple[Path, list[str], list[tuple[floa
 def test_what_is_logged_at_a_step_is_of_that_step(stepwise):
     """train/* at n: of the step that n steps precede. All else at n: of the weights after n steps."""
     run_dir, argv, made = stepwise
-    assert made[0][0] == pytest.approx(1e-3 / 4) and made[3][0] == pytest.approx(1e-3)  # warm-up in 4 steps
+    assert made[0][0] == pytest.approx(5e-4 / 4) and made[3][0] == pytest.approx(5e-4)  # warm-up in 4 steps
     for name, values in zip(("train/lr", "train/grad_norm"), zip(*made, strict=True), strict=True):
         assert logged(run_dir, name) == [(step, pytest.approx(value)) for step, value in enumerate(values)]
     assert [step for step, _ in logged(run_dir, "val/loss")] == [6]  # 48 samples in batches of 8: the end of an epoch
