@@ -14,6 +14,8 @@ from torch import Tensor
 from src.io.errors import UserError
 from src.types import Corrupted, Kind
 
+WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
+
 WEIGHTS = ("one", "inverse_rate")
 REDUCTIONS = ("kind_mean", "answer_len", "tokens", "batch_tokens")
 FORMS = ("cross_entropy", "probability")
@@ -108,3 +110,13 @@ def term_sum(term: Term, cross_entropy: Tensor, corrupted: Corrupted) -> Tensor:
 def positions_of(terms: tuple[Term, ...], corrupted: Corrupted) -> Tensor:
     """(B, L) bool: positions that need logits."""
     return torch.stack([term.where(corrupted) for term in terms]).any(0)
+
+
+def shares_of(counts: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
+    accuracy = {kind: counts.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
+    if kept := accuracy[Kind.CLEAN]:
+        counts = {**counts, "p_keep_clean": kept}
+    if wrong := [pair for kind in WRONG if (pair := accuracy[kind])]:
+        counts = {**counts, "p_fix_wrong": (sum(hits for hits, _ in wrong), sum(tries for _, tries in wrong))}
+    return {name: hits / tries for name, (hits, tries) in counts.items() if tries}

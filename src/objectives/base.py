@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.diffusion import corruption
-from src.diffusion.losses import Term, denominator, editable, positions_of, term_sum
+from src.diffusion.losses import Term, denominator, editable, positions_of, shares_of, term_sum
 from src.diffusion.noise import Noise
 from src.distributed.parallel import (
     Sharding,
@@ -36,10 +36,9 @@ from src.distributed.parallel import (
 )
 from src.io.errors import UserError
 from src.objectives.optim import Optim
-from src.types import Batch, Corrupted, Corruption, Kind, Prefix, SpecialIds
+from src.types import Batch, Corrupted, Corruption, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
-WRONG = (Kind.SYNTAX, Kind.HALLUCINATION, Kind.MISTAKE)
 
 
 class Diverged(UserError):
@@ -352,7 +351,7 @@ class Objective(L.LightningModule):
         # sums: for positions chosen after the corruption
         shown = [t.name for t, number, value in zip(terms, positions, sums, strict=True) if number > 0 or value != 0]
         hits, tries = logged[3 * size :: 2], logged[3 * size + 1 :: 2]
-        shares = _shares(dict(zip(self._counts, zip(hits, tries, strict=True), strict=True)))
+        shares = shares_of(dict(zip(self._counts, zip(hits, tries, strict=True), strict=True)))
         self._counts.clear()
         num_rows = sum(len(rows) for rows, _ in micro_batches)
         loss = sum(term.coef * losses[term.name] for term in terms)
@@ -362,16 +361,6 @@ class Objective(L.LightningModule):
     def _log_values(self, stage: str, values: dict[str, float], **options: Any) -> None:
         # NOTE: Lightning would copy numbers to the device, one by one
         self.log_dict({f"{stage}/{name}": torch.tensor(value) for name, value in values.items()}, **options)
-
-
-def _shares(counts: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """The accuracy of each kind, P(keep | clean), P(fix | wrong) and other shares over all passes of a step."""
-    accuracy = {kind: counts.get(f"accuracy/{kind.name.lower()}") for kind in Kind}
-    if kept := accuracy[Kind.CLEAN]:
-        counts = {**counts, "p_keep_clean": kept}
-    if wrong := [pair for kind in WRONG if (pair := accuracy[kind])]:
-        counts = {**counts, "p_fix_wrong": (sum(hits for hits, _ in wrong), sum(tries for _, tries in wrong))}
-    return {name: hits / tries for name, (hits, tries) in counts.items() if tries}
 
 
 def _init_state(optimizer: torch.optim.AdamW) -> None:
