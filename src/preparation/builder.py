@@ -38,7 +38,10 @@ from src.text.tokenizer import Codec
 log = logging.getLogger(__name__)
 PLAN = "plan.json"  # what an unfinished dataset is made of
 PARTS = ("records", *SPLITS)  # of the counts: what is read, and the samples of each split
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "prompt.yaml", "config.json"),
+)
 
 
 @dataclass(kw_only=True)
