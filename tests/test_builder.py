@@ -397,6 +397,11 @@ def test_another_tokenizer_in_the_same_folder_is_refused(photos: Path, tmp_path:
                 dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
         else:
             dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
+    dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"), overwrite=True).run()
+    with (tmp_path / "tokenizer" / "prompt.yaml").open("a") as stream:
+        stream.write("# another template\n")
+    with pytest.raises(UserError, match=r"made before \S*prompt\.yaml changed"):
+        dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
 
 
 # --- what a dataset says of itself -------------------------------------------------------------------

@@ -33,15 +33,11 @@ from src.preparation.items import Items, disk_errors, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
 from src.preparation.workers import DATA, ITEMS, REPORTS, Job, WorkerLost, num_processes, write, write_in_processes
-from src.text.tokenizer import Codec
+from src.text.tokenizer import NEEDED, Codec
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"  # what an unfinished dataset is made of
 PARTS = ("records", *SPLITS)  # of the counts: what is read, and the samples of each split
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "prompt.yaml", "config.json"),
-)
 
 
 @dataclass(kw_only=True)
@@ -153,7 +149,9 @@ class Dataset(ABC):
         """The settings, and size and hash of the source files: with an equal plan a dataset is the same."""
         others = ("out", "overwrite", "processes")
         settings = {name: value for name, value in asdict(self).items() if name not in others}
-        paths = [*self.inputs, *(str(Path(self.tokenizer or "") / name) for name in TOKENIZER_FILES if self.tokenizer)]
+        paths = list(self.inputs)
+        if self.tokenizer:
+            paths += sorted({str(path) for pattern in NEEDED for path in Path(self.tokenizer).glob(pattern)})
         files = [Path(path) for path in paths if Path(path).is_file()]
         digests = {str(path): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
         return as_json({"format": FORMAT, "settings": settings, "files": digests})
