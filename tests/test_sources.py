@@ -44,8 +44,8 @@ def read(folder: Path, name: str, content: str | bytes, images: tuple[str, ...],
         picture(folder / "photos" / image)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     source = Source(annotations=str(folder / name), images=str(folder / "photos"), **settings)
-    found = list(source.read(counts := Counts(), seed=0))
-    return found, counts
+    entries = list(source.read(counts := Counts(), seed=0))
+    return entries, counts
 
 
 dump = json.dumps
@@ -139,8 +139,8 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
 @pytest.mark.parametrize("case", TABLES)
 def test_files_that_people_have(case: str, tmp_path: Path) -> None:
     name, content, used, left_out = TABLES[case]
-    found, counts = read(tmp_path, name, content, ("a.jpg", "b.jpg", "c.jpg", "d.jpg"))
-    assert [(path.stem, *(c.text for c in entry.captions)) for entry, path in found if path] == used
+    entries, counts = read(tmp_path, name, content, ("a.jpg", "b.jpg", "c.jpg", "d.jpg"))
+    assert [(path.stem, *(c.text for c in entry.captions)) for entry, path in entries if path] == used
     assert counts.examples == left_out
 
 
@@ -172,8 +172,8 @@ def test_questions_keep_their_line_ends_and_lose_the_mark_of_the_image(value: st
     parts = [{"type": "text", "text": value}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}]
     rows = [talk(value, "A"), {**record("a.jpg"), "question": value}, {"images": ["a.jpg"], "messages": messages}]
-    found, _ = read(tmp_path, "a.jsonl", lines(*rows), ("a.jpg",))
-    assert [entry.prompt for entry, _ in found] == [QUESTIONS[value]] * 3
+    entries, _ = read(tmp_path, "a.jsonl", lines(*rows), ("a.jpg",))
+    assert [entry.prompt for entry, _ in entries] == [QUESTIONS[value]] * 3
 
 
 # --- the file of an image ----------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def test_questions_keep_their_line_ends_and_lose_the_mark_of_the_image(value: st
 def test_a_picture_is_found_or_missing_but_never_another_one(
     images: tuple[str, ...], names: list[str], files: list[str | None], tmp_path: Path
 ) -> None:
-    found, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), images)
-    paths = {entry.place: path.relative_to(tmp_path / "photos").as_posix() for entry, path in found if path}
+    entries, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), images)
+    paths = {entry.place: path.relative_to(tmp_path / "photos").as_posix() for entry, path in entries if path}
     places = [f"a.jsonl:{number}" for number in range(1, len(names) + 1)]
     assert [paths.get(place) for place in places] == files
     assert counts["missing_image"] + counts["ambiguous_image"] == files.count(None)
@@ -215,8 +215,8 @@ def test_composed_and_decomposed_names_are_the_same(on_disk: str, named: str, tm
     """The folder, too."""
     name = "\u00fcber/caf\u00e9.jpg"
     row = record(unicodedata.normalize(named, name))
-    found, counts = read(tmp_path, "a.jsonl", lines(row), (unicodedata.normalize(on_disk, name),))  # type: ignore[arg-type]
-    assert len(found) == 1 and not counts["missing_image"]
+    entries, counts = read(tmp_path, "a.jsonl", lines(row), (unicodedata.normalize(on_disk, name),))  # type: ignore[arg-type]
+    assert len(entries) == 1 and not counts["missing_image"]
 
 
 # --- readers against the json and csv modules ---------------------------------------------------------
@@ -443,8 +443,8 @@ def test_coco_ids_join_as_text_and_never_become_file_names(tmp_path: Path) -> No
             {"image_id": [1], "caption": "Odd."},
         ],
     }
-    found, counts = read(tmp_path, "a.json", json.dumps(tables), ("1.jpg", "2.jpg", "3.jpg"))
-    assert {(path.name, entry.captions[0].text) for entry, path in found} == {("3.jpg", "Three."), ("1.jpg", "One.")}
+    entries, counts = read(tmp_path, "a.json", json.dumps(tables), ("1.jpg", "2.jpg", "3.jpg"))
+    assert {(path.name, entry.captions[0].text) for entry, path in entries} == {("3.jpg", "Three."), ("1.jpg", "One.")}
     assert counts["no_image"] == 2
 
 
@@ -461,23 +461,23 @@ def test_coco_ids_join_as_text_and_never_become_file_names(tmp_path: Path) -> No
 def test_a_draft_is_never_trained_without_its_edits(revise: Any, captions: list[str], tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A dog sits."}]
     content = lines({"image": "a.jpg", "conversations": turns, "revise": revise})
-    found, counts = read(tmp_path, "a.jsonl", content, ("a.jpg",))
-    assert [entry.captions[0].text for entry, _ in found] == captions
+    entries, counts = read(tmp_path, "a.jsonl", content, ("a.jpg",))
+    assert [entry.captions[0].text for entry, _ in entries] == captions
     assert counts["revise_not_a_list"] == 1 - len(captions)
 
 
 def test_a_name_that_leaves_the_folder_is_missing(tmp_path: Path) -> None:
     picture(tmp_path / "other" / "a.jpg")
     names = ["../a.jpg", str(tmp_path / "other" / "a.jpg"), "sub/../a.jpg", "b/../../a.jpg"]
-    found, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), ("a.jpg", "sub/a.jpg"))
-    assert [path.relative_to(tmp_path / "photos").as_posix() for _, path in found] == ["a.jpg"]
+    entries, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), ("a.jpg", "sub/a.jpg"))
+    assert [path.relative_to(tmp_path / "photos").as_posix() for _, path in entries] == ["a.jpg"]
     assert counts["missing_image"] == 3
 
 
 def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Path) -> None:
     rows = [record("a.jpg", f"{n}") for n in range(400)]
-    found, counts = read(tmp_path, "a.jsonl", lines(*rows), ("a.jpg",), max=100)
-    taken = [int(entry.captions[0].text) for entry, _ in found]
+    entries, counts = read(tmp_path, "a.jsonl", lines(*rows), ("a.jpg",), max=100)
+    taken = [int(entry.captions[0].text) for entry, _ in entries]
     assert len(taken) == 100 and counts["over_max"] == 300
     assert all(10 < len([n for n in taken if start <= n < start + 100]) < 45 for start in (0, 100, 200, 300))
     source = Source(annotations=str(tmp_path / "a.jsonl"), images=str(tmp_path / "photos"), max=100)
