@@ -47,11 +47,12 @@ ROOMS = {
         chat         <- types io distributed
         objectives   <- types diffusion samplers distributed scenes
         experts      <- types io text scenes chat
+        judges       <- types io text scenes chat
         rounds       <- types io text distributed chat models
         preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
-        evaluation   <- types io cli text models samplers datamodules metrics generation
+        evaluation   <- types io cli text models samplers datamodules metrics judges generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
 }
