@@ -117,7 +117,7 @@ def sampled(codec, text, rewritten=()):
     ids = [*codec.encode(text)[0], codec.eot_id]
     step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1)
     zero = torch.zeros(1, dtype=torch.int64)
-    return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, 0.0, [[step]])
+    return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, zero, 0.0, [[step]])
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,13 @@ class Objective(L.LightningModule):
         """
         return positions_of(terms, state)
 
+    def levels(self, quantile: Tensor) -> Tensor:
+        """(B,) noise levels: the inverse of their distribution function at `quantile` (B,), on [0, 1).
+
+        One function of a uniform number, so `optim.antithetic` and `optim.strata` spread levels of any distribution.
+        """
+        return self.t_min + (1 - self.t_min) * quantile
+
     def second_input(
         self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise
     ) -> Corrupted | None:
@@ -132,8 +139,7 @@ class Objective(L.LightningModule):
                 level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
                 level = (level + view / self.optim.views) % 1
-            level = self.t_min + (1 - self.t_min) * level
-            views.append(self.corruption(batch, corruption.start(batch, level), noise))
+            views.append(self.corruption(batch, corruption.start(batch, self.levels(level)), noise))
         return views
 
     # The loss

@@ -79,19 +79,20 @@ class AnySampler:
         noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
         steps: list[dict[str, Tensor]] | None = [] if trace else None
         try:
-            tokens, edits, remasks = self.write(predict, noise, start, steps)
+            tokens, edits, remasks, unmasked_at = self.write(predict, noise, start, steps)
         finally:
             predict.release()
         traces = None if steps is None else traces_of(steps, len(keys))
         # The first eot ends the text; behind it is end-of-text.
         eot = (tokens == special.eot).long()
         ids = tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
-        return Sampled(ids, predict.forwards, edits, remasks, time.perf_counter() - started, traces)
+        seconds = time.perf_counter() - started
+        return Sampled(ids, predict.forwards, edits, remasks, unmasked_at, seconds, traces)
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens (B, L), and how many were rewritten (B,) and remasked (B,).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tokens (B, L), how many were rewritten (B,) and remasked (B,), and `Sampled.unmasked_at` (B, L).
 
         noise: one of each of `DRAWS`; steps: what `traces_of` needs of each step is appended here
         """

@@ -37,7 +37,8 @@ from src.types import SpecialIds
 @dataclass(kw_only=True)
 class Run:
     """What the steps of a batch change. tokens, confidence, num_remasks: (B, L) and step: (B,) as in `State`; edits,
-    remasks: (B,) made so far; wrote_mask: (B,) bool, whether a reviser wrote the mask as a token."""
+    remasks: (B,) made so far; unmasked_at: (B, L) as in `Sampled`; wrote_mask: (B,) bool, whether a reviser wrote the
+    mask as a token."""
 
     tokens: Tensor
     confidence: Tensor
@@ -45,6 +46,7 @@ class Run:
     step: Tensor
     edits: Tensor
     remasks: Tensor
+    unmasked_at: Tensor
     wrote_mask: Tensor
 
 
@@ -158,7 +160,7 @@ class Sampler(AnySampler):
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step until every row is done; the host only asks which rows are."""
         reviser = self.reviser or Reviser()
         tokens = self._first_tokens(predict, start)
@@ -172,6 +174,7 @@ class Sampler(AnySampler):
             step=step,
             edits=edits,
             remasks=remasks,
+            unmasked_at=torch.full_like(tokens, -1),
             wrote_mask=torch.zeros_like(progress.active),
         )
         scheduled, active = self.schedule.block_steps * self.blocks, []
@@ -192,7 +195,7 @@ class Sampler(AnySampler):
             changes = self._step(run, plan, first, progress, predict, noise)
             if steps is not None:
                 steps.append({**changes, "forwards": predict.forwards})
-        return progress.text(run.tokens), run.edits, run.remasks
+        return progress.text(run.tokens), run.edits, run.remasks, run.unmasked_at
 
     def _look(self, run: Run, progress: Progress, predict: Predictor, noise: dict[str, Noise]) -> Plan:
         """Where each row stands, and what its next step may do. Changes nothing of rows that are done."""
@@ -263,6 +266,7 @@ class Sampler(AnySampler):
         tokens = torch.where(unmasked, proposal, torch.where(rewritten, new_ids, before))
         tokens = tokens.masked_fill(remasked, special.mask)
         run.tokens, run.confidence = tokens, confidence.masked_fill(tokens == special.mask, torch.inf)
+        run.unmasked_at = torch.where(unmasked, run.step[:, None], run.unmasked_at)
         run.num_remasks, run.step = run.num_remasks + remasked, run.step + active
         run.edits, run.remasks = run.edits + rewritten.sum(1), run.remasks + remasked.sum(1)
         progress.finish(tokens, post=plan.post, last=last)

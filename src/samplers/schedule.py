@@ -56,6 +56,17 @@ class Schedule:
         """Steps of a block that starts as all masks."""
         return self.steps // self.blocks if self.steps else -(-self.block_length // (self.tokens_per_step or 1))
 
+    @property
+    def levels(self) -> list[float]:
+        """The share of the response that is masked before each step, if it starts as all masks and none is remasked."""
+        steps, levels = torch.tensor([self.block_steps]), []
+        for behind in range(self.length - self.block_length, -1, -self.block_length):  # masks of later blocks
+            masks = torch.tensor([self.block_length])
+            for left in range(self.block_steps, 0, -1):
+                levels += [(int(masks) + behind) / self.length] if masks else []  # a shifted block may be full early
+                masks = masks - scheduled(masks, self.chance(steps, torch.tensor([left])))
+        return levels
+
     def steps_for(self, masks: Tensor) -> Tensor:
         """(B,) steps of a block with `masks` (B,) masks."""
         if self.steps is not None:
@@ -118,8 +129,7 @@ class Progress:
 
     def count(self, tokens: Tensor, chance: Tensor) -> Tensor:
         """(B,) the fraction `chance` (B,) of the masks up to the end of the block, rounded up."""
-        masks = ((tokens == self.special.mask) & self.before_end).sum(1)
-        return (masks * chance - 1e-9).ceil().long()  # NOTE: rounding may exceed a whole number
+        return scheduled(((tokens == self.special.mask) & self.before_end).sum(1), chance)
 
     def finish(self, tokens: Tensor, *, post: Tensor, last: Tensor) -> None:
         """Count a step as made, and find the rows that are done.
@@ -180,6 +190,11 @@ class Progress:
     def in_block(self) -> Tensor:
         """(B, L) bool: the current block."""
         return self.before_end & (self.place >= self.end[:, None] - self.schedule.block_length)
+
+
+def scheduled(masks: Tensor, chance: Tensor) -> Tensor:
+    """(B,) the fraction `chance` (B,) of `masks` (B,), rounded up."""
+    return (masks * chance - 1e-9).ceil().long()  # NOTE: rounding may exceed a whole number
 
 
 def ceil_divide(number: Tensor, by: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class FromNoise(AnySampler):
                 changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere, "confidence": nowhere}
                 made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
                 steps.append({**made, **changes})
-        return tokens, edits, torch.zeros_like(edits)
+        return tokens, edits, torch.zeros_like(edits), torch.full_like(tokens, -1)
 
     def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         """(N, K) float64 weights of the next state, not normalized; from time left / steps to (left - 1) / steps.
