@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise", "export")
+VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export")
 
 # Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
@@ -77,6 +77,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "openai": {"chat"},
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
+    "scipy": {"evaluation"},
     "safetensors": {"models"},
     "huggingface_hub": {"io", "models"},
     "filelock": {"io"},
@@ -98,6 +99,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
+    "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
@@ -119,7 +121,7 @@ ON_TOP: dict[str, list[str]] = {
 # Values for the `???` of such a layer.
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
-    "sweep": ["evaluate.models.model=model"],
+    **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 

@@ -110,8 +110,8 @@ class Plan:
     def file(self, cell: Cell) -> Path:
         return Path(self.out) / cell.split / f"{cell.name}.json"
 
-    def run_dir(self, cell: Cell) -> Path:
-        """Arms of equal commands share it in all tables, and are trained once."""
+    def folder(self, cell: Cell) -> Path:
+        """Of its runs, evaluation and log. Arms of equal commands share it in all tables, and are trained once."""
         recipe = signature(cell.arm.commands, self.settings.get("train"))[:8]
         return Path(self.runs) / f"{cell.arm.name}-{recipe}" / f"seed{cell.seed}"
 
@@ -126,7 +126,7 @@ class Plan:
         """A command as arguments, with the settings of its verb. Raises UserError for a verb that does not exist."""
         verb, _, rest = command.partition(" ")
         text = " ".join([rest, *self.settings.get(verb, [])])
-        for name, value in {"seed": cell.seed, "run": self.run_dir(cell), "data": self.data}.items():
+        for name, value in {"seed": cell.seed, "run": self.folder(cell) / "run", "data": self.data}.items():
             text = text.replace(f"{{{name}}}", str(value))
         return [f"src.{verb}", *shlex.split(text)]
 
@@ -150,7 +150,7 @@ class Plan:
         return [str(name) for name, node in nodes.items() if node is not None]
 
     def _outputs(self, cell: Cell) -> dict[str, Any]:
-        return {"split": cell.split, "seed": cell.seed, "out": self.run_dir(cell) / f"{cell.split}-{cell.key}"}
+        return {"split": cell.split, "seed": cell.seed, "out": self.folder(cell) / f"{cell.split}-{cell.key}"}
 
     def results_of_evaluation(self, cell: Cell) -> dict:
         return read_json(self._outputs(cell)["out"] / "results.json")
@@ -218,12 +218,12 @@ def check_stage(plan: Plan, split: str) -> None:
 
 def run_cell(plan: Plan, cell: Cell, *, commit: str) -> dict:
     """Run a cell and write its JSON, which is returned: with `results`, or with what `failed`. commit: of the code"""
-    run_dir, started = plan.run_dir(cell), time.monotonic()
+    log, started = plan.folder(cell) / "log.txt", time.monotonic()
     steps, commands = total_steps(plan, cell), plan.commands(cell)
     result: dict[str, Any] = {"table": cell.table.name, "arm": cell.arm.name, "seed": cell.seed, "split": cell.split}
     result |= {"commands": [shlex.join(["python", "-m", *command]) for command in commands], "commit": commit}
     result |= {"steps": steps, "passes": steps * cell.arm.passes, "samplers": cell.arm.samplers}
-    failed = next((failure for command in commands if (failure := run(command, run_dir / "log.txt"))), None)
+    failed = next((failure for command in commands if (failure := run(command, log))), None)
     result["seconds"] = round(time.monotonic() - started, 1)
     if failed:
         result["failed"] = failed
