@@ -16,7 +16,7 @@ import pytest
 
 from src.cli.config import load_config
 from src.cli.instantiate import plain
-from src.evaluation.study import Cell, Plan, check_stage, hours_left, read_plan, total_steps
+from src.evaluation.study import Cell, Plan, check_stage, hours_left, read_plan
 from src.evaluation.study_report import holm, paired_p, write_study
 from src.io.errors import UserError
 from src.objectives.base import Objective
@@ -58,7 +58,7 @@ def shipped() -> list[tuple[Plan, Cell]]:
 
 
 def test_shipped_arms_make_as_many_passes_as_they_say():
-    """An objective with a second pass says so in the plan; the plan's own check counts steps times that."""
+    """An objective with a second pass says so in the plan, which counts steps times that when it is read."""
     for plan, cell in shipped():
         passes = set()
         for command in cell.arm.commands:
@@ -67,7 +67,6 @@ def test_shipped_arms_make_as_many_passes_as_they_say():
             kind = getattr(importlib.import_module(module), name)
             passes.add((1 if kind.second_input is Objective.second_input else 2) * cfg.optim.views)
         assert passes == {cell.arm.passes}, cell.name
-        assert total_steps(plan, cell) * cell.arm.passes == cell.table.passes
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def settings(folder: Path) -> str:
     return f"conf={folder}/plan.yaml"
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, *, seconds: float = 300) -> None:
+def wait_for(condition, process: subprocess.Popen | None = None, *, seconds: float = 1200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.stderr.read()
@@ -199,10 +198,12 @@ def test_a_killed_study_resumes_its_training_and_goes_on_past_an_arm_that_fails(
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "src.study", *argv]
     study = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tmp_path.glob("runs/mask-*/seed0/run/checkpoints/last.ckpt")), study)
-    children = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
-    study.send_signal(signal.SIGKILL)
-    study.wait()
+    try:
+        wait_for(lambda: list(tmp_path.glob("runs/mask-*/seed0/run/checkpoints/last.ckpt")), study)
+        children = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
+    finally:
+        study.send_signal(signal.SIGKILL)
+        study.wait()
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     assert len(children) == 1 and not list(tmp_path.glob("runs/*/seed0/run/finished.json"))
     assert not list(tmp_path.glob("out/val/*.json"))

@@ -277,9 +277,10 @@ def hours_of_cell(plan: Plan, table: Table, split: str) -> float | None:
 
 def hours_left(plan: Plan, split: str) -> str:
     """The plan in hours: cells that are left, and what they will take, by table. Needs a finished cell."""
-    left = {table.name: 0.0 for table in plan.tables.values()}
-    missing = [cell for cell in plan.cells(split) if not plan.is_done(cell)]
-    for cell in missing:
-        left[cell.table.name] += hours_of_cell(plan, cell.table, split) or 0.0
-    shares = ", ".join(f"{name} {hours:.2f}" for name, hours in left.items())
-    return f"{len(missing)} of {len(plan.cells(split))} cells left, {sum(left.values()):.2f} hours ({shares})"
+    cells = plan.cells(split)
+    missing = [cell.table.name for cell in cells if not plan.is_done(cell)]
+    hours = {
+        name: missing.count(name) * (hours_of_cell(plan, table, split) or 0.0) for name, table in plan.tables.items()
+    }
+    shares = ", ".join(f"{name} {value:.2f}" for name, value in hours.items())
+    return f"{len(missing)} of {len(cells)} cells left, {sum(hours.values()):.2f} hours ({shares})"

@@ -112,10 +112,7 @@ class Objective(L.LightningModule):
         return positions_of(terms, state)
 
     def levels(self, quantile: Tensor) -> Tensor:
-        """(B,) noise levels: the inverse of their distribution function at `quantile` (B,), on [0, 1).
-
-        One function of a uniform number, so `optim.antithetic` and `optim.strata` spread levels of any distribution.
-        """
+        """(B,) noise levels, from their quantiles (B,) on [0, 1), which `Optim` may spread evenly."""
         return self.t_min + (1 - self.t_min) * quantile
 
     def second_input(
