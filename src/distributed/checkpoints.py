@@ -116,7 +116,8 @@ def read_average(path: Path, module: nn.Module) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters()
         if f"state_dict.{EMA}{name}" in stored
     }
-    load({"state_dict": {EMA + name: shard for name, shard in shards.items()}}, checkpoint_id=path)
+    if shards:
+        load({"state_dict": {EMA + name: shard for name, shard in shards.items()}}, checkpoint_id=path)
     return shards
 
 

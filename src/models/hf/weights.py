@@ -150,7 +150,7 @@ def model_state(path: Path, *, weights: str | None = None) -> dict[str, Tensor]:
 
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
-    """The model's part of the `state_dict` that Lightning's ModelParallelStrategy writes, without the optimizer."""
+    """The model's part of the `state_dict` that our FSDP2 strategy writes, and the average, without the optimizer."""
     prefix, reader = "state_dict.", FileSystemReader(path)
     state = {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
