@@ -78,6 +78,7 @@ def test_shipped_arms_make_as_many_passes_as_they_say():
         ({"arms": {"one": {**ARM, "samplers": ["plain", "refin"]}}}, r"no 'refin'; did you mean 'refine'"),
         ({"arms": {"one": {**ARM, "comands": []}}}, r"no argument 'comands'; did you mean 'commands'"),
         ({"arms": {"one": {**ARM, "commands": ["train conf=msk"]}}}, "no configuration 'msk'"),
+        ({"arms": {"one": {**ARM, "commands": ["trian conf=mask"]}}}, "no verb 'trian'; did you mean 'train'"),
     ],
 )
 def test_a_plan_that_is_not_fair_or_cannot_run_is_refused(tmp_path, change, message):

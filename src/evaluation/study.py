@@ -112,7 +112,7 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Of its runs, evaluation and log. Arms of equal commands share it in all tables, and are trained once."""
-        recipe = signature(cell.arm.commands, self.settings.get("train"))[:8]
+        recipe = signature(cell.arm.commands, {verb: s for verb, s in self.settings.items() if verb != "evaluate"})[:8]
         return Path(self.runs) / f"{cell.arm.name}-{recipe}" / f"seed{cell.seed}"
 
     def result(self, cell: Cell) -> dict | None:
@@ -125,6 +125,8 @@ class Plan:
     def filled(self, command: str, cell: Cell) -> list[str]:
         """A command as arguments, with the settings of its verb. Raises UserError for a verb that does not exist."""
         verb, _, rest = command.partition(" ")
+        if f"src.{verb}" not in NEEDS:
+            raise UserError(f"{command!r}: no verb {verb!r}{hint(verb, [name.removeprefix('src.') for name in NEEDS])}")
         text = " ".join([rest, *self.settings.get(verb, [])])
         for name, value in {"seed": cell.seed, "run": self.folder(cell) / "run", "data": self.data}.items():
             text = text.replace(f"{{{name}}}", str(value))

@@ -38,7 +38,7 @@ class FromNoise(AnySampler):
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if start is not None:
             raise UserError("this sampler starts from noise and cannot begin with a given text: leave start out")
         # 1. noise: random ordinary ids
