@@ -105,7 +105,7 @@ def paired_p(differences: Sequence[float]) -> float | None:
         from scipy.stats import ttest_1samp
     except ImportError as error:
         raise UserError("comparisons over seeds need scipy: pip install -e '.[eval]'") from error
-    return float(ttest_1samp(differences, 0.0)[1])
+    return ttest_1samp(differences, 0.0).pvalue.item()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def holm(p_values: Mapping[int, float]) -> dict[int, float]:
