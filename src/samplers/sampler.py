@@ -197,12 +197,11 @@ class Sampler(AnySampler):
     def _look(self, run: Run, progress: Progress, predict: Predictor, noise: dict[str, Noise]) -> Plan:
         """Where each row stands, and what its next step may do. Changes nothing of rows that are done."""
         special, reviser = predict.special, self.reviser or Reviser()
-        tokens, active, visible = run.tokens, progress.active, run.tokens != special.mask
+        tokens, active, visible = run.tokens, progress.active, ~progress.masked
         max_forwards = torch.iinfo(torch.int64).max if self.max_forwards is None else self.max_forwards
-        post = active & ~progress.unfinished(tokens)  # (B,) rows that are only revised
+        post = active & ~progress.unfinished  # (B,) rows that are only revised
         spare_passes = (max_forwards - predict.forwards) // predict.cost - 2  # after this step and a last one
         last = spare_passes < 0  # (B,) rows whose budget allows this step and none after it
-        progress.enter(tokens)
         state = State(
             tokens=tokens,
             visible=visible,
@@ -216,9 +215,10 @@ class Sampler(AnySampler):
             num_remasks=run.num_remasks,
             noise=noise["reviser"],
         )
-        eligible = progress.pending(tokens) & (progress.reach | last[:, None]) & active[:, None]
+        eligible = progress.pending & (progress.reach | last[:, None]) & active[:, None]
         editable = reviser.editable(state) & visible & active[:, None]
-        where = eligible | (reviser.reads(state) & active[:, None])
+        asks_more = type(reviser).reads is not Reviser.reads  # than what it may change
+        where = eligible | (reviser.reads(state) & active[:, None] if asks_more else editable)
         return Plan(state, where, eligible, editable, post, last)
 
     def _step(
@@ -240,7 +240,7 @@ class Sampler(AnySampler):
         # 2. unmask: propose a token for each eligible mask, and choose which masks become it
         proposal, probability, score = self._propose(prediction, plan, special, noise)
         chance = reviser.chance(state, progress.schedule.chance(state.steps, state.steps_left))
-        count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
+        count, chance = progress.count(chance), chance.masked_fill(is_final, 1.0)
         unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
         if reviser.selects_positions:
             unmasked = eligible
