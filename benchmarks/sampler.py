@@ -48,7 +48,8 @@ def main() -> None:
             if not torch.equal(texts[a], texts[b]):
                 sys.exit(f"{a} and {b} wrote different tokens")
 
-    write(options, "step", in_turn(sides, options, check), dict.fromkeys(list(sides)[1:], "released"), per=options.steps)
+    seconds = in_turn(sides, options, check)
+    write(options, "step", seconds, dict.fromkeys(list(sides)[1:], "released"), per=options.steps)
 
 
 def ours(model: LLaDAV, prefix: Prefix, special: SpecialIds, *, length: int, steps: int) -> Tensor:

@@ -93,7 +93,9 @@ def loss_memory(side: str, *, rows: int, prefix: int, length: int) -> int:
     for name in ("base", side):
         with Shapes():
             sizes = {**SHAPES["8b"], "num_hidden_layers": 2, "vocab_size": size, "attention": "full"}
-            model = LLaDAV(decoder=sizes, vision=None).to(torch.bfloat16)
+            torch.set_default_dtype(torch.bfloat16)
+            model = LLaDAV(decoder=sizes, vision=None)
+            torch.set_default_dtype(torch.float32)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         training = objective(MaskPrediction, model, special)
