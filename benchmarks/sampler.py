@@ -7,7 +7,8 @@
 `released` is ReDiff's published loop: one full pass over prefix and response a step, logits and a float64 softmax at
 every position. `by hand` is what remains if the keys and values of the prefix are known, and nothing is general. All
 three rewrite visible tokens in every step and must write the same text (`full`: released and ours; `prefix`: ours and
-by hand). tests/test_benchmarks.py holds `released` against the golden traces. benchmarks/turns.py says how is measured.
+by hand). tests/test_benchmarks.py holds `released` against the golden traces. benchmarks/turns.py says how time
+is measured.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     python -m benchmarks.training --rows 4 --table            more rows; rows of results/speed/README.md
     python -m benchmarks.training --shape 8b --device cuda --rows 2 --prefix 3400      random weights; not measured yet
 
-Forward and backward of mask prediction with everything masked, without the optimizer. `released` computes logits and
-their float32 copy at every position of prefix and response, and the loss row by row; its loss must be ours. Four
-copies are four rows that each encode the prefix, four views share it. ProSeCo makes a second pass. `recomputed`:
-checkpointing `full`, which keeps only the input of each block. benchmarks/turns.py says how is measured.
+Forward and backward of mask prediction with everything masked, without the optimizer; gradients accumulate. `released`
+computes logits and their float32 copy at every position of prefix and response, and the loss row by row; its loss must
+be ours. Four copies are four steps of ours, each of which encodes the prefix (four times the time of one); four views
+share it. ProSeCo makes a second pass. `recomputed`: checkpointing `full`, which keeps only the input of each block.
+benchmarks/turns.py says how time is measured.
 
 Memory of the loss, by shapes alone: what a step of two layers allocates at its peak beyond one without head and loss,
 with the vocabulary of LLaDA in bfloat16, two rows and prefix 3400.
@@ -52,8 +53,6 @@ def main() -> None:
     def step(
         model: LLaDAV, cls: type[Objective] | None = None, *, views: int = 1, checkpointing: str = "none"
     ) -> Tensor:
-        for each in (full, prefix):  # gradients exist in every run: the first one pays for them
-            each.zero_grad(set_to_none=False)
         model.checkpoint(checkpointing)
         return ours(objective(cls, model, special, views), batch) if cls else released(model, batch, special)
 
