@@ -45,14 +45,11 @@ def read_records(
         raise UserError(f"no file {path}")
     readers = {".csv": read_table, ".tsv": read_table, ".txt": _documents}
     for place, value in (reader or readers.get(path.suffix.lower(), _json))(path):
-        if isinstance(value, Skip):
-            counts.skip(value, place)
-            continue
         counts["records"] += 1
         if isinstance(value, dict):
             yield place, value
         else:
-            counts.skip("not_a_record", place)
+            counts.skip(value if isinstance(value, Skip) else "not_a_record", place)
 
 
 def text_of(record: dict, field: str) -> str:
@@ -60,9 +57,7 @@ def text_of(record: dict, field: str) -> str:
 
     Raises `Skip` if it is missing, empty or not text.
     """
-    plain = field.strip().casefold()
-    same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
-    value = record.get(field if field in record else next(same, field))
+    value = value_of(record, field)
     if value is None:
         names = ", ".join(str(name) for name in record)
         raise Skip("missing_field", f" (its fields: {names[:80]})")  # shows a misspelling
@@ -71,6 +66,23 @@ def text_of(record: dict, field: str) -> str:
     if not value.strip():
         raise Skip("empty_text")
     return clean(value)
+
+
+def value_of(record: dict, field: str) -> Any:
+    plain = field.strip().casefold()
+    same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
+    return record.get(field if field in record else next(same, field))
+
+
+def with_input(instruction: str, record: dict) -> str:
+    """The question of an Alpaca record, whose `input` stands behind its instruction.
+
+    Raises `Skip` if it also has a system text or earlier turns, as in LLaMA-Factory: these would be lost.
+    """
+    for field, reason in (("system", "system_text"), ("history", "earlier_turns")):
+        if value_of(record, field):
+            raise Skip(reason)
+    return f"{instruction}\n\n{text_of(record, 'input')}" if value_of(record, "input") else instruction
 
 
 def clean(text: str) -> str:

@@ -13,7 +13,7 @@ HUMAN, ASSISTANT, SYSTEM = {"human", "user"}, {"gpt", "bot", "assistant", "model
 
 
 def matches(record: dict) -> bool:
-    return any(key in record for key in KEYS)
+    return any(record.get(key) is not None for key in KEYS)
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
@@ -22,14 +22,19 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
 
 
 def first_turns(record: dict, place: str, counts: Counts) -> tuple[str, Any]:
-    """The first question, "" if there is none, and its answer."""
+    """The first question, "" if there is none, and its answer. Raises Skip for a system text, as it would be lost."""
     turns = next((record[key] for key in KEYS if record.get(key)), None)
-    roles, texts = [], []
+    roles, texts, systems = [], [], [record.get("system"), record.get("system_prompt")]
     for turn in turns if isinstance(turns, list) else []:
         role = str(turn.get("from", turn.get("role", ""))).lower() if isinstance(turn, dict) else ""
-        if role not in SYSTEM:
+        text = _plain(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None
+        if role in SYSTEM:
+            systems.append(text)
+        else:
             roles.append("question" if role in HUMAN else "answer" if role in ASSISTANT else role)
-            texts.append(_plain(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None)
+            texts.append(text)
+    if any(systems):
+        raise Skip("system_text")
     if "answer" not in roles:
         raise Skip("no_answer")
     if "video" in record:

@@ -11,7 +11,7 @@ from src.scenes.grammar import Swap
 
 
 def matches(record: dict) -> bool:
-    return {"original_caption", "changed_caption"} <= record.keys()
+    return None not in (record.get("original_caption"), record.get("changed_caption"))
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
