@@ -245,9 +245,9 @@ def test_one_reader_for_all_files(
     ("content", "message"),
     [
         (b'[{"picture": "a.jpg", "words": "x"}]', "keys picture, words.* needs an image .*file_name.* and a caption"),
-        (b"[]", "holds no records"),
+        (b"[]", r"holds no records\. "),
         (b'[{"image": "a.jpg", "caption": "x"},', "not valid JSON"),
-        (b'[{"image": "\xff", "caption": "x"}]', "holds no records"),
+        (b'[{"image": "\xff", "caption": "x"}]', "holds no records; not_utf-8: a.json#1"),
         (None, "no file"),
     ],
 )
@@ -314,6 +314,7 @@ def vicrit(true: str, false: str, right: str, wrong: str) -> dict:
         (vicrit("A red cat on red.", "A red cat on blue.", "red", "blue"), 13),  # the second of two places
         (vicrit("THE RED CAT", "The blue cat.", "RED", "blue"), None),  # a full stop that no swap explains
         (vicrit("THE RED CAT", "the blue cat", "RED", "blue"), 4),
+        (vicrit("A red cat.", "A blue cat.", "", ""), None),
     ],
 )
 def test_vicrit_swaps_are_placed_where_the_captions_differ(tmp_path: Path, record: dict, start: int | None) -> None:

@@ -348,7 +348,7 @@ def test_pictures_of_one_name_in_parquet_are_split_by_their_content(tmp_path: Pa
 
 def test_only_names_of_files_need_their_folder(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(dump([record("a.jpg")]))
-    with pytest.raises(UserError, match="names the image file a.jpg: set `images` to its folder"):
+    with pytest.raises(UserError, match=r"names the image file a\.jpg: set `images` to its folder"):
         list(Source(annotations=str(tmp_path / "a.json")).read(Counts(), seed=0))
 
 

@@ -67,11 +67,11 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
 a.jpg,"['A cat.', 'A dog.']"
 b.jpg,"[""A x."", null]"
 c.jpg,"[[""A""],[""B""]]"
-d.jpg,"[{'raw': 'A'}, {'raw': 'B'}]"
+d.jpg,"('A', 'B')"
 """, [("a", "A cat.", "A dog."), ("b", "A x."), ("c", "A", "B"), ("d", "A", "B")], {}),
-    "lists of NumPy": ("a.csv", "image,caption\na.jpg,\"['A cat.' 'A dog.']\"\nb.jpg,B\nc.jpg,\"[A cat., A dog.]\"\n",
+    "lists of NumPy": ("a.csv", "image,caption\na.jpg,\"['A cat.' 'A dog.']\"\nb.jpg,B\nc.jpg,\"array(['A'])\"\n",
                        [("b", "B")], {"unreadable_list": "a.csv:2"}),
-    "no captions": ("a.csv", "image,caption\na.jpg,[]\nb.jpg,nan\nc.jpg,[5]\nd.jpg,D\n", [("d", "D")],
+    "no captions": ("a.csv", "image,caption\na.jpg,[]\nb.jpg,nan\nc.jpg,[5]\nd.jpg,(A dog)\n", [("d", "(A dog)")],
                     {"empty_caption": "a.csv:2", "caption_not_text": "a.csv:4"}),
     "no question": ("a.csv", "image,caption,prompt\na.jpg,A,nan\nb.jpg,B,\n", [("a", "A"), ("b", "B")], {}),
 }  # fmt: skip

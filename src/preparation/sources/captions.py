@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from src.preparation.counts import Counts, Skip
 from src.preparation.records import with_input
 from src.preparation.sources.base import CAPTION_KEYS, PROMPT_KEYS, Caption, caption_text
 
-EMPTY = {"", "nan", "none", "null"}  # written into a table for no value
+EMPTY = {"", "nan", "none", "null", "n/a", "<na>"}  # written into a table for no value
+PRINTED = re.compile(r"\s*([\[{]|\(['\"]|array\().*[]})]\s*", re.DOTALL)
 
 
 def caption_key(record: dict) -> str | None:
@@ -42,7 +44,7 @@ def flatten(value: Any) -> Iterator[Any]:
 
     Raises Skip for a printed list that cannot be read, such as one of NumPy: ['A cat.' 'A dog.'].
     """
-    if isinstance(value, str) and (value.strip()[:1] + value.strip()[-1:]) in ("[]", "{}"):
+    if isinstance(value, str) and PRINTED.fullmatch(value):
         value = listed(value.strip())
     if isinstance(value, dict):
         value = next((value[key] for key in ("raw", *CAPTION_KEYS) if key in value), value)

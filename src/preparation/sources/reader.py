@@ -36,9 +36,10 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
             is_known = True
             yield entry
     if not is_known:
+        why = (f"; {reason}: {at}" for reason, at in counts.examples.items() if not keys and at.startswith(path.name))
         raise UserError(
             f"{path} has no known annotation format: "
-            f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}. "
+            f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}{next(why, '')}. "
             f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
             f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; "
             "`python -m src.prepare --help` shows every format"

@@ -24,6 +24,5 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
             start, end = match.start(), match.start() + len(right)
             if normalize(text[:start] + wrong + text[end:]) == normalize(false):
                 return [Caption(text, [Swap(start, end, right, wrong, "phrase")])], record.get("problem")
-    if right or wrong:
-        counts.skip("swap_not_found", place)
+    counts.skip("swap_not_found", place)
     return [Caption(text)], record.get("problem")
