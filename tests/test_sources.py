@@ -92,8 +92,10 @@ FILES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
                         [("a", "A", "B")], {"caption_not_text": "a.json#2"}),
     "columns of several formats": ("a.json", '[{"image": "a.jpg", "caption": "A", "conversations": null, "text": null, '
                                    '"original_caption": null, "changed_caption": null, "split": NaN, "prompt": NaN}, '
+                                   '{"image": "c.jpg", "video": null, "caption": null, "messages": '
+                                   '[{"role": "assistant", "content": "C"}]}, '
                                    '{"image": NaN, "file_name": "b.jpg", "caption": NaN, "text": "B"}]',
-                                   [("a", "A"), ("b", "B")], {}),
+                                   [("a", "A"), ("c", "C"), ("b", "B")], {}),
     "sentences": ("a.json", dump({"images": [{"image": "a.jpg", "sentences": [{"raw": "A"}]},
                                              {"image": "b.jpg", "sentences": ["B"], "filename": None}]}),
                   [("a", "A"), ("b", "B")], {}),

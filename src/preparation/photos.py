@@ -25,7 +25,7 @@ from src.preparation.items import Items
 from src.preparation.sources import coco
 from src.preparation.sources.base import Caption
 from src.preparation.sources.source import Source
-from src.preparation.splits import SPLIT_NAMES, Item, hashed_share, split_of
+from src.preparation.splits import Item, hashed_share, split_of
 from src.preparation.swaps import locate_swaps
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
@@ -112,11 +112,9 @@ class Photos(Dataset):
                     identity = hashlib.blake2b(image, digest_size=16).hexdigest()
                     stem = Path(entry.image).stem or identity
                 # 2. its split
-                split, name = (entry.split or "").lower(), coco.PREFIX.sub("", stem)
-                if split and split not in SPLIT_NAMES:
-                    counts.skip("unknown_split", f"{entry.place} ({split[:40]})")
-                    continue
-                share = None if split else hashed_share(name, self.seed)
+                name = coco.PREFIX.sub("", stem)
+                share = hashed_share(name, self.seed)
+                placed = {"split": entry.split or split_of(share), "share": None if entry.split else share}
                 # 3. the photo
                 prompt = entry.prompt or source.prompt or self.prompt
                 parts = [source.name, identity, prompt] if source.name else [identity, prompt]
@@ -126,9 +124,8 @@ class Photos(Dataset):
                     if len(keys) >= self.max_images:
                         continue
                     keys.add(key)
-                common = {"key": key, "name": name, "source": place, "origin": source.name, "share": share}
-                split = split_of(share) if share is not None else SPLIT_NAMES[split]
-                photo = Photo(image=image, prompt=prompt, split=split, **common)
+                common = {"key": key, "name": name, "source": place, "origin": source.name, **placed}
+                photo = Photo(image=image, prompt=prompt, **common)
                 _add(photo, entry.captions, counts)
                 yield photo
 

@@ -16,20 +16,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
-from src.preparation.json_text import NOT_UTF8, JsonText, TooLong, open_text
+from src.preparation.json_text import NOT_UTF8, JsonText, open_text
 from src.preparation.sources import coco
 from src.preparation.splits import SPLIT_NAMES
 from src.preparation.tables import read_table
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-LARGE = 1 << 20  # characters: a longer object that begins a .json file is the whole file
 NUM_KEYS = 100  # of an object, from which its form is told
+LARGE = 10_000  # values: a larger object that begins a .json file is the whole file
 
 Value = tuple[str, Any]  # place, and a record, or a `Skip` for what cannot be read
 
@@ -122,16 +123,13 @@ def _json(path: Path) -> Iterator[Value]:
 
 
 def _is_one_object(path: Path) -> bool:
-    """Whether a file is a single object: nothing follows it, or it is too long for a record."""
+    """Whether a file is a single object: nothing follows it, or it is too large for a record."""
     with open_text(path) as stream:
         text = JsonText(stream)
         try:
-            text.value(limit=LARGE)
-        except TooLong:
-            return True
+            return sum(1 for _ in islice(text.pairs(), LARGE)) == LARGE or not text.peek()
         except (ValueError, RecursionError):
             return False
-        return not text.peek()
 
 
 def _object(path: Path) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from src.preparation.counts import Counts, Skip
@@ -18,7 +19,7 @@ PRINTED = re.compile(r"\s*([\[{]|\(['\"]|array\().*[]})]\s*", re.DOTALL)
 
 def caption_key(record: dict) -> str | None:
     """The key of the captions: the first that is not null. `text` is none where it is the question of a benchmark."""
-    is_question = "label" in record or ("question_id" in record and "prompt" not in record)
+    is_question = record.get("label") is not None or ("question_id" in record and "prompt" not in record)
     keys = [key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)]
     return next((key for key in keys if record[key] is not None), keys[0] if keys else None)
 
@@ -57,14 +58,9 @@ def flatten(value: Any) -> Iterator[Any]:
 
 def listed(text: str) -> Any:
     """The value of a list or mapping in JSON, or as Python prints it."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        value = None
-    if repr(value) != text:  # Python joins strings without a comma between them
-        raise Skip("unreadable_list")
-    return value
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+            if read is json.loads or repr(value) == text:  # Python joins strings without a comma between them
+                return value
+    raise Skip("unreadable_list")

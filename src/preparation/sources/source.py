@@ -123,7 +123,7 @@ class Source:
             return None
         try:
             match = images.find(entry.image)
-            if match is None and (named := re.fullmatch(r"(.+\.\w+)#\d", entry.image)):  # Flickr8k: a.jpg#0
+            if match is None and (named := re.fullmatch(r"(.+\.\w+)#\d+", entry.image)):  # Flickr8k: a.jpg#0
                 match = images.find(named[1])
         except Skip as reason:
             counts.skip(reason, entry.image)
