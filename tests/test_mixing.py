@@ -20,7 +20,7 @@ import torch
 
 from datamodules.captions import CaptionData
 from datamodules.collate import Collate
-from datamodules.loader import Part, Stage
+from datamodules.loader import Deal, Part
 from datamodules.stream import Index, Place, Shard, Stream
 from src.io.errors import UserError
 from src.io.files import read_json, write_json
@@ -150,13 +150,13 @@ def described(count: int, *, tiled: bool) -> tuple[Index, list[int]]:
     ]
 
 
-def stage(stream: Stream, *, rows: int, world: int, bucket: int, length: Any) -> Stage:
+def stage(stream: Stream, *, rows: int, world: int, bucket: int, length: Any) -> Deal:
     batches = stream.count // (rows * world)
-    spans = [[(0, batches * rows * world)]]
-    return Stage([Part(stream, rows, batches * rows)], spans, world, 0, 0, bucket, length)
+    unread = [[range(sys.maxsize)]]
+    return Deal([Part(stream, rows, batches * rows)], unread, world, 0, 0, bucket, length)
 
 
-def places_of(stage: Stage, rank: int) -> list[list[Place]]:
+def places_of(stage: Deal, rank: int) -> list[list[Place]]:
     batches = []
     while stage.first + len(batches) < stage.stop:
         batches += [batch[0] for batch in stage.window(rank, stage.first + len(batches))[1]]
