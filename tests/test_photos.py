@@ -153,10 +153,10 @@ def test_the_table_is_aligned_and_has_examples_of_what_is_left_out() -> None:
     counts["merged"] += 1000
     counts["later_turns"] += 0
     assert table({"records": counts, "val": {"written": 0}}, {"records": counts.examples}).splitlines() == [
-        "records     2  missing image (left out), such as a/b.jpg",
-        "records     1  missing field (left out), such as c.jsonl:3 (its fields: a)",
-        "records  1000  merged",
-        "val         0  written",
+        "records      2  missing image (left out), such as a/b.jpg",
+        "records      1  missing field (left out), such as c.jsonl:3 (its fields: a)",
+        "records  1,000  merged",
+        "val          0  written",
     ]
 
 

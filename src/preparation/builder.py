@@ -33,7 +33,15 @@ from src.preparation.items import Items, disk_errors, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
 from src.preparation.workers import (
-    DATA, ITEMS, REPORTS, Job, WorkerLost, is_finished, num_processes, write, write_in_processes,
+    DATA,
+    ITEMS,
+    REPORTS,
+    Job,
+    WorkerLost,
+    is_finished,
+    num_processes,
+    write,
+    write_in_processes,
 )  # fmt: skip
 from src.text.tokenizer import NEEDED, Codec
 
