@@ -158,7 +158,7 @@ def test_rounds_texts_and_damage(rows, tmp_path, capsys) -> None:
     text, findings = shown(capsys, f"show={tmp_path / 'round'}")
     assert findings["image of less than 16 pixels"] == (2, "k1") or findings["image of less than 16 pixels"][0] == 2
     assert findings["image that cannot be decoded"] == (1, "k0")
-    (row,) = (line.split() for line in text.splitlines() if line.startswith("round ") and " B" in line)
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("round ") and "B" in line)
     assert row[1:3] == ["3", "2"] and row[5:] == ["3", "3.0", *"33333"]
     page = Page((tmp_path / "round" / "contact.html").read_text())
     assert page.texts["del"][1:] == ["dog"] * 3 and page.texts["ins"][1:] == ["cat"] * 3
