@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, load
@@ -51,8 +51,10 @@ class Photos(Dataset):
     square:      false keeps the shape of images, the longer side at most `image_size`, for training with tiles
     resize:      torch, or pillow
     prompt:      for records without a question
-    max_images:  use only the first `max_images` photos; null uses all
+    max_images:  use only the first `max_images` photos; null uses all. The records of others count as over_max
     """
+
+    LEAST: ClassVar[dict[str, int]] = {**Dataset.LEAST, "image_size": 1, "max_images": 1}
 
     image_size: int
     prompt: str
@@ -122,6 +124,7 @@ class Photos(Dataset):
                 key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}-{digest}"
                 if self.max_images is not None and key not in keys:
                     if len(keys) >= self.max_images:
+                        counts.skip("over_max", entry.place)
                         continue
                     keys.add(key)
                 common = {"key": key, "name": name, "source": place, "origin": source.name, **placed}
@@ -150,6 +153,9 @@ class Photos(Dataset):
             for caption in photo.captions.values():
                 yield caption.text
                 yield from (swap.wrong for swap in caption.swaps)
+
+    def file_of(self, item: Photo) -> Path | None:
+        return item.image if isinstance(item.image, Path) else None
 
     def is_usable(self, item: Photo, codec: Codec) -> bool:
         """Whether the photo has a caption that fits and an image that can be decoded."""
