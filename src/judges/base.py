@@ -103,16 +103,18 @@ class Judge(ABC):
         """Ask about an item; return what the metric's `update` takes, besides the item's row."""
 
 
-def ask(request: Request, read: Callable[[str], T | None], *, attempts: int) -> Generator[Request, Reply, T | None]:
+def ask(
+    request: Request, read: Callable[[str], T | None], *, attempts: int, hotter: bool = True
+) -> Generator[Request, Reply, T | None]:
     """Repeat a request until `read` makes something of a reply; None if it makes nothing of `attempts` of them."""
     for attempt in range(attempts):
-        reply = yield again(request, attempt)
+        reply = yield again(request, attempt, hotter=hotter)
         if (value := read(reply.text or "")) is not None:
             return value
     return None
 
 
-def again(request: Request, attempt: int) -> Request:
-    """The request as another attempt, from the second on at a higher temperature."""
-    hotter = {"temperature": RETRY_TEMPERATURE} if attempt else {}
-    return replace(request, attempt=attempt, sampling={**request.sampling, **hotter})
+def again(request: Request, attempt: int, *, hotter: bool = True) -> Request:
+    """The request as another attempt. hotter: at a higher temperature from the second on"""
+    change = {"temperature": RETRY_TEMPERATURE} if hotter and attempt else {}
+    return replace(request, attempt=attempt, sampling={**request.sampling, **change})
