@@ -1,4 +1,4 @@
-"""A judge's conversation about one item with a script of replies, as the stages of an evaluation hold it with a server."""
+"""A judge's conversation about one item with a script of replies instead of a server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def talk(judge: Judge, item: Item, replies: Iterable[str | None]) -> Talk:
         while True:
             done.requests.append(request)
             assert len({r.digest("judge") for r in done.requests}) == len(done.requests), "the same request twice"
-            assert (text := next(script, ...)) is not ..., "no reply left"
+            text = next(script, ...)
+            assert text is not ..., "no reply left"
             reply = Reply(text=text) if text is not None else Reply(text=None, status="refused")
             request = dialogue.send(reply)
     except StopIteration as end:

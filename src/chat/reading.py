@@ -1,7 +1,7 @@
 """What a model says in a reply: the text without its reasoning, and the JSON in it.
 
-    said("<think>hm</think> Sure: {\"right\": true}")     'Sure: {"right": true}'
-    list(json_values('Sure: {"right": true} [1]'))       [{"right": True}, [1]]
+said("<think>hm</think> Sure: {\"right\": true}")     'Sure: {"right": true}'
+list(json_values('Sure: {"right": true} [1]'))       [{"right": True}, [1]]
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     item.extra {"rival": caption, "baseline": number of the model that wrote it, in `CapArenaScore.baselines`}
     verdict {"baseline", "asked", "as_first", "as_second", "words"}
 
-`as_first`: 1 if the caption under test won when it was shown first, 0 for a tie, -1 if it lost, None if it was not shown
-so or no reply could be read; `asked`: in how many orders; `words`: of the caption under test, as the released scorer
-counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders. Official mode
-shows one, drawn for each image from `seed` (the released scorer draws again in every run).
+`as_first`: 1 if the caption under test won when it was shown first, 0 for a tie, -1 if it lost, None if it was not
+shown so or no reply could be read; `asked`: in how many orders; `words`: of the caption under test, as the released
+scorer counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders. Official
+mode shows one, drawn for each image from `seed` (the released scorer draws again in every run).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CapArena(Judge):
             if order == "as_second":
                 first, second = second, first
             fields = {"references": bullets(item.need("references")), "first": first, "second": second}
-            request = self.prompt.request("compare", images=(item.need("image"),), sampling=sampling, **fields)
+            request = self.prompt.request("compare", fields, images=(item.need("image"),), sampling=sampling)
             if self.mode == "strict":
                 winner = yield from ask(request, read_winner, attempts=self.attempts)
             else:

@@ -44,7 +44,7 @@ class Clair(Judge):
             return {"missing": 1, "score": 0, "failed": 0}
         schema = SCHEMA if self.mode == "strict" else None
         fields = {"caption": item.caption, "references": bullets(item.need("references"))}
-        request = self.prompt.request("score", sampling=SAMPLING, schema=schema, **fields)
+        request = self.prompt.request("score", fields, sampling=SAMPLING, schema=schema)
         if self.mode == "strict":
             score = yield from ask(request, read_score, attempts=self.attempts)
             return {"missing": 0, "score": score or 0.0, "failed": float(score is None)}
@@ -62,6 +62,8 @@ def read_score(text: str) -> float | None:
     if values := [value["score"] for value in objects if "score" in value]:
         matches = [None if isinstance(value, bool) else _NUMBER.fullmatch(str(value)) for value in values]
         scores = {float(match[1]) if match else -1.0 for match in matches}
+    elif "{" in text:  # JSON that is cut off or of another form: a number in it may be another one
+        return None
     else:
         scores = {float(next(filter(None, groups))) for groups in _SCORES.findall(text)}
     score = scores.pop() if len(scores) == 1 else -1.0

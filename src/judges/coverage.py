@@ -48,8 +48,8 @@ class Coverage(Judge):
             if not (left := [number for number in range(len(questions)) if number not in given]):
                 break
             listing = "\n\n".join(f"{number}. {questions[number]}" for number in left)
-            request = self.prompt.request("answer", sampling=SAMPLING, caption=item.caption, questions=listing)
-            reply = yield again(request, attempt)
+            fields = {"caption": item.caption, "questions": listing}
+            reply = yield again(self.prompt.request("answer", fields, sampling=SAMPLING), attempt)
             text = reply.text or ""
             if not pairs(text) and _ABSTAINS.match(said(text)):
                 given |= dict.fromkeys(left, "")
@@ -59,7 +59,8 @@ class Coverage(Judge):
     def _official(self, caption: str, questions: Sequence[str], key: list[str]) -> Dialogue:
         """Three attempts to get as many answers as questions, told apart by their order alone."""
         listing = "\n\n".join(f"{number}. {question}" for number, question in enumerate(questions))
-        request = self.prompt.request("answer", sampling=SAMPLING, caption=caption, questions=listing)
+        fields = {"caption": caption, "questions": listing}
+        request = self.prompt.request("answer", fields, sampling=SAMPLING)
         values: list[str] = []
         for attempt in range(OFFICIAL_ATTEMPTS):
             reply = yield again(request, attempt, hotter=False)

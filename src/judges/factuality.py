@@ -36,7 +36,7 @@ class Factuality(Judge):
     def verdict(self, item: Item) -> Dialogue:
         if item.caption is None:
             return {**SKIPPED, "missing": 1}
-        split = self.prompt.request("split", sampling=SAMPLING, caption=item.caption)
+        split = self.prompt.request("split", {"caption": item.caption}, sampling=SAMPLING)
         if self.mode == "official":
             return (yield from self._official(item, split))
         # 1. The claims.
@@ -76,7 +76,7 @@ class Factuality(Judge):
     def _check(self, item: Item, claims: str) -> Request:
         """The request for the verdicts of numbered claims."""
         fields = {"references": bullets(item.need("references")), "claims": claims}
-        return self.prompt.request("check", images=(item.need("image"),), sampling=SAMPLING, **fields)
+        return self.prompt.request("check", fields, images=(item.need("image"),), sampling=SAMPLING)
 
 
 def read_claims(text: str) -> list[str] | None:
@@ -92,7 +92,8 @@ def read_truth(text: str) -> bool | None:
 def official_claims(text: str) -> list[str] | None:
     """The lines that the released scorer takes for claims; None where it skips the image.
 
-    It skips a reply without claims, three times the same in a row (up to the first ". "), or more than 245 words in one.
+    It skips a reply without claims, one where three in a row start alike (up to ". "), and one with a claim of more than
+    245 words.
     Raises IndexError for an empty line, which aborts its run.
     """
     if not text:

@@ -2,16 +2,16 @@
 
     prompt = Prompt.load("clair")                        src/judges/prompts/clair.yaml
     prompt = Prompt.load("clair", Path("originals"))     originals/clair.yaml
-    prompt.request("score", caption=..., references=...)
+    prompt.request("score", {"caption": ..., "references": ...}, sampling=...)
 
 A file holds `version` and, for each step of its judge, `STEP.system` and `STEP.user`; `$name` is filled in. A message
 that is absent is not sent. To use the words of a released scorer, which may not be copied into this project, write a
 file with the same keys that says where in your clone of its repository they are:
 
-    score.system: {file: ../clone/scorer.py, name: PROMPT, replace: {"{captions}": $caption, "{refs}": $references}}
+    score.system: {file: ../clone/scorer.py, name: PROMPT, fields: {caption: "{captions}", references: "{refs}"}}
 
 `file` is relative to the yaml file; `name`: of a Python variable that is set to a string there, without it the whole
-file is taken; `replace`: the scorer's placeholders -> ours.
+file is taken; `fields`: what stands there for `$caption` and the others of ours.
 """
 
 from __future__ import annotations
@@ -53,22 +53,16 @@ class Prompt:
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
         return cls(texts, digest, version)
 
-    def request(
-        self,
-        step: str,
-        *,
-        images: tuple[Path, ...] = (),
-        sampling: dict[str, Any],
-        schema: dict[str, Any] | None = None,
-        attempt: int = 0,
-        **fields: str,
-    ) -> Request:
-        """The request of a step, with the fields filled in. Raises UserError if the file has no message for it."""
-        texts = {role: self.texts.get(f"{step}.{role}", "") for role in ("system", "user")}
-        if not any(texts.values()):
+    def request(self, step: str, fields: Mapping[str, str], **settings: Any) -> Request:
+        """The request of a step, with the fields filled in. Raises UserError if the file has no message for it.
+
+        settings: further fields of `Request`
+        """
+        texts = [self.texts.get(f"{step}.{role}", "") for role in ("system", "user")]
+        if not any(texts):
             raise UserError(f"a judge needs {step}.system or {step}.user; the prompt file has {', '.join(self.texts)}")
-        messages = {role: Template(text).substitute(fields) for role, text in texts.items()}
-        return Request(step=step, **messages, images=images, sampling=sampling, schema=schema, attempt=attempt)
+        system, user = (Template(text).substitute(fields) for text in texts)
+        return Request(step=step, system=system, user=user, **settings)
 
 
 def bullets(texts: tuple[str, ...]) -> str:
@@ -89,8 +83,8 @@ def _text(entry: str | dict[str, Any], path: Path) -> str:
             raise UserError(f"{file} does not set {name} to a string exactly once (named in {path})")
         text = _string(values[0])
     text = text.replace("$", "$$")
-    for placeholder, ours in entry.get("replace", {}).items():
-        text = text.replace(placeholder, ours)
+    for field, placeholder in entry.get("fields", {}).items():
+        text = text.replace(placeholder, f"${{{field}}}")
     return text
 
 
@@ -98,5 +92,7 @@ def _string(node: ast.Constant | ast.JoinedStr) -> str:
     """The value of a string literal; of an f-string with its expressions in braces."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    parts = [p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in node.values]
-    return "".join(map(str, parts))
+    return "".join(
+        f"{{{ast.unparse(part.value)}}}" if isinstance(part, ast.FormattedValue) else ast.literal_eval(part)
+        for part in node.values
+    )

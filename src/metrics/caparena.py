@@ -23,8 +23,8 @@ class CapArenaScore(JudgedMetric):
     """`caparena`, over all battles; `caparena_worst` (a failed order is lost), `caparena_official`, `caparena_failed`.
 
     `caparena_official` is the mean over `baselines` of (wins - losses) / 2, where what failed is a tie;
-    `caparena_BASELINE` is one of them. Besides `caparena_words` per caption, `caparena_first_slot`, the share of decided
-    replies that prefer the first caption, and `caparena_consistency`, the share of battles whose two orders agree.
+    `caparena_BASELINE` is one of them. Besides `caparena_words` per caption, `caparena_first_slot`, the share of
+    decided replies that prefer the first caption, and `caparena_consistency`, the share of battles whose orders agree.
     """
 
     name = "caparena"

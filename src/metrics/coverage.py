@@ -1,4 +1,4 @@
-"""Coverage, the share of questions about the images that their captions answer rightly. Verdicts: `src.judges.coverage`."""
+"""Coverage, the share of questions about the images that their captions answer. Verdicts: `src.judges.coverage`."""
 
 from __future__ import annotations
 
