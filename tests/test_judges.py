@@ -271,6 +271,9 @@ def test_prompts_of_a_clone_are_read_where_they_are(tmp_path):
     (request,) = talk(judge, item("a cat"), ['{"score": 1}']).requests
     assert (request.system, request.user) == ("Rate a dog and a cat for $1", "Say a cat")
     assert judge.prompt.version == "7" and judge.prompt.digest != Clair().prompt.digest
+    (tmp_path / "mine" / "clair.yaml").write_text(json.dumps({**entries, "score.system": "Rate ${refs}."}))
+    with pytest.raises(UserError, match=r"must show \$caption, \$references; check references, refs"):
+        next(Clair(prompts=tmp_path / "mine").verdict(item()))
     (tmp_path / "mine" / "clair.yaml").write_text(json.dumps({**entries, "score.user": {**entry, "name": "OTHER"}}))
     with pytest.raises(UserError, match=r"scorer\.py does not set OTHER to a string exactly once"):
         Clair(prompts=tmp_path / "mine")

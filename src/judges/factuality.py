@@ -92,8 +92,8 @@ def read_truth(text: str) -> bool | None:
 def official_claims(text: str) -> list[str] | None:
     """The lines that the released scorer takes for claims; None where it skips the image.
 
-    It skips a reply without claims, one where three in a row start alike (up to ". "), and one with a claim of more than
-    245 words.
+    It skips a reply without claims, one where three in a row start alike (up to ". "), and one with a claim of more
+    than 245 words.
     Raises IndexError for an empty line, which aborts its run.
     """
     if not text:

@@ -48,21 +48,22 @@ class Prompt:
         if not path.is_file():
             raise UserError(f"there is no {path}; copy {FOLDER / path.name} there and change it")
         entries = yaml.safe_load(path.read_text("utf-8"))
-        version = str(entries.pop("version"))
+        version = str(entries.pop("version", ""))
         texts = {key: _text(entry, path) for key, entry in entries.items()}
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
         return cls(texts, digest, version)
 
     def request(self, step: str, fields: Mapping[str, str], **settings: Any) -> Request:
-        """The request of a step, with the fields filled in. Raises UserError if the file has no message for it.
+        """The request of a step, with the fields filled in. settings: further fields of `Request`
 
-        settings: further fields of `Request`
+        Raises UserError if the messages of the step do not show every field, and no other.
         """
-        texts = [self.texts.get(f"{step}.{role}", "") for role in ("system", "user")]
-        if not any(texts):
-            raise UserError(f"a judge needs {step}.system or {step}.user; the prompt file has {', '.join(self.texts)}")
-        system, user = (Template(text).substitute(fields) for text in texts)
-        return Request(step=step, system=system, user=user, **settings)
+        system, user = (Template(self.texts.get(f"{step}.{role}", "")) for role in ("system", "user"))
+        shown = {*system.get_identifiers(), *user.get_identifiers()}
+        if wrong := shown ^ fields.keys():
+            names = ", ".join(f"${name}" for name in fields)
+            raise UserError(f"{step}.system and {step}.user must show {names}; check {', '.join(sorted(wrong))}")
+        return Request(step=step, system=system.substitute(fields), user=user.substitute(fields), **settings)
 
 
 def bullets(texts: tuple[str, ...]) -> str:
