@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 
+from callbacks.ema import weights_for
 from src.distributed.parallel import gathered
 from src.io.errors import UserError
 from src.metrics.fixing import count_looks
@@ -69,7 +70,7 @@ class Looks(L.Callback):
         self.last_step = step
         backbone: Any = pl_module.backbone
         settings = {"special": self.codec.special, "levels": self.levels, "rate": self.rate, "seed": self.seed}
-        with gathered(backbone):  # on all ranks, so that rank 0 can then look alone
+        with weights_for(trainer, "evaluate"), gathered(backbone):  # on all ranks, so that rank 0 can then look alone
             if not trainer.is_global_zero:
                 return
             with evaluating(pl_module):

@@ -42,6 +42,7 @@ LOOP = "callbacks.self_correction"
 # Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
     *("data", "gap", "model", "objective", "optim", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
+    "callbacks.ema",
     *(f"{LOOP}.{name}" for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler")),
     *(f"{LOOP}.{name}" for name in ("tokens_per_step", "train_from")),
 )
