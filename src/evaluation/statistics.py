@@ -10,7 +10,7 @@ The bootstrap is SciPy's (the extra `eval`), which has no correction of Holm's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,7 +45,7 @@ def compare(
     except ImportError as error:
         raise UserError("comparisons need SciPy: pip install rediff-lightning[eval]") from error
 
-    def difference(c1: np.ndarray, t1: np.ndarray, c2: np.ndarray, t2: np.ndarray, axis: int = -1) -> np.ndarray:
+    def difference(c1: np.ndarray, t1: np.ndarray, c2: np.ndarray, t2: np.ndarray, axis: Any = -1) -> np.ndarray:
         return c1.sum(axis) / t1.sum(axis) - c2.sum(axis) / t2.sum(axis)
 
     (c1, t1), (c2, t2) = (tuple(np.asarray(part, dtype=np.float64) for part in system) for system in (one, other))
@@ -53,7 +53,7 @@ def compare(
     parts = [part[shared] for part in (c1, t1, c2, t2)]
     result = bootstrap(
         parts, difference, paired=True, vectorized=True, n_resamples=resamples, batch=BATCH, method="percentile",
-        random_state=np.random.default_rng(seed),
+        rng=np.random.default_rng(seed),
     )  # fmt: skip
     drawn = result.bootstrap_distribution
     side = min((drawn <= 0).sum(), (drawn >= 0).sum())
