@@ -93,7 +93,7 @@ def conf(data, models, tmp_path):
         "split": "test",
         "num": NUM,
         "batch_size": 3,
-        "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.text.Bleu"}],
+        "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.overlap.Bleu"}],
         "headline": ["quality", "syntax"],
         "bound": {"draws": None},
         "looks": {"levels": [0.0, 0.5], "rate": 0.2},
@@ -150,6 +150,13 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     other = write_model(tmp_path / "other", Codec.load(data / "tokenizer"), image_size=64)
     error = refused(conf(models={**alone, "other": str(other)}, data=unnamed), capsys)
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
+
+
+def test_images_are_resized_as_in_training(data):
+    sizes = ["evaluate.data.image_size=48", f"evaluate.data.path={data}"]
+    for given, used in (("null", "torch"), ("torch", "torch"), ("pillow", "pillow")):
+        node = completed("conf=evaluate", *sizes, f"evaluate.data.resize={given}")["data"]
+        assert build(node, codec=Codec.load(data / "tokenizer"), seed=0, batch_size=2).collate.resize == used
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])

@@ -147,7 +147,10 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
     if changed := changes(_fixed_settings(old), _fixed_settings(cfg), "in the run"):
-        raise UserError(f"{run_dir} holds a run with other settings ({changed}); {REMEDY}")
+        longer = ""
+        if old.trainer.max_steps < cfg.trainer.max_steps:  # the learning rate was planned for those
+            longer = f". To train its model for more steps: run_dir=NEW model=trained model.path={run_dir / MODEL}"
+        raise UserError(f"{run_dir} holds a run with other settings ({changed}); {REMEDY}{longer}")
     recorded = read_json(run_dir / INPUTS) if (run_dir / INPUTS).exists() else {}
     current = inputs(cfg)
     names = {key: f"hash of {key}={OmegaConf.select(cfg, key)}" for key in current}
