@@ -77,7 +77,6 @@ THIRD_PARTY: dict[str, set[str]] = {
     "openai": {"chat"},
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
-    "scipy": {"evaluation"},
     "safetensors": {"models"},
     "huggingface_hub": {"io", "models"},
     "filelock": {"io"},
