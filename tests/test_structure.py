@@ -105,6 +105,7 @@ ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
+    "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
