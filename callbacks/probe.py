@@ -1,4 +1,4 @@
-"""A probe of the model on validation texts, logged during training: any metric that an evaluation has for a model alone.
+"""A probe of the model on validation texts, logged during training: any metric of a model alone, without a sampler.
 
     callbacks: {looks: {target: callbacks.probe.Probe, every_n_steps: 150, num: 64, metric:
                         {target: src.metrics.fixing.Looks, levels: [0, 0.1, 0.5]}}}

@@ -1,10 +1,8 @@
-"""Scenes of a study: several relations in a caption, objects named by colour and shape, looks that no model is shown."""
+"""Scenes of a study: several relations in a caption, objects named by their looks, and looks that no model is shown."""
 
 from __future__ import annotations
 
-import json
 import re
-from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -146,10 +144,11 @@ class Knows:
     def encode_prefix(self, prefix):
         return Prefix(torch.zeros(len(self.batch), 1, 1), None)
 
-    def __call__(self, prefix, tokens, *, positions):
+    def __call__(self, prefix, tokens, *, attend=None, positions=None):
         hidden = tokens != self.batch.response
         assert bool((tokens[hidden] == self.codec.mask_id).all()) and int(hidden.sum(1).max()) == 1
-        self.seen.append([self.codec.decode(row[at].tolist()).strip() for row, at in zip(self.batch.response, hidden)])
+        rows = zip(self.batch.response, hidden, strict=True)
+        self.seen.append([self.codec.decode(row[at].tolist()).strip() for row, at in rows])
         says = self.batch.response.clone()
         says[says == self.unknown] = self.codec.encode("the")[0][0]
         return one_hot(says[positions], self.codec.vocab_size).float()

@@ -1,4 +1,4 @@
-"""What a model knows of a scene: a word of its true caption is hidden, all others are given, and it names the hidden one.
+"""What a model knows of a scene: one word of its true caption is hidden, all others are given, and the model names it.
 
     words = HiddenWords(codec=codec, seed=0)
     words.update(backbone, batch)      for each batch

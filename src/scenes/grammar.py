@@ -171,7 +171,7 @@ def draw_relations(scene: Scene, rng: Random, rates: Sequence[float]) -> Iterato
 
 
 def related(fields: dict[str, str]) -> tuple[str, Look, Look]:
-    """What a relation sentence says, whichever of its two objects it begins with: `left` or `above`, and of which two."""
+    """What a relation sentence says, whichever object it begins with: `left` or `above`, and of which two objects."""
     one, other = (fields["colour"], fields["shape"]), (fields["colour2"], fields["shape2"])
     if "side" in fields:
         return ("left", one, other) if fields["side"] == "left" else ("left", other, one)

@@ -10,9 +10,9 @@
                   says how some two of them lie
 
 Each object sentence is about another object, and the whole is read as favourably as possible: the pair that shares most
-of shape, colour, size and place first; a sentence that is left over is false, and so is a relation that was said before.
-A sentence that the grammar rejects makes one false claim for each of its words that names something, so that broken
-text costs like false text.
+of shape, colour, size and place first; a sentence that is left over is false, and so is a relation that an earlier
+sentence said. A sentence that the grammar rejects makes one false claim for each of its words that names something, so
+that broken text costs like false text.
 """
 
 from __future__ import annotations
