@@ -34,7 +34,7 @@ class SceneItem(Item):
 @dataclass(kw_only=True)
 class Scenes(Dataset):
     """Apart from jitter, no scene is in two splits. Val and test do not depend on `seed`, and no training set holds one
-    of their first 512 scenes, so no model has trained on the test scenes of another dataset with the same `objects`.
+    of their first 512 scenes, so no model has trained on the test scenes of another dataset of such objects.
 
     objects:   [least, greatest] number of objects in a scene
     distinct:  no two objects of a scene share colour and shape, so that these name an object
