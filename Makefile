@@ -82,6 +82,7 @@ base: $(INSTALLED)
 	$(RUN) src.train conf=base_phases/tower
 	$(RUN) src.train conf=base_phases/brief
 	$(RUN) src.train conf=base_phases/detailed
+	$(RUN) src.evaluate conf=base_phases/evaluate
 	rm -rf assets/base.partial
 	mkdir -p assets
 	cp -R runs/base/model assets/base.partial

@@ -37,7 +37,7 @@ class Probe(L.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(metric=type(self.metric).__name__)  # a run may have several probes
+        return f"Probe({type(self.metric).__name__})"  # a run may have several probes
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_step": self.last_step}
