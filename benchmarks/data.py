@@ -1,22 +1,26 @@
 """Speed and scale of the data path, side by side in one run; prints ratios.
 
-    python -m benchmarks.data                    images, loader and prepare, a few minutes
-    python -m benchmarks.data --only images      one of them
-    python -m benchmarks.data --scale 260000     prepare and stream as many small records: time, bytes, peak memory
+    python -m benchmarks.data                             all parts, some ten minutes
+    python -m benchmarks.data --only images               one of them
+    python -m benchmarks.data --only resize --photos DIR  with photographs of your own
+    python -m benchmarks.data --scale 260000              prepare and stream as many small records: time, bytes, memory
+    python -m benchmarks.data --scale 260000 --kills 3    prepare them, killed at three random moments and continued
 
 images   JPEGs of 640 x 480 to squares of 384 pixels, and to five tiles: the loader's code against plain Pillow (open,
          convert, bicubic resize, array)
+resize   the share of values in which torch's resize and Pillow's differ
 loader   an epoch of shards whose images are stored at 384 pixels, against tarfile and Pillow's decoding alone; what the
          loader spends on tokenisation is shown apart
-prepare  the whole command with 1 and with 2 processes, which needs two idle cores
+padding  the share of padding in the prefixes of batches, by `data.bucket`
+prepare  the whole command with 1 and with 2 processes, which needs two idle cores; and the rate after the start
+large    what 100 million samples on 64 nodes take, computed from an index of 200,000
 
-The first two run on one core in this process, in turn, and count its CPU time. All inputs are made here from a seed.
+images and loader run on one core in this process, in turn, and count its CPU time. All inputs are made from seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -26,38 +30,44 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.at_scale import kills, large, scale, stream
+from benchmarks.inputs import WORDS, opened, photo, prepare_command, record, resized, write_images, write_rows
 from datamodules.captions import CaptionData
-from datamodules.collate import caption_row, image_inputs
+from datamodules.collate import caption_row, image_inputs, image_tokens
 from datamodules.shards import Sample, decode
-from src.io.shards import write_shards
+from src.io.shards import INDEX, write_shards
+from src.models import tiling
 from src.models.tiling import Square, anyres
 from src.text.tokenizer import Codec
 
-SIZE, LARGE, SMALL = 384, (640, 480), (64, 48)
-WORDS = "a red ring near the blue cross on grey stone under two small green boxes and an old round tower"
-INTERVAL = 0.5  # seconds between two looks at the memory of processes
+SIZE, LARGE = 384, (640, 480)
+# spec of real data: quantiles of the words of GSM8K's questions, and of width / height of COCO's photographs
+QUESTIONS = {0: 10, 0.05: 23, 0.25: 33, 0.5: 42, 0.75: 54, 0.95: 79, 0.99: 100, 1: 183}
+RATIOS = {0: 0.38, 0.5: 1.33, 1: 3.9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="default: all three")
-    for name, default in {"runs": 7, "images": 2000, "scale": 0, "workers": 1}.items():
+    parser.add_argument("--only", choices=PARTS, help="default: all of them")
+    for name, default in {"runs": 7, "images": 2000, "samples": 1000, "scale": 0, "kills": 0, "workers": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, for `resize`")
     parser.add_argument("--stream", type=Path, help="read an epoch of this folder; used by the benchmark itself")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stream:
         return stream(options.stream, options.workers)
     with tempfile.TemporaryDirectory() as temporary:
+        if options.kills:
+            return kills(Path(temporary), options.scale, options.kills)
         if options.scale:
             return scale(Path(temporary), options.scale, options.workers)
         for name in [options.only] if options.only else PARTS:
@@ -96,6 +106,27 @@ def compare_images(_: Path, options: argparse.Namespace) -> None:
         show(f"images, {title}", {name: value / len(photos) for name, value in seconds.items()}, "plain", "ours")
 
 
+def compare_resize(_: Path, options: argparse.Namespace) -> None:
+    """Off by one, by two, and by more, of all values."""
+    rng = np.random.default_rng(0)
+    photos = [opened(file.read_bytes()) for file in sorted((options.photos or Path("none")).rglob("*.jpg"))[:60]]
+    made = [opened(photo(number, LARGE)) for number in range(20)]
+    noise = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(20)]
+    black_white = [Image.fromarray((values > 127) * np.uint8(255)) for values in noise]
+    noises = [Image.fromarray(values) for values in noise]
+    for title, images in {"photographs": photos, "made": made, "noise": noises, "0 and 255": black_white}.items():
+        for size in ((48, 48), (96, 96), (SIZE, SIZE), (768, 576), (1536, 1152)) if images else ():
+            counts = np.zeros(256, np.int64)
+            for image in images:
+                (ours,), (pillow,) = (tiling.resized(image, [size], name) for name in ("torch", "pillow"))
+                counts += np.bincount(np.abs(ours.astype(int) - pillow).ravel(), minlength=256)
+            one, two, more = (counts[low:high].sum() / counts.sum() for low, high in ((1, 2), (2, 3), (3, 256)))
+            sys.stdout.write(
+                f"resize, {title} to {size[0]} x {size[1]}: off by one {one:.2%}, by two {two * 1e6:.1f} in a million, "
+                f"by more {more * 1e6:.1f}\n"
+            )
+
+
 def compare_loader(folder: Path, options: argparse.Namespace) -> None:
     count = 512
     codec = Codec.train([WORDS], vocab_size=400)
@@ -123,116 +154,65 @@ def compare_loader(folder: Path, options: argparse.Namespace) -> None:
     show("loader, stored at 384", seconds, "plain", "the rest")
 
 
+def compare_padding(folder: Path, options: argparse.Namespace) -> None:
+    """Prompts and image sizes as in real data stand in the index; the images themselves are of 8 pixels."""
+    count, rng, codec = options.samples, np.random.default_rng(0), Codec.train([WORDS], vocab_size=400)
+    drawn = lambda quantiles: np.interp(rng.random(count), list(quantiles), list(quantiles.values()))  # noqa: E731
+    prompts, ratios, image = drawn(QUESTIONS).astype(int).tolist(), drawn(RATIOS), photo(0, (8, 8))
+    sizes = np.stack([np.minimum(640, 640 * ratios), np.minimum(640, 640 / ratios)], 1).astype(int).tolist()
+    samples = ({"__key__": f"{n:06d}", "json": record(f"{n:06d}", n), "jpg": image} for n in range(count))
+    common: dict[str, Any] = {"prefix": "train", "per_shard": 500, "kind": "captions", "tokenizer": codec.fingerprint}
+    index, done = write_shards(folder / "train", samples, **common), 0
+    for shard in index["shards"]:
+        own = slice(done, done := done + shard["count"])
+        shard |= {"prompt_tokens": prompts[own], "sizes": sizes[own]}
+    (folder / "train" / INDEX).write_text(json.dumps(index))
+    for title, layout in {"any-resolution": anyres(SIZE), "one tile": None}.items():
+        tokens = [image_tokens(layout or Square(SIZE), *size) for size in sizes]
+        lengths = {f"{n:06d}": prompts[n] + tokens[n] for n in range(count)}
+        for rows in (4, 16):
+            shares = []
+            for bucket in (None, 4, 8, 16):
+                settings = {"batch_size": rows, "response_length": 64, "image_size": SIZE, "tiling": layout}
+                data = CaptionData(path=str(folder), codec=codec, bucket=bucket, **settings)
+                of = [[lengths[key] for key in batch.keys] for batch in data.train_dataloader()]
+                padded = sum(max(batch) * len(batch) for batch in of)
+                shares.append(f"bucket {bucket}: {1 - sum(map(sum, of)) / padded:.1%}")
+            sys.stdout.write(f"padding, {title}, batch {rows}: {', '.join(shares)}\n")
+            sys.stdout.flush()
+
+
 def compare_prepare(folder: Path, options: argparse.Namespace) -> None:
-    """Every image under several prompts, so that the work outweighs the start of the processes."""
+    """Every image under several prompts. The rate after the start is the slope between a quarter of them and all."""
     images = write_images(folder, options.images, LARGE)
     prompts = [f"Describe it, way {number}." for number in range(6)]
-    rows = [{"image": name, "prompt": prompt, "caption": caption(n)} for n, name in images for prompt in prompts]
-    (folder / "a.json").write_text(json.dumps(rows))
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for run in range(3):
+    files = [write_rows(folder / f"{n}.jsonl", images[:n], prompts) for n in (len(images) // 4, len(images))]
+    few, many = (len(prompts) * n for n in (len(images) // 4, len(images)))
+    seconds: dict[tuple[Path, int], list[float]] = defaultdict(list)
+    for run in range(2):
         for processes in (1, 2):
-            began = time.perf_counter()
-            prepare(folder, folder / f"{run}-{processes}", size=SIZE, processes=processes)
-            seconds[f"{processes} processes"].append((time.perf_counter() - began) / len(rows))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    show("prepare, 640 x 480 to 384", medians, "1 processes", "2 processes")
+            for file in files:
+                command = prepare_command(
+                    file, folder / f"{run}-{processes}-{file.stem}", size=SIZE, processes=processes
+                )
+                began = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                seconds[file, processes].append(time.perf_counter() - began)
+    least = {key: min(values) for key, values in seconds.items()}
+    whole = {f"{n} processes": least[files[1], n] / many for n in (1, 2)}
+    slope = {f"{n} processes": (least[files[1], n] - least[files[0], n]) / (many - few) for n in (1, 2)}
+    show(f"prepare, 640 x 480 to 384, {many} samples, whole process", whole, "1 processes", "2 processes")
+    show("prepare, after the start", slope, "1 processes", "2 processes")
 
 
-PARTS = {"images": compare_images, "loader": compare_loader, "prepare": compare_prepare}
-
-
-def scale(folder: Path, count: int, workers: int) -> None:
-    """Prepare and stream `count` records. Memory: the greatest of each process until half of the time, and in all."""
-    images = write_images(folder, count, SMALL, distinct=1000)
-    with (folder / "a.jsonl").open("w") as file:
-        file.writelines(json.dumps({"image": name, "caption": caption(n)}) + "\n" for n, name in images)
-    line = "| {:8} | {:>9} | {:>9} | {:>9} | {:>12} | {:>12} | {:>10} |\n"
-    columns = ("step", "seconds", "samples/s", "processes", "MB, halfway", "MB, peak", "MB on disk")
-    sys.stdout.write(line.format(*columns) + line.format(*["---"] * len(columns)))
-    out = folder / "out"
-    this = [sys.executable, "-m", "benchmarks.data", "--workers", str(workers), "--stream", str(out)]
-    for step, command in (("prepare", prepare_command(folder, out, size=SMALL[0])), ("epoch", this)):
-        began = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            memory = Watch(process.pid)
-            output, errors = process.communicate()
-        halfway, peak = memory.stop()
-        if process.returncode:
-            sys.exit(f"{step} failed:\n{errors[-2000:]}")
-        num, seconds = count, time.perf_counter() - began
-        if step == "epoch":  # without the start of the process
-            num, seconds = json.loads(output)
-        disk = sum(file.stat().st_size for file in out.rglob("*.*"))
-        cells = (f"{seconds:.0f}", f"{num / seconds:.0f}", len(peak), text(halfway), text(peak), f"{disk / 1e6:.0f}")
-        sys.stdout.write(line.format(step, *cells))
-
-
-def stream(folder: Path, workers: int) -> None:
-    """Read one epoch of training batches; print their samples, and seconds."""
-    codec = Codec.load(folder / "tokenizer")
-    settings: dict[str, Any] = {"batch_size": 64, "response_length": 64, "image_size": SMALL[1], "workers": workers}
-    data = CaptionData(path=str(folder), codec=codec, **settings)
-    began = time.perf_counter()
-    num = sum(len(batch) for batch in data.train_dataloader())
-    sys.stdout.write(json.dumps([num, time.perf_counter() - began]))
-
-
-class Watch:
-    """The resident memory of a process and of all below it, in MB, until `stop` (Linux)."""
-
-    def __init__(self, root: int) -> None:
-        self.root, self.looks, self.done = root, list[dict[int, float]](), Event()
-        self.thread = Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        while not self.done.wait(INTERVAL):
-            memory, parents = {}, {}
-            for status in Path("/proc").glob("[0-9]*/status"):
-                try:
-                    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-                    parents[int(fields["Pid"])] = int(fields["PPid"])
-                    memory[int(fields["Pid"])] = int(fields["VmRSS"].split()[0]) / 1000
-                except (OSError, KeyError):  # it has ended
-                    continue
-            family = {self.root}
-            while more := {pid for pid, parent in parents.items() if parent in family} - family:
-                family |= more
-            self.looks.append({pid: memory[pid] for pid in family if pid in memory})
-
-    def stop(self) -> tuple[list[float], list[float]]:
-        """The memory of each process up to half of the time, and in all of it; the largest first."""
-        self.done.set()
-        self.thread.join()
-        halves = []
-        for looks in (self.looks[: len(self.looks) // 2 + 1], self.looks):
-            peaks: dict[int, float] = defaultdict(float)
-            for look in looks:
-                for pid, value in look.items():
-                    peaks[pid] = max(peaks[pid], value)
-            halves.append(sorted(peaks.values(), reverse=True))
-        return halves[0], halves[1]
-
-
-def text(memory: list[float]) -> str:
-    return " ".join(f"{value:.0f}" for value in memory[:4]) + (" ..." if len(memory) > 4 else "")
-
-
-def prepare_command(folder: Path, out: Path, *, size: int, processes: int | None = None) -> list[str]:
-    annotations = next(folder.glob("a.json*"))
-    settings = {
-        "out": out, "images": folder / "images", "annotations": annotations, "image_size": size, "vocab_size": 400,
-        **({"processes": processes} if processes else {}),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "src.prepare", "conf=photos"]
-    return [*command, *(f"prepare.{name}={value}" for name, value in settings.items())]
-
-
-def prepare(folder: Path, out: Path, *, size: int, processes: int) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one core a process
-    command = prepare_command(folder, out, size=size, processes=processes)
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+PARTS: Mapping[str, Callable[[Path, argparse.Namespace], None]] = {
+    "images": compare_images,
+    "resize": compare_resize,
+    "loader": compare_loader,
+    "padding": compare_padding,
+    "prepare": compare_prepare,
+    "large": lambda _, options: large(),
+}
 
 
 def in_turn(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
@@ -252,47 +232,6 @@ def show(title: str, seconds: dict[str, float], slow: str, fast: str) -> None:
     parts = ", ".join(f"{name} {value * 1e3:.2f} ms = {1 / value:.0f}/s" for name, value in seconds.items())
     sys.stdout.write(f"{title}: {parts}; {fast} is {seconds[slow] / seconds[fast]:.2f} x as fast as {slow}\n")
     sys.stdout.flush()
-
-
-def photo(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG of smooth random colours with some noise, at about the bytes per pixel of a photograph."""
-    rng, (width, height) = np.random.default_rng(seed), size
-    coarse = rng.integers(0, 256, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
-    smooth = resized(Image.fromarray(coarse), size)
-    values = np.asarray(smooth, dtype=np.float64) + rng.normal(0, 4, (height, width, 3))
-    stream = io.BytesIO()
-    Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
-
-
-def write_images(folder: Path, count: int, size: tuple[int, int], *, distinct: int = 200) -> list[tuple[int, str]]:
-    """(number, name) of `count` image files of `distinct` contents, in folders of 1000."""
-    contents, names = [photo(n, size) for n in range(min(count, distinct))], []
-    for number in range(count):
-        name = f"{number // 1000:04d}/{number:09d}.jpg"
-        file = folder / "images" / name
-        if not number % 1000:
-            file.parent.mkdir(parents=True)
-        file.write_bytes(contents[number % len(contents)])
-        names.append((number, name))
-    return names
-
-
-def caption(seed: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS.split(), 20)).capitalize() + "."
-
-
-def record(key: str, seed: int) -> dict:
-    return {"key": key, "prompt": "Describe the picture.", "captions": [{"text": caption(seed), "swaps": []}]}
-
-
-def opened(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
-
-
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def members(path: Path) -> Iterator[dict]:

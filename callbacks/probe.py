@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 from torchmetrics import Metric
 
+from callbacks.ema import weights_for
 from src.distributed.parallel import gathered
 from src.io.errors import UserError
 from src.models.inference import evaluating
@@ -61,7 +62,7 @@ class Probe(L.Callback):
         backbone: Any = pl_module.backbone
         metric = self.metric.to(pl_module.device)
         metric.reset()
-        with gathered(backbone):  # on all ranks, so that rank 0 can then be asked alone
+        with weights_for(trainer, "evaluate"), gathered(backbone):  # on all ranks, so that rank 0 can then ask alone
             if not trainer.is_global_zero:
                 return
             with evaluating(pl_module):

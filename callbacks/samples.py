@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
+from callbacks.ema import weights_for
 from src.distributed.parallel import gathered
 from src.evaluation.drawing import Colour, Piece, enlarge, sheet, text_box
 from src.evaluation.report import markdown
@@ -81,7 +82,7 @@ class Samples(L.Callback):
             return
         self.last_step = step
         backbone: Any = pl_module.backbone
-        with gathered(backbone):  # on all ranks, so that rank 0 can then sample alone
+        with weights_for(trainer, "evaluate"), gathered(backbone):  # on all ranks, so that rank 0 can then sample alone
             if not trainer.is_global_zero:
                 return
             with evaluating(pl_module), torch.no_grad():

@@ -27,6 +27,7 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.checkpoint import save_as_last, write_atomically
+from callbacks.ema import ema_of, weights_for
 from src.cli.signals import Stop
 from src.distributed.checkpoints import is_intact, remove
 from src.distributed.parallel import Team, all_reduce_sum, gathered
@@ -228,7 +229,8 @@ class SelfCorrection(L.Callback):
         # 2. Draft, ask the expert, and write the round.
         start = time.perf_counter()
         context = trainer.precision_plugin.forward_context()
-        with self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
+        averaged = weights_for(trainer, "draft")  # outermost: a signal must not interrupt its return to raw weights
+        with averaged, self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
             finished_round = self._round(number, _datamodule(trainer), pl_module)
         if self._team.is_rank0:
             logger.info("%s: %s", finished_round.path, summary(finished_round.manifest))
@@ -299,7 +301,7 @@ class SelfCorrection(L.Callback):
             logger.warning("%s; training continues without it", message)
 
     def _restore_start(self, trainer: L.Trainer) -> None:
-        """Restore weights and optimizer state from before the first round, and keep the current learning rate."""
+        """Restore weights, their average and optimizer state from before the first round; keep the learning rate."""
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         for optimizer in trainer.optimizers:
             for state in optimizer.state.values():  # a checkpoint from before the first step may hold no state
@@ -311,6 +313,8 @@ class SelfCorrection(L.Callback):
         for optimizer, group_rates in zip(trainer.optimizers, rates, strict=True):
             for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
                 group["lr"] = rate
+        if ema := ema_of(trainer):
+            ema.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
 
 
 def round_metrics(manifest: dict[str, Any]) -> dict[str, float]:

@@ -99,8 +99,9 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         self.place = (0, 1)  # (rank, world size) without a trainer
         self.collate = self.make_collate()
-        self.notes: Notes = Counter()  # (place, reason) -> number of damaged samples or cut responses
-        self._warned_empty_val = self._warned_few = False
+        self.notes: Notes = Counter()  # of training: (place, reason) -> number of damaged samples or cut responses
+        self.other_notes: Notes = Counter()  # of validation, evaluation and drafts
+        self._warned_empty_val = False
         self._loader_of_epoch: Loader | None = None
         self._loader_state: dict[str, Any] | None = None
         self._indexes: dict[str, Index] = {}  # by folder or URL
@@ -144,6 +145,7 @@ class ShardData(L.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Lazy, as Lightning calls it twice on resume: the epoch number is read at the first batch."""
         rank, world = self._place()
+        is_first = self._loader_of_epoch is None and not rank
         # 1. rows of each stream in a batch; the last stream determines the length of an epoch
         rows = {"data": self.batch_size}
         if self.rounds:
@@ -162,8 +164,7 @@ class ShardData(L.LightningDataModule):
         # 2. batches in an epoch
         step = rows[name] * world  # samples of the main stream in a step
         batches = self.epoch_batches or max(1, main.count // step)  # a small round is repeated
-        if not self.rounds and main.count < step and not self._warned_few and not rank:
-            self._warned_few = True
+        if not self.rounds and main.count < step and is_first:
             log.warning(
                 "a step has %d rows, but there %s: samples repeat within a step, each time with other noise; a smaller "
                 "data.batch_size repeats fewer",
@@ -174,12 +175,14 @@ class ShardData(L.LightningDataModule):
         # epoch. Any other epoch begins where the one before has ended, so that every sample is seen equally often.
         if self.epoch_batches is None and batches * step <= main.count:
             streams[name] = main.resized(batches * step)
-            if (tail := main.count - batches * step) and not self._loader_of_epoch:
-                log.info("each epoch leaves out %d of %d samples, other ones each time", tail, main.count)
+            if (tail := main.count - batches * step) and is_first:
+                message = "each epoch leaves out %d of %s: they do not fill a step of %d, and are others each time"
+                log.info(message, tail, main.summary, step)
         parts = [Part(stream, rows[name], batches * rows[name]) for name, stream in streams.items()]
         epoch = lambda: self.trainer.current_epoch if self.trainer else 0  # noqa: E731
         settings = {"fixed": self.epoch_batches is not None, "bucket": self.bucket or 1, "length": self.collate.length}
-        loader = self._loader(parts, self.collate, batches=batches, epoch=epoch, rank=rank, world=world, **settings)
+        settings |= {"batches": batches, "epoch": epoch, "rank": rank, "world": world, "notes": self.notes}
+        loader = self._loader(parts, self.collate, **settings)
         if self._loader_state:
             loader.load_state_dict(self._loader_state)
         self._loader_of_epoch = loader
@@ -216,7 +219,8 @@ class ShardData(L.LightningDataModule):
         per_rank = -(-index.count // world)
         part = Part(Stream([index], seed=self.seed, shuffle=False), self.batch_size, per_rank, stand_in=world > 1)
         batches, collate = -(-per_rank // self.batch_size), replace(self.collate, first=True)
-        return self._loader([part], collate, batches=batches, epoch=lambda: 0, rank=rank, world=world)
+        place = {"rank": rank, "world": world, "notes": self.other_notes}
+        return self._loader([part], collate, batches=batches, epoch=lambda: 0, **place)
 
     def draft_dataloader(self, round_number: int, num: int) -> Iterator[tuple[int, Batch]]:
         """The `num` distinct training samples that a round (1, 2, ...) drafts for, as (number, batch).
@@ -235,10 +239,11 @@ class ShardData(L.LightningDataModule):
         stream = Stream([index], seed=self.seed + cycle)
         part = Part(stream, self.batch_size, stop - start, stand_in=False, start=slot * num + start)
         collate = replace(self.collate, first=True)
-        return self._loader([part], collate, batches=last - first, epoch=lambda: 0).numbered(first)
+        settings = {"batches": last - first, "epoch": lambda: 0, "notes": self.other_notes}
+        return self._loader([part], collate, **settings).numbered(first)
 
     def _loader(self, parts: list[Part], collate: Collate, **settings: Any) -> Loader:
-        return Loader(parts, collate, notes=self.notes, workers=self.workers, **settings)
+        return Loader(parts, collate, workers=self.workers, **settings)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else self.place
@@ -315,6 +320,18 @@ class CaptionData(ShardData):
             raise UserError(f"data.resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
         length, layout = self.response_length, self.layout
         return Collate(self.codec, response_length=length, layout=layout, seed=self.seed, resize=self.resize)
+
+    def train_dataloader(self) -> Loader:
+        sizes = self.index("train").shards[0].sizes
+        if sizes is not None and isinstance(self.layout, Square) and self._loader_of_epoch is None:
+            (width, height), side = sizes[0].tolist(), self.layout.size
+            if width == height != side and (sizes == width).all() and not self._place()[0]:
+                log.warning(
+                    "%s holds images of %d pixels, which are resized to data.image_size=%d: set data.image_size=%d, "
+                    "with a model that takes it, or prepare the data with prepare.image_size=%d",
+                    *(self.path, width, side, width, side),
+                )
+        return super().train_dataloader()
 
     def draft_settings(self) -> dict[str, Any]:
         tiling = self.layout.to_dict() if isinstance(self.layout, AnyRes) else None

@@ -2,11 +2,11 @@
 
     Loader([Part(stream, rows=64, per_rank=11968)], collate, batches=187, epoch=lambda: 3, ...)
 
-    epoch of the stream -> equal contiguous ranges per rank -> windows of batches, sorted by length -> batches
+    unread positions of a stream -> an equal share of them for each rank -> windows, sorted by length -> batches
 
 Each batch takes `rows` samples of every part, so a fixed fraction of it can come from another stream. All ranks yield
 the same number of batches. Workers take turns, so their number changes nothing. A resumed loader continues at the batch
-of its state; if the number of ranks has changed, what is left of the epoch is dealt out anew (`Stage`).
+of its state; if the number of ranks has changed, what is unread is dealt out anew (`Deal`).
 """
 
 from __future__ import annotations
@@ -61,19 +61,20 @@ class Part:
     start: int = 0
 
 
-Span = tuple[int, int]  # positions of a stream, from the first to the one after the last
+Positions = list[range]  # of a stream, in the order in which they are read
 
 
 @dataclass
-class Stage:
+class Deal:
     """The batches of an epoch from number `first` on, dealt out to `world` ranks.
 
-    spans:  for each part, the positions that are read, in order; each rank gets an equal range of them
+    unread: for each part, the positions that no batch before has read, without end; of the first of them each rank
+            gets `per_rank`, in one piece
     bucket: so many consecutive batches of a rank are sorted by `length` (of a sample, None if unknown)
     """
 
     parts: Sequence[Part]
-    spans: list[list[Span]]
+    unread: list[Positions]
     world: int
     first: int
     epoch: int
@@ -83,7 +84,7 @@ class Stage:
     @property
     def stop(self) -> int:
         """Number of the batch after the last one."""
-        return self.first + -(-self._per_rank(-1) // self.parts[-1].rows)
+        return self.first + -(-self.parts[-1].per_rank // self.parts[-1].rows)
 
     def window(self, rank: int, number: int) -> tuple[int, list[list[list[Place]]]]:
         """The batches that are sorted together with batch `number`, after the number of the first of them.
@@ -93,73 +94,69 @@ class Stage:
         """
         begin = number - (number - self.first) % self.bucket
         num = min(self.bucket, self.stop - begin)
-        turns, columns = list(range(num)), []
-        for index, part in enumerate(self.parts):
-            places = self._places(index, rank, begin, begin + num)
-            lengths = [self.length(place.shard, place.index) for place in places] if self.length and num > 1 else []
-            known = [length for length in lengths if length is not None]
-            order = range(len(places))
-            if len(known) == len(places) and len(set(known)) > 1:
-                order = sorted(order, key=known.__getitem__)
-                turns = Random(f"{part.stream.seed}/{self.epoch}/{begin}/turns").sample(range(num), num)
-            groups = [sorted(order[n * part.rows : (n + 1) * part.rows]) for n in range(num)]
-            columns.append((places, groups))
+        places = [self._places(index, rank, begin, begin + num) for index in range(len(self.parts))]
+        orders = [self._by_length(of_part) if num > 1 else None for of_part in places]
+        turns = range(num)
+        if any(orders):
+            turns = Random(f"{self.parts[0].stream.seed}/{self.epoch}/{begin}/turns").sample(turns, num)
         batches = [list[list[Place]]() for _ in range(num)]
-        for places, groups in columns:
-            positions = (place.position for place in places)
-            for n, turn in enumerate(turns):
-                batches[n].append([replace(places[i], turn=next(positions)) for i in groups[turn]])
+        for part, of_part, order in zip(self.parts, places, orders, strict=True):
+            positions = (place.position for place in of_part)
+            for batch, turn in zip(batches, turns, strict=True):
+                group = (order or range(len(of_part)))[turn * part.rows : (turn + 1) * part.rows]
+                batch.append([replace(of_part[i], turn=next(positions)) for i in sorted(group)])
         return begin, batches
 
-    def rest(self, done: int) -> list[list[Span]]:
-        """For each part, the positions that the batches from number `done` on read."""
-        left = [list[Span]() for _ in self.parts]
+    def unread_at(self, done: int) -> list[Positions]:
+        """For each part, the positions that the batches before number `done` do not read, on any rank."""
+        unread = [Positions() for _ in self.parts]
         for rank in range(self.world):
             begin, window = self.window(rank, done)
             for index, part in enumerate(self.parts):
-                positions = sorted(place.position for batch in window[done - begin :] for place in batch[index])
-                after = (begin + len(window) - self.first) * part.rows
-                left[index] += [(position, position + 1) for position in positions]
-                left[index] += self._cut(index, rank, after, self._per_rank(index))
-        return [joined(spans) for spans in left]
+                left = sorted(place.position for batch in window[done - begin :] for place in batch[index])
+                unread[index] += [range(position, position + 1) for position in left]
+                unread[index] += self._cut(index, rank, (begin + len(window) - self.first) * part.rows, part.per_rank)
+        return [joined(left + after) for left, after in zip(unread, self.after(), strict=True)]
 
-    def _per_rank(self, index: int) -> int:
-        return size(self.spans[index]) // self.world
+    def after(self) -> list[Positions]:
+        """For each part, what the batches of no rank read."""
+        return [cut(unread, part.per_rank * self.world) for part, unread in zip(self.parts, self.unread, strict=True)]
 
     def _places(self, index: int, rank: int, first: int, last: int) -> list[Place]:
+        """What batches `first` to `last` (exclusive) read of a part, before sorting."""
         part = self.parts[index]
-        low, high = ((number - self.first) * part.rows for number in (first, last))
-        spans = self._cut(index, rank, low, high)
-        return [place for start, stop in spans for place in part.stream.places(start, stop)]
+        ranges = self._cut(index, rank, (first - self.first) * part.rows, (last - self.first) * part.rows)
+        return [place for some in ranges for place in part.stream.places(some.start, some.stop)]
 
-    def _cut(self, index: int, rank: int, low: int, high: int) -> list[Span]:
-        """The samples `low` to `high` of those of a rank."""
-        per_rank = self._per_rank(index)
-        return cut(self.spans[index], rank * per_rank + low, rank * per_rank + min(high, per_rank))
+    def _cut(self, index: int, rank: int, low: int, high: int) -> Positions:
+        """The positions `low` to `high` of those of a rank."""
+        per_rank = self.parts[index].per_rank
+        return cut(self.unread[index], rank * per_rank + low, rank * per_rank + min(high, per_rank))
+
+    def _by_length(self, places: Sequence[Place]) -> list[int] | None:
+        """Numbers of the places, sorted by length. None: the lengths are equal, or not all known."""
+        lengths = [self.length(place.shard, place.index) for place in places] if self.length else []
+        known = [length for length in lengths if length is not None]
+        if len(known) < len(places) or len(set(known)) < 2:
+            return None
+        return sorted(range(len(places)), key=known.__getitem__)
 
 
-def size(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
-def cut(spans: Sequence[Span], low: int, high: int) -> list[Span]:
-    """The positions `low` to `high` of those of the spans."""
+def cut(positions: Sequence[range], low: int, high: int = sys.maxsize) -> Positions:
+    """The `low`-th to `high`-th (exclusive) of some positions."""
     pieces, begin = [], 0
-    for start, stop in spans:
-        piece = start + max(0, low - begin), min(stop, start + high - begin)
-        if piece[0] < piece[1]:
-            pieces.append(piece)
-        begin += stop - start
-    return pieces
+    for some in positions:
+        pieces.append(some[max(0, low - begin) : max(0, high - begin)])
+        begin += len(some)
+    return [piece for piece in pieces if piece]
 
 
-def joined(spans: Sequence[Span]) -> list[Span]:
-    """The same positions, adjacent spans as one."""
-    whole = list[Span]()
-    for start, stop in spans:
-        if whole and whole[-1][1] == start:
-            start = whole.pop()[0]
-        whole.append((start, stop))
+def joined(positions: Sequence[range]) -> Positions:
+    """The same positions, adjacent ranges as one."""
+    whole = Positions()
+    for some in positions:
+        start = whole.pop().start if whole and whole[-1].stop == some.start else some.start
+        whole.append(range(start, some.stop))
     return whole
 
 
@@ -175,7 +172,7 @@ class Loader:
 
     batches: in an epoch on each rank; of one that is resumed with other ranks only if `fixed`
     notes:   counts of damaged samples and cut responses, shared by loaders
-    bucket, length: see `Stage`
+    bucket, length: see `Deal`
 
     Raises UserError at the first batch of an epoch that cannot be resumed: with other data or batches the same position
     would mean other samples.
@@ -193,21 +190,20 @@ class Loader:
     fixed: bool = False
     bucket: int = 1
     length: Callable[[Shard, int], int | None] | None = None
-    _position: tuple[Stage, int] | None = field(default=None, init=False)  # and the batches yielded
+    _at: tuple[Deal, int] | None = field(default=None, init=False)  # and the number of batches yielded
     _resume: dict | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         epoch = self.epoch()
-        if self._position and self._position[0].epoch == epoch:
-            return self._position[0].stop
-        return self._begin(epoch)[0].stop
+        deal = self._at[0] if self._at and self._at[0].epoch == epoch else self._begin(epoch)[0]
+        return deal.stop
 
     def __iter__(self) -> Iterator[Batch]:
         """A generator, so the resume point is not consumed before the first batch is requested."""
-        stage, done = self._begin(self.epoch())
-        self._resume, self._position = None, (stage, done)
+        deal, done = self._at = self._begin(self.epoch())
+        self._resume = None
         loader = DataLoader(
-            _Source(stage, self.rank, done, self.collate),
+            _Source(deal, self.rank, done, self.collate),
             batch_size=None,
             num_workers=self.workers,
             collate_fn=_identity,
@@ -221,7 +217,7 @@ class Loader:
                     log.warning(ADVICE[reason].format(where=where))
                 self.notes[where, reason] += count
             done += 1
-            self._position = (stage, done)
+            self._at = (deal, done)
             if batch is not None:
                 yield batch
             elif self.world > 1:  # the other ranks would wait forever
@@ -231,8 +227,8 @@ class Loader:
     def numbered(self, first: int) -> Iterator[tuple[int, Batch]]:
         """(number, batch), counted from `first`. A batch with damaged samples only is skipped, but keeps its number."""
         for batch in self:
-            assert self._position is not None
-            yield first + self._position[1] - 1, batch
+            assert self._at is not None
+            yield first + self._at[1] - 1, batch
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -250,77 +246,88 @@ class Loader:
 
     def state_dict(self) -> dict:
         """counts: samples in a pass of each part, which depend on the ranks with which the epoch began."""
-        if self._position is None and self._resume:
+        if self._at is None and self._resume:
             return self._resume
-        stage, done = self._position or self._begin(self.epoch())
+        deal, done = self._at or self._begin(self.epoch())
         return {
-            "epoch": stage.epoch,
+            "epoch": deal.epoch,
             "batches": done,
-            "of": stage.stop,
-            "world": stage.world,
-            "first": stage.first,
-            "spans": [[list(span) for span in spans] for spans in stage.spans],
-            "counts": [part.stream.count for part in stage.parts],
+            "of": deal.stop,
+            "world": deal.world,
+            "first": deal.first,
+            "unread": [[[some.start, some.stop] for some in positions] for positions in deal.unread],
+            "counts": [part.stream.count for part in deal.parts],
             "plan": self.plan,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self._resume, self._position = dict(state), None
+        self._resume, self._at = dict(state), None
 
-    def _begin(self, epoch: int) -> tuple[Stage, int]:
+    def _begin(self, epoch: int) -> tuple[Deal, int]:
         """What an epoch reads, and the number of its batches that the checkpoint has seen."""
-        whole = [part.per_rank * self.world for part in self.parts]
-        starts = [part.start + epoch * num for part, num in zip(self.parts, whole, strict=True)]
-        spans = [[(start, start + num)] for start, num in zip(starts, whole, strict=True)]
-        fresh = Stage(self.parts, spans, self.world, 0, epoch, self.bucket, self.length)
-        saved = self._resume
-        if saved is None or saved["epoch"] != epoch or not saved["batches"]:
+        # 1. Where the run never had other ranks.
+        nums = [part.per_rank * self.world for part in self.parts]
+        starts = [part.start + epoch * num for part, num in zip(self.parts, nums, strict=True)]
+        unread = [[range(start, sys.maxsize)] for start in starts]
+        fresh = Deal(self.parts, unread, self.world, 0, epoch, self.bucket, self.length)
+        last, done = self._at[0] if self._at else fresh, 0
+        if saved := self._resume:
+            changed = [
+                f"{name} {saved['plan'].get(name)} -> {now}"
+                for name, now in self.plan.items()
+                if saved["plan"].get(name) != now
+            ]
+            is_begun = saved["epoch"] == epoch and saved["batches"]
+            if changed and is_begun and saved["batches"] < saved["of"]:
+                raise UserError(
+                    f"the checkpoint is from the middle of epoch {epoch}, with other settings or data than now "
+                    f"({'; '.join(changed)}): resume with those of before, or begin another run"
+                )
+            if changed:  # by a round that was added behind an epoch
+                return fresh, fresh.stop if is_begun else 0
+            last, done = self._restored(saved), saved["batches"]
+        # 2. The epoch of the checkpoint. Other ranks deal out what is left of it, and what follows if they need more.
+        if last.epoch == epoch and done:
+            if last.world == self.world or done >= last.stop:
+                return last, done
+            steps = self.batches - done if self.fixed else -(-(last.stop - done) * last.world // self.world)
+            parts = [replace(part, per_rank=steps * part.rows) for part in last.parts]
+            return replace(last, parts=parts, unread=last.unread_at(done), world=self.world, first=done), done
+        # 3. A later epoch begins where the last one has ended, or with the next pass if it is a pass.
+        if last.epoch > epoch:
             return fresh, 0
-        done = saved["batches"]
-        if done >= saved["of"]:  # finished, even if rounds were added since
-            return fresh, fresh.stop
-        changed = [
-            f"{name} {saved['plan'].get(name)} -> {now}"
-            for name, now in self.plan.items()
-            if saved["plan"].get(name) != now
-        ]
-        if changed:
-            raise UserError(
-                f"the checkpoint is from the middle of epoch {epoch}, with other settings or data than now "
-                f"({'; '.join(changed)}): resume with those of before, or begin another run"
-            )
-        # 1. what the checkpoint was reading
+        skipped = max(0, epoch - last.epoch - 1)
+        for index, unread in enumerate(last.unread if last.epoch == epoch else last.after()):
+            before, count, num = last.parts[index].stream.count, self.parts[index].stream.count, nums[index]
+            if count != before or (count == num and not self.fixed):
+                unread = [range(-(-unread[-1].start // before) * count, sys.maxsize)]
+            fresh.unread[index] = cut(unread, skipped * num)
+        return fresh, 0
+
+    def _restored(self, saved: dict) -> Deal:
+        num = saved["of"] - saved["first"]
         parts = [
-            replace(part, stream=part.stream.resized(count))
+            replace(part, stream=part.stream.resized(count), per_rank=num * part.rows)
             for part, count in zip(self.parts, saved["counts"], strict=True)
         ]
-        spans = [[(start, stop) for start, stop in spans] for spans in saved["spans"]]
-        stage = replace(fresh, parts=parts, spans=spans, world=saved["world"], first=saved["first"])
-        if stage.world == self.world:
-            return stage, done
-        # 2. What is left of it, dealt out anew. It is filled up with the positions that follow.
-        left, rows = stage.rest(done), parts[-1].rows * self.world
-        steps = self.batches - done if self.fixed else -(-size(left[-1]) // rows)
-        for index, part in enumerate(parts):
-            end, num = max(stop for _, stop in stage.spans[index]), steps * part.rows * self.world
-            left[index] = cut([*left[index], (end, end + num)], 0, num)
-        return replace(stage, spans=left, world=self.world, first=done), done
+        unread = [[range(*some) for some in positions] for positions in saved["unread"]]
+        return Deal(parts, unread, saved["world"], saved["first"], saved["epoch"], self.bucket, self.length)
 
 
 class _Source(IterableDataset):
     """The batches of one worker, from the first one not yet consumed."""
 
-    def __init__(self, stage: Stage, rank: int, done: int, collate: Collate) -> None:
-        self.stage, self.rank, self.done, self.collate = stage, rank, done, collate
+    def __init__(self, deal: Deal, rank: int, done: int, collate: Collate) -> None:
+        self.deal, self.rank, self.done, self.collate = deal, rank, done, collate
 
     def __iter__(self) -> Iterator[tuple[Batch | None, list[tuple[str, str, int]]]]:
         info = get_worker_info()
         number, workers = (info.id, info.num_workers) if info else (0, 1)
-        readers = [Reader(p.stream, stand_in=p.stand_in, misfit=self.collate.misfit) for p in self.stage.parts]
+        readers = [Reader(p.stream, stand_in=p.stand_in, misfit=self.collate.misfit) for p in self.deal.parts]
         begin, window = 0, []
-        for batch_number in range(self.done + number, self.stage.stop, workers):
+        for batch_number in range(self.done + number, self.deal.stop, workers):
             if not begin <= batch_number < begin + len(window):
-                begin, window = self.stage.window(self.rank, batch_number)
+                begin, window = self.deal.window(self.rank, batch_number)
             samples = []
             for reader, places in zip(readers, window[batch_number - begin], strict=True):
                 samples += reader.samples(places)

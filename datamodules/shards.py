@@ -3,8 +3,9 @@
     stream = Stream([read_index(folder)], seed=0)
     Reader(stream).samples(stream.places(100, 164))      at positions 100 to 163
 
-Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of the shard
-replaces each, so the number of samples stays the same. In drafts and in evaluation on one rank they are left out.
+Damaged samples (truncated tar, broken JSON or image) are counted. In training the next readable sample of their source
+replaces each, so the number of samples and the weights stay the same. In drafts and in evaluation on one rank they are
+left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ class Sample:
     """A decoded sample.
 
     record: its JSON; data, image: the encoded image and its RGB pixels, or b"" and None
-    position: in the stream, over all passes; passes: how often the stream has taken it before
+    position: in the stream, over all passes
+    passes:   number of the pass, which its noise and caption belong to (`Place.passes`); below 0 for a stand-in
     """
 
     key: str
@@ -60,15 +63,18 @@ class Reader:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
         self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used; None: cannot be opened
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
+        self._begins = dict(zip(stream.shards, accumulate((s.count for s in stream.shards), initial=0), strict=False))
         self.damage: Counter[tuple[str, str]] = Counter()
 
     def samples(self, places: Iterable[Place]) -> Iterator[Sample]:
         for place in places:
             if sample := self.read(place.shard, place.index):
                 yield replace(sample, position=place.turn, passes=place.passes)
+            elif self.stand_in:
+                yield replace(self._stand_in(place), position=place.turn)
 
     def read(self, shard: Shard, index: int) -> Sample | None:
-        """The sample at `index` of a shard. If it is unusable it is counted, and its stand-in returned, or None."""
+        """The sample at `index` of a shard; None if it is unusable, which is counted."""
         sample, place, reason = None, str(shard.path), ""
         try:
             if (tar := self._open(shard.path)) is None:
@@ -86,25 +92,33 @@ class Reader:
         if not reason:
             return sample
         self.damage[place, reason] += 1
-        return self._stand_in(shard, index) if self.stand_in else None
+        return None
 
-    def _stand_in(self, shard: Shard, index: int) -> Sample:
-        """The next readable sample after `index`, cyclically in its shard, then in the other shards.
+    def _stand_in(self, place: Place) -> Sample:
+        """The next readable sample of the same source, cyclically in the shard, then in the other shards.
 
-        It depends on the files only, so a resumed run gets the same one.
+        It depends on the files only, so a resumed run gets the same one. Its `passes` is a number below 0, another for
+        each pass and damaged sample, so it is never seen with the same noise again.
         """
-        for other in (shard, *(s for s in self.stream.shards if s != shard)):
-            tar = self._open(other.path)
-            num = min(len(tar), other.count) if tar else 0
+        source, total = place.shard.sources[place.index], sum(shard.count for shard in self.stream.shards)
+        for shard in (place.shard, *(shard for shard in self.stream.shards if shard != place.shard)):
+            tar = self._open(shard.path)
+            num = min(len(tar), shard.count) if tar else 0
             for step in range(num):
                 assert tar is not None
+                index = (place.index + step) % num
+                if shard.sources[index] != source:
+                    continue
                 try:
-                    sample = decode(tar.read((index + step) % num), image=other.image)
+                    sample = decode(tar.read(index), image=shard.image)
                 except OSError:
                     break  # of the whole file, as a rule
                 if sample and not self.misfit(sample):
-                    return sample
-        raise UserError(f"no readable sample in {shard.path} nor in any other shard of its stream; make the data again")
+                    damaged = self._begins[place.shard] + place.index  # its number in the stream
+                    return replace(sample, passes=-1 - place.passes * total - damaged)
+        raise UserError(
+            f"no readable sample in {place.shard.path}, nor of its source in any other shard; make the data again"
+        )
 
     def _open(self, path: Path | Remote) -> Tar | None:
         """The tar, its headers read; None if that is impossible."""

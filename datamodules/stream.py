@@ -13,6 +13,9 @@ times: n in all, spread evenly over the shards, and after any number of passes e
 or take one. Weight 1/2 takes every second sample, and the others in the next pass; weight 2 takes each twice, in two
 copies of its shard, permuted independently. The samples that do not fill a batch on every rank are left out in the same
 way (`resized`): other ones in every pass.
+
+Noise and captions belong to (key, number), and `Place.passes` is a number that a sample never gets again, whatever the
+weights, the ranks and the rounds: with k = ceil(weight) copies at most, copy j of pass p has the number k p + j.
 """
 
 from __future__ import annotations
@@ -51,6 +54,11 @@ class Shard:
     sizes: np.ndarray | None = field(default=None, compare=False, repr=False)
     source: np.ndarray | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def sources(self) -> np.ndarray:
+        """(count,) the number of the source of each sample in use."""
+        return np.zeros(self.count, np.uint8) if self.source is None else self.source[: self.count]
+
 
 @dataclass(frozen=True)
 class Index:
@@ -88,7 +96,8 @@ class Index:
 class Place:
     """Where the sample at a position of a stream is.
 
-    passes: how often the stream has taken it before; turn: position at which it is read, after sorting by length
+    passes: number of the pass and copy, another each time that the sample is taken
+    turn:   position at which it is read, after sorting by length
     """
 
     position: int
@@ -140,6 +149,7 @@ class Stream:
     weights:    how often a pass takes the samples of each source, by name, where it differs from the index.
                 None: every sample once, whatever the index says
     count:      samples in a pass; sizes, self.weights: samples and weights of each source
+    summary:    the samples of a pass in words, before any is left out
     """
 
     def __init__(
@@ -167,8 +177,7 @@ class Stream:
             first += [len(shares)] * len(index.shards)
             shares += [1.0] * len(prepared) if weights is None else [{**prepared, **weights}[n] for n in prepared]
         for shard, group in zip(self.shards, first, strict=True):
-            source = np.zeros(shard.count, np.uint8) if shard.source is None else shard.source[: shard.count]
-            sizes.append(np.bincount(group + source.astype(int), minlength=len(shares)))
+            sizes.append(np.bincount(group + shard.sources.astype(int), minlength=len(shares)))
         self._group = first  # number of the first group of each shard
         self._sizes = np.array(sizes, dtype=np.int64).reshape(len(self.shards), len(shares))
         self._begin = self._sizes.cumsum(0) - self._sizes  # samples of each group in the shards before
@@ -176,9 +185,15 @@ class Stream:
         self._have = self._sizes.sum(0)
         self.sizes, self.weights = self._have.tolist(), shares
         self._take = self._whole = np.ceil(self._have * np.array(shares) - 1e-9).astype(np.int64)
+        self._copies = np.maximum(1, -(-self._whole // np.maximum(1, self._have)))  # of a sample in a pass, at most
         self.count = int(self._take.sum())
         self._last: tuple[int, list[int], np.ndarray] | None = None
         self._last_unit: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        names = [name for index in indexes for name in index.weights]
+        parts = [f"{size} of {name} x {share:g}" for name, size, share in zip(names, self.sizes, shares, strict=True)]
+        self.summary = counted(self.count, "sample")
+        if any(share != 1 for share in shares):
+            self.summary += f" ({', '.join(parts)})"
         if not self.count:
             paths = ", ".join(str(index.path) for index in indexes)
             raise UserError(f"{paths}: no samples" + (f" with weights {dict(weights)}" if weights else ""))
@@ -200,8 +215,8 @@ class Stream:
             shard, indices, passes = self._unit(number, order[which])
             low = offset - int(begins[which])
             high = min(low + stop - start, len(indices))
-            for index, times in zip(indices[low:high].tolist(), passes[low:high].tolist(), strict=True):
-                yield Place(start, shard, index, self.first_pass + times, turn=start)
+            for index, passed in zip(indices[low:high].tolist(), passes[low:high].tolist(), strict=True):
+                yield Place(start, shard, index, passed, turn=start)
                 start += 1
 
     def _pass(self, number: int) -> tuple[list[int], np.ndarray]:
@@ -221,23 +236,21 @@ class Stream:
         return self._last[1:]
 
     def _unit(self, number: int, unit: int) -> tuple[Shard, np.ndarray, np.ndarray]:
-        """A shard, the indices of what pass `number` takes of this copy of it, in order, and how often before."""
+        """A shard, the indices of what pass `number` takes of this copy of it, in order, and their `Place.passes`."""
         copy_number, place = divmod(unit, len(self.shards))
         shard = self.shards[place]
         if self._last_unit is None or self._last_unit[0] != (number, unit):
-            taken, before = np.zeros(shard.count, bool), np.zeros(shard.count, np.int64)
-            source = np.zeros(shard.count, int) if shard.source is None else shard.source[: shard.count]
+            taken = np.zeros(shard.count, bool)
             for group in np.flatnonzero(self._sizes[place]):
-                (indices,) = np.nonzero(source == group - self._group[place])
+                (indices,) = np.nonzero(shard.sources == group - self._group[place])
                 have, take = self._have[group], self._take[group]
                 i = self._begin[place, group] + np.arange(len(indices))
-                passed = (i + number) * take // have
-                taken[indices] = (i + number + 1) * take // have - passed > copy_number
-                before[indices] = passed - i * take // have + copy_number
+                taken[indices] = (i + number + 1) * take // have - (i + number) * take // have > copy_number
             (indices,) = np.nonzero(taken)
+            passes = (self.first_pass + number) * self._copies[self._group[place] + shard.sources] + copy_number
             name = f"{number}/{place}" + (f"/{copy_number}" if copy_number else "")
             indices = indices[self._order(len(indices), name)]
-            self._last_unit = (number, unit), indices, before[indices]
+            self._last_unit = (number, unit), indices, passes[indices]
         return shard, *self._last_unit[1:]
 
     def _order(self, count: int, name: str) -> list[int]:

@@ -2,6 +2,7 @@
 
     python -m src.export conf=export model=runs/stage2/model out=exported format=llada_v
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=exported dtype=bfloat16
+    python -m src.export conf=export model=runs/proseco/checkpoints/last.ckpt out=exported weights=ema
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> None:
     out = path_of(cfg, "out")
     if out.exists():
         raise UserError(f"out={out} already exists; choose another folder or remove it")
+    if cfg.weights not in (None, "raw", "ema"):
+        raise UserError(f"weights must be raw, ema or null, got {cfg.weights!r}")
     path = path_of(cfg, "model")
     if (path.is_file() or (path / MANIFEST).is_file()) and not is_intact(path):
         raise UserError(f"{path} is damaged: incomplete or changed since it was written; use another checkpoint")
@@ -94,7 +97,8 @@ def export(cfg: DictConfig, out: Path) -> None:
         elif has_tokenizer:
             Codec.load(tokenizer).save(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    sys.stdout.write(f"{out}: {counted(len(state), 'tensor')}, {data_size(size)}, layout {form.name}\n")
+    weights = f", {cfg.weights} weights" if cfg.weights else ""
+    sys.stdout.write(f"{out}: {counted(len(state), 'tensor')}, {data_size(size)}, layout {form.name}{weights}\n")
 
 
 def merge_shards(path: Path, out: Path) -> None:
@@ -114,6 +118,8 @@ def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path
     if not is_checkpoint(path):
         if cfg.like:
             raise UserError(f"like={cfg.like} is for checkpoints of a run; the model folder {path} describes itself")
+        if cfg.weights:
+            raise UserError(f"weights={cfg.weights} is for checkpoints of a run; the model folder {path} has one kind")
         folder = ModelFolder.open(cfg.model)
         state = {name: folder.read(name) for name in folder.names}
         return state, folder.describe(vision=vision), folder.path, folder.path
@@ -127,7 +133,7 @@ def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path
             f"there is no tokenizer in {tokenizer}, which the export of {path} needs: set like=DIR to a model "
             "folder that contains it"
         )
-    return model_state(path), description, tokenizer, origin
+    return model_state(path, weights=cfg.weights), description, tokenizer, origin
 
 
 def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:

@@ -28,6 +28,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from callbacks.ema import weights_for
 from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
@@ -106,10 +107,14 @@ def main(argv: list[str]) -> None:
 
         # 5. Export the model, then mark the run as finished.
         objective.backbone.response_length = cfg.data.response_length
-        save_pretrained(objective.backbone, codec, run_dir / MODEL)
+        with weights_for(trainer, "export") as averaged:
+            save_pretrained(objective.backbone, codec, run_dir / MODEL)
         if is_rank0:
             write_json(run_dir / FINISHED, {"steps": trainer.global_step})
-            sys.stdout.write(f"{counted(trainer.global_step, 'step')} done; the model is in {run_dir / MODEL}\n")
+            weights = " with averaged weights" if averaged else ""
+            sys.stdout.write(
+                f"{counted(trainer.global_step, 'step')} done; the model{weights} is in {run_dir / MODEL}\n"
+            )
         trainer.strategy.barrier()  # a launcher may treat the exit of one process as a failure of the others
 
 

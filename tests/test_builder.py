@@ -130,10 +130,34 @@ def test_items_of_a_split_lie_in_a_seeded_order_that_does_not_depend_on_their_re
     assert keys(tmp_path / "seed") != keys(whole)
 
 
-@pytest.mark.parametrize("name", ["per_shard", "processes"])
-def test_numbers_below_one_are_refused(photos: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"prepare\.{name} must be at least 1, got 0"):
-        dataset(photos, tmp_path / "out", **{name: 0}).run()
+@pytest.mark.parametrize(
+    ("name", "least"),
+    {"per_shard": 1, "processes": 1, "image_size": 1, "max_images": 1, "response_length": 2, "vocab_size": 0}.items(),
+)
+def test_numbers_that_are_too_small_are_refused(photos: Path, tmp_path: Path, name: str, least: int) -> None:
+    with pytest.raises(UserError, match=rf"^prepare\.{name} must be at least {least}, got {least - 1}$"):
+        dataset(photos, tmp_path / "out", **{name: least - 1}).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(photos: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    for overwrite in (False, True):
+        dataset(photos, tmp_path / "out", overwrite=overwrite).run()
+        assert (tmp_path / "out").is_symlink()
+        assert contents(tmp_path / "disk") == {f"out/{name}": data for name, data in contents(whole).items()}
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "{here}"])
+def test_the_folder_that_it_runs_in_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the folder that this runs in, or one above it"):
+        dataset(photos, Path(out.format(here=Path.cwd()))).run()
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 # --- kills -------------------------------------------------------------------------------------------
@@ -222,6 +246,52 @@ def test_a_damaged_shard_of_a_killed_run_is_written_again(photos: Path, whole: P
     shard.write_bytes(shard.read_bytes()[:-600])
     dataset(photos, tmp_path / "out").run()
     assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
+    photos: Path, tmp_path: Path, change: str
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(photos, images)
+
+    def killed() -> None:
+        kill_at(builder, "publish")
+        dataset(images, out).run()
+
+    assert in_child(killed) == -signal.SIGKILL
+    before, modified = tars(tmp_path / "out.partial"), (images / "p3.png").stat().st_mtime_ns
+    if change == "size":
+        shutil.copyfile(images / "p4.png", images / "p3.png")
+    os.utime(images / "p3.png", ns=(0, modified + (change == "time")))
+    dataset(images, out).run()
+    assert len(tars(out).items() & before.items()) == len(before) - 1
+    dataset(images, tmp_path / "fresh").run()
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "content"), [("reports/train-000000.json", b"{}"), ("reports/train-000000.json", b"{"), ("items.db", None)]
+)
+def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(
+    photos: Path, whole: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    out = tmp_path / "out"
+
+    def killed() -> None:
+        kill_at(builder, "publish")
+        dataset(photos, out).run()
+
+    assert in_child(killed) == -signal.SIGKILL
+    file = tmp_path / "out.partial" / name
+    file.write_bytes(b"x" * 5000 if content is None else content)
+    if content is None:
+        with pytest.raises(UserError, match=r"out\.partial was damaged \(file is not a database\) and is removed"):
+            dataset(photos, out).run()
+    dataset(photos, out).run()
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

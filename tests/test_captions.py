@@ -225,7 +225,7 @@ def test_too_long_responses_are_cut_and_reported_once(
     assert batches[0].response.tolist() == [right[:length]] * 4
     assert set(batches[0].span[0].tolist()) == {0, 1}
     assert torch.equal(batches[0].flawed != batches[0].response, batches[0].span > 0)
-    assert module.notes[str(length), "cut"] == 10
+    assert module.other_notes[str(length), "cut"] == 10
     assert caplog.text.count("tokens and are cut") == 1
 
 

@@ -152,6 +152,13 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
 
 
+def test_images_are_resized_as_in_training(data):
+    sizes = ["evaluate.data.image_size=48", f"evaluate.data.path={data}"]
+    for given, used in (("null", "torch"), ("torch", "torch"), ("pillow", "pillow")):
+        node = completed("conf=evaluate", *sizes, f"evaluate.data.resize={given}")["data"]
+        assert build(node, codec=Codec.load(data / "tokenizer"), seed=0, batch_size=2).collate.resize == used
+
+
 @pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
 def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
     conf, data, models, tmp_path, split, count

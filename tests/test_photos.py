@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from src.preparation.sources.reader import read_entries
 from src.preparation.splits import Item, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main
+from testing.files import read_jsonl
 
 SPLITS = ("train", "val", "test")
 FILE = "image-{}.png"
@@ -151,14 +153,51 @@ def test_the_table_is_aligned_and_has_examples_of_what_is_left_out() -> None:
     counts["merged"] += 1000
     counts["later_turns"] += 0
     assert table({"records": counts, "val": {"written": 0}}, {"records": counts.examples}).splitlines() == [
-        "records     2  missing image (left out), such as a/b.jpg",
-        "records     1  missing field (left out), such as c.jsonl:3 (its fields: a)",
-        "records  1000  merged",
-        "val         0  written",
+        "records      2  missing image (left out), such as a/b.jpg",
+        "records      1  missing field (left out), such as c.jsonl:3 (its fields: a)",
+        "records  1,000  merged",
+        "val          0  written",
     ]
 
 
 HELP_RECORDS = [line.strip() for line in (prepare_help or "").splitlines() if line.startswith("    {")]
+
+
+def test_every_record_becomes_something_and_the_numbers_say_what(tmp_path: Path) -> None:
+    """Records of every fate, in two sources."""
+    for number in range(12):
+        Image.new("RGB", (9, 9), (number * 20, 0, 0)).save(tmp_path / f"a{number}.png")
+    (tmp_path / "a10.png").write_bytes(b"no image")
+    own = {"caption": "A cat.", "split": "train"}
+    rows = [{"image": f"a{n}.png", **own} for n in range(12)]  # kept; a10 is undecodable, in the split
+    rows += [{"image": "a0.png", **own, "caption": "A dog."}, {"image": "a1.png", **own}]  # merged
+    rows += [{"image": "a2.png", **own, "split": "val"}]  # image_in_two_splits
+    rows += [{"image": "a3.png", **own, "split": "best"}]  # unknown_split
+    rows += [{"image": "none.png", **own}, {"image": "a4.png", "caption": ""}, {"caption": "x"}, {"image": "a4.png"}]
+    turns = [{"from": who, "value": "A cat."} for who in ("human", "gpt", "human", "gpt")]
+    rows += [{"image": "a5.png", "conversations": turns, "split": "train"}]  # kept, without its second turn
+    rows += [{"image": "a6.png", "prompt": "Why?", **own, "captions": ["A cat.", "cat " * 99]}]  # one is too long
+    rows += [{"image": "a7.png", "prompt": "Why?", **own, "caption": "cat " * 99}]  # kept, and left out of the split
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "[1]\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"image": f"a{n}.png", **own}) + "\n" for n in range(9)))
+    sources = {"a": {"annotations": str(tmp_path / "a.jsonl"), "images": str(tmp_path)}}
+    sources["b"] = {"annotations": str(tmp_path / "b.jsonl"), "images": str(tmp_path), "max": 4}
+    settings: dict[str, Any] = {"image_size": 4, "vocab_size": 300, "response_length": 16, "prompt": "What?"}
+    Photos(out=str(tmp_path / "out"), sources=sources, max_images=18, **settings).run()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    listed = Counter((line["part"], line["reason"]) for line in read_jsonl(tmp_path / "out" / "rejects.jsonl"))
+    assert listed.pop(("records", "over_max")) >= 1
+    parts = {("records", "later_turns"): 1, ("train", "captions too long"): 2}  # of what is kept, or is listed itself
+    left_out = {("train", "no_usable_caption"): 1, ("train", "undecodable_image"): 1}
+    rejected = {"image_in_two_splits": 1, "unknown_split": 1, "missing_image": 1, "empty_caption": 1}
+    rejected |= {"unknown_format": 2, "not_a_record": 1}
+    assert listed == {**parts, **left_out, **{("records", reason): number for reason, number in rejected.items()}}
+    assert manifest["records"] == {
+        "read": len(rows) + 1 + 9, "rejected": sum(rejected.values()), "merged": 2, "over_max": 5 + 1, "kept": 18,
+    }  # fmt: skip
+    split = manifest["splits"]["train"]
+    assert (split["samples"], split["left_out"]) == (16, 2)
+    assert [source["samples"] for source in manifest["sources"]] == [13, 3]
 
 
 @pytest.mark.parametrize("line", HELP_RECORDS)

@@ -30,6 +30,7 @@ from src.text.tokenizer import Codec
 from src.train import main
 from src.training.memory_plan import (
     ACTIVATIONS,
+    AVERAGE,
     GATHERED,
     GRADIENTS,
     LOGITS,
@@ -103,6 +104,15 @@ def test_what_lasts_is_that_of_the_closed_form():
     assert plan.phases["forward"].get(GRADIENTS, 0) == 0
     assert plan.phases["optimizer"][GRADIENTS] == 4 * num
     assert plan.phases["optimizer"][TEMPORARY] == pytest.approx(4 * num, rel=0.01)  # the root of the second moments
+
+
+@pytest.mark.parametrize(("gpus", "precision"), [(1, "32-true"), (2, "bf16-true")])
+def test_an_average_takes_four_bytes_for_each_trained_parameter(gpus, precision):
+    """In any precision; a frozen tower has none."""
+    objective = make_objective(make_model(vision=True), vision_lr=0.0)
+    plan = measure(objective, make_batch(vision=True), gpus=gpus, precision=precision, ema=True)
+    assert plan.trained < plan.parameters
+    assert {plan.phases[phase][AVERAGE] for phase in PHASES} == {4 * plan.trained // gpus}
 
 
 @pytest.mark.parametrize("gpus", [2, 3])

@@ -1,4 +1,4 @@
-"""Several processes give the numbers of one: losses, gradient norm and weights, for every objective and strategy."""
+"""Several processes give the numbers of one: losses, norm, weights and average, for every objective and strategy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from callbacks.ema import EMA
 from src.distributed.parallel import Sharding, full_tensor
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective, Setup
@@ -66,7 +67,7 @@ class Watch(L.Callback):
 def run(
     name: str, attention: str, *, rank: int = 0, world: int = 1, sharding: Sharding | None = None, **trainer
 ) -> dict:
-    """Three steps on the rows of one rank: whole weights and all that was logged."""
+    """Three steps on the rows of one rank: whole weights, their average and all that was logged."""
     cls, options, training = CASES[name]
     objective: Objective = make(
         cls,
@@ -77,12 +78,13 @@ def run(
     batch = batch_with_prompt(8, padding=3)
     batch.drafted[::3] = True
     part = batch.rows(slice(rank * 8 // world, (rank + 1) * 8 // world))
-    watch = Watch()
+    watch, ema = Watch(), EMA(decay=0.9)
     settings = {**QUIET, **trainer, "max_steps": STEPS, "accelerator": "cpu", "use_distributed_sampler": False}
-    fit = L.Trainer(callbacks=[watch], **settings)
+    fit = L.Trainer(callbacks=[ema, watch], **settings)
     fit.fit(objective, DataLoader([part] * STEPS, batch_size=None))
     weights = torch.cat([full_tensor(p.detach()).flatten() for p in objective.parameters()])
-    return {"weights": weights, "logged": watch.seen}
+    average = torch.cat([full_tensor(tensor).flatten() for tensor in ema.average.values()])
+    return {"weights": weights, "average": average, "logged": watch.seen}
 
 
 SCRIPT = """
@@ -135,11 +137,12 @@ def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, case
         one = run(*case)
         first, *others = (rank[case] for rank in ranks)
         for other in others:
-            assert torch.equal(first["weights"], other["weights"])
+            assert torch.equal(first["weights"], other["weights"]) and torch.equal(first["average"], other["average"])
             assert first["logged"] == other["logged"]
         start = torch.cat([p.detach().flatten() for p in tiny_backbone(**OPTIONS[case[1]]).parameters()])
         assert (one["weights"] - start).abs().max() > 1e-3
         torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(first["average"], one["average"], rtol=1e-4, atol=2e-5)
         for step, expected in zip(first["logged"], one["logged"], strict=True):
             assert step == pytest.approx(expected, rel=1e-3, abs=1e-6)
 

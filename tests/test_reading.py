@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,15 +16,20 @@ import webdataset as wds
 from PIL import Image
 
 from datamodules.shards import Reader, Sample, decode
-from datamodules.stream import Stream, read_index
+from datamodules.stream import Place, Stream, read_index
 from src.io.shards import read_tar
 from tests.test_shards import make
 
 
 def read_all(reader: Reader) -> list[Sample]:
     """What a reader gives for the samples of its stream, shard by shard."""
-    samples = [reader.read(shard, index) for shard in reader.stream.shards for index in range(shard.count)]
-    return [sample for sample in samples if sample]
+    return list(reader.samples(all_places(reader.stream)))
+
+
+def all_places(stream: Stream) -> Iterator[Place]:
+    for shard in stream.shards:
+        for index in range(shard.count):
+            yield Place(0, shard, index, 0, 0)
 
 
 def header_of(tar: bytes, name: str) -> int:
@@ -114,12 +120,12 @@ def test_read_errors_of_the_disk_are_counted_and_the_file_is_opened_again(tmp_pa
     stream = Stream([read_index(folder)], seed=1)
     path = folder / "train-000001.tar"
     reader = Reader(stream)
-    samples = (reader.read(shard, index) for shard in stream.shards for index in range(10))
-    read = [sample.key for sample in islice(samples, 15) if sample]
+    samples = reader.samples(all_places(stream))
+    read = [sample.key for sample in islice(samples, 15)]
     (handle,) = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and os.readlink(fd) == str(path)]
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     os.dup2(memory, int(handle.name))
-    read += [sample.key for sample in samples if sample]
+    read += [sample.key for sample in samples]
     assert reader.damage == {(str(path), "unreadable"): 1}
     assert len(read) == 30
     assert set(read) == {f"s{n:03d}" for n in range(30)} - {"s015"} | {read[15]}

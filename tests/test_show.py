@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.io.shards import write_shards
+from src.io.shards import read_shard, write_shards
 from src.preparation.photos import Photos
 from src.prepare import main
+from src.text.tokenizer import Codec
 
 SETTINGS: dict[str, Any] = {"image_size": 32, "response_length": 200, "prompt": "What is there?"}
 NUM = 40
@@ -78,10 +79,21 @@ def test_what_is_right_is_not_named_and_the_page_shows_it(rows, tmp_path, capsys
     rows[0] = {"image": "p00.png", "original_caption": true, "changed_caption": false, "problem": "What < is it?"}
     rows[0] |= {"solution_original": "fox", "solution_target": "cat"}
     out = prepare(tmp_path, rows)
+    codec = Codec.load(out / "tokenizer")
     text, findings = shown(capsys, f"show={out}")
     assert not findings and "looks wrong, of 40 samples looked at\n  nothing\n" in text
-    for part in ("image_size: 32", f"{NUM}  written", "hallucinated spans  ", "caption tokens", "contact.html"):
+    sums = " ".join(line for line in text.splitlines() if "=" in line)
+    assert sums == "40 records = 0 rejected + 0 over max + 0 merged + 40 kept"
+    for part in ("image_size 32", f"{NUM}  written", "hallucinated spans: ", "contact.html"):
         assert part in text
+    lengths = [
+        len(codec.encode(s["json"]["captions"][0]["text"])[0]) for s in read_shard(out / "train/train-000000.tar")
+    ]
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("train ") and "KB" in line)
+    assert row[:3] == ["train", "40", "1"] and row[5:7] == ["40", f"{np.mean(lengths):.2f}".rstrip("0")]
+    assert [int(cell) for cell in row[7:]] == [
+        *np.percentile(lengths, [5, 50, 95, 99], method="inverted_cdf"), max(lengths)
+    ]  # fmt: skip
     page = Page((out / "contact.html").read_text())
     assert (
         len(page.images) == 24 == len({Image.open(io.BytesIO(data)).resize((8, 8)).tobytes() for data in page.images})
@@ -146,7 +158,8 @@ def test_rounds_texts_and_damage(rows, tmp_path, capsys) -> None:
     text, findings = shown(capsys, f"show={tmp_path / 'round'}")
     assert findings["image of less than 16 pixels"] == (2, "k1") or findings["image of less than 16 pixels"][0] == 2
     assert findings["image that cannot be decoded"] == (1, "k0")
-    assert "caption tokens  p5 3" in text
+    (row,) = (line.split() for line in text.splitlines() if line.startswith("round ") and "B" in line)
+    assert row[1:3] == ["3", "2"] and row[5:] == ["3", "3.0", *"33333"]
     page = Page((tmp_path / "round" / "contact.html").read_text())
     assert page.texts["del"][1:] == ["dog"] * 3 and page.texts["ins"][1:] == ["cat"] * 3
     out = prepare(tmp_path, rows)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
-import random
+import os
 import sys
 import tracemalloc
 import unicodedata
@@ -60,49 +59,13 @@ def record(image: Any, caption: Any = "A") -> dict:
 
 
 def talk(*turns: str, image: str = "a.jpg", first: str = "human") -> dict:
-    roles = ("human", "gpt") if first == "human" else ("gpt", "human")
-    return {"image": image, "conversations": [{"from": roles[n % 2], "value": text} for n, text in enumerate(turns)]}
+    roles = {"human": ("human", "gpt"), "gpt": ("gpt", "human"), "system": ("system", "human", "gpt")}[first]
+    values = [{"from": roles[n % len(roles)], "value": text} for n, text in enumerate(turns)]
+    return {"image": image, "conversations": values}
 
 
 # file, content -> image and captions of each record that is used, and what is left out with its example
-TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
-    "semicolons": ("a.csv", "image;caption\na.jpg;A ball, red.\nb.jpg;B\n", [("a", "A ball, red."), ("b", "B")], {}),
-    "header": ("a.csv", " Image , CAPTION \na.jpg,A\n", [("a", "A")], {}),
-    "excel": ("a.csv", "sep=;\nimage;caption;;\na.jpg;A, b;;\n", [("a", "A, b")], {}),
-    "paragraphs": ("a.csv", 'image,caption\r\na.jpg,"A.\r\n\r\nIt is red, and big."\r\nb.jpg,B\r\n',
-                   [("a", "A.\n\nIt is red, and big."), ("b", "B")], {}),
-    "old Mac": ("a.csv", "image,caption\ra.jpg,A\rb.jpg,B\r", [("a", "A"), ("b", "B")], {}),
-    "blanks": ("a.csv", 'image, caption\na.jpg, "A, b"\n b.jpg , B\n', [("a", "A, b"), ("b", "B")], {}),
-    "comma": ("a.csv", "image,caption\na.jpg,A ball, red\nb.jpg,B\n", [("b", "B")],
-              {"broken_row": "a.csv:2 (3 cells for 2 columns)"}),
-    "comma, three columns": ("a.csv", "image,caption,x\na.jpg,A ball, red, big\nb.jpg,B\nc.jpg,C,1\n", [("c", "C")],
-                             {"broken_row": "a.csv:2 (4 cells for 3 columns)"}),
-    "quote": ("a.csv", 'image,caption\na.jpg,"A ball\nb.jpg,B\nc.jpg,"C, c"\n', [("b", "B"), ("c", "C, c")],
-              {"broken_row": "a.csv:2 (a quotation mark)"}),
-    "quote that another one closes": ("a.csv", 'image,caption\na.jpg,"A ball\nb.jpg,B\nc.jpg,a 5"\nd.jpg,D\n',
-                                      [("b", "B"), ("c", 'a 5"'), ("d", "D")],
-                                      {"broken_row": "a.csv:2 (a quotation mark)"}),
-    "quote, caption first": ("a.csv", 'caption,image\n"A ball,a.jpg\nB,b.jpg\n', [("b", "B")],
-                             {"broken_row": "a.csv:2 (a quotation mark)"}),
-    "quote, all quoted": ("a.csv", '"image","caption"\n"a.jpg","A\n"b.jpg","B, b"\n', [("b", "B, b")],
-                          {"broken_row": "a.csv:2 (a quotation mark)"}),
-    "quotes of a text": ("a.csv", 'image,caption\na.jpg,A 6" ball\nb.jpg,"The ""B"""\n',
-                         [("a", 'A 6" ball'), ("b", 'The "B"')], {}),
-    "captions.txt": ("captions.txt", "image,caption\na.jpg,A child .\na.jpg,A girl .\n",
-                     [("a", "A child ."), ("a", "A girl .")], {}),
-    "captions.txt with tabs": ("captions.txt", "image\tcaption\na.jpg\tA, b\n", [("a", "A, b")], {}),
-    "Flickr8k.token.txt": ("a.token.txt", 'a.jpg#0\tA child, in a "pink" dress .\na.jpg#1\t"Hi" says she .\n',
-                           [("a", 'A child, in a "pink" dress .'), ("a", '"Hi" says she .')], {}),
-    "Flickr30k": ("results.csv", "image_name| comment_number| comment\na.jpg| 0| Two men, standing .\n",
-                  [("a", "Two men, standing .")], {}),
-    "no header": ("a.csv", "a.jpg,A\nb.jpg,B\n", [("a", "A"), ("b", "B")], {}),
-    "tabs quote nothing": ("a.tsv", 'image\tcaption\na.jpg\t"A\nb.jpg\tB\n', [("b", "B")],
-                           {"broken_row": "a.tsv:2 (a quotation mark)"}),
-    "Latin-1": ("a.csv", "image,caption\na.jpg,Caf\xe9\nb.jpg,B\n".encode("latin1"), [("b", "B")],
-                {"not_utf-8": "a.csv:2"}),
-    "NUL": ("a.csv", "image,caption\na.jpg,A\0\nb.jpg,B\n", [("b", "B")], {"nul_character": "a.csv:2"}),
-    "list in a cell": ("a.csv", "image,caption\na.jpg,\"['A cat.', 'A dog.']\"\nb.jpg,nan\n",
-                       [("a", "A cat.", "A dog.")], {"empty_caption": "a.csv:3"}),
+FILES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
     "bad byte in lines": ("a.jsonl", (lines(record("a.jpg"), record("b.jpg", "!"), record("c.jpg"))).encode()
                           .replace(b"!", b"\xff"), [("a", "A"), ("c", "A")], {"not_utf-8": "a.jsonl:2"}),
     "bad byte in a list": ("a.json", dump([record("a.jpg"), record("b.jpg", "!"), record("c.jpg")]).encode()
@@ -125,20 +88,37 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
                  [("a", "A", "B")], {}),
     "COCO, images last": ("a.json", dump({"annotations": [{"image_id": 1, "caption": "A"}], "info": {}, "images": [
         {"id": 1, "file_name": "a.jpg"}]}), [("a", "A")], {}),
-    "nested captions": ("a.json", dump([record("a.jpg", [["A", ["B"]], 5]), record("b.jpg", 7)]), [("a", "A", "B")],
-                        {"caption_not_text": "a.json#1"}),
+    "nested captions": ("a.json", dump([record("a.jpg", [["A", ["B", None, " "]]]), record("b.jpg", ["B", 7])]),
+                        [("a", "A", "B")], {"caption_not_text": "a.json#2"}),
+    "columns of several formats": ("a.json", '[{"image": "a.jpg", "caption": "A", "conversations": null, "text": null, '
+                                   '"original_caption": null, "changed_caption": null, "split": NaN, "prompt": NaN}, '
+                                   '{"image": "c.jpg", "video": null, "caption": null, "messages": '
+                                   '[{"role": "assistant", "content": "C"}]}, '
+                                   '{"image": NaN, "file_name": "b.jpg", "caption": NaN, "text": "B"}]',
+                                   [("a", "A"), ("c", "C"), ("b", "B")], {}),
+    "sentences": ("a.json", dump({"images": [{"image": "a.jpg", "sentences": [{"raw": "A"}]},
+                                             {"image": "b.jpg", "sentences": ["B"], "filename": None}]}),
+                  [("a", "A"), ("b", "B")], {}),
+    "bytes as numbers": ("a.json", dump([record({"bytes": [255, 216], "path": "a.jpg"}), record("b.jpg")]),
+                         [("b", "A")], {"no_image": "a.json#1"}),
+    "splits that are none": ("a.json", dump([{**record("a.jpg"), "split": split} for split in
+                                             (0, ["test"], True, "dev2", " Test ", "restval", "")]),
+                             [("a", "A")] * 3, {"unknown_split": "a.json#1 (0)"}),
+    "system texts": ("a.json", dump([
+        talk("S", "Q", "A", first="system"), {**talk("Q", "A"), "system_prompt": "S"},
+        {"image": "a.jpg", "messages": [{"role": "system", "content": ""}, {"role": "assistant", "content": "A"}]}]),
+                     [("a", "A")], {"system_text": "a.json#1"}),
     "an answer before the question": ("a.json", dump([talk("Hi", "Q", "A", first="gpt"), record("c.jpg")]),
                                       [("c", "A")], {"turns_out_of_order": "a.json#1"}),
-    "no question": ("a.csv", "image,caption,prompt\na.jpg,A,nan\nb.jpg,B,\n", [("a", "A"), ("b", "B")], {}),
     "questions": ("a.json", dump([{**record("a.jpg"), "prompt": ["Q", "R"]}, {**record("b.jpg"), "prompt": ["Q"]}]),
                   [("b", "A")], {"question_not_text": "a.json#1"}),
     "line ends": ("a.json", dump([record("a.jpg", "A\r\nB\rC")]), [("a", "A\nB\nC")], {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("case", FILES)
 def test_files_that_people_have(case: str, tmp_path: Path) -> None:
-    name, content, used, left_out = TABLES[case]
+    name, content, used, left_out = FILES[case]
     entries, counts = read(tmp_path, name, content, ("a.jpg", "b.jpg", "c.jpg", "d.jpg"))
     assert [(path.stem, *(c.text for c in entry.captions)) for entry, path in entries if path] == used
     assert counts.examples == left_out
@@ -176,6 +156,29 @@ def test_questions_keep_their_line_ends_and_lose_the_mark_of_the_image(value: st
     assert [entry.prompt for entry, _ in entries] == [QUESTIONS[value]] * 3
 
 
+ALPACA = {"instruction": "Translate.", "output": "Hund."}
+WHOLE = {
+    "no input": ({**ALPACA, "input": ""}, "Translate."),
+    "input": ({**ALPACA, "input": "dog\r\ncat"}, "Translate.\n\ndog\ncat"),
+    "system text": ({**ALPACA, "system": "You are a poet."}, "system_text"),
+    "earlier turns": ({**ALPACA, "history": [["Hi", "Hello"]]}, "earlier_turns"),
+    "no text": ({**ALPACA, "input": 5}, "not_a_text"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_the_whole_question_of_alpaca_is_asked(case: str, tmp_path: Path) -> None:
+    """Of photographs and of texts: the template of Alpaca is the instruction, a blank line, the input."""
+    row, expected = WHOLE[case]
+    entries, counts = read(tmp_path, "a.jsonl", lines({"image": "a.jpg", **row}), ("a.jpg",))
+    fields = {"prompt": "instruction", "response": "output"}
+    items = list(Pairs(out="", files=str(tmp_path / "a.jsonl"), response_length=9, **fields).read(other := Counts()))
+    if expected in (*counts, *other):
+        assert (entries, items, counts[expected], other[expected]) == ([], [], 1, 1)
+    else:
+        assert [entry.prompt for entry, _ in entries] == [item.prompt for item in items] == [expected]
+
+
 # --- the file of an image ----------------------------------------------------------------------------
 
 
@@ -192,6 +195,7 @@ def test_questions_keep_their_line_ends_and_lose_the_mark_of_the_image(value: st
         (("a.jpg", "b.jpg"), ["data/a.jpg", "data/b.jpg", "/data/a.jpg"], [None, "b.jpg", None]),  # a.jpg has two names
         (("a.jpg", "b.jpg"), ["data/a.jpg", "b.jpg"], [None, "b.jpg"]),
         (("a.jpg", "b.jpg"), ["data/a.jpg", "data/b.jpg"], ["a.jpg", "b.jpg"]),
+        (("dog#1.jpg", "a.jpg"), ["dog#1.jpg", "dog#1", "a.jpg#1", "a#1"], ["dog#1.jpg", "dog#1.jpg", "a.jpg", None]),
         (("a.jpg", "x/b.jpg"), ["photos/a.jpg", "photos/x/b.jpg", "C:\\my\\photos\\a.jpg"], ["a.jpg", "x/b.jpg", None]),
     ],
 )  # fmt: skip
@@ -219,7 +223,7 @@ def test_composed_and_decomposed_names_are_the_same(on_disk: str, named: str, tm
     assert len(entries) == 1 and not counts["missing_image"]
 
 
-# --- readers against the json and csv modules ---------------------------------------------------------
+# --- the JSON reader against the json module -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
@@ -239,33 +243,6 @@ def test_json_is_read_alike_in_pieces_of_any_size(piece: int, tmp_path: Path, mo
     counts = Counts()
     assert [row for _, row in read_records(tmp_path / "a.jsonl", counts)] == rows * 2
     assert counts.examples == {"broken_json": "a.jsonl:8", "not_a_record": "a.jsonl:1"}
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_tables_of_the_csv_module_are_read_back(delimiter: str, quoting: Any, tmp_path: Path) -> None:
-    """Texts with delimiters, quotes and line ends come back as they were, or are left out and counted."""
-    rng = random.Random(0)
-    pieces = ["a", " b", '"', "\n", ",", ";", "\t", "|", "\n\n", "word "]
-    texts = ["".join(rng.choices(pieces, k=rng.randrange(1, 9))) + "." for _ in range(300)]
-    with (tmp_path / "a.csv").open("w", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, quoting=quoting)
-        writer.writerows([("number", "text"), *enumerate(texts)])
-    counts = Counts()
-    rows = [row for _, row in read_records(tmp_path / "a.csv", counts)]
-    assert all(texts[int(row["number"])] == row["text"] for row in rows)
-    assert len(rows) > 250 and set(counts) <= {"records", "broken_row"}
-
-
-def test_prompts_and_responses_are_never_cut_or_joined(tmp_path: Path) -> None:
-    """`conf=sft` has the same reader; without file names a swallowed line cannot be told from a text."""
-    (tmp_path / "a.csv").write_text(
-        ' Question,Answer \n1+1?,2, and no more\n2+2?,"4\n3+3?,6\n4+4?,8"\n5+5?,10\n6+6?,"first\n\nthen, more"\n'
-    )
-    dataset = Pairs(out="", files=str(tmp_path / "a.csv"), prompt="question", response="answer", response_length=64)
-    items = list(dataset.read(counts := Counts()))
-    assert [(item.prompt, item.text) for item in items] == [("5+5?", "10"), ("6+6?", "first\n\nthen, more")]
-    assert counts["broken_row"] == 4  # lines
 
 
 def peak(path: Path) -> float:
@@ -311,7 +288,7 @@ def test_memory_does_not_grow_with_the_file(name: str, megabytes: int, tmp_path:
 # --- Parquet, base64 ----------------------------------------------------------------------------------
 
 
-def encoded(colour: str) -> bytes:
+def encoded(colour: Any) -> bytes:
     Image.new("RGB", (4, 4), colour).save(stream := io.BytesIO(), "PNG")
     return stream.getvalue()
 
@@ -331,11 +308,23 @@ def test_parquet_with_images(form: str, tmp_path: Path) -> None:
         columns["binary"] = images if form == "binary" else [base64.b64encode(data).decode() for data in images]
         columns["image"] = ["x.png"] * 40
     columns["caption"] = ["a model's"] * 40  # not asked for
+    num_without = 1 if form == "struct" else 0
+    if num_without:  # a row of which only the name is there
+        for name, value in (
+            ("image", {"bytes": None, "path": "y.png"}),
+            ("GT_A", "?"),
+            ("GT_B", "?"),
+            ("caption", "?"),
+        ):
+            columns[name].insert(5, value)
     parquet.write_table(pyarrow.table(columns), tmp_path / "a-0.parquet", row_group_size=7)
     source = {"annotations": str(tmp_path / "a-*.parquet"), "captions": ["GT_A", "GT_B"], "prompt": "Q"}
     settings = {"image_size": 4, "response_length": 32, "prompt": "", "vocab_size": 300, "encoding": "png"}
     index = Photos(out=str(tmp_path / "out"), sources={"caps": source}, **settings).run()
-    assert index["counts"]["records"] == {"records": 40, "merged": 36, "duplicate_caption": 36}
+    without = {"no_image": num_without} if num_without else {}
+    assert index["counts"]["records"] == {
+        "records": 40 + num_without, "merged": 36, "duplicate_caption": 36, **without
+    }  # fmt: skip
     samples = [s for tar in (tmp_path / "out").rglob("*.tar") for s in read_shard(tar)]
     assert len(samples) == 4
     for sample in samples:
@@ -345,6 +334,32 @@ def test_parquet_with_images(form: str, tmp_path: Path) -> None:
         name = next(name for name in colours if Image.new("RGB", (1, 1), name).getpixel((0, 0)) == colour)
         assert not more and row["prompt"] == "Q"
         assert texts == [f"All {name}.", *(f"{n}" for n in range(40) if colours[n] == name)]
+
+
+def test_pictures_of_one_name_in_parquet_are_split_by_their_content(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": encoded((n, n, n)), "path": "image.png"} for n in range(60)]
+    coco = [{"bytes": encoded((n, n, 99)), "path": COCO} for n in range(2)]  # one picture, in two qualities
+    table = pyarrow.table({"image": images + coco, "caption": [f"{n}." for n in range(62)]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    settings = {"image_size": 4, "response_length": 16, "prompt": "", "vocab_size": 300, "encoding": "png"}
+    photos = list(Photos(out="", annotations=str(tmp_path / "a.parquet"), **settings).read(Counts()))
+    assert len({photo.name for photo in photos[:60]}) == 60 and len({photo.split for photo in photos[:60]}) > 1
+    assert {photo.name for photo in photos[60:]} == {COCO.removeprefix("COCO_val2014_").removesuffix(".jpg")}
+
+
+def test_only_names_of_files_need_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(dump([record("a.jpg")]))
+    with pytest.raises(UserError, match=r"names the image file a\.jpg: set `images` to its folder"):
+        list(Source(annotations=str(tmp_path / "a.json")).read(Counts(), seed=0))
+
+
+def test_the_name_of_an_annotation_file_must_be_utf_8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.json")).write_text(dump([record("a.jpg")]))
+    with pytest.raises(UserError, match=r"caf\\udce9.json' is not UTF-8: rename it"):
+        Source(annotations=str(tmp_path / "*.json")).files()
+    with pytest.raises(UserError, match=r"prepare.annotations: cannot read 'caf\\udce9.json' as yaml"):
+        load_config(["conf=photos", "prepare.images=x", os.fsdecode(b"prepare.annotations=caf\xe9.json")])
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +394,9 @@ def test_each_source_has_its_own_images_prompt_and_licence(tmp_path: Path) -> No
     assert index["sources"][0] == {"name": "one", "weight": 2.0, "licence": "CC BY-NC 4.0", "origin": "somewhere"}
     assert [source["name"] for source in index["sources"]] == ["one", "two", "three"]
     assert index["counts"]["records"] == {"records": 24, "over_max": 5}
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["reason"]) for row in rejects] == [("three", "over_max")] * 5
+    assert len({row["place"] for row in rejects}) == 5
     origins, splits = [], {}
     for split in ("train", "val", "test"):
         entries = json.loads((tmp_path / "out" / split / "index.json").read_text())["shards"]

@@ -103,6 +103,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
 ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
+    "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "base_phases/full": ["base_phases/brief", "base_phases/detailed"],

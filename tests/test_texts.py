@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from src.io.shards import read_shard
+from src.preparation.counts import Counts
 from src.preparation.smiles import Smiles, count_rings
 from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
@@ -137,7 +138,7 @@ def test_malformed_rows_are_counted_with_an_example_and_left_out(tmp_path: Path)
     file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*good, *bad]) + b"\n")
     index, rows, _ = made(pairs(tmp_path, files=str(file)))
     assert index["counts"]["records"] == {
-        "records": 18, "broken_json": 1, "not_utf-8": 2, "missing_field": 1, "not_a_text": 1, "empty_text": 1,
+        "records": 20, "broken_json": 1, "not_utf-8": 2, "missing_field": 1, "not_a_text": 1, "empty_text": 1,
         "image_mark": 1, "responses too long": 1, "prompts too long": 1, "duplicate_text": 1,
     }  # fmt: skip
     assert index["examples"]["records"] == {
@@ -160,6 +161,23 @@ def test_files_that_name_their_split_keep_it_and_train_gets_nothing_of_test(tmp_
     assert [row.get("task_id") for row in rows["train"]] == [0, 1, 3, 4, 5, 6, 7]
     assert rows["val"] == [] and rows["test"][0]["captions"] == [{"text": "a2"}] and "more" not in rows["train"][0]
     assert index["counts"]["records"]["duplicate_text"] == 1
+
+
+def test_what_texts_are_left_out_for_besides_their_words(tmp_path: Path) -> None:
+    """A split that is none, and a field to keep that cannot be stored."""
+    more = [
+        {"split": "dev"},
+        {"split": 1},
+        {"split": "fold 2"},
+        {"id": ["a", "\ud83d"]},
+        {"id": "\u00e9"},
+        {"split": None},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q{n}", "answer": "a", **m} for n, m in enumerate(more)])
+    items = list(pairs(tmp_path, files=str(file), keep=["id"]).read(counts := Counts()))
+    assert [(item.prompt, item.extra) for item in items] == [("q0", {}), ("q4", {"id": "\u00e9"}), ("q5", {})]
+    assert items[0].split == "val" and items[0].share is None
+    assert counts == {"records": 6, "unknown_split": 2, "not_utf-8": 1}
 
 
 def test_nothing_usable_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,12 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
             "objective.rate=0.2",
             r"with other settings \(objective\.rate: 0\.1 in the run, 0\.2 now\); set another run_dir",
         ),
-        ("optim.warmup_steps=11", "optim.warmup_steps=11 is more than trainer.max_steps=10"),
+        (
+            "trainer.max_steps=20",
+            r"other settings \(trainer\.max_steps: 10 in the run, 20 now\);.* To train its model for more steps: "
+            r"run_dir=NEW model=trained model\.path=.*/model",
+        ),
+        ("optim.warmup_steps=11", "optim.warmup_steps=11 is more than trainer.max_steps=10.* add optim.warmup_steps=1"),
         (
             "model.vision.image_size=96",
             "data.image_size and data.tiling mean one tile of 48 .* model means .* 96 pixels",

@@ -142,7 +142,7 @@ def _value(key: str, text: str) -> Any:
         return os.path.expanduser(text)
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"] if text else ""  # type: ignore[index]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeEncodeError) as error:  # the last: not UTF-8
         raise UserError(f"{key}: cannot read {text!r} as yaml: {one_line(error)}") from error
 
 

@@ -3,6 +3,9 @@
 RUN/checkpoints/epoch=E-step=S.ckpt           a file: the zip archive of `torch.save`
 RUN/checkpoints/epoch=E-step=S.ckpt/          a folder: __RANK_N.distcp and .metadata (torch.distributed.checkpoint),
                                               meta.pt (loops, callbacks, ...), files.json (sizes and checksums)
+
+The average of the weights (`callbacks/ema.py`) is the file's entry `ema`, by name of the parameter. A folder has it
+among the tensors of `state_dict`, with `ema.` before each name, so that every rank writes and reads its own shards.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from src.distributed.parallel import gather, rank
 from src.io.files import publish, sync_path, write_json
 
 MANIFEST, META, PLAN = "files.json", "meta.pt", ".metadata"
+EMA = "ema."  # before the names of averages
 CHUNK = 1 << 24  # bytes read at a time
 
 
@@ -95,7 +102,23 @@ def read_full(path: Path) -> dict[str, Any]:
         states = {numbers[name]: values for name, values in state["state"].items()}
         optimizers.append({"state": states, "param_groups": groups})
     meta = torch.load(path / META, map_location="cpu", weights_only=True)
-    return {**meta, "state_dict": content["state_dict"], "optimizer_states": optimizers}
+    state = content["state_dict"]
+    average = {name.removeprefix(EMA): state.pop(name) for name in list(state) if name.startswith(EMA)}
+    content = {**meta, "state_dict": state, "optimizer_states": optimizers}
+    return {**content, "ema": average} if average else content
+
+
+def read_average(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """This rank's shards of the average in a folder, by name of the parameter of the sharded `module`; may be empty."""
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    shards = {
+        name: torch.empty_like(parameter.detach(), dtype=torch.float32)
+        for name, parameter in module.named_parameters()
+        if f"state_dict.{EMA}{name}" in stored
+    }
+    if shards:
+        load({"state_dict": {EMA + name: shard for name, shard in shards.items()}}, checkpoint_id=path)
+    return shards
 
 
 def _size_and_checksum(file: Path) -> dict[str, int]:

@@ -131,4 +131,4 @@ def shrink(image: Image.Image, size: int, *, resize: Resize = by_pillow) -> Imag
 def _scaled(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    return resize(image, (width, height))
+    return image if (width, height) == image.size else resize(image, (width, height))

@@ -16,12 +16,12 @@ taken from the environment when a connection is made.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import re
-import select
 import shlex
+import subprocess
+import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -29,14 +29,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from webdataset.gopen import gopen
 
 from src.io.errors import UserError
 from src.io.files import atomic, sha256
@@ -46,10 +46,8 @@ PATIENCE = 60.0  # seconds without a byte, over all attempts, until a file is
 AT_START = 15.0  # the same for an index: someone waits for it
 DEADLINE = 600.0  # seconds for a file in all, below the timeout of the ranks
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next attempts; the last one repeats
-CHUNK = 1 << 20
 LOCKS = 64  # lock files of a cache; two files that share one are not downloaded at once
 TRANSIENT = (408, 425, 429)  # HTTP status codes, beside those from 500
-PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 VARIABLE = re.compile(r"\$(\w+)")
 _unreachable: set[str] = set()  # hosts that PATIENCE was spent on: one attempt for their other files until one arrives
 log = logging.getLogger(__name__)
@@ -161,12 +159,13 @@ class Remote:
 
     def read_bytes(self) -> bytes:
         """Its content, always from the server. Raises UserError, as it is read when a command starts."""
-        buffer = io.BytesIO()
-        try:
-            self._download(buffer, patience=AT_START)
-        except OSError as error:
-            raise UserError(f"{error}; check the URL, and whether you may read it") from None
-        return buffer.getvalue()
+        with tempfile.TemporaryFile() as file:
+            try:
+                self._download(file, patience=AT_START)
+            except OSError as error:
+                raise UserError(f"{error}; check the URL, and whether you may read it") from None
+            file.seek(0)
+            return file.read()
 
     def probe(self, *, largest: int) -> None:
         """Raise UserError now if the server refuses the file, or the cache cannot hold one of `largest` bytes."""
@@ -182,7 +181,7 @@ class Remote:
                     pass
             except OSError as error:
                 if _is_final(error):
-                    raise UserError(f"{self}: {redact(error)}; check whether you may read it") from None
+                    raise UserError(f"{self}: {_problem(self.url, error)}; check whether you may read it") from None
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
         """As `Path.open`: the file in the cache, downloaded if it is not there. It may be removed there meanwhile."""
@@ -196,10 +195,9 @@ class Remote:
                 return file
             with atomic(path) as stream:
                 self._download(stream, patience=PATIENCE)
+            file = path.open("rb")  # before it can be removed
             self.cache.trim()
-            if file := self._cached(path):
-                return file
-        raise FileNotFoundError(f"{self} was removed from {folder} at once: raise data.cache.max_gb")
+            return file
 
     def _cached(self, path: Path) -> BinaryIO | None:
         with suppress(FileNotFoundError):  # another process may remove it at any time
@@ -214,8 +212,8 @@ class Remote:
         """Write the file to `out`, with as many attempts as it takes and as time allows."""
         host = "/".join(self.url.split("/")[:3])
         begun = last = time.monotonic()  # `last`: when the last bytes came
-        attempts = wrong = 0
-        while True:
+        wrong = 0
+        for pause in chain(PAUSES, repeat(PAUSES[-1])):
             size = out.tell()
             try:
                 self._attempt(out, begun + DEADLINE)
@@ -224,35 +222,37 @@ class Remote:
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 - every file system raises its own
-                if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+                if getattr(error, "errno", None) in (ENOSPC, EDQUOT):
                     out.truncate(0)
-                    raise UserError(
-                        "data.cache: no space is left in its folder; lower max_gb, or choose another"
-                    ) from None
-                problem, final = redact(error) or type(error).__name__, _is_final(error)
-                wrong += isinstance(error, WrongContentError)
-            now, pause = time.monotonic(), PAUSES[min(attempts, len(PAUSES) - 1)]
-            attempts += 1
+                    raise UserError("data.cache: no space is left there; lower max_gb, or set another folder") from None
+                problem, wrong = _problem(self.url, error), wrong + isinstance(error, WrongContentError)
+                final = _is_final(error) or wrong > 1
+            now = time.monotonic()
             last = now if out.tell() > size else last
-            silent = now + pause > last + patience or host in _unreachable
-            if silent:
+            if now + pause > last + patience:
                 _unreachable.add(host)
-            if final or silent or wrong > 1 or now + pause > begun + DEADLINE:
-                raise OSError(f"{self}: {problem}") from None
+            if final or host in _unreachable or now + pause > begun + DEADLINE:
+                raise OSError(f"{self}: {problem}")
             log.warning("%s: %s; trying again", self, problem)
             time.sleep(pause)
 
     def _attempt(self, out: BinaryIO, deadline: float) -> None:
         """Read on from where `out` ends, or from the start if the server cannot do that, and check the whole."""
-        with _connect(self.url, out.tell()) as (read, offset, length):
-            out.seek(offset)
+        size = self.size
+        if self.url.startswith("pipe:"):
+            out.seek(0)
             out.truncate()
-            while data := read(CHUNK):
-                out.write(data)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"only {out.tell()} bytes in {DEADLINE:.0f} seconds")
+            _run(self.url.removeprefix("pipe:"), out)
+        else:
+            with _connect(self.url, out.tell()) as (read, offset, length):
+                out.seek(offset)
+                out.truncate()
+                while data := read(1 << 20):
+                    out.write(data)
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"only {out.tell()} bytes in {DEADLINE:.0f} seconds")
+            size = length if size is None else size  # the index knows better than the server
         out.flush()
-        size = length if self.size is None else self.size  # the index knows better than the server
         if size is not None and out.tell() < size:
             raise OSError(f"{out.tell()} of {size} bytes arrived")
         if out.tell() != (size or out.tell()) or (self.sha256 and sha256(Path(out.name)) != self.sha256):
@@ -270,25 +270,40 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError | PermissionError)
 
 
+def _problem(url: str, error: Exception) -> str:
+    """An error in words. That of a library may hold the URL as it was given: with the values of its variables."""
+    told = isinstance(error, HTTPError | WrongContentError) or url.startswith("pipe:") or not VARIABLE.search(url)
+    return (redact(error) if told else "") or type(error).__name__
+
+
+def _run(command: str, out: BinaryIO) -> None:
+    """Write what a command prints. Raises OSError if it fails."""
+    try:
+        status = subprocess.run(command, shell=True, stdout=out, timeout=DEADLINE, check=False).returncode
+    except subprocess.TimeoutExpired:  # its text holds the command
+        raise TimeoutError(f"the command did not end within {DEADLINE:.0f} seconds") from None
+    out.seek(0, os.SEEK_END)
+    if status:
+        error = FileNotFoundError if status in (126, 127) else OSError  # the shell's numbers for no such command
+        raise error(f"the command ended with status {status}")
+
+
 @contextmanager
 def _connect(url: str, offset: int) -> Iterator[tuple[Callable[[int], bytes], int, int | None]]:
     """(function that reads up to n bytes, offset that it begins at, size of the whole file if the server tells)."""
-    if url.startswith("pipe:"):
-        pipe: Any = gopen(url)
-        try:
-            yield partial(_read_pipe, pipe), 0, None
-        finally:
-            pipe.proc.kill()  # a shell that has ended does not mind
-            with suppress(OSError):  # its text holds the command
-                pipe.close()
-        return
     if unset := [name for name in VARIABLE.findall(url) if name not in os.environ]:
         raise UserError(f"{redact(url)}: the environment variable {unset[0]} is not set")
     expand = partial(VARIABLE.sub, lambda name: os.environ[name[1]])
     if url.startswith(("http://", "https://")):  # plainer than fsspec's, and safe to use in forked workers
         parts = urlsplit(url)
         user, _, host = parts.netloc.rpartition("@")
-        request = Request(expand(parts._replace(netloc=host).geturl()))
+        address = parts._replace(netloc=host).geturl()
+        for name in VARIABLE.findall(address):
+            if re.search(r"[^!-~]", os.environ[name]):
+                raise UserError(
+                    f"{redact(url)}: the environment variable {name} holds blanks or what else no URL holds"
+                )
+        request = Request(expand(address))
         if user:
             token = b64encode(expand(unquote(user)).encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {token}")
@@ -303,22 +318,9 @@ def _connect(url: str, offset: int) -> Iterator[tuple[Callable[[int], bytes], in
         from fsspec.core import url_to_fs  # of the extra `data`
 
         system, path = url_to_fs(expand(url))
-    except ImportError as error:
-        package = "'rediff-lightning[data]'" if "fsspec" in (error.name or "") else PACKAGES.get(url.split("://")[0])
-        command = f": pip install {package}" if package else ""
-        raise UserError(f"{redact(url)} needs a package that is not installed ({redact(error)}){command}") from None
-    except ValueError as error:
-        raise UserError(f"{redact(url)}: {redact(error)}") from None
+    except (ImportError, ValueError) as error:
+        hint = "; pip install 'rediff-lightning[data]', and s3fs, gcsfs, ..." if isinstance(error, ImportError) else ""
+        raise UserError(f"{redact(url)}: {_problem(url, error)}{hint}") from None
     with system.open(path, "rb") as file:
         file.seek(offset)
         yield file.read, offset, getattr(file, "size", None)
-
-
-def _read_pipe(pipe: Any, count: int) -> bytes:
-    if not select.select([pipe.stream], [], [], STALL)[0]:
-        raise TimeoutError(f"no output for {STALL:.0f} seconds")
-    data = os.read(pipe.stream.fileno(), count)
-    if not data and (status := pipe.proc.wait()):
-        error = FileNotFoundError if status in (126, 127) else OSError  # the shell's numbers for no such command
-        raise error(f"the command ended with status {status}")
-    return data

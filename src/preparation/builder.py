@@ -32,7 +32,17 @@ from src.preparation.counts import Counts, table
 from src.preparation.items import Items, disk_errors, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
-from src.preparation.workers import DATA, ITEMS, REPORTS, Job, WorkerLost, num_processes, write, write_in_processes
+from src.preparation.workers import (
+    DATA,
+    ITEMS,
+    REPORTS,
+    Job,
+    WorkerLost,
+    is_finished,
+    num_processes,
+    write,
+    write_in_processes,
+)  # fmt: skip
 from src.text.tokenizer import NEEDED, Codec
 
 log = logging.getLogger(__name__)
@@ -54,6 +64,7 @@ class Dataset(ABC):
         UserError is raised
     """
 
+    LEAST: ClassVar[dict[str, int]] = {"response_length": 2, "vocab_size": 0, "per_shard": 1, "processes": 1}
     kind: ClassVar[str] = "captions"  # of the split folders
     alphabet: ClassVar[str] = "bytes"  # of a new tokenizer, which can then encode any text; or "seen"
     order: ClassVar[Literal["hash", "read"]] = "hash"  # of the items of a split: by a hash of seed and key, or as read
@@ -90,6 +101,11 @@ class Dataset(ABC):
     def texts(self, items: Iterable[Any]) -> Iterable[str]:
         """Texts that a new tokenizer is trained on."""
 
+    def file_of(self, item: Any) -> Path | None:
+        """The file that the sample of an item is read from, if there is one: a shard of a run that was killed is
+        written again if it has changed since."""
+        return None
+
     def is_usable(self, item: Any, codec: Codec) -> bool:
         """Whether `samples` will make a sample of an item; asked where a split might stay empty."""
         return True
@@ -105,10 +121,14 @@ class Dataset(ABC):
 
     def run(self) -> dict:
         """Write the dataset unless it exists; return its index.json."""
-        for name, value in (("per_shard", self.per_shard), ("processes", self.processes)):
-            if value is not None and value < 1:
-                raise UserError(f"prepare.{name} must be at least 1, got {value}")
+        for name, least in self.LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"prepare.{name} must be at least {least}, got {value}")
         out = Path(self.out)
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise UserError(f"prepare.out={out} is the folder that this runs in, or one above it: choose another one")
+        if out.is_symlink():  # what it points to is replaced, and the link stays
+            out = out.resolve()
         folder = out.with_name(f"{out.name}.partial")
         with locked(out):
             # 1. never replace what is read, nor what is no dataset
@@ -224,7 +244,8 @@ class Dataset(ABC):
                 " and ".join(without),
                 REJECTS,
             )
-        write_json(data / MANIFEST, manifest.content(index))
+        kept = scan["items"] - sum(division["counts"]["records"]["counts"].values())
+        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=division["sizes"]))
         write_json(data / INDEX, index)
         return index
 
@@ -235,7 +256,7 @@ class Dataset(ABC):
                 first = items[item.key]
                 self.merge(first, item, counts)
                 items.update(first)
-        return {"counts": {"records": counts.report()}}
+        return {"counts": {"records": counts.report()}, "items": len(items)}
 
     def _make_tokenizer(self, items: Items, folder: Path) -> dict:
         if self.tokenizer:
@@ -264,7 +285,7 @@ class Dataset(ABC):
 
     def _write_shards(self, jobs: Sequence[Job], folder: Path, codec: Codec, items: Items) -> None:
         """Write the shards that are not there yet."""
-        open_jobs = [job for job in jobs if not job.is_finished(folder)]
+        open_jobs = [job for job in jobs if not is_finished(job, self, items, folder)]
         if num_kept := len(jobs) - len(open_jobs):
             log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
         for place in (folder / REPORTS, *(folder / DATA / split for split in SPLITS)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 Reject = tuple[str, str, str]  # source (`Item.origin`), reason, place
 
@@ -59,6 +59,20 @@ def table(counts: Mapping[str, Mapping[str, int]], examples: Mapping[str, Mappin
             example = examples.get(part, {}).get(reason)
             note = f" (left out), such as {example}" if example else ""
             if number or reason == "written":
-                rows.append((part, str(number), reason.replace("_", " ") + note))
-    width, digits = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-    return "\n".join(f"{part:{width}}  {number:>{digits}}  {words}" for part, number, words in rows)
+                rows.append((part, number, reason.replace("_", " ") + note))
+    return grid(rows)
+
+
+def grid(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as aligned columns; to the right where the last row has a number."""
+    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numbers = [isinstance(cell, int | float) for cell in rows[-1]] if rows else []
+    lines = (
+        [
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(row, widths, numbers, strict=True)
+        ]
+        for row in cells
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from src.io.errors import UserError
 from src.preparation.counts import Reject
 from src.preparation.splits import SPLITS, hash64
 
@@ -191,11 +192,14 @@ def _load(split: str, data: bytes) -> Any:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors of a full or broken disk into an OSError that names the file."""
+    """Turn SQLite's errors of a full or broken disk into an OSError that names the file, of a damaged file into a
+    UserError."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except sqlite3.DatabaseError as error:
         primary = error.sqlite_errorcode & 0xFF  # the rest tells what was being done
+        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise UserError(f"{path} was damaged ({error}) and is removed: the same command begins again") from error
         if primary not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             raise
         code = errno.ENOSPC if primary == sqlite3.SQLITE_FULL else errno.EIO

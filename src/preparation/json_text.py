@@ -32,10 +32,6 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
-class TooLong(Exception):
-    """A value has more characters than `value(limit=...)` allows."""
-
-
 class JsonText:
     """A position in a JSON text. line: of the position. Methods raise ValueError or RecursionError for broken JSON."""
 
@@ -53,7 +49,7 @@ class JsonText:
         self._go_to(match.start())
         return self._text[self._at]
 
-    def value(self, limit: float = float("inf")) -> Any:
+    def value(self) -> Any:
         """The next value; a `Skip` if it holds a byte that is not UTF-8."""
         self.peek()
         while True:
@@ -61,8 +57,6 @@ class JsonText:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 is_cut = error.pos > len(self._text) - MESSAGE or error.msg.startswith("Unterminated string")
-                if len(self._text) > limit:
-                    raise TooLong from None
                 if not (is_cut and self._more()):
                     raise
             else:

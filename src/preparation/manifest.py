@@ -1,8 +1,10 @@
 """manifest.json and rejects.jsonl beside a dataset's index.json: what it is made of, for people.
 
 manifest.json   sources with licence, origin, samples and what was left out of each; lengths of captions in tokens;
-                hallucinated spans; splits with their shards, samples, bytes and sha256
-rejects.jsonl   everything that was left out, a line each: part (records, or a split), source, reason, place
+                hallucinated spans; splits with their shards, samples, bytes and sha256; and what became of all:
+                records read = rejected + over_max + merged + kept, and of a split items = samples + left out
+rejects.jsonl   everything that was left out, a line each: part (records, or a split), source, reason, place.
+                Merged records are not listed. A record or sample that lost a caption or a turn is, and stays
 """
 
 from __future__ import annotations
@@ -47,8 +49,13 @@ class Manifest:
         self._samples.update(entry["source"] if "source" in entry else {0: entry["count"]})
         self._shards[split].append({name: entry[name] for name in ("name", "count", "bytes", "sha256")})
 
-    def content(self, index: Mapping[str, Any]) -> dict:
-        """The manifest of a dataset with this index.json."""
+    def content(self, index: Mapping[str, Any], *, kept: int, sizes: Mapping[str, int]) -> dict:
+        """The manifest of a dataset with this index.json.
+
+        kept: items that the records became; sizes: items of each split
+        """
+        records = index["counts"].get("records", {})
+        read, others = records.get("records", 0), {name: records.get(name, 0) for name in ("over_max", "merged")}
         equal, unequal = (
             sum(index["counts"].get(split, {}).get(reason, 0) for split in SPLITS)
             for reason in ("swaps", "swaps of unequal length")
@@ -63,6 +70,9 @@ class Manifest:
             ],
             "files": index["files"],
             "counts": index["counts"],
+            "records": {"read": read, "rejected": read - kept - sum(others.values()), **others, "kept": kept}
+            if read
+            else None,  # none are read
             "caption_tokens": {split: percentiles(lengths) for split, lengths in self.lengths.items()},
             "hallucinated_spans": {
                 "equal_length": equal,
@@ -71,7 +81,8 @@ class Manifest:
             },
             "splits": {
                 split: {
-                    "samples": sum(entry["count"] for entry in entries),
+                    "samples": (count := sum(entry["count"] for entry in entries)),
+                    "left_out": sizes[split] - count,
                     "bytes": sum(entry["bytes"] for entry in entries),
                     "shards": entries,
                 }

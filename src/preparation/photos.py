@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, load
@@ -25,7 +25,7 @@ from src.preparation.items import Items
 from src.preparation.sources import coco
 from src.preparation.sources.base import Caption
 from src.preparation.sources.source import Source
-from src.preparation.splits import SPLIT_NAMES, Item, hashed_share, split_of
+from src.preparation.splits import Item, hashed_share, split_of
 from src.preparation.swaps import locate_swaps
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
@@ -51,8 +51,10 @@ class Photos(Dataset):
     square:      false keeps the shape of images, the longer side at most `image_size`, for training with tiles
     resize:      torch, or pillow
     prompt:      for records without a question
-    max_images:  use only the first `max_images` photos; null uses all
+    max_images:  use only the first `max_images` photos; null uses all. The records of others count as over_max
     """
+
+    LEAST: ClassVar[dict[str, int]] = {**Dataset.LEAST, "image_size": 1, "max_images": 1}
 
     image_size: int
     prompt: str
@@ -112,11 +114,9 @@ class Photos(Dataset):
                     identity = hashlib.blake2b(image, digest_size=16).hexdigest()
                     stem = Path(entry.image).stem or identity
                 # 2. its split
-                split, name = (entry.split or "").lower(), coco.PREFIX.sub("", stem)
-                if split and split not in SPLIT_NAMES:
-                    counts.skip("unknown_split", f"{entry.place} ({split[:40]})")
-                    continue
-                share = None if split else hashed_share(name, self.seed)
+                name = coco.PREFIX.sub("", stem)
+                share = hashed_share(name, self.seed)
+                placed = {"split": entry.split or split_of(share), "share": None if entry.split else share}
                 # 3. the photo
                 prompt = entry.prompt or source.prompt or self.prompt
                 parts = [source.name, identity, prompt] if source.name else [identity, prompt]
@@ -124,11 +124,11 @@ class Photos(Dataset):
                 key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}-{digest}"
                 if self.max_images is not None and key not in keys:
                     if len(keys) >= self.max_images:
+                        counts.skip("over_max", entry.place)
                         continue
                     keys.add(key)
-                common = {"key": key, "name": name, "source": place, "origin": source.name, "share": share}
-                split = split_of(share) if share is not None else SPLIT_NAMES[split]
-                photo = Photo(image=image, prompt=prompt, split=split, **common)
+                common = {"key": key, "name": name, "source": place, "origin": source.name, **placed}
+                photo = Photo(image=image, prompt=prompt, **common)
                 _add(photo, entry.captions, counts)
                 yield photo
 
@@ -153,6 +153,9 @@ class Photos(Dataset):
             for caption in photo.captions.values():
                 yield caption.text
                 yield from (swap.wrong for swap in caption.swaps)
+
+    def file_of(self, item: Photo) -> Path | None:
+        return item.image if isinstance(item.image, Path) else None
 
     def is_usable(self, item: Photo, codec: Codec) -> bool:
         """Whether the photo has a caption that fits and an image that can be decoded."""

@@ -16,20 +16,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
-from src.preparation.json_text import NOT_UTF8, JsonText, TooLong, open_text
+from src.preparation.json_text import NOT_UTF8, JsonText, open_text
 from src.preparation.sources import coco
 from src.preparation.splits import SPLIT_NAMES
 from src.preparation.tables import read_table
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-LARGE = 1 << 20  # characters: a longer object that begins a .json file is the whole file
 NUM_KEYS = 100  # of an object, from which its form is told
+LARGE = 10_000  # values: a larger object that begins a .json file is the whole file
 
 Value = tuple[str, Any]  # place, and a record, or a `Skip` for what cannot be read
 
@@ -45,14 +46,11 @@ def read_records(
         raise UserError(f"no file {path}")
     readers = {".csv": read_table, ".tsv": read_table, ".txt": _documents}
     for place, value in (reader or readers.get(path.suffix.lower(), _json))(path):
-        if isinstance(value, Skip):
-            counts.skip(value, place)
-            continue
         counts["records"] += 1
         if isinstance(value, dict):
             yield place, value
         else:
-            counts.skip("not_a_record", place)
+            counts.skip(value if isinstance(value, Skip) else "not_a_record", place)
 
 
 def text_of(record: dict, field: str) -> str:
@@ -60,9 +58,7 @@ def text_of(record: dict, field: str) -> str:
 
     Raises `Skip` if it is missing, empty or not text.
     """
-    plain = field.strip().casefold()
-    same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
-    value = record.get(field if field in record else next(same, field))
+    value = value_of(record, field)
     if value is None:
         names = ", ".join(str(name) for name in record)
         raise Skip("missing_field", f" (its fields: {names[:80]})")  # shows a misspelling
@@ -71,6 +67,23 @@ def text_of(record: dict, field: str) -> str:
     if not value.strip():
         raise Skip("empty_text")
     return clean(value)
+
+
+def value_of(record: dict, field: str) -> Any:
+    plain = field.strip().casefold()
+    same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
+    return record.get(field if field in record else next(same, field))
+
+
+def with_input(instruction: str, record: dict) -> str:
+    """The question of an Alpaca record, whose `input` stands behind its instruction.
+
+    Raises `Skip` if it also has a system text or earlier turns, as in LLaMA-Factory: these would be lost.
+    """
+    for field, reason in (("system", "system_text"), ("history", "earlier_turns")):
+        if value_of(record, field):
+            raise Skip(reason)
+    return f"{instruction}\n\n{text_of(record, 'input')}" if value_of(record, "input") else instruction
 
 
 def clean(text: str) -> str:
@@ -110,16 +123,13 @@ def _json(path: Path) -> Iterator[Value]:
 
 
 def _is_one_object(path: Path) -> bool:
-    """Whether a file is a single object: nothing follows it, or it is too long for a record."""
+    """Whether a file is a single object: nothing follows it, or it is too large for a record."""
     with open_text(path) as stream:
         text = JsonText(stream)
         try:
-            text.value(limit=LARGE)
-        except TooLong:
-            return True
+            return sum(1 for _ in islice(text.pairs(), LARGE)) == LARGE or not text.peek()
         except (ValueError, RecursionError):
             return False
-        return not text.peek()
 
 
 def _object(path: Path) -> Iterator[Any]:

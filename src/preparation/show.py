@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 from tarfile import TarError
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ from PIL import Image
 from src.io.errors import UserError
 from src.io.files import atomic, read_json
 from src.io.shards import DATASET, INDEX, read_manifest, read_shard
-from src.preparation.counts import Counts, table
-from src.preparation.manifest import MANIFEST
+from src.io.words import counted, data_size
+from src.preparation.counts import Counts, grid, table
+from src.preparation.manifest import MANIFEST, percentiles
 from src.preparation.splits import SPLITS
 from src.text.tokenizer import Codec
 
@@ -87,12 +89,12 @@ def show(path: str | Path, *, seed: int = 0) -> str:
         raise UserError(f"show: no folder {folder}")
     # 1. what the folder says of itself
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    if is_dataset := index.get("kind") == DATASET:
+    if index.get("kind") == DATASET:
         indexes = {split: read_manifest(folder / split) for split in SPLITS if (folder / split / INDEX).is_file()}
         shards = [(split, folder / split / entry["name"]) for split in indexes for entry in indexes[split]["shards"]]
     else:
-        indexes = {folder.name: read_manifest(folder)}
-        shards = [(folder.name, folder / entry["name"]) for entry in indexes[folder.name]["shards"]]
+        index = read_manifest(folder)
+        indexes, shards = {folder.name: index}, [(folder.name, folder / entry["name"]) for entry in index["shards"]]
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     # 2. its samples
     codec = next((Codec.load(f / "tokenizer") for f in (folder, folder.parent) if (f / "tokenizer").is_dir()), None)
@@ -100,27 +102,58 @@ def show(path: str | Path, *, seed: int = 0) -> str:
     findings, total = Counts(), sum(entry["count"] for content in indexes.values() for entry in content["shards"])
     looked_at = min(total, LOOKED_AT)
     chosen = set(Random(seed).sample(range(looked_at), min(looked_at, ON_SHEET)))
-    settings = (index if is_dataset else indexes[folder.name]).get("settings", {})
+    settings = index.get("settings", {})
     views, lengths = _look(islice(_views(shards, codec, findings), looked_at), settings, chosen, findings)
-    sources = manifest.get("sources") or index.get("sources") or []
-    for source in sources:
-        if source.get("samples") == 0:
+    for source in manifest.get("sources", []):
+        if source["samples"] == 0:
             findings.skip("a source without samples", source["name"])
     # 3. the page and the summary
     with atomic(folder / SHEET) as stream:
         stream.write(_page(folder, views).encode())
-    num_bytes = sum(entry.get("bytes", 0) for content in indexes.values() for entry in content["shards"])
-    kind = ", ".join(sorted({content["kind"] for content in indexes.values()}))
-    lines = [f"{folder}: {kind}, {total:,} samples in {len(shards):,} shards, {num_bytes / 1e6:,.1f} MB"]
-    lines += ["settings", *(f"  {name}: {value}" for name, value in settings.items())]
-    lines += ["source", *("  " + _words(source) for source in sources)] if sources else []
-    counts = index["counts"] if is_dataset else {name: content["counts"] for name, content in indexes.items()}
-    lines += [table(counts, index.get("examples", {}) if is_dataset else {}), *_numbers(counts, manifest, lengths)]
-    lines += [f"looks wrong, of {looked_at:,} samples looked at" + (f" (seed {seed})" if looked_at < total else "")]
+    lines = [f"looks wrong, of {looked_at:,} samples looked at" + (f" (seed {seed})" if looked_at < total else "")]
     for name, number in findings.most_common():
         lines.append(f"  {number:6,}  {number / max(looked_at, 1):6.1%}  {name}, such as {findings.examples[name]}")
-    lines += ["  nothing"] * (not findings) + [f"contact sheet of {len(views)} samples: {folder / SHEET}"]
-    return "\n".join(lines)
+    lines += ["  nothing"] * (not findings)
+    kind = ", ".join(sorted({content["kind"] for content in indexes.values()}))
+    return "\n\n".join([
+        f"{folder}: {kind}, {counted(total, 'sample')} in {counted(len(shards), 'shard')}",
+        *_tables(index, indexes, manifest, settings, percentiles(Counter(lengths))),
+        "\n".join(lines),
+        f"contact sheet of {counted(len(views), 'sample')}: {folder / SHEET}",
+    ])  # fmt: skip
+
+
+def _tables(
+    index: Mapping, indexes: Mapping[str, Mapping], manifest: Mapping, settings: Mapping, looked_at: Mapping
+) -> Iterator[str]:
+    """Settings, sources, splits, records and spans. looked_at: percentiles, for a folder without a manifest"""
+    # 1. settings, and sources that have names
+    given = [f"{name} {value}" for name, value in settings.items() if name != "sources" and value not in (None, {}, [])]
+    if given:
+        yield fill(", ".join(given), 120)
+    columns = ("name", "samples", "weight", "licence", "origin")
+    rows = [[source[column] or "" for column in columns] for source in manifest.get("sources", []) if source["name"]]
+    if rows:
+        yield grid([("source", *columns[1:]), *rows])
+    # 2. splits, and the lengths of their captions in tokens
+    points, rows = ("p5", "p50", "p95", "p99", "max"), []
+    for split, content in indexes.items():
+        size = data_size(sum(entry["bytes"] for entry in content["shards"]))
+        tokens = manifest["caption_tokens"][split] if manifest else looked_at
+        cells = (tokens.get(name, "") for name in ("count", "mean", *points))
+        rows.append((split, content["counts"]["written"], len(content["shards"]), size, *cells))
+    yield grid([("split", "samples", "shards", "size", "captions", "tokens, mean", *points), *rows])
+    # 3. what became of the records
+    if records := manifest.get("records"):
+        parts = (f"{number:,} {name.replace('_', ' ')}" for name, number in records.items() if name != "read")
+        yield f"{counted(records['read'], 'record')} = {' + '.join(parts)}"
+    counts = index["counts"] if manifest else {split: content["counts"] for split, content in indexes.items()}
+    yield table(counts, index.get("examples", {}))
+    # 4. spans
+    equal, unequal = (sum(n.get(name, 0) for n in counts.values()) for name in ("swaps", "swaps of unequal length"))
+    if equal + unequal:
+        share = equal / (equal + unequal)
+        yield f"hallucinated spans: {equal:,} of equal length ({share:.1%}); {unequal:,} of unequal length are left out"
 
 
 def _views(shards: Sequence[tuple[str, Path]], codec: Codec | None, findings: Counts) -> Iterator[View]:
@@ -172,15 +205,12 @@ def _look(views: Iterable[View], settings: Mapping, chosen: set[int], findings: 
             name = f'one caption on {len(keys)} samples: "{_short(text, 60)}"'
             findings[name], findings.examples[name] = len(keys), keys[0]
     for same in views_of_image.values():
-        several_keys = len(same) >= 10 or max(Counter(view.prompt for view in same).values()) > 1
-        several_splits = len({view.split for view in same}) > 1
-        for name, is_wrong in {
-            "image under several keys": several_keys,
-            "image in several splits": several_splits,
-        }.items():
-            if is_wrong:
-                findings[name] += len(same)
-                findings.examples.setdefault(name, " and ".join(view.key for view in same[:3]))
+        names = {"image in several splits"} if len({view.split for view in same}) > 1 else set()
+        if len(same) >= 10 or max(Counter(view.prompt for view in same).values()) > 1:
+            names.add("image under several keys")
+        for name in names:
+            findings[name] += len(same)
+            findings.examples.setdefault(name, " and ".join(view.key for view in same[:3]))
     return kept, lengths
 
 
@@ -227,18 +257,6 @@ def _repeats(text: str) -> bool:
     return number > 5 or number * 4 > len(words) / 2 > 8
 
 
-def _numbers(counts: Mapping[str, Mapping[str, int]], manifest: Mapping, lengths: Sequence[int]) -> Iterator[str]:
-    """Lines with the lengths of captions, and the shares of swaps of equal and unequal length."""
-    for split, numbers in manifest.get("caption_tokens", {}).items():
-        yield f"caption tokens  {split}: {_words(numbers)}"
-    if lengths and "caption_tokens" not in manifest:
-        points = {f"p{q}": round(np.percentile(lengths, q)) for q in (5, 25, 50, 75, 95, 99)}
-        yield f"caption tokens  {_words({**points, 'max': max(lengths)})} (of the samples looked at)"
-    equal, unequal = (sum(n.get(name, 0) for n in counts.values()) for name in ("swaps", "swaps of unequal length"))
-    if equal + unequal:
-        yield f"hallucinated spans  {equal / (equal + unequal):.1%} of equal length; others are left out"
-
-
 def _page(folder: Path, views: Sequence[View]) -> str:
     articles = []
     for view in views:
@@ -270,10 +288,6 @@ def _marked(text: str, spans: Sequence[tuple[int, int, str, str]]) -> str:
             out += f"{escape(text[done:start])}<del>{escape(false)}</del> <ins>{escape(true)}</ins>"
             done = end
     return out + escape(text[done:])
-
-
-def _words(values: Mapping) -> str:
-    return " ".join(f"{name} {_short(str(value), 80)}" for name, value in values.items() if not isinstance(value, dict))
 
 
 def _short(text: str, width: int) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from src.preparation.counts import Skip
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+OTHER_NAMES = {"training": "train", "restval": "train", "valid": "val", "validation": "val", "dev": "val"}
+SPLIT_NAMES = {**{split: split for split in SPLITS}, **OTHER_NAMES}  # restval: of Karpathy's splits
 
 
 @dataclass(kw_only=True)
@@ -28,6 +33,16 @@ class Item:
     share: float | None = None
     origin: str = ""
     number: int = 0
+
+
+def given_split(record: Mapping[str, Any]) -> str | None:
+    """The split that a record names; None if it names none. Raises `Skip` if that is no split."""
+    value = record.get("split")
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or value.strip().lower() not in SPLIT_NAMES:
+        raise Skip("unknown_split", f" ({str(value)[:40]})")
+    return SPLIT_NAMES[value.strip().lower()]
 
 
 def hash64(text: str) -> int:

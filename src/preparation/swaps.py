@@ -14,8 +14,8 @@ from src.text.tokenizer import Codec
 def locate_swaps(codec: Codec, text: str, swaps: Sequence[Swap], counts: Counts) -> list[dict]:
     """The swaps of a caption with their tokens; those that change the number of tokens, or whose false words the
     tokenizer cannot give back, are left out and counted."""
-    located, encoded = [], codec.encode(text)
-    encodable = [swap for swap in swaps if not codec.loses(swap.wrong)]
+    located, encodable = [], [swap for swap in swaps if not codec.loses(swap.wrong)]
+    encoded = codec.encode(text) if encodable else None
     for swap in encodable:
         tokens = locate_swap(codec, text, swap.start, swap.end, swap.wrong, encoded=encoded)
         if tokens:

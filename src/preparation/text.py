@@ -11,6 +11,7 @@ reference for metrics; `ids` are stored only if encoding the text again might gi
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from src.io.errors import UserError
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts, Skip
 from src.preparation.items import Items
-from src.preparation.records import read_records, text_of
-from src.preparation.splits import SPLIT_NAMES, SPLITS, Item, hashed_share, split_of
+from src.preparation.records import clean, read_records, text_of, with_input
+from src.preparation.splits import SPLITS, Item, given_split, hashed_share, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
@@ -80,6 +81,7 @@ class Texts(Dataset):
             for source, record in read_records(Path(file), counts):
                 try:
                     prompt, text, extra = self.parse(record)
+                    given = split or given_split(record)
                 except Skip as reason:
                     counts.skip(reason, source)
                     continue
@@ -87,8 +89,6 @@ class Texts(Dataset):
                     raise UserError(f"a sample has {taken.pop()!r} of its own; rename the field in {file}")
                 name = hashlib.blake2b(f"{prompt}\0{text}".encode(), digest_size=16).hexdigest()
                 share = hashed_share(name, self.seed)
-                own = record.get("split")
-                given = split or (SPLIT_NAMES.get(own.lower()) if isinstance(own, str) else None)
                 placed = {"split": given, "share": None} if given else {"split": split_of(share), "share": share}
                 yield Text(key=name, name=name, source=source, prompt=prompt, text=text, extra=extra, **placed)
 
@@ -185,7 +185,7 @@ class Packed(Texts):
 class Pairs(Texts):
     """Prompts with responses, for supervised fine-tuning.
 
-    prompt, response: the fields of a record that hold them
+    prompt, response: the fields of a record that hold them; `input` is added to the prompt `instruction`, as in Alpaca
     keep:             fields to copy into the sample, for metrics
     max_prompt:       in tokens; records with a longer prompt are left out, as are those whose response has more than
         response_length - 1 tokens, so that end-of-turn fits
@@ -202,9 +202,13 @@ class Pairs(Texts):
 
     def parse(self, record: dict) -> tuple[str, str, dict]:
         prompt, response = text_of(record, self.prompt), text_of(record, self.response)
+        if self.prompt == "instruction":
+            prompt = with_input(prompt, record)
         if IMAGE in prompt:
             raise Skip("image_mark")
-        return prompt, response, {name: record[name] for name in self.keep if name in record}
+        extra = {name: record[name] for name in self.keep if name in record}
+        clean(json.dumps(extra, ensure_ascii=False))
+        return prompt, response, extra
 
     def read(self, counts: Counts) -> Iterator[Text]:
         known: set[str] | None = None  # fields of any record

@@ -3,18 +3,19 @@
     job -> its items -> samples -> dataset/train/train-000003.tar -> reports/train-000003.json
 
 `dataset` is a `src.preparation.builder.Dataset`. A shard depends on its items alone, so its bytes do not depend on the
-number of processes. The report is written after the tar and holds its sha256: a shard whose report fits is finished,
-and is kept when the command is run again.
+number of processes. The report is written after the tar and holds its sha256, and sizes and times of the image files as
+they were: a shard whose report fits is finished, and is kept when the command is run again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -56,15 +57,30 @@ class Job(NamedTuple):
     def report(self, folder: Path) -> Path:
         return folder / REPORTS / f"{self.split}-{self.number:06d}.json"
 
-    def is_finished(self, folder: Path) -> bool:
-        if not self.report(folder).is_file():
-            return False
-        entry, tar = read_json(self.report(folder))["entry"], self.tar(folder)
-        return entry is None or (tar.is_file() and sha256(tar) == entry["sha256"])
+
+def is_finished(job: Job, dataset: Any, items: Items, folder: Path) -> bool:
+    """Whether the shard is as its report says, and the files that it was made of are what they were."""
+    try:
+        report = read_json(job.report(folder))
+        entry, own = report["entry"], items.between(job.split, job.start, job.stop)
+        return (entry is None or sha256(job.tar(folder)) == entry["sha256"]) and report["files"] == _stamp(dataset, own)
+    except (FileNotFoundError, UserError, KeyError):  # there is none, or it is damaged
+        return False
+
+
+def _stamp(dataset: Any, items: Iterable[Any]) -> str:
+    """A hash of the size and time of the file of each item."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in map(dataset.file_of, items):
+        status = file.stat() if file is not None and file.is_file() else None
+        digest.update(f"{status and (status.st_size, status.st_mtime_ns)};".encode())
+    return digest.hexdigest()
 
 
 def write(job: Job, dataset: Any, codec: Codec, items: Items, folder: Path, advance: Callable[[], Any]) -> None:
     """Write the tar and the report of a job. advance: called after every item"""
+    own = list(items.between(job.split, job.start, job.stop))
+    files = _stamp(dataset, own)  # before they are read
     rejects, lengths = list[Reject](), Counter[int]()
     counts = Counts(rejects.append)
     origins = [source["name"] for source in dataset.mixture]
@@ -75,7 +91,7 @@ def write(job: Job, dataset: Any, codec: Codec, items: Items, folder: Path, adva
         return sum(token != codec.image_id for token in codec.prompt_ids(prompt, images=images))
 
     def samples() -> Iterator[dict]:
-        for item in items.between(job.split, job.start, job.stop):
+        for item in own:
             counts.source = item.origin
             for sample in dataset.samples([item], codec, counts):
                 record, image = sample["json"], sample.get("png") or sample.get("jpg")
@@ -96,7 +112,7 @@ def write(job: Job, dataset: Any, codec: Codec, items: Items, folder: Path, adva
     else:
         job.tar(folder).unlink()
     report = {"entry": entry if entry["count"] else None, "rejects": rejects, "lengths": sorted(lengths.items())}
-    write_json(job.report(folder), {**report, **counts.report()})
+    write_json(job.report(folder), {"files": files, **report, **counts.report()})
 
 
 def num_processes(asked: int | None, jobs: Sequence[Job]) -> int:

@@ -27,7 +27,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from src.io.errors import UserError
@@ -108,6 +108,7 @@ class Codec:
         self._direct = not tokenizer.clean_up_tokenization_spaces
         self._concatenates = self._direct and isinstance(self._plain.decoder, decoders.ByteLevel)
         self._texts: dict[int, str] = {}  # cache: text of each token
+        self._last: tuple[str, Encoding] | None = None  # cache: a text is checked, measured and used one after another
 
     @classmethod
     def load(cls, path: str | Path, *, prompt_format: str | Path | None = None) -> Codec:
@@ -211,11 +212,13 @@ class Codec:
         return self._encode(_PRIVATE.sub(BROKEN, text))
 
     def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        try:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise UserError(f"the tokenizer cannot encode {text[:60]!r} ({error})") from error
-        return encoding.ids, encoding.offsets
+        if (last := self._last) is None or last[0] != text:
+            try:
+                last = text, self._plain.encode(text, add_special_tokens=False)
+            except Exception as error:  # tokenizers raises nothing narrower
+                raise UserError(f"the tokenizer cannot encode {text[:60]!r} ({error})") from error
+            self._last = last
+        return last[1].ids, last[1].offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response up to its first eot, without special tokens."""

@@ -131,7 +131,10 @@ def check_trainer(cfg: DictConfig) -> None:
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}")
     if (warmup := cfg.optim.get("warmup_steps", 0)) > cfg.trainer.max_steps:
-        raise UserError(f"optim.warmup_steps={warmup} is more than trainer.max_steps={cfg.trainer.max_steps}")
+        raise UserError(
+            f"optim.warmup_steps={warmup} is more than trainer.max_steps={cfg.trainer.max_steps}, so the learning rate "
+            "would never be reached: for a short trial add optim.warmup_steps=1"
+        )
     devices, nodes = cfg.trainer.get("devices", 1), cfg.trainer.get("num_nodes", 1)
     started = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else None
     if started and type(devices) is int and devices * nodes != started:  # each would train alone, in the same folder

@@ -50,10 +50,10 @@ TYPES = {
     "bf16-mixed": (None, torch.bfloat16),
 }
 PHASES = ("forward", "saved", "backward", "optimizer")  # saved: the moment between the two passes
-PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
+PARAMETERS, GRADIENTS, STATES, AVERAGE = "parameters", "gradients", "optimizer states", "averaged weights"
 GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
 ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits and loss", "temporary"
-ROWS = (PARAMETERS, GRADIENTS, STATES, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY)
+ROWS = (PARAMETERS, GRADIENTS, STATES, AVERAGE, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY)
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # gathered as a whole: an element of a list of layers
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -166,8 +166,11 @@ class Plan:
         return "".join(f"{row:26}" + "".join(f"{cell:>14}" for cell in cells) + "\n" for row, *cells in lines)
 
 
-def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str) -> Plan:
-    """Plan one step of `objective`, whose tensors lose their data, on `batch`, the rows of one GPU of `gpus`."""
+def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, ema: bool = False) -> Plan:
+    """Plan one step of `objective`, whose tensors lose their data, on `batch`, the rows of one GPU of `gpus`.
+
+    ema: with a float32 average of the trained weights (`callbacks/ema.py`)
+    """
     if precision not in TYPES:
         raise UserError(f"no plan for precision {precision!r}; known are {', '.join(TYPES)}")
     dtype, lower = TYPES[precision]
@@ -179,6 +182,8 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str) ->
     objective.to(device="meta", dtype=dtype)
     shares = {row: size // gpus for row, size in _run_optimizer(objective, live).items()}
     live.peaks["optimizer"][TEMPORARY] //= gpus
+    if ema:
+        shares[AVERAGE] = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad) // gpus
 
     # 2. The passes over the last micro-batch. One GPU autocasts to the lower dtype; several gather parameters in it,
     #    and keep only shards of the gradients.
@@ -300,7 +305,8 @@ def plan(cfg: DictConfig, *, gpus: int) -> str:
     image = size and Image.new("RGB", tuple(size))
     record = {"prompt": cfg.plan.prompt, "captions": [{"text": ""}]}
     batch = data.collate([Sample(str(row), record, b"", image) for row in range(rows)])[0]
-    planned = measure(objective, batch, gpus=gpus, precision=str(cfg.trainer.precision))
+    options = {"precision": str(cfg.trainer.precision), "ema": bool(cfg.callbacks.get("ema"))}
+    planned = measure(objective, batch, gpus=gpus, **options)
     devices = "1 GPU" if gpus == 1 else f"each of {gpus} GPUs"
     return (
         f"{cfg.name}: {counted(cfg.data.batch_size, 'row')} on {devices}, {min(micro, rows)} at a time; "

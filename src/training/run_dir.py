@@ -42,6 +42,7 @@ LOOP = "callbacks.self_correction"
 # Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
     *("data", "gap", "model", "objective", "optim", "seed", "tokenizer", "trainer.max_steps", "trainer.precision"),
+    "callbacks.ema",
     *(f"{LOOP}.{name}" for name in ("at_start", "drafts_per_round", "every_n_epochs", "expert", "rounds", "sampler")),
     *(f"{LOOP}.{name}" for name in ("tokens_per_step", "train_from")),
 )
@@ -146,7 +147,10 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
     if changed := changes(_fixed_settings(old), _fixed_settings(cfg), "in the run"):
-        raise UserError(f"{run_dir} holds a run with other settings ({changed}); {REMEDY}")
+        longer = ""
+        if old.trainer.max_steps < cfg.trainer.max_steps:  # the learning rate was planned for those
+            longer = f". To train its model for more steps: run_dir=NEW model=trained model.path={run_dir / MODEL}"
+        raise UserError(f"{run_dir} holds a run with other settings ({changed}); {REMEDY}{longer}")
     recorded = read_json(run_dir / INPUTS) if (run_dir / INPUTS).exists() else {}
     current = inputs(cfg)
     names = {key: f"hash of {key}={OmegaConf.select(cfg, key)}" for key in current}

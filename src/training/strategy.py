@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from src.distributed.checkpoints import publish_folder, read_full, written_files
+from src.distributed.checkpoints import EMA, publish_folder, read_average, read_full, written_files
 from src.distributed.parallel import gather
 from src.io.errors import UserError
 
@@ -84,6 +84,7 @@ class FSDP2(ModelParallelStrategy):
         if self.is_global_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         self.barrier()
+        checkpoint["state_dict"] |= {EMA + name: shard for name, shard in checkpoint.pop("ema", {}).items()}
         try:
             super().save_checkpoint(checkpoint, temporary, storage_options)
         except CheckpointException as error:  # raised on all ranks; it is no Exception
@@ -99,9 +100,9 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder, or the single file of a run with another strategy."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
         assert self.model is not None
+        if path.is_dir():
+            return {**super().load_checkpoint(path, weights_only), "ema": read_average(path, self.model)}
         content, options = read_full(path), StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, dict(content.pop("state_dict")), options=options)
         name_of = {parameter: name for name, parameter in self.model.named_parameters()}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from src.distributed.checkpoints import EMA
 from src.distributed.parallel import full_tensor
 from src.io.errors import UserError
 
@@ -123,13 +124,25 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() or (path / ".metadata").is_file()
 
 
-def model_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of the model in a checkpoint of a run, memory-mapped if it is one file."""
+def model_state(path: Path, *, weights: str | None = None) -> dict[str, Tensor]:
+    """Tensors of the model in a checkpoint of a run, memory-mapped if it is one file.
+
+    weights: `raw`, or `ema`: their average, in the dtype of the raw ones. Raises UserError if there is no average, and
+        for None if there is one
+    """
     with reading(path):
         if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state, average = content["state_dict"], content.get("ema", {})
         else:
             state = _read_sharded(path)
+            average = {name.removeprefix(EMA): state.pop(name) for name in list(state) if name.startswith(EMA)}
+    if weights is None and average:
+        raise UserError(f"{path} holds the raw weights and their average: set weights=raw or weights=ema")
+    if weights == "ema":
+        if not average:
+            raise UserError(f"{path} holds no average of the weights: it is of a run without callbacks.ema")
+        state = state | {name: tensor.to(state[name].dtype) for name, tensor in average.items()}
     tensors = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     if not tensors:
         raise UserError(f"{path} contains no model: it has no tensor named {BACKBONE}*")
@@ -137,12 +150,12 @@ def model_state(path: Path) -> dict[str, Tensor]:
 
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
-    """The model's part of the `state_dict` that Lightning's ModelParallelStrategy writes, without the optimizer."""
+    """The model's part of the `state_dict` that our FSDP2 strategy writes, and the average, without the optimizer."""
     prefix, reader = "state_dict.", FileSystemReader(path)
     state = {
         name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix + BACKBONE) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith((prefix + BACKBONE, prefix + EMA)) and isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

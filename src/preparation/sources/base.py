@@ -89,9 +89,8 @@ def image_of(record: Mapping[str, Any]) -> tuple[str, bytes | None]:
             data = base64.b64decode(data.partition("base64,")[2] or data)
         except (ValueError, binascii.Error):
             raise Skip("broken_base64") from None
-    if isinstance(value, bool | float):
+    if not isinstance(value, str | int) or isinstance(value, bool):
         value = None
-    if value is None and not data:
+    if (value is None and not data) or not isinstance(data, bytes | None):
         raise Skip("no_image")
-    name = re.sub(r"#\d+$", "", clean(str(value if value is not None else "")).strip())  # Flickr8k: a.jpg#0
-    return name, data or None
+    return clean(str(value if value is not None else "")).strip(), data or None

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from src.preparation.counts import Counts, Skip
+from src.preparation.records import with_input
 from src.preparation.sources.base import CAPTION_KEYS, PROMPT_KEYS, Caption, caption_text
 
-EMPTY = {"", "nan", "none", "null"}  # written into a table for no value
+EMPTY = {"", "nan", "none", "null", "n/a", "<na>"}  # written into a table for no value
+PRINTED = re.compile(r"\s*([\[{]|\(['\"]|array\().*[]})]\s*", re.DOTALL)
 
 
 def caption_key(record: dict) -> str | None:
-    """The key of the captions. `text` is none where it is the question of a benchmark."""
-    is_question = "label" in record or ("question_id" in record and "prompt" not in record)
-    return next((key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)), None)
+    """The key of the captions: the first that is not null. `text` is none where it is the question of a benchmark."""
+    is_question = record.get("label") is not None or ("question_id" in record and "prompt" not in record)
+    keys = [key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)]
+    return next((key for key in keys if record[key] is not None), keys[0] if keys else None)
 
 
 def matches(record: dict) -> bool:
@@ -25,29 +30,23 @@ def matches(record: dict) -> bool:
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
     is_empty = lambda value: value is None or str(value).strip().lower() in EMPTY  # noqa: E731
-    captions, values = [], list(flatten(record[caption_key(record) or ""])) or [None]
-    for value in values:
-        try:
-            captions.append(Caption(caption_text(None if is_empty(value) else value)))
-        except Skip as reason:
-            if len(values) == 1:
-                raise
-            counts.skip(reason, place)
-    if not captions:
+    values = [value for value in flatten(record[caption_key(record) or ""]) if not is_empty(value)]
+    if not values:
         raise Skip("empty_caption")
-    return captions, next((record[key] for key in PROMPT_KEYS if not is_empty(record.get(key))), None)
+    key = next((key for key in PROMPT_KEYS if not is_empty(record.get(key))), None)
+    question = record[key] if key else None
+    if key == "instruction" and isinstance(question, str):
+        question = with_input(question, record)
+    return [Caption(caption_text(value)) for value in values], question
 
 
 def flatten(value: Any) -> Iterator[Any]:
-    """The captions in nested lists, in records, or in a list that a cell of a table holds as text."""
-    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                listed = read(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            value = listed if isinstance(listed, list) and listed and all(isinstance(v, str) for v in listed) else value
-            break
+    """The captions in nested lists, in records, or in a list that a cell of a table holds as text.
+
+    Raises Skip for a printed list that cannot be read, such as one of NumPy: ['A cat.' 'A dog.'].
+    """
+    if isinstance(value, str) and PRINTED.fullmatch(value):
+        value = listed(value.strip())
     if isinstance(value, dict):
         value = next((value[key] for key in ("raw", *CAPTION_KEYS) if key in value), value)
     if isinstance(value, list | tuple):
@@ -55,3 +54,13 @@ def flatten(value: Any) -> Iterator[Any]:
             yield from flatten(item)
     else:
         yield value
+
+
+def listed(text: str) -> Any:
+    """The value of a list or mapping in JSON, or as Python prints it."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+            if read is json.loads or repr(value) == text:  # Python joins strings without a comma between them
+                return value
+    raise Skip("unreadable_list")

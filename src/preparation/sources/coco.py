@@ -31,11 +31,8 @@ def join(pairs: Callable[[], Iterator[tuple[str, Any, bool]]]) -> Iterator[Any]:
 
 def flatten(record: dict) -> dict:
     """A record of Karpathy's dataset_coco.json: {"filename", "filepath"?, "sentences": [{"raw"}], "split"}."""
-    folder, name, split = record.get("filepath"), record.get("filename"), record.get("split")
-    if name is None:
-        return record
-    image = f"{folder}/{name}" if folder else name
-    return {**record, "image": image, "split": "train" if split == "restval" else split}
+    folder, name = record.get("filepath"), record.get("filename")
+    return {**record, "image": f"{folder}/{name}"} if folder and name else record
 
 
 def is_coco(name: str) -> bool:

@@ -9,11 +9,15 @@ from src.preparation.counts import Counts, Skip
 from src.preparation.sources.base import IMAGE_MARK, Caption, caption_text
 
 KEYS = ("conversations", "messages")
-HUMAN, ASSISTANT, SYSTEM = {"human", "user"}, {"gpt", "bot", "assistant", "model"}, {"system"}
+ROLES = {
+    **dict.fromkeys(("human", "user"), "question"),
+    **dict.fromkeys(("gpt", "bot", "assistant", "model"), "answer"),
+    "system": "system",
+}
 
 
 def matches(record: dict) -> bool:
-    return any(key in record for key in KEYS)
+    return any(record.get(key) is not None for key in KEYS)
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
@@ -22,17 +26,19 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
 
 
 def first_turns(record: dict, place: str, counts: Counts) -> tuple[str, Any]:
-    """The first question, "" if there is none, and its answer."""
+    """The first question, "" if there is none, and its answer. Raises Skip for a system text, as it would be lost."""
     turns = next((record[key] for key in KEYS if record.get(key)), None)
-    roles, texts = [], []
-    for turn in turns if isinstance(turns, list) else []:
-        role = str(turn.get("from", turn.get("role", ""))).lower() if isinstance(turn, dict) else ""
-        if role not in SYSTEM:
-            roles.append("question" if role in HUMAN else "answer" if role in ASSISTANT else role)
-            texts.append(_plain(turn.get("value", turn.get("content"))) if isinstance(turn, dict) else None)
+    turns = [turn if isinstance(turn, dict) else {} for turn in (turns if isinstance(turns, list) else [])]
+    roles = [ROLES.get(str(turn.get("from", turn.get("role"))).lower(), "unknown") for turn in turns]
+    texts = [_plain(turn.get("value", turn.get("content"))) for turn in turns]
+    systems = [text for role, text in zip(roles, texts, strict=True) if role == "system"]
+    if any((*systems, record.get("system"), record.get("system_prompt"))):
+        raise Skip("system_text")
+    texts = [text for role, text in zip(roles, texts, strict=True) if role != "system"]
+    roles = [role for role in roles if role != "system"]
     if "answer" not in roles:
         raise Skip("no_answer")
-    if "video" in record:
+    if record.get("video") is not None:
         raise Skip("video")
     if roles[:2] != ["question", "answer"] and roles != ["answer"]:
         raise Skip("turns_out_of_order")

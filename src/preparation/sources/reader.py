@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from src.preparation.records import clean, read_records
 from src.preparation.sources import captions, coco, conversations, revise, vicrit
 from src.preparation.sources.base import CAPTION_KEYS, IMAGE_KEYS, Entry, has_image, image_of, question_text
 from src.preparation.sources.parquet import read_parquet
+from src.preparation.splits import given_split
 from src.preparation.tables import read_table
 
 FORMATS = (vicrit, revise, conversations, captions)  # the first that matches reads the record
@@ -34,9 +36,10 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
             is_known = True
             yield entry
     if not is_known:
+        why = (f"; {reason}: {at}" for reason, at in counts.examples.items() if not keys and at.startswith(path.name))
         raise UserError(
             f"{path} has no known annotation format: "
-            f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}. "
+            f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}{next(why, '')}. "
             f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
             f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; "
             "`python -m src.prepare --help` shows every format"
@@ -45,8 +48,9 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
 
 def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = ()) -> Entry:
     """The entry of one record. Raises Skip if it is unusable."""
-    # 1. its keys, in any case and with any blanks around them
+    # 1. its keys, in any case and with any blanks around them; NaN is null, as Pandas writes it
     record = {**{str(key).strip().lower(): value for key, value in record.items()}, **record}
+    record = {key: None if isinstance(value, float) and value != value else value for key, value in record.items()}
     if columns:
         if not (present := [record[name] for name in columns if name in record]):
             raise Skip("unknown_format")
@@ -63,6 +67,6 @@ def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = 
         clean(swap.wrong)
     # 3. its only image, and its split
     image, data = image_of(record)
-    split = record.get("split")
-    split = split.strip() if isinstance(split, str) else None
-    return Entry(image, texts, prompt, split or None, place, data)
+    if data is not None and not coco.is_coco(image):  # names of images in Parquet files need not differ
+        image = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return Entry(image, texts, prompt, given_split(record), place, data)

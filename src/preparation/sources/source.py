@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -11,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
+from src.preparation.json_text import NOT_UTF8
 from src.preparation.sources.base import Entry
 from src.preparation.sources.images import Images, Match
 from src.preparation.sources.reader import read_entries
@@ -41,7 +43,7 @@ class Source:
     origin: str | None = None
 
     def files(self) -> list[str]:
-        """The annotation files. Raises UserError if none matches a name with *."""
+        """The annotation files. Raises UserError if none matches a name with *, and for a name that is not UTF-8."""
         names = [self.annotations] if isinstance(self.annotations, str) else self.annotations
         files = []
         for name in names:
@@ -49,6 +51,8 @@ class Source:
             if not matching:
                 raise UserError(f"no file {name}")
             files += matching
+        if odd := [name for name in files if NOT_UTF8.search(name)]:
+            raise UserError(f"the name of the file {odd[0]!r} is not UTF-8: rename it")
         return files
 
     def read(self, counts: Counts, seed: int) -> Iterator[tuple[Entry, Path | None]]:
@@ -65,7 +69,7 @@ class Source:
             if least and share(number) <= least[-1]:
                 yield found
             else:
-                counts["over_max"] += 1
+                counts.skip("over_max", found[0].place)
 
     def _found(self, counts: Counts) -> Iterator[tuple[Entry, Path | None]]:
         """The records whose image is there.
@@ -104,15 +108,23 @@ class Source:
 
     def _entries(self, counts: Counts) -> Iterator[Entry]:
         columns = [self.captions] if isinstance(self.captions, str) else self.captions
+        first, is_inside = None, False
         for file in self.files():
-            yield from read_entries(Path(file), counts, columns)
+            for entry in read_entries(Path(file), counts, columns):
+                first, is_inside = first or entry, is_inside or entry.data is not None
+                yield entry
+        if first and self.images is None and not is_inside:
+            raise UserError(f"{first.place} names the image file {first.image[:80]}: set `images` to its folder")
 
     def _find(self, images: Images, entry: Entry, counts: Counts) -> Match | None:
         """The image of an entry; None, counted, if it is not there."""
-        if self.images is None:
-            raise UserError(f"{entry.place} names the image file {entry.image[:80]}: set `images` to its folder")
+        if self.images is None:  # of a Parquet file, whose other rows hold their images
+            counts.skip("no_image", entry.place)
+            return None
         try:
             match = images.find(entry.image)
+            if match is None and (named := re.fullmatch(r"(.+\.\w+)#\d+", entry.image)):  # Flickr8k: a.jpg#0
+                match = images.find(named[1])
         except Skip as reason:
             counts.skip(reason, entry.image)
             return None

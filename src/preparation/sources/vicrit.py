@@ -11,7 +11,7 @@ from src.scenes.grammar import Swap
 
 
 def matches(record: dict) -> bool:
-    return {"original_caption", "changed_caption"} <= record.keys()
+    return None not in (record.get("original_caption"), record.get("changed_caption"))
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
@@ -24,6 +24,5 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
             start, end = match.start(), match.start() + len(right)
             if normalize(text[:start] + wrong + text[end:]) == normalize(false):
                 return [Caption(text, [Swap(start, end, right, wrong, "phrase")])], record.get("problem")
-    if right or wrong:
-        counts.skip("swap_not_found", place)
+    counts.skip("swap_not_found", place)
     return [Caption(text)], record.get("problem")
