@@ -310,6 +310,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def compile_blocks(self) -> None:
+        """Compile what `optim.compile` and a sampler's `compile` are for; called again, it does nothing."""
+        ...
+
 
 class Corruption(Protocol):
     """Corrupts a response. Frozen positions never change; a random replacement never equals the original."""

@@ -93,7 +93,7 @@ def conf(data, models, tmp_path):
         "split": "test",
         "num": NUM,
         "batch_size": 3,
-        "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.text.Bleu"}],
+        "metrics": [{"target": "src.metrics.scenes.SceneQuality"}, {"target": "src.metrics.overlap.Bleu"}],
         "headline": ["quality", "syntax"],
         "bound": {"draws": None},
         "looks": {"levels": [0.0, 0.5], "rate": 0.2},

@@ -11,8 +11,9 @@ from torch.nn.functional import one_hot
 
 from src.metrics.caption import Mark, summarise
 from src.metrics.fixing import count_fixes, count_looks
+from src.metrics.overlap import Bleu, Cider, RougeL
 from src.metrics.scenes import SceneQuality
-from src.metrics.text import Bleu, ReferenceOverlap, TextHealth, response_counts, words_of
+from src.metrics.text import ReferenceOverlap, TextHealth, response_counts, words_of
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.types import Prefix, SpecialIds
@@ -111,14 +112,15 @@ def test_each_object_is_described_once():
         assert score.true_claims["place"] == 1 and score.true_claims["attribute"] == 2
 
 
-@pytest.mark.parametrize("kind", [SceneQuality, TextHealth, ReferenceOverlap, Bleu])
+@pytest.mark.parametrize("kind", [SceneQuality, TextHealth, ReferenceOverlap, Bleu, RougeL, Cider])
 def test_two_merged_metrics_equal_one(kind):
     texts = [*HAND, "A red dog runs on the grass today.", "The the dog."]
+    records = [{**RECORD, "key": str(number)} for number in range(len(texts))]
     whole, left, right = kind(), kind(), kind()
-    whole.update(texts, [RECORD] * len(texts))
-    left.update(texts[:2], [RECORD] * 2)
-    for text in texts[2:]:
-        right.update([text], [RECORD])
+    whole.update(texts, records)
+    left.update(texts[:2], records[:2])
+    for text, record in zip(texts[2:], records[2:], strict=True):
+        right.update([text], [record])
     left.merge_state(right)
     merged = left.compute()
     for name, stat in whole.compute().items():
@@ -138,10 +140,34 @@ def test_scene_marks_name_the_wrong_words():
 
 def test_text_health_by_hand():
     # words: the the dog the the dog; bigrams the-the, the-dog, dog-the, the-the, the-dog: 3 of 5 differ
-    score = TextHealth().score("The the dog, the the dog.", {})
-    assert score == {"words": 6, "duplicate_bigrams": pytest.approx(0.4), "doubled_words": 2, "empty": 0}
-    score = TextHealth().score(" .. ", {})
-    assert score == {"words": 0, "duplicate_bigrams": 0, "doubled_words": 0, "empty": 1}
+    expected = {
+        "words": 6,
+        "duplicate_bigrams": pytest.approx(0.4),
+        "doubled_words": 2,
+        "longest_repeat": 3,
+        "empty": 0,
+    }
+    clean = {"punctuation_runs": 0, "unfinished": 0, "special_tokens": 0}
+    assert TextHealth().score("The the dog, the the dog.", {}) == {**expected, **clean}
+    nothing = {"words": 0, "duplicate_bigrams": 0, "doubled_words": 0, "longest_repeat": 0, "empty": 1}
+    assert TextHealth().score(" .. ", {}) == {**nothing, **clean, "punctuation_runs": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "longest", "runs", "unfinished", "special"),
+    [
+        ("A red dog. A red cat.", 2, 0, 0, 0),
+        ("very very very good", 2, 0, 1, 0),
+        ("A dog,, a cat. . Then ... nothing", 1, 3, 1, 0),
+        ('It says "stop."', 0, 0, 0, 0),
+        ("A dog<|eot_id|> and [MASK] <mask></s> of 3.5 m.", 1, 0, 0, 4),
+        ("a < b | c [sic] <tag>.", 0, 0, 0, 0),
+    ],
+)
+def test_signs_of_degeneration(text, longest, runs, unfinished, special):
+    score = TextHealth().score(text, {})
+    names = ("longest_repeat", "punctuation_runs", "unfinished", "special_tokens")
+    assert [score[name] for name in names] == [longest, runs, unfinished, special]
 
 
 def test_distinct_2_counts_bigrams_over_the_whole_set():

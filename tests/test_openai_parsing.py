@@ -14,8 +14,9 @@ from PIL import Image
 
 from src.chat.client import Unanswered
 from src.chat.profiles import PROFILES, Profile, choose
+from src.chat.reading import LONGEST
 from src.experts.prompt import FILE, Prompt, show, tokens_of
-from src.experts.reply import LONGEST, MOST_EDITS, SCHEMA, read_reply
+from src.experts.reply import MOST_EDITS, SCHEMA, read_reply
 from src.text.tokenizer import BOS, Codec
 from src.types import Draft, Edit
 

@@ -69,7 +69,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "PIL": {*VERB, *VERBS} - {"root", "cli", "chat", "types", "diffusion", "samplers", "objectives", "distributed"},
     "lightning": {"training", "objectives", "callbacks", "datamodules", "train"},
     "omegaconf": {"cli", "generation", "training", *VERBS},
-    "yaml": {"cli", "text", "training"},
+    "yaml": {"cli", "judges", "text", "training"},
     "transformers": {"metrics", "models", "text"},
     "tokenizers": {"text"},
     "jinja2": {"text"},
@@ -84,6 +84,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pyarrow": {"preparation"},
     "fsspec": {"io"},
     "torchmetrics": {"metrics", "evaluation", "callbacks"},
+    "scipy": {"evaluation"},
 }
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.

@@ -14,12 +14,11 @@ that cannot be parsed raises Unanswered with a reason that the round counts:
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from src.chat.client import Unanswered, clean
+from src.chat.reading import json_values, said
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes, explained in revise.md
@@ -42,23 +41,19 @@ SCHEMA = {
     "additionalProperties": False,
 }
 UNREADABLE = ("empty", "malformed", "wrong_schema", "contradiction")
-LONGEST = 100_000  # characters of a reply that are parsed
-MAX_STARTS = 1000  # brackets tried as the start of a JSON value
 MOST_EDITS = 100  # of a reply that are parsed; the others count as malformed
 MAX_REASON_CHARS = 200
 _RIGHT = re.compile(r"\W*right\W*", re.IGNORECASE)
-_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_BRACKET = re.compile(r"[\[{]")
 
 
 def read_reply(text: str) -> tuple[tuple[Edit, ...], int]:
     """The edits of a reply, none where the draft is right, and its number of malformed items. Raises Unanswered."""
-    text = _THOUGHTS.sub("", clean(text[:LONGEST])).strip()
+    text = said(text)
     if not text:
         raise Unanswered("empty", retry=True)
     if _RIGHT.fullmatch(text):
         return (), 0
-    values = list(_json_values(text))
+    values = list(json_values(text))
     answers = [value for value in values if _is_answer(value)]
     if not answers:
         raise Unanswered("wrong_schema" if values else "malformed", retry=True)
@@ -75,22 +70,6 @@ def read_reply(text: str) -> tuple[tuple[Edit, ...], int]:
     if right is not None and right != (not edits):
         raise Unanswered("contradiction", retry=True)
     return tuple(edits), len(items) - len(edits)
-
-
-def _json_values(text: str) -> Iterator[Any]:
-    """The outermost objects and arrays in a text, in order."""
-    position, decoder = 0, json.JSONDecoder()
-    for _ in range(MAX_STARTS):
-        if not (bracket := _BRACKET.search(text, position)):
-            return
-        position = bracket.start()
-        try:
-            value, position = decoder.raw_decode(text, position)
-            yield value
-        except ValueError:
-            position += 1
-        except RecursionError:
-            return
 
 
 def _is_answer(value: Any) -> bool:

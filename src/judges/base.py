@@ -3,7 +3,7 @@
     class MyJudge(Judge):
         def verdict(self, item: Item) -> Dialogue:
             reply = yield Request(step="score", user=f"Rate this caption: {item.caption}")
-            return float(reply.text)
+            return {"score": float(reply.text)}
 
 The same generator serves two stages. `judge` sends each request that the store of replies does not hold to a server and
 stores the reply before it is used; `score` runs it on the store alone. So a verdict depends on nothing but its item and
@@ -18,12 +18,17 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from src.io.errors import UserError
 from src.io.files import sha256
+
+RETRY_TEMPERATURE = 0.5  # of a request that is repeated: at 0 the reply would be as unusable as before
+Mode = Literal["strict", "official"]  # reading replies safely, or as the released scorer does, with its faults
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,30 +36,39 @@ class Item:
     """One image of a benchmark with the caption under test.
 
     key: of the image, unique in the benchmark; row: its place there, counted from 0
+    caption: None if the system under test gave none, so that the image is counted as missing and nothing is asked
     image: its file; references: captions by humans; extra: what only this benchmark has (questions, a rival's caption)
     """
 
     key: str
     row: int
-    caption: str
+    caption: str | None
     image: Path | None = None
     references: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def need(self, name: str) -> Any:
+        """A field, or an entry of `extra`. Raises UserError if there is none or it is empty."""
+        value = getattr(self, name, None) or self.extra.get(name)
+        if not value:
+            raise UserError(f"the image {self.key!r} has no {name}, which this metric asks about")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One request to the judging model.
 
-    step: which question of the judge it is; system, user: the messages; images: files that the user message shows
+    step: which question of the judge it is; images: files that the user message shows
+    system, user: the messages; an empty one is not sent
     sampling: temperature, top_p, max_tokens, ... as wished; what the model does not accept is not sent
     schema: JSON schema of the reply, for servers that enforce one
     attempt: counted up when an unusable reply is asked for again; replicate: of independent repetitions
     """
 
     step: str
-    user: str
-    system: str | None = None
+    user: str = ""
+    system: str = ""
     images: tuple[Path, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     schema: dict[str, Any] | None = None
@@ -77,7 +91,8 @@ class Reply:
     usage: dict[str, int] = field(default_factory=dict)
 
 
-Dialogue = Generator[Request, Reply, Any]
+Verdict = dict[str, float | None]  # numbers by name; None: not asked, or no usable reply
+Dialogue = Generator[Request, Reply, Verdict]
 
 
 class Judge(ABC):
@@ -85,4 +100,21 @@ class Judge(ABC):
 
     @abstractmethod
     def verdict(self, item: Item) -> Dialogue:
-        """Ask about an item; return what the metric's `update` takes."""
+        """Ask about an item; return what the metric's `update` takes, besides the item's row."""
+
+
+def ask(
+    request: Request, read: Callable[[str], T | None], *, attempts: int, hotter: bool = True
+) -> Generator[Request, Reply, T | None]:
+    """Repeat a request until `read` makes something of a reply; None if it makes nothing of `attempts` of them."""
+    for attempt in range(attempts):
+        reply = yield again(request, attempt, hotter=hotter)
+        if (value := read(reply.text or "")) is not None:
+            return value
+    return None
+
+
+def again(request: Request, attempt: int, *, hotter: bool = True) -> Request:
+    """The request as another attempt. hotter: at a higher temperature from the second on"""
+    change = {"temperature": RETRY_TEMPERATURE} if hotter and attempt else {}
+    return replace(request, attempt=attempt, sampling={**request.sampling, **change})

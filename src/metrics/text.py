@@ -1,4 +1,4 @@
-"""Text diagnostics that need no model and no network: degeneration, overlap with references, counts of token ids.
+"""Text diagnostics that need no model and no network: degeneration, words shared with references, counts of token ids.
 
 Quality metrics can look good while a text degenerates; these are cheap enough to be always on.
 """
@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-from torchmetrics.text import BLEUScore
-
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Ngram, NgramMetric, Stat, repeated_share
+from src.metrics.caption import CaptionMetric, Ngram, NgramMetric, repeated_share
 from src.types import SpecialIds
 
+_MARK = re.compile(r"[.,;:!?](?:\s*[.,;:!?])+")
+_END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s*\Z")
+_SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|\[(?:MASK|PAD|UNK|CLS|SEP)\]|<(?:mask|pad|unk|bos|eos|image)>")
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
@@ -50,12 +49,22 @@ def response_counts(ids: Sequence[int], special: SpecialIds) -> dict[str, float]
 
 
 class TextHealth(NgramMetric):
-    """Per caption: `words`, the number of words; `duplicate_bigrams`, the share of bigrams that repeat an earlier one;
-    `doubled_words`, the number of words equal to the word before; `empty`, 1 if there are no words. Over all captions:
-    `distinct_2`, the number of distinct bigrams divided by the number of bigrams, without a standard error.
+    """Signs of degenerate text, whoever wrote it. Over all captions `distinct_2`, the number of distinct bigrams
+    divided by the number of bigrams, without a standard error. Per caption:
+
+    words: number of words; empty: 1 if there are none
+    duplicate_bigrams: share of bigrams that repeat an earlier one
+    longest_repeat: words of the longest sequence that occurs twice
+    doubled_words: number of words equal to the word before
+    punctuation_runs: number of runs of punctuation marks, such as `..` or `. ,`
+    unfinished: 1 if a text with words does not end a sentence, as one that was cut off
+    special_tokens: number of special tokens left in the text, such as `<|eot_id|>` or `[MASK]`
     """
 
-    names = ("words", "duplicate_bigrams", "doubled_words", "empty")
+    names = (
+        *("words", "empty", "duplicate_bigrams", "longest_repeat", "doubled_words"),
+        *("punctuation_runs", "unfinished", "special_tokens"),
+    )
 
     def __init__(self) -> None:
         super().__init__(distinct=["distinct_2"])
@@ -68,10 +77,22 @@ class TextHealth(NgramMetric):
         pairs = list(pairwise(words))
         return {
             "words": float(len(words)),
-            "duplicate_bigrams": repeated_share(pairs),
-            "doubled_words": float(sum(a == b for a, b in pairs)),
             "empty": float(not words),
+            "duplicate_bigrams": repeated_share(pairs),
+            "longest_repeat": float(longest_repeat(words)),
+            "doubled_words": float(sum(a == b for a, b in pairs)),
+            "punctuation_runs": float(len(_MARK.findall(text))),
+            "unfinished": float(bool(words) and not _END.search(text)),
+            "special_tokens": float(len(_SPECIAL.findall(text))),
         }
+
+
+def longest_repeat(words: Sequence[str]) -> int:
+    """Length of the longest sequence of words that occurs twice; the two may overlap."""
+    longest = 0
+    while len({tuple(words[i : i + longest + 1]) for i in range(len(words) - longest)}) < len(words) - longest:
+        longest += 1
+    return longest
 
 
 class ReferenceOverlap(CaptionMetric):
@@ -86,26 +107,6 @@ class ReferenceOverlap(CaptionMetric):
             if shared := (Counter(words) & Counter(reference)).total():
                 best = max(best, 2 * shared / (len(words) + len(reference)))
         return {"word_f1": best}
-
-
-class Bleu(BLEUScore):
-    """`bleu`: corpus BLEU-4 of the words against all references, without a standard error."""
-
-    full_state_update = False  # the states are sums
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__(n_gram=4)
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        captions = [" ".join(words_of(text)) for text in texts]
-        references = [[" ".join(words_of(text)) for text in references_of(record)] for record in records]
-        super().update(captions, references)
-        self.count += len(texts)
-
-    def compute(self) -> dict[str, Stat]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return {"bleu": Stat(mean=float(super().compute()), se=None, n=int(self.count))}
 
 
 def references_of(record: dict) -> list[str]:

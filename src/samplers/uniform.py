@@ -35,6 +35,7 @@ class FromNoise(AnySampler):
     steps: int | None = None
     temperature: float = 1.0
     cfg_scale: float = 0.0
+    compile: bool = False
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
