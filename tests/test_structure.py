@@ -83,7 +83,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "webdataset": {"io"},
     "pyarrow": {"preparation"},
     "fsspec": {"io"},
-    "torchmetrics": {"metrics", "evaluation"},
+    "torchmetrics": {"metrics", "evaluation", "callbacks"},
     "scipy": {"evaluation"},
 }
 
@@ -108,6 +108,7 @@ ON_TOP: dict[str, list[str]] = {
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
+    "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
