@@ -104,7 +104,11 @@ class CaptionMetric(Metric):
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         """Add captions, each with the record of its sample."""
         self.latest = [self.score(text, record) for text, record in zip(texts, records, strict=True)]
-        for scores in self.latest:
+        self.accumulate(self.latest)
+
+    def accumulate(self, rows: Sequence[dict[str, float]]) -> None:
+        """Add the values of `names` of each caption to the sums."""
+        for scores in rows:
             values = self.total.new_tensor([scores[name] for name in self.names])
             self.total += values
             self.squares += values.square()
