@@ -1,0 +1,79 @@
+"""Rubric: the facts of scene graphs as yes-or-no questions about a text, for any local model that reads.
+
+    item.extra {"graphs": [graph strings of the references], "caption_graphs": [graph strings of the caption]}
+    verdict {"recall_object_yes", "recall_object_asked", "recall_object_failed", "precision_object_yes", ...}
+            and of each fact, by its words: {"recall: the dog is brown": 1, ...}        1 yes, 0 no, None no usable reply
+
+Recall: which facts of the references does the caption state? Precision: which of the caption's do the references? Each
+is one request with all facts, repeated for those that stay open. No image is shown, so a true detail that no reference
+mentions costs precision. The idea is PoSh's (arXiv 2510.19060): a graph makes a rubric, a reader fills it in.
+NOTE: prompt and averaging are ours; agreement with people was not measured, and PoSh's numbers are not comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+from src.chat.reading import said
+from src.judges.base import Dialogue, Item, Judge, Reply, Request, again
+from src.judges.numbered import answers
+from src.judges.prompt import Prompt
+from src.text.scene_graphs import SceneGraph, merge
+
+SAMPLING = {"temperature": 0.0, "max_tokens": 4096}
+SIDES = ("recall", "precision")
+KINDS = ("object", "attribute", "relation")
+
+
+class Rubric(Judge):
+    """prompts: folder with a rubric.yaml (None: ours); attempts: requests until every fact has an answer"""
+
+    def __init__(self, *, prompts: str | Path | None = None, attempts: int = 3) -> None:
+        self.attempts = attempts
+        self.prompt = Prompt.load("rubric", prompts)
+
+    def verdict(self, item: Item) -> Dialogue:
+        # 1. The facts of either side, and the text that may state them. An empty caption has no graph.
+        own = item.need("caption_graphs") if item.caption else []
+        facts = {"recall": facts_of(merge(item.need("graphs"))), "precision": facts_of(merge(own))}
+        texts = {"recall": item.caption, "precision": "\n\n".join(item.need("references"))}
+        # 2. A request for each side. Without a caption nothing is asked.
+        verdict: dict[str, float | None] = {"missing": float(item.caption is None)}
+        for side, text in texts.items():
+            given = {} if item.caption is None else (yield from self._ask(text or "", list(facts[side])))
+            # 3. Numbers by kind of fact, then each fact by its words.
+            for kind in KINDS:
+                replies = [given.get(fact) for fact, of_kind in facts[side].items() if of_kind == kind]
+                verdict[f"{side}_{kind}_yes"] = replies.count(1)
+                verdict[f"{side}_{kind}_asked"] = len(replies)
+                verdict[f"{side}_{kind}_failed"] = replies.count(None)
+            verdict |= {f"{side}: {fact}": given.get(fact) for fact in facts[side]}
+        return verdict
+
+    def _ask(self, text: str, facts: Sequence[str]) -> Generator[Request, Reply, dict[str, float]]:
+        """The answer to each fact that got one."""
+        given: dict[int, float] = {}
+        for attempt in range(self.attempts):
+            if not (left := [number for number in range(len(facts)) if number not in given]):
+                break
+            listing = "\n".join(f"{number}. {facts[number]}" for number in left)
+            request = self.prompt.request("check", {"text": text, "statements": listing}, sampling=SAMPLING)
+            reply = yield again(request, attempt)
+            given = {**answers(reply.text or "", left, read_yes), **given}
+        return {facts[number]: answer for number, answer in given.items()}
+
+
+def facts_of(graph: SceneGraph) -> dict[str, str]:
+    """A sentence for each fact of a graph, and its kind."""
+    objects = {f"There is: {name}": "object" for name in graph.objects if name}
+    pairs = ((name, value) for name, values in graph.attributes.items() for value in values)
+    attributes = {f"{name} is {value}": "attribute" for name, value in pairs}
+    return {**objects, **attributes, **{" ".join(triple): "relation" for triple in graph.relations}}
+
+
+def read_yes(text: str) -> float | None:
+    """1 for yes, 0 for no, None for anything else."""
+    word = said(text).strip(" \t*_.,;:!\"'`()[]").lower()
+    first = word.split()[0].strip(".,;:*_") if word else ""
+    return {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}.get(first)
