@@ -26,7 +26,11 @@ def chair(tmp_path: Path) -> Chair:
 
 
 def test_false_objects(chair: Chair):
-    records = [{"key": "COCO_val2014_000000000042"}, {"key": "42", "captions": [{"text": "A lady."}]}, {"key": "7"}]
+    records = [
+        {"key": "000000000042-0123456789abcdef"},
+        {"key": "x", "image": "val/COCO_val2014_000000000042.jpg", "captions": [{"text": "A lady."}]},
+        {"key": "7"},
+    ]
     texts = ["Two Puppies and a dog eat hot dogs.", "A man, ladies and a puppy.", "A lake."]
     chair.update(texts, records)
     # puppies, dog, hot dogs (false): a hot dog is no dog | man, ladies, puppy, all true | nothing

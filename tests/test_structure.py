@@ -106,6 +106,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
 ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
+    "metrics/": ["evaluate_photos"],
     "sampler/": ["draft"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "base_phases/full": ["base_phases/brief", "base_phases/detailed"],

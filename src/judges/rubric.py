@@ -2,7 +2,7 @@
 
     item.extra {"graphs": [graph strings of the references], "caption_graphs": [graph strings of the caption]}
     verdict {"recall_object_yes", "recall_object_asked", "recall_object_failed", "precision_object_yes", ...}
-            and of each fact, by its words: {"recall: the dog is brown": 1, ...}        1 yes, 0 no, None no usable reply
+            and of each fact, by its words: {"recall: dog is brown": 1, ...}      1 yes, 0 no, None no usable reply
 
 Recall: which facts of the references does the caption state? Precision: which of the caption's do the references? Each
 is one request with all facts, repeated for those that stay open. No image is shown, so a true detail that no reference

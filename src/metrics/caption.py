@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -158,6 +160,14 @@ def repeated_share(ngrams: Sequence[Ngram]) -> float:
 def concatenated(state: list[Tensor] | Tensor) -> Tensor:
     """A state with `dist_reduce_fx="cat"`, which is a list until it is reduced over ranks."""
     return torch.cat(state) if isinstance(state, list) else state
+
+
+def image_name(record: dict) -> str:
+    """Name of a record's image without folder and ending: of its file `image`, or else of its key.
+
+    The keys of prepared photos are NAME-HASH, with 16 hexadecimal digits (`src.preparation.photos`).
+    """
+    return re.sub(r"-[0-9a-f]{16}$", "", Path(str(record.get("image") or record["key"])).stem)
 
 
 def hash64(text: str) -> int:

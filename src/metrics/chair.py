@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat
+from src.metrics.caption import CaptionMetric, Stat, image_name
 from src.metrics.text import words_of
 
 
 class Chair(CaptionMetric):
-    """`chair_s`, the share of captions with a false object, and `chair_i`, that of false ones in all mentions of objects.
+    """`chair_s`, the share of captions with a false object, and `chair_i`, that of false ones in mentions of objects.
 
     Lower is better; captions that mention little do well, so `chair_recall`, the share of an image's objects that its
     caption mentions, stands beside. An image has the objects of its annotations and of its reference captions, if any.
@@ -66,12 +66,11 @@ class Chair(CaptionMetric):
         return {**stats, "chair_i": Stat(mean=false / mentions if mentions else 0.0, se=None, n=int(self.count))}
 
     def objects_of(self, record: dict) -> set[str]:
-        """Of the image `image`, or else `key`: a file name, or COCO's number, with or without zeros before it."""
-        stem = Path(str(record.get("image") or record["key"])).stem
-        for name in (stem, stem.rpartition("_")[2].lstrip("0")):
+        """By the name of the record's image, or its number as in COCO, with or without zeros before it."""
+        for name in (image := image_name(record), image.rpartition("_")[2].lstrip("0")):
             if name in self.objects:
                 return self.objects[name]
-        raise UserError(f"the annotations of CHAIR have no image {stem!r}; name the file that has it in annotations")
+        raise UserError(f"the annotations of CHAIR have no image {image!r}; name the file that has it in annotations")
 
 
 def read_synonyms(path: Path) -> dict[tuple[str, ...], str]:

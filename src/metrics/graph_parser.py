@@ -1,7 +1,7 @@
 """Graph strings of sentences and vectors of phrases, by models in local folders: the networks of CAPTURE.
 
-    parse(["A dog is on the grass."], folder="flan-t5-base-VG-factual-sg")     ["( dog , on , grass )"]
-    embed(["dog", "grass"], folder="all-mpnet-base-v2")                        (2, D) float32
+parse(["A dog is on the grass."], folder="flan-t5-base-VG-factual-sg")     ["( dog , on , grass )"]
+embed(["dog", "grass"], folder="all-mpnet-base-v2")                        (2, D) float32
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sentences_of(text: str) -> list[str]:
 
 @torch.no_grad()
 def parse(sentences: Sequence[str], *, folder: str, batch_size: int, device: Any = "cpu") -> list[str]:
-    """The graph string of each sentence, by beam search. One that was cut at MAX_OUTPUT loses its broken last triple."""
+    """The graph string of each sentence, by beam search. One cut at MAX_OUTPUT loses its broken last triple."""
     model, tokenizer = load(folder, AutoModelForSeq2SeqLM)
     graphs: list[str] = []
     for start in range(0, len(sentences), batch_size):

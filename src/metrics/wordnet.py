@@ -22,12 +22,14 @@ from src.io.errors import UserError
 
 # Endings of inflected forms and what replaces them, as WordNet's own look-up (morphy) tries them.
 ENDINGS = {
-    "n": [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z")]
-    + [("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")],
+    "n": [
+        ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"),
+        ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y"),
+    ],
     "v": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")],
     "a": [("er", ""), ("est", ""), ("er", "e"), ("est", "e")],
     "r": [],
-}
+}  # fmt: skip
 FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 PACKAGE = "factual_scene_graph"
 MISSING = (
@@ -69,9 +71,7 @@ class WordNet:
     def base_forms(self, word: str, letter: str) -> list[str]:
         """All forms in the database that the word may be one of: itself, irregular ones, or by endings."""
         senses, _, exceptions = self.parts[letter]
-        forms = exceptions.get(word) or [
-            word[: -len(end)] + new for end, new in ENDINGS[letter] if word.endswith(end)
-        ]
+        forms = exceptions.get(word) or [word[: -len(end)] + new for end, new in ENDINGS[letter] if word.endswith(end)]
         return [form for form in dict.fromkeys([word, *forms]) if form in senses]
 
     def lemma(self, word: str, letter: str) -> str:
