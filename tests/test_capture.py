@@ -41,7 +41,7 @@ CAPTION, REFERENCE = "Brown dogs sit near a sofa. There is a couch.", "A dog is 
 RECORD = {"key": "a", "captions": [{"text": REFERENCE}]}
 # Words of the small WordNet by part of speech: (id, words, extra field in the data file).
 SENSES = {
-    "noun": [(10, ["dog", "Canis_familiaris"]), (20, ["sofa", "couch"]), (30, ["grass"]), (40, ["wolf"])],
+    "noun": [(10, ["dog", "Canis_familiaris"]), (20, ["sofa", "couch"]), (30, ["grass"]), (40, ["ox"])],
     "verb": [(10, ["couch", "put"])],
     "adj": [(10, ["tall", "high(p)"])],
     "adv": [],
@@ -63,7 +63,7 @@ def wordnet(tmp_path_factory: pytest.TempPathFactory) -> str:
         rows = [f"{w} {name[0]} {len(ids)} 1 @ {len(ids)} 0 {' '.join(ids)}" for w, ids in sorted(words.items())]
         (folder / f"data.{name}").write_text("\n".join(data) + "\n")
         (folder / f"index.{name}").write_text("\n".join(["  1 This software ...", *rows]) + "\n")
-        (folder / f"{name}.exc").write_text("wolves wolf\n" if name == "noun" else "")
+        (folder / f"{name}.exc").write_text("oxen ox\n" if name == "noun" else "")
     return str(folder)
 
 
@@ -221,8 +221,8 @@ def test_sentences():
 
 def test_wordnet_of_a_folder(wordnet: str):
     words = WordNet.load(wordnet)
-    assert [words.lemma(w, "n") for w in ("dogs", "wolves", "couches", "Dogs", "cats")] == [
-        "dog", "wolf", "couch", "Dogs", "cats"
+    assert [words.lemma(w, "n") for w in ("dogs", "oxen", "couches", "Dogs", "cats")] == [
+        "dog", "ox", "couch", "Dogs", "cats"
     ]  # fmt: skip
     assert words.lemma("taller", "a") == "tall"
     assert words.lemma("taller", "n") == "taller"
@@ -238,11 +238,11 @@ def test_wordnet_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / PACKAGE / "evaluation" / "resources"
     folder.mkdir(parents=True)
     (tmp_path / PACKAGE / "__init__.py").touch()
-    (folder / "english.synsets").write_text("dog\n10\nsofa\n20\ncouch\n20 30\nwolf\n40\nput\n30\n")
-    (folder / "english.exceptions").write_text("wolf\nwolves\n")
+    (folder / "english.synsets").write_text("dog\n10\nsofa\n20\ncouch\n20 30\nox\n40\nput\n30\n")
+    (folder / "english.exceptions").write_text("ox\noxen\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     words = WordNet.load(None)
-    assert [words.lemma(word, "n") for word in ("dogs", "wolves", "cats")] == ["dog", "wolf", "cats"]
+    assert [words.lemma(word, "n") for word in ("dogs", "oxen", "cats")] == ["dog", "ox", "cats"]
     assert words.related("couches") == {"sofa", "couch", "put"}
 
 

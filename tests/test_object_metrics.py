@@ -21,7 +21,7 @@ INSTANCES = {
 @pytest.fixture
 def chair(tmp_path: Path) -> Chair:
     (tmp_path / "instances.json").write_text(json.dumps(INSTANCES))
-    (tmp_path / "synonyms.txt").write_text("dog, puppy\nperson, man, men, lady\nhot dog, hotdog\n")
+    (tmp_path / "synonyms.txt").write_text("dog, puppy\nperson, man, men, lady\nhot dog, hotdog, dog bun\n")
     return Chair(annotations=[str(tmp_path / "instances.json")], synonyms=str(tmp_path / "synonyms.txt"))
 
 
@@ -39,6 +39,7 @@ def test_false_objects(chair: Chair):
     assert stats["chair_i"] == pytest.approx(1 / 6)
     assert stats["chair_recall"] == 1.0
     assert [row["chair_mentions"] for row in chair.latest] == [3, 3, 0]
+    assert list(chair.mentions("A dog bun and a dog.")) == ["hot dog", "dog"]
     assert chair.score("A man.", {"key": "7"})["chair_false"] == 1
     assert chair.score("Nothing.", records[1])["chair_recall"] == 0.0
     with pytest.raises(UserError, match="no image '9'"):

@@ -60,7 +60,7 @@ class Rubric(Judge):
             listing = "\n".join(f"{number}. {facts[number]}" for number in left)
             request = self.prompt.request("check", {"text": text, "statements": listing}, sampling=SAMPLING)
             reply = yield again(request, attempt)
-            given = {**answers(reply.text or "", left, read_yes), **given}
+            given |= answers(reply.text or "", left, read_yes)
         return {facts[number]: answer for number, answer in given.items()}
 
 
