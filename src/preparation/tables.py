@@ -96,6 +96,8 @@ def read_header(path: Path) -> tuple[int, list[str], dict[str, Any]]:
     form = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in header, "strict": True}
     if columns and IMAGE_FILE.fullmatch(columns[0]):
         return number - 1, ["image", "caption"], form
+    if len(columns) == 1:
+        form["delimiter"] = "\x1f"  # texts may hold any of DELIMITERS, as there is nothing to delimit
     while len(columns) > 1 and not columns[-1]:
         columns.pop()
     return number, columns, form
@@ -108,12 +110,17 @@ def may_be_wrong(cells: list[str], form: Mapping[str, Any]) -> bool:
         return any(cell.startswith('"') and cell.count('"') % 2 for cell in cells)
     if any(re.match(r'\s+"', cell) for cell in cells):
         return True
-    # 2. lines that may be rows: they name other image files, or each has as many cells in a table without image files
+    # 2. lines that may be rows: they name other image files; in a table without image files each has as many cells, or
+    # they start or end with a number, as the row does (the number of an image)
     lines = [line.split(form["delimiter"]) for line in form["delimiter"].join(cells).split("\n") if line.strip()]
     if len(lines) == 1 or len(cells) == 1:
         return False
     if num := num_images(cells):
         return sum(map(num_images, lines)) > num
+    blank = " " if form["skipinitialspace"] else ""
+    for end in (0, -1):
+        if cells[end].isdecimal() and sum(len(line) > 1 and line[end].strip(blank).isdecimal() for line in lines) > 1:
+            return True
     return all(len(line) == len(cells) for line in lines)
 
 
