@@ -55,6 +55,8 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
     "captions.txt with tabs": ("captions.txt", "image\tcaption\na.jpg\tA, b\n", [("a", "A, b")], {}),
     "Flickr8k.token.txt": ("a.token.txt", 'a.jpg#0\tA child, in a "pink" dress .\na.jpg#1\t"Hi" says she .\n',
                            [("a", 'A child, in a "pink" dress .'), ("a", '"Hi" says she .')], {}),
+    "quoted, cut at the end": ("a.tsv", 'image\tcaption\na.jpg\t"A ""big"" cat"\nb.jpg\t"A dog"\nc.jpg\tC\nd.jpg\t"D',
+                               [("a", 'A "big" cat'), ("b", "A dog")], {"broken_row": f"a.tsv:4 {NEXT}"}),
     "Flickr30k": ("results.csv", "image_name| comment_number| comment\na.jpg| 0| Two men, standing .\n",
                   [("a", "Two men, standing .")], {}),
     "no header": ("a.csv", "a.jpg,A\nb.jpg,B\n", [("a", "A"), ("b", "B")], {}),

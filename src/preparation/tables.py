@@ -5,8 +5,8 @@
 No text is cut or joined in silence. Left out are rows with more or fewer cells than columns, as a text may be cut at a
 comma, and the row before, as its text may go on there; texts of several lines that may be rows, swallowed by a stray
 quotation mark; and, once a quotation mark cannot be right, all that is not a row for certain, because it names an image
-file. Tabs and | do not occur in texts: with these each line is a row if quotation marks cannot be right, as in Flickr's
-files, which quote nothing.
+file. Tabs and | do not occur in texts: with these each line is a row if quotation marks cannot be right and few
+cells look quoted, as in Flickr's files, which quote nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from src.preparation.json_text import NOT_UTF8, open_text
 IMAGE_FILE = re.compile(
     r"[^\n,;\t|]*?\.(jpe?g|jfif|png|webp|avif|gif|bmp|tiff?)(#\d+)? *(?=[\n,;\t|]|$)", re.IGNORECASE
 )
+QUOTED = re.compile(r'"([^"]|"")*"')  # a cell between quotation marks, doubled inside
 DELIMITERS = ",;\t|"
 LONGEST = 1 << 24  # characters of a cell
 
@@ -38,7 +39,10 @@ def read_table(path: Path) -> Iterator[tuple[str, dict | Skip]]:
         raise UserError(f"{path} has two columns {twice.pop()!r}: rename one")
     read = partial(read_rows, path, num_before, len(columns))
     if form["delimiter"] in "\t|" and any(not cells for _, cells in read(form)):
-        form["quoting"] = csv.QUOTE_NONE
+        unquoted = form | {"quoting": csv.QUOTE_NONE}
+        marked = [cell for _, cells in read(unquoted) for cell in cells if cell.startswith('"')]
+        if 2 * sum(map(bool, map(QUOTED.fullmatch, marked))) <= len(marked):
+            form = unquoted
     end = (range(0), columns)
     for (lines, cells), (_, following) in pairwise(chain(read(form), [end])):
         place = f"{path.name}:{lines[0]}"
