@@ -61,7 +61,7 @@ def test_shipped_arms_make_as_many_passes_as_they_say():
     """An objective with a second pass says so in the plan, which counts steps times that when it is read."""
     for plan, cell in shipped():
         passes = set()
-        for command in cell.arm.commands:
+        for command in (command for command in cell.arm.commands if command.startswith("train ")):
             cfg = load_config(plan.filled(command, cell)[1:])
             module, _, name = cfg.objective.target.rpartition(".")
             kind = getattr(importlib.import_module(module), name)
