@@ -10,13 +10,13 @@ from random import Random
 
 import pytest
 
-from src.evaluation.edits import count_edits
 from src.experts.noisy import NoisyExpert
 from src.experts.openai import OpenAIExpert
 from src.experts.reading import ReadingExpert
 from src.experts.scenes import ScenesExpert
 from src.io.errors import UserError
 from src.io.shards import write_shards
+from src.metrics.edits import count_edits
 from src.scenes.grammar import LEXICON, read_caption, swaps, write_caption
 from src.scenes.graph import draw_scene
 from src.scenes.second_reader import count_claims

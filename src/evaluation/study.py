@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 from src.cli.config import load_config
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, hint
-from src.evaluation.edits import count_edits
 from src.evaluation.results import signature
 from src.io.errors import UserError
 from src.io.files import read_json, write_json
+from src.metrics.edits import count_edits
 from src.text.tokenizer import Codec
 
 STAGES = ("val", "test")
