@@ -52,7 +52,7 @@ ROOMS = {
         preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
-        evaluation   <- types io cli text models samplers datamodules metrics judges generation
+        evaluation   <- types io cli text models samplers datamodules metrics judges preparation generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
 }
@@ -99,6 +99,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
+    "eval/capmas": ("evaluate", (), ["captions=mine.jsonl", "judge.model=model"]),
     "export": ("export", (), ["model=model", "out=exported"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
@@ -106,6 +107,7 @@ ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
     "sampler/": ["draft"],
+    "judge/": ["eval/capmas", "eval/caparena"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "model/": ["mask", "stage1"],
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
@@ -122,6 +124,7 @@ ON_TOP: dict[str, list[str]] = {
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
     "sweep": ["evaluate.models.model=model"],
+    "eval/calibrate": ["evaluate.old=verdicts.jsonl"],
     "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 
