@@ -99,7 +99,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
-    "eval/capmas": ("evaluate", (), ["captions=mine.jsonl", "judge.model=model"]),
+    "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
     "export": ("export", (), ["model=model", "out=exported"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
@@ -124,7 +124,8 @@ ON_TOP: dict[str, list[str]] = {
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
     "sweep": ["evaluate.models.model=model"],
-    "eval/calibrate": ["evaluate.old=verdicts.jsonl"],
+    **{f"eval/{name}": ["judge.model=model"] for name in ("capmas", "caparena")},
+    "eval/calibrate": ["judge.model=model", "evaluate.old=verdicts.jsonl"],
     "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 

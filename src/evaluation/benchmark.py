@@ -1,8 +1,8 @@
 """A benchmark of the papers, in three stages that are resumed separately.
 
     python -m src.evaluate conf=eval/capmas captions=mine.jsonl
-    python -m src.evaluate conf=eval/capmas models={stage2: runs/stage2/model} evaluate.out=runs/capmas
-    python -m src.evaluate conf=eval/capmas captions={ours: a.jsonl, lavida: b.json} stages=[score]
+    python -m src.evaluate conf=eval/capmas "models={stage2: runs/stage2/model}" evaluate.out=runs/capmas
+    python -m src.evaluate conf=eval/capmas "captions={ours: a.jsonl, lavida: b.json}" stages=[score]
 
     generate   models x tokens/step -> captions/NAME-N.jsonl      `src.generation.run`, a line per caption
     judge      captions -> requests -> replies.jsonl              the only stage with network; each reply is kept
@@ -85,7 +85,7 @@ class Benchmark:
         if both := self.files.keys() & self.runs.keys():
             raise UserError(f"captions and models: both have the name {min(both)!r}; rename one")
         if not self.files and not self.runs:
-            raise UserError("nothing to evaluate: give captions=FILE, or models={NAME: FOLDER}")
+            raise UserError("nothing to evaluate: give captions=FILE, or "models={NAME: FOLDER}"")
 
     def run(self) -> str:
         """The stages that are asked for, in their order. Returns what to print."""

@@ -1,6 +1,6 @@
 """How a new judge shifts the scale of an old one, on captions that both have judged.
 
-    python -m src.evaluate conf=eval/calibrate captions={a: a.json, b: b.json} evaluate.old=old.jsonl judge.model=NEW
+    python -m src.evaluate conf=eval/calibrate "captions={a: a.json, b: b.json}" evaluate.old=old.jsonl judge.model=NEW
 
     old.jsonl      {"system": "a", "key": "test_00012", "metric": "clair", "value": 0.85} a line
 

@@ -49,10 +49,10 @@ def read_captions(path: Path) -> Captions:
         if isinstance(records, dict):
             records = [{"key": name, "text": text} for name, text in records.items()]
         pairs = [(str(_one_of(NAMES, record)), _one_of(TEXTS, record)) for record in records]
+        texts = {name: _clean(text) for name, text in pairs}
     except (OSError, ValueError, LookupError, TypeError) as error:
         forms = '{"key": "a.jpg", "text": "A caption."} a line (.jsonl), or {"a.jpg": "A caption."} (.json)'
         raise UserError(f"captions: {path} cannot be read as {forms}: {error}") from error
-    texts = {name: _clean(text) for name, text in pairs}
     if len(texts) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
