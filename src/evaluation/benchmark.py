@@ -85,7 +85,7 @@ class Benchmark:
         if both := self.files.keys() & self.runs.keys():
             raise UserError(f"captions and models: both have the name {min(both)!r}; rename one")
         if not self.files and not self.runs:
-            raise UserError("nothing to evaluate: give captions=FILE, or "models={NAME: FOLDER}"")
+            raise UserError("nothing to evaluate: give captions=FILE, or models='{NAME: FOLDER}'")
 
     def run(self) -> str:
         """The stages that are asked for, in their order. Returns what to print."""
