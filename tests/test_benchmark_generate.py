@@ -43,7 +43,7 @@ def argv(tmp_path):
     write_capmas(tmp_path / "raw")
 
     def of(out: str, *more: str) -> list[str]:
-        settings = [f"models={{mine: {tmp_path}/model}}", "tokens_per_step=[2,8]", "judge.model=m", *more]
+        settings = [f"models={{mine: {tmp_path}/model}}", "tokens_per_step=[2,8]", "judge=null", *more]
         judges = [f"evaluate.judges.{name}=null" for name in ("clair", "coverage", "factuality")]
         data = [f"evaluate.data.folder={tmp_path}/raw", f"evaluate.out={tmp_path}/{out}"]
         made = {"prompt": PROMPT, "length": 16, "sampler": "plain", "batch_size": 1}

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from src.evaluate import main
+from src.judges.store import ReplyStore
 from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, error, reply
 from tests.benchmarks import NUM, captions_file, write_capmas
@@ -234,6 +235,22 @@ def test_a_budget_leaves_the_rest_open_for_the_next_run(argv, tmp_path, capsys):
         main(argv(server, *ONLY_CLAIR, *limits))  # the budget is that of both runs
         assert len(server.requests) == 2
         assert f"{NUM - 2} verdicts open (budget {NUM - 2})" in capsys.readouterr().out
+
+
+def test_what_was_lost_in_flight_stays_on_the_bill(tmp_path):
+    """Twice killed while the same request was in flight, and then answered."""
+    most, reply = {"prompt_tokens": 9, "completion_tokens": 4}, {"usage": {"requests": 1, "prompt_tokens": 8}}
+    for _ in range(2):
+        with ReplyStore(tmp_path / "replies.jsonl") as store:
+            store.begin("a", most)
+    with ReplyStore(tmp_path / "replies.jsonl") as store:
+        assert store.lost == {"a": most}
+        store.begin("a", most)
+        store.add("a", reply)
+    store = ReplyStore(tmp_path / "replies.jsonl")
+    assert not store.lost and set(store.replies) == {"a"}
+    lost = {"lost_prompt_tokens": 18, "lost_completion_tokens": 8}
+    assert store.usage == {"requests": 1, "prompt_tokens": 8, **lost}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from src.cli.config import load_config
 from src.evaluation.benchmarks import BenchmarkData
 from src.evaluation.calibration import calibration_text
 from src.evaluation.captions import Captions, match, read_captions
+from src.evaluation.results import without_nan
 from src.evaluation.scores import Score, check_protocols, judge_protocol, score_system, table_text
 from src.generation.run import TEXTS, respond
 from src.io.errors import UserError
@@ -72,7 +73,7 @@ class Benchmark:
         if unknown := [stage for stage in stages if stage not in get_args(Stage)]:
             raise UserError(f"stages: there is no {unknown[0]!r}; a list of {', '.join(get_args(Stage))}")
         self.judges = {name: asker for name, asker in judges.items() if asker}
-        if self.judges and judge is None:
+        if self.judges and judge is None and {"judge", "score"} & set(stages):
             raise UserError("these metrics need a judge: name one, as in judge.model=gpt-4.1-2025-04-14")
         self.data, self.metrics, self.judge = data, list(metrics), judge
         self.out, self.num, self.max_failed, self.stages = Path(out), num, max_failed, stages
@@ -173,6 +174,7 @@ class Benchmark:
             }
             verdicts += [{"system": name, **line} for line in lines]
         # 3. Files, and the table together with other runs.
+        scores = without_nan(scores)
         write_json(self.out / "scores.json", scores)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
         write_bytes(self.out / "verdicts.jsonl", text.encode())

@@ -117,17 +117,18 @@ def check_protocols(scores: Mapping[str, Score]) -> None:
 
 
 def table_text(scores: Mapping[str, Score]) -> str:
-    """Markdown: a row per system with standard errors, and below it what may have gone wrong."""
+    """Markdown: the judged metrics with a row per system, all statistics with a row each, what may have gone wrong."""
     names = list(dict.fromkeys(name for score in scores.values() for name in score["stats"]))
-    rows = [["system", *names]]
-    for system, score in scores.items():
-        rows.append([system, *(_cell(name, score["stats"].get(name)) for name in names)])
+    judged = [name for name in names if any(name in score["counts"] for score in scores.values())]
+    rows = [[system, *(_cell(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()]
+    headline = [*_markdown([["system", *judged], *rows]), ""] if judged else []
+    details = [[name, *(_cell(name, score["stats"].get(name)) for score in scores.values())] for name in names]
     notes = [_note(system, score) for system, score in scores.items()]
-    return "\n".join([*_markdown(rows), "", *notes]) + "\n"
+    return "\n".join([*headline, *_markdown([["statistic", *scores], *details]), "", *notes]) + "\n"
 
 
 def _cell(name: str, stat: Stat | None) -> str:
-    if stat is None:
+    if stat is None or stat["mean"] is None:  # nothing to divide by
         return ""
     times = 100 if name.startswith(SHARES) and not name.endswith("_claims") else 1
     error = "" if stat["se"] is None else f" ± {times * stat['se']:.2f}"

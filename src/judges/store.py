@@ -75,6 +75,8 @@ class ReplyStore:
 
     def _keep(self, line: dict[str, Any]) -> None:
         if "begun" in line:
+            most = self.lost.get(line["begun"], {})  # begun a second time: the first one is not to come
+            self.usage.update({f"lost_{name}": value for name, value in most.items()})
             self.lost[line["begun"]] = line["most"]
             return
         digest = line["reply"] if "reply" in line else line["unanswered"]
