@@ -25,7 +25,7 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-slurm test-servers test-gpu golden base lint clean install
+.PHONY: help quickstart test test-slow test-slurm test-servers test-gpu golden base base-full lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
@@ -37,6 +37,7 @@ help:
 	@echo "make test-gpu     what needs a CUDA device"
 	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
+	@echo "make base-full    after that its twin with full attention, into runs/base-full (hours)"
 	@echo "make lint         ruff and pyright"
 	@echo "make install      only the virtual environment $(VENV)"
 	@echo "make clean        remove .venv and caches; data, runs and assets stay"
@@ -74,19 +75,25 @@ test-gpu: $(INSTALLED)
 golden: $(INSTALLED)
 	$(RUN) pytest -k golden
 
-# The phases are explained in conf/base.yaml and conf/base_phases; each resumes where it was stopped.
+# The phases are explained in conf/base_phases; each resumes where it was stopped.
 base: $(INSTALLED)
-	$(RUN) src.prepare conf=scenes prepare.tokenizer=null
-	$(RUN) src.prepare conf=scenes prepare.out=data/scenes-brief prepare.brief=true \
-		prepare.captions_per_image=1 prepare.response_length=24 prepare.tokenizer=data/scenes/tokenizer
+	$(RUN) src.prepare conf=scenes_large
+	$(RUN) src.prepare conf=base_phases/brief_scenes
 	$(RUN) src.train conf=base_phases/tower
 	$(RUN) src.train conf=base_phases/brief
-	$(RUN) src.train conf=base
+	$(RUN) src.train conf=base_phases/detailed
+	$(RUN) src.evaluate conf=base_phases/evaluate
 	rm -rf assets/base.partial
 	mkdir -p assets
 	cp -R runs/base/model assets/base.partial
 	rm -rf assets/base
 	mv assets/base.partial assets/base
+
+# After `make base`, from the same tower; not embedded.
+base-full: $(INSTALLED)
+	$(RUN) src.train conf=base_phases/brief,base_phases/full run_dir=runs/base-full-brief
+	$(RUN) src.train conf=base_phases/detailed,base_phases/full run_dir=runs/base-full \
+		model.path=runs/base-full-brief/model
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)

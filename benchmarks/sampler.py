@@ -1,88 +1,60 @@
 """A sampler's step and caption: the released algorithm, ours, and an ideal loop by hand, in turn in one process.
 
-    python -m benchmarks.sampler                                    60M parameters, prefix 1000, on the CPU
-    python -m benchmarks.sampler --prefix 3400 --steps 2            a longer prefix; a step is a caption's share
-    python -m benchmarks.sampler --shape 8b --device cuda --prefix 3400 --steps 32     random weights, bfloat16
+    python -m benchmarks.sampler                              60M parameters, prefix 1000, on the CPU, half a minute
+    python -m benchmarks.sampler --prefix 3400 --table        a longer prefix; rows of results/speed/README.md
+    python -m benchmarks.sampler --shape 8b --device cuda --prefix 3400 --steps 32     random weights; not measured yet
 
 `released` is ReDiff's published loop: one full pass over prefix and response a step, logits and a float64 softmax at
-every position. `by_hand` is what remains if the keys and values of the prefix are known, and nothing is general. All
+every position. `by hand` is what remains if the keys and values of the prefix are known, and nothing is general. All
 three rewrite visible tokens in every step and must write the same text (`full`: released and ours; `prefix`: ours and
-by hand). tests/test_benchmarks.py holds `released` against the golden traces. Times are medians, ratios run by run.
+by hand). tests/test_benchmarks.py holds `released` against the golden traces. benchmarks/turns.py says how time
+is measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.turns import in_turn, parse, random_model, write
 from src.models.llada import rotate
 from src.models.llada_v import LLaDAV
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.types import Prefix, SpecialIds
 
-SHAPES = {
-    "60m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 32},
-}
-VOCABULARY = {"60m": 32_000, "8b": 126_464}
-
 
 def main() -> None:
     """Print seconds of each side, and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="60m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for name, number in {"prefix": 1000, "length": 128, "steps": 4, "runs": 5, "threads": 1}.items():
-        parser.add_argument(f"--{name}", type=int, default=number)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    size = VOCABULARY[options.shape]
-    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1, 2), vocab_size=size)
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    with torch.device(options.device):
-        model = LLaDAV(decoder={"vocab_size": size, "attention": "prefix", **SHAPES[options.shape]}, vision=None)
-        prompt = {"prompt_ids": torch.randint(10, size, (1, options.prefix))}
-    model = model.to(dtype).eval()
+    options = parse(__doc__, {"prefix": 1000, "length": 128, "steps": 2, "runs": 5})
+    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1, 2), vocab_size=options.size)
+    model = random_model(options, "prefix").eval()
     with torch.no_grad():
-        prefix = model.encode_prefix(prompt)
+        prompt = torch.randint(10, options.size, (1, options.prefix)).to(options.device)
+        prefix = model.encode_prefix({"prompt_ids": prompt})
     full = Prefix(prefix.embeds)  # without keys and values, prefix and response see each other
-    sides: dict[str, Callable[[], Tensor]] = {
-        "released": lambda: released(model, prefix.embeds, special, length=options.length, steps=options.steps)[-1],
-        "ours, full": lambda: ours(model, full, special, options),
-        "ours, prefix": lambda: ours(model, prefix, special, options),
-        "by hand, prefix": lambda: by_hand(model, prefix, special, length=options.length, steps=options.steps),
+    sizes = {"length": options.length, "steps": options.steps}
+    sides = {
+        "released": lambda: released(model, prefix.embeds, special, **sizes)[-1],
+        "ours, full": lambda: ours(model, full, special, **sizes),
+        "ours, prefix": lambda: ours(model, prefix, special, **sizes),
+        "by hand, prefix": lambda: by_hand(model, prefix, special, **sizes),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(options.runs + 1):  # the first one warms up
-        texts = {}
-        for name, side in sides.items():
-            began = time.perf_counter()
-            texts[name] = side()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - began] if run else []
+
+    def check(texts: dict[str, Tensor]) -> None:
         for a, b in (("released", "ours, full"), ("ours, prefix", "by hand, prefix")):
             if not torch.equal(texts[a], texts[b]):
                 sys.exit(f"{a} and {b} wrote different tokens")
-    sys.stdout.write(f"{options.shape} {options.device}, prefix {options.prefix}, {options.steps} steps, {dtype}\n")
-    for name, times in seconds.items():
-        ratio = statistics.median(slow / fast for slow, fast in zip(seconds["released"], times, strict=True))
-        sys.stdout.write(f"{name:16} {statistics.median(times) / options.steps:8.4f} s a step   {ratio:6.2f} x\n")
-    pairs = zip(seconds["ours, prefix"], seconds["by hand, prefix"], strict=True)
-    sys.stdout.write(f"ours over by hand: {statistics.median(a / b for a, b in pairs):.3f}\n")
+
+    seconds = in_turn(sides, options, check)
+    write(options, "step", seconds, dict.fromkeys(list(sides)[1:], "released"), per=options.steps)
 
 
-def ours(model: LLaDAV, prefix: Prefix, special: SpecialIds, options: argparse.Namespace) -> Tensor:
-    sampler = Sampler(length=options.length, steps=options.steps, reviser=OverwriteAll())
+def ours(model: LLaDAV, prefix: Prefix, special: SpecialIds, *, length: int, steps: int) -> Tensor:
+    sampler = Sampler(length=length, steps=steps, reviser=OverwriteAll())
     return sampler(model, prefix, special=special, keys=["a"], seed=0).ids[0]
 
 

@@ -1,98 +1,116 @@
 """A training step: the released recipe, ours, views on one prefix, ProSeCo's second pass, in turn in one process.
 
-    python -m benchmarks.training                                60M parameters, batch 4, prefix 1000, on the CPU
-    python -m benchmarks.training --shape 8b --device cuda --rows 2 --prefix 3400       random weights, bfloat16
+    python -m benchmarks.training                             60M parameters, one row, prefix 1000, about 4 minutes
+    python -m benchmarks.training --rows 4 --table            more rows; rows of results/speed/README.md
+    python -m benchmarks.training --shape 8b --device cuda --rows 2 --prefix 3400      random weights; not measured yet
 
-Forward and backward of mask prediction with everything masked, without the optimizer. `released` computes logits and
-their float32 copy at every position of prefix and response, and the loss row by row; its loss must be ours. Four
-views: each as a batch of its own, of which every one encodes the prefix, against four on one prefix. Times are medians,
-ratios run by run.
+Forward and backward of mask prediction with everything masked, without the optimizer; gradients accumulate. `released`
+computes logits and their float32 copy at every position of prefix and response, and the loss row by row; its loss must
+be ours. Four copies are four steps of ours, each of which encodes the prefix (four times the time of one); four views
+share it. ProSeCo makes a second pass. `recomputed`: checkpointing `full`, which keeps only the input of each block.
+benchmarks/turns.py says how time is measured.
+
+Memory of the loss, by shapes alone: what a step of two layers allocates at its peak beyond one without head and loss,
+with the vocabulary of LLaDA in bfloat16, two rows and prefix 3400.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.sampler import SHAPES, VOCABULARY
+from benchmarks.turns import SHAPES, VOCABULARY, in_turn, parse, random_model, write
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Objective, Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
 from src.objectives.proseco import ProSeCo
+from src.training.memory_plan import Live, Shapes
 from src.types import Batch, Prefix, SpecialIds
 
 LEVEL = 0.999999  # everything is masked
+COMPARED = {
+    "ours, full": "released",
+    "ours, prefix": "released",
+    "ours, full, recomputed": "released, recomputed",
+    "ours, prefix, recomputed": "released, recomputed",
+    "four views": "four copies",
+    "ProSeCo, prefix": "ours, full",
+}
 
 
 def main() -> None:
-    """Print seconds of each side, and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="60m")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for name, number in {"rows": 4, "prefix": 1000, "length": 128, "runs": 5, "threads": 1}.items():
-        parser.add_argument(f"--{name}", type=int, default=number)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    size, dtype = VOCABULARY[options.shape], torch.bfloat16 if options.device == "cuda" else torch.float32
-    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1), vocab_size=size)
-    batch = random_batch(options.rows, options.prefix, options.length, size).to(options.device)
-    models = {}
-    for attention in ("full", "prefix"):
-        torch.manual_seed(0)
-        with torch.device(options.device):
-            model = LLaDAV(decoder={"vocab_size": size, "attention": attention, **SHAPES[options.shape]}, vision=None)
-        models[attention] = model.to(dtype)
+    """Print seconds of each side, and ratios; then the memory of the loss."""
+    options = parse(__doc__, {"rows": 1, "prefix": 1000, "length": 128, "runs": 5})
+    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1), vocab_size=options.size)
+    batch = random_batch(options.rows, options.prefix, options.length, options.size).to(options.device)
+    full, prefix = random_model(options, "full"), random_model(options, "prefix")
 
-    def objective(cls: type[Objective], attention: str, views: int = 1) -> Objective:
-        setup = Setup(backbone=lambda: models[attention], special=special, optim=Optim(lr=1.0, views=views))
-        return cls(setup, t_min=LEVEL)  # type: ignore[call-arg]
+    def step(
+        model: LLaDAV, cls: type[Objective] | None = None, *, views: int = 1, checkpointing: str = "none"
+    ) -> Tensor:
+        model.checkpoint(checkpointing)
+        return ours(objective(cls, model, special, views), batch) if cls else released(model, batch, special)
 
-    full, one, views, twice = (
-        objective(MaskPrediction, "full"),
-        objective(MaskPrediction, "prefix"),
-        objective(MaskPrediction, "prefix", views=4),
-        objective(ProSeCo, "prefix"),
-    )
     sides: dict[str, Callable[[], Tensor]] = {
-        "released": lambda: released(models["full"], batch, special),
-        "ours, full": lambda: ours(full, batch),
-        "ours, prefix": lambda: ours(one, batch),
-        "four copies": lambda: torch.stack([ours(one, batch) for _ in range(4)]).mean(),
-        "four views": lambda: ours(views, batch),
-        "ProSeCo": lambda: ours(twice, batch),
+        "released": lambda: step(full),
+        "ours, full": lambda: step(full, MaskPrediction),
+        "ours, prefix": lambda: step(prefix, MaskPrediction),
+        "released, recomputed": lambda: step(full, checkpointing="full"),
+        "ours, full, recomputed": lambda: step(full, MaskPrediction, checkpointing="full"),
+        "ours, prefix, recomputed": lambda: step(prefix, MaskPrediction, checkpointing="full"),
+        "four views": lambda: step(prefix, MaskPrediction, views=4),
+        "ProSeCo, prefix": lambda: step(prefix, ProSeCo),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(options.runs + 1):  # the first one warms up
-        losses = {}
-        for name, side in sides.items():
-            for model in models.values():
-                model.zero_grad(set_to_none=True)
-            began = time.perf_counter()
-            losses[name] = side()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name] += [time.perf_counter() - began] if run else []
+
+    def check(losses: dict[str, Tensor]) -> None:
         torch.testing.assert_close(losses["released"], losses["ours, full"], rtol=1e-3, atol=0, check_dtype=False)
-    sys.stdout.write(f"{options.shape} {options.device}, batch {options.rows}, prefix {options.prefix}, {dtype}\n")
-    for name, times in seconds.items():
-        sys.stdout.write(f"{name:14} {statistics.median(times):8.3f} s\n")
-    for slow, fast in (
-        ("released", "ours, full"),
-        ("released", "ours, prefix"),
-        ("four copies", "four views"),
-        ("ProSeCo", "ours, full"),
-        ("ProSeCo", "ours, prefix"),
-    ):
-        ratio = statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-        sys.stdout.write(f"{slow} / {fast}: {ratio:.2f}\n")
+
+    seconds = in_turn(sides, options, check)
+    seconds["four copies"] = [4 * once for once in seconds["ours, prefix"]]
+    write(options, "training step", seconds, COMPARED)
+    memory = {name: loss_memory(name, rows=2, prefix=3400, length=options.length) for name in ("released", "ours")}
+    times = memory["released"] / memory["ours"]
+    sys.stdout.write(f"\nmemory of the loss: released {memory['released'] / 1e6:,.0f} MB, ours ")
+    sys.stdout.write(f"{memory['ours'] / 1e6:,.0f} MB ({times:.0f} x less)\n")
+
+
+def objective(cls: type[Objective], model: LLaDAV, special: SpecialIds, views: int = 1) -> Objective:
+    setup = Setup(backbone=lambda: model, special=special, optim=Optim(lr=1.0, views=views))
+    return cls(setup, t_min=LEVEL)  # type: ignore[call-arg]
+
+
+def loss_memory(side: str, *, rows: int, prefix: int, length: int) -> int:
+    """Bytes at the peak of a step, less those of the same step from hidden states, without head and loss."""
+    size = VOCABULARY["8b"]
+    special = SpecialIds(mask=0, eos=1, eot=2, banned=(0, 1), vocab_size=size)
+    batch, peaks = random_batch(rows, prefix, length, size), {}
+    for name in ("base", side):
+        with Shapes():
+            sizes = {**SHAPES["8b"], "num_hidden_layers": 2, "vocab_size": size, "attention": "full"}
+            torch.set_default_dtype(torch.bfloat16)
+            model = LLaDAV(decoder=sizes, vision=None)
+            torch.set_default_dtype(torch.float32)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        training = objective(MaskPrediction, model, special)
+        views = training.corrupt(batch)
+        totals = training.denominators([(batch, views)])
+        with Shapes(), Live() as live:
+            live.enter("step", "new")
+            if name == "base":
+                whole = model.model.embed_tokens(torch.cat([batch.prefix["prompt_ids"], batch.response], 1))
+                model.model(whole, Prefix(whole[:, :0]), None).sum().backward()
+            elif side == "ours":
+                training.forward_backward(batch, views, totals)
+            else:
+                released(model, batch, special)
+        peaks[name] = sum(live.peaks["step"].values())
+    return peaks[side] - peaks["base"]
 
 
 def random_batch(rows: int, prefix: int, length: int, size: int) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -26,11 +26,15 @@ PATCH = 14  # pixels on the side of a vision tower's patch, about; for `Collate.
 
 @dataclass
 class Row:
-    """Token ids of a sample, as lists of equal length: correct ids, flawed ids, span number (0: no span)."""
+    """A sample, as lists of equal length: correct ids, flawed ids, span number (0: no span).
+
+    unmasked_at: of a draft, of a length of its own, see `Batch`; empty if it is not known
+    """
 
     response: list[int]
     flawed: list[int]
     span: list[int]
+    unmasked_at: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, ids: Sequence[int], spans: Sequence[tuple[int, int, Sequence[int], Sequence[int]]]) -> Row:
@@ -60,7 +64,9 @@ class Row:
         flawed = [bad if number else good for good, bad, number in zip(self.response, self.flawed, span, strict=True)]
         padding = response_length - len(span)
         fit = lambda ids: ids[:response_length] + [fill] * padding  # noqa: E731
-        return Row(fit(self.response), fit(flawed), span[:response_length] + [0] * padding)
+        steps = self.unmasked_at[:response_length]
+        steps += steps[-1:] * (response_length - len(steps))
+        return Row(fit(self.response), fit(flawed), span[:response_length] + [0] * padding, steps)
 
 
 @dataclass(frozen=True)
@@ -106,18 +112,24 @@ class Collate:
             prefix |= image_inputs(images, self.layout, resize=self.resize)
         if lengths.min() < longest:
             prefix["prompt_mask"] = torch.arange(longest) < lengths[:, None]  # (B, T)
+        drafted = ["draft_ids" in sample.record for sample in samples]
+        steps = [
+            row.unmasked_at if of_draft else [-1] * self.response_length
+            for row, of_draft in zip(rows, drafted, strict=True)
+        ]
         batch = Batch(
             prefix=prefix,
             response=response,
             editable=torch.ones_like(response, dtype=torch.bool),  # the filler behind eot is trained too
             flawed=torch.tensor([row.flawed for row in rows]),
             span=torch.tensor([row.span for row in rows]),
-            drafted=torch.tensor(["draft_ids" in sample.record for sample in samples]),
+            drafted=torch.tensor(drafted),
             keys=[sample.key for sample in samples],
             passes=[sample.passes for sample in samples],
             order=[sample.position for sample in samples],
             records=[sample.record for sample in samples],
             images=[sample.data for sample in samples] if self.first else [],  # nobody reads those of a training batch
+            unmasked_at=torch.tensor(steps) if all(steps) else None,
         )
         return batch, Counter({(str(self.response_length), "cut"): num_cut} if num_cut else {})
 
@@ -165,7 +177,9 @@ def caption_row(caption: dict, codec: Codec) -> Row:
 def draft_row(record: dict) -> Row:
     ids = record["draft_ids"]
     spans = [(s["start"], s["end"], s["target_ids"], ids[s["start"] : s["end"]]) for s in record["spans"]]
-    return Row.of(ids, spans)
+    row = Row.of(ids, spans)
+    row.unmasked_at = list(record.get("unmasked_at", ()))
+    return row
 
 
 def choice(name: str, count: int) -> int:

@@ -40,7 +40,11 @@ from src.models.tiling import check_layout
 from src.text.tokenizer import Codec
 
 PACKAGES = ("torch", "transformers", "torchmetrics")
-PROBES = {"bound": "src.metrics.bound.Bound", "looks": "src.metrics.fixing.Looks"}  # of a model, without a sampler
+PROBES = {  # of a model, without a sampler
+    "bound": "src.metrics.bound.Bound",
+    "looks": "src.metrics.fixing.Looks",
+    "words": "src.metrics.words.HiddenWords",
+}
 EXAMPLES = 6  # images of captions.png: the first of the split, not a selection
 
 
@@ -68,8 +72,8 @@ def main(argv: list[str]) -> None:
     offers = {"codec": codec, "seed": settings.seed, "batch_size": settings.batch_size}
     check(settings, offers=offers)
     samplers = build_samplers(plain(settings.samplers), plain(settings.speeds), methods=codecs)
-    nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings[name]]
-    probes = [build(node, special=codec.special, seed=settings.seed).to(device) for node in nodes]
+    nodes = [{"target": PROBES[name], **plain(settings[name])} for name in PROBES if settings.get(name) is not None]
+    probes = [build(node, special=codec.special, **offers).to(device) for node in nodes]
     data = build(settings.data, **offers)
     for layout in layouts if hasattr(data, "layout") else ():  # a datamodule without images has none
         check_layout(data.layout, layout)

@@ -78,6 +78,8 @@ class Batch:
     flawed:   (B, L) int64, `response` with wrong tokens inside the spans
     span:     (B, L) int64, number of the span (1, 2, ...), 0 outside spans
     drafted:  (B,) bool, true for rows of an online round: `flawed` is a draft, its spans are the corrected mistakes
+    unmasked_at: (B, L) int64, the step of the sampler that unmasked each token of a draft, -1 in other rows; None if a
+              draft of the batch is of a round that did not keep it
     keys:     one key per row; its noise is a function of the key
     passes:   how often the stream of each row had been read before: its noise is new in each pass; empty: 0
     order:    position of each row in its stream, over all passes and ranks; empty outside training
@@ -96,6 +98,7 @@ class Batch:
     order: list[int] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
+    unmasked_at: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -209,6 +212,7 @@ class Draft:
 
     key: key of the sample, and the speed it was drafted at (`KEY@s8`); steps: of the sampler's schedule
     token_ids: cut after eot; reference: the true response, or ""; fingerprint: hash of the model's weights
+    unmasked_at: as in `Sampled`, of the whole response, the filler behind eot included; empty in older drafts
     """
 
     key: str
@@ -222,6 +226,7 @@ class Draft:
     seed: int
     record: dict = field(default_factory=dict)  # JSON record of the sample, from the shard
     image: bytes = b""  # encoded image of the sample, from the shard
+    unmasked_at: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,7 @@ class Sampled:
     forwards: Tensor  # (B,) number of forward calls
     edits: Tensor  # (B,) number of token edits
     remasks: Tensor  # (B,) number of remasked tokens
+    unmasked_at: Tensor  # (B, L) the row's step (0, 1, ...) that last unmasked a position; -1: none did
     wall_s: float  # wall time of the batch in seconds
     traces: list[list[TraceStep]] | None = None  # the steps of each row
 
@@ -308,6 +314,10 @@ class Backbone(Protocol):
 
         attend: (B, L) bool, false on padding; None: attend to every position
         """
+        ...
+
+    def compile_blocks(self) -> None:
+        """Compile what `optim.compile` and a sampler's `compile` are for; called again, it does nothing."""
         ...
 
 

@@ -3,6 +3,7 @@
     with CountSyncs(root="path of the project") as count:
         sampler(backbone, prefix, ...)
     print(count.table())            # how often, which operation, which file:line of the project
+    count.operations                # all that compute or copy, a kernel each; views are not counted
 
 Counted: reading a value (`item`, `bool`), `tolist`, `cpu`, `nonzero`, `masked_select`, `equal`, indexing with a
 boolean tensor, `unique`. Not seen from here: copies between devices, which a CPU has not.
@@ -55,8 +56,8 @@ class CountSyncs(TorchDispatchMode):
         return sum(self.counts.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
         name = func._schema.name.removeprefix("aten::")
+        self.operations += not func.is_view and name != "_unsafe_view"
         if name in READS:
             self._count(name)
         elif name in INDEXING:

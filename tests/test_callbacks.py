@@ -16,14 +16,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.looks import Looks
+from callbacks.probe import Probe
 from callbacks.samples import KEPT, NEW, OLD, REWRITTEN, SIDE, Samples
 from callbacks.skipped import Skipped
 from callbacks.throughput import Throughput
 from datamodules.captions import CaptionData
 from src.evaluation.drawing import PAD
 from src.io.errors import UserError
-from src.metrics.fixing import count_looks
+from src.metrics.fixing import Looks, count_looks
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
@@ -117,7 +117,7 @@ def sampled(codec, text, rewritten=()):
     ids = [*codec.encode(text)[0], codec.eot_id]
     step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1)
     zero = torch.zeros(1, dtype=torch.int64)
-    return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, 0.0, [[step]])
+    return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, zero, 0.0, [[step]])
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def test_a_resumed_run_logs_each_step_once(path, codec, tmp_path):
 
 def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
     levels, options = [0.0, 0.5], {"every_n_steps": 2, "num": 5}
-    first = Looks(codec=codec, levels=levels, **options)
+    first = Probe(metric=Looks(special=codec.special, levels=levels), **options)
     fit(path, codec, tmp_path, [first, Again(first)], steps=3)
-    later = Looks(codec=codec, levels=levels, **options)
+    later = Probe(metric=Looks(special=codec.special, levels=levels), **options)
     trainer = fit(path, codec, tmp_path, [later], steps=4, ckpt=tmp_path / "last.ckpt")
     assert sum(len(batch) for batch in later.batches) == 5 and later.last_step == 4
     data = CaptionData(path=str(path), codec=codec, batch_size=5, response_length=LENGTH, image_size=48)
@@ -184,7 +184,7 @@ def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
     counts = count_looks(backbone, [batch], special=codec.special, levels=levels)
     for level, (fixed, wrong, broken, right) in zip(("0", "0.5"), counts.tolist(), strict=True):
         for name, share in {"p_fix": fixed / wrong, "p_break": broken / right}.items():
-            seen = events(tmp_path).Scalars(f"{name}/t={level}")
+            seen = events(tmp_path).Scalars(f"{name} at t={level}")
             assert [event.step for event in seen] == [2, 4]
             assert seen[-1].value == pytest.approx(share)
 

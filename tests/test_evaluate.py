@@ -228,6 +228,13 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
 
 
+def test_hidden_words_are_a_table_of_their_own(conf, models, tmp_path, capsys):
+    main([conf(words={}, looks=None, num=3, models={"mask": str(models / "mask")}, samplers={"plain": PLAIN})])
+    words = read(tmp_path)["model_stats"]["mask"]
+    assert {"hidden word=shape", "hidden word=background"} <= words.keys()
+    assert f"| mask        | {words['hidden word=shape']['mean']:.3f} " in capsys.readouterr().out
+
+
 def test_the_captions_are_what_the_sampler_writes_in_batches_of_any_size(conf, data, models, tmp_path):
     settings = {"models": {"mask": str(models / "mask")}, "samplers": {"plain": {**PLAIN, "temperature": 1.0}}}
     main([conf(**settings, batch_size=2, seed=3)])

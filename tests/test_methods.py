@@ -29,6 +29,9 @@ SAMPLERS = {
     "edit_noise": ("edit_quality", ["length=40"]),
     "hybrid": ("refine", []),
     "uniform": ("flow", []),
+    "sampler_levels": ("refine", []),
+    "self_draft": ("refine", []),
+    "calibrated": ("calibrated", []),
 }
 
 

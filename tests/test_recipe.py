@@ -10,7 +10,7 @@ import torch
 from datamodules.captions import CaptionData
 from src.metrics.fixing import count_looks
 from src.models.hf.folder import from_pretrained
-from src.objectives.base import Setup
+from src.objectives.base import Setup, _init_state
 from src.objectives.optim import Optim
 from src.objectives.revision import RevisionObjective
 from src.prepare import main as prepare
@@ -92,3 +92,19 @@ def test_ids_that_are_never_written_are_no_predictions():
     logits[0, 7], logits[1, 8] = 1.0, 1.0
     assert special.argmax(logits).tolist() == [7, 8]
     assert special.argmax(logits[:0]).tolist() == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_of_an_optimizer_made_in_advance_changes_no_step(fused):
+    """Fused, as on a GPU, too."""
+    weights = []
+    for in_advance in (False, True):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        if in_advance:
+            _init_state(optimizer)
+        for step in range(1, 4):
+            weight.grad = torch.arange(7.0) / step
+            optimizer.step()
+        weights.append(weight.detach())
+    assert torch.equal(*weights)

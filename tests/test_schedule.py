@@ -20,9 +20,8 @@ def test_unmasks_are_an_even_split_with_the_remainder_first(number, steps):
     progress = Progress(schedule, tokens, SPECIAL)
     counts, left = [], []
     while (tokens == MASK).any():
-        progress.enter(tokens)
         left.append(int(progress.steps_left))
-        counts.append(int(progress.count(tokens, schedule.chance(progress.steps, progress.steps_left))))
+        counts.append(int(progress.count(schedule.chance(progress.steps, progress.steps_left))))
         tokens[:, : sum(counts)] = 5
         progress.finish(tokens, post=NO_ROW, last=NO_ROW)
     assert counts == [number // steps + (step < number % steps) for step in range(steps)]
@@ -39,8 +38,7 @@ def test_a_shifted_schedule_follows_its_curve(shift, number, steps):
     progress = Progress(schedule, tokens, SPECIAL)
     unmasked = 0
     for step in range(1, steps + 1):
-        progress.enter(tokens)
-        count = int(progress.count(tokens, schedule.chance(progress.steps, progress.steps_left)))
+        count = int(progress.count(schedule.chance(progress.steps, progress.steps_left)))
         assert count >= min(1, number - unmasked)
         expected = number * shift * (step / steps) / (1 + (shift - 1) * step / steps)
         ahead = unmasked - number * shift * ((step - 1) / steps) / (1 + (shift - 1) * (step - 1) / steps)

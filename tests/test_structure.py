@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "submit", "generate", "evaluate", "prepare", "draft", "revise", "export")
+VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export")
 
 # Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
@@ -83,7 +83,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "webdataset": {"io"},
     "pyarrow": {"preparation"},
     "fsspec": {"io"},
-    "torchmetrics": {"metrics", "evaluation"},
+    "torchmetrics": {"metrics", "evaluation", "callbacks"},
     "scipy": {"evaluation"},
 }
 
@@ -100,6 +100,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
     "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
+    "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
@@ -109,6 +110,7 @@ ON_TOP: dict[str, list[str]] = {
     "sampler/": ["draft"],
     "judge/": ["eval/capmas", "eval/caparena"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
+    "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
@@ -123,9 +125,9 @@ ON_TOP: dict[str, list[str]] = {
 # Values for the `???` of such a layer.
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
-    "sweep": ["evaluate.models.model=model"],
     **{f"eval/{name}": ["judge.model=model"] for name in ("capmas", "caparena")},
     "eval/calibrate": ["judge.model=model", "evaluate.old=verdicts.jsonl"],
+    **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
 }
 

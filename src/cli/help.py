@@ -17,6 +17,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "src.submit": ("cluster", "data", "model", "objective", "optim", "trainer", "callbacks", "plan"),
     "src.generate": ("images", "sampler"),
     "src.evaluate": ("evaluate",),
+    "src.study": ("budget", "tables"),
     "src.prepare": ("prepare",),
     "src.draft": ("data", "num", "round", "sampler"),
     "src.revise": ("drafts", "expert"),

@@ -148,6 +148,30 @@ class ShowGaps:
         return Corrupted(torch.where(corrected, state.target, state.tokens), state.target, state.kind, state.rate)
 
 
+class Trajectory:
+    """Take drafts back to a state that the sampler passed through: mask what it had not unmasked yet.
+
+    A draft that took S steps is shown after step S - floor(t S), so that about t of it is masked; t < 1/S shows all of
+    it. Tokens that a reviser rewrote later are shown as they were in the end. Other rows stay as they are.
+
+    Raises UserError if a draft does not say when its tokens were unmasked.
+    """
+
+    def __init__(self, *, special: SpecialIds) -> None:
+        self.mask_id = special.mask
+
+    def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
+        if batch.unmasked_at is None:
+            raise UserError(
+                "a round was drafted by a version that did not keep when each token was unmasked: draft and revise it "
+                "again, or train on finished drafts with conf=stage2"
+            )
+        num_steps = batch.unmasked_at.amax(1) + 1  # (B,)
+        shown = num_steps - (state.rate * num_steps).long()  # (B,) steps made
+        hit = (batch.unmasked_at >= shown[:, None]) & state.where(Kind.CLEAN)
+        return _write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+
+
 def _spans_at(batch: Batch, where: Tensor) -> Tensor:
     """(B, S) bool: the spans with a token at a true position of `where` (B, L)."""
     spans = torch.zeros(len(where), where.shape[1] + 1, dtype=torch.bool, device=where.device)

@@ -101,7 +101,7 @@ def evaluate_cell(
 
 
 def evaluate_model(backbone: LLaDAV, probes: Sequence[Metric], batches: Iterable[Batch]) -> dict[str, Stat]:
-    """Statistics of a model on the reference responses, without a sampler: its likelihood bound, its looks."""
+    """Statistics of a model on the reference responses, without a sampler: its bound, its looks, its words."""
     device = next(backbone.parameters()).device
     for probe in probes:
         probe.reset()

@@ -11,8 +11,8 @@ A sentence keeps its template, and with `lengths: same` its number of words:
 2. Object sentences are assigned to objects, one to one. In order of priority: describe as many objects as possible;
    leave a sentence with the object at the place that it names; change as few words as possible. A surplus sentence is
    made true where it stands.
-3. Introductions get the true number and background, relations the nearest true relation. A relation that holds for no
-   pair of objects is left alone.
+3. Introductions get the true number and background, relations the nearest true relation that no sentence before has
+   said. Where there is none, the sentence is left alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from src.scenes.grammar import (
     TEMPLATES,
     Statement,
     read_caption,
+    related,
     template_words,
     write_sentence,
 )
@@ -123,6 +124,7 @@ def correct(scene: Scene, text: str, *, lengths: str = "same") -> list[Edit]:
     readings = list(read_sentences(text, lengths))
     objects = iter(assign_objects(scene, [reading for reading in readings if reading.kind == "object"]))
     edits_at: dict[int | None, Edit] = {}
+    said: set[tuple] = set()
     for reading in readings:
         if reading.kind == "object":
             words = reading.describe(next(objects))
@@ -131,7 +133,7 @@ def correct(scene: Scene, text: str, *, lengths: str = "same") -> list[Edit]:
             noun = LEXICON["noun"][count > 1]
             words = reading.write(number=NUMBERS[count - 1], noun=noun, background=scene.background)
         else:
-            words = nearest_relation(scene, reading)
+            words = nearest_relation(scene, reading, said)
         edits_at |= {edit.start_char: edit for edit in word_edits(reading, words)}
     # 2. Extend the edits so that each sentence follows exactly one blank.
     for start in (reading.start for reading in readings):
@@ -197,10 +199,10 @@ def assign_objects(scene: Scene, readings: list[Reading]) -> list[SceneObject]:
     return [scene.objects[choice] for choice in min(plans.values())[-1]]
 
 
-def nearest_relation(scene: Scene, reading: Reading) -> list[str]:
+def nearest_relation(scene: Scene, reading: Reading, said: set[tuple]) -> list[str]:
     """The true relation sentence with the fewest changed words; on a tie the objects stay and the relation changes.
 
-    The reading's own words where no relation of this template holds.
+    The reading's own words where no relation of this template holds that is not `said`; adds the one that it returns.
     """
     options = []
     name = "side" if "side" in {field for _, field, _ in template_words("relation", reading.template)} else "level"
@@ -208,10 +210,15 @@ def nearest_relation(scene: Scene, reading: Reading) -> list[str]:
         pair = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
         for word in LEXICON[name]:
             relation = f"{word} of" if name == "side" else word
-            if scene.holds(relation, (a.colour, a.shape), (b.colour, b.shape)):
+            fact = related({**pair, name: word})
+            if fact not in said and scene.holds(relation, (a.colour, a.shape), (b.colour, b.shape)):
                 words = reading.write(**pair, **{name: word})
-                options.append((reading.cost(words), word == reading.fields.get(name), len(options), words))
-    return min(options)[-1] if options else reading.words
+                options.append((reading.cost(words), word == reading.fields.get(name), len(options), words, fact))
+    if not options:
+        return reading.words
+    *_, words, fact = min(options)
+    said.add(fact)
+    return words
 
 
 def word_edits(reading: Reading, words: list[str]) -> Iterator[Edit]:

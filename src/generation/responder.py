@@ -79,7 +79,7 @@ def choose_sampler(cfg: DictConfig) -> AnySampler:
     settings = {"length": response_length} if response_length else {}
     if cfg.caption is not None and node.get("reviser"):  # a text without masks has no steps but post steps
         settings["post_steps"] = max(1, node.get("post_steps", 0))
-    settings |= {name: cfg[name] for name in SAMPLER if cfg[name] is not None}
+    settings |= {name: cfg[name] for name in (*SAMPLER, "compile") if cfg[name] is not None}
     if cfg.tokens_per_step is not None or cfg.steps is not None:
         settings |= {"tokens_per_step": cfg.tokens_per_step, "steps": cfg.steps}
     return build({**node, **settings})

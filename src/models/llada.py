@@ -132,8 +132,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -246,12 +245,12 @@ def rotate(x: Tensor, rope: KeyValue) -> Tensor:
     """Rotary embedding of `x` (B, H, T, d), computed in float32."""
     wide = x.float()
     first, second = wide.chunk(2, -1)
+    out = wide * rope[0]
     if torch.is_grad_enabled():
-        return (wide * rope[0] + torch.cat([-second, first], -1) * rope[1]).to(x.dtype)
-    out, (left, right) = wide * rope[0], rope[1].chunk(2, -1)
-    out_first, out_second = out.chunk(2, -1)
-    out_first.sub_(second * left)
-    out_second.add_(first * right)
+        return torch.addcmul(out, torch.cat([-second, first], -1), rope[1]).to(x.dtype)
+    (left, right), (out_first, out_second) = rope[1].chunk(2, -1), out.chunk(2, -1)
+    out_first.addcmul_(second, left, value=-1)
+    out_second.addcmul_(first, right)
     return out.to(x.dtype)
 
 

@@ -89,9 +89,10 @@ class LLaDAV(nn.Module):
             self.vision.checkpoint(mode != "none")
 
     def compile_blocks(self) -> None:
-        """Compile each decoder block; parameter names and hooks stay as they are."""
+        """Compile each decoder block, once; parameter names and hooks stay as they are."""
         for block in self.model.layers:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            if "forward" not in vars(block):
+                block.forward = torch.compile(block.forward)
 
     def encode_prefix(self, prefix: dict[str, Tensor]) -> Prefix:
         """Embed the prompt, insert the image tokens and, in `prefix` mode, run the decoder over it once."""

@@ -111,6 +111,10 @@ class Objective(L.LightningModule):
         """
         return positions_of(terms, state)
 
+    def levels(self, quantile: Tensor) -> Tensor:
+        """(B,) noise levels, from their quantiles (B,) on [0, 1), which `Optim` may spread evenly."""
+        return self.t_min + (1 - self.t_min) * quantile
+
     def second_input(
         self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise
     ) -> Corrupted | None:
@@ -132,8 +136,7 @@ class Objective(L.LightningModule):
                 level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
                 level = (level + view / self.optim.views) % 1
-            level = self.t_min + (1 - self.t_min) * level
-            views.append(self.corruption(batch, corruption.start(batch, level), noise))
+            views.append(self.corruption(batch, corruption.start(batch, self.levels(level)), noise))
         return views
 
     # The loss

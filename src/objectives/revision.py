@@ -23,6 +23,7 @@ class RevisionObjective(Objective):
         code, where the data determine this share)
         `none`: no hallucinated spans
     weight, reduce, floor: of every term, see `Term`; clean: coefficient of the clean tokens
+    second_terms: of a subclass that has a second pass
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RevisionObjective(Objective):
         reduce: str = "kind_mean",
         floor: float = 0.05,
         clean: float = 1.0,
+        second_terms: tuple[Term, ...] = (),
     ) -> None:
         # 1. masks, then random tokens
         mask = Absorb(special=setup.special)
@@ -61,4 +63,4 @@ class RevisionObjective(Objective):
             for kind in (Kind.MASK, Kind.SYNTAX, Kind.HALLUCINATION, Kind.CLEAN)
             if kinds[kind]
         )
-        super().__init__(setup, corruption=corruption, terms=terms, t_min=t_min)
+        super().__init__(setup, corruption=corruption, terms=terms, second_terms=second_terms, t_min=t_min)

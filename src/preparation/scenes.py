@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
 
@@ -14,7 +14,7 @@ from src.preparation.counts import Counts
 from src.preparation.splits import Item
 from src.preparation.swaps import locate_swaps
 from src.scenes.grammar import LEXICON, swaps, write_brief, write_caption
-from src.scenes.graph import Scene, draw_scene
+from src.scenes.graph import LOOKS, Look, Scene, draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 
@@ -34,11 +34,14 @@ class SceneItem(Item):
 @dataclass(kw_only=True)
 class Scenes(Dataset):
     """Apart from jitter, no scene is in two splits. Val and test do not depend on `seed`, and no training set holds one
-    of their first 512 scenes, so no model has trained on the test scenes of another dataset.
+    of their first 512 scenes, so no model has trained on the test scenes of another dataset of such objects.
 
-    objects: [least, greatest] number of objects in a scene
-    noise:   sensor noise, standard deviation in grey levels
-    brief:   short lists of the objects instead of detailed captions
+    objects:   [least, greatest] number of objects in a scene
+    distinct:  no two objects of a scene share colour and shape, so that these name an object
+    held_out:  [[colour, shape], ...] that no object has; unseen: that all objects have, to test what no model was shown
+    relations: probabilities of a first relation sentence in a caption, of a second, ...
+    noise:     sensor noise, standard deviation in grey levels
+    brief:     short lists of the facts instead of detailed captions
     """
 
     alphabet = "seen"
@@ -52,6 +55,10 @@ class Scenes(Dataset):
     captions_per_image: int
     objects: tuple[int, int]
     noise: float
+    distinct: bool = False
+    held_out: list[list[str]] = field(default_factory=list)
+    unseen: bool = False
+    relations: list[float] = field(default_factory=lambda: [0.6])
     brief: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +66,18 @@ class Scenes(Dataset):
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if unknown := [pair for pair in self.held_out if tuple(pair) not in LOOKS]:
+            raise UserError(f"held_out must list pairs of a colour and a shape, such as [red, ring], got {unknown[0]}")
+
+    @property
+    def looks(self) -> frozenset[Look]:
+        """The colours and shapes that objects have."""
+        held_out = frozenset((colour, shape) for colour, shape in self.held_out)
+        return held_out if self.unseen else LOOKS - held_out
+
+    def write(self, scene: Scene, rng: Random) -> str:
+        """A true caption."""
+        return (write_brief if self.brief else write_caption)(scene, rng, relation_rates=self.relations)
 
     @property
     def mixture(self) -> list[dict]:
@@ -70,16 +89,16 @@ class Scenes(Dataset):
 
     def read(self, counts: Counts) -> Iterator[SceneItem]:
         """Scenes of every split. Val and test hold distinct scenes, and train holds none of these."""
-        held_out: set[tuple] = set()
+        reserved: set[tuple] = set()
         for split, size in (("test", self.num_test), ("val", self.num_val), ("train", self.num_train)):
             seed = self.seed if split == "train" else EVALUATION_SEED
             rng = Random(f"{seed}/{split}/scenes")
             for number in range(size if split == "train" else max(size, RESERVED)):
                 for _ in range(MAX_DRAWS):
-                    scene = draw_scene(rng, objects=self.objects)
+                    scene = draw_scene(rng, objects=self.objects, looks=self.looks, distinct=self.distinct)
                     # without jitter: scenes with equal facts have the same true captions
                     facts = scene.background, *((o.shape, o.colour, o.size, o.row, o.column) for o in scene.objects)
-                    if facts not in held_out:
+                    if facts not in reserved:
                         break
                 else:
                     raise UserError(
@@ -87,7 +106,7 @@ class Scenes(Dataset):
                         "set a wider range, or smaller num_val and num_test"
                     )
                 if split != "train":
-                    held_out.add(facts)
+                    reserved.add(facts)
                 if number < size:
                     key, name = f"{split}-{number:06d}", f"{seed}/{split}/{number}"
                     yield SceneItem(key=key, name=name, source=key, split=split, scene=scene)
@@ -97,16 +116,16 @@ class Scenes(Dataset):
         words = " ".join(word for words in LEXICON.values() for word in words)
         yield f"{self.prompt} system user assistant {words}"
         for scene in islice((item.scene for item in items if item.split == "train"), 2000):
-            text = write_caption(scene, rng)
+            text = write_caption(scene, rng, relation_rates=self.relations)
             yield text
-            yield from (text[: s.start] + s.wrong + text[s.end :] for s in swaps(scene, text, rng))
+            yield from (text[: s.start] + s.wrong + text[s.end :] for s in swaps(scene, text, rng, looks=self.looks))
 
     def samples(self, items: Iterable[SceneItem], codec: Codec, counts: Counts) -> Iterator[dict]:
         for item in items:
             rng, captions = Random(item.name), []
             for _ in range(self.captions_per_image):
                 for _ in range(MAX_DRAWS):
-                    text = write_brief(item.scene) if self.brief else write_caption(item.scene, rng)
+                    text = self.write(item.scene, rng)
                     if len(codec.encode(text)[0]) < self.response_length:
                         break
                     counts["captions redrawn"] += 1
@@ -115,7 +134,7 @@ class Scenes(Dataset):
                         f"no caption of a scene fits {self.response_length} tokens; set a larger response_length or "
                         "fewer objects"
                     )
-                located = locate_swaps(codec, text, swaps(item.scene, text, rng), counts)
+                located = locate_swaps(codec, text, swaps(item.scene, text, rng, looks=self.looks), counts)
                 captions.append({"text": text, "swaps": located})
             record = {"key": item.key, "prompt": self.prompt, "captions": captions, "scene": item.scene.to_dict()}
             stream = io.BytesIO()

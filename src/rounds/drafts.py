@@ -106,7 +106,8 @@ class Drafter:
         schedule = sampler.schedule
         steps = schedule.steps or schedule.blocks * -(-schedule.block_length // schedule.tokens_per_step)
         drafts, images = [], batch.images or [b""] * len(batch)
-        for ids, key, record, image in zip(sampled.ids.tolist(), batch.keys, batch.records, images, strict=True):
+        rows = zip(sampled.ids.tolist(), sampled.unmasked_at.tolist(), batch.keys, batch.records, images, strict=True)
+        for ids, unmasked_at, key, record, image in rows:
             ids = ids[: ids.index(codec.eot_id) + 1] if codec.eot_id in ids else ids
             captions = record.get("captions") or [{"text": ""}]
             draft = Draft(
@@ -121,6 +122,7 @@ class Drafter:
                 seed=self.seed,
                 record=record,
                 image=image,
+                unmasked_at=unmasked_at,
             )
             drafts.append(draft)
         return drafts

@@ -26,7 +26,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -215,9 +215,20 @@ def _to_sample(draft: Draft, aligned: Aligned, *, key: str) -> dict[str, Any]:
     names = ("prompt", "text", "reference", "steps")
     content = {"key": key, **{name: getattr(draft, name) for name in names}, "draft_ids": aligned.ids}
     content |= {"spans": [asdict(span) for span in aligned.spans], "model": draft.fingerprint}
+    content |= {"unmasked_at": steps_with_gaps(draft, aligned.ids)} if draft.unmasked_at else {}
     content |= {name: draft.record[name] for name in ("scene",) if name in draft.record}
     image = {image_name(draft.image): draft.image} if draft.image else {}
     return {"__key__": key, "json": content, **image}
+
+
+def steps_with_gaps(draft: Draft, ids: Sequence[int]) -> list[int]:
+    """`Draft.unmasked_at` for `ids`, the draft with gaps inserted: a gap came with the token before it."""
+    steps, old = list[int](), 0
+    for token in ids:
+        is_inserted = old == len(draft.token_ids) or token != draft.token_ids[old]
+        steps.append((steps or draft.unmasked_at)[-1 if steps else 0] if is_inserted else draft.unmasked_at[old])
+        old += not is_inserted
+    return steps + draft.unmasked_at[old:]
 
 
 # The expert's answers and usage

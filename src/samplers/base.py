@@ -24,6 +24,7 @@ class AnySampler:
     tokens_per_step or steps: give one of the two; neither means one token a step
     cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u are the logits behind a prefix that is
         all masks. 0 is none; otherwise each step costs two forward calls
+    compile: run the model's blocks, and the steps of `Sampler`, under torch.compile: the first batches are slow
     """
 
     length: int
@@ -33,6 +34,7 @@ class AnySampler:
     cfg_scale: float
     post_steps: int = 0
     early_stop: bool | Literal["eot", "block"] = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "cfg_scale"):
@@ -75,23 +77,26 @@ class AnySampler:
         started = time.perf_counter()
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
+        if self.compile:
+            backbone.compile_blocks()
         predict = Predictor(backbone, prefix, special, length=self.length, cfg_scale=self.cfg_scale, suffix=suffix)
         noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
         steps: list[dict[str, Tensor]] | None = [] if trace else None
         try:
-            tokens, edits, remasks = self.write(predict, noise, start, steps)
+            tokens, edits, remasks, unmasked_at = self.write(predict, noise, start, steps)
         finally:
             predict.release()
         traces = None if steps is None else traces_of(steps, len(keys))
         # The first eot ends the text; behind it is end-of-text.
         eot = (tokens == special.eot).long()
         ids = tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
-        return Sampled(ids, predict.forwards, edits, remasks, time.perf_counter() - started, traces)
+        seconds = time.perf_counter() - started
+        return Sampled(ids, predict.forwards, edits, remasks, unmasked_at, seconds, traces)
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens (B, L), and how many were rewritten (B,) and remasked (B,).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tokens (B, L), how many were rewritten (B,) and remasked (B,), and `Sampled.unmasked_at` (B, L).
 
         noise: one of each of `DRAWS`; steps: what `traces_of` needs of each step is appended here
         """

@@ -34,9 +34,11 @@ class OverwriteAll(Reviser):
             raise UserError(f"begin must be within 0..1, got {self.begin}")
 
     def editable(self, state: State) -> Tensor:
+        where = state.visible if self.scope == "all" else state.visible & state.block
+        if self.begin == 1:
+            return where
         rewrites = state.steps_left <= (state.steps.double() * self.begin).ceil()  # (B,)
-        visible = state.visible & rewrites[:, None]
-        return visible if self.scope == "all" else visible & state.block
+        return where & rewrites[:, None]
 
     def overwrite(self, state: State, prediction: Prediction) -> Tensor:
         if self.share == 1:

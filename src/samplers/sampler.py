@@ -37,7 +37,8 @@ from src.types import SpecialIds
 @dataclass(kw_only=True)
 class Run:
     """What the steps of a batch change. tokens, confidence, num_remasks: (B, L) and step: (B,) as in `State`; edits,
-    remasks: (B,) made so far; wrote_mask: (B,) bool, whether a reviser wrote the mask as a token."""
+    remasks: (B,) made so far; unmasked_at: (B, L) as in `Sampled`; wrote_mask: (B,) bool, whether a reviser wrote the
+    mask as a token."""
 
     tokens: Tensor
     confidence: Tensor
@@ -45,6 +46,7 @@ class Run:
     step: Tensor
     edits: Tensor
     remasks: Tensor
+    unmasked_at: Tensor
     wrote_mask: Tensor
 
 
@@ -71,7 +73,7 @@ class Plan:
 class Sampler(AnySampler):
     """Writes responses of `length` tokens with a backbone.
 
-    tokens_per_step, steps, cfg_scale: see `AnySampler`
+    tokens_per_step, steps, cfg_scale, compile: see `AnySampler`
     blocks: the response is written in this many equal parts, left to right, which share `steps` equally
     shift: how unevenly a block's steps share its masks, see `Schedule`
     unmask: policy that chooses which masks to unmask (default `TopK()`)
@@ -112,6 +114,7 @@ class Sampler(AnySampler):
     cfg_scale: float = 0.0
     max_forwards: int | None = None
     check_every: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that do not fit together, or that would be ignored."""
@@ -158,26 +161,29 @@ class Sampler(AnySampler):
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step until every row is done; the host only asks which rows are."""
-        reviser = self.reviser or Reviser()
+        reviser, look, step = self.reviser or Reviser(), self._look, self._step
+        if self.compile:
+            look, step = torch.compile(look), torch.compile(step)
         tokens = self._first_tokens(predict, start)
         options = {"early_stop": self.early_stop, "post_steps": self.post_steps, "random": reviser.random}
         progress = Progress(self.schedule, tokens, predict.special, uses_all_steps=reviser.uses_all_steps, **options)
-        step, edits, remasks = tokens.new_zeros(3, len(tokens))
+        zeros = tokens.new_zeros(3, len(tokens))
         run = Run(
             tokens=tokens,
             confidence=torch.full(tokens.shape, torch.inf, dtype=torch.float64, device=tokens.device),
             num_remasks=torch.zeros_like(tokens),
-            step=step,
-            edits=edits,
-            remasks=remasks,
+            step=zeros[0],
+            edits=zeros[1],
+            remasks=zeros[2],
+            unmasked_at=torch.full_like(tokens, -1),
             wrote_mask=torch.zeros_like(progress.active),
         )
         scheduled, active = self.schedule.block_steps * self.blocks, []
         ends = (scheduled, scheduled + self.post_steps)  # where rows end that take all steps: no call is made in vain
         for number in itertools.count():
-            plan = self._look(run, progress, predict, noise)
+            plan = look(run, progress, predict, noise)
             if number % self.check_every == 0 or number in ends:
                 asks = plan.where.any(1) & ~predict.known(run.tokens)
                 active, called, wrote_mask, drawn = read(progress.active, asks, run.wrote_mask, plan.drawn.sum(1))
@@ -189,20 +195,19 @@ class Sampler(AnySampler):
             else:
                 called = active
             first = predict.first(run.tokens, plan.where, called)
-            changes = self._step(run, plan, first, progress, predict, noise)
+            changes = step(run, plan, first, progress, predict, noise)
             if steps is not None:
                 steps.append({**changes, "forwards": predict.forwards})
-        return progress.text(run.tokens), run.edits, run.remasks
+        return progress.text(run.tokens), run.edits, run.remasks, run.unmasked_at
 
     def _look(self, run: Run, progress: Progress, predict: Predictor, noise: dict[str, Noise]) -> Plan:
         """Where each row stands, and what its next step may do. Changes nothing of rows that are done."""
-        special, reviser = predict.special, self.reviser or Reviser()
-        tokens, active, visible = run.tokens, progress.active, run.tokens != special.mask
+        reviser = self.reviser or Reviser()
+        tokens, active, visible = run.tokens, progress.active, ~progress.masked
         max_forwards = torch.iinfo(torch.int64).max if self.max_forwards is None else self.max_forwards
-        post = active & ~progress.unfinished(tokens)  # (B,) rows that are only revised
+        post = active & ~progress.unfinished  # (B,) rows that are only revised
         spare_passes = (max_forwards - predict.forwards) // predict.cost - 2  # after this step and a last one
         last = spare_passes < 0  # (B,) rows whose budget allows this step and none after it
-        progress.enter(tokens)
         state = State(
             tokens=tokens,
             visible=visible,
@@ -216,9 +221,10 @@ class Sampler(AnySampler):
             num_remasks=run.num_remasks,
             noise=noise["reviser"],
         )
-        eligible = progress.pending(tokens) & (progress.reach | last[:, None]) & active[:, None]
+        eligible = progress.pending & (progress.reach | last[:, None]) & active[:, None]
         editable = reviser.editable(state) & visible & active[:, None]
-        where = eligible | (reviser.reads(state) & active[:, None])
+        asks_more = type(reviser).reads is not Reviser.reads  # than what it may change
+        where = eligible | (reviser.reads(state) & active[:, None] if asks_more else editable)
         return Plan(state, where, eligible, editable, post, last)
 
     def _step(
@@ -240,7 +246,7 @@ class Sampler(AnySampler):
         # 2. unmask: propose a token for each eligible mask, and choose which masks become it
         proposal, probability, score = self._propose(prediction, plan, special, noise)
         chance = reviser.chance(state, progress.schedule.chance(state.steps, state.steps_left))
-        count, chance = progress.count(before, chance), chance.masked_fill(is_final, 1.0)
+        count, chance = progress.count(chance), chance.masked_fill(is_final, 1.0)
         unmasked = policy.select(score, eligible, count, chance, noise["unmask"]) | (eligible & last[:, None])
         if reviser.selects_positions:
             unmasked = eligible
@@ -263,6 +269,7 @@ class Sampler(AnySampler):
         tokens = torch.where(unmasked, proposal, torch.where(rewritten, new_ids, before))
         tokens = tokens.masked_fill(remasked, special.mask)
         run.tokens, run.confidence = tokens, confidence.masked_fill(tokens == special.mask, torch.inf)
+        run.unmasked_at = torch.where(unmasked, run.step[:, None], run.unmasked_at)
         run.num_remasks, run.step = run.num_remasks + remasked, run.step + active
         run.edits, run.remasks = run.edits + rewritten.sum(1), run.remasks + remasked.sum(1)
         progress.finish(tokens, post=plan.post, last=last)

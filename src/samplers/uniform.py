@@ -35,10 +35,11 @@ class FromNoise(AnySampler):
     steps: int | None = None
     temperature: float = 1.0
     cfg_scale: float = 0.0
+    compile: bool = False
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if start is not None:
             raise UserError("this sampler starts from noise and cannot begin with a given text: leave start out")
         # 1. noise: random ordinary ids
@@ -75,7 +76,7 @@ class FromNoise(AnySampler):
                 changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere, "confidence": nowhere}
                 made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
                 steps.append({**made, **changes})
-        return tokens, edits, torch.zeros_like(edits)
+        return tokens, edits, torch.zeros_like(edits), torch.full_like(tokens, -1)
 
     def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:
         """(N, K) float64 weights of the next state, not normalized; from time left / steps to (left - 1) / steps.

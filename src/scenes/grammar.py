@@ -1,6 +1,7 @@
 """The caption grammar: one table of sentence templates that both generates captions and parses them.
 
     write_caption(scene, rng) -> str           several sentences, varied wording, objects in raster order
+    write_brief(scene, rng) -> str             the same facts as a list, outside the grammar
     read_caption(text) -> [Sentence]           every sentence with its statement, or None if it is ungrammatical
     false_fields(scene, statement) -> {field}  the fields of a statement that contradict the scene
     swaps(scene, text, rng) -> [Swap]          one-word replacements that make a fact false
@@ -12,11 +13,12 @@ caption parses without loss.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
 
-from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, relations
+from src.scenes.graph import BACKGROUNDS, COLOURS, COLUMNS, LOOKS, ROWS, SHAPES, SIZES, Look, Scene, relations
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LEXICON: dict[str, tuple[str, ...]] = {
@@ -115,32 +117,65 @@ def write_sentence(statement: Statement) -> str:
     return text[0].upper() + text[1:]
 
 
-def write_caption(scene: Scene, rng: Random, *, relation_rate: float = 0.6) -> str:
-    """A true, detailed caption: an introduction first or last, the objects in raster order, and maybe a relation."""
+def write_caption(scene: Scene, rng: Random, *, relation_rates: Sequence[float] = (0.6,)) -> str:
+    """A true, detailed caption: an introduction first or last, the objects in raster order, relations between them.
+
+    relation_rates: see `draw_relations`
+    """
     # 1. a sentence for each object
     sentences = []
     for item in scene.objects:
         fields = {name: getattr(item, name) for name in ("size", "colour", "shape", "row", "column")}
         sentences.append(write_sentence(Statement("object", rng.randrange(len(TEMPLATES["object"])), fields)))
-    # 2. maybe a relation between two objects
-    count = len(scene.objects)
-    if count > 1 and rng.random() < relation_rate:
-        a, b = rng.sample(scene.objects, 2)
-        relation = rng.choice(sorted(relations(a, b)))
-        field, templates = ("side", (0, 1)) if relation.endswith(" of") else ("level", (2, 3))
-        fields = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
-        fields[field] = relation.removesuffix(" of")
+    # 2. relations between two objects
+    for fields in draw_relations(scene, rng, relation_rates):
+        templates = (0, 1) if "side" in fields else (2, 3)
         sentences.append(write_sentence(Statement("relation", rng.choice(templates), fields)))
     # 3. the introduction
+    count = len(scene.objects)
     fields = {"number": NUMBERS[count - 1], "noun": LEXICON["noun"][count > 1], "background": scene.background}
     intro = write_sentence(Statement("intro", rng.randrange(len(TEMPLATES["intro"])), fields))
     sentences.insert(0 if rng.random() < 0.7 else len(sentences), intro)
     return " ".join(sentences)
 
 
-def write_brief(scene: Scene) -> str:
-    """A list of the objects in raster order, outside the grammar: the short captions of the alignment phase."""
-    return ", ".join(f"{o.row} {o.column} {o.size} {o.colour} {o.shape}" for o in scene.objects) + "."
+def write_brief(scene: Scene, rng: Random, *, relation_rates: Sequence[float] = (0.6,)) -> str:
+    """The facts of a detailed caption as a list: the short captions of the base model's alignment phase.
+
+    Such as `Two on pink, upper left small red circle, lower right large blue ring, red circle left of blue ring.`
+    """
+    parts = [f"{NUMBERS[len(scene.objects) - 1].capitalize()} on {scene.background}"]
+    parts += [f"{o.row} {o.column} {o.size} {o.colour} {o.shape}" for o in scene.objects]
+    for fields in draw_relations(scene, rng, relation_rates):
+        relation = f"{fields['side']} of" if "side" in fields else fields["level"]
+        parts.append(f"{fields['colour']} {fields['shape']} {relation} {fields['colour2']} {fields['shape2']}")
+    return ", ".join(parts) + "."
+
+
+def draw_relations(scene: Scene, rng: Random, rates: Sequence[float]) -> Iterator[dict[str, str]]:
+    """Fields of the relation sentences of a true caption.
+
+    rates: probability of a first sentence, of a second, ... Two objects may stand in two relations, one for each axis;
+        a sentence says one of them, and one that says again how two objects lie on an axis is left out.
+    """
+    said = set()
+    for rate in rates:
+        if len(scene.objects) > 1 and rng.random() < rate:
+            a, b = rng.sample(scene.objects, 2)
+            relation = rng.choice(sorted(relations(a, b)))
+            fields = {"colour": a.colour, "shape": a.shape, "colour2": b.colour, "shape2": b.shape}
+            fields["side" if relation.endswith(" of") else "level"] = relation.removesuffix(" of")
+            if related(fields) not in said:
+                said.add(related(fields))
+                yield fields
+
+
+def related(fields: dict[str, str]) -> tuple[str, Look, Look]:
+    """What a relation sentence says, whichever object it begins with: `left` or `above`, and of which two objects."""
+    one, other = (fields["colour"], fields["shape"]), (fields["colour2"], fields["shape2"])
+    if "side" in fields:
+        return ("left", one, other) if fields["side"] == "left" else ("left", other, one)
+    return ("above", one, other) if fields["level"] == "above" else ("above", other, one)
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -212,8 +247,11 @@ def false_fields(scene: Scene, statement: Statement) -> set[str]:
     return set() if scene.holds(relation, *pair) else set(fields)
 
 
-def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
-    """At most one replacement for every sentence and field of a true caption that makes the sentence false."""
+def swaps(scene: Scene, text: str, rng: Random, *, looks: Collection[Look] = LOOKS) -> list[Swap]:
+    """At most one replacement for every sentence and field of a true caption that makes the sentence false.
+
+    looks: the (colour, shape) that a false sentence may name
+    """
     replacements = []
     for sentence in read_caption(text):
         statement = sentence.statement
@@ -224,7 +262,8 @@ def swaps(scene: Scene, text: str, rng: Random) -> list[Swap]:
             rng.shuffle(options)
             for word in options:
                 changed = replace(statement, fields={**statement.fields, field: word})
-                if _agrees(changed.fields) and false_fields(scene, changed):
+                named = statement.kind == "intro" or (changed.fields["colour"], changed.fields["shape"]) in looks
+                if named and _agrees(changed.fields) and false_fields(scene, changed):
                     wrong = word.capitalize() if text[start].isupper() else word
                     replacements.append(Swap(start, end, text[start:end], wrong, FACT_OF_FIELD[field]))
                     break

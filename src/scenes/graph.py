@@ -5,7 +5,9 @@ A place (row, column of the board) holds at most one object, so it identifies th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from itertools import product
 from random import Random
 
 from src.io.errors import UserError
@@ -17,6 +19,8 @@ ROWS = ("upper", "middle", "lower")
 COLUMNS = ("left", "center", "right")
 BACKGROUNDS = ("gray", "brown", "pink", "beige")
 RELATIONS = ("left of", "right of", "above", "below")
+Look = tuple[str, str]  # colour and shape, by which captions name an object
+LOOKS: frozenset[Look] = frozenset(product(COLOURS, SHAPES))
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,33 @@ def relations(a: SceneObject, b: SceneObject) -> set[str]:
     return names
 
 
-def draw_scene(rng: Random, *, objects: tuple[int, int] = (1, 3), jitter: float = 0.12) -> Scene:
-    """A random scene of `objects` (inclusive range) objects, their centres shifted by up to `jitter` cells."""
+def draw_scene(
+    rng: Random,
+    *,
+    objects: tuple[int, int] = (1, 3),
+    looks: Collection[Look] = LOOKS,
+    distinct: bool = False,
+    jitter: float = 0.12,
+) -> Scene:
+    """A random scene.
+
+    objects:  least and greatest number of objects
+    looks:    the (colour, shape) that an object may have; distinct: no two objects share one, so that it names them
+    jitter:   greatest shift of a centre, in cells
+    """
     if not 1 <= objects[0] <= objects[1] <= len(ROWS) * len(COLUMNS):
         raise UserError(f"objects must be a range within 1..9, got {objects}")
+    if len(looks) < (objects[1] if distinct else 1):
+        raise UserError(f"{objects[1]} objects need more looks than the {len(looks)} that are allowed: hold fewer out")
     cells = rng.sample([(r, c) for r in ROWS for c in COLUMNS], rng.randint(*objects))
     cells.sort(key=lambda cell: (ROWS.index(cell[0]), COLUMNS.index(cell[1])))
-    items = tuple(
-        SceneObject(
-            shape=rng.choice(SHAPES),
-            colour=rng.choice(COLOURS),
-            size=rng.choice(SIZES),
-            row=row,
-            column=column,
-            dx=round(rng.uniform(-jitter, jitter), 3),
-            dy=round(rng.uniform(-jitter, jitter), 3),
-        )
-        for row, column in cells
-    )
-    return Scene(items, rng.choice(BACKGROUNDS))
+    free, items = set(looks), []
+    for row, column in cells:
+        shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
+        while (colour, shape) not in free:
+            shape, colour = rng.choice(SHAPES), rng.choice(COLOURS)
+        if distinct:
+            free.remove((colour, shape))
+        size, dx, dy = rng.choice(SIZES), rng.uniform(-jitter, jitter), rng.uniform(-jitter, jitter)
+        items.append(SceneObject(shape, colour, size, row, column, round(dx, 3), round(dy, 3)))
+    return Scene(tuple(items), rng.choice(BACKGROUNDS))

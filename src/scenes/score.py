@@ -10,8 +10,9 @@
                   says how some two of them lie
 
 Each object sentence is about another object, and the whole is read as favourably as possible: the pair that shares most
-of shape, colour, size and place first; a sentence that is left over is false. A sentence that the grammar rejects makes
-one false claim for each of its words that names something, so that broken text costs like false text.
+of shape, colour, size and place first; a sentence that is left over is false, and so is a relation that an earlier
+sentence said. A sentence that the grammar rejects makes one false claim for each of its words that names something, so
+that broken text costs like false text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from src.scenes.grammar import NUMBERS, Sentence, Statement, false_fields, read_caption
+from src.scenes.grammar import NUMBERS, Sentence, Statement, false_fields, read_caption, related
 from src.scenes.graph import BACKGROUNDS, COLOURS, ROWS, SHAPES, SIZES, Scene
 
 KINDS = ("object", "attribute", "place", "background", "number", "relation")
@@ -89,6 +90,7 @@ def score_caption(scene: Scene, text: str) -> CaptionScore:
     true_claims: Counter[str] = Counter()
     covered: Counter[str] = Counter()
     stated: set[str] = set()  # facts of which a scene has one
+    said: set[tuple] = set()  # true relations
     wrong: list[set[str] | None] = []
     objects = _match(scene, [s.statement for s in sentences if s.statement and s.statement.kind == "object"])
     for sentence in sentences:
@@ -107,6 +109,9 @@ def score_caption(scene: Scene, text: str) -> CaptionScore:
             wrong.append(false - {"place"} | ({"row", "column"} if "place" in false else set()))
         else:
             false = false_fields(scene, statement)
+            if statement.kind == "relation" and not false:
+                false = set(statement.fields) if related(statement.fields) in said else false
+                said.add(related(statement.fields))
             wrong.append(false)
             for kind in ("number", "background") if statement.kind == "intro" else ("relation",):
                 true = kind not in false if statement.kind == "intro" else not false

@@ -60,7 +60,7 @@ def assemble(
     if is_rank0:
         if cfg.optim.get("sharding") and not isinstance(trainer.strategy, FSDP2):
             log.warning("optim.sharding has no effect without parallel/fsdp2")
-        mistakes = any(term.kind == Kind.MISTAKE for term in objective.terms)
+        mistakes = any(term.kind == Kind.MISTAKE for term in objective.first_terms)
         if mistakes and not (cfg.callbacks.get("self_correction") or cfg.data.get("rounds")):
             log.warning(
                 "the objective corrects drafts, but there are none: set data.rounds or callbacks.self_correction"
