@@ -5,6 +5,7 @@
     python -m src.generate conf=generate model.path=... images=a.png prompt=... caption="A red ring is"
     python -m src.generate conf=generate model=llada model.path=... images=null prompt=questions.jsonl
     python -m src.generate conf=generate model.path=... images=null prompt=data/smiles/test temperature=1 cfg_scale=1
+    python -m src.generate conf=generate model.path=... images=photos/ prompt=... num=8 html=trace.html
 
     file, folder, split or questions -> batches of readable samples -> sampler -> OUT, one JSON line per response
 
@@ -19,6 +20,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -30,6 +32,7 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
+from src.generation.player import SUFFIX, read_traces, write_page
 from src.generation.requests import find_requests, is_split, readable
 from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
@@ -53,7 +56,7 @@ def main(argv: list[str]) -> None:
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     cfg = load_config(argv, verb="src.generate", needs=NEEDS["src.generate"], texts=TEXTS)
     check(cfg)
-    path = path_of(cfg, "out")
+    path, html = path_of(cfg, "out"), None if cfg.html is None else path_of(cfg, "html")
     sampler = choose_sampler(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
@@ -63,11 +66,15 @@ def main(argv: list[str]) -> None:
 
     with locked(path):
         # 2. What an earlier run has written; then the model and the requests.
-        out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
+        trace = cfg.trace or html is not None
+        out = Output(path, settings=_settings(cfg, sampler), trace=trace)
         backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": cfg.trace}
+        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
         respond = Responder(backbone, codec, sampler, positions=folder.positions, **options)
-        count, requests = find_requests(cfg.images, prompt=cfg.prompt, layout=backbone.layout)
+        find = partial(find_requests, cfg.images, prompt=cfg.prompt, layout=backbone.layout)
+        count, requests = find()
+        if cfg.num is not None:
+            count, requests = min(count, cfg.num), islice(requests, cfg.num)
 
         # 3. Responses, batch by batch.
         unreadable: list[str] = []
@@ -91,6 +98,12 @@ def main(argv: list[str]) -> None:
     if unreadable and not texts and not skipped:
         sys.exit(1)
 
+    # 5. The page.
+    if html is not None:
+        compared = [] if cfg.compare is None else [path_of(cfg, "compare")]
+        write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
+        sys.stderr.write(f"to watch how they were written, open {html} in a browser\n")
+
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
     """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
@@ -98,6 +111,10 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    if cfg.compare is not None:
+        if cfg.html is None:
+            raise UserError(f"compare={cfg.compare} is for a page: name one, as in html=trace.html")
+        read_traces(path_of(cfg, "compare"))
     many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
     if many and has_image:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
