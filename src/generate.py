@@ -32,7 +32,7 @@ from src.cli.config import load_config, path_of
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
-from src.generation.player import SUFFIX, read_traces, write_page
+from src.generation.player import SUFFIX, page_paths, write_page
 from src.generation.requests import find_requests, is_split, readable
 from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     cfg = load_config(argv, verb="src.generate", needs=NEEDS["src.generate"], texts=TEXTS)
     check(cfg)
-    path, html = path_of(cfg, "out"), None if cfg.html is None else path_of(cfg, "html")
+    path, html, compared = path_of(cfg, "out"), *page_paths(cfg)
     sampler = choose_sampler(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
@@ -100,7 +100,6 @@ def main(argv: list[str]) -> None:
 
     # 5. The page.
     if html is not None:
-        compared = [] if cfg.compare is None else [path_of(cfg, "compare")]
         write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
         sys.stderr.write(f"to watch how they were written, open {html} in a browser\n")
 
@@ -111,10 +110,6 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
         path_of(cfg, "images")
     if cfg.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
-    if cfg.compare is not None:
-        if cfg.html is None:
-            raise UserError(f"compare={cfg.compare} is for a page: name one, as in html=trace.html")
-        read_traces(path_of(cfg, "compare"))
     many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
     if many and has_image:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")

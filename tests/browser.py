@@ -85,9 +85,7 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         mobile = width < 500
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.call("Page.navigate", url=url)
 
     def ask(self, script: str) -> Any:
@@ -110,7 +108,8 @@ class Chromium:
 
     def point(self, script: str, *, click: bool = False, across: float = 0.5) -> None:
         """Move the pointer onto an element, to a share of its width, and click it."""
-        box = self.ask(f"(({script}).scrollIntoView({{block: 'nearest'}}), ({script}).getBoundingClientRect().toJSON())")
+        self.ask(f"({script}).scrollIntoView({{block: 'nearest'}})")
+        box = self.ask(f"({script}).getBoundingClientRect().toJSON()")
         at = {"x": box["left"] + box["width"] * across, "y": box["top"] + box["height"] / 2}
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
         if click:

@@ -20,8 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from PIL import Image
 
+from src.cli.config import path_of
 from src.generation.requests import Request, readable
 from src.io.errors import UserError
 from src.io.files import write_bytes
@@ -31,6 +33,19 @@ PIXELS = 320  # longest side of an image on the page
 SUFFIX = ".trace.jsonl"
 UNMASKED, REWRITTEN, REMASKED = range(3)  # kinds of changes, as in player.html
 TEMPLATE = Path(__file__).with_suffix(".html")
+
+
+def page_paths(cfg: DictConfig) -> tuple[Path | None, list[Path]]:
+    """The page that a config asks for, if any, and the trace file that it names for the left side.
+
+    Raises UserError if that file cannot be used.
+    """
+    if cfg.compare is None:
+        return None if cfg.html is None else path_of(cfg, "html"), []
+    if cfg.html is None:
+        raise UserError(f"compare={cfg.compare} is for a page: name one, as in html=trace.html")
+    read_traces(path_of(cfg, "compare"))
+    return path_of(cfg, "html"), [path_of(cfg, "compare")]
 
 
 def write_page(path: Path, files: Sequence[Path], requests: Iterable[Request]) -> None:

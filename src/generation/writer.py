@@ -83,7 +83,7 @@ def _text_with_masks(codec: Codec, ids: list[int]) -> str:
 def _pieces(codec: Codec, steps: list[TraceStep]) -> dict[int, str]:
     """The text of each id in a trace; a special token, which has none, has its name."""
     ids = {token for step in steps for token in (*step.tokens, *(old for _, old, _ in step.rewritten))}
-    return {token: codec.decode([token]) or codec.tokenizer.convert_ids_to_tokens(token) for token in sorted(ids)}
+    return {token: codec.decode([token]) or str(codec.tokenizer.convert_ids_to_tokens(token)) for token in sorted(ids)}
 
 
 def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:
