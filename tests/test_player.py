@@ -172,7 +172,7 @@ def test_a_large_page_stays_small(tmp_path):
     assert (tmp_path / "page.html").stat().st_size <= 2_000_000
     for text, trace in zip(unpack(tmp_path / "page.html")["texts"], traces, strict=True):
         assert states(text["sides"][0])[1:] == [step["tokens"] for step in trace["steps"]]
-        assert max(Image.open(io.BytesIO(base64.b64decode(text["image"].partition("base64,")[2]))).size) == 320
+        assert max(Image.open(io.BytesIO(base64.b64decode(text["image"].partition("base64,")[2]))).size) == 256
 
 
 def odd_page(tmp_path: Path) -> Path:

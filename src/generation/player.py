@@ -29,7 +29,7 @@ from src.io.errors import UserError
 from src.io.files import write_bytes
 
 NUM_SHOWN = 16  # texts of a page, so that it stays small; the trace files have all of them
-PIXELS = 320  # longest side of an image on the page
+PIXELS = 256  # longest side of an image on the page
 SUFFIX = ".trace.jsonl"
 UNMASKED, REWRITTEN, REMASKED = range(3)  # kinds of changes, as in player.html
 TEMPLATE = Path(__file__).with_suffix(".html")
