@@ -5,6 +5,7 @@
     python -m src.generate conf=generate model.path=... images=a.png prompt=... caption="A red ring is"
     python -m src.generate conf=generate model=llada model.path=... images=null prompt=questions.jsonl
     python -m src.generate conf=generate model.path=... images=null prompt=data/smiles/test temperature=1 cfg_scale=1
+    python -m src.generate conf=generate model.path=... images=photos/ prompt=... num=8 html=trace.html
 
     file, folder, split or questions -> batches of readable samples -> sampler -> OUT, one JSON line per response
 
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
     if done.unreadable:
         parts.append(f"{counted(len(done.unreadable), 'image')} could not be read: {', '.join(done.unreadable)}")
     sys.stderr.write("; ".join(parts) + "\n")
+    if done.page:
+        sys.stderr.write(f"to watch how they were written, open {done.page} in a browser\n")
     if done.unreadable and not done.texts and not done.skipped:
         sys.exit(1)
 

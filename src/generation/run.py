@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from src.cli.config import path_of
 from src.cli.instantiate import build, check, plain
+from src.generation.player import SUFFIX, page_paths, write_page
 from src.generation.requests import find_requests, is_split, of_files, readable
 from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
@@ -43,12 +45,14 @@ TEXTS = ("prompt", "caption", "suffix", "system")  # keys whose command-line val
 
 @dataclass(frozen=True)
 class Responses:
-    """path: the file; texts: (key, text) of the new lines; skipped: already there; unreadable: keys of images"""
+    """path: the file; texts: (key, text) of the new lines; skipped: already there; unreadable: keys of images; page: of
+    the traces, if one was asked for"""
 
     path: Path
     texts: list[tuple[str, str]]
     skipped: int
     unreadable: list[str]
+    page: Path | None
 
 
 def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Responses:
@@ -58,7 +62,7 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
     """
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     check(cfg)
-    path = path_of(cfg, "out")
+    path, html, compared = path_of(cfg, "out"), *page_paths(cfg)
     sampler = choose_sampler(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
@@ -68,14 +72,16 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
 
     with locked(path):
         # 2. What an earlier run has written; then the model and the requests.
-        out = Output(path, settings=_settings(cfg, sampler), trace=cfg.trace)
+        trace = cfg.trace or html is not None
+        out = Output(path, settings=_settings(cfg, sampler), trace=trace)
         backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": cfg.trace}
+        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
         answer = Responder(backbone, codec, sampler, positions=folder.positions, **options)
-        if images is None:
-            count, requests = find_requests(cfg.images, prompt=cfg.prompt, layout=backbone.layout)
-        else:
-            count, requests = of_files(images, prompt=cfg.prompt, layout=backbone.layout)
+        source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
+        find = partial(source, prompt=cfg.prompt, layout=backbone.layout)
+        count, requests = find()
+        if cfg.num is not None:
+            count, requests = min(count, cfg.num), islice(requests, cfg.num)
 
         # 3. Responses, batch by batch.
         unreadable: list[str] = []
@@ -85,7 +91,10 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
             while batch := list(islice(samples, cfg.batch_size)):
                 texts += out.add([sample.key for sample in batch], answer(batch), codec)
                 bar.update(len(batch))
-    return Responses(path, texts, count - len(texts) - len(unreadable), unreadable)
+    # 4. The page.
+    if html is not None:
+        write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
+    return Responses(path, texts, count - len(texts) - len(unreadable), unreadable, html)
 
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
