@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +14,22 @@ from src.judges.rubric import Rubric
 from src.metrics.rubric import Rubric as RubricMetric
 from tests.talk import Talk, talk
 
-GRAPHS = ["( dog , is , brown ) , ( dog , on , grass )", "( dog , is , wet )"]
-OWN = ["( dog , is , black ) , ( cat , near , dog )"]
-REFERENCE = "A brown dog on the grass. It is wet."
+CAPTION, REFERENCE = "A black dog near a cat.", "A brown dog on the grass. It is wet."
+GRAPHS = {
+    CAPTION: ["( dog , is , black ) , ( cat , near , dog )"],
+    REFERENCE: ["( dog , is , brown ) , ( dog , on , grass )", "( dog , is , wet )"],
+}
 
 
-def item(caption: str | None = "A black dog near a cat.", row: int = 0, **extra) -> Item:
-    extra = {"graphs": GRAPHS, "caption_graphs": OWN, **extra}
-    return Item(key=str(row), row=row, caption=caption, references=(REFERENCE,), extra=extra)
+def item(caption: str | None = CAPTION, row: int = 0) -> Item:
+    return Item(key=str(row), row=row, caption=caption, references=(REFERENCE,))
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Rubric:
+    lines = [json.dumps({"text": text, "graphs": graphs}) for text, graphs in GRAPHS.items()]
+    (tmp_path / "graphs.jsonl").write_text("\n".join(lines) + "\n")
+    return Rubric(graphs=str(tmp_path / "graphs.jsonl"))
 
 
 def statements(request) -> dict[str, str]:
@@ -35,14 +45,14 @@ def score(*talks: Talk, **settings) -> dict[str, float]:
     return {name: stat["mean"] for name, stat in metric.compute().items()}
 
 
-def test_every_fact_is_asked_of_the_other_text():
-    done = talk(Rubric(), item(), ["0. yes\n1. no\n2. no\n3. no\n4. no", "0. Yes.\n1. **no**\n2. no\n3. no"])
+def test_every_fact_is_asked_of_the_other_text(judge: Rubric):
+    done = talk(judge, item(), ["0. yes\n1. no\n2. no\n3. no\n4. no", "0. Yes.\n1. **no**\n2. no\n3. no"])
     recall, precision = done.requests
     assert list(statements(recall).values()) == [
         "There is: dog", "There is: grass", "dog is brown", "dog is wet", "dog on grass"
     ]  # fmt: skip
     assert list(statements(precision).values()) == ["There is: dog", "There is: cat", "dog is black", "cat near dog"]
-    assert "A black dog near a cat." in recall.user and REFERENCE not in recall.user
+    assert CAPTION in recall.user and REFERENCE not in recall.user
     assert REFERENCE in precision.user and "A black dog" not in precision.user
     assert done.verdict is not None
     assert done.verdict["recall: There is: dog"] == 1 and done.verdict["recall: dog is brown"] == 0
@@ -52,9 +62,9 @@ def test_every_fact_is_asked_of_the_other_text():
     assert score(done) == pytest.approx({**expected, "rubric_failed": 0.0})
 
 
-def test_open_facts_are_asked_again_and_then_fail_alone():
+def test_open_facts_are_asked_again_and_then_fail_alone(judge: Rubric):
     replies = ["0. yes\n1. perhaps\n3. yes", "1. yes\n2. ?\n4. no", None, "0. yes\n1. yes\n2. yes\n3. yes"]
-    done = talk(Rubric(attempts=3), item(), replies)
+    done = talk(judge, item(), replies)
     assert [list(statements(request)) for request in done.requests] == [
         list("01234"), list("124"), ["2"], list("0123")
     ]  # fmt: skip
@@ -68,13 +78,13 @@ def test_open_facts_are_asked_again_and_then_fail_alone():
     assert stats["rubric_worst"] == pytest.approx(2 * 0.6 / 1.6)  # recall 3/5
 
 
-def test_missing_and_empty_captions():
-    missing = talk(Rubric(), item(None), [])
-    full = talk(Rubric(), item(), ["0. yes\n1. yes\n2. yes\n3. yes\n4. yes", "0. yes\n1. yes\n2. yes\n3. yes"])
-    empty = talk(Rubric(), item(""), ["0. no\n1. no\n2. no\n3. no\n4. no"])
+def test_missing_and_empty_captions(judge: Rubric):
+    missing = talk(judge, item(None), [])
+    full = talk(judge, item(), ["0. yes\n1. yes\n2. yes\n3. yes\n4. yes", "0. yes\n1. yes\n2. yes\n3. yes"])
+    empty = talk(judge, item(""), ["0. no\n1. no\n2. no\n3. no\n4. no"])
     stats = score(full, empty, missing, max_failed=0.5)
     assert stats["rubric"] == pytest.approx(1 / 2)
     assert stats["rubric_worst"] == pytest.approx(1 / 3)
     assert stats["rubric_failed"] == pytest.approx(1 / 3)
-    with pytest.raises(UserError, match="has no caption_graphs"):
-        Rubric().verdict(item(caption_graphs=[])).send(None)
+    with pytest.raises(UserError, match="has no graphs of 'Another'"):
+        judge.verdict(item("Another")).send(None)

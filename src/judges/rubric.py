@@ -1,6 +1,6 @@
 """Rubric: the facts of scene graphs as yes-or-no questions about a text, for any local model that reads.
 
-    item.extra {"graphs": [graph strings of the references], "caption_graphs": [graph strings of the caption]}
+    Rubric(graphs="graphs.jsonl")         graphs by text, of captions and references (`src.metrics.capture` writes them)
     verdict {"recall_object_yes", "recall_object_asked", "recall_object_failed", "precision_object_yes", ...}
             and of each fact, by its words: {"recall: dog is brown": 1, ...}      1 yes, 0 no, None no usable reply
 
@@ -12,32 +12,34 @@ NOTE: prompt and averaging are ours; agreement with people was not measured, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from src.chat.reading import said
+from src.io.errors import UserError
 from src.judges.base import Dialogue, Item, Judge, Reply, Request, again
 from src.judges.numbered import answers
 from src.judges.prompt import Prompt
-from src.text.scene_graphs import SceneGraph, merge
+from src.text.scene_graphs import merge, read_graphs
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 4096}
-SIDES = ("recall", "precision")
 KINDS = ("object", "attribute", "relation")
+cached_graphs = functools.cache(read_graphs)
 
 
 class Rubric(Judge):
-    """prompts: folder with a rubric.yaml (None: ours); attempts: requests until every fact has an answer"""
+    """graphs: the file; prompts: folder with a rubric.yaml (None: ours); attempts: until every fact has an answer"""
 
-    def __init__(self, *, prompts: str | Path | None = None, attempts: int = 3) -> None:
-        self.attempts = attempts
+    def __init__(self, *, graphs: str, prompts: str | Path | None = None, attempts: int = 3) -> None:
+        self.graphs, self.attempts = graphs, attempts
         self.prompt = Prompt.load("rubric", prompts)
 
     def verdict(self, item: Item) -> Dialogue:
-        # 1. The facts of either side, and the text that may state them. An empty caption has no graph.
-        own = item.need("caption_graphs") if item.caption else []
-        facts = {"recall": facts_of(merge(item.need("graphs"))), "precision": facts_of(merge(own))}
-        texts = {"recall": item.caption, "precision": "\n\n".join(item.need("references"))}
+        # 1. The facts of either side, and the text that may state them.
+        references = item.need("references")
+        facts = {"recall": self.facts_of(references), "precision": self.facts_of([item.caption or ""])}
+        texts = {"recall": item.caption, "precision": "\n\n".join(references)}
         # 2. A request for each side. Without a caption nothing is asked.
         verdict: dict[str, float | None] = {"missing": float(item.caption is None)}
         for side, text in texts.items():
@@ -51,6 +53,17 @@ class Rubric(Judge):
             verdict |= {f"{side}: {fact}": given.get(fact) for fact in facts[side]}
         return verdict
 
+    def facts_of(self, texts: Sequence[str]) -> dict[str, str]:
+        """A sentence for each fact of the graph of the texts, and its kind. Raises UserError for one without graphs."""
+        lines = cached_graphs(self.graphs)
+        if unknown := [text for text in texts if text.strip() not in lines]:
+            raise UserError(f"{self.graphs} has no graphs of {unknown[0][:60]!r}; run conf=eval/capture with it first")
+        graph = merge(graph for text in texts for graph in lines[text.strip()]["graphs"])
+        objects = {f"There is: {name}": "object" for name in graph.objects if name}
+        pairs = ((name, value) for name, values in graph.attributes.items() for value in values)
+        attributes = {f"{name} is {value}": "attribute" for name, value in pairs}
+        return {**objects, **attributes, **{" ".join(triple): "relation" for triple in graph.relations}}
+
     def _ask(self, text: str, facts: Sequence[str]) -> Generator[Request, Reply, dict[str, float]]:
         """The answer to each fact that got one."""
         given: dict[int, float] = {}
@@ -62,14 +75,6 @@ class Rubric(Judge):
             reply = yield again(request, attempt)
             given |= answers(reply.text or "", left, read_yes)
         return {facts[number]: answer for number, answer in given.items()}
-
-
-def facts_of(graph: SceneGraph) -> dict[str, str]:
-    """A sentence for each fact of a graph, and its kind."""
-    objects = {f"There is: {name}": "object" for name in graph.objects if name}
-    pairs = ((name, value) for name, values in graph.attributes.items() for value in values)
-    attributes = {f"{name} is {value}": "attribute" for name, value in pairs}
-    return {**objects, **attributes, **{" ".join(triple): "relation" for triple in graph.relations}}
 
 
 def read_yes(text: str) -> float | None:

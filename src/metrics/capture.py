@@ -22,7 +22,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from src.metrics.caption import CaptionMetric
 from src.metrics.graph_parser import embed, parse, sentences_of
 from src.metrics.text import references_of
 from src.metrics.wordnet import WordNet
-from src.text.scene_graphs import SceneGraph, merge
+from src.text.scene_graphs import EMPTY, SceneGraph, merge, read_graphs
 
 EPS = 1e-6
 KINDS = ("object", "attribute", "relation")
@@ -187,9 +187,7 @@ class Capture(CaptionMetric):
         self.file, self.parser, self.encoder = graphs, parser, encoder
         self.order, self.batch_size = order, batch_size
         self.wordnet, self.stop = WordNet.load(wordnet), stop_words()
-        self.lines = {"": {"graphs": [], "nouns": []}}  # by text
-        if graphs and (Path(graphs).exists() or not parser):
-            self.lines |= read_lines(Path(graphs))
+        self.lines = read_graphs(graphs) if graphs and (Path(graphs).exists() or not parser) else dict(EMPTY)
 
     def check(self, record: dict) -> None:
         if not self.parser:
@@ -239,17 +237,3 @@ class Capture(CaptionMetric):
         if self.file:
             with Path(self.file).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-
-
-def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by their text. Raises UserError for one without `text` and `graphs`."""
-    if not path.is_file():
-        raise UserError(f"there is no {path}, the graphs of the texts; write it, or set parser= to a model folder")
-    lines = {}
-    for number, row in enumerate(path.read_text("utf-8").strip().split("\n"), 1):
-        try:
-            line = json.loads(row)
-            lines[line["text"].strip()] = {**line, "graphs": list(line["graphs"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'line {number} of {path} is not {{"text": ..., "graphs": [...]}}: {row[:80]}') from error
-    return lines

@@ -8,13 +8,18 @@ The strings are those of FACTUAL's parsers (arXiv 2305.17497), which CAPTURE bui
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from src.io.errors import UserError
 
 Triple = tuple[str, str, str]
 Lemma = Callable[[str, Literal["n", "a"]], str]  # base form of a noun or an adjective
+EMPTY = {"": {"graphs": [], "nouns": []}}  # of an empty text
 _BETWEEN = re.compile(r"\)\s*,")
 
 
@@ -78,3 +83,20 @@ def merge(graphs: Iterable[str], lemma: Lemma = lambda word, part: word) -> Scen
                     attributes.setdefault(name, {})[lemma(value, "a")] = None
         triples |= {(lemma(subject, "n"), predicate, lemma(end, "n")): None for subject, predicate, end in relations}
     return SceneGraph(list(objects), {name: list(values) for name, values in attributes.items()}, list(triples))
+
+
+def read_graphs(file: str | Path) -> dict[str, dict[str, Any]]:
+    """Lines {"text": ..., "graphs": [one per sentence], "nouns"?: [...]} by their text, and that of the empty text.
+
+    Raises UserError for a file that is not there, or a line without `text` and `graphs`.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"there is no {file}, the graphs of the texts; conf=eval/capture writes one with its parser")
+    lines = dict(EMPTY)
+    for number, row in enumerate(Path(file).read_text("utf-8").strip().split("\n"), 1):
+        try:
+            line = json.loads(row)
+            lines[line["text"].strip()] = {**line, "graphs": list(line["graphs"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'line {number} of {file} is not {{"text": ..., "graphs": [...]}}: {row[:80]}') from error
+    return lines
