@@ -175,6 +175,7 @@ class Benchmark:
             verdicts += [{"system": name, **line} for line in lines]
         # 3. Files, and the table together with other runs.
         scores = without_nan(scores)
+        self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "scores.json", scores)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
         write_bytes(self.out / "verdicts.jsonl", text.encode())

@@ -38,7 +38,7 @@ METRICS: dict[type[Judge], type[JudgedMetric]] = {
     Factuality: factuality.Factuality,
     Rubric: rubric.Rubric,
 }
-SHARES = ("clair", "coverage", "factuality", "rubric")  # printed times 100, as in the papers
+SHARES = ("clair", "coverage", "factuality", "rubric", "capture")  # printed times 100, as in the papers
 Score = dict[str, Any]
 
 
