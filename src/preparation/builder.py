@@ -190,9 +190,10 @@ class Dataset(ABC):
             scan = items.once("scan", partial(self._scan, items))
             if is_continued and (missing := scan["counts"]["records"]["counts"].get("missing_image")):
                 log.warning(
-                    "%s missing when the records were read: if they are there by now, remove %s and begin again",
-                    "1 image was" if missing == 1 else f"{missing:,} images were", folder,
-                )  # fmt: skip
+                    "images of %s were missing when they were read: if they are there by now, remove %s and begin again",
+                    counted(missing, "record"),
+                    folder,
+                )
             items.once("tokenizer", partial(self._make_tokenizer, items, data / "tokenizer"))
             codec = Codec.load(data / "tokenizer")
             division = items.once("divide", partial(self._divide, items, codec))
