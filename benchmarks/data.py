@@ -40,6 +40,7 @@ from PIL import Image
 
 from benchmarks.at_scale import kills, large, scale, stream
 from benchmarks.inputs import WORDS, opened, photo, prepare_command, record, resized, write_images, write_rows
+from benchmarks.turns import in_turn
 from datamodules.captions import CaptionData
 from datamodules.collate import caption_row, image_inputs, image_tokens
 from datamodules.shards import Sample, decode
@@ -61,8 +62,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--photos", type=Path, help="a folder of JPEGs, for `resize`")
     parser.add_argument("--stream", type=Path, help="read an epoch of this folder; used by the benchmark itself")
+    parser.set_defaults(device="cpu", threads=1)  # for `in_turn`
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.stream:
         return stream(options.stream, options.workers)
     with tempfile.TemporaryDirectory() as temporary:
@@ -102,8 +104,9 @@ def compare_images(_: Path, options: argparse.Namespace) -> None:
         difference = np.abs(np.stack(plain()).astype(int) - ours(layout).transpose(0, 1, 3, 4, 2))
         if difference.max() > 2 or difference.mean() > 0.01:
             sys.exit(f"{title}: the two sides make different pixels")
-        seconds = in_turn({"plain": plain, "ours": lambda layout=layout: ours(layout)}, options.runs)
-        show(f"images, {title}", {name: value / len(photos) for name, value in seconds.items()}, "plain", "ours")
+        seconds = in_turn({"plain": plain, "ours": lambda layout=layout: ours(layout)}, options)
+        medians = {name: statistics.median(values) / len(photos) for name, values in seconds.items()}
+        show(f"images, {title}", medians, "plain", "ours")
 
 
 def compare_resize(_: Path, options: argparse.Namespace) -> None:
@@ -148,10 +151,10 @@ def compare_loader(folder: Path, options: argparse.Namespace) -> None:
 
     if (loader(), plain()) != (count, count):
         sys.exit("the two sides read different samples")
-    seconds = in_turn({"plain": plain, "loader": loader, "tokenisation": tokenise}, options.runs)
-    seconds = {name: value / count for name, value in seconds.items()}
-    seconds["the rest"] = seconds["loader"] - seconds["tokenisation"]
-    show("loader, stored at 384", seconds, "plain", "the rest")
+    seconds = in_turn({"plain": plain, "loader": loader, "tokenisation": tokenise}, options)
+    medians = {name: statistics.median(values) / count for name, values in seconds.items()}
+    medians["the rest"] = medians["loader"] - medians["tokenisation"]
+    show("loader, stored at 384", medians, "plain", "the rest")
 
 
 def compare_padding(folder: Path, options: argparse.Namespace) -> None:
@@ -213,18 +216,6 @@ PARTS: Mapping[str, Callable[[Path, argparse.Namespace], None]] = {
     "prepare": compare_prepare,
     "large": lambda _, options: large(),
 }
-
-
-def in_turn(sides: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Median seconds of CPU time of each side, run in turn, after one run that warms up."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for run in range(runs + 1):
-        for name, side in sides.items():
-            began = time.process_time()
-            side()
-            if run:
-                seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def show(title: str, seconds: dict[str, float], slow: str, fast: str) -> None:

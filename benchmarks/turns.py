@@ -1,4 +1,4 @@
-"""What benchmarks/sampler.py and training.py share: options, a random model, sides measured in turn, rows of a table.
+"""What benchmarks share: options, a random model, sides measured in turn (data.py, too), rows of a table.
 
     options = parse(__doc__, {"prefix": 1000, "length": 128, "runs": 5})
     seconds = in_turn({"slow": f, "fast": g}, options)      {side: [seconds of each run]}
@@ -15,9 +15,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from src.models.llada_v import LLaDAV
 
@@ -52,9 +52,9 @@ def random_model(options: argparse.Namespace, attention: str) -> LLaDAV:
 
 
 def in_turn(
-    sides: Mapping[str, Callable[[], Tensor]],
+    sides: Mapping[str, Callable[[], Any]],
     options: argparse.Namespace,
-    check: Callable[[dict[str, Tensor]], None] | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each side in each of `options.runs` runs, after one that warms up. `check` gets what they returned."""
     clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter

@@ -71,7 +71,7 @@ class EMA(L.Callback):
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for name, parameter in pl_module.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.float(), 1 - decay)
+                local(self.average[name]).lerp_(local(parameter).float(), 1 - decay)
 
     # Around each batch, not the whole validation, as a stop saves a checkpoint between two batches.
 
@@ -118,6 +118,11 @@ def weights_for(trainer: L.Trainer, use: str) -> AbstractContextManager[bool]:
     """
     ema = ema_of(trainer)
     return ema.applied(trainer.lightning_module) if ema and use in ema.use_for else nullcontext(False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part: a call for each DTensor of a large model would take longer than the arithmetic."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _reshard(module: nn.Module) -> None:

@@ -138,7 +138,7 @@ class ShardData(L.LightningDataModule):
         return {"rounds": rounds, "loader": loader.state_dict() if loader else self._loader_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounds, self._loader_state = [], state_dict.get("loader")
+        self.rounds, self._loader_state, self._loader_of_epoch = [], state_dict.get("loader"), None
         for saved in state_dict["rounds"]:
             self.add_round(saved["path"])
             if self.rounds[-1].digest != saved["digest"]:
@@ -148,6 +148,8 @@ class ShardData(L.LightningDataModule):
         """Lazy, as Lightning calls it twice on resume: the epoch number is read at the first batch."""
         rank, world = self._place()
         is_first = self._loader_of_epoch is None and not rank
+        if self._loader_of_epoch:  # an epoch goes on where the last one has ended, also if other ranks had begun that
+            self._loader_state = self._loader_of_epoch.state_dict()
         # 1. rows of each stream in a batch; the last stream determines the length of an epoch
         rows = {"data": self.batch_size}
         if self.rounds:

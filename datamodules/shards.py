@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from datamodules.stream import Place, Shard, Stream
@@ -54,7 +55,7 @@ class Reader:
     misfit: returns why a readable sample cannot be used, or None; such a sample counts as damaged
 
     A sample is read by seeking, so a reader holds one at a time and not a shard. A shard that cannot be opened is not
-    asked again by the same reader.
+    asked again by the same reader, which lasts an epoch.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Reader:
     ) -> None:
         self.stream, self.stand_in, self.misfit = stream, stand_in, misfit
         self._tars: OrderedDict[Path | Remote, Tar | None] = OrderedDict()  # the last used; None: cannot be opened
+        self._is_usable: dict[Shard, np.ndarray] = {}  # (count,) False where a sample was found to be unusable
         self._first_misfit: dict[Shard, str] = {}  # message for the first misfit of each shard
         self._begins = dict(zip(stream.shards, accumulate((s.count for s in stream.shards), initial=0), strict=False))
         self.damage: Counter[tuple[str, str]] = Counter()
@@ -97,18 +99,19 @@ class Reader:
     def _stand_in(self, place: Place) -> Sample:
         """The next readable sample of the same source, cyclically in the shard, then in the other shards.
 
-        It depends on the files only, so a resumed run gets the same one. Its `passes` is a number below 0, another for
-        each pass and damaged sample, so it is never seen with the same noise again.
+        It depends on the files that can be read only: a resumed run gets the same one, unless a server or a disk
+        answers again. Its `passes` is a number below 0, another for each pass and damaged sample, so it is never seen
+        with the same noise again.
         """
         source, total = place.shard.sources[place.index], sum(shard.count for shard in self.stream.shards)
         for shard in (place.shard, *(shard for shard in self.stream.shards if shard != place.shard)):
             tar = self._open(shard.path)
-            num = min(len(tar), shard.count) if tar else 0
-            for step in range(num):
-                assert tar is not None
-                index = (place.index + step) % num
-                if shard.sources[index] != source:
-                    continue
+            if not tar:
+                continue
+            num = min(len(tar), shard.count)
+            is_usable = self._is_usable.setdefault(shard, np.ones(shard.count, bool))
+            indices = np.flatnonzero(is_usable[:num] & (shard.sources[:num] == source))
+            for index in np.roll(indices, -np.searchsorted(indices, place.index % num)).tolist():
                 try:
                     sample = decode(tar.read(index), image=shard.image)
                 except OSError:
@@ -116,6 +119,7 @@ class Reader:
                 if sample and not self.misfit(sample):
                     damaged = self._begins[place.shard] + place.index  # its number in the stream
                     return replace(sample, passes=-1 - place.passes * total - damaged)
+                is_usable[index] = False
         raise UserError(
             f"no readable sample in {place.shard.path}, nor of its source in any other shard; make the data again"
         )

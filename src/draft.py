@@ -53,14 +53,16 @@ def main(argv: list[str]) -> None:
         data.place = (team.rank, team.size)
         local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-        backbone = build(cfg.model).eval().to(device)
+        backbone, sampler = build(cfg.model).eval().to(device), build(cfg.sampler)
+        if sampler.compile:
+            backbone.compile_blocks()
         check_layout(data.layout, backbone.layout)
         warn_if_length_differs(backbone, cfg.data.response_length, name="data.response_length")
         num = cap_num_drafts(cfg.num, data.draft_settings()["data_count"], name="num")
         drafter = Drafter(
             backbone=backbone,
             model=fingerprint(backbone),
-            sampler=build(cfg.sampler),
+            sampler=sampler,
             codec=codec,
             tokens_per_step=list(cfg.tokens_per_step),
             num=num,

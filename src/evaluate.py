@@ -39,10 +39,11 @@ from src.models.tiling import check_layout
 from src.text.tokenizer import Codec
 
 PACKAGES = ("torch", "transformers", "torchmetrics")
-PROBES = {  # of a model, without a sampler
+PROBES = {  # of a model, whatever its samplers
     "bound": "src.metrics.bound.Bound",
     "looks": "src.metrics.fixing.Looks",
     "words": "src.metrics.words.HiddenWords",
+    "recovery": "src.metrics.recovery.Recovery",
 }
 EXAMPLES = 6  # images of captions.png: the first of the split, not a selection
 

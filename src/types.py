@@ -317,7 +317,7 @@ class Backbone(Protocol):
         ...
 
     def compile_blocks(self) -> None:
-        """Compile what `optim.compile` and a sampler's `compile` are for; called again, it does nothing."""
+        """Compile each decoder block, for training or where a model only samples; called again, it does nothing."""
         ...
 
 

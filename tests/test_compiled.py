@@ -1,4 +1,4 @@
-"""A sampler's `compile`: its step and the blocks of the model under torch.compile write the same tokens."""
+"""A sampler's `compile`, and the blocks of the model under torch.compile: the same tokens are written."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def inputs_of(codec, rows):
 def captions(model, codec, settings, rows=64):
     prefix = model.encode_prefix(inputs_of(codec, rows))
     sampler = Sampler(length=64, tokens_per_step=8, **settings)
+    if sampler.compile:
+        model.compile_blocks()
     sampled = sampler(model, prefix, special=codec.special, keys=[str(row) for row in range(rows)], seed=0)
     return sampled.ids, sampled.forwards
 

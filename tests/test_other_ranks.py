@@ -193,3 +193,34 @@ def test_a_fixed_number_of_batches_stays_with_other_ranks(folder: Path, codec: C
     second = module(folder, codec, place=(2, 3), epoch_batches=9)
     second.load_state_dict({"rounds": [], "loader": loader.state_dict()})
     assert (len(second.train_dataloader()), len(keys(second.train_dataloader()))) == (9, 8)
+
+
+@pytest.mark.parametrize("settings", [{}, {"epoch_batches": 9}])
+@pytest.mark.parametrize("worlds", [(2, 5), (3, 2)])
+def test_a_process_that_goes_on_reads_what_a_restarted_one_does(
+    folder: Path,  # noqa: F811
+    codec: Codec,  # noqa: F811
+    settings: dict[str, Any],
+    worlds: tuple[int, int],
+) -> None:
+    """Epoch 0 stops after 2 batches and goes on with other ranks. Epoch 1 then follows in the same processes."""
+    before, after = worlds
+    first = module(folder, codec, place=(0, before), **settings)
+    readings = [iter(first.train_dataloader())]
+    readings += [
+        iter(module(folder, codec, place=(r, before), **settings).train_dataloader()) for r in range(1, before)
+    ]
+    seen = noises([[next(reading) for _ in range(2)] for reading in readings])
+    epochs, restarted = [list[Batch](), list[Batch]()], list[Batch]()
+    for rank in range(after):
+        made = module(folder, codec, place=(rank, after), **settings)
+        made.load_state_dict(first.state_dict())
+        epochs[0] += list(made.train_dataloader())
+        again = module(folder, codec, place=(rank, after), epoch=1, **settings)
+        again.load_state_dict(made.state_dict())
+        made.trainer.current_epoch = 1  # type: ignore[union-attr]
+        epochs[1] += list(made.train_dataloader())
+        restarted += list(again.train_dataloader())
+    assert noises([restarted]) == noises([epochs[1]])
+    seen += noises(epochs)
+    assert len(set(seen)) == len(seen) > 70

@@ -34,7 +34,7 @@ PLAIN = "000000000042.jpg"
 
 def picture(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), colour).save(path)
+    Image.new("RGB", (8, 8), colour).save(path, "PNG" if "#" in path.suffix else None)
 
 
 def read(folder: Path, name: str, content: str | bytes, images: tuple[str, ...], **settings: Any):
@@ -208,6 +208,7 @@ def test_the_whole_question_of_alpaca_is_asked(case: str, tmp_path: Path) -> Non
         (("a.jpg", "b.jpg"), ["data/a.jpg", "b.jpg"], [None, "b.jpg"]),
         (("a.jpg", "b.jpg"), ["data/a.jpg", "data/b.jpg"], ["a.jpg", "b.jpg"]),
         (("dog#1.jpg", "a.jpg"), ["dog#1.jpg", "dog#1", "a.jpg#1", "a#1"], ["dog#1.jpg", "dog#1.jpg", "a.jpg", None]),
+        (("a.jpg#1", "a.jpg"), ["a.jpg#0", "a.jpg#1", "a.jpg"], ["a.jpg", "a.jpg#1", "a.jpg"]),
         (("a.jpg", "x/b.jpg"), ["photos/a.jpg", "photos/x/b.jpg", "C:\\my\\photos\\a.jpg"], ["a.jpg", "x/b.jpg", None]),
     ],
 )  # fmt: skip

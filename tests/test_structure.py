@@ -125,6 +125,7 @@ FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
     **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
+    "expert/reading": ["expert.readings=readings.jsonl"],
 }
 
 

@@ -61,7 +61,7 @@ def test_shipped_arms_make_as_many_passes_as_they_say():
     """An objective with a second pass says so in the plan, which counts steps times that when it is read."""
     for plan, cell in shipped():
         passes = set()
-        for command in cell.arm.commands:
+        for command in (command for command in cell.arm.commands if command.startswith("train ")):
             cfg = load_config(plan.filled(command, cell)[1:])
             module, _, name = cfg.objective.target.rpartition(".")
             kind = getattr(importlib.import_module(module), name)
@@ -151,6 +151,33 @@ def test_the_report_has_means_over_seeds_differences_and_what_did_not_run(tmp_pa
     assert "## t, test" not in text
 
 
+def test_the_report_has_what_is_measured_of_models_and_edits(tmp_path):
+    plan = plan_of(tmp_path, seeds=2)
+    stat = lambda mean: {"mean": mean, "se": None, "n": 9}  # noqa: E731
+    for cell, share in zip(plan.cells("val"), (0.5, 0.9, 0.7, None), strict=True):  # of one, two, one, two
+        model = {"repaired by wrong tokens=1": stat(share), "repaired by wrong tokens=8": stat(0.25)}
+        edits = {"edits": {"truer": 5, "same": 2, "falser": 1}} if cell.arm.name == "two" else {}
+        finish(plan, cell, 1.0, model=model, **edits)
+    text = write_study(plan, metrics=["quality"], command="x")
+    assert "| repaired by wrong tokens | 1            | 8            |" in text
+    assert "| one                      | 0.600 ±0.100 | 0.250 ±0.000 |" in text
+    assert "| two                      | 0.900        | 0.250 ±0.000 |" in text
+    assert "- two: of 16 edits, by a second reader, 62.5% make the caption truer, 12.5% less true" in text
+    assert "- one: of" not in text
+
+
+def test_a_table_may_evaluate_the_models_of_another_on_other_data(tmp_path):
+    table = {"passes": 4, "tokens_per_step": [1], "reference": "one/plain", "seeds": [0], "arms": {"one": ARM}}
+    other = {**table, "evaluate": ["evaluate.data.path={data}-other"]}
+    cfg = plain(load_config(["conf=study", f"out={tmp_path}", f"runs={tmp_path}/runs", f"data={tmp_path}/data"]))
+    plan = read_plan({**cfg, "tables": {"t": table, "other": other}})
+    here, there = plan.cells("val")
+    assert plan.folder(here) == plan.folder(there) and plan.commands(here)[:-1] == plan.commands(there)[:-1]
+    paths = [load_config(plan.commands(cell)[-1][1:]).evaluate for cell in (here, there)]
+    assert [str(path.data.path) for path in paths] == [f"{tmp_path}/data", f"{tmp_path}/data-other"]
+    assert paths[0].out != paths[1].out and plan.file(here) != plan.file(there)
+
+
 def test_variants_that_were_given_up_are_counted(tmp_path):
     for speeds in ([1, 8], [1, 4], [1, 2]):  # three versions of the evaluation, of two samplers each
         plan = plan_of(tmp_path, seeds=2, tokens_per_step=speeds, arms={"one": ARM})
@@ -220,4 +247,5 @@ def test_a_killed_study_resumes_its_training_and_goes_on_past_an_arm_that_fails(
     assert cells["mask"]["steps"] == cells["mask"]["passes"] == 30 and cells["mask"]["seed"] == 0
     assert list(cells["mask"]["results"]) == ["plain", "refine"] and list(cells["stage1"]["results"]) == ["refine"]
     assert cells["mask"]["results"]["plain"]["8"]["quality"]["n"] == 8
+    assert cells["mask"]["model"]["repaired by wrong tokens=2"]["n"] == 16  # two in each of eight captions
     assert "resuming from" in log.read_text() and cells["mask"]["commit"]

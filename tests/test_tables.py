@@ -55,6 +55,8 @@ TABLES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
     "captions.txt with tabs": ("captions.txt", "image\tcaption\na.jpg\tA, b\n", [("a", "A, b")], {}),
     "Flickr8k.token.txt": ("a.token.txt", 'a.jpg#0\tA child, in a "pink" dress .\na.jpg#1\t"Hi" says she .\n',
                            [("a", 'A child, in a "pink" dress .'), ("a", '"Hi" says she .')], {}),
+    "quoted, cut at the end": ("a.tsv", 'image\tcaption\na.jpg\t"A ""big"" cat"\nb.jpg\t"A dog"\nc.jpg\tC\nd.jpg\t"D',
+                               [("a", 'A "big" cat'), ("b", "A dog")], {"broken_row": f"a.tsv:4 {NEXT}"}),
     "Flickr30k": ("results.csv", "image_name| comment_number| comment\na.jpg| 0| Two men, standing .\n",
                   [("a", "Two men, standing .")], {}),
     "no header": ("a.csv", "a.jpg,A\nb.jpg,B\n", [("a", "A"), ("b", "B")], {}),
@@ -128,6 +130,30 @@ def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names:
         assert {unquoted(row) for row in read} <= {unquoted(row) for row in rows}, text
         num_read += len(read)
     assert num_read > 300 * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "broken"),
+    [
+        ('image_id,caption\n42,"Big, red barn\n43,a ruler of 15"\n44,A\n', ["A"], [2, 3]),
+        ('caption,image_id\n"Big, red barn,42\na ruler of 15",43\nA,44\n', ["A"], [2, 3]),
+        ('image_id, caption\n42, "Big, red barn\n43, a ruler of 15"\n44, A\n', ["A"], [2, 3]),
+        ('image_id,caption\n42,"Big, red\nbarn, 5\n43 doors"\n', ["Big, red\nbarn, 5\n43 doors"], []),
+        ('caption, image_id\n"Big, red barn, 42\na ruler of 15", 43\nA, 44\n', ["A"], [2, 3]),
+        ('caption,image_id\n"1, 2\nand so on, you see",43\n', ["1, 2\nand so on, you see"], []),
+        ('x,caption\na,"1, 2, 3\n3,4, 5\n6,7, 8"\n', ["1, 2, 3\n3,4, 5\n6,7, 8"], []),
+        ("caption\nA dog.\nA cat, black.\nA; b|c\td, e\n", ["A dog.", "A cat, black.", "A; b|c\td, e"], []),
+        ('caption\n"A cat, ""black""."\nB\n"C", "C"\nD\n', ['A cat, "black".'], [3, 4, 5]),
+        ("caption,,\nA dog,,\nB,,\n", ["A dog", "B"], []),
+    ],
+)  # fmt: skip
+def test_captions_of_numbers_and_of_a_single_column(
+    content: str, texts: list[str], broken: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    counts = Counts((rejects := list[Reject]()).append)
+    assert [row["caption"] for _, row in read_records(tmp_path / "a.csv", counts)] == texts
+    assert [place.partition(" ")[0] for _, _, place in rejects] == [f"a.csv:{line}" for line in broken]
 
 
 def unquoted(row: tuple[str, ...]) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def evaluate_cell(
     The statistics are those of the metrics, the means of the counts of every caption (forward calls, tokens, ...), and
     `seconds` per caption, whose n is the number of batches.
     """
+    if sampler.compile:
+        backbone.compile_blocks()
     device = next(backbone.parameters()).device
     captions: list[dict] = []
     seconds: list[float] = []

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,6 +30,8 @@ from src.cli.instantiate import build, hint
 from src.evaluation.results import signature
 from src.io.errors import UserError
 from src.io.files import read_json, write_json
+from src.metrics.edits import count_edits
+from src.text.tokenizer import Codec
 
 STAGES = ("val", "test")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -56,6 +59,8 @@ class Table:
     """Arms that are compared with each other.
 
     passes: steps times passes of each arm; reference: the row ARM/SAMPLER that all others are compared with
+    evaluate: settings of its evaluation, such as other data; arms of another table with the same commands and name are
+        not trained again for it
     """
 
     name: str
@@ -65,6 +70,7 @@ class Table:
     reference: str
     arms: Mapping[str, Arm]
     about: str = ""
+    evaluate: list[str] = field(default_factory=list)
 
 
 class Cell(NamedTuple):
@@ -104,7 +110,7 @@ class Plan:
         ]
 
     def key(self, table: Table, arm: Arm) -> str:
-        evaluation = [self.evaluate, arm.samplers, table.tokens_per_step]
+        evaluation = [self.evaluate, *table.evaluate, arm.samplers, table.tokens_per_step]
         return signature(arm.commands, arm.model, dict(self.settings), evaluation)[:8]
 
     def file(self, cell: Cell) -> Path:
@@ -135,7 +141,9 @@ class Plan:
     def commands(self, cell: Cell) -> list[list[str]]:
         """The arm's, then that of the evaluation, without the samplers that are of other arms."""
         train = [self.filled(command, cell) for command in cell.arm.commands]
-        verb, *settings = self.filled(f"{self.evaluate} evaluate.models.model={cell.arm.model}", cell)
+        verb, *settings = self.filled(
+            " ".join([self.evaluate, *cell.table.evaluate, f"evaluate.models.model={cell.arm.model}"]), cell
+        )
         if unknown := [name for name in cell.arm.samplers if name not in self.samplers]:
             where = f"{cell.table.name}.{cell.arm.name}.samplers"
             raise UserError(f"{where}: the evaluation has no {unknown[0]!r}{hint(unknown[0], self.samplers)}")
@@ -232,7 +240,10 @@ def run_cell(plan: Plan, cell: Cell, *, commit: str) -> dict:
     else:
         evaluation = plan.results_of_evaluation(cell)
         result |= {name: evaluation["meta"][name] for name in ("data", "settings", "versions")}
-        result["results"] = evaluation["methods"]["model"]
+        result["results"], result["model"] = evaluation["methods"]["model"], evaluation["model_stats"].get("model", {})
+        if rounds := sorted((plan.folder(cell) / "run").glob("**/round-*/index.json")):
+            codec = Codec.load(plan.filled(f"evaluate {cell.arm.model}", cell)[1])
+            result["edits"] = sum((count_edits(index.parent, codec) for index in rounds), Counter())
     plan.file(cell).parent.mkdir(parents=True, exist_ok=True)
     write_json(plan.file(cell), result)
     return result

@@ -9,6 +9,7 @@ t-test at each speed, and Holm's correction over the speeds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def write_study(plan: Plan, *, metrics: Sequence[str], command: str) -> str:
             if not values and split == "test":
                 continue  # the final stage has not come
             parts.append(f"## {table.name}, {split}\n\n{table.about}".strip())
-            parts += table_parts(table, values, metrics)
+            parts += [*table_parts(table, values, metrics), *model_parts(plan, table, split)]
             entries = {
                 Entry(*row, speed): {name: summarise(list(seeds.values())) for name, seeds in stats.items()}
                 for (row, speed), stats in values.items()
@@ -73,6 +74,30 @@ def table_parts(table: Table, values: Values, metrics: Sequence[str]) -> list[st
     parts += [_bullets(lines) for metric in metrics if (lines := comparisons(table, values, metric))]
     parts += [_bullets([f"{arm.name}: {NOT_RUN}: {arm.missing}" for arm in table.arms.values() if arm.missing])]
     return [part for part in parts if part]
+
+
+def model_parts(plan: Plan, table: Table, split: str) -> list[str]:
+    """What the models alone are measured by, a table for each title of `TITLE=COLUMN`; and the edits of the experts."""
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}  # title -> column -> arm -> mean of each seed
+    edits = {name: Counter[str]() for name in table.arms}
+    for cell in (cell for cell in plan.cells(split) if cell.table is table):
+        result = plan.result(cell) or {}
+        for name, stat in result.get("model", {}).items():
+            title, _, column = name.rpartition("=")
+            if stat["mean"] is not None:
+                values.setdefault(title, {}).setdefault(column, {}).setdefault(cell.arm.name, []).append(stat["mean"])
+        edits[cell.arm.name].update(result.get("edits", {}))
+    parts = []
+    for title, columns in values.items():
+        names = [name for name in table.arms if any(name in arms for arms in columns.values())]
+        texts = {c: {name: stat_text(summarise(seeds)) for name, seeds in arms.items()} for c, arms in columns.items()}
+        parts.append(markdown([[title, *columns], *([n, *(texts[c].get(n, "-") for c in columns)] for n in names)]))
+    lines = []
+    for name, count in edits.items():
+        if total := count.total():
+            shares = f"{count['truer'] / total:.1%} make the caption truer, {count['falser'] / total:.1%} less true"
+            lines.append(f"{name}: of {counted(total, 'edit')}, by a second reader, {shares}")
+    return [*parts, *([_bullets(lines)] if lines else [])]
 
 
 def comparisons(table: Table, values: Values, metric: str) -> list[str]:

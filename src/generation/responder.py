@@ -48,6 +48,8 @@ class Responder:
         positions: int | None = None,
     ) -> None:
         self.backbone, self.sampler, self.caption, self.positions = backbone, sampler, caption, positions
+        if sampler.compile:
+            backbone.compile_blocks()
         self.suffix = torch.tensor(codec.encode(suffix)[0]) if suffix else None
         self.options = {"special": codec.special, "seed": seed, "trace": trace, "suffix": self.suffix}
         layout = backbone.layout

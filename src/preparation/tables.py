@@ -5,8 +5,8 @@
 No text is cut or joined in silence. Left out are rows with more or fewer cells than columns, as a text may be cut at a
 comma, and the row before, as its text may go on there; texts of several lines that may be rows, swallowed by a stray
 quotation mark; and, once a quotation mark cannot be right, all that is not a row for certain, because it names an image
-file. Tabs and | do not occur in texts: with these each line is a row if quotation marks cannot be right, as in Flickr's
-files, which quote nothing.
+file. Tabs and | do not occur in texts: with these each line is a row if quotation marks cannot be right and few
+cells look quoted, as in Flickr's files, which quote nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from src.preparation.json_text import NOT_UTF8, open_text
 IMAGE_FILE = re.compile(
     r"[^\n,;\t|]*?\.(jpe?g|jfif|png|webp|avif|gif|bmp|tiff?)(#\d+)? *(?=[\n,;\t|]|$)", re.IGNORECASE
 )
+QUOTED = re.compile(r'"([^"]|"")*"')  # a cell between quotation marks, doubled inside
 DELIMITERS = ",;\t|"
 LONGEST = 1 << 24  # characters of a cell
 
@@ -38,7 +39,10 @@ def read_table(path: Path) -> Iterator[tuple[str, dict | Skip]]:
         raise UserError(f"{path} has two columns {twice.pop()!r}: rename one")
     read = partial(read_rows, path, num_before, len(columns))
     if form["delimiter"] in "\t|" and any(not cells for _, cells in read(form)):
-        form["quoting"] = csv.QUOTE_NONE
+        unquoted = form | {"quoting": csv.QUOTE_NONE}
+        marked = [cell for _, cells in read(unquoted) for cell in cells if cell.startswith('"')]
+        if 2 * sum(map(bool, map(QUOTED.fullmatch, marked))) <= len(marked):
+            form = unquoted
     end = (range(0), columns)
     for (lines, cells), (_, following) in pairwise(chain(read(form), [end])):
         place = f"{path.name}:{lines[0]}"
@@ -96,6 +100,8 @@ def read_header(path: Path) -> tuple[int, list[str], dict[str, Any]]:
     form = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in header, "strict": True}
     if columns and IMAGE_FILE.fullmatch(columns[0]):
         return number - 1, ["image", "caption"], form
+    if len(columns) == 1:
+        form["delimiter"] = "\x1f"  # texts may hold any of DELIMITERS, as there is nothing to delimit
     while len(columns) > 1 and not columns[-1]:
         columns.pop()
     return number, columns, form
@@ -108,12 +114,17 @@ def may_be_wrong(cells: list[str], form: Mapping[str, Any]) -> bool:
         return any(cell.startswith('"') and cell.count('"') % 2 for cell in cells)
     if any(re.match(r'\s+"', cell) for cell in cells):
         return True
-    # 2. lines that may be rows: they name other image files, or each has as many cells in a table without image files
+    # 2. lines that may be rows: they name other image files; in a table without image files each has as many cells, or
+    # they start or end with a number, as the row does (the number of an image)
     lines = [line.split(form["delimiter"]) for line in form["delimiter"].join(cells).split("\n") if line.strip()]
     if len(lines) == 1 or len(cells) == 1:
         return False
     if num := num_images(cells):
         return sum(map(num_images, lines)) > num
+    blank = " " if form["skipinitialspace"] else ""
+    for end in (0, -1):
+        if cells[end].isdecimal() and sum(len(line) > 1 and line[end].strip(blank).isdecimal() for line in lines) > 1:
+            return True
     return all(len(line) == len(cells) for line in lines)
 
 

@@ -24,7 +24,7 @@ class AnySampler:
     tokens_per_step or steps: give one of the two; neither means one token a step
     cfg_scale: classifier-free guidance, logits u + (scale + 1) (c - u), where u are the logits behind a prefix that is
         all masks. 0 is none; otherwise each step costs two forward calls
-    compile: run the model's blocks, and the steps of `Sampler`, under torch.compile: the first batches are slow
+    compile: run the steps of `Sampler` under torch.compile; verbs that only sample compile the model's blocks as well
     """
 
     length: int
@@ -77,8 +77,6 @@ class AnySampler:
         started = time.perf_counter()
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
-        if self.compile:
-            backbone.compile_blocks()
         predict = Predictor(backbone, prefix, special, length=self.length, cfg_scale=self.cfg_scale, suffix=suffix)
         noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
         steps: list[dict[str, Tensor]] | None = [] if trace else None

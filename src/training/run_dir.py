@@ -48,7 +48,7 @@ FIXED = (
 )
 # Settings below these that may change: how a step is computed, and what is checked where it is used.
 FREE = (
-    *("data.workers", "data.max_skipped", "data.cache"),
+    *("data.workers", "data.max_skipped", "data.cache", "callbacks.ema.use_for"),
     *(f"{LOOP}.expert.{name}" for name in ("base_url", "key_env", "limits", "max_completion_tokens")),
     *(f"optim.{name}" for name in ("sharding", "compile", "checkpointing", "micro_batch", "max_skipped")),
 )
