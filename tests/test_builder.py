@@ -228,7 +228,7 @@ def test_the_same_command_continues_what_was_killed(
     before = {name: tar for name, tar in tars(partial).items() if Path(name).stem in reports}
     assert len(before) == num_kept
     dataset(photos, out, processes=1).run()
-    assert f"images of 1 record were missing when they were read: if they are there by now, remove {partial}" in caplog.text
+    assert "images of 1 record were missing when they were read" in caplog.text
     assert contents(out) == contents(whole)
     assert tars(out).items() >= before.items(), "a finished shard was written again"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

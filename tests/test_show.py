@@ -185,5 +185,5 @@ def test_samples_that_are_gone_are_a_finding(rows, tmp_path, capsys) -> None:
     shutil.rmtree(out / "train")
     index = json.loads((out / "test" / "index.json").read_text())
     (out / "test" / "index.json").write_text(json.dumps({**index, "shards": []}))
-    text, findings = shown(capsys, f"show={out}")
+    _, findings = shown(capsys, f"show={out}")
     assert findings == {"a split that has lost samples": (2, f"train: 0 of {NUM - 1} are in its index.json")}

@@ -190,7 +190,7 @@ class Dataset(ABC):
             scan = items.once("scan", partial(self._scan, items))
             if is_continued and (missing := scan["counts"]["records"]["counts"].get("missing_image")):
                 log.warning(
-                    "images of %s were missing when they were read: if they are there by now, remove %s and begin again",
+                    "images of %s were missing when they were read: if they are there now, remove %s and begin again",
                     counted(missing, "record"),
                     folder,
                 )

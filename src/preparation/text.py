@@ -45,8 +45,8 @@ class Text(Item):
 class Texts(Dataset):
     """Base of the text datasets. A subclass says in `parse` what a record means.
 
-    files: one file, several, or {train: ..., val: ..., test: ...}; a name with * stands for all that match. Without the mapping, texts are split by a hash of
-        their content, 90 % train, 5 % val, 5 % test
+    files: one file, several, or {train: ..., val: ..., test: ...}; a name with * stands for all files that match.
+        Without the mapping, texts are split by a hash of their content, 90 % train, 5 % val, 5 % test
     """
 
     kind = "text"

@@ -48,8 +48,8 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
             f"{path} has no known annotation format: "
             f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}{next(why, '')}. "
             f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
-            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; one with an answer is read if "
-            "prepare.sources.NAME.captions names the field to train; "
+            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; one with an answer is "
+            "read if prepare.sources.NAME.captions names the field to train; "
             "`python -m src.prepare --help` shows every format"
         )
 
