@@ -25,7 +25,7 @@ $(error seed must be a number, got $(seed))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-slurm test-servers test-gpu golden base base-full lint clean install
+.PHONY: help quickstart test test-slow test-slurm test-servers test-browser test-gpu golden base base-full lint clean install
 
 help:
 	@echo "make quickstart   train, correct online and compare on embedded data, into runs/quickstart"
@@ -34,6 +34,7 @@ help:
 	@echo "make test-slow    those that take long"
 	@echo "make test-slurm   jobs on a Slurm of two nodes that it starts on this machine (root, Debian's Slurm packages)"
 	@echo "make test-servers experts behind servers of others, as far as they are installed"
+	@echo "make test-browser pages in Debian's Chromium, as far as it is installed"
 	@echo "make test-gpu     what needs a CUDA device"
 	@echo "make golden       the numbers of the released code; GOLDEN_LLADA_V=DIR names another set of them"
 	@echo "make base         train the embedded base model again, into assets/base (hours)"
@@ -53,6 +54,9 @@ quickstart: $(INSTALLED)
 	$(RUN) src.train conf=quickstart/stage2 seed=$(seed) run_dir=$(OUT)/stage1_2 model.path=$(OUT)/half/model \
 		trainer.max_steps=150
 	$(RUN) src.evaluate conf=quickstart/evaluate evaluate.seed=$(seed) evaluate.out=$(OUT)
+	$(RUN) src.generate conf=quickstart/watch model.path=$(OUT)/mask/model sampler=plain out=$(OUT)/watch/mask_plain.jsonl
+	$(RUN) src.generate conf=quickstart/watch model.path=$(OUT)/stage1_2/model out=$(OUT)/watch/stage1_2_refine.jsonl \
+		html=$(OUT)/trace.html compare=$(OUT)/watch/mask_plain.trace.jsonl
 
 test: $(INSTALLED)
 	$(RUN) pytest -n auto --maxprocesses=4 --dist loadfile
@@ -68,6 +72,10 @@ test-slurm: $(INSTALLED)
 # Servers of others: needs `pip install -e .[experts-test]` or HAProxy; tests whose server is missing are skipped.
 test-servers: $(INSTALLED)
 	$(RUN) pytest -m servers
+
+# Needs Debian's package chromium.
+test-browser: $(INSTALLED)
+	$(RUN) pytest -m browser
 
 test-gpu: $(INSTALLED)
 	$(RUN) pytest -m gpu

@@ -4,6 +4,7 @@
     python -m src.evaluate conf=evaluate evaluate.num=64 evaluate.tokens_per_step=[1,8]
     python -m src.evaluate conf=evaluate evaluate.models.stage1=null +evaluate.models.mine=runs/mine/model
     python -m src.evaluate conf=sweep evaluate.models.model=runs/stage2/model
+    python -m src.evaluate conf=eval/capmas captions=mine.jsonl    a benchmark, by evaluation/benchmark.py
 
     models x samplers x tokens/step -> captions -> metrics -> results.json, captions/METHOD-SAMPLER-N.jsonl
     -> table.md (also printed), *.png; curve.json with the best within each number of forward calls (evaluate.curve)
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check, plain
+from src.cli.instantiate import build, check, is_node, plain
 from src.evaluation.cells import count_samples, evaluate_cell, evaluate_model, first_batches
 from src.evaluation.grid import build_samplers, check_models, complete
 from src.evaluation.report import check_names, write_report
@@ -53,6 +54,9 @@ def main(argv: list[str]) -> None:
     """Compute the missing cells of the evaluation that the config describes, then report on all of them."""
     # 1. Settings: named samplers are loaded, the grid is expanded.
     cfg = load_config(argv, verb="src.evaluate", needs=NEEDS["src.evaluate"])
+    if is_node(plain(cfg.evaluate)):  # a benchmark: src/evaluation/benchmark.py
+        sys.stdout.write(build(cfg.evaluate).run() + "\n")
+        return
     settings = OmegaConf.create(complete(plain(cfg.evaluate)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -121,8 +125,9 @@ def main(argv: list[str]) -> None:
 
         # 6. The report.
         shown = build(settings.data, **{**offers, "batch_size": EXAMPLES}).eval_dataloader(settings.split)
-        examples = next(first_batches(shown, counts["taken"]))
-        sys.stdout.write(write_report(store, **report, metrics=metrics, examples=examples))
+        sys.stdout.write(
+            write_report(store, **report, metrics=metrics, examples=next(first_batches(shown, counts["taken"])))
+        )
 
 
 if __name__ == "__main__":

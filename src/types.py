@@ -280,6 +280,7 @@ class TraceStep:
     remasked: list[int]  # positions
     confidence: list[float]  # of the tokens at `unmasked`
     forwards: int  # forward calls so far
+    rewrite_confidence: list[float]  # of the new tokens of `rewritten`
 
 
 @dataclass

@@ -115,7 +115,7 @@ def validation_batch(path, codec, num):
 def sampled(codec, text, rewritten=()):
     """What a sampler returns for a text, with the places that its reviser rewrote."""
     ids = [*codec.encode(text)[0], codec.eot_id]
-    step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1)
+    step = TraceStep(ids, [], [(place, 0, ids[place]) for place in rewritten], [], [], 1, [])
     zero = torch.zeros(1, dtype=torch.int64)
     return Sampled(torch.tensor([ids + [codec.eos_id] * (LENGTH - len(ids))]), zero, zero, zero, zero, 0.0, [[step]])
 

@@ -52,7 +52,7 @@ ROOMS = {
         preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
-        evaluation   <- types io cli text models samplers datamodules metrics judges generation
+        evaluation   <- types io cli text models samplers datamodules metrics judges preparation generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
 }
@@ -99,6 +99,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "draft": ("draft", ("codec", "seed"), ["model.path=model", "data.path=data", "out=drafts"]),
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
+    "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
     "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
 }
@@ -107,6 +108,7 @@ ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
     "sampler/": ["draft"],
+    "judge/": ["eval/capmas", "eval/caparena"],
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],
@@ -123,6 +125,8 @@ ON_TOP: dict[str, list[str]] = {
 # Values for the `???` of such a layer.
 FILL: dict[str, list[str]] = {
     **{name: ["model.path=model"] for name in ("llada_v", "model/llada", "model/llada_v", "model/trained")},
+    **{f"eval/{name}": ["judge.model=model"] for name in ("capmas", "caparena")},
+    "eval/calibrate": ["judge.model=model", "evaluate.old=verdicts.jsonl"],
     **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
     "expert/reading": ["expert.readings=readings.jsonl"],

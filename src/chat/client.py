@@ -164,10 +164,11 @@ class Client:
         if self._sdk is not None:
             self._finished.set()
 
-    async def ask(self, messages: Messages, max_usage: Mapping[str, float], call: Call) -> str:
+    async def ask(self, messages: Messages, max_usage: Mapping[str, float], call: Call, **parameters: Any) -> str:
         """The text of a reply, which is recorded in `call` together with all usage. Call it in a slot.
 
         max_usage: the most `prompt_tokens` and `completion_tokens` that one request may use
+        parameters: fields of this request besides those of all
 
         Raises Unanswered or ChatError.
         """
@@ -176,7 +177,7 @@ class Client:
             try:
                 while (pause := self._resume_at - time.monotonic()) > 0:
                     await self._sleep(pause)
-                reply = await self._attempt(messages, max_usage, call)
+                reply = await self._attempt(messages, max_usage, call, parameters)
                 return reply.checked()
             except RetryableError as error:
                 if self._record_failure(error) and error.unavailable:
@@ -190,7 +191,9 @@ class Client:
                     raise
             await self._sleep(wait)
 
-    async def _attempt(self, messages: Messages, max_usage: Mapping[str, float], call: Call) -> Reply:
+    async def _attempt(
+        self, messages: Messages, max_usage: Mapping[str, float], call: Call, parameters: Mapping[str, Any]
+    ) -> Reply:
         """One HTTP request, within budget and rates. Its usage is charged, whatever becomes of it."""
         now, max_tokens = time.monotonic(), sum(max_usage.values())
         await self._sleep(max(self._requests.take(1, now), self._tokens.take(max_tokens, now)))
@@ -201,7 +204,7 @@ class Client:
         used = {"requests": 1, **{f"lost_{name}": value for name, value in max_usage.items()}}  # the worst case
         began = time.monotonic()
         try:
-            reply = read_completion(await self._send(messages))
+            reply = read_completion(await self._send(messages, parameters))
             estimate = {**max_usage, "completion_tokens": len(reply.text) // 3}
             usage = reply.usage or estimate  # some servers report none
             used = {"requests": 1, **usage, "seconds": round(time.monotonic() - began, 3)}
@@ -225,13 +228,14 @@ class Client:
         self._failures, self.trouble = 0, ""
         return reply
 
-    async def _send(self, messages: Messages) -> str:
+    async def _send(self, messages: Messages, parameters: Mapping[str, Any]) -> str:
         """POST one request; returns the body of the response. Raises RetryableError, Unanswered, ChatError."""
         assert self._sdk is not None
         create, payload = self._sdk.chat.completions.with_raw_response.create, list[Any](messages)
+        fields = {**self._parameters, **parameters}
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                response = await create(model=self._model, messages=payload, extra_body=self._parameters)
+                response = await create(model=self._model, messages=payload, extra_body=fields)
             return self._redacted(response.text)
         except TimeoutError:
             raise RetryableError("timeout", billed=True) from None

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from src.io.files import with_filename
+from src.io.files import append
 from src.types import Draft, Edit, Failure, Revision
 
 logger = logging.getLogger(__name__)
@@ -75,22 +75,13 @@ class Journal:
         return _is_final(self.answer(draft))
 
     def add_all(self, answers: Sequence[tuple[Draft, Answer]]) -> None:
-        """Append answers; when this returns all are on disk. A partial write is undone, as later lines may follow."""
+        """Append answers; when this returns all are on disk."""
         lines = []
         for draft, answer in answers:
             kind = "revision" if isinstance(answer, Revision) else "failure"
             line = {"request": self.request(draft), "key": draft.key, kind: asdict(answer)}
             lines.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        size, remaining = os.fstat(self._stream.fileno()).st_size, memoryview(b"".join(lines))
-        assert self.path is not None  # a read-only journal takes no answers
-        with with_filename(self.path):
-            try:
-                while remaining:
-                    remaining = remaining[self._stream.write(remaining) :]
-                os.fsync(self._stream.fileno())
-            except OSError:
-                os.ftruncate(self._stream.fileno(), size)
-                raise
+        append(self._stream, b"".join(lines))
         for draft, answer in answers:
             self._keep(self.request(draft), answer)
 

@@ -26,7 +26,7 @@ class Profile:
 
     limit: the parameter that bounds the tokens of a reply, `max_completion_tokens` or `max_tokens`
     output: `json_schema`, or `text` (only the prompt asks for JSON)
-    temperature, effort, seed: whether the model accepts them (effort: `reasoning_effort`)
+    temperature, effort, seed: whether the model accepts them (temperature: `top_p` as well; effort: `reasoning_effort`)
     thinks: whether it generates hidden reasoning tokens, which are billed; a dry run adds them to its estimate
     """
 
@@ -43,22 +43,25 @@ class Profile:
         if self.output not in OUTPUTS:
             raise UserError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
 
+    def accepts(self, name: str) -> bool:
+        return getattr(self, "temperature" if name == "top_p" else name)
+
     def parameters(
-        self, *, limit: int, sampling: Mapping[str, Any], name: str, schema: dict[str, Any]
+        self, *, limit: int, sampling: Mapping[str, Any], name: str, schema: dict[str, Any] | None
     ) -> dict[str, Any]:
         """The fields of a request besides model and messages.
 
-        sampling: temperature, effort, seed; None is left out
-        name, schema: of the JSON object that the reply must be
+        sampling: temperature, top_p, effort, seed; None is left out
+        name, schema: of the JSON object that the reply must be; schema=None: of any form
 
         Raises UserError for a parameter that the model does not accept.
         """
         fields = {name: value for name, value in sampling.items() if value is not None}
-        if unsupported := [name for name in fields if not getattr(self, name)]:
+        if unsupported := [name for name in fields if not self.accepts(name)]:
             raise UserError(f"the profile of this model does not accept {', '.join(unsupported)}; set it to null")
         if "effort" in fields:
             fields["reasoning_effort"] = fields.pop("effort")
-        if self.output == "json_schema":
+        if self.output == "json_schema" and schema:
             json_schema = {"name": name, "strict": True, "schema": schema}
             fields["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return {self.limit: limit, **fields}

@@ -71,7 +71,7 @@ class ResultStore:
 
     def add(self, cell: Cell, stats: Stats, captions: list[dict]) -> None:
         """Write a finished cell: first its captions, then results.json with their hash."""
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _without_nan(captions))
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in without_nan(captions))
         self._path(cell).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self._path(cell), lines.encode())
         self.table[cell] = stats
@@ -102,7 +102,7 @@ class ResultStore:
         }
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(
-            self.out / "results.json", _without_nan({"methods": methods, "model_stats": self.model_stats, "meta": meta})
+            self.out / "results.json", without_nan({"methods": methods, "model_stats": self.model_stats, "meta": meta})
         )
 
     def _path(self, cell: Cell) -> Path:
@@ -124,11 +124,11 @@ def code_hash(root: Path) -> str:
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()[:16]
 
 
-def _without_nan(tree: Any) -> Any:
+def without_nan(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _without_nan(value) for key, value in tree.items()}
+        return {key: without_nan(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_without_nan(value) for value in tree]
+        return [without_nan(value) for value in tree]
     return None if isinstance(tree, float) and math.isnan(tree) else tree
 
 

@@ -95,7 +95,7 @@ class Plan:
     out: str
     runs: str
     data: str
-    evaluate: str
+    evaluation: str
     settings: Mapping[str, list[str]]
     setup: list[str]
 
@@ -110,7 +110,7 @@ class Plan:
         ]
 
     def key(self, table: Table, arm: Arm) -> str:
-        evaluation = [self.evaluate, *table.evaluate, arm.samplers, table.tokens_per_step]
+        evaluation = [self.evaluation, *table.evaluate, arm.samplers, table.tokens_per_step]
         return signature(arm.commands, arm.model, dict(self.settings), evaluation)[:8]
 
     def file(self, cell: Cell) -> Path:
@@ -142,7 +142,7 @@ class Plan:
         """The arm's, then that of the evaluation, without the samplers that are of other arms."""
         train = [self.filled(command, cell) for command in cell.arm.commands]
         verb, *settings = self.filled(
-            " ".join([self.evaluate, *cell.table.evaluate, f"evaluate.models.model={cell.arm.model}"]), cell
+            " ".join([self.evaluation, *cell.table.evaluate, f"evaluate.models.model={cell.arm.model}"]), cell
         )
         if unknown := [name for name in cell.arm.samplers if name not in self.samplers]:
             where = f"{cell.table.name}.{cell.arm.name}.samplers"
@@ -155,7 +155,7 @@ class Plan:
     @cached_property
     def samplers(self) -> list[str]:
         """Names of all samplers of the evaluation."""
-        settings = self.filled(f"{self.evaluate} evaluate.models.model=model", self.cells("val")[0])[1:]
+        settings = self.filled(f"{self.evaluation} evaluate.models.model=model", self.cells("val")[0])[1:]
         nodes = load_config(settings, verb="src.evaluate", needs=NEEDS["src.evaluate"]).evaluate.samplers
         return [str(name) for name, node in nodes.items() if node is not None]
 
@@ -177,7 +177,7 @@ def read_plan(cfg: Mapping[str, Any]) -> Plan:
                                                              (table.get("arms") or {}).items() if arm}})
         for name, table in cfg["tables"].items() if table
     }  # fmt: skip
-    names = ("out", "runs", "data", "evaluate", "settings", "setup")
+    names = ("out", "runs", "data", "evaluation", "settings", "setup")
     plan: Plan = build(node("Plan", {"tables": tables, **{name: cfg[name] for name in names}}))
     if not plan.tables:
         raise UserError("the study has no tables: use conf=study/a or another plan of conf/study")

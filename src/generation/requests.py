@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -42,8 +42,7 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
     """
     if images is None:
         return _find_questions(prompt)
-    if layout is None:
-        raise UserError("the model has no vision path, so it cannot caption images; use images=null")
+    layout = _with_vision(layout)
     if is_split(images):
         index = read_index(images)
         return index.count, _of_split(index, prompt, image=True)
@@ -55,8 +54,19 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
     root, files = (path, _image_files(path)) if path.is_dir() else (path.parent, [path])
     if not files:
         raise UserError(f"images: no image in {path}; for a dataset, name one split (a folder with {INDEX})")
-    by_key = {file.relative_to(root).as_posix(): file for file in files}
-    return len(files), ((key, partial(_read_image, key, file, layout, prompt)) for key, file in by_key.items())
+    return of_files({file.relative_to(root).as_posix(): file for file in files}, prompt=prompt, layout=layout)
+
+
+def of_files(files: Mapping[str, Path], *, prompt: str, layout: Layout | None) -> tuple[int, Iterator[Request]]:
+    """The requests of image files by key, all with the same question."""
+    layout = _with_vision(layout)
+    return len(files), ((key, partial(_read_image, key, file, layout, prompt)) for key, file in files.items())
+
+
+def _with_vision(layout: Layout | None) -> Layout:
+    if layout is None:
+        raise UserError("the model has no vision path, so it cannot caption images; use images=null")
+    return layout
 
 
 def readable(requests: Iterable[Request], *, unreadable: list[str]) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ from src.io.errors import UserError
 from src.io.files import with_filename
 from src.io.settings import changes
 from src.text.tokenizer import Codec
-from src.types import Sampled
+from src.types import Sampled, TraceStep
 
 START = b'{"key": "'  # every line starts so
 
@@ -25,7 +25,8 @@ class Output:
     """The caption file and its trace file, for one process at a time. `keys`: those that already have a line.
 
     settings: what the captions depend on; part of every line, so that no file mixes them
-    trace: also write `steps`: the text after each step, with _ for a mask, and the fields of `TraceStep`
+    trace: also write `steps`: the text after each step, with _ for a mask, and the fields of `TraceStep`; and what an
+        id in them stands for: `special` are those of mask, eot and end-of-text, `pieces` the text of each one
     """
 
     def __init__(self, path: Path, *, settings: dict[str, Any], trace: bool) -> None:
@@ -49,9 +50,10 @@ class Output:
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
         if self.trace_path:
             traces = []
+            special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
             for key, steps in zip(keys, sampled.traces or [], strict=True):
                 rows = [{"text": _text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
-                traces.append({"key": key, "steps": rows})
+                traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
             _append(self.trace_path, traces)
         counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
         lines = [
@@ -76,6 +78,12 @@ def _text_with_masks(codec: Codec, ids: list[int]) -> str:
         else:
             span.append(token)
     return text + codec.decode(span)
+
+
+def _pieces(codec: Codec, steps: list[TraceStep]) -> dict[int, str]:
+    """The text of each id in a trace; a special token, which has none, has its name."""
+    ids = {token for step in steps for token in (*step.tokens, *(old for _, old, _ in step.rewritten))}
+    return {token: codec.decode([token]) or str(codec.tokenizer.convert_ids_to_tokens(token)) for token in sorted(ids)}
 
 
 def _restore(path: Path, keep: Callable[[dict], bool] = lambda line: True) -> list[dict]:

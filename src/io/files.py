@@ -1,4 +1,4 @@
-"""Atomic file writes: to a temporary name, fsync, rename."""
+"""Atomic file writes: to a temporary name, fsync, rename. Appends that are on disk before they count."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +48,20 @@ def with_filename(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def append(stream: FileIO, data: bytes, *, sync: bool = True) -> None:
+    """Append to an unbuffered file; with `sync` it is on disk when this returns. A partial write is undone."""
+    size, remaining = os.fstat(stream.fileno()).st_size, memoryview(data)
+    with with_filename(Path(stream.name)):
+        try:
+            while remaining:
+                remaining = remaining[stream.write(remaining) :]
+            if sync:
+                os.fsync(stream.fileno())
+        except OSError:
+            os.ftruncate(stream.fileno(), size)
+            raise
 
 
 def read_json(path: Path) -> dict:

@@ -16,7 +16,7 @@ from src.types import SpecialIds
 
 _MARK = re.compile(r"[.,;:!?](?:\s*[.,;:!?])+")
 _END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s*\Z")
-_SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|\[(?:MASK|PAD|UNK|CLS|SEP)\]|<(?:mask|pad|unk|bos|eos|image)>")
+SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|\[(?:MASK|PAD|UNK|CLS|SEP)\]|<(?:mask|pad|unk|bos|eos|image)>")
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
@@ -83,7 +83,7 @@ class TextHealth(NgramMetric):
             "doubled_words": float(sum(a == b for a, b in pairs)),
             "punctuation_runs": float(len(_MARK.findall(text))),
             "unfinished": float(bool(words) and not _END.search(text)),
-            "special_tokens": float(len(_SPECIAL.findall(text))),
+            "special_tokens": float(len(SPECIAL.findall(text))),
         }
 
 

@@ -123,6 +123,7 @@ def traces_of(steps: list[dict[str, Tensor]], num_rows: int) -> list[list[TraceS
                     remasked=places["remasked"],
                     confidence=[step["confidence"][row][i] for i in places["unmasked"]],
                     forwards=step["forwards"][row],
+                    rewrite_confidence=[step["confidence"][row][i] for i in places["rewritten"]],
                 )
             )
     return traces

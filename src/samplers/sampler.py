@@ -195,7 +195,7 @@ class Sampler(AnySampler):
             else:
                 called = active
             first = predict.first(run.tokens, plan.where, called)
-            changes = step(run, plan, first, progress, predict, noise)
+            changes = step(run, plan, first, progress, predict, noise, trace=steps is not None)
             if steps is not None:
                 steps.append({**changes, "forwards": predict.forwards})
         return progress.text(run.tokens), run.edits, run.remasks, run.unmasked_at
@@ -235,6 +235,8 @@ class Sampler(AnySampler):
         progress: Progress,
         predict: Predictor,
         noise: dict[str, Noise],
+        *,
+        trace: bool,
     ) -> dict[str, Tensor]:
         """One step of every row: predict (done) -> refine -> unmask -> overwrite -> remask. Returns what it did."""
         special, policy, reviser = predict.special, self.unmask or TopK(), self.reviser or Reviser()
@@ -273,6 +275,8 @@ class Sampler(AnySampler):
         run.num_remasks, run.step = run.num_remasks + remasked, run.step + active
         run.edits, run.remasks = run.edits + rewritten.sum(1), run.remasks + remasked.sum(1)
         progress.finish(tokens, post=plan.post, last=last)
+        if trace:
+            probability = torch.where(rewritten, prediction.confidence(rewritten, new_ids), probability)
         changes = {"unmasked": unmasked, "rewritten": rewritten, "remasked": remasked}
         return {"rows": active, "before": before, "after": tokens, **changes, "confidence": probability}
 

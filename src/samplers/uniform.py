@@ -56,7 +56,8 @@ class FromNoise(AnySampler):
         num_steps = self.schedule.block_steps
         for left in range(num_steps, 0, -1):
             # 2. predict all positions, and draw the next id of each; in parts, as float64 takes gigabytes
-            logits = predict.first(tokens, everywhere, [True] * rows).logits.flatten(0, 1)  # (B * L, V)
+            prediction = predict.first(tokens, everywhere, [True] * rows)
+            logits = prediction.logits.flatten(0, 1)  # (B * L, V)
             chance = noise["sampler"].uniform(everywhere, dtype=torch.float64).flatten()
             place = torch.searchsorted(states, tokens).flatten()  # index of each token among the states
             drawn = []
@@ -73,9 +74,10 @@ class FromNoise(AnySampler):
             rewritten = tokens != before
             edits = edits + rewritten.sum(1)
             if steps is not None:
-                changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere, "confidence": nowhere}
+                changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere}
+                confidence = prediction.confidence(rewritten, tokens)
                 made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
-                steps.append({**made, **changes})
+                steps.append({**made, **changes, "confidence": confidence})
         return tokens, edits, torch.zeros_like(edits), torch.full_like(tokens, -1)
 
     def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:

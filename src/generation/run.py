@@ -1,0 +1,142 @@
+"""Responses to requests, batch by batch, into a file: what `src.generate` does, for benchmarks as well.
+
+    done = respond(cfg)                          cfg: conf/generate.yaml, resolved
+    done = respond(cfg, images={"a": Path("a.jpg")})
+
+    check -> lock OUT -> model -> batches of readable samples -> sampler -> OUT, a line per response
+
+The lines of a batch are written before the next batch starts, so a killed run is continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from src.cli.config import path_of
+from src.cli.instantiate import build, check, plain
+from src.generation.player import SUFFIX, page_paths, write_page
+from src.generation.requests import find_requests, is_split, of_files, readable
+from src.generation.responder import SAMPLER, Responder, choose_sampler
+from src.generation.writer import Output
+from src.io.errors import UserError
+from src.io.lock import locked
+from src.io.settings import describe
+from src.io.words import counted
+from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
+from src.samplers.base import AnySampler
+from src.text.prompt_format import IMAGE
+from src.text.tokenizer import Codec
+
+logger = logging.getLogger(__name__)
+TEXTS = ("prompt", "caption", "suffix", "system")  # keys whose command-line values are not parsed as yaml
+
+
+@dataclass(frozen=True)
+class Responses:
+    """path: the file; texts: (key, text) of the new lines; skipped: already there; unreadable: keys of images; page: of
+    the traces, if one was asked for"""
+
+    path: Path
+    texts: list[tuple[str, str]]
+    skipped: int
+    unreadable: list[str]
+    page: Path | None
+
+
+def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Responses:
+    """Write a response for each image or question that the config names.
+
+    images: files by key, to be answered instead of all that `cfg.images` holds
+    """
+    # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
+    check(cfg)
+    path, html, compared = path_of(cfg, "out"), *page_paths(cfg)
+    sampler = choose_sampler(cfg)
+    codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
+    codec = codec.with_format(system=cfg.system, join=cfg.join)
+    folder = ModelFolder.open(cfg.model.path)
+    check_vocabulary(folder, codec)
+    _check_request(cfg, codec, sampler, positions=folder.positions)
+
+    with locked(path):
+        # 2. What an earlier run has written; then the model and the requests.
+        trace = cfg.trace or html is not None
+        out = Output(path, settings=_settings(cfg, sampler), trace=trace)
+        backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
+        answer = Responder(backbone, codec, sampler, positions=folder.positions, **options)
+        source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
+        find = partial(source, prompt=cfg.prompt, layout=backbone.layout)
+        count, requests = find()
+        if cfg.num is not None:
+            count, requests = min(count, cfg.num), islice(requests, cfg.num)
+
+        # 3. Responses, batch by batch.
+        unreadable: list[str] = []
+        texts: list[tuple[str, str]] = []
+        samples = readable((request for request in requests if request[0] not in out.keys), unreadable=unreadable)
+        with tqdm(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
+            while batch := list(islice(samples, cfg.batch_size)):
+                texts += out.add([sample.key for sample in batch], answer(batch), codec)
+                bar.update(len(batch))
+    # 4. The page.
+    if html is not None:
+        write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
+    return Responses(path, texts, count - len(texts) - len(unreadable), unreadable, html)
+
+
+def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
+    """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
+    if has_image := cfg.images is not None:
+        path_of(cfg, "images")
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
+    if many and has_image:
+        raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
+    if not many and cfg.prompt and cfg.prompt.count(IMAGE) > int(has_image):
+        logger.warning("the prompt has more image marks than images: %s in it is read as text", IMAGE)
+    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(cfg.prompt, images=int(has_image))
+    if positions is not None and len(prompt_ids) + sampler.length > positions:
+        raise UserError(
+            f"{counted(len(prompt_ids), 'prompt token')} and {sampler.length} after them exceed the model's "
+            f"{positions} positions (config.json): lower length={sampler.length}, or shorten the prompt"
+        )
+    if cfg.caption is None:
+        return
+    if not sampler.post_steps:
+        raise UserError(
+            f"sampler={cfg.sampler} rewrites no finished text; use sampler=refine, with post_steps of at least 1"
+        )
+    ids = codec.encode(cfg.caption)[0]
+    if len(ids) >= sampler.length:
+        raise UserError(
+            f"the caption has {counted(len(ids), 'token')}, but a response has room for {sampler.length - 1}"
+        )
+    if codec.decode(ids) != cfg.caption:
+        logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
+
+
+def _settings(cfg: DictConfig, sampler: AnySampler) -> dict[str, Any]:
+    """What a response depends on besides its image or question; part of every line."""
+    schedule = asdict(sampler.schedule)
+    speed = {name: schedule[name] for name in ("tokens_per_step", "steps") if schedule[name] is not None}
+    sampling = {name: getattr(sampler, name) for name in SAMPLER}
+    request = {name: cfg[name] for name in ("sampler", "seed", "prompt", "caption", "suffix")}
+    prompt = {name: cfg[name] for name in ("prompt_format", "system", "join")}
+    model = {name: value for name, value in plain(cfg.model).items() if name != "path"}
+    options = json.dumps([describe(sampler), model], sort_keys=True)  # hashed, as it is too long for every line
+    digest = hashlib.sha256(options.encode()).hexdigest()[:16]
+    return {**speed, **sampling, **request, **prompt, "options": digest, "model": sketch(cfg.model.path)}

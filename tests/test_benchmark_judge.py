@@ -1,0 +1,273 @@
+"""A benchmark's stages `judge` and `score` as commands against a real server: kills, faults, resuming, no network.
+
+The server counts requests by their bodies. Which replies were on disk when a process died is read from the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.evaluate import main
+from src.judges.store import ReplyStore
+from testing.files import read_jsonl
+from testing.servers.scripted import Http, Request, Scripted, error, reply
+from tests.benchmarks import NUM, captions_file, write_capmas
+
+ROOT = Path(__file__).resolve().parents[1]
+AT_ONCE = 3
+BLOCKED = "import socket\ndef no(*_, **__): raise AssertionError('network')\nsocket.socket.connect = no\n"
+
+
+def judges(request: Request) -> Http:
+    """A judge that always has something to say, in the form that is asked for."""
+    return reply(text_for(request.text), tokens=(100, 10))
+
+
+def text_for(prompt: str) -> str:
+    texts = {
+        "candidate description": '{"score": 80, "reason": "r"}',
+        "multiple-choice": "0. A\n1. I don't know",
+        "atomic claims": "1. A claim.",
+        "check claims": "1. True",
+    }
+    return next(text for words, text in texts.items() if words in prompt)
+
+
+@pytest.fixture
+def argv(tmp_path):
+    """The arguments of a run against a server, with further settings."""
+    write_capmas(tmp_path / "raw")
+    captions = captions_file(tmp_path / "mine.jsonl")
+
+    def of(server: Scripted, *more: str) -> list[str]:
+        judge = ["model=some", f"base_url={server.url}", "key_env=null", "profile=plain"]
+        judge += [f"limits.concurrency={AT_ONCE}", "limits.attempts=2", "limits.give_up_s=60"]
+        settings = ["conf=eval/capmas", f"captions={captions}", "stages=[judge,score]"]
+        settings += [f"judge.{setting}" for setting in judge]
+        return [*settings, f"evaluate.data.folder={tmp_path}/raw", f"evaluate.out={tmp_path}/out", *more]
+
+    return of
+
+
+ONLY_CLAIR = ("evaluate.judges.coverage=null", "evaluate.judges.factuality=null")
+
+
+def bodies(requests: list[Request]) -> Counter[str]:
+    return Counter(json.dumps(request.body, sort_keys=True) for request in requests)
+
+
+def stored(tmp_path: Path) -> list[dict]:
+    return [line for line in read_jsonl(tmp_path / "out" / "replies.jsonl") if "reply" in line]
+
+
+def scores(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "scores.json").read_text())["mine"]
+
+
+def test_a_run_asks_each_question_once_and_scores_without_network(argv, tmp_path, capsys):
+    with Scripted(judges) as server:
+        main(argv(server))
+        asked = bodies(server.requests)
+        assert asked.total() == len(asked) == 4 * NUM  # CLAIR, Coverage, and two of Factuality
+        main(argv(server))  # nothing is left to ask
+        assert len(server.requests) == 4 * NUM
+        images = [body for body in map(json.loads, asked) if isinstance(body["messages"][-1]["content"], list)]
+        assert len(images) == NUM
+        url = images[0]["messages"][-1]["content"][0]["image_url"]["url"]
+        assert url.startswith("data:image/jpeg;base64,/9j/")
+        stats = scores(tmp_path)["stats"]
+        assert stats["clair"] == {"mean": 0.8, "se": pytest.approx(0, abs=1e-9), "n": NUM}
+        assert (stats["coverage"]["mean"], stats["coverage_abstained"]["mean"]) == (0.5, 0.5)
+        assert (stats["factuality"]["mean"], stats["words"]["mean"]) == (1.0, 4.0)
+        assert "| mine | 80.00 " in capsys.readouterr().out
+        command = argv(server, "stages=[score]")
+    # the same bytes in a process that cannot open a connection
+    files = {name: (tmp_path / "out" / name).read_bytes() for name in ("scores.json", "verdicts.jsonl", "table.md")}
+    (tmp_path / "out" / "scores.json").unlink()
+    code = f"{BLOCKED}import sys; sys.argv = ['x']\nfrom src.evaluate import main; main({command!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.dist
+def test_a_kill_asks_no_stored_reply_again_and_counts_what_was_in_flight(argv, tmp_path):
+    def slow_after_seven(request: Request) -> Http:
+        answer = judges(request)
+        answer.delay = 0.0 if request.number < 7 else 300.0
+        return answer
+
+    command = [sys.executable, "-m", "src.evaluate"]
+    with Scripted(slow_after_seven) as server:
+        process = subprocess.Popen([*command, *argv(server)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while server.active < AT_ONCE or len(stored(tmp_path)) < 7:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        with (tmp_path / "out" / "replies.jsonl").open("a") as stream:
+            stream.write('{"reply": "abc", "te')  # as a kill within a write leaves it
+        first, kept = bodies(server.requests), {line["reply"] for line in stored_whole(tmp_path)}
+        server.script = judges
+        server.requests.clear()
+        done = subprocess.run([*command, *argv(server)], cwd=ROOT, capture_output=True, text=True, check=True)
+        second = bodies(server.requests)
+    assert len(kept) == 7 and first.total() == 7 + AT_ONCE
+    assert f"{AT_ONCE} requests were in flight when an earlier run was killed" in done.stderr
+    assert "dropped a partial last line" in done.stderr
+    twice = (first & second).total()
+    assert twice == AT_ONCE  # those in flight and no other
+    assert (first | second).total() == len(first | second) == 4 * NUM
+    assert kept < {line["reply"] for line in stored(tmp_path)}
+    assert scores(tmp_path)["counts"]["clair"]["ok"] == NUM
+
+
+def stored_whole(tmp_path: Path) -> list[dict]:
+    lines = (tmp_path / "out" / "replies.jsonl").read_text().split("\n")[:-1]
+    return [line for line in map(json.loads, lines) if "reply" in line]
+
+
+@pytest.mark.dist
+def test_a_kill_while_scoring_loses_nothing(argv, tmp_path):
+    with Scripted(judges) as server:
+        main(argv(server))
+        command = argv(server, "stages=[score]")
+    names = ("scores.json", "verdicts.jsonl", "table.md", "replies.jsonl")
+    files = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+    kill = "import os, signal, src.evaluation.benchmark as b\n"
+    kill += "b.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code = f"import sys; sys.argv = ['x']\n{kill}from src.evaluate import main; main({command!r})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    main(command)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == files
+
+
+def test_only_what_has_changed_is_asked(argv, tmp_path):
+    with Scripted(judges) as server:
+        main(argv(server))
+        server.requests.clear()
+        # 1. other words for one metric
+        prompts = tmp_path / "prompts"
+        prompts.mkdir()
+        texts = yaml.safe_load((ROOT / "src/judges/prompts/clair.yaml").read_text())
+        system = next(key for key in texts if key.startswith("score."))
+        (prompts / "clair.yaml").write_text(yaml.safe_dump({**texts, system: f"Please. {texts[system]}"}))
+        main(argv(server, f"evaluate.judges.clair.prompts={prompts}"))
+        assert len(server.requests) == NUM and all("Please. " in request.text for request in server.requests)
+        # 2. one other caption
+        server.requests.clear()
+        captions_file(tmp_path / "mine.jsonl", first="Something else is here.")
+        main(argv(server))
+        assert len(server.requests) == 3  # the reply about its claims is the same
+        # 3. another setting of the judge: everything
+        server.requests.clear()
+        main(argv(server, "judge.seed=null", "judge.max_tokens=99", *ONLY_CLAIR))
+        assert len(server.requests) == NUM
+
+
+def test_replies_that_cannot_be_read_are_asked_again_and_counted(argv, tmp_path, capsys):
+    bad = iter(['{"score": 0.85}', None, '{"score": 850}'])
+
+    def some_bad(request: Request) -> Http:
+        if "number 0" not in request.text:
+            return judges(request)
+        text = next(bad)
+        return reply('{"score": 40, "reason": "r"}', finish="length") if text is None else reply(text)
+
+    with Scripted(some_bad) as server:
+        with pytest.raises(SystemExit):
+            main(argv(server, *ONLY_CLAIR))
+        assert f"mine: clair: {1 / NUM:.1%} of the verdicts failed" in capsys.readouterr().err
+        main(argv(server, *ONLY_CLAIR, "evaluate.max_failed=0.5"))  # asks nothing more
+        assert len(server.requests) == NUM + 2
+    result = scores(tmp_path)
+    assert result["stats"]["clair"]["n"] == NUM - 1
+    assert result["stats"]["clair_worst"]["mean"] == pytest.approx(0.8 * (NUM - 1) / NUM)
+    assert result["counts"]["clair"] == {"no_caption": 0, "ok": NUM + 1, "length": 1}
+
+
+def test_a_busy_server_is_waited_for_and_a_lost_reply_leaves_its_image_open(argv, tmp_path, capsys):
+    busy = {number: error(429, retry_after="0.05") for number in (0, 2, 3)}
+
+    def faults(request: Request) -> Http:
+        if "number 1" in request.text:
+            return error(500)
+        return busy.get(request.number) or judges(request)
+
+    with Scripted(faults) as server:
+        main(argv(server, *ONLY_CLAIR, "evaluate.max_failed=0.5"))
+        out = capsys.readouterr().out
+        assert "1 verdict open (server_error 1): the same command asks again" in out
+        assert scores(tmp_path)["counts"]["clair"] == {"no_caption": 0, "no_reply": 1, "ok": NUM - 1}
+        server.script = judges
+        server.requests.clear()
+        main(argv(server, *ONLY_CLAIR))
+        assert len(server.requests) == 1 and "number 1" in server.requests[0].text
+    assert scores(tmp_path)["stats"]["clair"]["n"] == NUM
+
+
+def test_a_refused_key_stops_at_once(argv, tmp_path, capsys):
+    with Scripted(lambda _: error(401)) as server:
+        with pytest.raises(SystemExit) as stop:
+            main(argv(server))
+        assert stop.value.code == 2 and len(server.requests) <= AT_ONCE
+        assert "refused by" in capsys.readouterr().err
+        server.script = judges
+        main(argv(server))
+    assert scores(tmp_path)["stats"]["clair"]["n"] == NUM
+
+
+def test_a_budget_leaves_the_rest_open_for_the_next_run(argv, tmp_path, capsys):
+    with Scripted(judges) as server:
+        limits = ("judge.limits.max_requests=2", "evaluate.max_failed=0.9")
+        main(argv(server, *ONLY_CLAIR, *limits))
+        main(argv(server, *ONLY_CLAIR, *limits))  # the budget is that of both runs
+        assert len(server.requests) == 2
+        assert f"{NUM - 2} verdicts open (budget {NUM - 2})" in capsys.readouterr().out
+
+
+def test_what_was_lost_in_flight_stays_on_the_bill(tmp_path):
+    """Twice killed while the same request was in flight, and then answered."""
+    most, reply = {"prompt_tokens": 9, "completion_tokens": 4}, {"usage": {"requests": 1, "prompt_tokens": 8}}
+    for _ in range(2):
+        with ReplyStore(tmp_path / "replies.jsonl") as store:
+            store.begin("a", most)
+    with ReplyStore(tmp_path / "replies.jsonl") as store:
+        assert store.lost == {"a": most}
+        store.begin("a", most)
+        store.add("a", reply)
+    store = ReplyStore(tmp_path / "replies.jsonl")
+    assert not store.lost and set(store.replies) == {"a"}
+    lost = {"lost_prompt_tokens": 18, "lost_completion_tokens": 8}
+    assert store.usage == {"requests": 1, "prompt_tokens": 8, **lost}
+
+
+@pytest.mark.parametrize(
+    ("model", "sent", "unsent"),
+    [
+        ("gpt-5.1", {"max_completion_tokens": 4096, "reasoning_effort": "low"}, ("temperature", "max_tokens")),
+        ("gpt-4.1", {"max_completion_tokens": 4096, "temperature": 0.0, "seed": 3}, ("max_tokens", "reasoning_effort")),
+        ("o4-mini", {"max_completion_tokens": 4096}, ("temperature", "max_tokens")),
+    ],
+)
+def test_what_a_model_does_not_accept_is_not_sent_and_the_store_says_what_was(argv, tmp_path, model, sent, unsent):
+    with Scripted(judges) as server:
+        more = [f"judge.model={model}", "judge.profile=auto", "judge.effort=low", "judge.seed=3"]
+        main(argv(server, *ONLY_CLAIR, *more))
+    body = server.requests[0].body
+    assert body.items() >= sent.items() and not body.keys() & set(unsent)
+    assert body["response_format"]["json_schema"]["name"] == "score"
+    for line in stored(tmp_path):
+        assert line["parameters"] == {k: v for k, v in body.items() if k not in ("model", "messages")}
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]+\+00:00", line["at"]) and line["model"] == "served"
