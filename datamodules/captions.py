@@ -97,6 +97,8 @@ class ShardData(L.LightningDataModule):
         self.limits: dict[str, int] = dict.fromkeys(SPLITS, limit) if isinstance(limit, int) else dict(limit or {})
         if unknown := set(self.limits) - set(SPLITS):
             raise UserError(f"limit names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
+        if (least_limit := min(self.limits.values(), default=0)) < 0:
+            raise UserError(f"data.limit must be at least 0, got {least_limit}")
         self.place = (0, 1)  # (rank, world size) without a trainer
         self.collate = self.make_collate()
         self.notes: Notes = Counter()  # of training: (place, reason) -> number of damaged samples or cut responses

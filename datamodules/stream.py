@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -172,8 +173,8 @@ class Stream:
                 close = difflib.get_close_matches(name, prepared, 1, 0)[0]
                 hint = f"did you mean {close!r}?" if close else "its one source has no name"
                 raise UserError(f"data.weights: {index.path} has no source {name!r}; {hint}")
-            if (least := min((weights or {}).values(), default=0)) < 0:
-                raise UserError(f"data.weights must be at least 0, got {least}")
+            if wrong := [weight for weight in {**prepared, **(weights or {})}.values() if not 0 <= weight < math.inf]:
+                raise UserError(f"data.weights must be finite and at least 0, got {wrong[0]}")
             first += [len(shares)] * len(index.shards)
             shares += [1.0] * len(prepared) if weights is None else [{**prepared, **weights}[n] for n in prepared]
         for shard, group in zip(self.shards, first, strict=True):

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     for layout in layouts if hasattr(data, "layout") else ():  # a datamodule without images has none
         check_layout(data.layout, layout)
     loader = data.eval_dataloader(settings.split)
-    metrics = [build(node, **offers).to(device) for node in plain(settings.metrics)]
+    metrics = [build(node, **offers).to(device) for node in plain(settings.metrics) or []]
     counts = count_samples(loader, settings.num, metrics, split=settings.split)
 
     with locked(settings.out):

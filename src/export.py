@@ -2,7 +2,7 @@
 
     python -m src.export conf=export model=runs/stage2/model out=exported format=llada_v
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=exported dtype=bfloat16
-    python -m src.export conf=export model=runs/proseco/checkpoints/last.ckpt out=exported weights=ema
+    python -m src.export conf=export model=runs/proseco/checkpoints/last.ckpt out=exported format=own weights=ema
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 

@@ -140,6 +140,11 @@ def test_numbers_that_are_too_small_are_refused(photos: Path, tmp_path: Path, na
     assert not list(tmp_path.iterdir())
 
 
+def test_an_image_size_that_no_memory_holds_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^prepare.image_size must be at most 8192 pixels, got 100000$"):
+        dataset(photos, tmp_path / "out", image_size=100_000).run()
+
+
 def test_a_link_stays_and_what_it_points_to_is_written(photos: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
@@ -201,7 +206,14 @@ def in_child(run: Callable[[], object]) -> int:
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_same_command_continues_what_was_killed(
-    photos: Path, whole: Path, tmp_path: Path, place: Any, name: str, number: int, num_kept: int
+    photos: Path,
+    whole: Path,
+    tmp_path: Path,
+    place: Any,
+    name: str,
+    number: int,
+    num_kept: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
 
@@ -216,6 +228,7 @@ def test_the_same_command_continues_what_was_killed(
     before = {name: tar for name, tar in tars(partial).items() if Path(name).stem in reports}
     assert len(before) == num_kept
     dataset(photos, out, processes=1).run()
+    assert "images of 1 record were missing when they were read" in caplog.text
     assert contents(out) == contents(whole)
     assert tars(out).items() >= before.items(), "a finished shard was written again"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -232,6 +245,28 @@ def test_a_kill_after_the_rename_leaves_a_complete_dataset(photos: Path, whole: 
     before = tars(tmp_path / "out")
     dataset(photos, tmp_path / "out").run()
     assert tars(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number", "overwrite"),
+    [(os, "unlink", 2, False), (os, "unlink", 6, True), (builder, "publish", 1, True)],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_kill_while_a_dataset_is_replaced_costs_nothing(
+    photos: Path, whole: Path, tmp_path: Path, place: Any, name: str, number: int, overwrite: bool
+) -> None:
+    """A kill in the removal of the old dataset, or before the rename; then the same command, or without overwrite."""
+    out = tmp_path / "out"
+    dataset(photos, out, seed=7).run()
+
+    def killed() -> None:
+        kill_at(place, name, number)
+        dataset(photos, out, overwrite=True).run()
+
+    assert in_child(killed) == -signal.SIGKILL
+    dataset(photos, out, overwrite=overwrite).run()
+    assert contents(out) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -321,6 +321,7 @@ def test_fewer_samples_than_a_batch_are_repeated_equally_often(folder: Path, cod
         ({"tiling": anyres(8)}, r"image_size 4 and tiling.size 8 must be equal"),
         ({"data_share": 1}, r"data_share .* got 1"),
         ({"limit": {"dev": 3}}, r"limit names .*dev"),
+        ({"limit": -3}, r"data.limit must be at least 0, got -3"),
         ({"path": "/none"}, "no data folder"),
         ({"codec": Codec.train(["something else"], vocab_size=300)}, r"src\.prepare with this tokenizer"),
     ],

@@ -515,6 +515,11 @@ def test_names_of_metrics_and_cells_and_tokenizers_are_checked(conf, models, tmp
     assert "tokenizers: mask, other" in message
 
 
+def test_an_evaluation_may_have_no_metrics(conf, models, tmp_path):
+    main([conf(models={"m": str(models / "mask")}, samplers={"plain": PLAIN}, metrics=None, headline=["forwards"])])
+    assert read(tmp_path)["methods"]["m"]["plain"]["32"]["forwards"]["n"] == NUM
+
+
 def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):
     main([conf(**SWEEP, models={"m": str(models / "mask")})])
     methods, curve = read(tmp_path)["methods"], read(tmp_path, "curve")

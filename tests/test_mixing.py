@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,8 +113,12 @@ def test_a_wrong_name_or_weight_is_an_error() -> None:
         Stream([data], seed=0, weights={"sharegpt": 1})
     with pytest.raises(UserError, match="no samples with weights"):
         Stream([data], seed=0, weights={"vicrit": 0, "llava": 0, "sharegpt4v": 0})
-    with pytest.raises(UserError, match="at least 0, got -1"):
-        Stream([data], seed=0, weights={"vicrit": -1})
+    for weight in (-1, math.inf, math.nan):
+        with pytest.raises(UserError, match=f"finite and at least 0, got {weight}"):
+            Stream([data], seed=0, weights={"vicrit": weight})
+    prepared = replace(data, content={"sources": [{"name": name, "weight": math.nan} for name in "abc"]})
+    with pytest.raises(UserError, match="finite and at least 0, got nan"):
+        Stream([prepared], seed=0, weights={})
 
 
 def test_what_does_not_fill_a_batch_is_other_samples_in_each_pass() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import sys
 import tracemalloc
@@ -112,6 +113,16 @@ FILES: dict[str, tuple[str, str | bytes, list, dict[str, str]]] = {
                                       [("c", "A")], {"turns_out_of_order": "a.json#1"}),
     "questions": ("a.json", dump([{**record("a.jpg"), "prompt": ["Q", "R"]}, {**record("b.jpg"), "prompt": ["Q"]}]),
                   [("b", "A")], {"question_not_text": "a.json#1"}),
+    "edits of a caption": ("a.json", dump([
+        {**record("a.jpg", "A dog."), "revise": [{"org": "dog", "target": "cat"}]}, {**record("b.jpg"), "revise": []},
+        {**record("c.jpg", "A dog."), "revise": "right"}, {**record("d.jpg", ["A", "B"]), "revise": []}]),
+                           [("a", "A cat."), ("b", "A")], {"revise_not_a_list": "a.json#3",
+                                                           "revise_of_several_captions": "a.json#4"}),
+    "questions with answers": ("a.json", dump([
+        {"image": "a.jpg", "text": "Q?", "answer": "A"}, {"image": "b.jpg", "question": "Q?", "answers": ["A"],
+         "description": "a hint"}, {**record("c.jpg"), "answer": None}]), [("c", "A")], {"unknown_format": "a.json#1"}),
+    "Alpaca's template": ("a.json", dump([{"image": "a.jpg", "text": "Below is an instruction", "instruction": "Q",
+                                           "output": "A"}]), [("a", "A")], {}),
     "line ends": ("a.json", dump([record("a.jpg", "A\r\nB\rC")]), [("a", "A\nB\nC")], {}),
 }  # fmt: skip
 
@@ -162,6 +173,7 @@ WHOLE = {
     "input": ({**ALPACA, "input": "dog\r\ncat"}, "Translate.\n\ndog\ncat"),
     "system text": ({**ALPACA, "system": "You are a poet."}, "system_text"),
     "earlier turns": ({**ALPACA, "history": [["Hi", "Hello"]]}, "earlier_turns"),
+    "fields in other case": ({"Instruction": "Do.", "Input": "dog", "Output": "Hund."}, "Do.\n\ndog"),
     "no text": ({**ALPACA, "input": 5}, "not_a_text"),
 }
 
@@ -433,6 +445,24 @@ def test_a_split_that_is_given_counts_for_all_prompts_of_an_image(tmp_path: Path
     assert all(places[f"{number}"][0] == "test" for number in range(12))
 
 
+def test_a_picture_in_two_splits_under_two_prompts_or_sources_stays_in_the_first(tmp_path: Path) -> None:
+    for number in range(3):
+        picture(tmp_path / f"{number}.jpg")
+    rows = [{**record("0.jpg"), "prompt": q, "split": split} for q, split in (("Q", "test"), ("R", "train"))]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {**record("1.jpg"), "split": "train"}]))
+    (tmp_path / "b.json").write_text(json.dumps([{**record(f"{n}.jpg"), "split": "test"} for n in range(3)]))
+    sources = {name: {"annotations": str(tmp_path / f"{name}.json"), "images": str(tmp_path)} for name in "ab"}
+    settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300}
+    index = Photos(out=str(tmp_path / "out"), sources=sources, **settings).run()
+    tars = [(tar.parent.name, tar) for tar in (tmp_path / "out").rglob("*.tar")]
+    places = sorted((split, sample["__key__"].split("-")[0]) for split, tar in tars for sample in read_shard(tar))
+    assert places == [("test", "0"), ("test", "0"), ("test", "2"), ("train", "1")]
+    assert index["counts"]["records"]["image_in_two_splits"] == 2
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["records"] == {"read": 6, "rejected": 2, "over_max": 0, "merged": 0, "kept": 4}
+    assert [source["left_out"]["records"]["image_in_two_splits"]["count"] for source in manifest["sources"]] == [1, 1]
+
+
 def test_pictures_of_one_name_in_two_folders_keep_the_splits_they_are_given(tmp_path: Path) -> None:
     rows = []
     for split, number in (("train", 1), ("val", 1), ("test", 2), ("train", 2)):
@@ -521,6 +551,8 @@ def test_a_source_of_which_nothing_is_used_is_named(tmp_path: Path, caplog: pyte
         ({"image": "x"}, "prepare.sources.one has no key 'image'; it may have annotations, images"),
         ({"images": "x"}, "prepare.sources.one.annotations must be given"),
         ({"annotations": "a.json", "weight": 0}, "weight must be a positive number, got 0"),
+        ({"annotations": "a.json", "weight": math.inf}, "weight must be a positive number, got inf"),
+        ({"annotations": "a.json", "weight": math.nan}, "weight must be a positive number, got nan"),
         ({"annotations": "a.json", "max": 0.5}, "max must be a positive whole number, got 0.5"),
         ({"annotations": "none-*.json"}, "no file none-"),
         ({"annotations": "a.json", "images": "none"}, "no image folder none"),

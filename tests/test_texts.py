@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from src.io.errors import UserError
 from src.io.shards import read_shard
 from src.preparation.counts import Counts
 from src.preparation.smiles import Smiles, count_rings
@@ -359,3 +360,42 @@ def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
     for split in SPLITS:
         pieces = codec.tokenizer.decode(ids_of(records(out / split))).split(EOS)
         assert {piece.strip() for piece in pieces[:-1]} <= documents and len(pieces) > 1
+
+
+# --- record files that people have -------------------------------------------------------------------
+
+
+def test_a_column_named_split_in_any_spelling_is_obeyed(tmp_path: Path) -> None:
+    rows = [f"q{n},a{n},{split}" for n, split in enumerate(("Train", "VAL", "test ", "fold"))]
+    (tmp_path / "a.csv").write_text("\n".join(["question,answer,Split", *rows]))
+    items = list(pairs(tmp_path, files=str(tmp_path / "a.csv")).read(counts := Counts()))
+    assert [(item.split, item.share) for item in items] == [("train", None), ("val", None), ("test", None)]
+    assert counts["unknown_split"] == 1
+
+
+def test_no_value_and_lost_turns_are_never_trained(tmp_path: Path) -> None:
+    """NaN as Pandas writes it into a table; a system text, whatever the name of the prompt."""
+    rows = ["instruction,output,input,system", "a,nan,,", "b,B,nan,NaN", "c,C,d,", "e,E,,You are a poet."]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    fields = {"prompt": "Instruction", "response": "output"}
+    items = list(pairs(tmp_path, files=str(tmp_path / "a.csv"), **fields).read(counts := Counts()))
+    assert [(item.prompt, item.text) for item in items] == [("b", "B"), ("c\n\nd", "C")]
+    assert counts == {"records": 4, "missing_field": 1, "system_text": 1}
+    file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a", "history": [["Hi", "Hello"]]}])
+    assert not list(pairs(tmp_path, files=str(file)).read(counts := Counts())) and counts["earlier_turns"] == 1
+
+
+def test_texts_are_read_from_parquet_and_from_all_files_of_a_pattern(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    for number in range(2):
+        table = pyarrow.table({"question": [f"q{number}"], "answer": ["a"]})
+        parquet.write_table(table, tmp_path / f"part-{number}.parquet")
+    dataset = pairs(tmp_path, files=str(tmp_path / "part-*.parquet"))
+    assert [item.prompt for item in dataset.read(Counts())] == ["q0", "q1"]
+    assert dataset.inputs == [str(tmp_path / f"part-{number}.parquet") for number in range(2)]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+    for name, message in {"a.jsonl.gz": "is compressed: unpack it first", "none-*.jsonl": "no file .*none-"}.items():
+        with pytest.raises(UserError, match=message):
+            list(pairs(tmp_path, files=str(tmp_path / name)).read(Counts()))

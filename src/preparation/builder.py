@@ -46,7 +46,9 @@ from src.preparation.workers import (
 from src.text.tokenizer import NEEDED, Codec
 
 log = logging.getLogger(__name__)
+OLD = "old"  # the dataset that is replaced
 PLAN = "plan.json"  # what an unfinished dataset is made of
+MAX_SIDE = 8192  # pixels of an image
 PARTS = ("records", *SPLITS)  # of the counts: what is read, and the samples of each split
 
 
@@ -124,6 +126,8 @@ class Dataset(ABC):
         for name, least in self.LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"prepare.{name} must be at least {least}, got {value}")
+        if (side := getattr(self, "image_size", 1)) > MAX_SIDE:
+            raise UserError(f"prepare.image_size must be at most {MAX_SIDE} pixels, got {side}")
         out = Path(self.out)
         if Path.cwd().is_relative_to(out.resolve()):
             raise UserError(f"prepare.out={out} is the folder that this runs in, or one above it: choose another one")
@@ -147,9 +151,10 @@ class Dataset(ABC):
             except UserError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            if out.exists():
-                shutil.rmtree(out)
+            if out.exists():  # at once, as a half of it might pass for a dataset after a kill
+                out.rename(folder / OLD)
             publish(folder / DATA, out)
+            shutil.rmtree(folder / OLD, ignore_errors=True)
             shutil.rmtree(folder)
         return index
 
@@ -178,10 +183,17 @@ class Dataset(ABC):
 
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
+        is_continued = (folder / ITEMS).exists()
         items, data = Items(folder / ITEMS), folder / DATA
         try:
             # 1. items, tokenizer, splits: an earlier run may have done some of this
             scan = items.once("scan", partial(self._scan, items))
+            if is_continued and (missing := scan["counts"]["records"]["counts"].get("missing_image")):
+                log.warning(
+                    "images of %s were missing when they were read: if they are there now, remove %s and begin again",
+                    counted(missing, "record"),
+                    folder,
+                )
             items.once("tokenizer", partial(self._make_tokenizer, items, data / "tokenizer"))
             codec = Codec.load(data / "tokenizer")
             division = items.once("divide", partial(self._divide, items, codec))
@@ -344,12 +356,12 @@ def _begin(folder: Path, plan: dict) -> None:
         if not (folder / PLAN).is_file():
             raise UserError(f"{folder} is no unfinished dataset: remove it, or choose another prepare.out")
         begun = read_json(folder / PLAN)
-        if begun == plan:
-            (folder / DATA).mkdir(exist_ok=True)
+        if begun == plan and (folder / DATA).is_dir():
             return
-        names = differences(begun.get("settings", {}), plan["settings"])
-        names += differences(begun.get("files", {}), plan["files"])
-        log.info("starting over: %s was begun with other settings or files (%s)", folder, ", ".join(names))
+        if begun != plan:  # else it was killed after its rename
+            names = differences(begun.get("settings", {}), plan["settings"])
+            names += differences(begun.get("files", {}), plan["files"])
+            log.info("starting over: %s was begun with other settings or files (%s)", folder, ", ".join(names))
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PLAN, plan)

@@ -124,6 +124,14 @@ class Items:
             "GROUP BY name HAVING COUNT(DISTINCT split) > 1 OR COUNT(share) BETWEEN 1 AND COUNT(*) - 1)"
         )
 
+    def in_several_splits(self) -> Iterator[Any]:
+        """The items of each name that has items in several splits, in the order in which they were read."""
+        for (key,) in self._db.execute(
+            "SELECT key FROM items WHERE name IN (SELECT name FROM items GROUP BY name "
+            "HAVING COUNT(DISTINCT split) > 1) ORDER BY id"
+        ).fetchall():
+            yield self[key]
+
     def movable(self) -> Iterator[Movable]:
         """The items whose split is not given."""
         for key, name, split, share in self._db.execute(

@@ -9,6 +9,7 @@ in the same split, even if the image has two names (`COCO_val2014_000000000042.j
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -84,7 +85,7 @@ class Photos(Dataset):
             if not values.get("annotations"):
                 raise UserError(f"prepare.sources.{name}.annotations must be given")
             source = Source(name=str(name), **values)
-            if not (isinstance(source.weight, int | float) and source.weight > 0):
+            if not (isinstance(source.weight, int | float) and 0 < source.weight < math.inf):
                 raise UserError(f"prepare.sources.{name}.weight must be a positive number, got {source.weight!r}")
             if source.max is not None and not (isinstance(source.max, int) and source.max > 0):
                 raise UserError(f"prepare.sources.{name}.max must be a positive whole number, got {source.max!r}")
@@ -144,6 +145,14 @@ class Photos(Dataset):
 
     def divide(self, items: Items, codec: Codec, counts: Mapping[str, Counts]) -> dict:
         items.unite()
+        splits: dict[Path | str, str] = {}  # of each image, which may have several prompts and sources
+        for photo in items.in_several_splits():  # names of files may be those of other images, too, in other folders
+            file = self.file_of(photo)
+            image = photo.name if file is None or coco.is_coco(file.as_posix()) else file
+            if photo.split != (kept := splits.setdefault(image, photo.split)):
+                counts["records"].source = photo.origin
+                counts["records"].skip("image_in_two_splits", f"{photo.source} ({kept} and {photo.split})")
+                items.remove(photo)
         return super().divide(items, codec, counts)
 
     def texts(self, items: Iterable[Photo]) -> Iterator[str]:

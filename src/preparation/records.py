@@ -3,6 +3,7 @@
     read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
 
     .csv, .tsv   a table whose first line names the columns
+    .parquet     a table
     .txt         one document, or several separated by <|endoftext|>, as records {"text": document}
     .jsonl       JSON records one after another, in lines or over several lines
     any other    JSON: the same, a list of records, COCO's tables, tables by name ({"data": [...]}, {"train": [...]}),
@@ -24,9 +25,12 @@ from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.json_text import NOT_UTF8, JsonText, open_text
 from src.preparation.sources import coco
+from src.preparation.sources.parquet import read_parquet
 from src.preparation.splits import SPLIT_NAMES
 from src.preparation.tables import read_table
 
+NAN = {"nan", "<na>"}  # what Pandas writes for no value
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"}
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 FILE_NAME = re.compile(r"\.\w{2,5}$")
 NUM_KEYS = 100  # of an object, from which its form is told
@@ -40,11 +44,14 @@ def read_records(
 ) -> Iterator[tuple[str, dict]]:
     """Yield (place, record). reader: for files of another form.
 
-    Raises UserError if the file is missing, or is a JSON list, or one JSON object of many records, with a syntax error.
+    Raises UserError if the file is missing or compressed, or is a JSON list, or one JSON object of many records, with a
+    syntax error.
     """
     if not path.is_file():
         raise UserError(f"no file {path}")
-    readers = {".csv": read_table, ".tsv": read_table, ".txt": _documents}
+    if path.suffix.lower() in COMPRESSED:
+        raise UserError(f"{path} is compressed: unpack it first")
+    readers = {".csv": read_table, ".tsv": read_table, ".parquet": read_parquet, ".txt": _documents}
     for place, value in (reader or readers.get(path.suffix.lower(), _json))(path):
         counts["records"] += 1
         if isinstance(value, dict):
@@ -70,19 +77,22 @@ def text_of(record: dict, field: str) -> str:
 
 
 def value_of(record: dict, field: str) -> Any:
+    """The value of a field; None if it is missing or NaN. See `text_of`."""
     plain = field.strip().casefold()
     same = (name for name in record if isinstance(name, str) and name.strip().casefold() == plain)
-    return record.get(field if field in record else next(same, field))
+    value = record.get(field if field in record else next(same, field))
+    return None if str(value).strip().lower() in NAN else value
 
 
-def with_input(instruction: str, record: dict) -> str:
-    """The question of an Alpaca record, whose `input` stands behind its instruction.
-
-    Raises `Skip` if it also has a system text or earlier turns, as in LLaMA-Factory: these would be lost.
-    """
+def check_turns(record: dict) -> None:
+    """Raises `Skip` for a system text or earlier turns, as in LLaMA-Factory: these would be lost."""
     for field, reason in (("system", "system_text"), ("history", "earlier_turns")):
         if value_of(record, field):
             raise Skip(reason)
+
+
+def with_input(instruction: str, record: dict) -> str:
+    """The question of an Alpaca record, whose `input` stands behind its instruction."""
     return f"{instruction}\n\n{text_of(record, 'input')}" if value_of(record, "input") else instruction
 
 

@@ -107,6 +107,10 @@ def show(path: str | Path, *, seed: int = 0) -> str:
     for source in manifest.get("sources", []):
         if source["samples"] == 0:
             findings.skip("a source without samples", source["name"])
+    for split, numbers in index["counts"].items() if index.get("kind") == DATASET else ():
+        found = sum(entry["count"] for entry in indexes.get(split, {"shards": ()})["shards"])
+        if found < (written := numbers.get("written", 0)):
+            findings.skip("a split that has lost samples", f"{split}: {found:,} of {written:,} are in its {INDEX}")
     # 3. the page and the summary
     with atomic(folder / SHEET) as stream:
         stream.write(_page(folder, views).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +34,8 @@ class Item:
     number: int = 0
 
 
-def given_split(record: Mapping[str, Any]) -> str | None:
-    """The split that a record names; None if it names none. Raises `Skip` if that is no split."""
-    value = record.get("split")
+def split_named(value: Any) -> str | None:
+    """The split that the field `split` of a record names; None if it is empty. Raises `Skip` if that is no split."""
     if value is None or value == "":
         return None
     if not isinstance(value, str) or value.strip().lower() not in SPLIT_NAMES:

@@ -15,6 +15,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +23,8 @@ from src.io.errors import UserError
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts, Skip
 from src.preparation.items import Items
-from src.preparation.records import clean, read_records, text_of, with_input
-from src.preparation.splits import SPLITS, Item, given_split, hashed_share, split_of
+from src.preparation.records import check_turns, clean, read_records, text_of, value_of, with_input
+from src.preparation.splits import SPLITS, Item, hashed_share, split_named, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
@@ -44,8 +45,8 @@ class Text(Item):
 class Texts(Dataset):
     """Base of the text datasets. A subclass says in `parse` what a record means.
 
-    files: one file, several, or {train: ..., val: ..., test: ...}; without the mapping, texts are split by a hash of
-        their content, 90 % train, 5 % val, 5 % test
+    files: one file, several, or {train: ..., val: ..., test: ...}; a name with * stands for all files that match.
+        Without the mapping, texts are split by a hash of their content, 90 % train, 5 % val, 5 % test
     """
 
     kind = "text"
@@ -64,7 +65,8 @@ class Texts(Dataset):
         if unknown := set(by_split) - {*SPLITS, ""}:
             raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         groups = {split: by_split.get(split) or [] for split in ("test", "val", "train", "")}
-        return [(split, f) for split, files in groups.items() for f in ([files] if isinstance(files, str) else files)]
+        named = [(split, f) for split, files in groups.items() for f in ([files] if isinstance(files, str) else files)]
+        return [(split, file) for split, f in named for file in (sorted(glob(f)) if "*" in f else []) or [f]]
 
     @abstractmethod
     def parse(self, record: dict) -> tuple[str, str, dict]:
@@ -81,7 +83,7 @@ class Texts(Dataset):
             for source, record in read_records(Path(file), counts):
                 try:
                     prompt, text, extra = self.parse(record)
-                    given = split or given_split(record)
+                    given = split or split_named(value_of(record, "split"))
                 except Skip as reason:
                     counts.skip(reason, source)
                     continue
@@ -202,7 +204,8 @@ class Pairs(Texts):
 
     def parse(self, record: dict) -> tuple[str, str, dict]:
         prompt, response = text_of(record, self.prompt), text_of(record, self.response)
-        if self.prompt == "instruction":
+        check_turns(record)
+        if self.prompt.strip().casefold() == "instruction":
             prompt = with_input(prompt, record)
         if IMAGE in prompt:
             raise Skip("image_mark")

@@ -17,6 +17,7 @@ from src.scenes.grammar import Swap
 IMAGE_KEYS = ("image", "images", "image_path", "image_file", "image_name", "file_name", "filename", "img", "image_id")
 BYTES_KEYS = ("binary", "image_bytes", "image_base64")
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "output", "description", "comment")
+ANSWER_KEYS = ("answer", "answers")  # of a question, which may stand under a key of captions
 PROMPT_KEYS = ("prompt", "problem", "instruction", "question")
 IMAGE_MARK = re.compile(r"\s*(?:<image>|<ImageHere>)\s*", re.IGNORECASE)
 LONG = 1000  # characters: a longer name of an image is the image, as base64

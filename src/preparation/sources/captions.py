@@ -10,17 +10,21 @@ from contextlib import suppress
 from typing import Any
 
 from src.preparation.counts import Counts, Skip
-from src.preparation.records import with_input
-from src.preparation.sources.base import CAPTION_KEYS, PROMPT_KEYS, Caption, caption_text
+from src.preparation.records import NAN, check_turns, with_input
+from src.preparation.sources.base import ANSWER_KEYS, CAPTION_KEYS, PROMPT_KEYS, Caption, caption_text
 
-EMPTY = {"", "nan", "none", "null", "n/a", "<na>"}  # written into a table for no value
+EMPTY = {*NAN, "", "none", "null", "n/a"}  # written into a table for no value
 PRINTED = re.compile(r"\s*([\[{]|\(['\"]|array\().*[]})]\s*", re.DOTALL)
 
 
 def caption_key(record: dict) -> str | None:
-    """The key of the captions: the first that is not null. `text` is none where it is the question of a benchmark."""
+    """The key of the captions: the first that is not null. A record with an answer has none: what it asks, and hints
+    for it, stand under such keys. Nor is `text` one where it is the question of a benchmark, or Alpaca's template."""
+    if any(record.get(key) not in (None, "", []) for key in ANSWER_KEYS):
+        return None
     is_question = record.get("label") is not None or ("question_id" in record and "prompt" not in record)
-    keys = [key for key in CAPTION_KEYS if key in record and not (key == "text" and is_question)]
+    is_other = is_question or {"instruction", "output"} <= record.keys()
+    keys = [key for key in CAPTION_KEYS if key in record and not (key == "text" and is_other)]
     return next((key for key in keys if record[key] is not None), keys[0] if keys else None)
 
 
@@ -36,6 +40,7 @@ def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]
     key = next((key for key in PROMPT_KEYS if not is_empty(record.get(key))), None)
     question = record[key] if key else None
     if key == "instruction" and isinstance(question, str):
+        check_turns(record)
         question = with_input(question, record)
     return [Caption(caption_text(value)) for value in values], question
 

@@ -10,13 +10,20 @@ from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.records import clean, read_records
 from src.preparation.sources import captions, coco, conversations, revise, vicrit
-from src.preparation.sources.base import CAPTION_KEYS, IMAGE_KEYS, Entry, has_image, image_of, question_text
-from src.preparation.sources.parquet import read_parquet
-from src.preparation.splits import given_split
+from src.preparation.sources.base import (
+    ANSWER_KEYS,
+    CAPTION_KEYS,
+    IMAGE_KEYS,
+    Entry,
+    has_image,
+    image_of,
+    question_text,
+)  # fmt: skip
+from src.preparation.splits import split_named
 from src.preparation.tables import read_table
 
 FORMATS = (vicrit, revise, conversations, captions)  # the first that matches reads the record
-READERS = {".parquet": read_parquet, ".txt": read_table, ".token": read_table}  # files of annotations only
+READERS = {".txt": read_table, ".token": read_table}  # files of annotations only
 
 
 def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Iterator[Entry]:
@@ -41,7 +48,8 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
             f"{path} has no known annotation format: "
             f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}{next(why, '')}. "
             f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
-            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; "
+            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; one with an answer is "
+            "read if prepare.sources.NAME.captions names the field to train; "
             "`python -m src.prepare --help` shows every format"
         )
 
@@ -54,7 +62,8 @@ def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = 
     if columns:
         if not (present := [record[name] for name in columns if name in record]):
             raise Skip("unknown_format")
-        record = {key: value for key, value in record.items() if key not in CAPTION_KEYS} | {"captions": present}
+        record = {key: value for key, value in record.items() if key not in (*CAPTION_KEYS, *ANSWER_KEYS)}
+        record["captions"] = present
     if "sentences" in record:
         record = coco.flatten(record)
     # 2. its captions and its question, by format
@@ -69,4 +78,4 @@ def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = 
     image, data = image_of(record)
     if data is not None and not coco.is_coco(image):  # names of images in Parquet files need not differ
         image = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return Entry(image, texts, prompt, given_split(record), place, data)
+    return Entry(image, texts, prompt, split_named(record.get("split")), place, data)

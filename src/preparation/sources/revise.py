@@ -1,4 +1,5 @@
-"""ReDiff: conversations whose answer has errors, with {"revise": [{"org": false span, "target": true span}]}."""
+"""ReDiff: conversations whose answer has errors, with {"revise": [{"org": false span, "target": true span}]}; or a
+plain record whose one caption has."""
 
 from __future__ import annotations
 
@@ -7,16 +8,21 @@ import re
 from typing import Any
 
 from src.preparation.counts import Counts, Skip
-from src.preparation.sources import conversations
+from src.preparation.sources import captions, conversations
 from src.preparation.sources.base import Caption, caption_text, clean
 from src.scenes.grammar import Swap
 
 
 def matches(record: dict) -> bool:
-    return "revise" in record and conversations.matches(record)
+    return "revise" in record and (conversations.matches(record) or captions.matches(record))
 
 
 def parse(record: dict, place: str, counts: Counts) -> tuple[list[Caption], Any]:
+    if not conversations.matches(record):
+        (draft, *others), question = captions.parse(record, place, counts)
+        if others:
+            raise Skip("revise_of_several_captions")
+        return [corrected(draft.text, record["revise"])], question
     question, draft = conversations.first_turns(record, place, counts)
     return [corrected(caption_text(draft), record["revise"])], question
 
