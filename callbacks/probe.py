@@ -3,7 +3,7 @@
     callbacks: {looks: {target: callbacks.probe.Probe, every_n_steps: 150, num: 64, metric:
                         {target: src.metrics.fixing.Looks, levels: [0, 0.1, 0.5]}}}
 
-    first `num` validation samples -> metric.update(backbone, batch) -> metric.compute() -> `p_break at t=0`, ...
+    first `num` validation samples -> metric.update(backbone, batch) -> metric.compute() -> `p_break/t=0`, ...
 
 `src.metrics.fixing.Looks`: a model that decodes with a reviser is asked for texts with few masks and none; a P(break)
 that rises towards level 0 says that its training did not show it such texts.
@@ -68,6 +68,7 @@ class Probe(L.Callback):
             with evaluating(pl_module):
                 for batch in self.batches:
                     metric.update(backbone, batch.to(pl_module.device))
-        values = {name: stat["mean"] for name, stat in metric.compute().items()}
+        # `p_break at t=0` is the chart `p_break/t=0`: TensorBoard groups charts by what stands before a slash
+        values = {name.replace(" at ", "/"): stat["mean"] for name, stat in metric.compute().items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)

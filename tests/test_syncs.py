@@ -81,9 +81,9 @@ def test_a_rarer_check_writes_the_same_and_counts_what_it_calls(settings):
 
 @torch.no_grad()
 def test_a_cached_step_is_few_operations():
-    """Each is a kernel, which a GPU takes microseconds to start. Of 386 at 8 layers, 256 are the blocks: 7 matrix
+    """Each is a kernel, which a GPU takes microseconds to start. Of 387 at 8 layers, 256 are the blocks: 7 matrix
     products, attention, 2 writes of keys and values, 6 rotary, 2 SwiGLU, 2 sums, and 12 of norms, which are 4 on a GPU,
-    where RMSNorm is one kernel. 18 are the rest of the model, and 112 the sampler."""
+    where RMSNorm is one kernel. 18 are the rest of the model, and 113 the sampler."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2}
     model = LLaDAV(decoder={"vocab_size": 24, "attention": "prefix", **sizes}, vision=None)
@@ -94,7 +94,7 @@ def test_a_cached_step_is_few_operations():
             sampler = Sampler(length=128, steps=steps, reviser=OverwriteAll())
             sampler(model, prefix, special=IDS, keys=["a"], seed=0)
         operations[steps] = count.operations
-    assert (operations[24] - operations[8]) / 16 <= 386
+    assert (operations[24] - operations[8]) / 16 <= 387
 
 
 def test_settings_that_do_not_fit_are_refused():

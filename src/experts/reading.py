@@ -39,4 +39,4 @@ class ReadingExpert(ReferenceExpert):
         """Yield (key, answer) for each draft."""
         for draft in drafts:
             key, _, _ = draft.key.rpartition("@s")
-            yield draft.key, self._answer(replace(draft, reference=self._texts.get(key, ""), record={}))
+            yield draft.key, self.answer(replace(draft, reference=self._texts.get(key, ""), record={}))

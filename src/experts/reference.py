@@ -37,9 +37,9 @@ class ReferenceExpert(Expert):
     async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
         """Yield (key, answer) for each draft."""
         for draft in drafts:
-            yield draft.key, self._answer(draft)
+            yield draft.key, self.answer(draft)
 
-    def _answer(self, draft: Draft) -> Revision | Failure:
+    def answer(self, draft: Draft) -> Revision | Failure:
         if not draft.reference:
             return Failure("no_reference")
         # 1. The most similar reference.
