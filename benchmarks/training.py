@@ -1,6 +1,6 @@
 """A training step: the released recipe, ours, views on one prefix, ProSeCo's second pass, in turn in one process.
 
-    python -m benchmarks.training                             60M parameters, one row, prefix 1000, about 4 minutes
+    python -m benchmarks.training                             60M parameters, one row, prefix 1000, about 6 minutes
     python -m benchmarks.training --rows 4 --table            more rows; rows of results/speed/README.md
     python -m benchmarks.training --shape 8b --device cuda --rows 2 --prefix 3400      random weights; not measured yet
 
