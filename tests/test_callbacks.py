@@ -184,7 +184,7 @@ def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
     counts = count_looks(backbone, [batch], special=codec.special, levels=levels)
     for level, (fixed, wrong, broken, right) in zip(("0", "0.5"), counts.tolist(), strict=True):
         for name, share in {"p_fix": fixed / wrong, "p_break": broken / right}.items():
-            seen = events(tmp_path).Scalars(f"{name} at t={level}")
+            seen = events(tmp_path).Scalars(f"{name}/t={level}")
             assert [event.step for event in seen] == [2, 4]
             assert seen[-1].value == pytest.approx(share)
 
