@@ -19,6 +19,7 @@ BYTES_KEYS = ("binary", "image_bytes", "image_base64")
 CAPTION_KEYS = ("captions", "caption", "sentences", "text", "output", "description", "comment")
 ANSWER_KEYS = ("answer", "answers")  # of a question, which may stand under a key of captions
 PROMPT_KEYS = ("prompt", "problem", "instruction", "question")
+TURN_KEYS = ("conversations", "messages")
 IMAGE_MARK = re.compile(r"\s*(?:<image>|<ImageHere>)\s*", re.IGNORECASE)
 LONG = 1000  # characters: a longer name of an image is the image, as base64
 
