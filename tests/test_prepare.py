@@ -25,7 +25,7 @@ from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.counts import Counts
 from src.preparation.photos import Photo, Photos
 from src.preparation.scenes import Scenes
-from src.preparation.sources.base import Entry
+from src.preparation.sources.formats import Entry
 from src.preparation.sources.reader import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main

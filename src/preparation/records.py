@@ -25,13 +25,13 @@ from typing import Any
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.sources import coco
-from src.preparation.sources.parquet import read_parquet
 from src.preparation.splits import SPLIT_NAMES
 from src.preparation.tables import NOT_UTF8, open_text, read_table
 
 NAN = {"nan", "<na>"}  # what Pandas writes for no value
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"}
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+ROWS = 16  # of Parquet in memory, which may hold images
 FILE_NAME = re.compile(r"\.\w{2,5}$")
 NOT_BLANK = re.compile(r"[^\s\ufeff]")
 
@@ -177,6 +177,21 @@ def _keyed(key: str, value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {name: key, **value}
     return {"image": key, "captions": value} if name == "image" else value
+
+
+def read_parquet(path: Path) -> Iterator[Value]:
+    """(place, record) of each row. Raises UserError if the file is damaged or pyarrow is missing."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[data]'") from error
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=ROWS) for row in batch.to_pylist())
+            yield from ((f"{path.name}#{number}", row) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _documents(path: Path) -> Iterator[Value]:

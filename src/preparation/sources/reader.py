@@ -10,7 +10,7 @@ from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.records import clean, read_records
 from src.preparation.sources import coco
-from src.preparation.sources.base import (
+from src.preparation.sources.formats import (
     ANSWER_KEYS,
     CAPTION_KEYS,
     IMAGE_KEYS,
@@ -18,8 +18,8 @@ from src.preparation.sources.base import (
     Entry,
     image_of,
     question_text,
+    read_captions,
 )  # fmt: skip
-from src.preparation.sources.formats import read_captions
 from src.preparation.splits import split_named
 from src.preparation.tables import read_table
 
