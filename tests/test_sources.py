@@ -244,7 +244,7 @@ def test_json_over_several_lines_goes_on_behind_a_broken_value(tmp_path: Path) -
     (tmp_path / "b.jsonl").write_text(
         "\n{\n" + "\n".join(json.dumps(row, indent=1) for row in rows) + '\n{"cut": "\n' + text
     )
-    for name, places in (("a", ("a.jsonl:8", "a.jsonl:1")), ("b", ("b.jsonl:2", "b.jsonl:66"))):
+    for name, places in (("a", ("a.jsonl:8", "a.jsonl:1")), ("b", ("b.jsonl:2", "b.jsonl:76"))):
         counts = Counts()
         read = [row for _, row in read_records(tmp_path / f"{name}.jsonl", counts)]
         assert read == rows * 2

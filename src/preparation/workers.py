@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections import Counter
@@ -70,7 +69,7 @@ def _made_of(dataset: Any, codec: Codec, items: Sequence[Any]) -> str:
     for item in items:
         file = dataset.file_of(item)
         status = file.stat() if file is not None and file.is_file() else None
-        digest.update(pickle.dumps(item))
+        digest.update(repr(item).encode("utf-8", "surrogatepass"))
         digest.update(f"{status and (status.st_size, status.st_mtime_ns)};".encode())
     return digest.hexdigest()
 
