@@ -213,7 +213,6 @@ def test_the_same_command_continues_what_was_killed(
     name: str,
     number: int,
     num_kept: int,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "out"
 
@@ -228,7 +227,6 @@ def test_the_same_command_continues_what_was_killed(
     before = {name: tar for name, tar in tars(partial).items() if Path(name).stem in reports}
     assert len(before) == num_kept
     dataset(photos, out, processes=1).run()
-    assert "images of 1 record were missing when they were read" in caplog.text
     assert contents(out) == contents(whole)
     assert tars(out).items() >= before.items(), "a finished shard was written again"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -308,10 +306,11 @@ def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("name", "content"), [("reports/train-000000.json", b"{}"), ("reports/train-000000.json", b"{"), ("items.db", None)]
+    ("name", "content"),
+    [("reports/train-000000.json", b"{}"), ("reports/train-000000.json", b"{"), ("items.db", b"x" * 5000)],
 )
-def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(
-    photos: Path, whole: Path, tmp_path: Path, name: str, content: bytes | None
+def test_a_damaged_file_of_a_killed_run_costs_its_part(
+    photos: Path, whole: Path, tmp_path: Path, name: str, content: bytes
 ) -> None:
     out = tmp_path / "out"
 
@@ -321,12 +320,30 @@ def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(
 
     assert in_child(killed) == -signal.SIGKILL
     file = tmp_path / "out.partial" / name
-    file.write_bytes(b"x" * 5000 if content is None else content)
-    if content is None:
-        with pytest.raises(UserError, match=r"out\.partial was damaged \(file is not a database\) and is removed"):
-            dataset(photos, out).run()
+    file.write_bytes(content)
     dataset(photos, out).run()
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_image_that_comes_after_a_kill_is_used_and_one_that_goes_leaves_no_shard(
+    photos: Path, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(photos, images)
+    (images / "p3.png").rename(tmp_path / "p3.png")
+
+    def killed() -> None:
+        kill_at(builder, "publish")
+        dataset(images, out, per_shard=1).run()
+
+    assert in_child(killed) == -signal.SIGKILL
+    (tmp_path / "p3.png").rename(images / "p3.png")
+    for name in ("p4.png", "p5.png"):
+        (images / name).unlink()
+    dataset(images, out, per_shard=1).run()
+    dataset(images, tmp_path / "fresh", per_shard=1).run()
+    assert contents(out) == contents(tmp_path / "fresh")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

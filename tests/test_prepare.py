@@ -25,7 +25,7 @@ from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.counts import Counts
 from src.preparation.photos import Photo, Photos
 from src.preparation.scenes import Scenes
-from src.preparation.sources.base import Entry
+from src.preparation.sources.formats import Entry
 from src.preparation.sources.reader import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
@@ -247,7 +247,7 @@ def test_one_reader_for_all_files(
         (b'[{"picture": "a.jpg", "words": "x"}]', "keys picture, words.* needs an image .*file_name.* and a caption"),
         (b"[]", r"holds no records\. "),
         (b'[{"image": "a.jpg", "caption": "x"},', "not valid JSON"),
-        (b'[{"image": "\xff", "caption": "x"}]', "holds no records; not_utf-8: a.json#1"),
+        (b"[2]", "holds no records; not_a_record: a.json#1"),
         (None, "no file"),
     ],
 )

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -122,8 +121,8 @@ def content(place: Remote) -> bytes:
 
 
 def cached(cache: Cache) -> list[Path]:
-    """Every file of a cache but its locks, and what failures leave."""
-    return sorted(p for p in Path(cache.folder).iterdir() if not p.name.endswith((".lock", ".failed.tmp")))
+    """Every file of a cache but its locks."""
+    return sorted(p for p in Path(cache.folder).iterdir() if not p.name.endswith(".lock"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -206,23 +205,6 @@ def test_a_server_that_stays_silent_is_given_up_in_time(server, tmp_path) -> Non
     assert len(server.requests) == 1
     server.faults.clear()
     assert content(shard(server, cache, 1))
-
-
-def test_who_waits_for_a_shard_that_does_not_arrive_tries_no_more(server, tmp_path) -> None:
-    """The lock is between files, so that threads wait as processes do. Whoever comes later tries again."""
-    cache, name = Cache(str(tmp_path / "cache")), "train/train-000000.tar"
-    server.faults[name] = ["stall 0"] * 99
-
-    def problem(_: int) -> str:
-        with pytest.raises(OSError, match=name) as error:
-            shard(server, cache).open("rb")
-        return str(error.value)
-
-    with ThreadPoolExecutor(4) as threads:
-        problems = Counter(text.partition(".tar: ")[2] for text in threads.map(problem, range(4)))
-    assert problems == {"timed out": 1, "another process could not download it": 3}
-    server.faults.clear()
-    assert content(shard(server, cache)) == (server.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(

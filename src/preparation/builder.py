@@ -10,9 +10,11 @@ there. A dataset of your own is one file and one yaml that names it as `target:`
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 import shutil
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,20 +31,10 @@ from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
 from src.preparation.counts import Counts, table
-from src.preparation.items import Items, disk_errors, fill_splits
+from src.preparation.items import Items, fill_splits
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
-from src.preparation.workers import (
-    DATA,
-    ITEMS,
-    REPORTS,
-    Job,
-    WorkerLost,
-    is_finished,
-    num_processes,
-    write,
-    write_in_processes,
-)  # fmt: skip
+from src.preparation.workers import DATA, ITEMS, REPORTS, Job, is_finished, num_processes, write, write_in_processes
 from src.text.tokenizer import NEEDED, Codec
 
 log = logging.getLogger(__name__)
@@ -144,13 +136,10 @@ class Dataset(ABC):
             # 2. write, or continue what was begun with the same plan, and rename
             _begin(folder, plan)
             try:
-                with with_filename(folder), disk_errors(folder):  # also of the tokenizer's files and of SQLite
+                with with_filename(folder):  # also of the tokenizer's files
                     index = self._write(folder, plan)
-            except WorkerLost:
-                raise  # nothing is wrong with the dataset
-            except UserError:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            except sqlite3.OperationalError as error:  # a full disk, as a rule
+                raise OSError(errno.ENOSPC, str(error), str(folder)) from error
             if out.exists():  # at once, as a half of it might pass for a dataset after a kill
                 out.rename(folder / OLD)
             publish(folder / DATA, out)
@@ -183,31 +172,29 @@ class Dataset(ABC):
 
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
-        is_continued = (folder / ITEMS).exists()
         items, data = Items(folder / ITEMS), folder / DATA
         try:
-            # 1. items, tokenizer, splits: an earlier run may have done some of this
-            scan = items.once("scan", partial(self._scan, items))
-            if is_continued and (missing := scan["counts"]["records"]["counts"].get("missing_image")):
-                log.warning(
-                    "images of %s were missing when they were read: if they are there now, remove %s and begin again",
-                    counted(missing, "record"),
-                    folder,
-                )
-            items.once("tokenizer", partial(self._make_tokenizer, items, data / "tokenizer"))
-            codec = Codec.load(data / "tokenizer")
-            division = items.once("divide", partial(self._divide, items, codec))
+            # 1. items, tokenizer, splits
+            counts = {part: Counts(partial(items.reject, part)) for part in PARTS}
+            records = counts["records"]
+            for item in tqdm(self.read(records), desc="read", unit=" records", disable=None):
+                if not items.add(item):
+                    first = items[item.key]
+                    self.merge(first, item, records)
+                    items.update(first)
+            kept, num_counted = len(items), records.total()
+            codec = self._make_tokenizer(items, data / "tokenizer")
+            extra = self.divide(items, codec, counts)
+            kept -= records.total() - num_counted
+            sizes = {**dict.fromkeys(SPLITS, 0), **items.number(self.seed if self.order == "hash" else None)}
             # 2. shards
             jobs = [
-                Job(split, number, start, min(start + self.per_shard, length))
-                for split, length in division["sizes"].items()
-                for number, start in enumerate(range(0, length, self.per_shard))
+                Job(split, number, start, min(start + self.per_shard, sizes[split]))
+                for split in SPLITS
+                for number, start in enumerate(range(0, sizes[split], self.per_shard))
             ]
             self._write_shards(jobs, folder, codec, items)
             # 3. an index for each split
-            counts = {part: Counts() for part in PARTS}
-            for part, report in (*scan["counts"].items(), *division["counts"].items()):
-                counts[part].add(report)
             manifest = Manifest(self.mixture)
             with atomic(data / REJECTS) as stream:
                 for part, reject in items.rejects():
@@ -222,9 +209,8 @@ class Dataset(ABC):
                         if report["entry"]:
                             shards.append(report["entry"])
                             manifest.shard(split, report["entry"])
-                    extra = {"sources": manifest.sources, **division["extra"]}
                     common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
-                    write_index(data / split, shards, **common, extra=extra)
+                    write_index(data / split, shards, **common, extra={"sources": manifest.sources, **extra})
                     counts[split]["written"] = sum(shard["count"] for shard in shards)
         finally:
             items.close()
@@ -237,7 +223,7 @@ class Dataset(ABC):
             "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
             "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
             "sources": manifest.sources,
-            **division["extra"],
+            **extra,
         }
         empty = [split for split in SPLITS if not counts[split]["written"]]
         if "train" in empty:
@@ -256,21 +242,11 @@ class Dataset(ABC):
                 " and ".join(without),
                 REJECTS,
             )
-        kept = scan["items"] - sum(division["counts"]["records"]["counts"].values())
-        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=division["sizes"]))
+        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=sizes))
         write_json(data / INDEX, index)
         return index
 
-    def _scan(self, items: Items) -> dict:
-        counts = Counts(partial(items.reject, "records"))
-        for item in tqdm(self.read(counts), desc="read", unit=" records", disable=None):
-            if not items.add(item):
-                first = items[item.key]
-                self.merge(first, item, counts)
-                items.update(first)
-        return {"counts": {"records": counts.report()}, "items": len(items)}
-
-    def _make_tokenizer(self, items: Items, folder: Path) -> dict:
+    def _make_tokenizer(self, items: Items, folder: Path) -> Codec:
         if self.tokenizer:
             codec = Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
         else:
@@ -286,22 +262,17 @@ class Dataset(ABC):
                     f"take {codec.vocab_size}"
                 )
         codec.save(folder)
-        return {}
-
-    def _divide(self, items: Items, codec: Codec) -> dict:
-        counts = {part: Counts(partial(items.reject, part)) for part in PARTS}
-        extra = self.divide(items, codec, counts)
-        sizes = items.number(self.seed if self.order == "hash" else None)
-        reports = {part: numbers.report() for part, numbers in counts.items()}
-        return {"counts": reports, "extra": extra, "sizes": {split: sizes.get(split, 0) for split in SPLITS}}
+        return Codec.load(folder)
 
     def _write_shards(self, jobs: Sequence[Job], folder: Path, codec: Codec, items: Items) -> None:
         """Write the shards that are not there yet."""
-        open_jobs = [job for job in jobs if not is_finished(job, self, items, folder)]
-        if num_kept := len(jobs) - len(open_jobs):
-            log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
         for place in (folder / REPORTS, *(folder / DATA / split for split in SPLITS)):
             place.mkdir(exist_ok=True)
+        open_jobs = [job for job in jobs if not is_finished(job, self, codec, items, folder)]
+        if num_kept := len(jobs) - len(open_jobs):
+            log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
+        for tar in {*(folder / DATA).glob("*/*.tar")} - {job.tar(folder) for job in jobs}:
+            tar.unlink()  # of more items: an image was there when a killed run began
         sizes = [sum(job.stop - job.start for job in some) for some in (jobs, open_jobs)]
         unit = " images" if self.kind == "captions" else " texts"
         processes = num_processes(self.processes, open_jobs)

@@ -1,4 +1,4 @@
-"""Captions of images in the records of annotation files. The keys of a record tell its format: see `FORMATS`."""
+"""Captions of images in the records of annotation files. For their formats see `formats.py`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.records import clean, read_records
-from src.preparation.sources import captions, coco, conversations, revise, vicrit
-from src.preparation.sources.base import (
+from src.preparation.sources import coco
+from src.preparation.sources.formats import (
     ANSWER_KEYS,
     CAPTION_KEYS,
     IMAGE_KEYS,
+    TURN_KEYS,
     Entry,
-    has_image,
     image_of,
     question_text,
+    read_captions,
 )  # fmt: skip
 from src.preparation.splits import split_named
 from src.preparation.tables import read_table
 
-FORMATS = (vicrit, revise, conversations, captions)  # the first that matches reads the record
 READERS = {".txt": read_table, ".token": read_table}  # files of annotations only
 
 
@@ -48,7 +48,7 @@ def read_entries(path: Path, counts: Counts, columns: Sequence[str] = ()) -> Ite
             f"{path} has no known annotation format: "
             f"{f'the first record has the keys {keys[:300]}' if keys else 'it holds no records'}{next(why, '')}. "
             f"A record needs an image (one of {', '.join(IMAGE_KEYS)}) and a caption ({', '.join(CAPTION_KEYS)}), "
-            f"{' or '.join(conversations.KEYS)}, or original_caption and changed_caption; one with an answer is "
+            f"{' or '.join(TURN_KEYS)}, or original_caption and changed_caption; one with an answer is "
             "read if prepare.sources.NAME.captions names the field to train; "
             "`python -m src.prepare --help` shows every format"
         )
@@ -67,10 +67,7 @@ def to_entry(record: dict, place: str, counts: Counts, columns: Sequence[str] = 
     if "sentences" in record:
         record = coco.flatten(record)
     # 2. its captions and its question, by format
-    form = next((form for form in FORMATS if form.matches(record)), None)
-    if form is None or (form is captions and not has_image(record)):
-        raise Skip("unknown_format")
-    texts, question = form.parse(record, place, counts)
+    texts, question = read_captions(record, place, counts)
     prompt = question_text(question)
     for swap in (swap for caption in texts for swap in caption.swaps):
         clean(swap.wrong)
