@@ -247,7 +247,7 @@ def test_one_reader_for_all_files(
         (b'[{"picture": "a.jpg", "words": "x"}]', "keys picture, words.* needs an image .*file_name.* and a caption"),
         (b"[]", r"holds no records\. "),
         (b'[{"image": "a.jpg", "caption": "x"},', "not valid JSON"),
-        (b"[2]", "holds no records; not_a_record: a.json#1"),
+        (b'[{"image": "\xff", "caption": "x"}]', "holds no records; not_utf-8: a.json#1"),
         (None, "no file"),
     ],
 )

@@ -20,7 +20,9 @@ from src.cli.config import load_config
 from src.cli.instantiate import build
 from src.io.errors import UserError
 from src.io.shards import read_shard
+from src.preparation import json_text
 from src.preparation.counts import Counts
+from src.preparation.json_text import JsonText
 from src.preparation.photos import Photos
 from src.preparation.records import read_records
 from src.preparation.sources.source import Source
@@ -237,18 +239,23 @@ def test_composed_and_decomposed_names_are_the_same(on_disk: str, named: str, tm
 # --- the JSON reader against the json module -----------------------------------------------------------
 
 
-def test_json_over_several_lines_goes_on_behind_a_broken_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_json_is_read_alike_in_pieces_of_any_size(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "PIECE", piece)
     rows = [{"a": [1, -2.5e3, None], "b": 'x\\"\u00e9\n\U0001f600' * n, "c": {"d": [], "e": {}}} for n in range(6)]
+    assert list(JsonText(io.StringIO(json.dumps(rows, indent=1))).elements()) == rows
+    pairs = [
+        ("a", 1, True),
+        ("a", -2.5e3, True),
+        ("a", None, True),
+        ("b", rows[2]["b"], False),
+        ("c", rows[2]["c"], False),
+    ]
+    assert list(JsonText(io.StringIO(json.dumps(rows[2]))).pairs()) == pairs
     (tmp_path / "a.jsonl").write_text("12\n" + lines(*rows) + '\n{"cut": "\n' + lines(*rows) + "\n3")
-    text = "12\n" + lines(*rows)
-    (tmp_path / "b.jsonl").write_text(
-        "\n{\n" + "\n".join(json.dumps(row, indent=1) for row in rows) + '\n{"cut": "\n' + text
-    )
-    for name, places in (("a", ("a.jsonl:8", "a.jsonl:1")), ("b", ("b.jsonl:2", "b.jsonl:76"))):
-        counts = Counts()
-        read = [row for _, row in read_records(tmp_path / f"{name}.jsonl", counts)]
-        assert read == rows * 2
-        assert counts.examples == dict(zip(("broken_json", "not_a_record"), places, strict=True))
+    counts = Counts()
+    assert [row for _, row in read_records(tmp_path / "a.jsonl", counts)] == rows * 2
+    assert counts.examples == {"broken_json": "a.jsonl:8", "not_a_record": "a.jsonl:1"}
 
 
 def peak(path: Path) -> float:
@@ -262,18 +269,26 @@ def peak(path: Path) -> float:
 
 
 def generate(path: Path, megabytes: float) -> None:
-    """Records of 2 kB each: lines or a table."""
+    """Records of 2 kB each: a list, one JSON object, lines or a table."""
     caption, number = "A caption of some words. " * 80, int(megabytes * 500)
     rows = ({"image": f"coco/train2017/{n:012d}.jpg", "caption": caption} for n in range(number))
     with path.open("w") as file:
-        if path.suffix == ".jsonl":
+        if path.name == "list.json":
+            file.write("[" + json.dumps(next(rows)))
+            file.writelines("," + json.dumps(row) for row in rows)
+            file.write("]")
+        elif path.name == "coco.json":
+            file.write('{"annotations": [{"image_id": -1, "caption": ""}')
+            file.writelines("," + json.dumps({"image_id": n, "caption": caption}) for n in range(number))
+            file.write('], "images": [{"id": 1, "file_name": "1.jpg"}]}')
+        elif path.suffix == ".jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
             file.write("image,caption\n")
             file.writelines(f'{row["image"]},"{row["caption"]}"\n' for row in rows)
 
 
-@pytest.mark.parametrize("name", ["lines.jsonl", "table.csv"])
+@pytest.mark.parametrize("name", ["list.json", "coco.json", "lines.jsonl", "table.csv"])
 @pytest.mark.parametrize(
     "megabytes", [pytest.param(20, id="20MB"), pytest.param(200, id="200MB", marks=pytest.mark.slow)]
 )

@@ -1,4 +1,4 @@
-"""Read record files of any kind: the one reader for annotations and texts.
+"""Read record files of any kind: the one reader for annotations and texts. Files of any size are read in pieces.
 
     read_records(Path("gsm8k.jsonl"), counts)      ("gsm8k.jsonl:17", {"question": ..., "answer": ...}), ...
 
@@ -9,31 +9,32 @@
     any other    JSON: the same, a list of records, COCO's tables, tables by name ({"data": [...]}, {"train": [...]}),
                  {name: record}, or {file name: captions}
 
-JSON that has no record in each line is parsed as a whole, which takes several times the memory of the file; all else is
-read in pieces. What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the
-example.
+What cannot be read is counted and left out, with its file and line (`:17`) or number (`#17`) as the example.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
+from src.preparation.json_text import NOT_UTF8, JsonText, open_text
 from src.preparation.sources import coco
 from src.preparation.splits import SPLIT_NAMES
-from src.preparation.tables import NOT_UTF8, open_text, read_table
+from src.preparation.tables import read_table
 
 NAN = {"nan", "<na>"}  # what Pandas writes for no value
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"}
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 ROWS = 16  # of Parquet in memory, which may hold images
 FILE_NAME = re.compile(r"\.\w{2,5}$")
-NOT_BLANK = re.compile(r"[^\s\ufeff]")
+NUM_KEYS = 100  # of an object, from which its form is told
+LARGE = 10_000  # values: a larger object that begins a .json file is the whole file
 
 Value = tuple[str, Any]  # place, and a record, or a `Skip` for what cannot be read
 
@@ -43,7 +44,8 @@ def read_records(
 ) -> Iterator[tuple[str, dict]]:
     """Yield (place, record). reader: for files of another form.
 
-    Raises UserError if the file is missing or compressed, or is JSON with a syntax error but no lines.
+    Raises UserError if the file is missing or compressed, or is a JSON list, or one JSON object of many records, with a
+    syntax error.
     """
     if not path.is_file():
         raise UserError(f"no file {path}")
@@ -107,69 +109,63 @@ def clean(text: str) -> str:
 
 
 def _json(path: Path) -> Iterator[Value]:
-    # 1. a record in each line, read line by line
-    is_lines = path.suffix.lower() == ".jsonl"
     with open_text(path) as stream:
-        if is_lines and not isinstance(_parsed(next(filter(str.strip, stream), "")), Skip):
-            stream.seek(0)
-            lines = ((f"{path.name}:{number}", line) for number, line in enumerate(stream, start=1) if line.strip())
-            yield from ((place, _parsed(line)) for place, line in lines)
+        text = JsonText(stream)
+        first, number = text.peek(), 0
+        if first == "{" and path.suffix.lower() != ".jsonl" and _is_one_object(path):
+            records = enumerate(_object(path), start=1)
+            yield from ((f"{path.name}#{number}", record) for number, record in records)
             return
-        stream.seek(0)
-        text = stream.read()
-    # 2. a list, or an object of many records
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        is_first_whole = str(error).startswith("Extra data") and not text.lstrip().startswith("[")
-        if not (is_lines or is_first_whole):
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-    else:
-        records = content if isinstance(content, list) else _records_of(content)
-        yield from ((f"{path.name}#{number}", record) for number, record in enumerate(records, start=1))
-        return
-    # 3. values that white space separates; after a broken one, reading goes on in the next line
-    position, line, decoder = 0, 1, json.JSONDecoder()
-    while match := NOT_BLANK.search(text, position):
-        line, position = line + text.count("\n", position, match.start()), match.start()
+        # 1. a list
+        if first == "[":
+            try:
+                for number, value in enumerate(text.elements(), start=1):
+                    yield f"{path.name}#{number}", value
+            except (ValueError, RecursionError) as error:
+                raise _not_json(path, error, text) from error
+        # 2. values that white space separates; after a broken one, reading goes on in the next line
+        while text.peek():
+            place = f"{path.name}:{text.line}"
+            try:
+                yield place, text.value()
+            except (ValueError, RecursionError):
+                yield place, Skip(text.skip_line())
+
+
+def _is_one_object(path: Path) -> bool:
+    """Whether a file is a single object: nothing follows it, or it is too large for a record."""
+    with open_text(path) as stream:
+        text = JsonText(stream)
         try:
-            value, end = decoder.raw_decode(text, position)
+            return sum(1 for _ in islice(text.pairs(), LARGE)) == LARGE or not text.peek()
         except (ValueError, RecursionError):
-            value, end = Skip("broken_json"), text.find("\n", position) + 1 or len(text)
-        yield f"{path.name}:{line}", value
-        line, position = line + text.count("\n", position, end), end
+            return False
 
 
-def _parsed(line: str) -> Any:
-    if NOT_UTF8.search(line):
-        return Skip("not_utf-8")
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return Skip("broken_json")
-
-
-def _records_of(content: Any) -> Iterable[Any]:
-    """The records of a file that is a single value."""
-    if not isinstance(content, dict) or not {"conversations", "messages"}.isdisjoint(content):
-        return [content]
+def _object(path: Path) -> Iterator[Any]:
+    """The records of a file that is a single object."""
     # 1. its keys: those of records, and those of lists of records
-    pairs = [(key, item) for key, value in content.items() for item in (value if isinstance(value, list) else [value])]
-    first = dict(reversed(pairs))
-    records = [key for key in first if isinstance(content[key], dict)]
-    tables = {key for key in first if isinstance(content[key], list) and isinstance(first[key], dict)}
+    first: dict[str, Any] = {}
+    records, tables = set[str](), set[str]()
+    for key, value, is_element in _pairs(path):
+        if key not in first and isinstance(first.setdefault(key, value), dict):
+            (tables if is_element else records).add(key)
+        if len(first) >= NUM_KEYS:
+            break
     file_names = [key for key in first if FILE_NAME.search(key) or (key.isdecimal() and isinstance(first[key], str))]
     # 2. its records
+    if not {"conversations", "messages"}.isdisjoint(first):
+        return _whole(path)
     if {"images", "annotations"} <= tables:
-        return coco.join(content["images"], content["annotations"])
+        return coco.join(partial(_pairs, path))
     if first and 2 * len(file_names) >= len(first):
-        return (_keyed(key, value, "image") for key, value in pairs)
+        return (_keyed(key, value, "image") for key, value, _ in _pairs(path))
     if tables:
-        rows = ((key.lower(), value) for key, value in pairs if key in tables)
+        rows = ((key.lower(), value) for key, value, _ in _pairs(path) if key in tables)
         return (_keyed(key, value, "split") if key in SPLIT_NAMES else value for key, value in rows)
     if first and 2 * len(records) >= len(first):
-        return (_keyed(key, value, "id") for key, value in pairs)
-    return [content]
+        return (_keyed(key, value, "id") for key, value, _ in _pairs(path))
+    return _whole(path)
 
 
 def _keyed(key: str, value: Any, name: str) -> Any:
@@ -192,6 +188,26 @@ def read_parquet(path: Path) -> Iterator[Value]:
             yield from ((f"{path.name}#{number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, Any, bool]]:
+    with open_text(path) as stream:
+        text = JsonText(stream)
+        try:
+            yield from text.pairs()
+            if text.peek():
+                raise ValueError("more than one object; files of such long ones must end in .jsonl")
+        except (ValueError, RecursionError) as error:
+            raise _not_json(path, error, text) from error
+
+
+def _whole(path: Path) -> Iterator[Any]:
+    with open_text(path) as stream:
+        yield JsonText(stream).value()
+
+
+def _not_json(path: Path, error: Exception, text: JsonText) -> UserError:
+    return UserError(f"{path} is not valid JSON: {getattr(error, 'msg', error)} (at or behind line {text.line})")
 
 
 def _documents(path: Path) -> Iterator[Value]:

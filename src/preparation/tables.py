@@ -17,26 +17,18 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from src.io.errors import UserError
 from src.preparation.counts import Skip
+from src.preparation.json_text import NOT_UTF8, open_text
 
 IMAGE_FILE = re.compile(
     r"[^\n,;\t|]*?\.(jpe?g|jfif|png|webp|avif|gif|bmp|tiff?)(#\d+)? *(?=[\n,;\t|]|$)", re.IGNORECASE
 )
 QUOTED = re.compile(r'"([^"]|"")*"')  # a cell between quotation marks, doubled inside
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte as `surrogateescape` decodes it
 DELIMITERS = ",;\t|"
 LONGEST = 1 << 24  # characters of a cell
-
-
-def open_text(path: Path) -> TextIO:
-    """A UTF-8 file with any line ends. A byte that is not UTF-8 becomes a character that `NOT_UTF8` finds."""
-    with path.open("rb") as stream:
-        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise UserError(f"{path} is UTF-16; save it as UTF-8")
-    return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict | Skip]]:

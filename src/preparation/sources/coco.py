@@ -6,7 +6,7 @@ COCO_val2014_000000000042.jpg, 000000000042.jpg and 42 are one picture: ids are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PREFIX = re.compile(r"^COCO_(train|val|test)\d{4}_")
@@ -15,17 +15,18 @@ FOLDER = re.compile(r"coco|(train|val|test)20\d\d", re.IGNORECASE)
 ID = re.compile(r"\d{12}")
 
 
-def join(images: Iterable[Any], annotations: Iterable[Any]) -> Iterator[Any]:
-    """The annotations of a file, each with the name of its image."""
+def join(pairs: Callable[[], Iterator[tuple[str, Any, bool]]]) -> Iterator[Any]:
+    """The annotations of a file, each with the name of its image. pairs: reads the file from its start."""
     names: dict[str, Any] = {}
-    for row in images:
-        if isinstance(row, dict):
+    for key, row, _ in pairs():
+        if key == "images" and isinstance(row, dict):
             number, name = str(row.get("id")), row.get("file_name")
             names[number] = name if names.get(number, name) == name else None  # None: two images of one id
-    for row in annotations:
-        if isinstance(row, dict):  # an id that is in no row names no image, not the file of that number
-            row = {**row, "image_id": None, "image": names.get(str(row.get("image_id")))}
-        yield row
+    for key, row, _ in pairs():
+        if key == "annotations":
+            if isinstance(row, dict):  # an id that is in no row names no image, not the file of that number
+                row = {**row, "image_id": None, "image": names.get(str(row.get("image_id")))}
+            yield row
 
 
 def flatten(record: dict) -> dict:

@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
+from src.preparation.json_text import NOT_UTF8
 from src.preparation.sources.formats import Entry
 from src.preparation.sources.images import Images, Match
 from src.preparation.sources.reader import read_entries
 from src.preparation.splits import hashed_share
-from src.preparation.tables import NOT_UTF8
 
 
 @dataclass(kw_only=True)
