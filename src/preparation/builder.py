@@ -235,14 +235,11 @@ class Dataset(ABC):
                 "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
                 " and in ".join(empty),
             )
-        if without := manifest.sources_without_samples():
-            log.warning(
-                "nothing of the source%s %s could be used; %s says why of each record",
-                "s"[: len(without) > 1],
-                " and ".join(without),
-                REJECTS,
-            )
-        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=sizes))
+        content = manifest.content(index, kept=kept, sizes=sizes)
+        if without := [source["name"] for source in content["sources"] if not source["samples"]]:
+            names = f"source{'s'[: len(without) > 1]} {' and '.join(without)}"
+            log.warning("nothing of the %s could be used; %s says why of each record", names, REJECTS)
+        write_json(data / MANIFEST, content)
         write_json(data / INDEX, index)
         return index
 

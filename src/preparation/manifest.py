@@ -33,9 +33,6 @@ class Manifest:
         self._samples: Counter[int] = Counter()  # by the number of their source
         self._left_out: dict[str, dict[str, dict[str, dict]]] = {}  # source -> part -> reason
 
-    def sources_without_samples(self) -> list[str]:
-        return [source["name"] for number, source in enumerate(self.sources) if not self._samples[number]]
-
     def reject(self, part: str, reject: Reject) -> bytes:
         """Count what was left out; returns its line in rejects.jsonl."""
         source, reason, place = reject
