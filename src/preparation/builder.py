@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -172,10 +173,10 @@ class Dataset(ABC):
 
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
-        items, data = Items(folder / ITEMS), folder / DATA
-        try:
+        data, manifest = folder / DATA, Manifest(self.mixture)
+        with closing(Items(folder / ITEMS)) as items, atomic(data / REJECTS) as rejects:
             # 1. items, tokenizer, splits
-            counts = {part: Counts(partial(items.reject, part)) for part in PARTS}
+            counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
             records = counts["records"]
             for item in tqdm(self.read(records), desc="read", unit=" records", disable=None):
                 if not items.add(item):
@@ -195,25 +196,20 @@ class Dataset(ABC):
             ]
             self._write_shards(jobs, folder, codec, items)
             # 3. an index for each split
-            manifest = Manifest(self.mixture)
-            with atomic(data / REJECTS) as stream:
-                for part, reject in items.rejects():
-                    stream.write(manifest.reject(part, reject))
-                for split in SPLITS:
-                    shards = []
-                    for job in (job for job in jobs if job.split == split):
-                        report = read_json(job.report(folder))
-                        counts[split].add(report)
-                        stream.writelines(manifest.reject(split, reject) for reject in report["rejects"])
-                        manifest.lengths[split].update(dict(report["lengths"]))
-                        if report["entry"]:
-                            shards.append(report["entry"])
-                            manifest.shard(split, report["entry"])
-                    common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
-                    write_index(data / split, shards, **common, extra={"sources": manifest.sources, **extra})
-                    counts[split]["written"] = sum(shard["count"] for shard in shards)
-        finally:
-            items.close()
+            for split in SPLITS:
+                shards = []
+                for job in (job for job in jobs if job.split == split):
+                    report = read_json(job.report(folder))
+                    counts[split].add(report)
+                    for reject in report["rejects"]:
+                        manifest.reject(split, rejects, reject)
+                    manifest.lengths[split].update(dict(report["lengths"]))
+                    if report["entry"]:
+                        shards.append(report["entry"])
+                        manifest.shard(split, report["entry"])
+                common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
+                write_index(data / split, shards, **common, extra={"sources": manifest.sources, **extra})
+                counts[split]["written"] = sum(shard["count"] for shard in shards)
         # 4. what became of all of it
         index = {
             "format": FORMAT,
@@ -235,14 +231,11 @@ class Dataset(ABC):
                 "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
                 " and in ".join(empty),
             )
-        if without := manifest.sources_without_samples():
-            log.warning(
-                "nothing of the source%s %s could be used; %s says why of each record",
-                "s"[: len(without) > 1],
-                " and ".join(without),
-                REJECTS,
-            )
-        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=sizes))
+        content = manifest.content(index, kept=kept, sizes=sizes)
+        if without := [source["name"] for source in content["sources"] if not source["samples"]]:
+            names = f"source{'s'[: len(without) > 1]} {' and '.join(without)}"
+            log.warning("nothing of the %s could be used; %s says why of each record", names, REJECTS)
+        write_json(data / MANIFEST, content)
         write_json(data / INDEX, index)
         return index
 

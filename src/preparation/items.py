@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from src.preparation.counts import Reject
 from src.preparation.splits import SPLITS, hash64
 
 PAGE = 1000  # items in memory
@@ -32,7 +31,6 @@ TABLES = """
     CREATE INDEX by_name ON items (name);
     CREATE TABLE numbers (split TEXT, number INTEGER, id INTEGER, PRIMARY KEY (split, number))
         WITHOUT ROWID;
-    CREATE TABLE rejects (part TEXT, source TEXT, reason TEXT, place TEXT);
 """
 
 
@@ -137,15 +135,6 @@ class Items:
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
         rows = self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall()
         return [_load(split, data, number) for number, data in rows]
-
-    def reject(self, part: str, reject: Reject) -> None:
-        """Keep what was left out."""
-        self._db.execute("INSERT INTO rejects VALUES (?, ?, ?, ?)", (part, *reject))
-
-    def rejects(self) -> Iterator[tuple[str, Reject]]:
-        """What was left out, in the order in which it was: (part, (source, reason, place))."""
-        for part, *reject in self._db.execute("SELECT part, source, reason, place FROM rejects ORDER BY rowid"):
-            yield part, tuple(reject)
 
 
 def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:

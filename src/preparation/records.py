@@ -15,8 +15,9 @@ What cannot be read is counted and left out, with its file and line (`:17`) or n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def read_records(
             yield place, value
         else:
             counts.skip(value if isinstance(value, Skip) else "not_a_record", place)
+
+
+def matching_files(names: str | Sequence[str]) -> list[str]:
+    """The files of one name or several; one with * stands for all that match.
+
+    Raises UserError if none matches, and for a name that is not UTF-8.
+    """
+    files = []
+    for name in [names] if isinstance(names, str) else names:
+        matching = sorted(glob(name)) if "*" in name else [name]
+        if not matching:
+            raise UserError(f"no file {name}")
+        files += matching
+    if odd := [name for name in files if NOT_UTF8.search(name)]:
+        raise UserError(f"the name of the file {odd[0]!r} is not UTF-8: rename it")
+    return files
 
 
 def text_of(record: dict, field: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
-from src.preparation.json_text import NOT_UTF8
+from src.preparation.records import matching_files
 from src.preparation.sources.formats import Entry
 from src.preparation.sources.images import Images, Match
 from src.preparation.sources.reader import read_entries
@@ -43,17 +42,7 @@ class Source:
     origin: str | None = None
 
     def files(self) -> list[str]:
-        """The annotation files. Raises UserError if none matches a name with *, and for a name that is not UTF-8."""
-        names = [self.annotations] if isinstance(self.annotations, str) else self.annotations
-        files = []
-        for name in names:
-            matching = sorted(glob.glob(name)) if "*" in name else [name]
-            if not matching:
-                raise UserError(f"no file {name}")
-            files += matching
-        if odd := [name for name in files if NOT_UTF8.search(name)]:
-            raise UserError(f"the name of the file {odd[0]!r} is not UTF-8: rename it")
-        return files
+        return matching_files(self.annotations)
 
     def read(self, counts: Counts, seed: int) -> Iterator[tuple[Entry, Path | None]]:
         """The usable records, each with its image file; None if the record holds the image."""
