@@ -104,16 +104,6 @@ def test_captions_in_every_form_find_their_images(tmp_path):
         assert [item.caption for item in matched] == [f"text {n}" for n in range(NUM)] and unknown == 0
 
 
-def test_captions_of_other_images_and_special_tokens_are_counted(tmp_path):
-    items = CapMAS(folder=str(write_capmas(tmp_path / "raw"))).items()
-    texts = {items[0].key: "<s>A cat<|mdm_mask|> sits.<|eot_id|>", items[1].key: "A  b", "other": "x"}
-    (tmp_path / "c.json").write_text(json.dumps(texts))
-    captions = read_captions(tmp_path / "c.json")
-    matched, unknown = match(items, captions, tmp_path / "c.json")
-    assert [item.caption for item in matched] == ["A cat sits.", "A  b", None, None, None]
-    assert (unknown, captions.cleaned, captions.settings) == (1, 1, {"prompt": None, "length": None})
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -250,9 +240,3 @@ def test_a_calibration_says_how_the_scale_moves(tmp_path):
     # ranks of old 4, 3, 1.5, 1.5 and new 3, 2, 4, 1: by the definition of Spearman's correlation with ties
     assert cells(text, "caparena")[5:] == ["0.105", "", "0.750"]
     assert "coverage" not in text
-
-
-def test_a_calibration_without_common_images(tmp_path):
-    old = write(tmp_path / "old.jsonl", lines("clair", {"a": [0.1]}))
-    with pytest.raises(UserError, match="has no image, system and metric in common"):
-        calibration_text(old, lines("clair", {"b": [0.1]}))

@@ -21,7 +21,7 @@ import yaml
 from src.evaluate import main
 from src.judges.store import ReplyStore
 from testing.files import read_jsonl
-from testing.servers.scripted import Http, Request, Scripted, error, reply
+from testing.servers.scripted import Http, Request, Scripted, reply
 from tests.benchmarks import NUM, captions_file, write_capmas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,21 +138,6 @@ def stored_whole(tmp_path: Path) -> list[dict]:
     return [line for line in map(json.loads, lines) if "reply" in line]
 
 
-@pytest.mark.dist
-def test_a_kill_while_scoring_loses_nothing(argv, tmp_path):
-    with Scripted(judges) as server:
-        main(argv(server))
-        command = argv(server, "stages=[score]")
-    names = ("scores.json", "verdicts.jsonl", "table.md", "replies.jsonl")
-    files = {name: (tmp_path / "out" / name).read_bytes() for name in names}
-    kill = "import os, signal, src.evaluation.benchmark as b\n"
-    kill += "b.write_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-    code = f"import sys; sys.argv = ['x']\n{kill}from src.evaluate import main; main({command!r})"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
-    main(command)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == files
-
-
 def test_only_what_has_changed_is_asked(argv, tmp_path):
     with Scripted(judges) as server:
         main(argv(server))
@@ -195,37 +180,6 @@ def test_replies_that_cannot_be_read_are_asked_again_and_counted(argv, tmp_path,
     assert result["stats"]["clair"]["n"] == NUM - 1
     assert result["stats"]["clair_worst"]["mean"] == pytest.approx(0.8 * (NUM - 1) / NUM)
     assert result["counts"]["clair"] == {"no_caption": 0, "ok": NUM + 1, "length": 1}
-
-
-def test_a_busy_server_is_waited_for_and_a_lost_reply_leaves_its_image_open(argv, tmp_path, capsys):
-    busy = {number: error(429, retry_after="0.05") for number in (0, 2, 3)}
-
-    def faults(request: Request) -> Http:
-        if "number 1" in request.text:
-            return error(500)
-        return busy.get(request.number) or judges(request)
-
-    with Scripted(faults) as server:
-        main(argv(server, *ONLY_CLAIR, "evaluate.max_failed=0.5"))
-        out = capsys.readouterr().out
-        assert "1 verdict open (server_error 1): the same command asks again" in out
-        assert scores(tmp_path)["counts"]["clair"] == {"no_caption": 0, "no_reply": 1, "ok": NUM - 1}
-        server.script = judges
-        server.requests.clear()
-        main(argv(server, *ONLY_CLAIR))
-        assert len(server.requests) == 1 and "number 1" in server.requests[0].text
-    assert scores(tmp_path)["stats"]["clair"]["n"] == NUM
-
-
-def test_a_refused_key_stops_at_once(argv, tmp_path, capsys):
-    with Scripted(lambda _: error(401)) as server:
-        with pytest.raises(SystemExit) as stop:
-            main(argv(server))
-        assert stop.value.code == 2 and len(server.requests) <= AT_ONCE
-        assert "refused by" in capsys.readouterr().err
-        server.script = judges
-        main(argv(server))
-    assert scores(tmp_path)["stats"]["clair"]["n"] == NUM
 
 
 def test_a_budget_leaves_the_rest_open_for_the_next_run(argv, tmp_path, capsys):

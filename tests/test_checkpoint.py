@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,16 +94,6 @@ def test_weights_are_cast_when_they_are_read(model, sharded):
         from_pretrained(sharded, dtype="int8")
 
 
-def test_loaded_weights_are_no_view_of_the_file(model, codec, tmp_path):
-    """Who overwrites the file does not change a model that is in use."""
-    save_pretrained(model, codec, tmp_path / "model")
-    again = from_pretrained(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    with file.open("r+b") as stream:
-        stream.write(b"\xff" * file.stat().st_size)
-    assert same(again, model)
-
-
 def test_an_allocated_model_keeps_its_dtype_and_one_on_meta_is_allocated_first(model, codec, sharded):
     other = tiny(codec, decoder=DECODER, vision=VISION, seed=2).bfloat16()
     kept = other.lm_head.weight
@@ -117,27 +106,6 @@ def test_an_allocated_model_keeps_its_dtype_and_one_on_meta_is_allocated_first(m
     load_weights(bare.to_empty(device="cpu"), sharded)
     assert same(bare, model)
     assert torch.equal(bare.vision.vision_tower.embeddings.position_ids, torch.arange(4)[None])
-
-
-def test_the_attention_mode_may_be_another(model, sharded):
-    assert from_pretrained(sharded, attention="prefix").config == replace(model.config, attention="prefix")
-    with pytest.raises(ValueError, match="attention must be 'full' or 'prefix', got 'causal'"):
-        from_pretrained(sharded, attention="causal")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_takes_little_more_memory_than_the_model(codec, tmp_path):
-    """Peak of a real process: the model and less than a shard. All shards at once would be twice the model."""
-    decoder = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
-    large = tiny(codec, decoder=decoder, vision=None)
-    size = sum(parameter.nbytes for parameter in large.parameters())
-    save_pretrained(large, codec, tmp_path / "model", max_shard_bytes=size / 4)
-    command = [sys.executable, "-m", "benchmarks.loading", "--side", "ours", "--folder", str(tmp_path / "model")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
-    assert report["fingerprint"] == fingerprint(large)
-    assert size <= report["memory"] < 1.25 * size
 
 
 # Damage

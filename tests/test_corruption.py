@@ -160,12 +160,6 @@ def test_choose_takes_its_share_of_the_rows_that_qualify():
     assert (out.where(Kind.HALLUCINATION)[alone].sum(1) == 2).all()  # one of the two spans
 
 
-def test_tokens_of_a_span_that_happen_to_be_right_belong_to_it():
-    batch = make_batch(4, 12, padding=0)
-    batch.flawed[:, 2] = batch.response[:, 2]
-    assert run(draft(), batch).where(Kind.MISTAKE)[:, 2].all()
-
-
 def test_a_sample_gets_the_same_noise_in_any_batch_with_any_padding():
     batch = make_batch(5, 12)
     whole = run(stage_one(), batch, 0.4)

@@ -17,14 +17,12 @@ import src.revise
 from datamodules.captions import CaptionData
 from datamodules.collate import Collate
 from datamodules.shards import Sample
-from src.experts.scenes import ScenesExpert
 from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.models.tiling import Square
 from src.preparation.photos import Photos
 from src.preparation.scenes import Scenes
 from src.text.tokenizer import Codec
-from src.types import Draft, Failure
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
@@ -148,24 +146,7 @@ def test_samples_of_a_wrong_form_are_left_out_counted_and_named(scenes, tmp_path
     assert all(message.split()[0] in lost for message in named)
 
 
-def test_drafting_says_how_many_images_it_could_not_read(scenes, tmp_path, capsys):
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    rewrite(data, BAD[0], which=(1, 4))
-    src.draft.main(draft_arguments(data, tmp_path / "drafts", f"num={NUM}"))
-    assert f"{tmp_path / 'drafts'}: 6 drafts (2 images could not be read)\n" in capsys.readouterr().out
-
-
 # --- drafts and rounds --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [(["tokens_per_step=[]"], "tokens_per_step must name at least one"), (["round=0"], "round must be at least 1"),
-     (["round=-5"], "round must be at least 1"), (["out=null"], "out: expected a path, got None")],
-)  # fmt: skip
-def test_drafts_that_cannot_be(scenes, tmp_path, capsys, settings, message):
-    assert message in refusal(src.draft.main, draft_arguments(scenes, tmp_path / "d", *settings), capsys)
-    assert not (tmp_path / "d" / INDEX).exists()
 
 
 def test_without_a_readable_image_nothing_is_finished(scenes, tmp_path, capsys):
@@ -238,14 +219,6 @@ def test_the_wrong_tokenizer_is_noticed_before_anything_is_asked(drafts, tmp_pat
     assert not list(tmp_path.rglob("journal*"))
 
 
-def test_a_record_without_a_real_scene_fails_alone():
-    draft = Draft(
-        key="k", prompt="", text="a ring", token_ids=[1], reference="", record={"scene": {"bad": 1}}, image=b"",
-        steps=1, sampler={}, fingerprint="", seed=0,
-    )  # fmt: skip
-    assert ScenesExpert()._answer(draft) == Failure("damaged_scene")
-
-
 # --- records of folders -------------------------------------------------------------------------------------------
 
 
@@ -258,12 +231,6 @@ def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(ValueError, match=rf"{tmp_path / INDEX} is damaged"):
         read_manifest(tmp_path)
-
-
-def test_damaged_settings_of_drafts_are_named(scenes, drafts, capsys):
-    (drafts / "settings.json").write_text("{")
-    error = refusal(src.draft.main, draft_arguments(scenes, drafts), capsys)
-    assert error.startswith(f"error: {drafts / 'settings.json'} is damaged")
 
 
 # --- preparing ----------------------------------------------------------------------------------------------------

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -152,13 +147,6 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
 
 
-def test_images_are_resized_as_in_training(data):
-    sizes = ["evaluate.data.image_size=48", f"evaluate.data.path={data}"]
-    for given, used in (("null", "torch"), ("torch", "torch"), ("pillow", "pillow")):
-        node = completed("conf=evaluate", *sizes, f"evaluate.data.resize={given}")["data"]
-        assert build(node, codec=Codec.load(data / "tokenizer"), seed=0, batch_size=2).collate.resize == used
-
-
 @pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
 def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
     conf, data, models, tmp_path, split, count
@@ -226,13 +214,6 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
     assert "| precision_object | precision_attribute |" in printed and "| stage2-refine-16 | " in printed
     for name in ("quality.png", "captions.png"):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
-
-
-def test_hidden_words_are_a_table_of_their_own(conf, models, tmp_path, capsys):
-    main([conf(words={}, looks=None, num=3, models={"mask": str(models / "mask")}, samplers={"plain": PLAIN})])
-    words = read(tmp_path)["model_stats"]["mask"]
-    assert {"hidden word=shape", "hidden word=background"} <= words.keys()
-    assert f"| mask        | {words['hidden word=shape']['mean']:.3f} " in capsys.readouterr().out
 
 
 def test_the_captions_are_what_the_sampler_writes_in_batches_of_any_size(conf, data, models, tmp_path):
@@ -362,34 +343,6 @@ def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tm
     assert set(read(tmp_path)["meta"]["cells"]) == {*first, "more-plain-32", "more-refine-32"}
 
 
-@pytest.mark.slow
-def test_a_kill_loses_only_the_cell_it_falls_into(conf, models, tmp_path):
-    """SIGKILL in the middle; the rerun keeps what was done and ends like a run that nothing has disturbed."""
-    sweep = {"grid": {"proseco": {"reviser": {"passes": [1, 2, 3, 4]}}}, "tokens_per_step": [1, 2]}
-    settings = {**SWEEP, **sweep, "models": {"m": str(models / "mask")}, "bound": {"draws": 2}}
-    argument = conf(**settings)
-    process = subprocess.Popen([sys.executable, "-m", "src.evaluate", argument], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(inodes(tmp_path)) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    first, methods = inodes(tmp_path), read(tmp_path)["methods"]
-    finished = {Cell("m", s, int(n)).file for s, cells in methods["m"].items() for n in cells}
-    assert 2 <= len(finished) < 10
-    main([argument])
-    again, final = inodes(tmp_path), read(tmp_path)
-    assert {name for name in first if first[name] == again[name]} >= finished
-    assert len(again) == 10
-    main([conf(**settings, out=str(tmp_path / "calm" / "out"))])
-    calm = read(tmp_path / "calm")
-    for results in (final, calm):
-        for stats in (stats for row in results["methods"]["m"].values() for stats in row.values()):
-            del stats["seconds"]
-    assert (final["methods"], final["model_stats"]) == (calm["methods"], calm["model_stats"])
-
-
 def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
     for package in ("src", "datamodules"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -513,11 +466,6 @@ def test_names_of_metrics_and_cells_and_tokenizers_are_checked(conf, models, tmp
     other = write_model(tmp_path / "other", Codec.train(["another vocabulary"], vocab_size=40))
     message = refused(conf(models={"mask": str(models / "mask"), "other": str(other)}), capsys)
     assert "tokenizers: mask, other" in message
-
-
-def test_an_evaluation_may_have_no_metrics(conf, models, tmp_path):
-    main([conf(models={"m": str(models / "mask")}, samplers={"plain": PLAIN}, metrics=None, headline=["forwards"])])
-    assert read(tmp_path)["methods"]["m"]["plain"]["32"]["forwards"]["n"] == NUM
 
 
 def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):

@@ -191,17 +191,6 @@ def test_a_text_model_fits_every_layout(codec, tmp_path, form):
     assert names.get(form, "lm_head.weight") in state(tmp_path / form)
 
 
-def test_weights_are_written_in_the_dtype_that_is_asked_for_or_refused(model, codec, tmp_path, capsys):
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = 1e30
-    save_pretrained(model, codec, tmp_path / "model")
-    assert "as float16" in error(capsys, model=tmp_path / "model", out=tmp_path / "out", dtype="float16")
-    assert not (tmp_path / "out").exists()
-    export(model=tmp_path / "model", out=tmp_path / "out", dtype="bfloat16")
-    assert same(from_pretrained(tmp_path / "out").state_dict(), model.bfloat16().state_dict())
-    assert config(tmp_path / "out")["torch_dtype"] == "bfloat16"
-
-
 # Checkpoints of a run
 
 

@@ -78,14 +78,6 @@ def test_each_verb_says_the_next_one(data: Path, tmp_path: Path, monkeypatch, ca
     assert [Path(entry["path"]).name for entry in rounds] == ["round-0001"]
 
 
-def test_no_more_drafts_than_images(data: Path, tmp_path: Path, caplog) -> None:
-    with caplog.at_level(logging.WARNING):
-        draft(data, tmp_path, f"num={NUM}")
-    assert not caplog.records
-    assert sum(shard["count"] for shard in read_manifest(tmp_path / "drafts")["shards"]) == NUM
-    draft(data, tmp_path, "num=9")  # means the same drafts, which are there
-
-
 @pytest.mark.parametrize("tiling", [None, anyres(16, columns=2, rows=1)])
 def test_images_are_cut_as_the_model_takes_them(data: Path, tmp_path: Path, capsys, tiling) -> None:
     """Whatever conf/draft.yaml would need; another size by hand is refused before the model is read."""
@@ -129,13 +121,4 @@ def test_the_report_gives_reasons() -> None:
         "failed: 7 (no_local_edit 6, timeout 1)",
         "edits: 40 placed, 6 could not be (unequal_length 5, absent 1)",
         "next: python -m src.train conf=stage2 'data.rounds=[my rounds/r]' callbacks.self_correction=null",
-    ]
-
-
-def test_a_round_without_corrections_is_not_to_be_trained_on() -> None:
-    lines = src.revise.report(Round(Path("r"), manifest(drafted=3, revised=3, right=3))).splitlines()
-    assert lines == [
-        "3 drafted: 0 corrected, 3 right, 0 with no edit that could be placed, 0 failed, 0 unanswered",
-        "edits: 0 placed, 0 could not be",
-        "no draft was corrected: there is nothing to train on",
     ]

@@ -153,17 +153,6 @@ def test_what_a_request_holds(codec) -> None:
     assert draft.text in request.text
 
 
-def test_a_damaged_image_and_an_empty_draft_cost_nothing(codec) -> None:
-    with Scripted(lambda request: reply(RIGHT)) as server:
-        expert = OpenAIExpert(codec=codec, model="m", base_url=server.url, key_env=None, limits=QUICK)
-        drafts = [draft_of(codec, 0, image=b"no image"), replace(draft_of(codec, 1), text=" ")]
-        answers = dict(asyncio.run(collect(expert, drafts)))
-    assert {key: (answer.reason, answer.usage) for key, answer in answers.items()} == {
-        "k0": ("bad_image", {}), "k1": ("empty_draft", {}),
-    }  # fmt: skip
-    assert server.requests == []
-
-
 def test_the_key_is_nowhere(codec, caplog, monkeypatch, tmp_path) -> None:
     """Not in settings, attributes, answers, errors or logs, even if the server repeats it."""
     caplog.set_level(logging.DEBUG)
@@ -339,14 +328,6 @@ def test_what_stays_unusable_stays_to_be_counted(codec, second) -> None:
     assert locate(codec, run.drafts[0].token_ids, revision.edits).rejected == Counter(absent=1)
 
 
-def test_repair_can_be_off_and_is_not_asked_for_without_need(codec) -> None:
-    off = Run(codec, lambda request: reply(with_edits(("purple", "blue"))), repair=0)
-    assert (len(off.requests), [e.org for e in off.revision.edits]) == (1, ["purple"])
-    assert len(Run(codec, lambda request: reply(GOOD)).requests) == 1
-    with pytest.raises(ValueError, match="repair must be 0 or 1, got 2"):
-        OpenAIExpert(codec=codec, model="m", key_env=None, repair=2)
-
-
 # limits
 
 
@@ -360,20 +341,6 @@ def test_a_budget_of_money_is_used_up_and_not_passed(codec) -> None:
     assert 10_000 - 4000 < revised * 500 <= 10_000
     run.expert.charge({"cost": 1.0, "prompt_tokens": 1_000_000})
     assert run.expert.client.budget.spent["cost"] > 1
-
-
-def test_an_estimate_is_near_what_is_sent_and_below_what_may_be(codec) -> None:
-    limits = replace(QUICK, prices=Prices(input=1, output=4))
-    run = Run(codec, lambda request: reply(GOOD), 3, limits=limits, max_completion_tokens=300)
-    estimate = run.expert.estimate(run.drafts, total=300)
-    counts = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d", estimate)]
-    drafts, requests, prompts, replies, cost, most_requests, most_tokens, most_cost = counts
-    assert (drafts, requests, most_requests, replies) == (300, 300, 600, 300 * 150)
-    assert prompts == pytest.approx(300 * sum(len(request.text) for request in run.requests) / 3 / 3.5, rel=0.05)
-    assert cost == pytest.approx((prompts + 4 * replies) / 1e6, abs=0.005)
-    assert most_tokens > 2 * prompts + 600 * 300
-    assert most_cost > 2 * cost
-    assert "0 prompt tokens" in run.expert.estimate([], total=0)
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -14,10 +14,9 @@ from PIL import Image
 from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
 from src.preparation.counts import Counts, Skip, table
-from src.preparation.items import Items, fill_splits
 from src.preparation.photos import Photos
 from src.preparation.sources.reader import read_entries
-from src.preparation.splits import Item, hashed_share, split_of
+from src.preparation.splits import hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main
 from testing.files import read_jsonl
@@ -109,13 +108,6 @@ def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
     assert index["examples"]["test"]["captions too long"].startswith(f"{long[0]}: ")
 
 
-def test_all_photos_of_an_image_move_together(tmp_path: Path) -> None:
-    names = names_with("train", 3)
-    dataset(tmp_path, [record(name, prompt=prompt) for name in names for prompt in ("Q", "R")]).run()
-    for keys in split_keys(tmp_path).values():
-        assert len(keys) == 2 and len(set(keys)) == 1
-
-
 def test_splits_in_the_records_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = names_with("train", 5)
     with caplog.at_level(logging.WARNING):
@@ -132,17 +124,6 @@ def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: 
         main(["conf=photos", f"prepare.out={out}", *files])
     assert (stop.value.code, out.exists()) == (2, False)
     assert "error: nothing could be used for train" in capsys.readouterr().err
-
-
-def test_few_usable_images_are_looked_at_once(tmp_path: Path) -> None:
-    """Each look may decode an image."""
-    photos = Items(tmp_path / "items.db")
-    for n in range(4):
-        photos.add(Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100))
-    decoded: list[str] = []
-    fill_splits(photos, lambda photo: decoded.append(photo.key) or photo.key in ("k1", "k3"))
-    assert sorted(decoded) == sorted(set(decoded))
-    assert {photo.key: photo.split for photo in photos} == {"k0": "val", "k1": "train", "k2": "val", "k3": "val"}
 
 
 def test_the_table_is_aligned_and_has_examples_of_what_is_left_out() -> None:

@@ -115,14 +115,6 @@ def test_a_page_replays_every_step(settings, folder, tmp_path):
             assert set(first) == {codec.mask_id}
 
 
-def test_a_page_has_the_images_and_prompts(folder):
-    for text in unpack(folder / "page.html")["texts"]:
-        assert text["prompt"] == PROMPT
-        image = Image.open(io.BytesIO(base64.b64decode(text["image"].partition("base64,")[2])))
-        original = Image.open(folder / "photos" / text["key"])
-        assert np.abs(np.asarray(image, dtype=float) - np.asarray(original)).mean() < 4
-
-
 def test_confidence_is_what_the_model_gave_the_new_token(folder):
     """Of unmasked and of rewritten tokens, from a forward call of its own on the text before each step."""
     backbone, codec = from_pretrained(BASE, dtype="float32").eval(), Codec.load(BASE)
@@ -210,13 +202,3 @@ def test_only_a_trace_file_can_be_compared(folder, tmp_path, capsys):
         run(folder, "more", f"compare={folder}/plain.trace.jsonl")
     assert "is for a page: name one, as in html=trace.html" in capsys.readouterr().err
     assert not (folder / "more.jsonl").exists()
-
-
-def test_num_takes_the_first_images_and_a_second_call_writes_the_page_again(folder, tmp_path, capsys):
-    (tmp_path / "photos").symlink_to(folder / "photos")
-    for _ in range(2):
-        run(tmp_path, "one", "num=1", "steps=4", f"html={tmp_path}/new/page.html")
-        assert [text["key"] for text in unpack(tmp_path / "new" / "page.html")["texts"]] == ["a.png"]
-        (tmp_path / "new" / "page.html").unlink()
-    assert "0 captions written" in (told := capsys.readouterr().err) and "open" in told
-    assert [line["key"] for line in read_jsonl(tmp_path / "one.jsonl")] == ["a.png"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -589,27 +587,6 @@ def test_what_the_tokenizer_lacks_is_left_out_and_counted(tmp_path: Path) -> Non
     assert {caption["text"] for caption in written} == {"A red ring.", "A blue ring.", "A red cross."}
     assert not any(swap["wrong"] == "réd" for caption in written for swap in caption["swaps"])
     assert index["examples"]["train"]["prompt_not_in_vocabulary"] == "p0.png: Quo vadis?"
-
-
-def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
-    annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
-    settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
-    with pytest.raises(UserError, match=r"(?s)nothing could be used.*1  missing image"):
-        Photos(out=str(tmp_path / "out"), **settings).run()
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no image folder"):
-        Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_scale_prepares_and_reads_its_records() -> None:
-    """A row for each step, with the memory of its processes."""
-    command = [sys.executable, "-m", "benchmarks.data", "--scale", "300", "--workers", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert not result.returncode, result.stderr
-    prepared, read = ([cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:])
-    assert (prepared[0], read[0]) == ("prepare", "epoch")
-    assert min(float(value) for row in (prepared, read) for value in row[5].split()[:1]) > 50
 
 
 # --- real files --------------------------------------------------------------------------------------

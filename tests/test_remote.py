@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -25,7 +24,7 @@ from datamodules.stream import Stream, read_index
 from src.io import remote
 from src.io.errors import UserError
 from src.io.files import sha256
-from src.io.remote import Cache, Remote, join, locate
+from src.io.remote import Cache, Remote, locate
 from src.preparation.scenes import Scenes
 from tests.ranks import ROOT, Ranks
 from tests.test_reading import read_all
@@ -142,15 +141,6 @@ def test_a_url_gives_the_batches_of_the_folder_and_is_downloaded_once(server, tm
     ]
 
 
-def test_a_command_gives_the_batches_of_the_folder(server, tmp_path) -> None:
-    cache = Cache(str(tmp_path / "cache"))
-    folder = join(f"pipe:sleep 0.1; cat {server.folder}/{{}}", "train")  # from a slow disk
-    stream = Stream([read_index(folder, cache=cache)], seed=1)
-    assert keys(loader(stream)) == keys(loader(Stream([read_index(server.folder / "train")], seed=1)))
-    with pytest.raises(UserError, match=re.escape("the command must hold {}")):
-        read_index("pipe:cat /data")
-
-
 @pytest.mark.parametrize(
     "faults",
     [
@@ -206,23 +196,6 @@ def test_a_server_that_stays_silent_is_given_up_in_time(server, tmp_path) -> Non
     assert len(server.requests) == 1
     server.faults.clear()
     assert content(shard(server, cache, 1))
-
-
-def test_who_waits_for_a_shard_that_does_not_arrive_tries_no_more(server, tmp_path) -> None:
-    """The lock is between files, so that threads wait as processes do. Whoever comes later tries again."""
-    cache, name = Cache(str(tmp_path / "cache")), "train/train-000000.tar"
-    server.faults[name] = ["stall 0"] * 99
-
-    def problem(_: int) -> str:
-        with pytest.raises(OSError, match=name) as error:
-            shard(server, cache).open("rb")
-        return str(error.value)
-
-    with ThreadPoolExecutor(4) as threads:
-        problems = Counter(text.partition(".tar: ")[2] for text in threads.map(problem, range(4)))
-    assert problems == {"timed out": 1, "another process could not download it": 3}
-    server.faults.clear()
-    assert content(shard(server, cache)) == (server.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from src.chat.journal import Journal
 from src.distributed.parallel import Team
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
-from src.io.settings import describe
 from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
 from src.rounds.drafts import Drafter, draw_drafts, read_drafts
@@ -399,43 +398,6 @@ def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
     assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tmp_path):
-    """Killed with all answers in the journal and the round written, right before it gets its name."""
-    folder = tmp_path / "round-0001"
-    again = lambda expert: revise_round(folder, whole / "drafts", options=case.options(expert))  # noqa: E731
-
-    def killed() -> None:
-        kill_at_rename(4)  # 3 shards, their index, the round
-        again(ReferenceExpert(max_words=2))
-
-    assert in_child(killed) == signal.SIGKILL
-    partial_ = tmp_path / ".round-0001.partial"
-    assert len(journaled(partial_)) == NUM
-    assert (partial_ / "index.json").exists()
-    made = again(ReferenceExpert(max_words=3))
-    assert made.manifest["expert"]["max_words"] == 3
-    assert len(journaled(folder)) == 2 * NUM
-
-
-def test_experts_are_described_by_their_public_attributes_or_their_settings(case):
-    class Remote:
-        name = "remote"
-
-        def __init__(self) -> None:
-            self.codec, self.model, self.limits = case.codec, "m", (1, {"a": None})
-            self._key = "secret"
-
-    expert = Remote()
-    content = {"codec": case.codec.fingerprint, "model": "m", "limits": [1, {"a": None}]}
-    assert describe(expert) == {"class": "Remote", **content}
-    expert.client = object()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="is not a setting"):
-        describe(expert)
-    expert.settings = {"model": "m"}  # type: ignore[attr-defined]
-    assert describe(expert) == {"class": "Remote", "model": "m"}
-
-
 def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(case, tmp_path):
     """The drafts turn out equal here, so that not one question is left."""
 
@@ -492,12 +454,6 @@ def test_unfinished_drafts_are_refused(case, tmp_path):
     next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.drafter(), team=Team()))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
         revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(ScenesExpert()))
-
-
-def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
-    other = Codec.train(["one two three"], vocab_size=300)
-    with pytest.raises(ValueError, match=other.fingerprint):
-        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ScenesExpert(), codec=other))
 
 
 # --- journal ------------------------------------------------------------------------------------------------------
@@ -615,9 +571,3 @@ def test_interrupted_shards_are_started_over(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["index.json", "train-000000.tar"]
     with pytest.raises(ValueError, match="already finished"):
         write(tmp_path, samples(2))
-
-
-@pytest.mark.parametrize("key", ["a.b", "a/b", "", "x" * 91])
-def test_keys_that_a_tar_cannot_hold_are_refused(tmp_path, key):
-    with pytest.raises(ValueError, match="a key must have"):
-        write(tmp_path, [{"__key__": key, "json": {}}])

@@ -11,7 +11,6 @@ import pytest
 
 from src.distributed.checkpoints import is_intact
 from src.io.settings import changes
-from src.io.words import BINARY, counted, data_size
 from src.train import main
 from tests.test_train import arguments, refusal, same_weights
 
@@ -122,14 +121,6 @@ def test_changes_are_told_with_both_values():
     many = changes({}, {f"k{n}": n for n in range(11)}, "there")
     assert many.startswith("k0: null there, 0 now; ") and many.endswith("; and 3 more")
     assert changes({"a": "no"}, {"a": {"b": 1}}, "there") == 'a: no there, {"b": 1} now'
-
-
-def test_counts_and_sizes_read_as_english():
-    assert [counted(n, "image") for n in (0, 1, 2, 12000)] == ["0 images", "1 image", "2 images", "12,000 images"]
-    assert counted(2, "batch", "batches") == "2 batches" and counted(1, "batch", "batches") == "1 batch"
-    sizes = {0: "0 B", 999: "999 B", 1000: "1.0 KB", 54_321: "54.3 KB", 999_999: "1.0 MB", 16_000_000_000: "16.0 GB"}
-    assert {n: data_size(n) for n in sizes} == sizes
-    assert data_size(3 << 20, units=BINARY) == "3.0 MiB" and data_size(1 << 30, units=BINARY, digits=2) == "1.00 GiB"
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

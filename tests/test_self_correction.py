@@ -238,16 +238,6 @@ def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
     assert (run / "checkpoints" / "last.ckpt").readlink() == Path("pre-round-0002.ckpt")
 
 
-def test_rounds_draft_for_different_images_with_the_weights_of_their_time(whole):
-    run = whole[0]
-    indexes = [read_manifest(run / "rounds" / f"round-000{n}" / "drafts") for n in (1, 2)]
-    assert len({index["settings"]["model"] for index in indexes}) == 2
-    text = [path.read_text() for n in (1, 2) for path in (run / "rounds" / f"round-000{n}").glob("journal*")]
-    keys = [{line.split('"key": "')[1][:3] for line in journal.splitlines()} for journal in text]
-    assert [len(of_round) for of_round in keys] == [NUM, NUM]
-    assert not keys[0] & keys[1]
-
-
 def train_and_kill(data: Path, run: Path, *, answers: int) -> None:
     """Start a training, and kill it from outside once the expert has given some answers."""
     program = [sys.executable, __file__, str(data), str(run)]
@@ -442,21 +432,6 @@ def test_draft_verb_draws_what_the_callback_draws(data, whole, model, tmp_path):
     assert all((tmp_path / "drafts" / name).read_bytes() == (online / name).read_bytes() for name in names)
 
 
-def test_revise_verb_writes_a_round_once(data, model, tmp_path, capsys):
-    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
-    arguments = ["conf=revise", f"drafts={tmp_path / 'drafts'}", f"out={tmp_path / 'r'}", f"tokenizer={model}"]
-    capsys.readouterr()
-    src.revise.main(arguments)
-    output = capsys.readouterr().out
-    counts = read_manifest(tmp_path / "r")["counts"]
-    assert counts["drafted"] == NUM == counts["revised"] + counts["failed"]
-    assert f"{NUM} drafted" in output
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
-    src.revise.main(arguments)
-    assert capsys.readouterr().out == output
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
-
-
 @pytest.mark.parametrize(
     ("change", "changes"),
     [
@@ -478,22 +453,6 @@ def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change,
         src.draft.main(draft_arguments(other, model, tmp_path / "drafts"))
     hashes = [hashlib.sha256((path / "train" / "index.json").read_bytes()).hexdigest() for path in (data, other)]
     assert f"(data: {hashes[0]} in the drafts, {hashes[1]} now);" in capsys.readouterr().err
-
-
-def test_round_of_another_expert_is_refused(data, model, tmp_path, capsys):
-    src.draft.main(draft_arguments(data, model, tmp_path / "drafts"))
-    arguments = [f"drafts={tmp_path / 'drafts'}", f"out={tmp_path / 'r'}", f"tokenizer={model}"]
-    src.revise.main(["conf=revise", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        src.revise.main(["conf=revise,expert/reference", *arguments])
-    output = capsys.readouterr()
-    assert output.out == ""
-    values = (
-        "expert.name: scenes in the round, reference now; expert.class: ScenesExpert in the round, ReferenceExpert now"
-    )
-    assert f"error: {tmp_path / 'r'} is a round made with other settings ({values}; " in output.err
-    assert output.err.count("\n") == 1
 
 
 if __name__ == "__main__":

@@ -109,16 +109,6 @@ def test_order_does_not_depend_on_where_it_is_cut(tmp_path: Path) -> None:
         assert positions(stream, 7, cut) + positions(stream, cut, 61) == whole
 
 
-def test_reader_yields_what_was_written(tmp_path: Path) -> None:
-    stream = Stream([read_index(make(tmp_path / "d", 25))], seed=0)
-    places = positions(stream, 0, 30)
-    samples = list(Reader(stream).samples(stream.places(0, 30)))
-    numbers = [int(name[6:12]) * 10 + place for name, place in places]
-    assert [s.record["number"] for s in samples] == numbers
-    assert [s.image.getpixel((0, 0)) for s in samples] == [(n, 0, 0) for n in numbers]
-    assert [s.data for s in samples] == [png(n) for n in numbers]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_repeats_nothing_and_loses_nothing(tmp_path: Path, workers: int) -> None:
     stream = Stream([read_index(make(tmp_path / "d", 30))], seed=1)
@@ -149,15 +139,6 @@ def test_resume_with_other_data_is_refused_with_the_values(tmp_path: Path) -> No
     later = loader(stream, epoch=1)
     later.load_state_dict(state)
     assert len(keys(later)) == len(later)
-
-
-def test_global_random_state_is_left_alone(tmp_path: Path) -> None:
-    stream = Stream([read_index(make(tmp_path / "d", 12))], seed=1)
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    list(loader(stream))
-    assert torch.equal(torch.rand(3), expected)
 
 
 def damage(folder: Path) -> None:
@@ -199,15 +180,6 @@ def test_damage_is_left_out_where_nothing_may_stand_in(tmp_path: Path, workers: 
     read = sorted(key for batch in careful for key in batch.keys)
     assert read == [f"s{n:03d}" for n in (*range(4), 10, 11, 13, 14, *range(16, 30))]
     assert sum(careful.notes.values()) == 8
-
-
-def test_damage_to_the_whole_last_batch_is_counted(tmp_path: Path) -> None:
-    folder = make(tmp_path / "d", 20)
-    (folder / "train-000001.tar").write_bytes(b"")
-    part = Part(Stream([read_index(folder)], seed=1, shuffle=False), 10, 20, stand_in=False)
-    careful = Loader([part], collate, batches=2, epoch=lambda: 0, notes=Counter())
-    assert keys(careful) == [[f"s{n:03d}" for n in range(10)]]
-    assert careful.notes[str(folder / "train-000001.tar"), "missing"] == 10
 
 
 def test_an_unreadable_shard_is_replaced_by_another_and_all_of_them_are_an_error(tmp_path: Path) -> None:

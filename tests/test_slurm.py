@@ -264,22 +264,3 @@ def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path):
     other = submit(slurm, tmp_path, [*follow, f"run_dir={never}2", f"cluster.after={job}"])
     slurm.run("scancel", job)
     until(lambda: slurm.job(other)["JobState"] == "CANCELLED", seconds=60)
-
-
-def test_a_wrong_config_is_refused_and_nothing_is_queued(slurm, scenes, tmp_path):
-    argv = arguments(scenes, tmp_path / "run", "objective.rate=often")
-    done = subprocess.run(command(tmp_path, argv), cwd=ROOT, env=slurm.env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: objective.rate: expected float, got 'often'\n"
-    assert not slurm.run("squeue", "-h")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_whose_job_is_queued_is_not_given_away(slurm, scenes, tmp_path):
-    argv = arguments(scenes, tmp_path / "run", "cluster.extra=[--hold]")
-    job = submit(slurm, tmp_path, argv)
-    with pytest.raises(AssertionError, match=f"belongs to job {job}, which is not done"):
-        submit(slurm, tmp_path, argv)
-    slurm.run("scancel", job)
-    until(lambda: slurm.job(job)["JobState"] == "CANCELLED", seconds=60)
-    assert slurm.job(job)["Restarts"] == "0"

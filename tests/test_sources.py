@@ -222,11 +222,6 @@ def test_a_picture_is_found_or_missing_but_never_another_one(
     assert counts["missing_image"] + counts["ambiguous_image"] == files.count(None)
 
 
-def test_the_example_of_a_missing_picture_names_the_other_one(tmp_path: Path) -> None:
-    _, counts = read(tmp_path, "a.jsonl", lines(record("vg/a.jpg"), record("a.jpg")), ("a.jpg",))
-    assert counts.examples == {"missing_image": f"vg/a.jpg ({tmp_path / 'photos' / 'a.jpg'} is in another folder)"}
-
-
 @pytest.mark.parametrize(("on_disk", "named"), [("NFD", "NFC"), ("NFC", "NFD")])
 def test_composed_and_decomposed_names_are_the_same(on_disk: str, named: str, tmp_path: Path) -> None:
     """The folder, too."""
@@ -532,17 +527,6 @@ def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Pat
     source = Source(annotations=str(tmp_path / "a.jsonl"), images=str(tmp_path / "photos"), max=100)
     assert [int(entry.captions[0].text) for entry, _ in source.read(Counts(), seed=0)] == taken
     assert [int(entry.captions[0].text) for entry, _ in source.read(Counts(), seed=1)] != taken
-
-
-def test_a_source_of_which_nothing_is_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = three_sources(tmp_path)
-    (tmp_path / "two.json").write_text(json.dumps([record("0.jpg", "much too long " * 20)]))
-    settings = {"image_size": 8, "response_length": 32, "prompt": "Any?", "vocab_size": 300}
-    index = Photos(out=str(tmp_path / "out"), sources={**sources, "three": None}, **settings).run()
-    assert [source["name"] for source in index["sources"]] == ["one", "two"]
-    assert "nothing of the source two could be used; rejects.jsonl says why" in caplog.text
-    (example,) = [row["captions too long"] for row in index["examples"].values() if "captions too long" in row]
-    assert "0.jpg: " in example and "prepare.response_length=32 holds 31" in example
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,6 @@ def test_the_job_is_the_golden_one(monkeypatch):
     assert text == GOLDEN + (ROOT / "src" / "training" / "job.sbatch").read_text()
 
 
-@pytest.mark.parametrize("seeds", [[], [0, 2]])
-def test_bash_takes_the_job(tmp_path, seeds):
-    text = script(cluster(seeds=seeds), name="x y", run_dir=tmp_path / "it's $HOME", command=["conf=a\n)"])
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-
-
 class Job:
     """The batch job in a real bash, with stand-ins for srun and scontrol in front of PATH."""
 
@@ -139,16 +133,6 @@ def test_a_signal_stops_the_processes_and_queues_the_job_again(tmp_path):
     train = f"-m src.train conf={job.run}/config.yaml"
     assert called[1] == f"srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 {sys.executable} {train}"
     assert (tmp_path / "seen").read_text() == f"n7 15042 {job.run}/code 1\n"
-
-
-def test_processes_that_do_not_end_in_time_are_not_waited_for(tmp_path):
-    job = Job(tmp_path, "sleep 20", stop_before=2)
-    job.process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 15
-    while not job.requeued():  # which would end the job
-        assert time.monotonic() < deadline and job.process.poll() is None
-        time.sleep(0.1)
-    job.process.kill()
 
 
 @pytest.mark.parametrize(
@@ -308,13 +292,6 @@ def test_to_look_at_a_job_takes_no_key_but_to_submit_it_does(scenes, tmp_path, s
     main([*argv, "dry=true"])
     assert "-m src.train" in capsys.readouterr().out
     assert "OPENAI_API_KEY holds no key" in refusal(argv, capsys)
-
-
-def test_what_only_all_processes_would_notice_is_said_here(scenes, tmp_path, caplog):
-    sizes = ["cluster.nodes=8", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
-    conf, *rest = arguments(scenes, tmp_path / "run", *sizes, "data.batch_size=8", "dry=true")
-    main([f"{conf},cluster/example", *rest])
-    assert "a step has 64 rows, but there are 48 training samples" in caplog.text
 
 
 def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):

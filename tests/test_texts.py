@@ -164,23 +164,6 @@ def test_files_that_name_their_split_keep_it_and_train_gets_nothing_of_test(tmp_
     assert index["counts"]["records"]["duplicate_text"] == 1
 
 
-def test_what_texts_are_left_out_for_besides_their_words(tmp_path: Path) -> None:
-    """A split that is none, and a field to keep that cannot be stored."""
-    more = [
-        {"split": "dev"},
-        {"split": 1},
-        {"split": "fold 2"},
-        {"id": ["a", "\ud83d"]},
-        {"id": "\u00e9"},
-        {"split": None},
-    ]
-    file = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q{n}", "answer": "a", **m} for n, m in enumerate(more)])
-    items = list(pairs(tmp_path, files=str(file), keep=["id"]).read(counts := Counts()))
-    assert [(item.prompt, item.extra) for item in items] == [("q0", {}), ("q4", {"id": "\u00e9"}), ("q5", {})]
-    assert items[0].split == "val" and items[0].share is None
-    assert counts == {"records": 6, "unknown_split": 2, "not_utf-8": 1}
-
-
 def test_nothing_usable_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}])
     with pytest.raises(SystemExit) as stop:

@@ -182,15 +182,6 @@ def test_folders_of_earlier_versions_keep_their_fingerprint(tmp_path) -> None:
     assert Codec.load(tmp_path).special == codec.special
 
 
-def test_a_tokenizer_without_a_config_knows_its_special_tokens(folder, codec) -> None:
-    bare = Codec.load(folder, prompt_format="tiny")
-    assert bare.fingerprint == codec.fingerprint
-    assert bare.special == codec.special
-    assert bare.prompt_ids(QUESTION) == codec.prompt_ids(QUESTION)
-    spelt = ids_of(bare, ANSWER, BOS, IMAGE, EOT)
-    assert bare.decode([*spelt, *bare.encode(ANSWER)[0]]) == ANSWER
-
-
 def test_what_a_response_may_not_contain(folder, tmp_path, codec) -> None:
     vocabulary = codec.tokenizer.get_vocab()
     rest = sorted(vocabulary[token] for token in (MASK, BOS, HEADER_START, HEADER_END, IMAGE))

@@ -23,7 +23,7 @@ from src import types as nouns
 from src.cli.config import load_config
 from src.cli.help import NEEDS
 from src.cli.signals import Stop
-from src.io.shards import INDEX, read_manifest, read_tar, write_shard
+from src.io.shards import INDEX, read_manifest
 from src.objectives.revision import RevisionObjective
 from src.preparation.scenes import Scenes
 from src.train import main
@@ -231,24 +231,6 @@ def test_a_resumed_run_logs_what_the_whole_one_does(stepwise, tmp_path):
             assert logs[0] == logs[1], name
 
 
-def test_terms_without_positions_are_not_logged(tmp_path):
-    """Scenes always have false spans; these captions have lost theirs."""
-    data = tmp_path / "data"
-    write_scenes(data, vocab_size=300, response_length=40, num_train=16)
-    for split in ("train", "val"):
-        for shard in (data / split).glob("*.tar"):
-            samples = [json.loads(s["json"]) | {"image": s["png"]} for s in read_tar(shard)]
-            for sample in samples:
-                sample["captions"][0]["swaps"] = []
-            write_shard(shard, [{"__key__": s["key"], "png": s.pop("image"), "json": s} for s in samples])
-    main(arguments(data, tmp_path / "run", "trainer.max_steps=2"))
-    names = ("mask", "clean", "hallucination")
-    for stage in ("train", "val"):
-        assert [name for name in names if logged(tmp_path / "run", f"{stage}/{name}")] == ["mask", "clean"]
-        total = sum(logged(tmp_path / "run", f"{stage}/{name}")[-1][1] for name in ("mask", "clean", "syntax"))
-        assert logged(tmp_path / "run", f"{stage}/loss")[-1][1] == pytest.approx(total, rel=1e-5)
-
-
 def test_without_validation_samples_training_goes_on(scenes, tmp_path, caplog):
     """Two epochs; the pictures that TensorBoard would get are of validation samples too."""
     data = tmp_path / "data"
@@ -373,14 +355,3 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     assert f"; hash of data.path={data}: {before} in the run, {after} now);" in refusal(argv, capsys)
     main([*argv, "resume=false"])
     main(argv)
-
-
-def test_a_model_named_through_the_folder_of_the_run_is_known_from_the_start(scenes, finished, tmp_path):
-    """conf/stage2.yaml names its start `run_dir/../stage1/model`, at a time when there is no run_dir yet."""
-    shutil.copytree(finished / "model", tmp_path / "stage1" / "model")
-    argv = [f"conf={finished}/config.yaml", f"run_dir={tmp_path}/stage2", f"data.path={scenes}", "trainer.max_steps=1"]
-    argv.append(f"model={{target: src.models.hf.folder.from_pretrained, path: {tmp_path}/stage2/../stage1/model}}")
-    main(argv)
-    first = json.loads((tmp_path / "stage2" / "inputs.json").read_text())
-    assert set(first) == {"model.path", "data.path"}
-    main(argv)  # is not refused
