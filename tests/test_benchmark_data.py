@@ -20,6 +20,7 @@ from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
 from src.metrics.caparena import BASELINES
 from testing.servers.scripted import Request, Scripted, reply
+from testing.verbs import refusal
 from tests.benchmarks import NUM, captions_file, write_caparena, write_capmas
 
 # data
@@ -171,9 +172,8 @@ def test_rows_of_other_runs_join_the_table_if_they_were_made_alike(tmp_path, cap
     main([*command, f"evaluate.also=[{tmp_path}/two-m/scores.json]"])
     table = capsys.readouterr().out
     assert "| one | 60.00" in table and "| two | 60.00" in table and "prompt Describe it.; length 64" in table
-    with pytest.raises(SystemExit):
-        main([*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"])
-    assert "two does not belong in one table with one (judge.model: m in one, n now)" in capsys.readouterr().err
+    argv = [*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"]
+    assert "two does not belong in one table with one (judge.model: m in one, n now)" in refusal(main, argv, capsys)
 
 
 def test_battles_end_to_end(tmp_path, capsys):

@@ -22,6 +22,7 @@ from src.evaluate import main
 from src.judges.store import ReplyStore
 from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, reply
+from testing.verbs import refusal
 from tests.benchmarks import NUM, captions_file, write_capmas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,9 +172,7 @@ def test_replies_that_cannot_be_read_are_asked_again_and_counted(argv, tmp_path,
         return reply('{"score": 40, "reason": "r"}', finish="length") if text is None else reply(text)
 
     with Scripted(some_bad) as server:
-        with pytest.raises(SystemExit):
-            main(argv(server, *ONLY_CLAIR))
-        assert f"mine: clair: {1 / NUM:.1%} of the verdicts failed" in capsys.readouterr().err
+        assert f"mine: clair: {1 / NUM:.1%} of the verdicts failed" in refusal(main, argv(server, *ONLY_CLAIR), capsys)
         main(argv(server, *ONLY_CLAIR, "evaluate.max_failed=0.5"))  # asks nothing more
         assert len(server.requests) == NUM + 2
     result = scores(tmp_path)

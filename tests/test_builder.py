@@ -32,16 +32,12 @@ from src.preparation.photos import Photos
 from src.preparation.splits import Item
 from src.prepare import main
 from src.text.tokenizer import Codec
-from testing.files import read_jsonl
+from testing.files import contents, read_jsonl
 from tests.test_structure import check_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 SETTINGS: dict[str, Any] = {"image_size": 24, "vocab_size": 263, "response_length": 24, "prompt": "What?"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def tars(folder: Path) -> dict[str, tuple[int, int]]:

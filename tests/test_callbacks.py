@@ -28,23 +28,26 @@ from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
-from src.preparation.scenes import Scenes
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
+from testing.scenes import write_scenes
 
 LENGTH, BATCH = 48, 4
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    Scenes(
-        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture."
-    ).run()
-    return out
+    sizes = {
+        "num_train": 40,
+        "num_val": 6,
+        "num_test": 1,
+        "response_length": LENGTH,
+        "per_shard": 64,
+        "tokenizer": None,
+    }
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 @pytest.fixture

@@ -21,23 +21,19 @@ from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.models.tiling import Square
 from src.preparation.photos import Photos
-from src.preparation.scenes import Scenes
 from src.text.tokenizer import Codec
+from testing.files import contents
+from testing.scenes import BASE, write_scenes
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 NUM = 8
-SIZES: dict[str, Any] = {
-    "image_size": 48, "vocab_size": 300, "response_length": 64, "prompt": "Describe.", "num_train": NUM, "num_val": 1,
-    "num_test": 1, "captions_per_image": 1, "objects": [1, 1], "noise": 2.0, "tokenizer": str(BASE),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), **SIZES).run()
-    return out
+    counts = {"num_train": NUM, "num_val": 1, "num_test": 1, "objects": [1, 1]}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **counts)
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +58,11 @@ def revise_arguments(drafts: Path, out: Path, tokenizer: Path = BASE) -> list[st
     return ["conf=revise", f"drafts={drafts}", f"out={out}", f"tokenizer={tokenizer}"]
 
 
-def refusal(main: Callable, argv: list[str], capsys) -> str:
+def error_of(main: Callable, argv: list[str], capsys) -> str:
     """The only line of an error, beside progress."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = refusal(main, argv, capsys).replace("\r", "\n").splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
     return error
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -156,7 +145,7 @@ def test_without_a_readable_image_nothing_is_finished(scenes, tmp_path, capsys):
     content = shard.read_bytes()
     shard.write_bytes(b"")
     argv = draft_arguments(data, tmp_path / "d")
-    assert "nothing was drafted, as no training sample could be read" in refusal(src.draft.main, argv, capsys)
+    assert "nothing was drafted, as no training sample could be read" in error_of(src.draft.main, argv, capsys)
     shard.write_bytes(content)
     src.draft.main(argv)
     assert f"{NUM} drafts\n" in capsys.readouterr().out
@@ -197,25 +186,25 @@ def test_a_damaged_shard_of_drafts_is_drawn_again(scenes, drawn, drafts, damage,
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_revising_damaged_drafts_names_the_shard(drafts, tmp_path, capsys, damage):
     damage(drafts / "drafts-000001-00.tar")
-    error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
+    error = error_of(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
     assert error.startswith(f"error: {drafts}/drafts-000001-00.tar is damaged (")
     assert error.endswith("); repeat the `src.draft` command, which draws it again")
 
 
 def test_what_are_no_drafts_is_named(scenes, drafts, tmp_path, capsys):
     argv = revise_arguments(scenes / "train", tmp_path / "round")
-    assert "train holds 'captions', not drafts" in refusal(src.revise.main, argv, capsys)
+    assert "train holds 'captions', not drafts" in error_of(src.revise.main, argv, capsys)
     index = read_json(drafts / INDEX)
     del index["settings"]
     (drafts / INDEX).write_text(json.dumps(index))
-    error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
+    error = error_of(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
     assert f"{drafts / INDEX} is damaged" in error
 
 
 def test_the_wrong_tokenizer_is_noticed_before_anything_is_asked(drafts, tmp_path, capsys):
     Codec.train(["a red ring"], vocab_size=300).save(tmp_path / "codec")
     argv = revise_arguments(drafts, tmp_path / "round", tmp_path / "codec")
-    assert "was written with tokenizer" in refusal(src.revise.main, argv, capsys)
+    assert "was written with tokenizer" in error_of(src.revise.main, argv, capsys)
     assert not list(tmp_path.rglob("journal*"))
 
 

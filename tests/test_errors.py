@@ -20,10 +20,9 @@ import torch
 
 import src
 from src.cli.entrypoint import main_guard
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 MINE = """
 import torch
 from src.io.errors import UserError
@@ -70,12 +69,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("errors") / "scenes"
-    Scenes(
-        out=str(path), num_train=16, num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], image_size=48,
-        noise=0.0, vocab_size=512, prompt="Describe the picture.", response_length=64, tokenizer=str(BASE),
-    ).run()  # fmt: skip
-    return path
+    return write_scenes(tmp_path_factory.mktemp("errors") / "scenes", num_train=16, objects=[1, 1])
 
 
 @pytest.fixture

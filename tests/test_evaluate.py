@@ -29,13 +29,14 @@ from src.metrics.text import ReferenceOverlap
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.preparation.photos import Photos
-from src.preparation.scenes import Scenes
 from src.preparation.text import Pairs
 from src.samplers.sampler import Sampler
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.text.tokenizer import Codec
 from testing.files import read_jsonl
+from testing.scenes import write_scenes
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, NUM = 48, 5
@@ -52,11 +53,8 @@ SWEEP = {  # settings of a sweep: four cells of one model at more than one speed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    counts = {"num_train": 40, "num_val": 2, "num_test": 8, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    sizes = {"image_size": 48, "vocab_size": 300, "response_length": LENGTH}
-    Scenes(out=str(out), **counts, **sizes, prompt="Describe the picture.").run()
-    return out
+    sizes = {"num_train": 40, "num_val": 2, "response_length": LENGTH, "per_shard": 64, "tokenizer": None}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 def write_model(path, codec, *, seed=0, vision=True, image_size=48):
@@ -140,10 +138,10 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     unnamed = {**captions_of(data), "image_size": None, "tiling": None}
     main([conf(models=alone, data=unnamed, out=str(tmp_path / "null"))])
     assert read_jsonl(tmp_path / "null" / "captions" / "mask-plain-32.jsonl") == named
-    error = refused(conf(models=alone, data={**unnamed, "image_size": 32}), capsys)
+    error = refusal(main, [conf(models=alone, data={**unnamed, "image_size": 32})], capsys)
     assert "one tile of 32 pixels, model means one tile of 48 pixels; set data.image_size=48" in error
     other = write_model(tmp_path / "other", Codec.load(data / "tokenizer"), image_size=64)
-    error = refused(conf(models={**alone, "other": str(other)}, data=unnamed), capsys)
+    error = refusal(main, [conf(models={**alone, "other": str(other)}, data=unnamed)], capsys)
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
 
 
@@ -321,12 +319,12 @@ def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tm
     weights = load_file(mine / "model.safetensors")
     save_file({**weights, "lm_head.weight": weights["lm_head.weight"] * math.inf}, mine / "model.safetensors")
     names = {"models": {"mask": str(models / "mask"), "mine": str(mine)}}
-    assert "has NaN or infinite values" in refused(conf(**names), capsys)  # after the cells of the first model
+    assert "has NaN or infinite values" in refusal(main, [conf(**names)], capsys)  # after the cells of the first model
     first = inodes(tmp_path)
     assert set(first) == {"mask-plain-32", "mask-refine-32"} and list(read(tmp_path)["methods"]) == ["mask"]
     save_file(weights, mine / "model.safetensors")
     (mine / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}))
-    assert "does not match its config" in refused(conf(**names), capsys)  # before any cell
+    assert "does not match its config" in refusal(main, [conf(**names)], capsys)  # before any cell
     (mine / "config.json").write_text(json.dumps(config))
     main([conf(**names)])
     second = inodes(tmp_path)
@@ -435,22 +433,13 @@ JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowh
     ],
 )
 def test_mistakes_are_one_error_before_anything_runs(changed, words, conf, tmp_path, capsys):
-    assert words in refused(conf(**changed), capsys)
+    assert words in refusal(main, [conf(**changed)], capsys)
     assert not (tmp_path / "out").exists()
-
-
-def refused(argument: str, capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([argument])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "error: " in message and "Traceback" not in message
-    return message
 
 
 def test_all_missing_models_are_listed_with_the_command_that_trains_them(conf, models, monkeypatch, tmp_path, capsys):
     folders = {"mine": "elsewhere/model", "mask": str(models / "mask"), "other": "runs/stage1/model"}
-    assert refused(conf(models=folders), capsys).splitlines() == [
+    assert refusal(main, [conf(models=folders)], capsys).splitlines() == [
         "error: no model 'mine' in elsewhere/model",
         "  no model 'other' in runs/stage1/model: train it with `python -m src.train conf=stage1`",
         "  or set evaluate.models.NAME to another model folder or to null",
@@ -458,13 +447,14 @@ def test_all_missing_models_are_listed_with_the_command_that_trains_them(conf, m
 
 
 def test_names_of_metrics_and_cells_and_tokenizers_are_checked(conf, models, tmp_path, capsys):
-    assert "evaluate.headline: no metric qualty; there are coverage" in refused(conf(headline=["qualty"]), capsys)
-    assert "evaluate.curve: no metric qualty" in refused(conf(curve={"metric": "qualty"}), capsys)
+    argv = [conf(headline=["qualty"])]
+    assert "evaluate.headline: no metric qualty; there are coverage" in refusal(main, argv, capsys)
+    assert "evaluate.curve: no metric qualty" in refusal(main, [conf(curve={"metric": "qualty"})], capsys)
     names = {"m": str(models / "mask"), "m-x": str(models / "mask")}
-    message = refused(conf(models=names, samplers={"x-y": PLAIN, "y": PLAIN}), capsys)
+    message = refusal(main, [conf(models=names, samplers={"x-y": PLAIN, "y": PLAIN})], capsys)
     assert "two cells of the evaluation have the same name" in message
     other = write_model(tmp_path / "other", Codec.train(["another vocabulary"], vocab_size=40))
-    message = refused(conf(models={"mask": str(models / "mask"), "other": str(other)}), capsys)
+    message = refusal(main, [conf(models={"mask": str(models / "mask"), "other": str(other)})], capsys)
     assert "tokenizers: mask, other" in message
 
 

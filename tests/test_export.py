@@ -24,6 +24,7 @@ from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = {
@@ -317,10 +318,7 @@ torch.save(state, {str(tmp_path / "whole.pt")!r} + (".1" if torch.distributed.ge
 
 
 def error(capsys, **settings) -> str:
-    with pytest.raises(SystemExit) as ended:
-        export(**settings)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.strip()
+    return refusal(lambda settings: export(**settings), settings, capsys).strip()
 
 
 def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):

@@ -21,7 +21,8 @@ from src.samplers.sampler import Sampler
 from src.train import main
 from src.types import Batch, SpecialIds
 from testing.files import read_jsonl
-from tests.test_train import arguments, write_scenes
+from testing.scenes import write_scenes
+from tests.test_train import arguments
 
 SAMPLERS = {
     "proseco": ("proseco", []),
@@ -37,9 +38,8 @@ SAMPLERS = {
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, response_length=40, num_train=24)
-    return out
+    sizes = {"num_train": 24, "response_length": 40, "objects": [1, 1], "tokenizer": None}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 @pytest.mark.parametrize("conf", SAMPLERS)

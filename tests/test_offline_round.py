@@ -20,23 +20,17 @@ from src.models.hf.folder import save_pretrained
 from src.models.tiling import anyres
 from src.models.tiny import tiny
 from src.preparation.photos import Photos
-from src.preparation.scenes import Scenes
 from src.text.tokenizer import Codec
 from src.types import Round
+from testing.scenes import BASE, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 NUM = 8
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(
-        out=str(out), image_size=48, vocab_size=300, response_length=64, prompt="Describe the picture.", num_train=NUM,
-        num_val=1, num_test=1, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
-    ).run()  # fmt: skip
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM, num_val=1, num_test=1)
 
 
 def draft(data: Path, folder: Path, *settings: str) -> None:

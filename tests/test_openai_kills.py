@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 from src.io.shards import read_manifest
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 from testing.servers.scripted import Http, Request, Scripted, reply
-from tests.ranks import ROOT, Done, Kill, Ranks
+from tests.ranks import Done, Kill, Ranks
 from tests.test_processes import NUM, common, rounds, same
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-BASE = ROOT / "assets" / "base"
 AT_ONCE = 4  # requests of both ranks together
 SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; from tests.ranks import serve; serve()"
 
@@ -73,10 +72,7 @@ class Course:
 @pytest.fixture(scope="module")
 def course(tmp_path_factory) -> Iterator[Course]:
     folder = tmp_path_factory.mktemp("data")
-    Scenes(out=str(folder / "scenes"), image_size=48,
-        response_length=64, prompt="Describe the image in detail.", num_train=48,
-           num_val=8, num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
-           tokenizer=str(BASE)).run()  # fmt: skip
+    write_scenes(folder / "scenes")
     with pytest.MonkeyPatch.context() as patch, Scripted(corrects) as server:
         patch.setattr("tests.ranks.SERVER", SERVER)  # to import the SDK takes as long as all the rest of a start
         with Ranks() as ranks:

@@ -17,6 +17,7 @@ from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import Codec
 from testing.files import read_jsonl
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -91,9 +92,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_continues(model, tmp_path, capsys):
 )
 def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(SystemExit):
-        main(argv(model, out.format(folder=tmp_path, file=tmp_path / "file")))
-    message = capsys.readouterr().err
+    message = refusal(main, argv(model, out.format(folder=tmp_path, file=tmp_path / "file")), capsys)
     assert words in message and "Traceback" not in message
     assert "generate:" not in message  # no progress bar: the model was not run
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
@@ -103,9 +102,7 @@ def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
 def test_a_file_of_somebody_else_is_left_alone(content, model, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    with pytest.raises(SystemExit):
-        main(argv(model, out))
-    assert f"line 1 of {out} is broken" in capsys.readouterr().err
+    assert f"line 1 of {out} is broken" in refusal(main, argv(model, out), capsys)
     assert out.read_text() == content
 
 

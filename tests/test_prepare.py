@@ -32,6 +32,7 @@ from src.scenes.render import render
 from src.scenes.score import score_caption
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import SPECIAL, Codec
+from testing.files import contents
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -58,10 +59,6 @@ def samples(folder: Path) -> list[Sample]:
         return []
     stream = Stream([index], seed=0, shuffle=False)
     return list(Reader(stream).samples(stream.places(0, index.count)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # --- scenes ------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from src.distributed.checkpoints import is_intact, read_full
 from src.export import main as export
-from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
-from tests.ranks import RENAME, ROOT, Ranks
+from testing.scenes import BASE, write_scenes
+from testing.verbs import refusal
+from tests.ranks import RENAME, Ranks
 from tests.test_rounds import digests, journaled
 
 pytestmark = pytest.mark.dist
-BASE = ROOT / "assets" / "base"
 LOST = re.compile(r"rank (\d): error: .*\n.*another process of this run has ended or does not answer")
 NUM = 11  # drafts of a round: ranks get unequal shares of them
 
@@ -33,12 +33,7 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48,
-        response_length=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
-           num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
-           tokenizer=str(BASE)).run()  # fmt: skip
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 def common(scenes: Path) -> list[str]:
@@ -307,9 +302,8 @@ def test_in_the_middle_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_
 def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys):
     folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
     damage(folder / "__0_0.distcp")
-    with pytest.raises(SystemExit):
-        export(["conf=export", f"model={folder}", f"out={tmp_path}/out", "format=own"])
-    assert "epoch=1-step=6.ckpt is damaged" in capsys.readouterr().err
+    argv = ["conf=export", f"model={folder}", f"out={tmp_path}/out", "format=own"]
+    assert "epoch=1-step=6.ckpt is damaged" in refusal(export, argv, capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -25,12 +25,10 @@ from src.io import remote
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.remote import Cache, Remote, locate
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 from tests.ranks import ROOT, Ranks
 from tests.test_reading import read_all
 from tests.test_shards import keys, loader, make
-
-BASE = ROOT / "assets" / "base"
 
 
 class Server(ThreadingHTTPServer):
@@ -307,9 +305,7 @@ def test_two_ranks_train_from_a_server_that_loses_a_shard(server, tmp_path) -> N
 
     Two servers with different data end it too.
     """
-    Scenes(out=str(tmp_path / "site" / "scenes"), image_size=48, response_length=64, prompt="Describe.", num_train=48,
-           num_val=8, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16,
-           tokenizer=str(BASE)).run()  # fmt: skip
+    write_scenes(tmp_path / "site" / "scenes")
     server.authorization = "Basic bWU6aHVudC8yQA=="
     server.faults = {"scenes/train/train-000001.tar": ["404"] * 99}
     url = f"{server.url.replace('://', '://me:$SECRET@')}/scenes"

@@ -12,17 +12,15 @@ import pytest
 from src.distributed.checkpoints import is_intact
 from src.io.settings import changes
 from src.train import main
-from tests.test_train import arguments, refusal, same_weights
+from testing.files import contents
+from testing.verbs import refusal
+from tests.test_train import arguments, same_weights
 
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -37,14 +35,14 @@ def test_a_foreign_folder_stays_as_it_is_whatever_is_tried(scenes, tmp_path, cap
         (home / file).write_text("years: of work\n")
     before = contents(home)
     for more in (["objective.t_min=5"], [], ["resume=false"]):
-        assert "home is not a run's folder" in refusal([*arguments(scenes, home), *more], capsys)
+        assert "home is not a run's folder" in refusal(main, [*arguments(scenes, home), *more], capsys)
         assert contents(home) == before
 
 
 @pytest.mark.parametrize("change", ["data.path=/nope", "objective.t_min=5", "trainer.max_steps=-1"])
 def test_a_mistake_beside_resume_false_costs_nothing(scenes, copied, capsys, change):
     before = contents(copied)
-    refusal([*arguments(scenes, copied), "resume=false", change], capsys)
+    refusal(main, [*arguments(scenes, copied), "resume=false", change], capsys)
     assert contents(copied) == before
 
 
@@ -52,7 +50,7 @@ def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, c
     (copied / "notes.txt").write_text("mine")
     before = contents(copied)
     model = f"model={{target: src.models.hf.folder.from_pretrained, path: {copied}/model}}"
-    error = refusal([f"conf={copied}/config.yaml", f"run_dir={copied}", "resume=false", model], capsys)
+    error = refusal(main, [f"conf={copied}/config.yaml", f"run_dir={copied}", "resume=false", model], capsys)
     assert f"error: model.path={copied}/model is in {copied}, which resume=false would remove" in error
     assert contents(copied) == before
     main([*arguments(scenes, copied), "resume=false", "trainer.max_steps=1"])
@@ -63,7 +61,7 @@ def test_resume_false_keeps_what_the_run_reads_and_what_is_not_its_own(scenes, c
 @pytest.mark.parametrize(("file", "content"), [("config.yaml", "{"), ("config.yaml", "- 1"), ("inputs.json", "{")])
 def test_a_damaged_record_is_named(scenes, copied, capsys, file, content):
     (copied / file).write_text(content)
-    error = refusal(arguments(scenes, copied), capsys)
+    error = refusal(main, arguments(scenes, copied), capsys)
     assert error.count("\n") == 1
     assert str(copied / file) in error
 
@@ -144,7 +142,7 @@ def test_changes_are_told_with_both_values():
     ],
 )
 def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):
-    error = refusal([*arguments(scenes, tmp_path / "run"), change], capsys)
+    error = refusal(main, [*arguments(scenes, tmp_path / "run"), change], capsys)
     assert error.splitlines()[-1].startswith("error: ")
     assert re.search(message, error), error
 

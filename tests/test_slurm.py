@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 from tests.slurm import Slurm, missing, until
 from tests.test_stop import ROOT, arguments, same_weights
 
 pytestmark = pytest.mark.slurm
 STEPS, EPOCH, DRAFTS = 40, 20, 64
-BASE = "assets/base"
 CLUSTER = """\
 cluster:
   target: src.training.slurm.Cluster
@@ -75,12 +74,7 @@ def submit(slurm: Slurm, folder: Path, argv: list[str], **limits) -> str:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Scenes of which the embedded base model gets some wrong, as there is to be something to correct."""
-    out = tmp_path_factory.mktemp("data") / "pictures"
-    Scenes(out=str(out), tokenizer=BASE, image_size=48, vocab_size=512,
-        response_length=64, prompt="Describe the picture.",
-           num_train=64, num_val=8, num_test=8, captions_per_image=1, objects=[2, 3], noise=4.0,
-           per_shard=16).run()  # fmt: skip
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "pictures", num_train=64, objects=[2, 3], noise=4.0)
 
 
 def stage_two(pictures: Path, run_dir: Path, parallel: str) -> list[str]:

@@ -21,6 +21,7 @@ from src.cli.config import load_config
 from src.cli.instantiate import check
 from src.io.errors import UserError
 from src.training.build import OFFERS
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
@@ -333,10 +334,7 @@ def test_a_verb_refuses_the_configs_of_others(verb: str, capsys: pytest.CaptureF
     main = importlib.import_module(f"src.{verb}").main
     own = "train" if verb == "submit" else verb  # trainings are what it submits
     for name in sorted(schema for schema, row in SCHEMAS.items() if row[0] != own):
-        with pytest.raises(SystemExit) as stop:
-            main([f"conf={name}"])
-        assert stop.value.code == 2
-        error = capsys.readouterr().err
+        error = refusal(main, [f"conf={name}"], capsys)
         assert re.fullmatch(rf"error: conf={name} is not for src\.{verb}: it has no key '\w+'; see --help\n", error)
 
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from src.cli.config import load_config
 from src.submit import main
 from src.training.slurm import CODE, Cluster, script
+from testing.verbs import refusal
 from tests.test_stop import ROOT, arguments
 
 SIZES = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 12, "time": "1-00:00:00", "stop_before": 600}
@@ -206,13 +207,6 @@ def finish(run: Path) -> None:
     (run / "model" / "model.safetensors").touch()
 
 
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -225,27 +219,27 @@ def refusal(argv: list[str], capsys) -> str:
     ],
 )
 def test_a_wrong_config_is_one_error_and_nothing_is_written(scenes, tmp_path, sbatch, capsys, more, message):
-    error = refusal(job_arguments(scenes, tmp_path / "run", more), capsys)
+    error = refusal(main, job_arguments(scenes, tmp_path / "run", more), capsys)
     assert error.startswith(message) and error.count("\n") == 1
     assert not (tmp_path / "run").exists() and not (sbatch / "calls").exists()
 
 
 def test_without_a_cluster_or_sbatch(scenes, tmp_path, monkeypatch, capsys):
-    assert "conf=stage2,cluster/NAME" in refusal(arguments(scenes, tmp_path / "run"), capsys)
+    assert "conf=stage2,cluster/NAME" in refusal(main, arguments(scenes, tmp_path / "run"), capsys)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "no sbatch on this machine" in refusal(job_arguments(scenes, tmp_path / "run"), capsys)
+    assert "no sbatch on this machine" in refusal(main, job_arguments(scenes, tmp_path / "run"), capsys)
 
 
 def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "thesis.tex").touch()
-    assert "is not a run's folder" in refusal(job_arguments(scenes, run_dir), capsys)
+    assert "is not a run's folder" in refusal(main, job_arguments(scenes, run_dir), capsys)
     (run_dir / "thesis.tex").unlink()
     main(job_arguments(scenes, run_dir))
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "epoch=0-step=6.ckpt").touch()
-    error = refusal(job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
+    error = refusal(main, job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
     assert "holds a run with other settings (objective.rate: 0.1 in the run, 0.3 now)" in error
 
 
@@ -254,11 +248,11 @@ def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, 
     beside = "${run_dir}/../first/model"  # as in conf/stage2.yaml, where run_dir is not there yet
     then = job_arguments(scenes, tmp_path / "then", f"model={node.replace('PATH', beside)}")
     then = [argument for argument in then if not argument.startswith("model.")]
-    assert f"{first}/model" in refusal(then, capsys)
-    error = refusal([*then, "cluster.after=42"], capsys)
+    assert f"{first}/model" in refusal(main, then, capsys)
+    error = refusal(main, [*then, "cluster.after=42"], capsys)
     assert f"nor a run that trains it ({first}/config.yaml): submit that run first" in error
     main(job_arguments(scenes, first))
-    error = refusal([*then, "cluster.after=42", "data.image_size=96"], capsys)
+    error = refusal(main, [*then, "cluster.after=42", "data.image_size=96"], capsys)
     assert "mean one tile of 96" in error  # against the model that is to come
     main([*then, "cluster.after=42"])
     script = (tmp_path / "then" / "job.sbatch").read_text()
@@ -270,7 +264,7 @@ def test_what_a_refused_job_was_to_replace_stays(scenes, tmp_path, sbatch, capsy
     main(job_arguments(scenes, run_dir))
     finish(run_dir)
     (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid account' >&2\nexit 1\n")
-    error = refusal(job_arguments(scenes, run_dir, "resume=false", "objective.rate=0.3"), capsys)
+    error = refusal(main, job_arguments(scenes, run_dir, "resume=false", "objective.rate=0.3"), capsys)
     assert error == "error: sbatch refuses the job: sbatch: error: invalid account\n"
     assert (run_dir / "model" / "model.safetensors").exists() and (run_dir / "finished.json").exists()
     assert OmegaConf.select(load_config([f"conf={run_dir}/config.yaml"]), "objective.rate") != 0.3
@@ -291,7 +285,7 @@ def test_to_look_at_a_job_takes_no_key_but_to_submit_it_does(scenes, tmp_path, s
     argv = [conf.replace("stage1", "stage2"), *rest]
     main([*argv, "dry=true"])
     assert "-m src.train" in capsys.readouterr().out
-    assert "OPENAI_API_KEY holds no key" in refusal(argv, capsys)
+    assert "OPENAI_API_KEY holds no key" in refusal(main, argv, capsys)
 
 
 def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):
@@ -308,7 +302,7 @@ def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys
         } == {p.relative_to(run_dir / "code") for p in (run_dir / "code" / name).rglob("*") if p.is_file()}
     assert (run_dir / "code" / "VERSION").read_text().startswith(("commit ", "no commit: "))
     (sbatch / "queue").write_text("42 RUNNING\n")
-    assert "belongs to job 42, which is not done" in refusal(job_arguments(scenes, run_dir), capsys)
+    assert "belongs to job 42, which is not done" in refusal(main, job_arguments(scenes, run_dir), capsys)
 
 
 def test_the_job_runs_the_kept_program(scenes, tmp_path, sbatch):

@@ -24,6 +24,7 @@ from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
 from src.text.tokenizer import BOS, EOS, SPECIAL, Codec, _pieces
 from testing.files import read_jsonl
+from testing.verbs import refusal
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the folder of real data is not there")
@@ -166,15 +167,12 @@ def test_files_that_name_their_split_keep_it_and_train_gets_nothing_of_test(tmp_
 
 def test_nothing_usable_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}])
-    with pytest.raises(SystemExit) as stop:
-        main(["conf=sft", f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}"])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "nothing could be used" in message
+    message = refusal(main, ["conf=sft", f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}"], capsys)
+    assert "nothing could be used" in message
     assert "1  missing field (left out), such as a.jsonl:1 (its fields: question, reply)" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
-    with pytest.raises(SystemExit):
-        main(["conf=text", f"prepare.files={{dev: {file}}}", f"prepare.out={tmp_path / 'out'}"])
-    assert "files names ['dev']" in capsys.readouterr().err
+    argv = ["conf=text", f"prepare.files={{dev: {file}}}", f"prepare.out={tmp_path / 'out'}"]
+    assert "files names ['dev']" in refusal(main, argv, capsys)
 
 
 # --- molecules ---------------------------------------------------------------------------------------
@@ -295,9 +293,8 @@ def test_mistakes_are_one_line(
     settings: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "C", "key": 1}])
-    with pytest.raises(SystemExit) as stop:
-        main([settings[0], f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}", *settings[1:]])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    argv = [settings[0], f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}", *settings[1:]]
+    assert words in refusal(main, argv, capsys)
     assert not (tmp_path / "out").exists()
 
 

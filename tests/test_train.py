@@ -25,17 +25,11 @@ from src.cli.help import NEEDS
 from src.cli.signals import Stop
 from src.io.shards import INDEX, read_manifest
 from src.objectives.revision import RevisionObjective
-from src.preparation.scenes import Scenes
 from src.train import main
 from src.training.build import assemble, load_codec
+from testing.verbs import refusal
 
 ROOT = Path(__file__).parents[1]
-
-
-def write_scenes(out: Path, *, vocab_size: int, response_length: int, num_train: int) -> None:
-    Scenes(out=str(out), image_size=48, vocab_size=vocab_size,
-        response_length=response_length, prompt="Describe.", num_train=num_train,
-           num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], noise=2.0, per_shard=16).run()  # fmt: skip
 
 
 def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
@@ -151,10 +145,7 @@ def test_the_saved_config_repeats_the_run(scenes, finished, tmp_path):
 )
 def test_mistakes_end_in_one_clear_line(scenes, finished, tmp_path, capsys, change, message):
     run_dir = finished if "other settings" in message else tmp_path / "fresh"
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments(scenes, run_dir), change])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
+    error = refusal(main, [*arguments(scenes, run_dir), change], capsys)
     assert error.startswith("error: ")
     assert re.search(message, error), error
 
@@ -269,7 +260,7 @@ def refined(scenes, tmp_path_factory) -> Path:
 )
 def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change, values):
     argv = arguments(scenes, refined, *STAGE_TWO, f"callbacks.self_correction.{change}", conf="stage2")
-    assert f"holds a run with other settings (callbacks.self_correction.{values}" in refusal(argv, capsys)
+    assert f"holds a run with other settings (callbacks.self_correction.{values}" in refusal(main, argv, capsys)
 
 
 def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
@@ -293,7 +284,7 @@ def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeyp
     monkeypatch.setattr("src.experts.scenes.ScenesExpert.revise", agrees)
     argv = arguments(scenes, tmp_path / "run", *STAGE_TWO, "data.epoch_batches=5", conf="stage2")
     for _ in range(2):
-        error = refusal(argv, capsys).splitlines()[-1]
+        error = refusal(main, argv, capsys).splitlines()[-1]
         assert re.match(r"error: .*round-0001 has no corrected draft .* 8 revised, 8 right, .*allow_empty=true", error)
     shards = sorted((tmp_path / "run" / "rounds" / "round-0001" / "drafts").glob("*.tar"))
     stamps = [path.stat().st_mtime_ns for path in shards]
@@ -303,17 +294,11 @@ def test_a_round_without_corrections_stops_in_one_line(scenes, tmp_path, monkeyp
     assert [path.stat().st_mtime_ns for path in shards] == stamps
 
 
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit):
-        main(argv)
-    return capsys.readouterr().err
-
-
 def test_a_missing_shard_ends_in_one_clear_line(scenes, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     next((data / "train").glob("*.tar")).unlink()
-    error = refusal(arguments(data, tmp_path / "run"), capsys)
+    error = refusal(main, arguments(data, tmp_path / "run"), capsys)
     assert re.fullmatch(r"error: .*train-000\d+\.tar.*\n", error), error
 
 
@@ -321,7 +306,7 @@ def test_other_numbers_of_processes_than_were_started_are_refused(scenes, tmp_pa
     """Each would train alone, in the same folder."""
     for name, value in {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    error = refusal(arguments(scenes, tmp_path / "run"), capsys)
+    error = refusal(main, arguments(scenes, tmp_path / "run"), capsys)
     assert "2 processes were started, but trainer.devices=1 and num_nodes=1" in error
 
 
@@ -330,7 +315,7 @@ def test_out_of_memory_says_what_to_do(scenes, tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(RevisionObjective, "corrupt", corrupt)
-    error = refusal(arguments(scenes, tmp_path / "run"), capsys).splitlines()[-1]
+    error = refusal(main, arguments(scenes, tmp_path / "run"), capsys).splitlines()[-1]
     assert re.match(r"error: out of memory at step 0 .*plan\.gpus=1 .* optim\.micro_batch", error)
 
 
@@ -345,13 +330,13 @@ def test_changed_inputs_are_named(scenes, finished, tmp_path, capsys):
     main(argv)
     state = load_file(model / "model.safetensors")
     save_file({**state, "lm_head.weight": state["lm_head.weight"] * 1.01}, model / "model.safetensors")
-    error = refusal(argv, capsys)
+    error = refusal(main, argv, capsys)
     assert re.search(rf"changed since \(hash of model\.path={model}: \w+ in the run, \w+ now\);", error), error
     assert "resume=false" in error
     index = data / "train" / INDEX
     before = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
     index.write_text(index.read_text() + "\n")
     after = hashlib.sha256(index.read_bytes()).hexdigest()[:12]
-    assert f"; hash of data.path={data}: {before} in the run, {after} now);" in refusal(argv, capsys)
+    assert f"; hash of data.path={data}: {before} in the run, {after} now);" in refusal(main, argv, capsys)
     main([*argv, "resume=false"])
     main(argv)
