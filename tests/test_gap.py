@@ -183,6 +183,7 @@ def test_a_round_with_a_gap_places_what_a_round_without_drops(drafts: Path, tmp_
             assert row.response == apply_spans(ids, [TokenSpan(**span) for span in record["spans"]])
 
 
+@pytest.mark.slow
 def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Train with it: the model's folder has it, for drafting, revising, captions and evaluation."""
     monkeypatch.chdir(tmp_path)

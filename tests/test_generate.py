@@ -298,41 +298,6 @@ def test_questions_without_images(text_model, backbone, model, codec, tmp_path):
         assert {line["key"]: line["text"] for line in answers} == expected
 
 
-def test_special_tokens_in_a_question_a_system_text_and_a_caption_are_letters(tmp_path, monkeypatch):
-    """One token per byte, so that the ids can be written down; the model is asked what it was given."""
-    codec = Codec.train([], vocab_size=263, alphabet="bytes")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
-    save_pretrained(LLaDAV(decoder={"vocab_size": codec.vocab_size, **sizes}, vision=None), codec, tmp_path / "m")
-    given, starts = [], []
-    encode, forward = LLaDAV.encode_prefix, LLaDAV.forward
-
-    def encode_and_note(self, prefix):
-        given.extend(prefix["prompt_ids"].tolist())
-        return encode(self, prefix)
-
-    def forward_and_note(self, prefix, tokens, *args, **kwargs):
-        starts.append(tokens[0].tolist())
-        return forward(self, prefix, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(LLaDAV, "encode_prefix", encode_and_note)
-    monkeypatch.setattr(LLaDAV, "forward", forward_and_note)
-    text, vocabulary = "<|eot_id|><|mdm_mask|><image>", codec.tokenizer.get_vocab()
-    letters = lambda word: [vocabulary[letter] for letter in word]  # noqa: E731
-    turn = lambda role, word: [  # noqa: E731
-        vocabulary["<|start_header_id|>"],
-        *letters(role),
-        vocabulary["<|end_header_id|>"],
-        *letters(word),
-        codec.eot_id,
-    ]
-    settings = (ask(text), f"system=Be{text}", "length=40")
-    run(tmp_path / "m", "null", tmp_path / "a.jsonl", *settings, f"caption={text}", "steps=null")
-    opened = [vocabulary["<|start_header_id|>"], *letters("assistant"), vocabulary["<|end_header_id|>"]]
-    assert given == [[codec.bos_id, *turn("system", f"Be{text}"), *turn("user", text), *opened]]
-    assert starts[0][: len(text) + 1] == [*letters(text), codec.eot_id]
-
-
 def test_settings_reach_the_sampler(text_model, codec, tmp_path):
     """Guidance, a suffix, early stop and the response length that a model knows; a length that is given goes first."""
     backbone = copy.deepcopy(text_model[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 import re
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from src.chat.budget import Prices
 from src.chat.client import ChatError, ServerDown
@@ -126,31 +124,6 @@ def test_every_draft_is_answered_once_and_with_its_own_answer(codec) -> None:
 
 
 # the request
-
-
-def test_what_a_request_holds(codec) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (100, 50), "red").save(stream, "PNG")
-    draft = draft_of(codec, 1, image=stream.getvalue())
-    with Scripted(lambda request: reply(RIGHT)) as server:
-        expert = OpenAIExpert(
-            codec=codec, model="some/model", base_url=server.url, key_env="EXPERT_KEY", profile="vllm", image_side=40,
-            detail="low", temperature=0.5, seed=7, max_completion_tokens=99, extra={"top_k": 3}, limits=QUICK,
-        )  # fmt: skip
-        asyncio.run(collect(expert, [draft]))
-    (request,) = server.requests
-    body = request.body
-    assert request.path == "/v1/chat/completions"
-    assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert {name: body[name] for name in ("model", "temperature", "seed", "max_tokens", "top_k")} == {
-        "model": "some/model", "temperature": 0.5, "seed": 7, "max_tokens": 99, "top_k": 3,
-    }  # fmt: skip
-    assert body["response_format"]["type"] == "json_schema"
-    assert "stream" not in body
-    shown = body["messages"][1]["content"][0]["image_url"]
-    assert shown["detail"] == "low"
-    assert shown["url"].startswith("data:image/jpeg;base64,")
-    assert draft.text in request.text
 
 
 def test_the_key_is_nowhere(codec, caplog, monkeypatch, tmp_path) -> None:

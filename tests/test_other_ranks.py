@@ -162,14 +162,6 @@ def test_other_ranks_read_what_is_left_of_an_epoch_once(
     assert padding < worlds[-1] * 2 and set(seen.values()) <= {1, 2}
 
 
-def test_a_fixed_number_of_batches_stays_with_other_ranks(folder: Path, codec: Codec) -> None:  # noqa: F811
-    first = module(folder, codec, place=(0, 2), epoch_batches=9)
-    next(iter(loader := first.train_dataloader()))
-    second = module(folder, codec, place=(2, 3), epoch_batches=9)
-    second.load_state_dict({"rounds": [], "loader": loader.state_dict()})
-    assert (len(second.train_dataloader()), len(keys(second.train_dataloader()))) == (9, 8)
-
-
 @pytest.mark.parametrize("settings", [{}, {"epoch_batches": 9}])
 @pytest.mark.parametrize("worlds", [(2, 5), (3, 2)])
 def test_a_process_that_goes_on_reads_what_a_restarted_one_does(

@@ -104,10 +104,3 @@ def test_a_file_of_somebody_else_is_left_alone(content, model, tmp_path, capsys)
     out.write_text(content)
     assert f"line 1 of {out} is broken" in refusal(main, argv(model, out), capsys)
     assert out.read_text() == content
-
-
-def test_a_run_without_a_line_leaves_no_file(model, tmp_path):
-    (tmp_path / "questions.jsonl").write_text('{"key": "a"}\n')
-    with pytest.raises(SystemExit):
-        main(argv(model, tmp_path / "out.jsonl", tmp_path / "questions.jsonl", "trace=true"))
-    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]

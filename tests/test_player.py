@@ -18,7 +18,7 @@ from PIL import Image
 from datamodules.collate import image_inputs
 from datamodules.shards import Sample
 from src.generate import main
-from src.generation.player import NUM_SHOWN, read_traces, write_page
+from src.generation.player import read_traces, write_page
 from src.io.errors import UserError
 from src.models.hf.folder import from_pretrained
 from src.text.tokenizer import Codec
@@ -181,17 +181,6 @@ def test_odd_tokens_are_kept_and_end_no_script(tmp_path):
     (text,) = unpack(page)["texts"]
     assert [text["sides"][0]["pieces"][str(3 + i)] for i in range(len(ODD))] == ODD
     assert text["key"] == "<i>&\"'</script>" and page.read_text().count("</script") == 2
-
-
-def test_a_page_has_the_first_texts_that_both_sides_have(tmp_path):
-    few = dict.fromkeys("01234", "a")
-    traces = [random_trace(f"{n}", length=2, num_steps=1, pieces=few, seed=n) for n in range(40)]
-    both = [write(tmp_path / "a.trace.jsonl", traces[3:]), write(tmp_path / "b.trace.jsonl", traces)]
-    write_page(tmp_path / "page.html", both, requests(traces))
-    keys = [text["key"] for text in unpack(tmp_path / "page.html")["texts"]]
-    assert keys == [str(number) for number in range(3, NUM_SHOWN)]
-    with pytest.raises(UserError, match="share no key"):
-        write_page(tmp_path / "page.html", [write(tmp_path / "c.trace.jsonl", traces[30:]), both[1]], requests(traces))
 
 
 def test_only_a_trace_file_can_be_compared(folder, tmp_path, capsys):

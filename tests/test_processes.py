@@ -118,6 +118,7 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, scenes, whole, tmp_path, parallel):
     """Killed twice right after the second round, which newer weights have drafted; as if it had not been."""
@@ -141,6 +142,7 @@ def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, 
     assert not same(straight, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_path):
     """The verbs, as torchrun starts them; the first time one is killed."""
@@ -260,6 +262,7 @@ def at_the_second_epoch(run_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+@pytest.mark.slow
 def test_at_the_start_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_path):
     """Two ranks wrote it. One that shares with nobody and one without any strategy read it in different ways."""
     at_the_second_epoch(copied)

@@ -299,6 +299,7 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_that_looks_whol
 # --- training and fsspec ----------
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_train_from_a_server_that_loses_a_shard(server, tmp_path) -> None:
     """Their losses are summed, the run goes on, and a limit ends it on both; the password is nowhere.

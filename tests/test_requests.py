@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from src.generate import main
-from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.samplers.sampler import Sampler
@@ -79,15 +78,6 @@ def test_no_system_text(golden, golden_folder_v, golden_model, tmp_path):
     assert (line["system"], line["text"]) == ("", bare.decode(sampled.ids[0].tolist()))
 
 
-def test_an_empty_prompt_goes_before_that_of_the_data(model, codec, photo, tmp_path):
-    sample = {"__key__": "a", "json": {"prompt": "Why is a red ring round?"}, "png": photo.read_bytes()}
-    write_shards(tmp_path / "test", [sample], prefix="test", per_shard=1, kind="captions", tokenizer=codec.fingerprint)
-    (own,) = run(model, tmp_path / "own.jsonl", f"images={tmp_path / 'test'}")
-    (bare,) = run(model, tmp_path / "bare.jsonl", f"images={tmp_path / 'test'}", "prompt=")
-    (same,) = run(model, tmp_path / "same.jsonl", f"images={photo}", "prompt=")
-    assert bare["text"] == same["text"] != own["text"]
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -116,16 +106,6 @@ def test_mistakes_in_files_of_questions(content, words, model, photo, tmp_path, 
 def test_wrong_settings(setting, message, model, tmp_path, capsys):
     argv = ["images=null", "prompt=Why?", "sampler=refine", setting]
     assert message in refused(capsys, model, tmp_path / "out", *argv)
-
-
-def test_a_byte_order_mark_and_blank_lines_are_passed_over(model, tmp_path):
-    lines = ['{"key": "a", "prompt": "Why?"}', "", '{"key": "b", "prompt": "Why\u2028not?"}', "  ", ""]
-    plain = questions(tmp_path, "\n".join(lines[::2][:2]))
-    expected = run(model, tmp_path / "plain.jsonl", "images=null", plain)
-    marked = questions(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    lines = run(model, tmp_path / "marked.jsonl", "images=null", marked)
-    assert [(line["key"], line["text"]) for line in lines] == [(line["key"], line["text"]) for line in expected]
-    assert [line["key"] for line in lines] == ["a", "b"]
 
 
 @pytest.fixture

@@ -186,6 +186,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, *, seconds: flo
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_its_training_and_goes_on_past_an_arm_that_fails(tmp_path, capsys):
     argv = [settings(tmp_path), "budget=60"]
     # 1. budget=0 runs nothing, not even the setup.

@@ -298,13 +298,6 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_without_molecules_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "m.csv"
-    file.write_text("smiles\n" + "".join("C" * n + "\n" for n in range(1, 30)))
-    Smiles(out=str(tmp_path / "out"), files=str(file), response_length=40, prompt_format="plain").run()
-    assert "all molecules of train are of class 1, as the percentile 90 of rings is 0" in caplog.text
-
-
 def test_one_enormous_word_does_not_stall_the_training_of_a_tokenizer() -> None:
     """Quadratic in the word, this takes minutes; the pieces are the text, and other texts stay whole."""
     word = "abcdefghij" * 100_000
@@ -322,15 +315,6 @@ def test_one_enormous_word_does_not_stall_the_training_of_a_tokenizer() -> None:
 
 
 @needs_real_data
-def test_real_humaneval(tmp_path: Path) -> None:
-    file = SHARED / "text" / "humaneval.jsonl"
-    fields: dict[str, Any] = {"prompt": "prompt", "response": "canonical_solution", "keep": ["test", "entry_point"]}
-    _, rows, _ = made(pairs(tmp_path, files=str(file), response_length=1000, max_prompt=None, **fields))
-    written = {(r["prompt"], r["captions"][0]["text"], r["test"]) for split in SPLITS for r in rows[split]}
-    assert written == {(line["prompt"], line["canonical_solution"], line["test"]) for line in read_jsonl(file)}
-
-
-@needs_real_data
 def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
     file, out = SHARED / "text" / "c4_demo.jsonl", tmp_path / "out"
     main(["conf=text", f"prepare.files={file}", f"prepare.out={out}", f"prepare.tokenizer={SHARED / 'tokenizer_gpt2'}"])
@@ -343,14 +327,6 @@ def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
 
 
 # --- record files that people have -------------------------------------------------------------------
-
-
-def test_a_column_named_split_in_any_spelling_is_obeyed(tmp_path: Path) -> None:
-    rows = [f"q{n},a{n},{split}" for n, split in enumerate(("Train", "VAL", "test ", "fold"))]
-    (tmp_path / "a.csv").write_text("\n".join(["question,answer,Split", *rows]))
-    items = list(pairs(tmp_path, files=str(tmp_path / "a.csv")).read(counts := Counts()))
-    assert [(item.split, item.share) for item in items] == [("train", None), ("val", None), ("test", None)]
-    assert counts["unknown_split"] == 1
 
 
 def test_no_value_and_lost_turns_are_never_trained(tmp_path: Path) -> None:
