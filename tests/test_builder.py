@@ -28,10 +28,12 @@ from src.preparation import builder, items, workers
 from src.preparation.photos import Photos
 from src.prepare import main
 from src.text.tokenizer import Codec
+from testing.child import in_child
 from testing.files import contents, read_jsonl
 from tests.test_structure import check_verb
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 SPLITS = ("train", "val", "test")
 SETTINGS: dict[str, Any] = {"image_size": 24, "vocab_size": 263, "response_length": 24, "prompt": "What?"}
 
@@ -166,15 +168,9 @@ def kill_at(place: Any, name: str, number: int = 1) -> None:
     setattr(place, name, killed)
 
 
-def in_child(run: Callable[[], object]) -> int:
-    """Run in a forked process; 0, or the number of the signal that killed it."""
-    child = os.fork()
-    if not child:
-        with contextlib.suppress(BaseException):
-            run()
-            os._exit(0)
-        os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def killed(place: Any, name: str, run: Callable[[], object], number: int = 1) -> None:
+    """Run in a process that is killed at that call of a function."""
+    assert in_child(lambda: (kill_at(place, name, number), run())) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -188,26 +184,12 @@ def in_child(run: Callable[[], object]) -> int:
     ],
     ids=["scan", "splits", "shards", "report", "rename"],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_same_command_continues_what_was_killed(
-    photos: Path,
-    whole: Path,
-    tmp_path: Path,
-    place: Any,
-    name: str,
-    number: int,
-    num_kept: int,
-    caplog: pytest.LogCaptureFixture,
+    photos: Path, whole: Path, tmp_path: Path, caplog, place: Any, name: str, number: int, num_kept: int
 ) -> None:
-    out = tmp_path / "out"
-
-    def killed() -> None:
-        kill_at(place, name, number)
-        dataset(photos, out, processes=1).run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    killed(place, name, dataset(photos, out, processes=1).run, number)
     assert not out.exists()
-    partial = tmp_path / "out.partial"
     reports = sorted(path.stem for path in (partial / "reports").glob("*.json"))
     before = {name: tar for name, tar in tars(partial).items() if Path(name).stem in reports}
     assert len(before) == num_kept
@@ -218,13 +200,8 @@ def test_the_same_command_continues_what_was_killed(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_kill_after_the_rename_leaves_a_complete_dataset(photos: Path, whole: Path, tmp_path: Path) -> None:
-    def killed() -> None:
-        kill_at(builder.shutil, "rmtree")
-        dataset(photos, tmp_path / "out").run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(builder.shutil, "rmtree", dataset(photos, tmp_path / "out").run)
     assert contents(tmp_path / "out") == contents(whole)
     before = tars(tmp_path / "out")
     dataset(photos, tmp_path / "out").run()
@@ -236,50 +213,25 @@ def test_a_kill_after_the_rename_leaves_a_complete_dataset(photos: Path, whole: 
     ("place", "name", "number", "overwrite"),
     [(os, "unlink", 2, False), (os, "unlink", 6, True), (builder, "publish", 1, True)],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_kill_while_a_dataset_is_replaced_costs_nothing(
     photos: Path, whole: Path, tmp_path: Path, place: Any, name: str, number: int, overwrite: bool
 ) -> None:
     """A kill in the removal of the old dataset, or before the rename; then the same command, or without overwrite."""
     out = tmp_path / "out"
     dataset(photos, out, seed=7).run()
-
-    def killed() -> None:
-        kill_at(place, name, number)
-        dataset(photos, out, overwrite=True).run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(place, name, dataset(photos, out, overwrite=True).run, number)
     dataset(photos, out, overwrite=overwrite).run()
     assert contents(out) == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_damaged_shard_of_a_killed_run_is_written_again(photos: Path, whole: Path, tmp_path: Path) -> None:
-    def killed() -> None:
-        kill_at(builder, "publish")
-        dataset(photos, tmp_path / "out").run()
-
-    assert in_child(killed) == -signal.SIGKILL
-    shard, *_ = sorted((tmp_path / "out.partial").rglob("train-*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-600])
-    dataset(photos, tmp_path / "out").run()
-    assert contents(tmp_path / "out") == contents(whole)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("change", ["size", "time"])
 def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
     photos: Path, tmp_path: Path, change: str
 ) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(photos, images)
-
-    def killed() -> None:
-        kill_at(builder, "publish")
-        dataset(images, out).run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(builder, "publish", dataset(images, out).run)
     before, modified = tars(tmp_path / "out.partial"), (images / "p3.png").stat().st_mtime_ns
     if change == "size":
         shutil.copyfile(images / "p4.png", images / "p3.png")
@@ -290,40 +242,31 @@ def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("name", "content"), [("reports/train-000000.json", b"{}"), ("reports/train-000000.json", b"{"), ("items.db", None)]
+    ("name", "damaged"),
+    [
+        ("train/train-000000.tar", lambda data: data[:-600]),
+        ("reports/train-000000.json", lambda data: b"{}"),
+        ("reports/train-000000.json", lambda data: b"{"),
+        ("items.db", lambda data: b"x" * 5000),
+    ],
 )
 def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(
-    photos: Path, whole: Path, tmp_path: Path, name: str, content: bytes | None
+    photos: Path, whole: Path, tmp_path: Path, name: str, damaged: Callable[[bytes], bytes]
 ) -> None:
-    out = tmp_path / "out"
-
-    def killed() -> None:
-        kill_at(builder, "publish")
-        dataset(photos, out).run()
-
-    assert in_child(killed) == -signal.SIGKILL
-    file = tmp_path / "out.partial" / name
-    file.write_bytes(b"x" * 5000 if content is None else content)
-    if content is None:
+    out, file = tmp_path / "out", tmp_path / "out.partial" / name
+    killed(builder, "publish", dataset(photos, out).run)
+    file.write_bytes(damaged(file.read_bytes()))
+    if name == "items.db":
         with pytest.raises(UserError, match=r"out\.partial was damaged \(file is not a database\) and is removed"):
             dataset(photos, out).run()
     dataset(photos, out).run()
     assert contents(out) == contents(whole)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_was_begun_with_other_settings_is_started_over(
-    photos: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_begun_with_other_settings_is_started_over(photos: Path, whole: Path, tmp_path: Path, caplog) -> None:
     out = tmp_path / "out"
-
-    def killed() -> None:
-        kill_at(builder, "publish")
-        dataset(photos, out, image_size=16).run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    killed(builder, "publish", dataset(photos, out, image_size=16).run)
     with caplog.at_level(logging.INFO):
         dataset(photos, out).run()
     assert f"starting over: {out}.partial was begun with other settings or files (image_size)" in caplog.text

@@ -244,7 +244,9 @@ def test_the_run_and_the_export_verb_write_the_weights_that_they_are_asked_for(s
     )
 
 
-@pytest.mark.parametrize(("use_for", "weights"), [("[draft]", "ema"), ("[evaluate,export]", "raw")])
+@pytest.mark.parametrize(
+    ("use_for", "weights"), [("[draft]", "ema"), pytest.param("[evaluate,export]", "raw", marks=pytest.mark.slow)]
+)
 def test_rounds_are_drafted_by_the_chosen_weights(scenes, tmp_path, use_for, weights):
     """With train_from=start, weights and average go back to those before the first round."""
     argv = layered(stage_two(scenes, tmp_path / "run"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from src.export import main
@@ -193,18 +192,12 @@ def test_a_text_model_fits_every_layout(codec, tmp_path, form):
 
 
 class Step(L.LightningModule):
-    """One step that changes every weight, of a backbone that may be sharded."""
+    """One step that changes every weight."""
 
-    def __init__(self, backbone: LLaDAV, *, sharded: bool = False) -> None:
+    def __init__(self, backbone: LLaDAV) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.backbone, self.sharded, self.other = backbone, sharded, torch.nn.Linear(2, 2)
-
-    def configure_model(self):
-        if self.sharded:
-            fully_shard(self.backbone, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.other, mesh=self.device_mesh["data_parallel"])
-            self.sharded = False
+        self.backbone, self.other = backbone, torch.nn.Linear(2, 2)
 
     def training_step(self, batch, index):
         for parameter in self.parameters():
@@ -216,7 +209,7 @@ class Step(L.LightningModule):
 
 
 def train(backbone: LLaDAV, checkpoint: Path, **settings) -> LLaDAV:
-    step = Step(backbone, sharded="strategy" in settings)
+    step = Step(backbone)
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, **settings,

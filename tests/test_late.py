@@ -23,9 +23,10 @@ from src.io.shards import read_shard
 from src.rounds.drafts import read_drafts
 from src.rounds.expert_thread import ExpertThread
 from src.types import Expert, Revision
+from testing.child import in_child
 from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, error, reply
-from tests.test_rounds import NUM, Case, Diligent, in_child, kill_at_rename
+from tests.test_rounds import NUM, Case, Diligent, kill_at_rename
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_round_that_takes_up_late_drafts_may_be_killed(case, tmp_path):
         kill_at_rename(8)  # five chunks of drafts, their settings and index, a shard
         following(case, tmp_path / "killed", Slow(tmp_path / "killed-2"))
 
-    assert in_child(killed) != 0
+    assert in_child(killed) == -signal.SIGKILL
     assert requested(tmp_path / "killed-2") == requested(tmp_path / "whole-2")
     following(case, tmp_path / "killed", Slow(tmp_path / "killed-2"))
     assert requested(tmp_path / "killed-2") == requested(tmp_path / "whole-2")

@@ -108,7 +108,7 @@ def numbers(run_dir: Path) -> set[int]:
         pytest.param(0, "src.rounds.round:write_shards", 0, 0, marks=SLOW, id="all answered"),
         pytest.param(0, "src.io.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
         pytest.param(0, "src.io.shards:write_index", 0, 0, marks=SLOW, id="before the manifest"),
-        pytest.param(0, "src.rounds.round:publish", 1, 0, id="before the rename, second round"),
+        pytest.param(0, "src.rounds.round:publish", 1, 0, marks=SLOW, id="before the rename, second round"),
         pytest.param(0, "src.rounds.round:read_round", 0, 0, marks=SLOW, id="after the rename"),
         pytest.param(1, STEP, 0, 0, marks=SLOW, id="first step"),
         pytest.param(0, STEP, 2, 0, marks=SLOW, id="first step after the second round"),

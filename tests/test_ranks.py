@@ -124,11 +124,17 @@ def on_ranks(
 @pytest.mark.parametrize(
     ("strategy", "sharding", "world", "cases"),
     [
-        ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
-        ("FSDP2", "None", 2, [("proseco", "prefix"), ("proseco", "shift"), ("revision", "prefix")]),
-        ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
-        ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full")]),
-        ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
+        ("FSDP2", "None", 2, [("proseco", "prefix"), ("mask", "full"), ("revision", "full"), ("refine", "full")]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
+                ("FSDP2", "None", 2, [("proseco", "shift"), ("revision", "prefix")]),
+                ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
+                ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full")]),
+                ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
+            ]
+        ),
     ],
 )
 def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, cases):

@@ -37,6 +37,7 @@ from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 from src.types import Batch, Draft, Edit, Expert, Failure, Prefix, Revision
+from testing.child import in_child
 
 NUM, CANVAS, RIGHT = 11, 64, {"s03", "s07"}  # the drafts of RIGHT hold no mistake
 
@@ -176,20 +177,6 @@ def journaled(folder: Path) -> list[str]:
     return [json.loads(line)["key"] for line in lines]
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked process; 0, or the number of the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return -code
-
-
 def kill_at_rename(number: int) -> None:
     """Kill this process right before its n-th rename, from 0; the interpreter announces each one."""
     seen = iter(range(10**6))
@@ -298,8 +285,9 @@ def test_drafting_goes_on_while_the_expert_works(case, tmp_path):
 
 def resumed_equals_whole(case: Case, whole: Path, folder: Path, killed: Callable[[Path], object]) -> bool:
     """Kill a round, finish it in another process, and compare; false when the kill came too late."""
-    if in_child(lambda: killed(folder)) == 0:
+    if (code := in_child(lambda: killed(folder))) == 0:
         return False
+    assert code == -signal.SIGKILL
     work = folder.with_name(f".{folder.name}.partial")
     finished = folder if folder.exists() else work
     answered = journaled(finished)

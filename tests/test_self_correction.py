@@ -1,7 +1,4 @@
-"""The online loop inside real trainings: when rounds come, what training sees of them, and what a kill leaves.
-
-Run as a program, this file is the training that the tests kill.
-"""
+"""The online loop inside real trainings: when rounds come, what training sees of them, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -44,18 +39,20 @@ from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 from src.types import Edit, Expert, Revision
+from testing.child import in_child
 
 NUM, LENGTH, STEPS_PER_EPOCH = 6, 64, 3  # NUM drafts a round
 
 
 class Rewriter(Expert):
-    """Wants another word for the first tokens of every draft; says on stdout whose draft it answers."""
+    """Wants another word for the first tokens of every draft."""
 
     name = "rewriter"
 
-    def __init__(self, codec: Codec, *, lost: bool = False) -> None:
+    def __init__(self, codec: Codec, *, lost: bool = False, kill_at: int | None = None) -> None:
         self.codec = codec
         self._lost = lost  # the connection, after one answer
+        self._left = kill_at  # answers before its process is killed
 
     async def revise(self, drafts):
         for number, draft in enumerate(drafts):
@@ -63,8 +60,10 @@ class Rewriter(Expert):
                 raise ConnectionError("the expert is gone")
             ends = [len(self.codec.decode(draft.token_ids[:n])) for n in range(4)]
             words = [draft.text[a:b] for a, b in pairwise(ends)]
-            sys.stdout.write(f"answer {draft.key}\n")
-            sys.stdout.flush()
+            if self._left is not None:
+                self._left -= 1
+                if self._left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
             yield draft.key, Revision(tuple(Edit(w, " ring", a) for w, a in zip(words, ends, strict=False) if w))
 
 
@@ -182,6 +181,7 @@ def train(
     run: Path,
     *,
     lost: bool = False,
+    kill_at: int | None = None,
     resume: Path | None = None,
     save: bool = False,
     also: Sequence[L.Callback] = (),
@@ -195,7 +195,11 @@ def train(
     codec = Codec.load(data / "tokenizer")
     module = Refine(Setup(backbone=partial(backbone, codec), special=codec.special, optim=Optim(lr=1e-3, decay=0.0)))
     steps, datamodule = Steps(), data_for(data, codec)
-    callbacks: list[L.Callback] = [correction(codec, run, expert=Rewriter(codec, lost=lost), **changed), steps, *also]
+    callbacks: list[L.Callback] = [
+        correction(codec, run, expert=Rewriter(codec, lost=lost, kill_at=kill_at), **changed),
+        steps,
+        *also,
+    ]
     if save:
         every_step = {"save_top_k": -1, "every_n_train_steps": 1, "save_on_train_epoch_end": False}
         callbacks.append(ModelCheckpoint(run / "steps", filename="{step}", **every_step))
@@ -238,25 +242,11 @@ def test_rounds_come_before_the_first_and_after_the_first_epoch(whole):
     assert (run / "checkpoints" / "last.ckpt").readlink() == Path("pre-round-0002.ckpt")
 
 
-def train_and_kill(data: Path, run: Path, *, answers: int) -> None:
-    """Start a training, and kill it from outside once the expert has given some answers."""
-    program = [sys.executable, __file__, str(data), str(run)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    ) as child:  # fmt: skip
-        assert child.stdout is not None
-        keys = (line.split()[1] for line in child.stdout if line.startswith("answer "))
-        for _ in range(answers):
-            next(keys)
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
-
-
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 def test_killed_training_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
     """Killed in the first round, killed in the second, and then left by the expert."""
-    train_and_kill(data, tmp_path, answers=3)
-    train_and_kill(data, tmp_path, answers=(NUM - 3) + 2)
+    for answers in (3, (NUM - 3) + 2):
+        assert in_child(partial(train, data, tmp_path, kill_at=answers)) == -signal.SIGKILL
     checkpoint = tmp_path / "checkpoints" / "pre-round-0002.ckpt"
     saved = checkpoint.stat().st_mtime_ns
     with pytest.raises(ConnectionError):
@@ -453,7 +443,3 @@ def test_drafts_of_other_data_are_refused(data, model, tmp_path, capsys, change,
         src.draft.main(draft_arguments(other, model, tmp_path / "drafts"))
     hashes = [hashlib.sha256((path / "train" / "index.json").read_bytes()).hexdigest() for path in (data, other)]
     assert f"(data: {hashes[0]} in the drafts, {hashes[1]} now);" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), Path(sys.argv[2]))

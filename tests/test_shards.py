@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import signal
-import subprocess
-import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from datamodules.stream import Stream, read_index
 from src.io.errors import UserError
 from src.io.shards import write_shards
 from src.types import Batch
+from testing.child import in_child
+from testing.files import contents
 
 
 def png(value: int) -> bytes:
@@ -203,38 +205,20 @@ def test_shards_are_plain_tars_and_equal_samples_make_equal_bytes(tmp_path: Path
         assert {member.mtime for member in tar} == {0}
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.test_shards import sample
-from src.io.errors import UserError
-from src.io.shards import write_shards
-
-def samples():
-    for number in range(25):
-        if number == 15:
-            print("half", flush=True)
-            sys.stdin.read()
-        yield sample(number)
-
-write_shards(Path(sys.argv[1]), samples(), prefix="train", per_shard=10, kind="captions", tokenizer="t")
-"""
-
-
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 def test_a_killed_writer_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     folder = tmp_path / "d"
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{WRITER}", str(folder)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"half\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+
+    def samples() -> Iterator[dict]:
+        for number in range(25):
+            if number == 15:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield sample(number)
+
+    options = {"prefix": "train", "per_shard": 10, "kind": "captions", "tokenizer": "t"}
+    assert in_child(lambda: write_shards(folder, samples(), **options)) == -signal.SIGKILL
     assert sorted(p.name for p in folder.glob("*.tar")) == ["train-000000.tar"]
     with pytest.raises(ValueError, match="not a finished data folder"):
         read_index(folder)
     make(folder, 25)
-    fresh = make(tmp_path / "e", 25)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in fresh.iterdir()}
+    assert contents(folder) == contents(make(tmp_path / "e", 25))
