@@ -20,7 +20,7 @@ from datamodules.captions import CaptionData
 from datamodules.collate import image_inputs
 from src.io.errors import UserError
 from src.io.shards import write_shards
-from src.models.tiling import Square, anyres, resized
+from src.models.tiling import anyres, resized
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
 
@@ -129,21 +129,6 @@ def test_rows_of_several_images_are_filled_with_empty_tiles() -> None:
     np.testing.assert_array_equal(pixels[0], np.concatenate([layout.tiles(wide), layout.tiles(small)]))
     np.testing.assert_array_equal(pixels[2, :4], layout.tiles(tall))
     assert not pixels[1].any() and not pixels[2, 4:].any()
-
-
-def test_a_square_is_normalised_as_ever() -> None:
-    """The pixels that the embedded model was trained with: resized as a whole, then from 0..255 to -1..1."""
-    image = Image.effect_noise((60, 40), 90).convert("RGB")
-    tiles = image_inputs([[image]], Square(48))["pixel_values"][0]
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**sizes, "image_size": 48, "patch_size": 16}
-    backbone = tiny(Codec.train([WORDS], vocab_size=80), decoder=sizes, vision=vision)
-    seen: list[torch.Tensor] = []
-    backbone.vision.vision_tower.embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    backbone.vision.features(tiles)
-    resized = np.array(image.resize((48, 48), Image.Resampling.BICUBIC))
-    expected = torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
-    torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=1e-6)
 
 
 def test_the_loader_resizes_as_the_config_says(tmp_path: Path, codec: Codec) -> None:

@@ -15,7 +15,6 @@ from src.diffusion.corruption import (
     Only,
     Replace,
     Span,
-    _edit,
     start,
 )
 from src.diffusion.noise import Noise
@@ -121,14 +120,6 @@ def test_one_span_a_row_where_the_text_is_still_visible():
     chosen = [set(batch.span[row][hit[row]].tolist()) for row in range(len(batch))]
     assert all(len(found) <= 1 for found in chosen)
     assert {1} in chosen and {2} in chosen  # both spans get their turn
-
-
-def test_without_masks_a_whole_span_is_put_in():
-    batch = make_batch(16, 12)
-    out = run(Span(), batch)
-    assert (out.where(Kind.HALLUCINATION).sum(1) == 2).all()
-    everything = run(Span(num=None), batch)
-    assert (everything.where(Kind.HALLUCINATION).sum(1) == 4).all()
 
 
 def test_a_draft_is_shown_and_its_mistakes_are_marked():
@@ -264,20 +255,6 @@ def test_each_edit_is_bounded_and_labelled(operation):
             assert distance <= int(0.3 * n)
     assert 0.02 < sum(counts) / 300 < 0.6
     assert min(counts) == 0 < max(counts)  # the number of edits is uniform from none
-
-
-def test_a_shift_moves_up_to_its_window_and_nothing_further_on():
-    text = list(range(10, 20))
-    _edit(text, "shift", 3, 2, 99)
-    assert text == [10, 11, 12, 14, 15, 99, 16, 17, 18, 19]
-    _edit(text, "shift", 9, 4, 98)
-    assert text[9] == 98 and len(text) == 10
-    _edit(text, "swap", 9, 1, 97)
-    assert text[9] == 98
-    _edit(text, "swap", 0, 1, 97)
-    assert text[:2] == [11, 10]
-    _edit(text, "duplicate", 4, 1, 97)
-    assert text[4:6] == [15, 15]
 
 
 @pytest.mark.parametrize("corruption", [Hybrid(special=SPECIAL, share=0.3), EditNoise(special=SPECIAL, rate=0.5)])

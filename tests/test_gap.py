@@ -90,20 +90,6 @@ def test_a_corrected_draft_in_a_batch(codec: Codec) -> None:
     assert sorted(set(row.span)) == [0, 1, 2]
 
 
-def test_a_stretched_draft_is_cut_at_the_response_length(codec: Codec) -> None:
-    """What goes over it is lost, its end included, and a correction that the cut goes through is none."""
-    text = "A small ring is red."
-    ids = [*codec.encode(text)[0], codec.eot_id]
-    inside = draft_row(correction(codec, text, Edit("A", "A A")))
-    assert len(inside.response) == len(ids) + 1
-    cut = inside.fit(len(ids), codec.eos_id)
-    assert codec.decode(cut.response) == "A A small ring is red."
-    assert codec.eot_id not in cut.response
-    through = draft_row(correction(codec, text, Edit("red", "red small blue"))).fit(len(ids) - 1, codec.eos_id)
-    assert not any(through.span)
-    assert through.flawed == through.response
-
-
 def spans_with_gaps(codec: Codec, rows: int = 400) -> Batch:
     """Four spans a row: one that removes, one that replaces, one that removes, one that puts in."""
     text = "A a small red ring is is red."

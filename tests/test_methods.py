@@ -34,6 +34,7 @@ SAMPLERS = {
     "self_draft": ("refine", []),
     "calibrated": ("calibrated", []),
 }
+QUICK = {"proseco", "uniform", "self_draft"}  # two passes, no masks, drafts of its own
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def scenes(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
-@pytest.mark.parametrize("conf", SAMPLERS)
+@pytest.mark.parametrize(
+    "conf", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_a_method_trains_and_samples(conf, scenes, tmp_path):
     main(arguments(scenes, tmp_path / "run", "trainer.max_steps=2", "data.batch_size=4", conf=conf))
     sampler, more = SAMPLERS[conf]

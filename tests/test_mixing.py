@@ -252,7 +252,7 @@ def keys(batches: Any) -> list[list[str]]:
     return [batch.keys for batch in batches]
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rounds", [False, True])
 def test_a_resumed_rank_reads_the_very_batches_that_are_left(
     folder: Path, codec: Codec, workers: int, rounds: bool
@@ -302,8 +302,7 @@ class Counting(L.LightningModule):
             self.trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("save_at", [4, 5, 10, 13, 20])
-@pytest.mark.parametrize("every", [None, 5])
+@pytest.mark.parametrize(("save_at", "every"), [(10, None), (13, None), (5, 5), (13, 5)])
 def test_validation_is_whole_after_a_resume(
     tmp_path: Path, folder: Path, codec: Codec, save_at: int, every: int | None
 ) -> None:

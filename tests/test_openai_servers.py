@@ -1,6 +1,4 @@
-"""The expert against servers that we did not write: `transformers serve`, llmock, HAProxy. They are the extra
-`experts-test`, and HAProxy a package of the system; without them these tests are skipped.
-"""
+"""The expert against servers that we did not write, `transformers serve` and llmock: the extra `experts-test`."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import io
 from collections import Counter
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -21,7 +18,6 @@ from src.text.tokenizer import Codec
 from src.types import Draft, Failure, Revision
 from testing.servers.real import (
     free_port,
-    haproxy,
     llmock,
     missing,
     tell,
@@ -35,7 +31,6 @@ GOOD = '{"right": false, "edits": [{"org": "red", "target": "blue", "reason": "b
 
 pytestmark = pytest.mark.servers
 needs_llmock = pytest.mark.skipif(bool(why := missing("llmock")), reason=why)
-needs_haproxy = pytest.mark.skipif(bool(why := missing("llmock", program="haproxy")), reason=why)
 needs_transformers = pytest.mark.skipif(bool(why := missing("fastapi", "uvicorn")), reason=why)
 
 
@@ -164,29 +159,6 @@ def test_llmock_dies_in_the_middle_and_comes_back(codec) -> None:
     assert sorted(key for key, _ in pairs) == sorted(draft.key for draft in drafts)
     assert kinds(dict(pairs)) == {"revised": 120}
     assert again <= 120 - 40 + 5  # a few replies may arrive while the test script is about to end the server
-
-
-BROKEN = r"""
-  http-request return status 200 content-type application/json string '{"choices": [{"mes' if { rand(100) lt 6 }
-  http-request return status 200 content-type application/json string '{"choices": []}' if { rand(100) lt 6 }
-  http-request return status 429 content-type text/plain string slow hdr retry-after 0.2 if { rand(100) lt 6 }
-  http-request reject if { rand(100) lt 6 }
-  http-request return status 502 content-type text/html string '<html>bad gateway</html>' if { rand(100) lt 6 }
-"""
-
-
-@needs_haproxy
-def test_haproxy_breaks_http(codec, tmp_path: Path) -> None:
-    """Half a JSON body with status 200, empty choices, 429, a cut connection, an HTML 502: a quarter of all."""
-    with llmock() as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        with haproxy(tmp_path, BROKEN, to=url) as front:
-            expert = expert_of(codec, front, limits=replace(LIMITS, attempts=12))
-            assert kinds(ask(expert, drafts_of(codec, 100))) == {"revised": 100}
-        seen = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
-    counts = expert.client.counts
-    assert len({"malformed_body", "no_choices", "rate_limited", "connection", "server_error"} & counts.keys()) >= 4
-    assert len(seen) == 100
 
 
 @pytest.fixture(scope="module")

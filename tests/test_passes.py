@@ -268,20 +268,6 @@ def test_replacements_hit_the_right_tokens_of_a_draft_only():
     assert set(noisy[right & (noisy != plain)].tolist()) <= ordinary
 
 
-def test_coefficients_and_levels_that_cannot_be_are_refused():
-    for options, message in (
-        ({"correct": -1.0}, "coefficient of 'correct' must be at least 0, got -1.0"),
-        ({"floor": 2.0}, "floor must be at least 0 and less than 1, got 2.0"),
-        ({"floor": -1.0}, "less than 1, got -1.0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(ProSeCo, **options)
-    with pytest.raises(ValueError, match="trains nothing: all coefficients are 0"):
-        make(HybridNoise, mask=0.0, wrong=0.0, clean=0.0)
-    with pytest.raises(ValueError, match="needs views >= 2"):
-        Optim(lr=1e-3, antithetic=True)
-
-
 @pytest.mark.parametrize("clean", [1.0, 0.05])
 def test_equal_weights_for_visible_tokens_have_the_true_probability_as_optimum(clean):
     """A visible token is right in q of all cases, and the input does not tell in which.

@@ -38,7 +38,6 @@ from src.training.memory_plan import (
     REDUCED,
     STATES,
     TEMPORARY,
-    Live,
     Plan,
     measure,
 )
@@ -206,24 +205,6 @@ def test_micro_batches_bound_activations_and_find_gradients():
     assert whole.phases["saved"][ACTIVATIONS] == pytest.approx(4 * cut.phases["saved"][ACTIVATIONS], rel=0.02)
     assert whole.phases["forward"][GRADIENTS] == 0
     assert cut.phases["forward"][GRADIENTS] == 4 * size(SHAPES)
-
-
-def test_storages_are_counted_once_until_they_are_freed_by_label():
-    weight = torch.ones(1024, requires_grad=True)
-    with Live() as live:
-        live.enter("forward", "activations")
-        hidden = weight.exp()
-        part = hidden.view(2, 512)[1]  # no memory of its own
-        loss = hidden.exp().sum()  # each exp keeps its result
-        assert live.now == {"activations": 2 * 4096 + 4}
-        live.enter("backward", "temporary")
-        loss.backward()
-        live.hold(weight.grad, "gradients")
-        del loss, hidden
-        assert live.now == {"activations": 4096, "temporary": 0, "gradients": 4096}  # `part` needs the first
-        del part
-    assert live.now == {"activations": 0, "temporary": 0, "gradients": 4096}
-    assert live.peaks["forward"] == {"activations": 2 * 4096 + 4}
 
 
 # precision

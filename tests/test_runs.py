@@ -128,17 +128,12 @@ def test_changes_are_told_with_both_values():
     ("change", "message"),
     [
         ("run_dir=null", "run_dir: expected a path, got None"),
-        ("optim.lr=.nan", "optim.lr must be .* got nan"),
         (
             "optim.lr=1e30",
             r"the gradients are not finite after step \d \(samples train-0\d+, .*\), 4 times in a row: .*",
         ),
-        ("optim.betas=[0.9,1.5]", "optim.betas must be at least 0 and less than 1"),
-        ("data.response_length=1", "data.response_length must be at least 2, got 1"),
         ("data.rounds=[/nope]", "data.rounds: no folder /nope; make a round with `python -m src.revise`"),
-        ("trainer.max_steps=0", "trainer.max_steps must be at least 1, got 0"),
         ("trainer.limit_train_batches=0", "stopped at step 0 .*: raise or unset .*limit_train_batches"),
-        ("trainer.max_time=00:00:00:00", "stopped at step 0 of 10 by another limit: raise or unset"),
     ],
 )
 def test_settings_that_cannot_work(scenes, tmp_path, capsys, change, message):

@@ -12,7 +12,6 @@ import pytest
 
 from src.preparation.counts import Counts, Reject
 from src.preparation.records import read_records
-from src.preparation.text import Pairs
 from tests.test_sources import read
 
 MARK, NEXT = "(a quotation mark)", "(it may go on in the next line)"
@@ -111,7 +110,7 @@ PIECES = ["a", "b ", "c, d, e", "\n", '"q"', "word "]
 def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names: str, tmp_path: Path) -> None:
     """One is put before or behind a cell or a line, or one is taken out, anywhere in a proper table."""
     num_read = 0
-    for seed in range(300):
+    for seed in range(120):
         rng = random.Random(seed)
         rows = [(names.format(n), "".join(rng.choices(PIECES, k=rng.randrange(1, 6))).strip() + ".") for n in range(9)]
         quoting = csv.QUOTE_MINIMAL if seed % 2 else csv.QUOTE_ALL
@@ -129,7 +128,7 @@ def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names:
         read = [tuple(row.values()) for _, row in read_records(tmp_path / "a.csv", Counts())]
         assert {unquoted(row) for row in read} <= {unquoted(row) for row in rows}, text
         num_read += len(read)
-    assert num_read > 300 * 4
+    assert num_read > 120 * 4
 
 
 @pytest.mark.parametrize(
@@ -158,26 +157,3 @@ def test_captions_of_numbers_and_of_a_single_column(
 
 def unquoted(row: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(cell.replace('"', "") for cell in row)
-
-
-@pytest.mark.parametrize(
-    ("content", "pairs", "broken"),
-    [
-        ("1+1?,2, and no more\n2+2?,4\n", ["4"], [2]),
-        ('2+2?,"4\n3+3?,6\n\n4+4?,8"\n5+5?,10\n', ["10"], [2, 3, 4, 5]),
-        ('"2+2?,4\n3+3?",6\n5+5?,10\n', ["10"], [2, 3]),
-        ('Which?,"a.jpg, red\nb.jpg, blue"\nNext?,"A\n\nthen B"\n', ["a.jpg, red\nb.jpg, blue", "A\n\nthen B"], []),
-        ('1+1?,2\n1+2?,3\nSay hi,"He said "hi"\nand then, left."\n2+2?,4\n3+3?,6\n', ["2"], [3, 4, 5, 6, 7]),
-    ],
-)  # fmt: skip
-def test_prompts_and_responses_are_never_cut_or_joined(
-    content: str, pairs: list[str], broken: list[int], tmp_path: Path
-) -> None:
-    """`conf=sft` has the same reader; without file names rows cannot be told from a text behind a wrong mark."""
-    (tmp_path / "a.csv").write_text(" Question,Answer \n" + content)
-    dataset = Pairs(out="", files=str(tmp_path / "a.csv"), prompt="question", response="answer", response_length=64)
-    rejects: list[Reject] = []
-    items = list(dataset.read(counts := Counts(rejects.append)))
-    assert [item.text for item in items] == pairs
-    assert [place.partition(" ")[0] for _, _, place in rejects] == [f"a.csv:{line}" for line in broken]
-    assert counts["records"] == len(pairs) + len(broken)

@@ -137,16 +137,6 @@ def test_the_released_formats_differ_where_they_should(folder) -> None:
     assert short.fingerprint == seen.fingerprint != text.fingerprint
 
 
-def test_upstream_drops_a_token_only_behind_a_prompt_that_starts_with_bos(folder, tmp_path) -> None:
-    template = "{{ messages[0]['content'] }}"
-    file = write(tmp_path / "f.yaml", template=template, join="upstream", image=f"{IMAGE}\n")
-    plain = Codec.load(folder, prompt_format=file)
-    assert plain.prompt_ids(QUESTION) == ids_of(plain, plain.image_id, f"\n{QUESTION}")
-    write(file, template=BOS + template, join="upstream", image=f"{IMAGE}\n")
-    begun = Codec.load(folder, prompt_format=file)
-    assert begun.prompt_ids(QUESTION) == ids_of(begun, BOS, begun.image_id, QUESTION)
-
-
 def test_which_format_is_taken(folder, codec) -> None:
     own = "{{ messages[0]['content'] }}" + EOT
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "chat_template": own}
