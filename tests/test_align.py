@@ -313,9 +313,7 @@ def _sprinkled(codec: Codec, ids: list[int], rng: Random, count: int) -> list[in
         (Edit("is", "is quite quite"), "One|is|_|red.", "One|is|_|_|red.", "One|is|quite|quite|red."),
     ],
 )
-def test_gaps_take_up_edits_of_unequal_length(
-    codec: Codec, edit: Edit, marked: str, drafted: str | None, corrected: str
-) -> None:
+def test_gaps_take_up_edits_of_unequal_length(codec, edit, marked, drafted, corrected):
     one = _gapped(codec)
 
     def ids_of(line: str) -> list[int]:

@@ -98,17 +98,13 @@ def samples(folder: Path) -> Iterator[tuple[dict, dict]]:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_bytes_do_not_depend_on_the_number_of_processes(
-    photos: Path, whole: Path, tmp_path: Path, processes: int
-) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_processes(photos, whole, tmp_path, processes):
     dataset(photos, tmp_path / "out", processes=processes).run()
     assert contents(tmp_path / "out") == contents(whole)
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_items_of_a_split_lie_in_a_seeded_order_that_does_not_depend_on_their_records(
-    photos: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_items_of_a_split_lie_in_a_seeded_order_that_does_not_depend_on_their_records(photos, whole, tmp_path):
     def keys(folder: Path) -> list[str]:
         return [json.loads(sample["json"])["key"] for _, sample in samples(folder / "train")]
 
@@ -141,9 +137,7 @@ def test_a_link_stays_and_what_it_points_to_is_written(photos: Path, whole: Path
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "{here}"])
-def test_the_folder_that_it_runs_in_is_refused(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
-) -> None:
+def test_the_folder_that_it_runs_in_is_refused(photos, tmp_path, monkeypatch, out):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="is the folder that this runs in, or one above it"):
@@ -184,9 +178,7 @@ def killed(place: Any, name: str, run: Callable[[], object], number: int = 1) ->
     ],
     ids=["scan", "splits", "shards", "report", "rename"],
 )
-def test_the_same_command_continues_what_was_killed(
-    photos: Path, whole: Path, tmp_path: Path, caplog, place: Any, name: str, number: int, num_kept: int
-) -> None:
+def test_the_same_command_continues_what_was_killed(photos, whole, tmp_path, caplog, place, name, number, num_kept):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     killed(place, name, dataset(photos, out, processes=1).run, number)
     assert not out.exists()
@@ -213,9 +205,7 @@ def test_a_kill_after_the_rename_leaves_a_complete_dataset(photos: Path, whole: 
     ("place", "name", "number", "overwrite"),
     [(os, "unlink", 2, False), (os, "unlink", 6, True), (builder, "publish", 1, True)],
 )
-def test_a_kill_while_a_dataset_is_replaced_costs_nothing(
-    photos: Path, whole: Path, tmp_path: Path, place: Any, name: str, number: int, overwrite: bool
-) -> None:
+def test_a_kill_while_a_dataset_is_replaced_costs_nothing(photos, whole, tmp_path, place, name, number, overwrite):
     """A kill in the removal of the old dataset, or before the rename; then the same command, or without overwrite."""
     out = tmp_path / "out"
     dataset(photos, out, seed=7).run()
@@ -226,9 +216,7 @@ def test_a_kill_while_a_dataset_is_replaced_costs_nothing(
 
 
 @pytest.mark.parametrize("change", ["size", "time"])
-def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
-    photos: Path, tmp_path: Path, change: str
-) -> None:
+def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(photos, tmp_path, change):
     images, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(photos, images)
     killed(builder, "publish", dataset(images, out).run)
@@ -251,9 +239,7 @@ def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(
         ("items.db", lambda data: b"x" * 5000),
     ],
 )
-def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(
-    photos: Path, whole: Path, tmp_path: Path, name: str, damaged: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_file_of_a_killed_run_costs_its_part_or_is_one_error(photos, whole, tmp_path, name, damaged):
     out, file = tmp_path / "out", tmp_path / "out.partial" / name
     killed(builder, "publish", dataset(photos, out).run)
     file.write_bytes(damaged(file.read_bytes()))
@@ -344,9 +330,7 @@ def cmdline(pid: int) -> bytes:
 
 
 @pytest.mark.parametrize("limit", [20_000, 90_000], ids=["items", "shards"])
-def test_a_full_disk_is_one_line_and_the_same_command_continues(
-    photos: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: int
-) -> None:
+def test_a_full_disk_is_one_line_and_the_same_command_continues(photos, whole, tmp_path, capsys, limit):
     """No file may grow beyond a size for a while: the system refuses as where a disk is full."""
     names = {**SETTINGS, "per_shard": 40, "encoding": "png", "images": photos, "annotations": photos / "a.json"}
     argv = ["conf=photos", *(f"prepare.{name}={value}" for name, value in {**names, "image_size": 64}.items())]
@@ -450,9 +434,7 @@ def test_the_manifest_and_the_list_of_rejects(whole: Path) -> None:
     assert manifest["counts"] == index["counts"]
 
 
-def test_prepare_ends_with_the_folder_and_a_command_that_fits(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_ends_with_the_folder_and_a_command_that_fits(photos, tmp_path, capsys):
     names = {**SETTINGS, "images": photos, "annotations": photos / "a.json", "out": tmp_path / "my photos"}
     main(["conf=photos", *(f"prepare.{name}={value}" for name, value in names.items())])
     *_, wrote, command = capsys.readouterr().out.splitlines()

@@ -198,9 +198,7 @@ def test_training_takes_each_image_once_and_captions_by_pass(folder: Path, codec
     assert {key: codec.decode(ids) for key, ids in rows} == {key: texts[2] for key, texts in taken.items()}
 
 
-def test_too_long_responses_are_cut_and_reported_once(
-    folder: Path, codec: Codec, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_long_responses_are_cut_and_reported_once(folder, codec, caplog):
     right, wrong = codec.encode("A red ring.")[0], codec.encode("A blue cross.")[0]
     changed = [i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
     length = changed[-1]  # the cut goes through or before the second span
@@ -371,9 +369,7 @@ def fit(module: Recorder, datamodule: CaptionData, **settings: Any) -> list[tupl
 
 
 @pytest.mark.parametrize(("save_at", "workers"), [(3, 0), (5, 0), (6, 0), (6, 2)])
-def test_a_trainer_resumes_on_the_very_next_batch(
-    tmp_path: Path, folder: Path, round_folder: Path, codec: Codec, save_at: int, workers: int
-) -> None:
+def test_a_trainer_resumes_on_the_very_next_batch(tmp_path, folder, round_folder, codec, save_at, workers):
     """Epochs of 5, 3 and 3 batches; a checkpoint within epoch 0, at its end, within epoch 1 (on a round)."""
     path = tmp_path / "saved.ckpt"
     whole = fit(Recorder(path, save_at, round_folder), data(folder, codec, workers=workers))

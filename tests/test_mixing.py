@@ -254,9 +254,7 @@ def keys(batches: Any) -> list[list[str]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_a_resumed_rank_reads_the_very_batches_that_are_left(
-    folder: Path, codec: Codec, workers: int, rounds: bool
-) -> None:
+def test_a_resumed_rank_reads_the_very_batches_that_are_left(folder, codec, workers, rounds):
     """With weights, buckets and a round; the number of workers may change."""
     settings: dict[str, Any] = {"place": (1, 2), "epoch": 1}
     settings |= {"rounds": [str(folder.parent / "round-0001")], "data_share": 0.5, "batch_size": 4} if rounds else {}
@@ -303,9 +301,7 @@ class Counting(L.LightningModule):
 
 
 @pytest.mark.parametrize(("save_at", "every"), [(10, None), (13, None), (5, 5), (13, 5)])
-def test_validation_is_whole_after_a_resume(
-    tmp_path: Path, folder: Path, codec: Codec, save_at: int, every: int | None
-) -> None:
+def test_validation_is_whole_after_a_resume(tmp_path, folder, codec, save_at, every):
     """Epochs of 10 steps, 5 validation batches after each of them or after 5 steps.
 
     What was due right after a checkpoint that a callback has saved in a step is lost: Lightning goes on behind it.

@@ -115,9 +115,7 @@ def numbers(run_dir: Path) -> set[int]:
         pytest.param(1, READ, 8, AT_ONCE, marks=SLOW, id="a reply has come, second round"),
     ],
 )
-def test_a_kill_at_any_moment_asks_nothing_twice(
-    course, whole, tmp_path, record_property, rank, what, number, most
-) -> None:
+def test_a_kill_at_any_moment_asks_nothing_twice(course, whole, tmp_path, record_property, rank, what, number, most):
     """most: replies that may be lost; `record_property` tells what was (--junitxml)."""
     killed = course.train(tmp_path, kill=[(rank, what, number)])
     assert killed.codes[rank] == -9, killed.printed

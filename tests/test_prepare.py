@@ -218,9 +218,7 @@ GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
     ],
     ids=["lines", "worse lines", "several lines", "list", "csv", "tsv"],
 )  # fmt: skip
-def test_one_reader_for_all_files(
-    tmp_path: Path, name: str, content: bytes, images: list[str], skipped: dict[str, str]
-) -> None:
+def test_one_reader_for_all_files(tmp_path, name, content, images, skipped):
     (tmp_path / name).write_bytes(content)
     records, counts = entries(tmp_path / name)
     assert [entry.image for entry in records] == images
@@ -409,9 +407,7 @@ def cmyk() -> Image.Image:
         (grey(200, "int32"), "TIFF", {}, (200, 200, 200)),
     ],
 )
-def test_images_of_any_mode_become_rgb(
-    tmp_path: Path, image: Image.Image, form: str, options: dict, pixel: tuple[int, int, int]
-) -> None:
+def test_images_of_any_mode_become_rgb(tmp_path, image, form, options, pixel):
     image.save(tmp_path / "a", form, **options)
     for source in (tmp_path / "a", (tmp_path / "a").read_bytes()):
         assert np.abs(np.subtract(load(source).getpixel((1, 1)), pixel)).max() <= (form == "JPEG")

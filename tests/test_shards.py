@@ -152,9 +152,7 @@ def damage(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_survived_counted_and_named_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
-) -> None:
+def test_damage_is_survived_counted_and_named_once(tmp_path, caplog, workers):
     folder = make(tmp_path / "d", 30)
     damage(folder)
     stream = Stream([read_index(folder)], seed=1)

@@ -212,9 +212,7 @@ def test_the_whole_question_of_alpaca_is_asked(case: str, tmp_path: Path) -> Non
         (("a.jpg", "x/b.jpg"), ["photos/a.jpg", "photos/x/b.jpg", "C:\\my\\photos\\a.jpg"], ["a.jpg", "x/b.jpg", None]),
     ],
 )  # fmt: skip
-def test_a_picture_is_found_or_missing_but_never_another_one(
-    images: tuple[str, ...], names: list[str], files: list[str | None], tmp_path: Path
-) -> None:
+def test_a_picture_is_found_or_missing_but_never_another_one(images, names, files, tmp_path):
     entries, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), images)
     paths = {entry.place: path.relative_to(tmp_path / "photos").as_posix() for entry, path in entries if path}
     places = [f"a.jsonl:{number}" for number in range(1, len(names) + 1)]

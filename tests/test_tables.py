@@ -146,9 +146,7 @@ def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names:
         ("caption,,\nA dog,,\nB,,\n", ["A dog", "B"], []),
     ],
 )  # fmt: skip
-def test_captions_of_numbers_and_of_a_single_column(
-    content: str, texts: list[str], broken: list[int], tmp_path: Path
-) -> None:
+def test_captions_of_numbers_and_of_a_single_column(content, texts, broken, tmp_path):
     (tmp_path / "a.csv").write_text(content)
     counts = Counts((rejects := list[Reject]()).append)
     assert [row["caption"] for _, row in read_records(tmp_path / "a.csv", counts)] == texts

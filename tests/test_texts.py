@@ -289,9 +289,7 @@ def test_prompts_and_texts_that_spell_out_special_tokens_are_text(tmp_path: Path
         (["conf=text", "prepare.files={train: a.txt}", "prepare.split=rows"], "no file a.txt"),
     ],
 )
-def test_mistakes_are_one_line(
-    settings: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(settings, words, tmp_path, capsys):
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "C", "key": 1}])
     argv = [settings[0], f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}", *settings[1:]]
     assert words in refusal(main, argv, capsys)
