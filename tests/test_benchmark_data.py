@@ -20,8 +20,7 @@ from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
 from src.metrics.caparena import BASELINES
 from testing.servers.scripted import Request, Scripted, reply
-from testing.verbs import refusal
-from tests.benchmarks import NUM, captions_file, write_caparena, write_capmas
+from tests.benchmarks import NUM, write_caparena, write_capmas
 
 # data
 
@@ -151,29 +150,6 @@ def test_one_table_has_one_protocol(change, words):
     check_protocols({"ours": row(), "same": row(), "unstated": row(prompt=None, length=None, served=[])})
     with pytest.raises(UserError, match=rf"theirs does not belong in one table with ours \(.*{words}"):
         check_protocols({"ours": row(), "theirs": row(**change)})
-
-
-def test_rows_of_other_runs_join_the_table_if_they_were_made_alike(tmp_path, capsys):
-    def judges(request: Request):
-        return reply('{"score": 60, "reason": "r"}')
-
-    write_capmas(tmp_path / "raw")
-    only = ["evaluate.judges.coverage=null", "evaluate.judges.factuality=null", "judge.key_env=null"]
-    common = ["conf=eval/capmas", f"evaluate.data.folder={tmp_path}/raw", *only]
-    files = {name: captions_file(tmp_path / f"{name}.jsonl") for name in ("one", "two")}
-    files["two"].write_text(files["two"].read_text().replace("A picture", "Some picture"))
-    with Scripted(judges) as server:
-        for name, judge in (("one", "m"), ("two", "m"), ("two", "n")):
-            run = [f"captions={files[name]}", f"judge.model={judge}", f"judge.base_url={server.url}"]
-            run += [f"evaluate.out={tmp_path}/{name}-{judge}", "stages=[judge,score]"]
-            main([*common, *run])
-    capsys.readouterr()
-    command = [*common, f"captions={files['one']}", "judge.model=m", "stages=[score]", f"evaluate.out={tmp_path}/one-m"]
-    main([*command, f"evaluate.also=[{tmp_path}/two-m/scores.json]"])
-    table = capsys.readouterr().out
-    assert "| one | 60.00" in table and "| two | 60.00" in table and "prompt Describe it.; length 64" in table
-    argv = [*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"]
-    assert "two does not belong in one table with one (judge.model: m in one, n now)" in refusal(main, argv, capsys)
 
 
 def test_battles_end_to_end(tmp_path, capsys):

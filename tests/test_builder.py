@@ -233,7 +233,7 @@ def test_the_shard_of_an_image_that_changed_after_a_kill_is_written_again(photos
 @pytest.mark.parametrize(
     ("name", "damaged"),
     [
-        ("train/train-000000.tar", lambda data: data[:-600]),
+        ("dataset/train/train-000000.tar", lambda data: data[:-600]),
         ("reports/train-000000.json", lambda data: b"{}"),
         ("reports/train-000000.json", lambda data: b"{"),
         ("items.db", lambda data: b"x" * 5000),

@@ -143,32 +143,16 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
-def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
-    conf, data, models, tmp_path, split, count
-):
-    """Also the training split, which training shuffles and cuts to whole batches."""
-    keys = [
-        s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])
-    ]
-    assert len(keys) == count
-    outputs = []
-    for size in (count - 1, 64):
-        outputs.append(tmp_path / f"out{size}")
-        main(
-            [
-                conf(
-                    split=split,
-                    num=count,
-                    batch_size=size,
-                    models={"mask": str(models / "mask")},
-                    bound={"draws": 2},
-                    out=str(outputs[-1]),
-                )
-            ]
-        )
+def test_a_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(conf, data, models, tmp_path):
+    """The training split, which training shuffles and cuts to whole batches."""
+    shards = read_manifest(data / "train")["shards"]
+    keys = [s["json"]["key"] for shard in shards for s in read_shard(data / "train" / shard["name"])]
+    assert len(keys) == 40
+    settings = {"split": "train", "num": 40, "models": {"mask": str(models / "mask")}, "bound": {"draws": 2}}
     tables, bounds = [], []
-    for out in outputs:
+    for size in (39, 64):
+        out = tmp_path / f"out{size}"
+        main([conf(**settings, batch_size=size, out=str(out))])
         assert [line["key"] for line in read_jsonl(out / "captions" / "mask-plain-32.jsonl")] == keys
         result = json.loads((out / "results.json").read_text())
         for stats in result["methods"]["mask"].values():
@@ -177,8 +161,6 @@ def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
         bounds.append(result["model_stats"]["mask"]["nelbo"]["mean"])
     assert tables[0] == tables[1]
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)  # sums in another order
-    with Image.open(outputs[0] / "captions.png") as first, Image.open(outputs[1] / "captions.png") as second:
-        assert first.size == second.size  # as many examples
 
 
 def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):

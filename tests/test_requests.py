@@ -128,16 +128,6 @@ def test_more_tokens_than_the_model_is_for(small, tmp_path, capsys, caplog):
     assert warned.startswith("y" * 20)
 
 
-def test_the_tokenizer_of_another_model(model, tmp_path, capsys):
-    shutil.copytree(model, tmp_path / "m")
-    rows = json.loads((model / "config.json").read_text())["decoder"]["vocab_size"]
-    Codec.train(["What makes others so unlike this one?"], vocab_size=999, alphabet="bytes").save(tmp_path / "m")
-    tokens = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert (most := max(tokens.values())) >= rows
-    message = refused(capsys, tmp_path / "m", tmp_path / "out", "images=null", "prompt=Why?")
-    assert f"ids up to {most}, but the model in {tmp_path / 'm'} has a vocabulary of {rows}" in message
-
-
 @pytest.mark.parametrize("text", ["Who won? #1 answer", "1", "ROMEO:", "why " * 400])  # the last is too long for a path
 def test_a_question_is_a_text_whatever_yaml_reads_in_it(text, model, codec, tmp_path):
     (line,) = run(model, tmp_path / "out", "images=null", f"prompt={text}", f"suffix={text}", f"system={text}")

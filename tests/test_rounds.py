@@ -27,7 +27,6 @@ from src.chat.journal import Journal
 from src.distributed.parallel import Team
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
-from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
 from src.rounds.drafts import Drafter, draw_drafts, read_drafts
 from src.rounds.round import RoundOptions, read_round, revise_round, run_round
@@ -336,20 +335,6 @@ def test_killed_between_answers(case, whole, tmp_path, num_answers):
     assert resumed_equals_whole(case, whole, tmp_path / "round-0001", killed)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_killed_while_drafting(case, whole, tmp_path):
-    def killed(folder: Path) -> None:
-        numbers = iter(range(100))
-
-        def draw(batch):
-            if next(numbers) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        case.run(folder, Diligent(folder.parent / "asked"), draw=draw)
-
-    assert resumed_equals_whole(case, whole, tmp_path / "round-0001", killed)
-
-
 def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
@@ -533,29 +518,3 @@ def test_an_answer_for_which_the_disk_has_no_room_leaves_nothing(tmp_path):
     with Journal(tmp_path / "j", expert="e") as journal:
         assert [journal.answer(a_draft(key)) is not None for key in "abc"] == [True, False, True]
     assert len((tmp_path / "j").read_text().splitlines()) == 2
-
-
-# --- shards -------------------------------------------------------------------------------------------------------
-
-
-def samples(count: int) -> list[dict]:
-    return [{"__key__": f"k{n}", "json": {"n": n, "text": "é"}, "png": bytes([n]), "_note": 1} for n in range(count)]
-
-
-def write(folder: Path, items, **changed) -> dict:
-    values = {"prefix": "train", "per_shard": 3, "kind": "captions", "tokenizer": None}
-    return write_shards(folder, items, **{**values, **changed})
-
-
-def test_interrupted_shards_are_started_over(tmp_path):
-    def broken():
-        yield from samples(8)
-        raise OSError("disk")
-
-    with pytest.raises(OSError, match="disk"):
-        write(tmp_path, broken())
-    assert not (tmp_path / "index.json").exists()
-    write(tmp_path, samples(2))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["index.json", "train-000000.tar"]
-    with pytest.raises(ValueError, match="already finished"):
-        write(tmp_path, samples(2))

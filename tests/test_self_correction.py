@@ -366,20 +366,6 @@ def test_metrics_of_a_round_are_logged(data, codec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rounds": 0}, "rounds must be more than 0, got 0"),
-        ({"expert": None}, "no expert is given: set expert=scenes, expert=reference or expert=openai"),
-        ({"tokens_per_step": []}, "at least one speed"),
-        ({"tokens_per_step": [LENGTH + 1]}, f"got {LENGTH + 1}"),
-    ],
-)
-def test_wrong_numbers_fail_at_once(codec, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        correction(codec, tmp_path, **settings)
-
-
-@pytest.mark.parametrize(
     ("settings", "limit", "message"),
     [
         ({"rounds": 2}, {"max_steps": 3}, r"more than 1 epoch of 3 steps, .*=3; set data.epoch_batches=1,"),

@@ -275,16 +275,6 @@ def test_dry_prints_the_job_and_writes_nothing(scenes, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_to_look_at_a_job_takes_no_key_but_to_submit_it_does(scenes, tmp_path, sbatch, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    model = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_round=8", "rounds=1")]
-    conf, *rest = job_arguments(scenes, tmp_path / "run", *model, "expert=openai")
-    argv = [conf.replace("stage1", "stage2"), *rest]
-    main([*argv, "dry=true"])
-    assert "-m src.train" in capsys.readouterr().out
-    assert "OPENAI_API_KEY holds no key" in refusal(main, argv, capsys)
-
-
 def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):
     run_dir = tmp_path / "run"
     main(job_arguments(scenes, run_dir, "resume=false"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from src.preparation.counts import Counts, Reject
+from src.preparation.counts import Counts
 from src.preparation.records import read_records
 from tests.test_sources import read
 
@@ -129,28 +129,6 @@ def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names:
         assert {unquoted(row) for row in read} <= {unquoted(row) for row in rows}, text
         num_read += len(read)
     assert num_read > 120 * 4
-
-
-@pytest.mark.parametrize(
-    ("content", "texts", "broken"),
-    [
-        ('image_id,caption\n42,"Big, red barn\n43,a ruler of 15"\n44,A\n', ["A"], [2, 3]),
-        ('caption,image_id\n"Big, red barn,42\na ruler of 15",43\nA,44\n', ["A"], [2, 3]),
-        ('image_id, caption\n42, "Big, red barn\n43, a ruler of 15"\n44, A\n', ["A"], [2, 3]),
-        ('image_id,caption\n42,"Big, red\nbarn, 5\n43 doors"\n', ["Big, red\nbarn, 5\n43 doors"], []),
-        ('caption, image_id\n"Big, red barn, 42\na ruler of 15", 43\nA, 44\n', ["A"], [2, 3]),
-        ('caption,image_id\n"1, 2\nand so on, you see",43\n', ["1, 2\nand so on, you see"], []),
-        ('x,caption\na,"1, 2, 3\n3,4, 5\n6,7, 8"\n', ["1, 2, 3\n3,4, 5\n6,7, 8"], []),
-        ("caption\nA dog.\nA cat, black.\nA; b|c\td, e\n", ["A dog.", "A cat, black.", "A; b|c\td, e"], []),
-        ('caption\n"A cat, ""black""."\nB\n"C", "C"\nD\n', ['A cat, "black".'], [3, 4, 5]),
-        ("caption,,\nA dog,,\nB,,\n", ["A dog", "B"], []),
-    ],
-)  # fmt: skip
-def test_captions_of_numbers_and_of_a_single_column(content, texts, broken, tmp_path):
-    (tmp_path / "a.csv").write_text(content)
-    counts = Counts((rejects := list[Reject]()).append)
-    assert [row["caption"] for _, row in read_records(tmp_path / "a.csv", counts)] == texts
-    assert [place.partition(" ")[0] for _, _, place in rejects] == [f"a.csv:{line}" for line in broken]
 
 
 def unquoted(row: tuple[str, ...]) -> tuple[str, ...]:

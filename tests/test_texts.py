@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,7 @@ from src.preparation.counts import Counts
 from src.preparation.smiles import Smiles, count_rings
 from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
-from src.text.tokenizer import BOS, EOS, SPECIAL, Codec, _pieces
-from testing.files import read_jsonl
+from src.text.tokenizer import BOS, EOS, SPECIAL, Codec
 from testing.verbs import refusal
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -296,32 +293,7 @@ def test_mistakes_are_one_line(settings, words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_one_enormous_word_does_not_stall_the_training_of_a_tokenizer() -> None:
-    """Quadratic in the word, this takes minutes; the pieces are the text, and other texts stay whole."""
-    word = "abcdefghij" * 100_000
-    start = time.monotonic()
-    Codec.train([word], vocab_size=300, alphabet="bytes")
-    assert time.monotonic() - start < 20
-    for text in (word, "a " * 5000, " " * 5000 + "b", "\n" * 3000):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text
-        assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) <= 1000
-    assert _pieces("a " * 5000) == ["a " * 5000]
-
-
 # --- real files --------------------------------------------------------------------------------------
-
-
-@needs_real_data
-def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
-    file, out = SHARED / "text" / "c4_demo.jsonl", tmp_path / "out"
-    main(["conf=text", f"prepare.files={file}", f"prepare.out={out}", f"prepare.tokenizer={SHARED / 'tokenizer_gpt2'}"])
-    codec = Codec.load(out / "tokenizer")
-    assert (codec.eos_id, codec.encode("Hello world")[0]) == (50256, [15496, 995])  # as GPT-2's own tokenizer has it
-    documents = {line["text"].strip() for line in read_jsonl(file)}
-    for split in SPLITS:
-        pieces = codec.tokenizer.decode(ids_of(records(out / split))).split(EOS)
-        assert {piece.strip() for piece in pieces[:-1]} <= documents and len(pieces) > 1
 
 
 # --- record files that people have -------------------------------------------------------------------

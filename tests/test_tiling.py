@@ -94,30 +94,6 @@ def test_packed_tokens_equal_those_of_another_implementation() -> None:
     assert set(shrunk) == {True, False}
 
 
-@pytest.mark.parametrize("size", [(100, 34), (34, 100), (60, 60), (61, 200), (7, 5), (300, 9), (129, 128)])
-def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
-    """The image lies in the middle of the black square, untouched on one side, and its features are those kept."""
-    layout, side = anyres(16), 4
-    tiles = layout.tiles(Image.new("RGB", size, "white"))
-    columns, rows = layout.grid(size)
-    height, width = 16 * rows, 16 * columns
-    assert (tiles[0] == 255).all()
-    assert np.isin(tiles, (0, 255)).all()
-    white = np.zeros((height, width), dtype=bool)
-    for number, tile in enumerate(tiles[1:]):
-        top, left = 16 * (number // columns), 16 * (number % columns)
-        white[top : top + 16, left : left + 16] = (tile == 255).all(-1)
-    places = [np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))]  # rows, columns
-    (top, bottom), (left, right) = ((int(numbers[0]), int(numbers[-1]) + 1) for numbers in places)
-    assert white[top:bottom, left:right].all()
-    assert (top, left) == ((height - bottom + top) // 2, (width - right + left) // 2)
-    assert bottom - top == height or right - left == width
-    assert abs((right - left) / (bottom - top) / (size[0] / size[1]) - 1) < 1 / min(bottom - top, right - left) + 0.02
-    for kept, first, last in zip(layout.unpadded(size, side=side), (top, left), (bottom, right), strict=True):
-        assert abs(kept.start - first / 16 * side) < 1
-        assert abs(kept.stop - last / 16 * side) < 1
-
-
 def test_the_grid_keeps_most_pixels_then_wastes_least() -> None:
     """Against a search in whole numbers."""
     for size in random_sizes(200, 3, 300):

@@ -23,7 +23,7 @@ from src import types as nouns
 from src.cli.config import load_config
 from src.cli.help import NEEDS
 from src.cli.signals import Stop
-from src.io.shards import INDEX, read_manifest
+from src.io.shards import INDEX
 from src.objectives.revision import RevisionObjective
 from src.train import main
 from src.training.build import assemble, load_codec
@@ -226,41 +226,6 @@ def test_without_validation_samples_training_goes_on(scenes, tmp_path, caplog):
 
 
 STAGE_TWO = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_round=8", "tokens_per_step=[20,40]")]
-
-
-@pytest.fixture(scope="module")
-def refined(scenes, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("runs") / "refined"
-    main(arguments(scenes, run_dir, *STAGE_TWO, "callbacks.self_correction.allow_empty=true", conf="stage2"))
-    return run_dir
-
-
-@pytest.mark.parametrize(
-    ("change", "values"),
-    [
-        ("drafts_per_round=9", "drafts_per_round: 8 in the run, 9 now"),
-        ("tokens_per_step=[20,16]", "tokens_per_step: [20, 40] in the run, [20, 16] now"),
-        ("sampler.temperature=0.5", "sampler.temperature: null in the run, 0.5 now"),
-        (
-            "expert={target: src.experts.reference.ReferenceExpert}",
-            "expert.target: src.experts.scenes.ScenesExpert in the run, src.experts.reference.ReferenceExpert now",
-        ),
-    ],
-)
-def test_other_settings_of_the_online_loop_are_refused(scenes, refined, capsys, change, values):
-    argv = arguments(scenes, refined, *STAGE_TWO, f"callbacks.self_correction.{change}", conf="stage2")
-    assert f"holds a run with other settings (callbacks.self_correction.{values}" in refusal(main, argv, capsys)
-
-
-def test_more_drafts_than_images_means_all_of_them(scenes, tmp_path, caplog):
-    more = ["callbacks.self_correction.drafts_per_round=3000", "callbacks.self_correction.tokens_per_step=[20,40]"]
-    more += ["callbacks.self_correction.rounds=2", "data.epoch_batches=5", "callbacks.self_correction.allow_empty=true"]
-    main(arguments(scenes, tmp_path / "run", *more, conf="stage2"))
-    assert caplog.text.count("drafts_per_round=3000 is more than the 48 training images") == 1
-    for number in (1, 2):
-        counts = read_manifest(tmp_path / "run" / "rounds" / f"round-000{number}")["counts"]
-        assert counts["drafted"] == 48
-        assert f"48 drafted, {counts['revised']} revised, {counts['right']} right" in caplog.text
 
 
 async def agrees(self, drafts):
