@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,26 +42,6 @@ def argv(model: Path, out: Path | str, prompt: Path | str = "Why?", *more: str) 
 
 def keys(out: Path) -> list[str]:
     return [line["key"] for line in read_jsonl(out)]
-
-
-@pytest.mark.slow
-def test_two_processes_do_not_write_one_file(model, tmp_path):
-    out, file = tmp_path / "out.jsonl", questions(tmp_path, 150)
-    command = [sys.executable, "-m", "src.generate", *argv(model, out, file)]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
-            assert first.poll() is None, first.stderr and first.stderr.read()
-            time.sleep(0.05)
-        with pytest.raises(SystemExit) as refused:
-            main(argv(model, out, file))
-        assert refused.value.code == 2 and first.poll() is None
-        assert first.wait(timeout=120) == 0
-    finally:
-        first.kill()
-        first.wait()
-    assert sorted(keys(out)) == sorted(f"q{number}" for number in range(150))
 
 
 def test_a_full_disk_is_one_line_and_a_rerun_continues(model, tmp_path, capsys):

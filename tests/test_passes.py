@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from src.diffusion.corruption import Replace
-from src.diffusion.losses import term_sum
 from src.objectives.base import Objective
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edit_noise import EditNoiseObjective
@@ -239,20 +238,6 @@ def test_antithetic_levels_are_spread_evenly_over_the_views_and_uniform_in_each(
         assert level.mean().item() == pytest.approx(0.5, abs=4 * (1 / 12 / 500) ** 0.5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fill": "some"}, "fill must be one of"),
-        ({"pick": "best"}, "pick must be one of"),
-        ({"begin": -1}, "begin must be at least 0, got -1"),
-        ({"rate": 2}, "rate must be within 0..1"),
-    ],
-)
-def test_mistakes_are_told(options, message):
-    with pytest.raises(ValueError, match=message):
-        make(ProSeCo, **options)
-
-
 def test_replacements_hit_the_right_tokens_of_a_draft_only():
     batch = batch_with_prompt(40)
     plain, noisy = (
@@ -266,24 +251,3 @@ def test_replacements_hit_the_right_tokens_of_a_draft_only():
     assert share == pytest.approx(0.5, abs=4 * (0.25 / int(right.sum())) ** 0.5)
     ordinary = set(Replace(special=SPECIAL, rate=0.5).ordinary.tolist())
     assert set(noisy[right & (noisy != plain)].tolist()) <= ordinary
-
-
-@pytest.mark.parametrize("clean", [1.0, 0.05])
-def test_equal_weights_for_visible_tokens_have_the_true_probability_as_optimum(clean):
-    """A visible token is right in q of all cases, and the input does not tell in which.
-
-    The loss is least where the token kept has clean q / (clean q + 1 - q): q itself for equal weights.
-    """
-    rows, q = 1000, 0.9
-    kind = torch.full((rows, 1), int(Kind.CLEAN), dtype=torch.uint8)
-    kind[: round(rows * (1 - q))] = int(Kind.SYNTAX)
-    state = Corrupted(torch.full((rows, 1), 7), torch.full((rows, 1), 7), kind, torch.full((rows,), 0.5))
-    terms = make(HybridNoise, clean=clean).terms
-
-    def loss(p: float) -> float:
-        values = torch.where(state.where(Kind.CLEAN), -math.log(p), -math.log(1 - p))  # the other word was right
-        return sum(t.coef * term_sum(t, values, state).item() for t in terms)
-
-    best = min((i / 1000 for i in range(1, 1000)), key=loss)
-    assert best == pytest.approx(clean * q / (clean * q + 1 - q), abs=1e-3)
-    assert clean < 1 or best == pytest.approx(q, abs=1e-3)

@@ -355,20 +355,15 @@ def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
     for expert in (ScenesExpert(), ReferenceExpert()):
-        with pytest.raises(
-            ValueError, match=r"round made with other settings \(expert\.name: .* in the round, \w+ now"
-        ):
+        message = r"round made with other settings \(expert\.name: .* in the round, \w+ now"
+        with pytest.raises(ValueError, match=message):
             case.run(whole, expert)
-        with pytest.raises(
-            ValueError, match=r"round made with other settings \(expert\.name: .* in the round, \w+ now"
-        ):
+        with pytest.raises(ValueError, match=message):
             revise_round(whole, whole / "drafts", options=case.options(expert))
-    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
-    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
+    for _ in range(2):
+        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
     with pytest.raises(ValueError, match=r"\(expert\.max_words: 2 in the round, 3 now\); choose another folder"):
         revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=3)))
-    manifest = json.loads((tmp_path / "r" / "index.json").read_text())
-    assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
 
 
 def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(case, tmp_path):

@@ -65,15 +65,9 @@ NO_SCHEDULE = [
         ({"blocks": 3}, "8 tokens cannot be split into 3"),
         ({"steps": 5, "blocks": 2}, "5 steps cannot be shared equally by 2"),
         ({"steps": 9}, "9 steps are more than the 8 tokens"),
-        ({"steps": 0}, "0 steps"),
-        ({"tokens_per_step": 0}, "got 0"),
         ({"tokens_per_step": 5, "blocks": 2}, "the block's 4, got 5"),
         ({"post_steps": 1}, "without a reviser, got 1"),
-        ({"post_steps": -1, "reviser": OverwriteAll()}, "got -1"),
-        ({"temperature": -0.5}, "got -0.5"),
         ({"max_forwards": 0}, "at least 1, got 0"),
-        ({"max_forwards": 1, "cfg_scale": 0.5}, "at least 2, got 1"),
-        ({"cfg_scale": -0.5}, "got -0.5"),
         *(
             ({name: bad}, f"{name} must be at least 0, got")
             for name in ("temperature", "cfg_scale")

@@ -456,25 +456,6 @@ def test_a_picture_in_two_splits_under_two_prompts_or_sources_stays_in_the_first
     assert [source["left_out"]["records"]["image_in_two_splits"]["count"] for source in manifest["sources"]] == [1, 1]
 
 
-def test_pictures_of_one_name_in_two_folders_keep_the_splits_they_are_given(tmp_path: Path) -> None:
-    rows = []
-    for split, number in (("train", 1), ("val", 1), ("test", 2), ("train", 2)):
-        picture(tmp_path / split / f"{number}.jpg")
-        rows.append({**record(f"{split}/{number}.jpg", f"{split} {number}"), "split": split})
-    rows.append({**record("train/1.jpg", "a caption of the test set"), "split": "test"})
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300, "images": str(tmp_path)}
-    index = Photos(out=str(tmp_path / "out"), annotations=str(tmp_path / "a.json"), **settings).run()
-    texts = {
-        (tar.parent.name, caption["text"])
-        for tar in (tmp_path / "out").rglob("*.tar")
-        for sample in read_shard(tar)
-        for caption in sample["json"]["captions"]
-    }
-    assert texts == {("train", "train 1"), ("train", "train 2"), ("val", "val 1"), ("test", "test 2")}
-    assert index["counts"]["records"]["image_in_two_splits"] == 1
-
-
 def test_coco_ids_join_as_text_and_never_become_file_names(tmp_path: Path) -> None:
     tables = {
         "images": [{"id": 1, "file_name": "3.jpg"}, {"id": 2, "file_name": "1.jpg"}, {"id": 4, "file_name": "1.jpg"}],
