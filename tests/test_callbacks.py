@@ -28,23 +28,26 @@ from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
-from src.preparation.scenes import Scenes
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
+from testing.scenes import write_scenes
 
 LENGTH, BATCH = 48, 4
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    Scenes(
-        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture."
-    ).run()
-    return out
+    sizes = {
+        "num_train": 40,
+        "num_val": 6,
+        "num_test": 1,
+        "response_length": LENGTH,
+        "per_shard": 64,
+        "tokenizer": None,
+    }
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 @pytest.fixture
@@ -242,17 +245,3 @@ def test_skipped_samples_are_logged_by_reason_over_restarts_and_limited(path, co
     # a share is one of the epoch, and at least 100 samples: 96 after 8 passes, 108 after 9
     with pytest.raises(UserError, match=r"10\d samples were skipped, and data.max_skipped allows 100"):
         fit(data, codec, tmp_path, [Skipped(every_n_steps=1)], steps=99)
-
-
-def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path):
-    batch = validation_batch(path, codec, 1)
-    batch.keys, batch.records = ["a_1"], [{"captions": [{"text": "x\ny <b>"}]}]
-    with SummaryWriter(str(tmp_path / "tb")) as writer:
-        texts = ("A gray background carries objects.", "A pink background carries two objects.")
-        samples(codec).publish(writer, batch, *(sampled(codec, text) for text in texts), 7)
-    (event,) = events(tmp_path).Tensors("samples/captions/text_summary")
-    cells = event.tensor_proto.string_val[0].decode().splitlines()[2].strip("| ").split(" | ")
-    assert [cell.strip() for cell in cells] == [
-        "a\\_1", "A **gray** background carries objects.",
-        "A **pink** background carries **two** objects.", "x y \\<b\\>",
-    ]  # fmt: skip
