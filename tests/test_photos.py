@@ -16,7 +16,7 @@ from src.io.shards import read_shard
 from src.preparation.counts import Counts, Skip, table
 from src.preparation.items import Items, fill_splits
 from src.preparation.photos import Photos
-from src.preparation.sources.reader import read_entries
+from src.preparation.sources.source import read_entries
 from src.preparation.splits import Item, hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main
