@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -139,6 +140,10 @@ class Dataset(ABC):
             try:
                 with with_filename(folder):  # also of the tokenizer's files
                     index = self._write(folder, plan)
+            except UserError as error:
+                if not isinstance(error.__cause__, BrokenProcessPool):  # nothing is wrong with the dataset
+                    shutil.rmtree(folder)
+                raise
             except sqlite3.OperationalError as error:  # a full disk, as a rule
                 raise OSError(errno.ENOSPC, str(error), str(folder)) from error
             if out.exists():  # at once, as a half of it might pass for a dataset after a kill
