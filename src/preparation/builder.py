@@ -10,15 +10,12 @@ there. A dataset of your own is one file and one yaml that names it as `target:`
 
 from __future__ import annotations
 
-import errno
 import logging
 import shlex
 import shutil
-import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -144,8 +141,6 @@ class Dataset(ABC):
                 if not isinstance(error.__cause__, BrokenProcessPool):  # nothing is wrong with the dataset
                     shutil.rmtree(folder)
                 raise
-            except sqlite3.OperationalError as error:  # a full disk, as a rule
-                raise OSError(errno.ENOSPC, str(error), str(folder)) from error
             if out.exists():  # at once, as a half of it might pass for a dataset after a kill
                 out.rename(folder / OLD)
             publish(folder / DATA, out)
@@ -179,7 +174,7 @@ class Dataset(ABC):
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
         data, manifest = folder / DATA, Manifest(self.mixture)
-        with closing(Items(folder / ITEMS)) as items, atomic(data / REJECTS) as rejects:
+        with Items(folder / ITEMS) as items, atomic(data / REJECTS) as rejects:
             # 1. items, tokenizer, splits
             counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
             records = counts["records"]

@@ -11,6 +11,7 @@ added meanwhile.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ TABLES = """
 
 
 class Items:
-    """Items by key, in an SQLite file.
+    """Items by key, in an SQLite file; a context manager.
 
     path: of a new file, in place of an old one; read_only: for worker processes, once `number` has been called
     """
@@ -46,12 +47,18 @@ class Items:
         if not read_only:
             path.unlink(missing_ok=True)
         # A tokenizer is trained in a thread of its own, which reads texts while this one waits.
+        self._path = path
         self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
         if not read_only:
             self._db.executescript(TABLES)
 
-    def close(self) -> None:
+    def __enter__(self) -> Items:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         self._db.close()
+        if isinstance(error, sqlite3.OperationalError):  # a full disk, as a rule
+            raise OSError(errno.ENOSPC, str(error), str(self._path)) from error
 
     def add(self, item: Any) -> bool:
         """Append an item; False, and nothing is done, if there is one of that key."""
