@@ -30,7 +30,7 @@ from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
 from src.preparation.counts import Counts, table
-from src.preparation.items import Items, fill_splits
+from src.preparation.items import Items, fill_splits, new_items
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
 from src.preparation.workers import DATA, ITEMS, REPORTS, Job, is_finished, num_processes, write, write_in_processes
@@ -174,7 +174,7 @@ class Dataset(ABC):
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
         data, manifest = folder / DATA, Manifest(self.mixture)
-        with Items(folder / ITEMS) as items, atomic(data / REJECTS) as rejects:
+        with new_items(folder / ITEMS) as items, atomic(data / REJECTS) as rejects:
             # 1. items, tokenizer, splits
             counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
             records = counts["records"]

@@ -15,6 +15,7 @@ import errno
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ TABLES = """
 
 
 class Items:
-    """Items by key, in an SQLite file; a context manager.
+    """Items by key, in an SQLite file.
 
     path: of a new file, in place of an old one; read_only: for worker processes, once `number` has been called
     """
@@ -47,18 +48,12 @@ class Items:
         if not read_only:
             path.unlink(missing_ok=True)
         # A tokenizer is trained in a thread of its own, which reads texts while this one waits.
-        self._path = path
         self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
         if not read_only:
             self._db.executescript(TABLES)
 
-    def __enter__(self) -> Items:
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+    def close(self) -> None:
         self._db.close()
-        if isinstance(error, sqlite3.OperationalError):  # a full disk, as a rule
-            raise OSError(errno.ENOSPC, str(error), str(self._path)) from error
 
     def add(self, item: Any) -> bool:
         """Append an item; False, and nothing is done, if there is one of that key."""
@@ -142,6 +137,16 @@ class Items:
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
         rows = self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall()
         return [_load(split, data, number) for number, data in rows]
+
+
+@contextmanager
+def new_items(path: Path) -> Iterator[Items]:
+    """Items in a new file; a full disk is an OSError that names it."""
+    try:
+        with closing(Items(path)) as items:
+            yield items
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, str(error), str(path)) from error
 
 
 def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
