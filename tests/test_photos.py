@@ -15,7 +15,7 @@ from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
 from src.preparation.counts import Counts
 from src.preparation.photos import Photos
-from src.preparation.sources.reader import read_entries
+from src.preparation.sources.source import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main

@@ -24,7 +24,7 @@ from src.preparation.counts import Counts
 from src.preparation.photos import Photo, Photos
 from src.preparation.scenes import Scenes
 from src.preparation.sources.formats import Entry
-from src.preparation.sources.reader import read_entries
+from src.preparation.sources.source import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
 from src.scenes.graph import Scene, draw_scene

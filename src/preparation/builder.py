@@ -10,14 +10,12 @@ there. A dataset of your own is one file and one yaml that names it as `target:`
 
 from __future__ import annotations
 
-import errno
 import logging
 import shlex
 import shutil
-import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
 from src.preparation.counts import Counts, table
-from src.preparation.items import Items, fill_splits
+from src.preparation.items import Items, fill_splits, new_items
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
 from src.preparation.workers import DATA, ITEMS, REPORTS, Job, is_finished, num_processes, write, write_in_processes
@@ -139,8 +137,10 @@ class Dataset(ABC):
             try:
                 with with_filename(folder):  # also of the tokenizer's files
                     index = self._write(folder, plan)
-            except sqlite3.OperationalError as error:  # a full disk, as a rule
-                raise OSError(errno.ENOSPC, str(error), str(folder)) from error
+            except UserError as error:
+                if not isinstance(error.__cause__, BrokenProcessPool):  # nothing is wrong with the dataset
+                    shutil.rmtree(folder)
+                raise
             if out.exists():  # at once, as a half of it might pass for a dataset after a kill
                 out.rename(folder / OLD)
             publish(folder / DATA, out)
@@ -174,7 +174,7 @@ class Dataset(ABC):
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
         data, manifest = folder / DATA, Manifest(self.mixture)
-        with closing(Items(folder / ITEMS)) as items, atomic(data / REJECTS) as rejects:
+        with new_items(folder / ITEMS) as items, atomic(data / REJECTS) as rejects:
             # 1. items, tokenizer, splits
             counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
             records = counts["records"]

@@ -11,9 +11,11 @@ added meanwhile.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,16 @@ class Items:
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
         rows = self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall()
         return [_load(split, data, number) for number, data in rows]
+
+
+@contextmanager
+def new_items(path: Path) -> Iterator[Items]:
+    """Items in a new file; a full disk is an OSError that names it."""
+    try:
+        with closing(Items(path)) as items:
+            yield items
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, str(error), str(path)) from error
 
 
 def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
