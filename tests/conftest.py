@@ -102,7 +102,7 @@ def scenes(tmp_path_factory) -> Path:
     """A dataset of 48 training scenes with its own small tokenizer."""
     from testing.scenes import write_scenes
 
-    sizes = {"response_length": 40, "objects": [1, 1], "tokenizer": None}
+    sizes = {"response_length": 40, "objects": [1, 1], "tokenizer": None, "prompt": "Describe."}
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 

@@ -39,15 +39,8 @@ LENGTH, BATCH = 48, 4
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    sizes = {
-        "num_train": 40,
-        "num_val": 6,
-        "num_test": 1,
-        "response_length": LENGTH,
-        "per_shard": 64,
-        "tokenizer": None,
-    }
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
+    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "response_length": LENGTH, "per_shard": 64}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes, tokenizer=None)
 
 
 @pytest.fixture

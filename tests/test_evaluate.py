@@ -37,7 +37,7 @@ from testing.scenes import write_scenes
 from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH, NUM = 48, 5
+LENGTH, NUM, PROMPT = 48, 5, "Describe the picture."
 PLAIN = {"target": "src.samplers.sampler.Sampler", "length": LENGTH}
 REFINE = {**PLAIN, "reviser": {"target": "src.samplers.rediff.OverwriteAll"}, "post_steps": 2}
 PROSECO = {**PLAIN, "reviser": {"target": "src.samplers.proseco.Corrector", "every": 1}}
@@ -51,7 +51,14 @@ SWEEP = {  # settings of a sweep: four cells of one model at more than one speed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    sizes = {"num_train": 40, "num_val": 2, "response_length": LENGTH, "per_shard": 64, "tokenizer": None}
+    sizes = {
+        "num_train": 40,
+        "num_val": 2,
+        "response_length": LENGTH,
+        "per_shard": 64,
+        "tokenizer": None,
+        "prompt": PROMPT,
+    }
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 

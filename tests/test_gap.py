@@ -32,7 +32,7 @@ from testing.scenes import BASE, write_scenes
 from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM, LENGTH = 24, 64
+NUM, PROMPT = 24, "Describe the picture."
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM, num_val=1, num_test=2)
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM, num_val=1, num_test=2, prompt=PROMPT)
 
 
 @pytest.fixture(scope="module")

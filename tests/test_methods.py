@@ -39,7 +39,7 @@ QUICK = {"proseco", "uniform", "self_draft"}  # two passes, no masks, drafts of 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    sizes = {"num_train": 24, "response_length": 40, "objects": [1, 1], "tokenizer": None}
+    sizes = {"num_train": 24, "response_length": 40, "objects": [1, 1], "tokenizer": None, "prompt": "Describe."}
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 

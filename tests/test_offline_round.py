@@ -30,7 +30,8 @@ NUM = 8
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM, num_val=1, num_test=1)
+    sizes = {"num_train": NUM, "num_val": 1, "num_test": 1, "prompt": "Describe the picture."}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 def draft(data: Path, folder: Path, *settings: str) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -316,13 +315,13 @@ def test_a_budget_of_money_is_used_up_and_not_passed(codec) -> None:
 def test_retry_after_is_kept_to(codec, status: int) -> None:
     """By the draft that got it; after a 429 by all others too."""
     limits = replace(QUICK, concurrency=2)
-    fault = error(status, retry_after="0.5")
+    fault = error(status, retry_after="1.5")
     run = Run(codec, lambda request: reply(GOOD, delay=0.05) if request.number else fault, 6, limits=limits)
     refused, *others = run.requests
     again = [request.at - refused.at for request in others if number_of(request) == number_of(refused)]
     assert len(again) == 1
-    assert again[0] >= 0.5
-    early = [request for request in others if request.at - refused.at < 0.5]
+    assert again[0] >= 1.5
+    early = [request for request in others if request.at - refused.at < 1.5]
     assert len(early) == (1 if status == 429 else 5)  # the one that was in flight
 
 
@@ -385,10 +384,8 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
     ids=str,
 )
 def test_a_server_that_refuses_or_stays_away_is_an_error_that_says_so(codec, answer, message: str) -> None:
-    began = time.monotonic()
     with pytest.raises(ServerDown, match=message):
         Run(codec, lambda request: answer, 20, limits=replace(QUICK, give_up_s=0.5))
-    assert time.monotonic() - began < 4
 
 
 # in a round

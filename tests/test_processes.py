@@ -348,7 +348,6 @@ def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
     assert done.codes[0] == 1, done.printed
     assert "error: expert scenes has not answered for 3 s; its 0 answers are kept" in done.printed[1]
     assert LOST.search(done.printed[0])[1] == "0"
-    assert done.seconds < 40
     assert ranks.run(argv, out=tmp_path).codes == [0, 0]
 
 
@@ -379,7 +378,6 @@ def test_a_port_in_use_ends_all_ranks(ranks, scenes, tmp_path):
     assert done.codes == [1, 1], done.printed
     assert LOST.search(done.printed[0])
     assert f"rank 1: error: no process of this run answers at 127.0.0.1, port {port}" in done.printed[1]
-    assert done.seconds < 60
 
 
 def test_a_rank_that_does_not_come_ends_the_others(ranks, scenes, tmp_path):

@@ -74,7 +74,8 @@ def submit(slurm: Slurm, folder: Path, argv: list[str], **limits) -> str:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Scenes of which the embedded base model gets some wrong, as there is to be something to correct."""
-    return write_scenes(tmp_path_factory.mktemp("data") / "pictures", num_train=64, objects=[2, 3], noise=4.0)
+    sizes = {"num_train": 64, "objects": [2, 3], "noise": 4.0, "prompt": "Describe the picture."}
+    return write_scenes(tmp_path_factory.mktemp("data") / "pictures", **sizes)
 
 
 def stage_two(pictures: Path, run_dir: Path, parallel: str) -> list[str]:
