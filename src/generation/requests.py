@@ -129,9 +129,15 @@ def _read_questions(file: Path) -> dict[str, str]:
 
 
 def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
+    return Sample(key, {"prompt": prompt}, b"", load_for(layout, file))
+
+
+def load_for(layout: Layout, source: Path | bytes, **limits: Any) -> Image.Image:
+    """An image as a model with this layout reads it. limits: of `load`. Raises ImageProblem."""
     # a square layout would distort an image, so it is pasted onto a grey square
-    image = fit(load(file, size=layout.size), layout.size) if isinstance(layout, Square) else load(file)
-    return Sample(key, {"prompt": prompt}, b"", image)
+    if isinstance(layout, Square):
+        return fit(load(source, size=layout.size, **limits), layout.size)
+    return load(source, **limits)
 
 
 def _of_split(index: Index, prompt: str | None, *, image: bool) -> Iterator[Request]:

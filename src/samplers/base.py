@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -52,6 +53,10 @@ class AnySampler:
     def with_steps(self, *, tokens_per_step: int | None = None, steps: int | None = None) -> Self:
         """The same sampler at another speed."""
         return type(self)(**{**vars(self), "tokens_per_step": tokens_per_step, "steps": steps})
+
+    def settled(self, tokens: Sequence[int], mask: int) -> int:
+        """How many leading tokens of an unfinished response no later step can change, for those who read along."""
+        return 0
 
     @torch.no_grad()
     def __call__(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -158,6 +159,14 @@ class Sampler(AnySampler):
     @property
     def schedule(self) -> Schedule:
         return replace(super().schedule, blocks=self.blocks, shift=self.shift)
+
+    def settled(self, tokens: Sequence[int], mask: int) -> int:
+        """All before the first mask, if visible tokens stay; the blocks before its block, if only a block is revised."""
+        first = tokens.index(mask) if mask in tokens else self.length
+        if self.reviser is None:
+            return first
+        waits = self.post_steps or self.reviser.uses_all_steps or not self.reviser.within_block
+        return 0 if waits else first - first % self.schedule.block_length
 
     def write(
         self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
