@@ -20,26 +20,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from src.cli.config import path_of
 from src.cli.instantiate import build, check, plain
+from src.generation.captioner import Captioner, best_device, check_request, choose_sampler
 from src.generation.player import SUFFIX, page_paths, write_page
 from src.generation.requests import find_requests, is_split, of_files, readable
-from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
 from src.io.errors import UserError
 from src.io.lock import locked
 from src.io.settings import describe
-from src.io.words import counted
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.samplers.base import AnySampler
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
 
 logger = logging.getLogger(__name__)
+SAMPLER = ("length", "post_steps", "temperature", "cfg_scale", "early_stop")  # sampler settings that a config may set
 TEXTS = ("prompt", "caption", "suffix", "system")  # keys whose command-line values are not parsed as yaml
 
 
@@ -63,7 +62,7 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     check(cfg)
     path, html, compared = path_of(cfg, "out"), *page_paths(cfg)
-    sampler = choose_sampler(cfg)
+    sampler = sampler_of(cfg)
     codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format)
     codec = codec.with_format(system=cfg.system, join=cfg.join)
     folder = ModelFolder.open(cfg.model.path)
@@ -74,11 +73,10 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         # 2. What an earlier run has written; then the model and the requests.
         trace = cfg.trace or html is not None
         out = Output(path, settings=_settings(cfg, sampler), trace=trace)
-        backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-        options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
-        answer = Responder(backbone, codec, sampler, positions=folder.positions, **options)
+        captioner = Captioner(build(cfg.model, device=best_device()), codec, positions=folder.positions)
+        options = {"sampler": sampler, "seed": cfg.seed, "suffix": cfg.suffix, "trace": trace}
         source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
-        find = partial(source, prompt=cfg.prompt, layout=backbone.layout)
+        find = partial(source, prompt=cfg.prompt, layout=captioner.backbone.layout)
         count, requests = find()
         if cfg.num is not None:
             count, requests = min(count, cfg.num), islice(requests, cfg.num)
@@ -89,12 +87,20 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         samples = readable((request for request in requests if request[0] not in out.keys), unreadable=unreadable)
         with tqdm(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
             while batch := list(islice(samples, cfg.batch_size)):
-                texts += out.add([sample.key for sample in batch], answer(batch), codec)
+                sampled = captioner.sample(batch, texts=[cfg.caption] * len(batch), **options)
+                texts += out.add([sample.key for sample in batch], sampled, codec)
                 bar.update(len(batch))
     # 4. The page.
     if html is not None:
         write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
     return Responses(path, texts, count - len(texts) - len(unreadable), unreadable, html)
+
+
+def sampler_of(cfg: DictConfig) -> AnySampler:
+    """The sampler that conf/generate.yaml describes, of the response length that the model's folder tells."""
+    settings = {name: cfg[name] for name in (*SAMPLER, "tokens_per_step", "steps", "compile")}
+    response_length = ModelFolder.open(cfg.model.path).config.get("response_length")
+    return choose_sampler(cfg.sampler, response_length=response_length, revising=cfg.caption is not None, **settings)
 
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:
@@ -108,25 +114,8 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")
     if not many and cfg.prompt and cfg.prompt.count(IMAGE) > int(has_image):
         logger.warning("the prompt has more image marks than images: %s in it is read as text", IMAGE)
-    prompt_ids = [] if many or cfg.prompt is None else codec.prompt_ids(cfg.prompt, images=int(has_image))
-    if positions is not None and len(prompt_ids) + sampler.length > positions:
-        raise UserError(
-            f"{counted(len(prompt_ids), 'prompt token')} and {sampler.length} after them exceed the model's "
-            f"{positions} positions (config.json): lower length={sampler.length}, or shorten the prompt"
-        )
-    if cfg.caption is None:
-        return
-    if not sampler.post_steps:
-        raise UserError(
-            f"sampler={cfg.sampler} rewrites no finished text; use sampler=refine, with post_steps of at least 1"
-        )
-    ids = codec.encode(cfg.caption)[0]
-    if len(ids) >= sampler.length:
-        raise UserError(
-            f"the caption has {counted(len(ids), 'token')}, but a response has room for {sampler.length - 1}"
-        )
-    if codec.decode(ids) != cfg.caption:
-        logger.warning("the tokenizer lacks some characters and reads the caption as %r", codec.decode(ids))
+    prompt = None if many else cfg.prompt
+    check_request(codec, sampler, prompt=prompt, text=cfg.caption, positions=positions, images=int(has_image))
 
 
 def _settings(cfg: DictConfig, sampler: AnySampler) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Output:
             traces = []
             special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
             for key, steps in zip(keys, sampled.traces or [], strict=True):
-                rows = [{"text": _text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
+                rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
                 traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
             _append(self.trace_path, traces)
         counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
@@ -69,7 +69,7 @@ def _append(path: Path, lines: Iterable[dict]) -> None:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _text_with_masks(codec: Codec, ids: list[int]) -> str:
+def text_with_masks(codec: Codec, ids: list[int]) -> str:
     """The text of an unfinished response up to its first eot, with _ for each mask."""
     text, span = "", list[int]()
     for token in ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids:
