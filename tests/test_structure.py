@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export")
+VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export", "serve")
 
 # Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
@@ -52,6 +52,7 @@ ROOMS = {
         preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
+        serving      <- types io cli text models samplers datamodules generation
         evaluation   <- types io cli text models samplers datamodules metrics judges preparation generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
@@ -85,6 +86,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "fsspec": {"io"},
     "torchmetrics": {"metrics", "evaluation", "callbacks"},
     "scipy": {"evaluation"},
+    "starlette": {"serving"},
+    "pydantic": {"serving"},
+    "uvicorn": {"serve"},
 }
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
@@ -102,6 +106,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
     "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
+    "serve": ("serve", (), ["model.path=model"]),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
 ON_TOP: dict[str, list[str]] = {
@@ -118,8 +123,8 @@ ON_TOP: dict[str, list[str]] = {
     "task/": ["mask", "stage1"],
     "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
-    "model/llada": ["mask", "stage1", "stage2", "generate"],
-    "model/llada_v": ["mask", "stage1", "stage2", "generate"],
+    "model/llada": ["mask", "stage1", "stage2", "generate", "serve"],
+    "model/llada_v": ["mask", "stage1", "stage2", "generate", "serve"],
     "objective/": ["stage1", "stage2"],
     "objective/rediff_released_stage2": ["stage2", "stage2,objective/rediff_released"],
 }

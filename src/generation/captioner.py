@@ -273,7 +273,7 @@ class Captioner:
             options = {"text": request.text, "positions": self.positions, "images": int(request.image is not None)}
             check_request(self.codec, sampler, prompt=request.prompt, **options)
             if request.image is None:
-                image, data = None, request.prompt.encode()
+                image = None
             elif self.backbone.layout is None:
                 raise UserError("the model has no vision path, so it cannot caption images")
             else:
@@ -282,8 +282,7 @@ class Captioner:
                 except ImageProblem as problem:
                     name = request.image if isinstance(request.image, str | Path) else "image"
                     raise UserError(f"{name}: {problem}") from problem
-                data = image.tobytes()
-            key = request.key or hashlib.blake2b(data, digest_size=16).hexdigest()
+            key = request.key or noise_key(image, request.prompt)
             samples.append(Sample(key, {"prompt": request.prompt}, b"", image))
         texts, seeds = [request.text for request in requests], [request.seed for request in requests]
         return {"samples": samples, "seed": seeds, "texts": texts}
@@ -322,6 +321,11 @@ class Captioner:
         pieces = [self.codec.decode([token]) for token in caption.ids]
         tokens = [Token(text, "kept", confidence.get(place)) for place, text in enumerate(pieces)]
         return State(caption.text, tokens, caption.forward_calls, caption)
+
+
+def noise_key(image: Image.Image | None, prompt: str) -> str:
+    """The key of a request without one: a hash of the pixels that the model reads, or of a prompt without an image."""
+    return hashlib.blake2b(prompt.encode() if image is None else image.tobytes(), digest_size=16).hexdigest()
 
 
 def best_device() -> torch.device:

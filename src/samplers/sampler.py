@@ -161,7 +161,7 @@ class Sampler(AnySampler):
         return replace(super().schedule, blocks=self.blocks, shift=self.shift)
 
     def settled(self, tokens: Sequence[int], mask: int) -> int:
-        """All before the first mask, if visible tokens stay; the blocks before its block, if only a block is revised."""
+        """All before the first mask if visible tokens stay; the blocks before its block if only a block is revised."""
         first = tokens.index(mask) if mask in tokens else self.length
         if self.reviser is None:
             return first
