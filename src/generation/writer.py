@@ -45,9 +45,10 @@ class Output:
         if self.trace_path:  # traces are written before their captions, so a kill can leave some too many
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
 
-    def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
-        """Append a line per row. Returns (key, text) of each."""
-        texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
+    def add(
+        self, keys: list[str], sampled: Sampled, codec: Codec, *, more: list[dict[str, Any]] | None = None
+    ) -> list[tuple[str, str]]:
+        """Append a line per row. Returns (key, text) of each. more: fields of each line besides ours, or instead of them"""
         if self.trace_path:
             traces = []
             special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
@@ -55,13 +56,16 @@ class Output:
                 rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
                 traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
             _append(self.trace_path, traces)
-        counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
+        rows = zip(keys, sampled.ids.tolist(), sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
         lines = [
-            {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
-            for key, text, (forwards, edits) in zip(keys, texts, counts, strict=True)
+            {"key": key, "text": codec.decode(ids), "forwards": int(forwards), "edits": int(edits)}
+            for key, ids, forwards, edits in rows
+        ]
+        lines = [
+            {**line, **fields, **self.settings} for line, fields in zip(lines, more or [{}] * len(lines), strict=True)
         ]
         _append(self.path, lines)
-        return list(zip(keys, texts, strict=True))
+        return [(line["key"], line["text"]) for line in lines]
 
 
 def _append(path: Path, lines: Iterable[dict]) -> None:
