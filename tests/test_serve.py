@@ -159,7 +159,7 @@ def test_a_stream_sends_what_no_later_step_changes(server, sampler, is_gradual):
     chunks = list(server.ask(picture(2), stream=True, stream_options={"include_usage": True}, **fields))
     texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
     assert "".join(texts) == whole.choices[0].message.content
-    assert (len(texts) > 2) == is_gradual
+    assert (len(texts) > 1) == is_gradual
     assert [c.choices[0].finish_reason for c in chunks[-2:-1]] == ["stop"]
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert len({c.id for c in chunks}) == 1
