@@ -296,8 +296,7 @@ class Captioner:
         ]
 
     def _to_end(self, ids: list[int]) -> list[int]:
-        ends = (self.codec.eot_id, self.codec.eos_id)
-        return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+        return ids[: ids.index(self.codec.eot_id)] if self.codec.eot_id in ids else ids
 
     def _state(self, step: TraceStep, confidence: dict[int, float]) -> State:
         """The state after a step; `confidence` of all visible tokens by position is brought up to date."""

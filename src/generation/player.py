@@ -32,7 +32,7 @@ NUM_SHOWN = 16  # texts of a page, so that it stays small; the trace files have 
 PIXELS = 256  # longest side of an image on the page
 SUFFIX = ".trace.jsonl"
 UNMASKED, REWRITTEN, REMASKED = range(3)  # kinds of changes, as in player.html
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE, TOKENS = Path(__file__).with_suffix(".html"), Path(__file__).with_name("tokens.css")
 
 
 def page_paths(cfg: DictConfig) -> tuple[Path | None, list[Path]]:
@@ -71,7 +71,8 @@ def write_page(path: Path, files: Sequence[Path], requests: Iterable[Request]) -
     data = {"names": [file.name.removesuffix(SUFFIX) for file in files], "texts": texts}
     packed = base64.b64encode(gzip.compress(json.dumps(data).encode(), mtime=0)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", packed).encode())
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{tokens}}", TOKENS.read_text(encoding="utf-8"))
+    write_bytes(path, page.replace("{{data}}", packed).encode())
 
 
 def read_traces(file: Path) -> dict[str, dict[str, Any]]:
