@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -324,6 +325,22 @@ def test_it_is_an_expert_of_a_round(server, tmp_path, capsys):
     assert manifest["failures"].keys() <= {"malformed", "wrong_schema", "empty", "length"}
     assert server.engine.counts["answered"] == answered + 3
     assert manifest["usage"]["prompt_tokens"] > 3 * 500
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_examples_of_the_page(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photo.png").write_bytes(picture(9))
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = page.replace("http://127.0.0.1:8000/v1", server.url).replace("stage2/model", "base")
+    (command,) = [block for block in re.findall(r"```bash\n(.*?)```", page, re.S) if block.startswith("curl ")]
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    text = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert text == server.captioner.caption("photo.png", tokens_per_step=4, seed=1)[0].text
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    (caption,) = server.captioner.caption("photo.png", sampler="plain", tokens_per_step=2)
+    assert capsys.readouterr().out == f"{caption.text}{caption.forward_calls} forward calls\n"
 
 
 # the verb

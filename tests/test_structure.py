@@ -135,6 +135,7 @@ FILL: dict[str, list[str]] = {
     "eval/calibrate": ["judge.model=model", "evaluate.old=verdicts.jsonl"],
     **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
+    "correct": ["captions=theirs.jsonl"],
     "expert/reading": ["expert.readings=readings.jsonl"],
 }
 
