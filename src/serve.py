@@ -37,14 +37,14 @@ def main(argv: list[str]) -> None:
     """Answer requests until a signal comes."""
     argv = argv if any(argument.startswith("conf=") for argument in argv) else ["conf=serve", *argv]
     cfg = load_config(argv, verb="src.serve", needs=NEEDS["src.serve"], texts=("system",))
-    check(cfg)
     try:
         import uvicorn
 
-        from src.serving.app import Limits, Service, build_app
+        from src.serving.app import Service, build_app
         from src.serving.engine import Engine
     except ModuleNotFoundError as error:
         raise UserError(f"the server needs {error.name}: pip install -e '.[serve]'") from error
+    check(cfg)
     # 1. What can be wrong without the model: key, address.
     key = os.environ.get(cfg.key_env, "") if cfg.key_env else None
     if key is not None and not re.fullmatch(r"[!-~]+", key):
@@ -61,16 +61,11 @@ def main(argv: list[str]) -> None:
     check_vocabulary(folder, codec)
     captioner = Captioner(build(cfg.model, device=best_device()), codec, positions=folder.positions)
     name = cfg.name or "/".join(Path(cfg.model.path).parts[-2:])
-    limits = Limits(
-        body_bytes=cfg.max_body_bytes,
-        image_pixels=cfg.max_image_pixels,
-        prompt_tokens=cfg.max_prompt_tokens,
-        steps=cfg.max_steps,
-    )
     settings = {name: cfg[name] for name in (*SAMPLER, "tokens_per_step", "steps", "compile")}
     # 3. The server. uvicorn catches the first signal, finishes, and raises it again.
     with Engine(captioner, batch_size=cfg.batch_size, max_waiting=cfg.max_waiting) as engine:
-        service = Service(captioner, engine, name=name, limits=limits, sampler=cfg.sampler, settings=settings)
+        options = {"limits": build(cfg.limits), "sampler": cfg.sampler, "settings": settings}
+        service = Service(captioner, engine, name=name, **options)
         app = build_app(service, key=key, hosts=[*cfg.hosts, cfg.host])
         options = {"lifespan": "off", "http": "h11", "ws": "none", "log_config": None, "log_level": "warning"}
         options |= {"access_log": False, "server_header": False, "proxy_headers": False}
@@ -81,11 +76,8 @@ def main(argv: list[str]) -> None:
         sys.stdout.flush()
         with suppress(Stopped):
             server.run(sockets=[listener])
-    requests, batches = (
-        counted(engine.counts["answered"], "request"),
-        counted(engine.counts["batches"], "batch", "batches"),
-    )
-    sys.stderr.write(f"ended: {requests} answered in {batches}\n")
+    answered, batches = engine.counts["answered"], engine.counts["batches"]
+    sys.stderr.write(f"ended: {counted(answered, 'request')} answered in {counted(batches, 'batch', 'batches')}\n")
 
 
 def is_loopback(host: str) -> bool:

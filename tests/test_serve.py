@@ -378,7 +378,7 @@ def test_sigterm_lets_a_request_finish(tmp_path):
         (["port=BUSY"], "choose another host or port"),
         (["port=99999"], "choose another host or port"),
         (["port=0", "sampler=fancy"], "no configuration 'sampler/fancy'"),
-        (["port=0", "max_waiting=0"], "max_waiting must be at least 1"),
+        (["port=0", "max_waiting=0"], "batch_size and max_waiting must be at least 1, got 16 and 0"),
         (["port=0", "steps=4", "sampler=released", "tokens_per_step=4"], "give one of tokens_per_step and steps"),
     ],
 )

@@ -199,7 +199,7 @@ class Captioner:
         captions = []
         for start in range(0, len(requests), batch_size):
             arguments = self._arguments(requests[start : start + batch_size], sampler)
-            captions += self._captions(self.sample(sampler=sampler, trace=trace, **arguments))
+            captions += self.captions_of(self.sample(sampler=sampler, trace=trace, **arguments))
         return captions
 
     def watch(self, requests: Sequence[Request], sampler: AnySampler) -> Generator[list[State | None], None, None]:
@@ -213,7 +213,7 @@ class Captioner:
             try:
                 rows = traces_of([next(steps)], len(requests))
             except StopIteration as end:
-                captions = self._captions(end.value)
+                captions = self.captions_of(end.value)
                 yield [self._last(caption, seen) for caption, seen in zip(captions, confidence, strict=True)]
                 return
             yield [self._state(row[0], seen) if row else None for row, seen in zip(rows, confidence, strict=True)]
@@ -287,7 +287,7 @@ class Captioner:
         texts, seeds = [request.text for request in requests], [request.seed for request in requests]
         return {"samples": samples, "seed": seeds, "texts": texts}
 
-    def _captions(self, sampled: Sampled) -> list[Caption]:
+    def captions_of(self, sampled: Sampled) -> list[Caption]:
         counts = zip(sampled.ids.tolist(), sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
         traces = sampled.traces or [None] * len(sampled.ids)
         return [

@@ -48,7 +48,7 @@ class Output:
     def add(
         self, keys: list[str], sampled: Sampled, codec: Codec, *, more: list[dict[str, Any]] | None = None
     ) -> list[tuple[str, str]]:
-        """Append a line per row. Returns (key, text) of each. more: fields of each line besides ours, or instead of them"""
+        """Append a line per row, with `more` fields, also instead of ours. Returns (key, text) of each."""
         if self.trace_path:
             traces = []
             special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
