@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from html import unescape
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def address():
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None or not GRADIO, reason="no chromium or no gradio here")
 def test_in_the_browser(address, tmp_path):
-    """Pick a scene, watch two samplers, correct a wrong text, hear of mistakes; every request goes to the page's host."""
+    """Pick a scene, watch it described, correct a text, hear of a mistake; all that is loaded comes from the demo."""
     button = "[...document.querySelectorAll('button')].find(b => b.textContent.trim() == '{}')"
     tokens = "[...document.querySelectorAll('#{} .t')].map(t => t.className.slice(2))"
     counts = "(document.querySelector('#{} .counts') || {{textContent: ''}}).textContent"
@@ -96,11 +95,17 @@ def test_in_the_browser(address, tmp_path):
         assert page.ask(tokens.format("right")) == []
         page.screenshot(tmp_path / "written.png")
         # 4. correct
-        page.point("[...document.querySelectorAll('[role=tab]')].find(b => b.textContent.trim() == 'Correct')", click=True)
+        page.point(
+            "[...document.querySelectorAll('[role=tab]')].find(b => b.textContent.trim() == 'Correct')", click=True
+        )
         page.until(f"{button.format('Correct')}.offsetParent !== null")
-        page.point(f"[...document.querySelectorAll('button.primary')].find(b => b.textContent.trim() == 'Correct')", click=True)
+        page.point(
+            "[...document.querySelectorAll('button.primary')].find(b => b.textContent.trim() == 'Correct')", click=True
+        )
         page.until(f"{counts.format('corrected')}.includes('done')")
         page.screenshot(tmp_path / "corrected.png")
         # 5. all that was asked for came from the demo
         assert page.errors == []
-        assert {url.split("/")[2] for url in page.requests if not url.startswith(("data:", "blob:"))} == {address.split("/")[2]}
+        assert {url.split("/")[2] for url in page.requests if not url.startswith(("data:", "blob:"))} == {
+            address.split("/")[2]
+        }

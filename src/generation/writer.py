@@ -49,12 +49,8 @@ class Output:
         """Append a line per row. Returns (key, text) of each."""
         texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
         if self.trace_path:
-            traces = []
-            special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
-            for key, steps in zip(keys, sampled.traces or [], strict=True):
-                rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
-                traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
-            _append(self.trace_path, traces)
+            traces = zip(keys, sampled.traces or [], strict=True)
+            _append(self.trace_path, [trace_line(codec, key, steps) for key, steps in traces])
         counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
         lines = [
             {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
@@ -62,6 +58,13 @@ class Output:
         ]
         _append(self.path, lines)
         return list(zip(keys, texts, strict=True))
+
+
+def trace_line(codec: Codec, key: str, steps: list[TraceStep]) -> dict[str, Any]:
+    """A line of a trace file, see `Output`."""
+    special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
+    rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
+    return {"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows}
 
 
 def _append(path: Path, lines: Iterable[dict]) -> None:
