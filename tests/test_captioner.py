@@ -108,7 +108,9 @@ def test_loaded_from_a_folder(backbone, codec, photos, tmp_path):
     expected = Captioner(backbone, codec).caption(photos / "a.png", tokens_per_step=4, length=LENGTH)
     assert captioner.caption([photos / "a.png"], tokens_per_step=4) == expected
     assert captioner.sampler("plain").length == LENGTH and captioner.sampler("plain", length=8).length == 8
-    assert captioner.sampler(RANDOM, steps=2, tokens_per_step=None) == replace(RANDOM, steps=2, tokens_per_step=None)
+    assert captioner.sampler(RANDOM, steps=2) == replace(RANDOM, steps=2, tokens_per_step=None)
+    own = captioner.sampler("plain", reviser=OverwriteAll(share=0.5), steps=2)
+    assert own == replace(captioner.sampler("plain", steps=2), reviser=OverwriteAll(share=0.5))
 
 
 @pytest.mark.parametrize(

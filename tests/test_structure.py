@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export", "serve")
+VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export", "serve", "demo")
 
 # Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
@@ -79,7 +79,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
     "safetensors": {"models"},
-    "huggingface_hub": {"io", "models"},
+    "huggingface_hub": {"io", "models", "training"},
     "filelock": {"io"},
     "webdataset": {"io"},
     "pyarrow": {"preparation"},
@@ -89,6 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "starlette": {"serving"},
     "pydantic": {"serving"},
     "uvicorn": {"serve"},
+    "gradio": {"generation"},
 }
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
@@ -107,6 +108,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
     "serve": ("serve", (), ["model.path=model"]),
+    "demo": ("demo", (), []),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
 ON_TOP: dict[str, list[str]] = {

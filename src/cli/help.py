@@ -23,6 +23,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "src.revise": ("drafts", "expert"),
     "src.export": ("format", "like"),
     "src.serve": ("model", "limits", "hosts"),
+    "src.demo": ("pictures", "samplers"),
 }
 NAME = 30  # columns for the name of a configuration
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -131,9 +131,10 @@ class Captioner:
 
     def sampler(self, name: str | AnySampler = "refine", *, revising: bool = False, **settings: Any) -> AnySampler:
         """See `choose_sampler`; the response length is the model's. A sampler keeps what `settings` does not name."""
-        if isinstance(name, AnySampler):
-            return type(name)(**{**vars(name), **settings}) if settings else name
-        return choose_sampler(name, response_length=self.backbone.response_length, revising=revising, **settings)
+        if not isinstance(name, AnySampler):
+            return choose_sampler(name, response_length=self.backbone.response_length, revising=revising, **settings)
+        speed = dict.fromkeys(("tokens_per_step", "steps")) if {"tokens_per_step", "steps"} & settings.keys() else {}
+        return type(name)(**{**vars(name), **speed, **settings})
 
     def caption(
         self,

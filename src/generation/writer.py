@@ -50,22 +50,24 @@ class Output:
     ) -> list[tuple[str, str]]:
         """Append a line per row, with `more` fields, also instead of ours. Returns (key, text) of each."""
         if self.trace_path:
-            traces = []
-            special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
-            for key, steps in zip(keys, sampled.traces or [], strict=True):
-                rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
-                traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
-            _append(self.trace_path, traces)
-        rows = zip(keys, sampled.ids.tolist(), sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
+            traces = zip(keys, sampled.traces or [], strict=True)
+            _append(self.trace_path, [trace_line(codec, key, steps) for key, steps in traces])
+        columns = (keys, sampled.ids.tolist(), sampled.forwards.tolist(), sampled.edits.tolist())
         lines = [
             {"key": key, "text": codec.decode(ids), "forwards": int(forwards), "edits": int(edits)}
-            for key, ids, forwards, edits in rows
-        ]
-        lines = [
-            {**line, **fields, **self.settings} for line, fields in zip(lines, more or [{}] * len(lines), strict=True)
+            | extra
+            | self.settings
+            for key, ids, forwards, edits, extra in zip(*columns, more or [{}] * len(keys), strict=True)
         ]
         _append(self.path, lines)
         return [(line["key"], line["text"]) for line in lines]
+
+
+def trace_line(codec: Codec, key: str, steps: list[TraceStep]) -> dict[str, Any]:
+    """A line of a trace file, see `Output`."""
+    special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
+    rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
+    return {"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows}
 
 
 def _append(path: Path, lines: Iterable[dict]) -> None:
