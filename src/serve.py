@@ -1,11 +1,12 @@
 """Serve: answer clients of OpenAI's chat-completions protocol with a trained model.
 
-    python -m src.serve model.path=runs/stage2/model                         conf=serve is understood
+    python -m src.serve model.path=runs/stage2/model
     python -m src.serve conf=serve model.path=... sampler=plain tokens_per_step=4 port=9000
     KEY=... python -m src.serve conf=serve model.path=... host=0.0.0.0 key_env=KEY hosts=[gpu17]
 
     client -> HTTP (src/serving/app.py) -> batches (src/serving/engine.py) -> sampler -> text, at once or streamed
 
+Without `conf=` it reads conf/serve.yaml. Needs the extra `serve` (Starlette, uvicorn).
 SIGTERM and Ctrl-C end it: requests under way are answered, new ones are not accepted.
 """
 
@@ -22,21 +23,19 @@ from pathlib import Path
 from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
 from src.cli.help import NEEDS
-from src.cli.instantiate import build, check
+from src.cli.instantiate import build, check, plain
 from src.cli.signals import Stopped
-from src.generation.captioner import Captioner, best_device
+from src.generation.captioner import Captioner
 from src.generation.run import SAMPLER
 from src.io.errors import UserError
 from src.io.words import counted
-from src.models.hf.folder import ModelFolder, check_vocabulary
-from src.text.tokenizer import Codec
 
 
 @main_guard
 def main(argv: list[str]) -> None:
     """Answer requests until a signal comes."""
-    argv = argv if any(argument.startswith("conf=") for argument in argv) else ["conf=serve", *argv]
-    cfg = load_config(argv, verb="src.serve", needs=NEEDS["src.serve"], texts=("system",))
+    conf = [] if any(argument.startswith("conf=") for argument in argv) else ["conf=serve"]
+    cfg = load_config([*conf, *argv], verb="src.serve", needs=NEEDS["src.serve"], texts=("system",))
     try:
         import uvicorn
 
@@ -56,10 +55,8 @@ def main(argv: list[str]) -> None:
         )
     listener = listen(cfg.host, cfg.port)
     # 2. The model.
-    codec = Codec.load(cfg.model.path, prompt_format=cfg.prompt_format).with_format(system=cfg.system, join=cfg.join)
-    folder = ModelFolder.open(cfg.model.path)
-    check_vocabulary(folder, codec)
-    captioner = Captioner(build(cfg.model, device=best_device()), codec, positions=folder.positions)
+    node = {name: value for name, value in plain(cfg.model).items() if name != "target"}
+    captioner = Captioner.load(**node, prompt_format=cfg.prompt_format, system=cfg.system, join=cfg.join)
     name = cfg.name or "/".join(Path(cfg.model.path).parts[-2:])
     settings = {name: cfg[name] for name in (*SAMPLER, "tokens_per_step", "steps", "compile")}
     # 3. The server. uvicorn catches the first signal, finishes, and raises it again.
