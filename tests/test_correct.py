@@ -96,7 +96,7 @@ def test_only_what_the_model_is_sure_of_changes(folder, codec, capsys):
     num_changed = 0
     for key, name in (("a.png", "a.png"), ("b.png", "b")):
         alone = captioner.revise(folder / "photos" / key, CAPTIONS[name], prompt=PROMPT, sampler=sampler)
-        assert lines[key]["text"] == alone.text != lines[key]["before"] == CAPTIONS[name]
+        assert lines[key]["text"] == alone.text.strip() != lines[key]["before"] == CAPTIONS[name]
         for correction in lines[key]["corrections"]:
             start, org = correction["start_char"], correction["org"]
             assert CAPTIONS[name][start : start + len(org)] == org
@@ -142,4 +142,4 @@ def test_other_captions_need_another_file(folder, capsys):
     (folder / "theirs.jsonl").write_text('{"key": "a", "text": "A ring."}')
     with pytest.raises(SystemExit):
         correct(folder, "threshold=1", "num=1")
-    assert "was made with other settings (captions=" in capsys.readouterr().err
+    assert "was made with other settings (captions: " in capsys.readouterr().err

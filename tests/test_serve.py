@@ -62,7 +62,8 @@ class Server:
         """Status, JSON and headers of the answer to raw HTTP."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=30)
         connection.putrequest(method, path, skip_host="host" in headers)
-        for name, value in {"content-type": "application/json", "content-length": str(len(body)), **headers}.items():
+        headers = {"content_type": "application/json", "content_length": str(len(body)), **headers}
+        for name, value in headers.items():
             connection.putheader(name.replace("_", "-"), value)
         connection.endheaders(body)
         answer = connection.getresponse()

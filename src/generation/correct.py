@@ -72,7 +72,7 @@ class TheirCaptions:
             if not before or self.codec.decode(old) != before:
                 left = "unknown_characters" if before else "empty"
             corrections = [] if left or old == new else find_corrections(self.codec, old, new, confidences(steps))
-            text = after if corrections else before
+            text = after.strip() if corrections else before
             lines.append({"text": text, "before": before, "corrections": corrections, "left": left})
         return lines
 
