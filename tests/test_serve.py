@@ -348,19 +348,19 @@ def test_the_examples_of_the_page(server, tmp_path, capsys, monkeypatch):
 
 
 def test_sigterm_lets_a_request_finish(tmp_path):
-    command = [sys.executable, "-m", "src.serve", f"model.path={BASE}", "port=0", "name=base"]
+    command = [sys.executable, "-m", "src.serve", f"model.path={BASE}", "port=0", "name=base", "grace_seconds=600"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     try:
         url = re.search(r"http://\S+/v1", process.stdout.readline())[0]  # type: ignore[union-attr, index]
         client = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
         stream = client.chat.completions.create(
-            stream=True, **request(picture(0), sampler="flow", steps=400, temperature=1.0, trace=True)
+            stream=True, **request(picture(0), sampler="flow", steps=60, temperature=1.0, trace=True)
         )
         chunks = [next(stream), next(stream)]
         process.send_signal(signal.SIGTERM)
         chunks += stream
-        assert chunks[-1].choices[0].finish_reason and len(chunks) > 400
+        assert chunks[-1].choices[0].finish_reason and len(chunks) > 60
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
         assert process.wait(timeout=60) == 0

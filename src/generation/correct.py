@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,6 @@ def report(path: Path, codec: Codec) -> str:
     return "\n".join([*shown, "", "| captions of others | captions | tokens |", "|---|---|---|", *rows]) + "\n"
 
 
-def _with_caption(read: Any, text: str) -> Sample:
+def _with_caption(read: Callable[[], Sample], text: str) -> Sample:
     sample = read()
     return replace(sample, record={**sample.record, "caption": text})

@@ -72,12 +72,14 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
     folder = ModelFolder.open(cfg.model.path)
     check_vocabulary(folder, codec)
     _check_request(cfg, codec, sampler, positions=folder.positions)
-    theirs = cfg.captions and TheirCaptions(path_of(cfg, "captions"), codec, length=sampler.length)
+    theirs = None
+    if cfg.captions is not None:
+        theirs = TheirCaptions(path_of(cfg, "captions"), codec, length=sampler.length)
 
     with locked(path):
         # 2. What an earlier run has written; then the model and the requests.
         trace = cfg.trace or html is not None
-        settings = {**_settings(cfg, sampler), "captions": theirs and theirs.sha256}
+        settings = {**_settings(cfg, sampler), "captions": theirs.sha256 if theirs else None}
         out = Output(path, settings=settings, trace=trace)
         captioner = Captioner(build(cfg.model, device=best_device()), codec, positions=folder.positions)
         options = {"sampler": sampler, "seed": cfg.seed, "suffix": cfg.suffix, "trace": trace or bool(theirs)}
