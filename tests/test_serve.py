@@ -250,7 +250,7 @@ BAD = {
     "no base64": (request(None, url="data:image/png;base64,!!!"), 400, "the image is not base64"),
     "no image": (request(b"text"), 400, "the image cannot be read"),
     "half an image": (request(BROKEN), 400, "the image cannot be read"),
-    "another format": (request(picture(0, "EPS")), 400, "the image cannot be read"),
+    "another format": (request(picture(0, "PPM")), 400, "the image cannot be read"),
     "many pixels": (request(picture(0, "JPEG", (101, 100))), 413, "the image has more than the 10,000 pixels allowed"),
     "a large body": (request(picture(0, "BMP", (400, 400))), 413, "the body has more than the 400,000 bytes allowed"),
 }  # fmt: skip
