@@ -11,6 +11,7 @@ Without `conf=` it reads conf/demo.yaml. Needs the extra `demo` (Gradio). The pa
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from random import Random
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config([*conf, *argv], verb="src.demo", needs=NEEDS["src.demo"], texts=("prompt", "system"))
     check(cfg)
     options = launch_options()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own address whether it is up
     # 2. The model.
     node = {name: value for name, value in plain(cfg.model).items() if name != "target"}
     node["path"] = cfg.model.path or next(path for path in MODELS if Path(path).is_dir() or path == MODELS[-1])

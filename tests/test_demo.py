@@ -70,42 +70,49 @@ def address():
 @pytest.mark.skipif(CHROMIUM is None or not GRADIO, reason="no chromium or no gradio here")
 def test_in_the_browser(address, tmp_path):
     """Pick a scene, watch it described, correct a text, hear of a mistake; all that is loaded comes from the demo."""
-    button = "[...document.querySelectorAll('button')].find(b => b.textContent.trim() == '{}')"
-    tokens = "[...document.querySelectorAll('#{} .t')].map(t => t.className.slice(2))"
+    classes = "[...document.querySelectorAll('#{} .t')].map(t => t.className.slice(2))"
     counts = "(document.querySelector('#{} .counts') || {{textContent: ''}}).textContent"
+    tab = "[...document.querySelectorAll('[role=tab]')].find(tab => tab.textContent.trim() == '{}')"
+    scene = "document.querySelectorAll('#scenes .thumbnail-item')"
     with Chromium(tmp_path / "profile") as page:
         page.open(address, height=1000)
-        page.until(f"!!{button.format('Write')}")
+        page.until("!!document.querySelector('#write')")
         # 1. without a picture
-        page.point(button.format("Write"), click=True)
+        page.point("document.querySelector('#write')", click=True)
         page.until("document.body.textContent.includes('drop or pick a picture first')")
-        # 2. a scene; its picture and a text with mistakes are filled in
-        page.until("document.querySelectorAll('.gallery-item, .thumbnail-item').length == 2")
-        page.point("document.querySelectorAll('.gallery-item, .thumbnail-item')[1]", click=True)
-        page.until("document.querySelectorAll('.image-container img, .image-frame img').length > 0")
-        # 3. one sampler, then two beside each other; every state on the way is kept by an observer
+        # 2. a scene: its picture and a text with mistakes are filled in
+        page.until(f"{scene}.length == 2")
+        page.point(f"{scene}[1]", click=True)
+        page.until("!!document.querySelector('#picture img')")
+        # 3. all states that the tokens are ever shown in
         page.ask(
             "window.seen = new Set(); new MutationObserver(() => document.querySelectorAll('#left .t')"
             ".forEach(t => seen.add(t.className.slice(2)))).observe(document.body, {childList: true, subtree: true}); 1"
         )
-        page.point(button.format("Write"), click=True)
+        page.point("document.querySelector('#write')", click=True)
         page.until(f"{counts.format('left')}.includes('done')")
         assert page.ask("['mask', 'new', 'kept'].every(state => seen.has(state))")
-        assert {"kept"} <= set(page.ask(tokens.format("left"))) <= {"kept", "edited"}
-        assert page.ask(tokens.format("right")) == []
-        page.screenshot(tmp_path / "written.png")
-        # 4. correct
+        assert {"kept"} <= set(page.ask(classes.format("left"))) <= {"kept", "edited"}
+        assert page.ask(classes.format("right")) == []
+        # 4. two samplers beside each other
+        page.point("document.querySelector('#beside input')", click=True)
+        page.until("document.querySelectorAll('[role=option]').length > 2")
         page.point(
-            "[...document.querySelectorAll('[role=tab]')].find(b => b.textContent.trim() == 'Correct')", click=True
+            "[...document.querySelectorAll('[role=option]')].find(o => o.textContent.includes('plain'))", click=True
         )
-        page.until(f"{button.format('Correct')}.offsetParent !== null")
-        page.point(
-            "[...document.querySelectorAll('button.primary')].find(b => b.textContent.trim() == 'Correct')", click=True
+        page.point("document.querySelector('#write')", click=True)
+        page.until(f"{counts.format('right')}.includes('done') && {counts.format('left')}.includes('done')")
+        assert "0 edits" in page.ask(counts.format("right")) and "plain" in page.ask(
+            "document.querySelector('#right').textContent"
         )
+        # 5. a text with mistakes
+        page.point(tab.format("Correct"), click=True)
+        page.until("document.querySelector('#correct') && document.querySelector('#correct').offsetParent !== null")
+        assert page.ask("document.querySelector('#text textarea').value.length") > 20
+        page.point("document.querySelector('#correct')", click=True)
         page.until(f"{counts.format('corrected')}.includes('done')")
-        page.screenshot(tmp_path / "corrected.png")
-        # 5. all that was asked for came from the demo
+        assert "edited" in page.ask(classes.format("corrected"))
+        # 6. nothing came from elsewhere
         assert page.errors == []
-        assert {url.split("/")[2] for url in page.requests if not url.startswith(("data:", "blob:"))} == {
-            address.split("/")[2]
-        }
+        hosts = {url.split("/")[2] for url in page.requests if not url.startswith(("data:", "blob:"))}
+        assert hosts == {address.split("/")[2]}

@@ -27,9 +27,10 @@ PASSES = 4  # of a correction, until another number is chosen
 KEEP_S = 3600  # uploaded pictures are removed after this time, and when the page is closed
 STYLE = """
 .side { border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px; min-height: 9em; }
-.side h2 { margin: 0; font-size: 15px; }
+.side h2 { margin: 0 !important; font-size: 15px !important; }
 .side .counts { color: var(--body-text-color-subdued); font-size: 13px; margin: 0; }
 .side .tokens { margin-bottom: 0; }
+#picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .legend { font-size: 13px; color: var(--body-text-color-subdued); }
 """
 LEGEND = """<p class="legend"><span class="t mask">_</span> mask,
@@ -63,9 +64,10 @@ def build_page(
         gr.HTML(f"<h1>{TITLE}</h1>")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="picture", height=260)
-                scenes = [picture for picture, _ in pictures]
-                gallery = gr.Gallery(scenes, label="or one of these", columns=4, height=190, allow_preview=False)
+                options = {"sources": ["upload", "clipboard"], "type": "filepath", "format": "png", "height": 260}
+                image = gr.Image(label="drop a picture, or pick one below", elem_id="picture", **options)
+                options = {"columns": 3, "height": 255, "format": "png", "allow_preview": False, "buttons": []}
+                gallery = gr.Gallery([scene for scene, _ in pictures], show_label=False, elem_id="scenes", **options)
                 question = gr.Textbox(prompt, label="prompt")
                 seed = gr.Number(0, label="seed", precision=0)
                 pause = gr.Slider(0, 1, pace, step=0.05, label="seconds from step to step")
@@ -73,25 +75,23 @@ def build_page(
                 with gr.Tab("Write"):
                     with gr.Row():
                         left = gr.Dropdown(list(samplers), value=samplers[0], label="sampler")
-                        right = gr.Dropdown([NONE, *samplers], value=NONE, label="beside it")
+                        right = gr.Dropdown([NONE, *samplers], value=NONE, label="beside it", elem_id="beside")
+                    num_steps = gr.Slider(1, max(64, steps), steps, step=1, label="steps")
                     with gr.Row():
-                        num_steps = gr.Slider(1, max(64, steps), steps, step=1, label="steps")
-                        temperature = gr.Number(None, label="temperature (empty: as in the sampler's file)", minimum=0)
-                    with gr.Row():
-                        start, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+                        start = gr.Button("Write", variant="primary", elem_id="write")
+                        stop = gr.Button("Stop", elem_id="stop")
                     with gr.Row():
                         panes = [gr.HTML(elem_id="left"), gr.HTML(elem_id="right", visible=False)]
                 with gr.Tab("Correct"):
-                    text = gr.Textbox(label="a text with mistakes", lines=3)
+                    text = gr.Textbox(label="a text with mistakes", lines=3, elem_id="text")
                     with gr.Row():
                         reviser = gr.Dropdown(list(samplers), value=samplers[0], label="sampler")
                         passes = gr.Slider(1, 16, PASSES, step=1, label="passes")
-                    mend = gr.Button("Correct", variant="primary")
+                    mend = gr.Button("Correct", variant="primary", elem_id="correct")
                     corrected = gr.HTML(elem_id="corrected")
                 gr.HTML(LEGEND)
         options = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}  # one at a time
-        settings = [left, right, num_steps, temperature]
-        writing = start.click(actions.write, [image, question, seed, pause, *settings], panes, **options)
+        writing = start.click(actions.write, [image, question, seed, pause, left, right, num_steps], panes, **options)
         mend.click(actions.correct, [image, question, seed, pause, text, reviser, passes], corrected, **options)
         stop.click(None, cancels=[writing])
         gallery.select(pick, None, [image, text], show_progress="hidden")
@@ -105,17 +105,9 @@ class Actions:
         self.captioner, self.gr = captioner, import_gradio()
 
     def write(
-        self,
-        image: str | None,
-        prompt: str,
-        seed: int | None,
-        pause: float,
-        left: str,
-        right: str,
-        steps: int,
-        temperature: float | None,
+        self, image: str | None, prompt: str, seed: int | None, pause: float, left: str, right: str, steps: int
     ) -> Iterator[list[Any]]:
-        options = {"prompt": prompt, "seed": seed or 0, "steps": steps, "temperature": temperature}
+        options = {"prompt": prompt, "seed": seed or 0, "steps": steps}
         names = [left] if right == NONE else [left, right]
         streams = [self.captioner.stream(self._chosen(image), sampler=name, **options) for name in names]
         hidden = [self.gr.update(visible=False)] * (2 - len(names))
@@ -198,4 +190,5 @@ def launch_options() -> dict[str, Any]:
     gr = import_gradio()
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     head = f"<style>{TOKENS.read_text(encoding='utf-8')}{STYLE}</style>"
-    return {"theme": theme, "head": head, "share": False, "ssr_mode": False, "footer_links": [], "quiet": True}
+    off = dict.fromkeys(("share", "run_history", "ssr_mode"), False)
+    return {"theme": theme, "head": head, "footer_links": [], "quiet": True, **off}
