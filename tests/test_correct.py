@@ -57,6 +57,27 @@ def test_corrections_are_whole_words_at_their_place(codec, before, after, expect
         assert corrections[0]["confidence"] == round(0.9 + differ[0] / 1000, 4)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("A red ring, a red bin.", "A rod ring, a red bag.", [("red", "rod", 2), ("bin", "bag", 18)]),
+        ("A red ring.", "A ted ring.", [("red", "ted", 2)]),
+        (
+            "A ring in \u00e9t\u00e9.",
+            "A ring in \u00e8t\u00e9.",
+            [("A ring in \u00e9t\u00e9.", "A ring in \u00e8t\u00e9.", 0)],
+        ),
+    ],
+)
+def test_words_of_several_tokens_and_characters_of_several(before, after, expected):
+    """With bytes as tokens; where these share a character, the whole text is one correction."""
+    codec = Codec.train(["A"], vocab_size=263, alphabet="bytes")
+    old, new = (codec.encode(text)[0] for text in (before, after))
+    assert len(old) == len(new) == len(before.encode())
+    corrections = find_corrections(codec, old, new, dict.fromkeys(range(len(old)), 0.9))
+    assert [(c["org"], c["target"], c["start_char"]) for c in corrections] == expected
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "photos" / "more").mkdir(parents=True)
