@@ -48,7 +48,7 @@ def test_a_budget_is_kept_with_every_mask_filled(name):
     assert int(sampled.forwards.sum()) == rows
 
 
-@pytest.mark.parametrize("name", ["plain", "random", "threshold", "refine", "released", "edit_quality", "remdm_cap"])
+@pytest.mark.parametrize("name", ["plain", "random", "threshold", "refine", "released", "edit_speed", "remdm_cap"])
 def test_what_is_settled_stays(name):
     """Whatever a server has sent of a stream is the beginning of the response."""
     node = load_part("sampler", name, root=ROOT / "conf")

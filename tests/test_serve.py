@@ -179,7 +179,7 @@ def test_a_trace_has_every_step(server):
 
 def test_many_at_once_are_answered_together_and_as_one_by_one(server):
     batches, answered = server.engine.counts["batches"], server.engine.counts["answered"]
-    ways = [{"tokens_per_step": 8}, {"tokens_per_step": 16, "temperature": 1.0}]
+    ways = [{"tokens_per_step": 16}, {"tokens_per_step": 32, "temperature": 1.0}]
     asked = [(picture(n) if n % 5 else None, f"Describe {'it ' * (n % 3)}.", n, ways[n % 2]) for n in range(32)]
 
     async def ask_all() -> list:
@@ -310,6 +310,17 @@ def test_a_batch_that_fails_is_500_and_the_next_is_answered(server, monkeypatch,
     assert server.ask(picture(0)).choices[0].finish_reason == "stop"
 
 
+def test_a_stop_lets_requests_finish(server):
+    with running(server.service) as url:
+        client = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
+        stream = client.chat.completions.create(**request(picture(0), stream=True, trace=True, tokens_per_step=1))
+        first = next(stream)  # leaving the block stops the server
+    chunks = [first, *stream]
+    assert chunks[-1].choices[0].finish_reason == "stop" and len(chunks) > 40
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
 def test_it_is_an_expert_of_a_round(server, tmp_path, capsys):
     """This small model corrects nothing: each reply is a failure of its draft, and the round is finished."""
     Scenes(out=str(tmp_path / "data"), image_size=48, response_length=64, prompt=PROMPT, num_train=3, num_val=1,
@@ -347,6 +358,7 @@ def test_the_examples_of_the_page(server, tmp_path, capsys, monkeypatch):
 # the verb
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_request_finish(tmp_path):
     command = [sys.executable, "-m", "src.serve", f"model.path={BASE}", "port=0", "name=base", "grace_seconds=600"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

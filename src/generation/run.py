@@ -36,6 +36,7 @@ from src.io.settings import describe
 from src.io.words import counted
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
 from src.samplers.base import AnySampler
+from src.samplers.sampler import Sampler
 from src.samplers.token_edit import ThresholdEdit
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
@@ -121,10 +122,9 @@ def sampler_of(cfg: DictConfig) -> AnySampler:
     sampler = choose_sampler(cfg.sampler, response_length=response_length, revising=revising, **settings)
     if cfg.threshold is None:
         return sampler
-    reviser = getattr(sampler, "reviser", None)
-    if not isinstance(reviser, ThresholdEdit):
+    if not isinstance(sampler, Sampler) or not isinstance(sampler.reviser, ThresholdEdit):
         raise UserError(f"threshold={cfg.threshold}: sampler={cfg.sampler} has none; use edit_quality")
-    return replace(sampler, reviser=replace(reviser, tau=cfg.threshold))
+    return replace(sampler, reviser=replace(sampler.reviser, tau=cfg.threshold))
 
 
 def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positions: int | None) -> None:

@@ -113,6 +113,7 @@ class Service:
             self.engine.cancel(job)
         if isinstance(caption := done.result(), Refused):
             raise caption
+        assert isinstance(caption, Caption)  # steps are for streams
         text, finish, usage = self._finish(chat, job, caption, prompt_tokens)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
