@@ -37,7 +37,9 @@ def runs(tmp_path):
             "trainer": {"max_steps": 150},
         }  # fmt: skip
         start = tmp_path / name / "model"
-        save_pretrained(tiny(codec=codec, decoder=DECODER, vision=None), codec, start)
+        model = tiny(codec=codec, decoder=DECODER, vision=None)
+        model.lm_head.weight.data += len(sources)  # another model than the one before
+        save_pretrained(model, codec, start)
         OmegaConf.save(run, tmp_path / name / "config.yaml")
     return tmp_path
 

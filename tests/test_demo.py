@@ -63,7 +63,7 @@ def address():
         yield f"http://127.0.0.1:{port}/"
     finally:
         demo.send_signal(2)
-        assert demo.wait(timeout=60) == 0
+        assert demo.wait(timeout=300) == 0
 
 
 @pytest.mark.browser

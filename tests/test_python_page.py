@@ -61,7 +61,7 @@ def test_the_cells_of_the_notebook(run, capsys):
     document = unescape(re.search('srcdoc="(.*?)"', names["Player"]()._repr_html_(), re.S)[1])  # type: ignore[index]
     (text,) = unpacked(document)["texts"]
     assert [len(side["steps"]) for side in text["sides"]] == [len(steps) for steps in names["traces"].values()]
-    assert text["image"].startswith("data:image/jpeg")
+    assert text["image"].startswith("data:image/")
     edits = [int(number) for number in re.findall(r"(\d+) edits  ", shown)]
     assert edits[0] == 0 < edits[-1] and len(edits) == 4
 

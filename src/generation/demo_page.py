@@ -31,6 +31,7 @@ STYLE = """
 .side .counts { color: var(--body-text-color-subdued); font-size: 13px; margin: 0; }
 .side .tokens { margin-bottom: 0; }
 #picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#scenes .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
 .legend { font-size: 13px; color: var(--body-text-color-subdued); }
 """
 LEGEND = """<p class="legend"><span class="t mask">_</span> mask,

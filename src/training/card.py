@@ -57,8 +57,8 @@ def model_card(source: str | Path, *, model: LLaDAV, scores: str | None = None) 
     header = ModelCardData(base_model=hub_name(base), pipeline_tag=kind, tags=tags).to_yaml()
     parts = [
         f"---\n{header}\n---\n\n# {runs[-1].name if runs else Path(source).name}\n",
-        "A masked diffusion model, which writes text by unmasking it and may rewrite what it has written. Trained and "
-        f"exported with ReDiff-Lightning, {commit()}; fingerprint of the weights {weights}.\n",
+        "A masked diffusion model, which writes text by unmasking it and may rewrite what it has written. Trained with "
+        f"ReDiff-Lightning and exported by its {commit()}; fingerprint of the weights {weights}.\n",
         USE if model.layout else "",
         f"## How it was made\n\nIt starts from `{base}`" + (":\n" if runs else "; more is not known here.\n"),
         *(f"{number}. {describe(run)}\n" for number, run in enumerate(runs, start=1)),
