@@ -73,7 +73,7 @@ test-slurm: $(INSTALLED)
 test-servers: $(INSTALLED)
 	$(RUN) pytest -m servers
 
-# Needs Debian's package chromium.
+# Needs Debian's package chromium, and for the demo `pip install -e .[demo]`; tests whose part is missing are skipped.
 test-browser: $(INSTALLED)
 	$(RUN) pytest -m browser
 

@@ -15,10 +15,11 @@ from PIL import Image
 from src.evaluate import main
 from src.evaluation.benchmarks import CapArena, CapMAS, DetailCaps
 from src.evaluation.calibration import calibration_text
-from src.evaluation.captions import match, read_captions
+from src.evaluation.captions import match
 from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
 from src.metrics.caparena import BASELINES
+from src.text.captions import read_captions
 from testing.servers.scripted import Request, Scripted, reply
 from tests.benchmarks import NUM, write_caparena, write_capmas
 

@@ -21,7 +21,7 @@ from src.cli.instantiate import build, plain
 from src.evaluate import main
 from src.evaluation.grid import complete
 from src.evaluation.results import Cell, ResultStore, code_hash
-from src.generation.responder import choose_sampler
+from src.generation.run import sampler_of
 from src.io.shards import read_manifest, read_shard
 from src.metrics.bound import response_nats
 from src.metrics.text import ReferenceOverlap
@@ -321,7 +321,7 @@ def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_d
     samplers = completed(conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released")["samplers"]
     for name, file in (("refine", "refine"), ("mine", "released")):
         argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={LENGTH}"]
-        generates = choose_sampler(load_config(["conf=generate", *argv]))
+        generates = sampler_of(load_config(["conf=generate", *argv]))
         assert settings_of(build(samplers[name])) == settings_of(generates)
         assert load_part("sampler", file)["length"] != LENGTH
     assert samplers["plain"] == PLAIN

@@ -229,8 +229,9 @@ def run(codec, tmp_path):
     def make(**node) -> Path:
         codec.save(tmp_path / "tokenizer")
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        config = {"format": 2, "model": node, "tokenizer": str(tmp_path / "tokenizer"), "data": {"response_length": 96}}
-        config |= {"objective": {}, "trainer": {}, "run_dir": str(tmp_path / "run")}
+        config = {"format": 2, "name": "mine", "seed": 0, "model": node, "tokenizer": str(tmp_path / "tokenizer")}
+        config |= {"data": {"response_length": 96, "batch_size": 1}, "trainer": {"max_steps": 1}}
+        config |= {"objective": {"target": "src.objectives.mask.Mask"}, "run_dir": str(tmp_path / "run")}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
         return tmp_path / "run" / "checkpoints" / "last.ckpt"
 

@@ -200,7 +200,7 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(model, photos, tmp_pat
         ([], "image files need a prompt"),
         ([ask(), "sampler=refin"], "did you mean 'sampler/refine'"),
         ([ask(), "steps=8", "tokens_per_step=2"], "tokens_per_step=2 steps=8"),
-        ([ask(), "sampler=plain", "caption=A ring."], "sampler=plain rewrites no finished text"),
+        ([ask(), "sampler=plain", "caption=A ring."], "rewrites no finished text; use sampler=refine"),
         ([ask(), f"caption={TEXTS[0] * 9}"], "a response has room for 23"),
         (["images=FOLDER"], "is a whole dataset; choose a split, such as"),
         ([ask(), "prompt_format=FOLDER/broken.yaml"], "the chat template fails: Expected an expression"),

@@ -38,7 +38,10 @@ ODD = [
 
 def unpack(page: Path) -> dict:
     """What the script of a page reads, found as a browser finds it: up to the first end tag."""
-    text = page.read_text(encoding="utf-8")
+    return unpacked(page.read_text(encoding="utf-8"))
+
+
+def unpacked(text: str) -> dict:
     packed = re.search(r'<script id="data" type="text/plain">(.*?)</script', text, re.S)
     assert packed
     return json.loads(gzip.decompress(base64.b64decode(packed[1])))

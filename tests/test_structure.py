@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
 MAX_LINES = 400
 LONGER: dict[str, str] = {}  # file: why it may be longer
-VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export")
+VERBS = ("train", "submit", "generate", "evaluate", "study", "prepare", "draft", "revise", "export", "serve", "demo")
 
 # Who may import whom: a room, and the rooms below it that it may use and no other.
 # `types` is src/types.py, `root` src/__init__.py. Every room may raise `src.io.errors.UserError`.
@@ -53,6 +53,7 @@ ROOMS = {
         preparation  <- types io text scenes models
         datamodules  <- types io text models
         generation   <- types io cli text models samplers datamodules
+        serving      <- types io cli text models samplers datamodules generation
         evaluation   <- types io cli text models samplers datamodules metrics judges preparation generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
@@ -79,13 +80,17 @@ THIRD_PARTY: dict[str, set[str]] = {
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
     "safetensors": {"models"},
-    "huggingface_hub": {"io", "models"},
+    "huggingface_hub": {"io", "models", "training"},
     "filelock": {"io"},
     "webdataset": {"io"},
     "pyarrow": {"preparation"},
     "fsspec": {"io"},
     "torchmetrics": {"metrics", "evaluation", "callbacks"},
     "scipy": {"evaluation"},
+    "starlette": {"serving"},
+    "pydantic": {"serving"},
+    "uvicorn": {"serve"},
+    "gradio": {"generation"},
 }
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.
@@ -103,6 +108,8 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
     "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
+    "serve": ("serve", (), ["model.path=model"]),
+    "demo": ("demo", (), []),
 }
 # A layer, or a folder of layers, that is made to lie on top of others -> those.
 ON_TOP: dict[str, list[str]] = {
@@ -119,8 +126,8 @@ ON_TOP: dict[str, list[str]] = {
     "task/": ["mask", "stage1"],
     "model/trained": ["mask,task/text", "stage1,task/smiles", "stage2,task/sft"],
     "llada_v": ["mask", "stage1", "stage2", "stage1,objective/rediff_released"],
-    "model/llada": ["mask", "stage1", "stage2", "generate"],
-    "model/llada_v": ["mask", "stage1", "stage2", "generate"],
+    "model/llada": ["mask", "stage1", "stage2", "generate", "serve"],
+    "model/llada_v": ["mask", "stage1", "stage2", "generate", "serve"],
     "objective/": ["stage1", "stage2"],
     "objective/rediff_released_stage2": ["stage2", "stage2,objective/rediff_released"],
 }
@@ -131,6 +138,7 @@ FILL: dict[str, list[str]] = {
     "eval/calibrate": ["judge.model=model", "evaluate.old=verdicts.jsonl"],
     **{name: ["evaluate.models.model=model"] for name in ("sweep", "study/evaluate")},
     "data/rediff_260k": ["prepare.tokenizer=model"],
+    "correct": ["captions=theirs.jsonl"],
     "expert/reading": ["expert.readings=readings.jsonl"],
 }
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from src.cli.config import load_config
 from src.evaluation.benchmarks import BenchmarkData
 from src.evaluation.calibration import calibration_text
-from src.evaluation.captions import Captions, match, read_captions
+from src.evaluation.captions import match
 from src.evaluation.results import without_nan
 from src.evaluation.scores import Score, check_protocols, judge_protocol, score_system, table_text
 from src.generation.run import TEXTS, respond
@@ -38,6 +38,7 @@ from src.judges.ask import JudgeModel
 from src.judges.base import Item, Judge
 from src.judges.store import ReplyStore
 from src.metrics.judged import MAX_FAILED
+from src.text.captions import Captions, read_captions
 
 Stage = Literal["generate", "judge", "score"]
 logger = logging.getLogger(__name__)
