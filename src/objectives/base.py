@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, editable, positions_of, shares_of, term_sum
 from src.diffusion.noise import Noise
+from src.distributed.checkpoints import keep_trained
 from src.distributed.parallel import (
     Sharding,
     all_reduce_sum,
@@ -36,7 +38,7 @@ from src.distributed.parallel import (
 )
 from src.io.errors import UserError
 from src.objectives.optim import Optim
-from src.types import Batch, Corrupted, Corruption, Prefix, SpecialIds
+from src.types import Batch, Corrupted, Corruption, Kind, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,8 @@ class Objective(L.LightningModule):
             self.backbone.checkpoint(self.optim.checkpointing)
         if self.optim.compile:
             self.backbone.compile_blocks()
+        if getattr(self.backbone, "lora", None):
+            keep_trained(self)
         self._counts: dict[str, Tensor] = {}  # (hits, tries) of each logged share since the last log
         self.num_skipped = self._consecutive_skips = 0  # steps with non-finite gradients
 
@@ -136,7 +140,11 @@ class Objective(L.LightningModule):
                 level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
                 level = (level + view / self.optim.views) % 1
-            views.append(self.corruption(batch, corruption.start(batch, self.levels(level)), noise))
+            state = self.corruption(batch, corruption.start(batch, self.levels(level)), noise)
+            if not self.optim.filler_loss:
+                filler = ~corruption.text_positions(batch.response, self.special.eot)
+                state.kind = state.kind.masked_fill(filler, int(Kind.FROZEN))
+            views.append(state)
         return views
 
     # The loss
@@ -207,6 +215,7 @@ class Objective(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.optim.micro_batch or len(batch))]
         totals = self.denominators(micro_batches)
+        torch.manual_seed(self._step_seed(rank()))  # of any dropout, so that a resumed run draws the same
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         sums = _summed([self.forward_backward(rows, views, totals) for rows, views in micro_batches])
@@ -219,7 +228,8 @@ class Objective(L.LightningModule):
             self._skip(batch, sums)
             return
         self._consecutive_skips = 0
-        rate = optimizer.param_groups[0]["lr"]  # of this step: the schedule then sets that of the next one
+        rate = float(optimizer.param_groups[0]["lr"])  # of this step: the schedule then sets that of the next one
+        torch.manual_seed(self._step_seed(-1))  # of stochastic rounding: equal on all ranks, which may hold copies
         optimizer.step()
         schedule.step()
         self._log("train", logged, list(sums), micro_batches)
@@ -264,12 +274,9 @@ class Objective(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_skipped = checkpoint.get("num_skipped", 0)
 
-    def make_optimizer(self) -> torch.optim.AdamW:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters; freezes the vision tower if its learning rate is 0."""
-        groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
-        betas = (self.optim.betas[0], self.optim.betas[1])
-        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.optim.weight_decay, fused=fused or None)
+        return self.optim.optimizer([{"params": list(group), "lr": lr} for group, lr in self._groups()])
 
     def configure_optimizers(self) -> Any:
         optim, optimizer = self.optim, self.make_optimizer()
@@ -320,6 +327,10 @@ class Objective(L.LightningModule):
         if rank() == 0:
             log.warning("%s: the step is skipped", message)
 
+    def _step_seed(self, rank: int) -> int:
+        """Seed of torch's generator: a function of the run's seed, the optimizer step and the rank."""
+        return zlib.crc32(f"{self.seed}/{self.global_step}/{rank}".encode())
+
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
 
@@ -366,12 +377,13 @@ class Objective(L.LightningModule):
         self.log_dict({f"{stage}/{name}": torch.tensor(value) for name, value in values.items()}, **options)
 
 
-def _init_state(optimizer: torch.optim.AdamW) -> None:
+def _init_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
+    make = getattr(optimizer, "_new_buffer", lambda parameter, signed: torch.zeros_like(parameter))  # of torchao
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.tensor(0.0, device=parameter.device if optimizer.defaults["fused"] else None)
+            moments = {name: make(parameter, name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
             optimizer.state[parameter] = {"step": step, **moments}
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from src.distributed.parallel import Sharding
 from src.io.errors import UserError
@@ -29,6 +32,10 @@ class Optim:
     compile: compile the model's blocks with torch.compile: slower start, faster steps
     sharding: how FSDP2 shards the model, if the trainer's strategy is `src.training.strategy.FSDP2`
     max_skipped: consecutive steps with non-finite gradients to skip; one more ends the training
+    filler_loss: whether the end-of-text filler behind eot has a loss; it is corrupted and attended to either way
+    states: of AdamW: `full`, of the dtype of the weights, or `8bit` (torchao): a quarter of the memory of float32
+    rounding: of updated bfloat16 weights: `nearest`, which loses updates below half their spacing, or `stochastic`
+        (torchao), which is right on average
 
     Raises UserError for invalid values and combinations.
     """
@@ -48,9 +55,15 @@ class Optim:
     compile: bool = False
     sharding: Sharding | None = None
     max_skipped: int = 3
+    filler_loss: bool = True
+    states: str = "full"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        for name, known in (("states", ("full", "8bit")), ("rounding", ("nearest", "stochastic"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"optim.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
@@ -76,6 +89,25 @@ class Optim:
         for name in ("views", "micro_batch", "strata"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"optim.{name} must be at least 1, got {value}")
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW over groups of parameters, each with its `lr`. Raises UserError without torchao, if that is needed."""
+        options = {"betas": (self.betas[0], self.betas[1]), "weight_decay": self.weight_decay}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self.states == "full" and self.rounding == "nearest":
+            fused = all(parameter.device.type == "cuda" for parameter in parameters)
+            return torch.optim.AdamW(groups, **options, fused=fused or None)
+        if self.rounding == "stochastic" and any(p.dtype != torch.bfloat16 for p in parameters):
+            raise UserError(
+                "optim.rounding=stochastic is for bfloat16 weights, but some are trained in another dtype: set "
+                "model.dtype=bfloat16 and trainer.precision=bf16-true"
+            )
+        try:
+            from torchao.optim import AdamW8bit, _AdamW
+        except ImportError as error:
+            raise UserError("optim.states and rounding need torchao: pip install 'rediff-lightning[lowbit]'") from error
+        kind = AdamW8bit if self.states == "8bit" else _AdamW
+        return kind(groups, **options, bf16_stochastic_round=self.rounding == "stochastic")
 
     def factor(self, step: int, total: int) -> float:
         """Learning rate at optimizer step `step` of `total`, as a factor of the peak."""

@@ -31,6 +31,7 @@ from src.cli.signals import Stop
 from src.io.errors import UserError
 from src.io.hub import hub_name
 from src.models.hf.folder import Deferred
+from src.models.hf.weights import is_adapter
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.objectives.base import Objective, Setup
@@ -53,6 +54,8 @@ def assemble(
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
+        if options.get("lora"):
+            options["lora"] = build(options["lora"])
         factory = Deferred(cfg.model.path, {**options, "codec": codec})
     data, objective = data_and_objective(cfg, factory, **offers)
     if isinstance(data, ShardData):
@@ -107,6 +110,12 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
             known = run in available(config_root("conf"))
             first = f"train it first with `python -m src.train conf={run}`, or " if known else ""
             raise UserError(f"model.path: there is no {path}; {first}set model.path")
+        if is_adapter(path) and not cfg.model.get("lora"):
+            raise UserError(
+                f"model.path: {path} is an adapter: train it further with conf=...,lora, or merge it into its base "
+                f"first: python -m src.export conf=export model={path} out=NEW format=own"
+            )
+    check_adapters(cfg)
     data = build(cfg.data, **offers)
     setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
     objective = build(cfg.objective, setup=setup, **offers)
@@ -139,6 +148,23 @@ def check_trainer(cfg: DictConfig) -> None:
     started = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else None
     if started and type(devices) is int and devices * nodes != started:  # each would train alone, in the same folder
         raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
+
+
+def check_adapters(cfg: DictConfig) -> None:
+    """Raise UserError for settings with which adapters would be trained wrongly."""
+    if not cfg.model.get("lora"):
+        return
+    precision, whole = cfg.trainer.get("precision"), set(cfg.model.lora.get("train") or ())
+    if precision in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision={precision} would train adapters in 16 bits: use bf16-mixed; the frozen weights "
+            "stay in model.dtype"
+        )
+    if cfg.get("gap") and not {"model.embed_tokens", "lm_head"} <= whole:
+        raise UserError(
+            f"gap={cfg.gap} is a new token, but adapters train neither its embedding nor its logit: add "
+            "model.embed_tokens and lm_head to model.lora.train"
+        )
 
 
 def silence_lightning() -> None:
