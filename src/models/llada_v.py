@@ -74,11 +74,13 @@ class LLaDAV(nn.Module):
 
     def units(self) -> Iterator[tuple[nn.Module | list[nn.Module], tuple[str, ...]]]:
         """The units of FSDP2, inner ones first, each with its entry points besides `forward`."""
-        blocks = [(block, ("keys_values",)) for block in self.model.layers]
-        vision = [(self.vision, ())] if self.vision else []
-        for unit, entries in (*vision, (self.model.embed_tokens, ()), *blocks, (self.lm_head, ())):
-            yield from ((part, ()) for part in apart(unit))
-            yield unit, entries
+        if self.vision:
+            yield self.vision, ()
+        yield self.model.embed_tokens, ()
+        for block in self.model.layers:
+            yield from ((adapter, ()) for adapter in apart(block))
+            yield block, ("keys_values",)
+        yield self.lm_head, ()
         yield self, ("encode_prefix",)
 
     def checkpoint(self, mode: str) -> None:

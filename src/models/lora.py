@@ -103,6 +103,14 @@ class LoRA:
         """Whether a tensor is part of the adapter: of A or B, or of a module that is trained as a whole."""
         return name.endswith((DOWN, UP)) or name.startswith(tuple(f"{module}." for module in self.train))
 
+    def is_float32(self, name: str) -> bool:
+        """Whether a tensor is float32 in training: what is trained, and all of a vision path that is trained in part.
+
+        NOTE: the vision path must be one unit of FSDP2 (see `VisionPath`), which has one dtype.
+        """
+        sees = self.vision or self.projector or any(module.startswith("vision.") for module in self.train)
+        return self.is_trained(name) or (bool(sees) and name.startswith("vision."))
+
     def adapted(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
         """Of a base's tensors: their names in the model with adapters, and what these add, on the meta device."""
         layers = set(self.layers(tensors))
@@ -123,21 +131,20 @@ class LoRA:
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
-    def config(self, model: nn.Module, *, base: str | None = None) -> Any:
-        """peft's settings for the model. Raises UserError without peft."""
+    def config(self, layers: list[str], *, base: str | None = None) -> Any:
+        """peft's settings, for layers by name. Raises UserError without peft."""
         try:
             from peft import LoraConfig
         except ImportError as error:
             raise UserError("LoRA needs peft: pip install 'rediff-lightning[lora]'") from error
-        state = {name.replace(BASE, "."): tensor for name, tensor in model.state_dict().items()}
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, base_model_name_or_path=base,
-            target_modules=self.layers(state), modules_to_save=list(self.train) or None,
+            target_modules=layers, modules_to_save=list(self.train) or None,
         )  # fmt: skip
 
     def inject(self, model: Any) -> None:
         """Put adapters into a model on the meta device, and freeze all but these and `train`."""
-        config = self.config(model)
+        config = self.config(self.layers(model.state_dict()))
         config.modules_to_save = None  # they are trained in place
         from peft import inject_adapter_in_model
 
@@ -170,17 +177,13 @@ class LoRA:
         return merged, math.sqrt(error / change) if change else 0.0
 
 
-def apart(unit: nn.Module) -> Iterator[list[nn.Module]]:
-    """Parts of a unit of FSDP2 that must be units of their own, as they are float32 whatever the unit's dtype is.
+def apart(block: nn.Module) -> Iterator[list[nn.Module]]:
+    """The adapters of a block, which must be FSDP2 units of their own: they are float32, the block may not be.
 
-    NOTE: a pair A, B, as both always run, one after the other; of the adapters of a whole block not all do.
+    NOTE: a pair A, B each, as both always run, one after the other; `keys_values` runs only some layers of a block.
     """
-    for layer in _adapters(unit):
+    for layer in _adapters(block):
         yield [layer.lora_A["default"], layer.lora_B["default"]]
-    frozen = any(not parameter.requires_grad for parameter in unit.parameters())
-    projector = getattr(unit, "mm_projector", None)
-    if frozen and projector is not None and projector[0].weight.requires_grad:
-        yield [projector]
 
 
 def file_name(name: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ from src.models.hf.weights import (
 )
 from src.models.llada import DecoderConfig
 from src.models.llada_v import LLaDAV
-from src.models.lora import LoRA, file_name, own_name
+from src.models.lora import DOWN, LoRA, file_name, own_name
 from src.text.tokenizer import NEEDED, NO_IMAGE_TOKEN, Codec, image_mark
 
 CONFIG = "config.json"
@@ -62,7 +61,7 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_
     state, lora = model.state_dict(), model.lora and LoRA.of(model.lora)
     if lora:
         state = {file_name(name): tensor for name, tensor in state.items() if lora.is_trained(name)}
-        max_shard_bytes = math.inf
+        max_shard_bytes = 1e18  # one file
     if rank():
         for name in plan_shards(state, max_shard_bytes=max_shard_bytes).tensor_to_filename:
             full_tensor(state[name])
@@ -75,7 +74,8 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_
         codec.save(folder)
         if lora and model.lora:
             (folder / SINGLE).rename(folder / ADAPTER)
-            lora.config(model, base=model.lora["base"]).save_pretrained(folder)
+            layers = [name.removesuffix(DOWN) for name in model.state_dict() if name.endswith(DOWN)]
+            lora.config(layers, base=model.lora["base"]).save_pretrained(folder)
 
 
 def from_pretrained(
@@ -112,9 +112,8 @@ def from_pretrained(
         dtype = dtype or folder.tensors["model.norm.weight"].dtype  # of the base
     state = {}
     for name in folder.names:
-        trained = bool(lora and lora.is_trained(name))
-        # a copy, as a view of the file would change with it
-        state[name] = folder.read(name).to(device, torch.float32 if trained else dtype, copy=True)
+        wanted = torch.float32 if lora and lora.is_float32(name) else dtype
+        state[name] = folder.read(name).to(device, wanted, copy=True)  # a view of the file would change with it
         check_finite(name, state[name], folder.path)
     model.load_state_dict(state, assign=True)
     _set_position_ids(model)
@@ -146,7 +145,7 @@ def outline(
         description = replace(description.with_attention(attention), image_id=codec.image_id)
         model = build_empty(replace(description, lora=lora and lora.to_dict(path))).to(read_dtype(dtype))
         for name, parameter in model.named_parameters():
-            if lora and lora.is_trained(name):
+            if lora and lora.is_float32(name):
                 parameter.data = parameter.data.float()
         return model
 
