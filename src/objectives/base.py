@@ -379,12 +379,14 @@ class Objective(L.LightningModule):
 
 def _init_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
-    make = getattr(optimizer, "_new_buffer", lambda parameter, signed: torch.zeros_like(parameter))  # of torchao
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: make(parameter, name == "exp_avg") for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
-            optimizer.state[parameter] = {"step": step, **moments}
+    quantizing: Any = optimizer if hasattr(optimizer, "_new_buffer") else None  # torchao's
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if quantizing:
+            moments = [quantizing._new_buffer(parameter, signed) for signed in (True, False)]
+        else:
+            moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
+        step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
+        optimizer.state[parameter] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
 
 def detached(prefix: Prefix) -> Prefix:

@@ -64,6 +64,14 @@ class Optim:
         for name, known in (("states", ("full", "8bit")), ("rounding", ("nearest", "stochastic"))):
             if getattr(self, name) not in known:
                 raise UserError(f"optim.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
+        if (self.states, self.rounding) != ("full", "nearest"):
+            try:
+                import torchao.optim  # noqa: F401 - a checkpoint with its tensors can be loaded from here on
+            except ImportError as error:
+                message = (
+                    "optim.states=8bit and rounding=stochastic need torchao: pip install 'rediff-lightning[lowbit]'"
+                )
+                raise UserError(message) from error
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
@@ -102,10 +110,8 @@ class Optim:
                 "optim.rounding=stochastic is for bfloat16 weights, but some are trained in another dtype: set "
                 "model.dtype=bfloat16 and trainer.precision=bf16-true"
             )
-        try:
-            from torchao.optim import AdamW8bit, _AdamW
-        except ImportError as error:
-            raise UserError("optim.states and rounding need torchao: pip install 'rediff-lightning[lowbit]'") from error
+        from torchao.optim import AdamW8bit, _AdamW
+
         kind = AdamW8bit if self.states == "8bit" else _AdamW
         return kind(groups, **options, bf16_stochastic_round=self.rounding == "stochastic")
 
