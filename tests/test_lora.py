@@ -230,6 +230,7 @@ def test_adapters_are_used_like_models(adapter, scenes, finished, tmp_path, caps
         (["model.lora.rank=0"], "rank must be at least 1"),
         (["gap=<|startoftext|>"], "add model.embed_tokens and lm_head to model.lora.train"),
         (["trainer.precision=bf16-true"], "would train adapters in 16 bits: use bf16-mixed"),
+        (["model.dtype=bfloat16"], "trainer.precision=32-true: use bf16-mixed, or model.dtype=float32"),
     ],
 )
 def test_mistakes_are_explained(scenes, finished, tmp_path, capsys, settings, message):

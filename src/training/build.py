@@ -115,12 +115,13 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
                 f"model.path: {path} is an adapter: train it further with conf=...,lora, or merge it into its base "
                 f"first: python -m src.export conf=export model={path} out=NEW format=own"
             )
-    check_adapters(cfg)
     data = build(cfg.data, **offers)
     setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
     objective = build(cfg.objective, setup=setup, **offers)
     if not isinstance(objective, Objective):
         raise UserError(f"objective: {cfg.objective.target} must be a subclass of src.objectives.base.Objective")
+    if cfg.model.get("lora"):
+        check_adapters(cfg, {parameter.dtype for parameter in objective.backbone.parameters()})
     if images and hasattr(data, "layout"):  # a datamodule without images has none
         check_layout(data.layout, objective.backbone.layout)
     return data, objective
@@ -150,15 +151,18 @@ def check_trainer(cfg: DictConfig) -> None:
         raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
 
 
-def check_adapters(cfg: DictConfig) -> None:
-    """Raise UserError for settings with which adapters would be trained wrongly."""
-    if not cfg.model.get("lora"):
-        return
+def check_adapters(cfg: DictConfig, dtypes: set[torch.dtype]) -> None:
+    """Raise UserError for settings with which adapters would be trained wrongly, or not. dtypes: of the weights"""
     precision, whole = cfg.trainer.get("precision"), set(cfg.model.lora.get("train") or ())
     if precision in ("bf16-true", "16-true"):
         raise UserError(
             f"trainer.precision={precision} would train adapters in 16 bits: use bf16-mixed; the frozen weights "
             "stay in model.dtype"
+        )
+    if len(dtypes) > 1 and precision != "bf16-mixed":
+        raise UserError(
+            f"the adapters are float32 and the frozen weights are not, but trainer.precision={precision}: use "
+            "bf16-mixed, or model.dtype=float32"
         )
     if cfg.get("gap") and not {"model.embed_tokens", "lm_head"} <= whole:
         raise UserError(
