@@ -248,6 +248,8 @@ class Objective(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.backbone):
             return
+        if (self.optim.states, self.optim.rounding) != ("full", "nearest"):
+            raise UserError("optim.states=8bit and rounding=stochastic are for one process, or parallel/ddp")
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
         mesh = replicas if mesh.size() == replicas.size() else mesh
         (self.optim.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)

@@ -185,7 +185,7 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, em
     # 1. Parameters, gradients and optimizer states, which several GPUs share, and the optimizer step.
     objective.to(device="meta", dtype=dtype)
     shares = {row: size // gpus for row, size in _run_optimizer(objective, live).items()}
-    live.peaks["optimizer"][TEMPORARY] //= gpus
+    live.peaks["optimizer"][TEMPORARY] = live.peaks["optimizer"].get(TEMPORARY, 0) // gpus
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     in_use = Counter({**shares, RAW: sum(parameter.nbytes for parameter in trained) // gpus})
     if ema:
