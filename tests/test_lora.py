@@ -224,7 +224,7 @@ def test_adapters_are_used_like_models(adapter, scenes, finished, tmp_path, caps
     ("settings", "message"),
     [
         (["model.lora.decoder=[query]"], "model.lora.decoder: the model has no query, only down_proj, gate_proj"),
-        (["model.lora.train=[head]"], "model.lora.train: the model has no 'head'; known are lm_head, model"),
+        (["model.lora.train=[head]"], "model.lora.train: the model has no 'head', as it has lm_head or"),
         (["model.lora.train=[vision.mm_projector]"], "vision.mm_projector.0 has an adapter, too"),
         (["model.lora.decoder=[]", "model.lora.projector=false"], "no layer has an adapter"),
         (["model.lora.rank=0"], "rank must be at least 1"),

@@ -67,10 +67,8 @@ class LoRA:
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
     def to_dict(self, base: str | Path) -> dict[str, Any]:
-        return {
-            "base": os.path.normpath(base),
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
-        }
+        settings = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {"base": os.path.normpath(base), **settings}
 
     def layers(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The layers with adapters in a model with these tensors, by its own names."""
@@ -88,9 +86,7 @@ class LoRA:
             layers += sorted(name for name in matrices if name.rpartition(".")[2] in chosen)
         for name in self.train:
             if not any(tensor.startswith(f"{name}.") for tensor in tensors):
-                raise UserError(
-                    f"model.lora.train: the model has no {name!r}; known are {', '.join(_modules(tensors))}"
-                )
+                raise UserError(f"model.lora.train: the model has no {name!r}, as it has lm_head or model.embed_tokens")
         if both := [layer for layer in layers if self.is_trained(f"{layer}.weight")]:
             raise UserError(f"model.lora.train: {both[0]} has an adapter, too: choose one of them")
         if not layers:
@@ -199,9 +195,3 @@ def own_name(name: str) -> str:
 
 def _adapters(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if hasattr(module, "lora_A"))
-
-
-def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of modules outside the blocks."""
-    names = [name.rpartition(".")[0] for name in tensors if not name.startswith((PARTS["decoder"], PARTS["vision"]))]
-    return sorted({*names, *([PARTS["projector"][:-1]] if any(PARTS["projector"] in n for n in tensors) else [])})
