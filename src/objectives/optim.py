@@ -66,7 +66,7 @@ class Optim:
                 raise UserError(f"optim.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if (self.states, self.rounding) != ("full", "nearest"):
             try:
-                import torchao.optim  # noqa: F401 - a checkpoint with its tensors can be loaded from here on
+                import torchao.optim  # noqa: F401 # pyright: ignore[reportMissingImports] - a checkpoint with its tensors can be loaded from here on
             except ImportError as error:
                 message = (
                     "optim.states=8bit and rounding=stochastic need torchao: pip install 'rediff-lightning[lowbit]'"
@@ -110,7 +110,7 @@ class Optim:
                 "optim.rounding=stochastic is for bfloat16 weights, but some are trained in another dtype: set "
                 "model.dtype=bfloat16 and trainer.precision=bf16-true"
             )
-        from torchao.optim import AdamW8bit, _AdamW
+        from torchao.optim import AdamW8bit, _AdamW  # pyright: ignore[reportMissingImports]
 
         kind = AdamW8bit if self.states == "8bit" else _AdamW
         return kind(groups, **options, bf16_stochastic_round=self.rounding == "stochastic")

@@ -246,7 +246,8 @@ def _run_optimizer(objective: Objective, live: Live) -> dict[str, int]:
 
 def _num_bytes(tensor: Tensor) -> int:
     """Those of the parts of a quantized tensor, whose own dtype is that which it stands for."""
-    parts = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    flatten: Any = getattr(tensor, "__tensor_flatten__", lambda: ((), None))
+    parts, _ = flatten()
     return sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
 
 

@@ -58,7 +58,7 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_
 
     If the model is sharded, every rank must call this; rank 0 writes, gathering one file at a time.
     """
-    state, lora = model.state_dict(), model.lora and LoRA.of(model.lora)
+    state, lora = model.state_dict(), LoRA.of(model.lora) if model.lora else None
     if lora:
         state = {file_name(name): tensor for name, tensor in state.items() if lora.is_trained(name)}
         max_shard_bytes = 1e18  # one file
