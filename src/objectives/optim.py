@@ -65,8 +65,8 @@ class Optim:
             if getattr(self, name) not in known:
                 raise UserError(f"optim.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         if (self.states, self.rounding) != ("full", "nearest"):
-            try:
-                import torchao.optim  # noqa: F401 # pyright: ignore[reportMissingImports] - a checkpoint with its tensors can be loaded from here on
+            try:  # now, as only then can a checkpoint with its tensors be loaded
+                import torchao.optim  # noqa: F401 # pyright: ignore[reportMissingImports]
             except ImportError as error:
                 message = (
                     "optim.states=8bit and rounding=stochastic need torchao: pip install 'rediff-lightning[lowbit]'"
