@@ -23,9 +23,9 @@ from src.models.hf.folder import outline
 from src.models.llada_v import LLaDAV
 from src.models.lora import LoRA
 from src.models.tiling import anyres
-from src.objectives.base import Setup, _init_state
+from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Optim
+from src.objectives.optim import Optim, init_state
 from src.objectives.proseco import ProSeCo
 from src.objectives.revision import RevisionObjective
 from src.text.tokenizer import Codec
@@ -131,7 +131,7 @@ def test_an_average_takes_four_bytes_for_each_trained_parameter(gpus, precision)
 def measured(objective: RevisionObjective, batch: Batch) -> dict[str, int]:
     """Bytes of what lasts over real steps."""
     optimizer = objective.make_optimizer()
-    _init_state(optimizer)
+    init_state(optimizer)
     means(objective, batch)
     parameters = dict(objective.named_parameters())
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]

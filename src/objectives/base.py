@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from src.distributed.parallel import (
     world_size,
 )
 from src.io.errors import UserError
-from src.objectives.optim import Optim
+from src.objectives.optim import Optim, init_state, step_seed
 from src.types import Batch, Corrupted, Corruption, Kind, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
@@ -215,7 +214,7 @@ class Objective(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.optim.micro_batch or len(batch))]
         totals = self.denominators(micro_batches)
-        torch.manual_seed(self._step_seed(rank()))  # of any dropout, so that a resumed run draws the same
+        torch.manual_seed(step_seed(self.seed, self.global_step, rank()))  # of dropout, if resumed too
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         sums = _summed([self.forward_backward(rows, views, totals) for rows, views in micro_batches])
@@ -229,7 +228,7 @@ class Objective(L.LightningModule):
             return
         self._consecutive_skips = 0
         rate = float(optimizer.param_groups[0]["lr"])  # of this step: the schedule then sets that of the next one
-        torch.manual_seed(self._step_seed(-1))  # of stochastic rounding: equal on all ranks, which may hold copies
+        torch.manual_seed(step_seed(self.seed, self.global_step, -1))  # of rounding: equal on all ranks
         optimizer.step()
         schedule.step()
         self._log("train", logged, list(sums), micro_batches)
@@ -285,7 +284,7 @@ class Objective(L.LightningModule):
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(f"trainer.max_steps must be set, as the learning rate schedule depends on it, got {total}")
-        _init_state(optimizer)
+        init_state(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -328,10 +327,6 @@ class Objective(L.LightningModule):
             )
         if rank() == 0:
             log.warning("%s: the step is skipped", message)
-
-    def _step_seed(self, rank: int) -> int:
-        """Seed of torch's generator: a function of the run's seed, the optimizer step and the rank."""
-        return zlib.crc32(f"{self.seed}/{self.global_step}/{rank}".encode())
 
     def _noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
@@ -377,18 +372,6 @@ class Objective(L.LightningModule):
     def _log_values(self, stage: str, values: dict[str, float], **options: Any) -> None:
         # NOTE: Lightning would copy numbers to the device, one by one
         self.log_dict({f"{stage}/{name}": torch.tensor(value) for name, value in values.items()}, **options)
-
-
-def _init_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
-    quantizing: Any = optimizer if hasattr(optimizer, "_new_buffer") else None  # torchao's
-    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-        if quantizing:
-            moments = [quantizing._new_buffer(parameter, signed) for signed in (True, False)]
-        else:
-            moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
-        step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
-        optimizer.state[parameter] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
 
 def detached(prefix: Prefix) -> Prefix:

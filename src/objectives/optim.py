@@ -6,6 +6,7 @@ optim: {target: src.objectives.optim.Optim, lr: 5.0e-4, ...}
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +124,20 @@ class Optim:
             return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         decay_steps = float(self.decay) * total
         return warmup * (min(1.0, (total - step) / decay_steps) if decay_steps else 1.0)
+
+
+def init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
+    quantizing: Any = optimizer if hasattr(optimizer, "_new_buffer") else None  # torchao's
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if quantizing:
+            moments = [quantizing._new_buffer(parameter, signed) for signed in (True, False)]
+        else:
+            moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
+        step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
+        optimizer.state[parameter] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's generator for dropout and rounding: a function of the run's seed, optimizer step and rank."""
+    return zlib.crc32(f"{seed}/{step}/{rank}".encode())
