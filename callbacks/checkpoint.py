@@ -116,4 +116,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_dir():
             return read_full(Path(path))
+        kwargs.setdefault("map_location", "cpu")  # Lightning's default is a function, which 8-bit states cannot take
         return super().load_checkpoint(path, *args, **kwargs)

@@ -12,7 +12,7 @@ Training itself never sees the average. Checkpoints hold both: the raw weights i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -111,13 +111,17 @@ def ema_of(trainer: L.Trainer) -> EMA | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)  # type: ignore[attr-defined]
 
 
-def weights_for(trainer: L.Trainer, use: str) -> AbstractContextManager[bool]:
-    """Context in which the model has the weights for `use`; its value says whether these are averaged.
+@contextmanager
+def weights_for(trainer: L.Trainer, use: str) -> Iterator[bool]:
+    """Context in which the model has the weights for `use`, and but for an export computes in the trainer's precision.
 
-    All ranks must enter and leave, outside of `gathered`.
+    Its value says whether the weights are averaged. All ranks must enter and leave, outside of `gathered`.
     """
     ema = ema_of(trainer)
-    return ema.applied(trainer.lightning_module) if ema and use in ema.use_for else nullcontext(False)
+    weights = ema.applied(trainer.lightning_module) if ema and use in ema.use_for else nullcontext(False)
+    precision = nullcontext() if use == "export" else trainer.precision_plugin.forward_context()
+    with weights as averaged, precision:
+        yield averaged
 
 
 def local(tensor: Tensor) -> Tensor:

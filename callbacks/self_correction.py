@@ -208,9 +208,8 @@ class SelfCorrection(L.Callback):
 
         # 2. Draft, ask the expert, and write the round.
         start = time.perf_counter()
-        context = trainer.precision_plugin.forward_context()
         averaged = weights_for(trainer, "draft")  # outermost: a signal must not interrupt its return to raw weights
-        with averaged, self.stop.at_once(), isolate_rng(), evaluating(pl_module), context:
+        with averaged, self.stop.at_once(), isolate_rng(), evaluating(pl_module):
             finished_round = self._round(number, _datamodule(trainer), pl_module)
         if self._team.is_rank0:
             logger.info("%s: %s", finished_round.path, summary(finished_round.manifest))

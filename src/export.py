@@ -12,7 +12,8 @@ The tensors of a model folder or .ckpt file are memory-mapped, those of a sharde
 config.json and tokenizer of a checkpoint are those of the model folder `like`, default: the one its run started from.
 `llada_v` and `llada` are for code that reads the released models: config.json fields that this project does not use
 are kept, and so are the code files (*.py) beside it; for a model on the hub, `auto_map` refers to them there. `own` is
-for this project. `lightning` merges a sharded checkpoint into one file that training can resume from.
+for this project. `lightning` merges a sharded checkpoint into one file that training can resume from. Adapters
+(`src/models/lora.py`) are merged into the weights of their base, all of which are then in memory.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from src.io.words import counted, data_size
 from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
 from src.models.hf.formats import FORMATS, Description
 from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
+from src.models.lora import LoRA
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
 from src.training.card import CARD, model_card
 from src.training.run_dir import read_config
 
 LIGHTNING = "lightning"  # a single checkpoint file instead of a model folder
+LOST = 0.1  # share of an adapter's change that rounding may cost without a warning
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +75,13 @@ def export(cfg: DictConfig, out: Path) -> None:
     form, dtype = FORMATS[cfg.format], read_dtype(cfg.dtype)
     # 1. The tensors, checked one at a time as they will be written, and in the order of the model
     state, description, tokenizer, origin = _source(cfg)
+    if description.lora:
+        state, lost = LoRA.of(description.lora).merge(state, dtype)
+        description = replace(description, lora=None)
+        if lost > LOST:
+            logger.warning(
+                "merging rounds the weights by %.0f %% of what the adapter changes: dtype=float32", 100 * lost
+            )
     model = build_empty(description)
     check_tensors(model, state, cfg.model)
     for name, tensor in state.items():
@@ -127,21 +137,23 @@ def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path
         folder = ModelFolder.open(cfg.model)
         state = {name: folder.read(name) for name in folder.names}
         return state, folder.describe(vision=vision), folder.path, folder.path
+    frozen: dict[str, Tensor] = {}  # of a checkpoint that holds only adapters
     if cfg.like:
         like = ModelFolder.open(cfg.like)
         description, tokenizer, origin = like.describe(vision=vision), like.path, like.path
     else:
-        description, tokenizer, origin = _read_run(path, vision)
+        frozen, description, tokenizer, origin = _read_run(path, vision)
     if not (tokenizer / "tokenizer.json").is_file():
         raise UserError(
             f"there is no tokenizer in {tokenizer}, which the export of {path} needs: set like=DIR to a model "
             "folder that contains it"
         )
-    return model_state(path, weights=cfg.weights), description, tokenizer, origin
+    return {**frozen, **model_state(path, weights=cfg.weights)}, description, tokenizer, origin
 
 
-def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]:
-    """The description and folders (see `_source`) of the model that the run of RUN/checkpoints/NAME started from."""
+def _read_run(path: Path, vision: dict | None) -> tuple[dict[str, Tensor], Description, Path, Path]:
+    """The model that the run of RUN/checkpoints/NAME started from: its tensors if it trains adapters, and the
+    description and folders (see `_source`)."""
     config = path.resolve().parents[1] / "config.yaml"
     if not config.is_file():
         raise UserError(
@@ -153,12 +165,16 @@ def _read_run(path: Path, vision: dict | None) -> tuple[Description, Path, Path]
     node = {**plain(run.model), **({"vision": vision} if vision else {})}
     tokenizer = local_folder(run.tokenizer, patterns=NEEDED)
     response_length = OmegaConf.select(run, "data.response_length")
+    state: dict[str, Tensor] = {}
     if "path" not in node:
         description, origin = describe(build(node, codec=Codec.load(tokenizer))), tokenizer
     else:
-        folder = ModelFolder.open(node["path"])
+        lora = node.get("lora") and build(node["lora"])
+        folder = ModelFolder.open(node["path"], lora=lora)
+        state = {name: folder.read(name) for name in folder.names} if lora else {}
         description, origin = folder.describe(attention=node.get("attention"), vision=node.get("vision")), folder.path
-    return replace(description, response_length=response_length or description.response_length), tokenizer, origin
+    description = replace(description, response_length=response_length or description.response_length)
+    return state, description, tokenizer, origin
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.export import main as export
+from src.models.hf.folder import save_pretrained
+from src.models.llada_v import LLaDAV
+from src.models.tiling import anyres
+from src.text.tokenizer import Codec
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run: .* -->\n)?```(bash|python|yaml)\n(.*?)```", re.S)
 # In this order, as later pages use what earlier ones make.
 NAMES = (
     *("docs/training", "docs/data", "docs/online", "docs/evaluation", "docs/serving", "README", "docs/unequal"),
-    "docs/memory",
+    *("docs/memory", "docs/lora", "docs/llada_v"),
 )
 PAGES = [f"{name}.md" for name in NAMES]
 SMALL = {
@@ -68,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (90, 70), (30 * number, 120, 200)).save(folder / "photos" / f"{name}.png")
         captions[f"{name}.png"] = f"A plain picture, number {number} of eight."
     (folder / "captions.json").write_text(json.dumps(captions))
+    write_original(folder / "LLaDA-V", folder / "own")
     (folder / "book.txt").write_text("\n".join(f"The {n} foxes jump over {n * n} dogs." for n in range(2000)))
     pairs = [json.dumps({"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."}) for n in range(200)]
     (folder / "gsm8k.jsonl").write_text("\n".join(pairs))
@@ -75,6 +82,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "poems.jsonl").write_text("\n".join(poems))
     (folder / "qm9.csv").write_text("\n".join(["smiles", *("C" * (n % 9 + 1) + "O" * (n % 4) for n in range(400))]))
     return folder
+
+
+def write_original(folder: Path, own: Path) -> None:
+    """A model with LLaDA-V's layout, names and tiles, and small numbers."""
+    codec, sizes = Codec.load(ROOT / "assets" / "base"), {"hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 384, "patch_size": 14}
+    decoder = {"vocab_size": codec.vocab_size, **sizes}
+    model = LLaDAV(decoder=decoder, vision=vision, tiling=anyres(384).to_dict(), image_id=codec.image_id)
+    save_pretrained(model.bfloat16(), codec, own)
+    export(["conf=export", f"model={own}", f"out={folder}", "format=llada_v"])
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", 
 OPTIM = Optim(lr=1e-3, warmup_steps=1, decay=0.0)
 
 
-def tiny_backbone(**options) -> nn.Module:
+def tiny_backbone(**options) -> LLaDAV:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     return LLaDAV(decoder={"vocab_size": 40, "attention": "prefix", **sizes, **options}, vision=None, init_std=0.2)
@@ -111,6 +111,23 @@ def test_loss_equals_the_written_out_loop(name):
     objective, batch = CASES[name](), batch_with_prompt()
     batch.drafted[::2] = True
     assert total(objective, batch).item() == pytest.approx(brute_force(objective, batch), rel=1e-4)
+
+
+def test_filler_without_a_loss_stays_in_the_input():
+    """As the written-out loop with a shorter list of positions; the logits still see the masks of the filler."""
+    batch = batch_with_prompt(padding=0)
+    batch.response[:, 6] = SPECIAL.eot
+    batch.response[:, 7:] = SPECIAL.eos
+    kept, left_out = (make(MaskPrediction, optim=Optim(lr=1e-3, filler_loss=loss)) for loss in (True, False))
+    (before,), (state,) = kept.corrupt(batch), left_out.corrupt(batch)
+    assert torch.equal(state.tokens, before.tokens) and (state.tokens[:, 7:] == SPECIAL.mask).any()
+    assert torch.equal(state.kind[:, :7], before.kind[:, :7]) and not state.kind[:, 7:].any()
+    losses = token_losses(left_out.backbone, batch, state)
+    expected = 0.0
+    for row, values in enumerate(losses):
+        masked = [value for position, value in enumerate(values[:7]) if state.tokens[row, position] == SPECIAL.mask]
+        expected += sum(masked) / max(state.rate[row].item(), 0.0) / 7
+    assert total(left_out, batch).item() == pytest.approx(expected / len(batch), rel=1e-4)
 
 
 def test_hand_computed_terms():

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,22 +20,26 @@ from src.diffusion.noise import Noise
 from src.io.errors import UserError
 from src.models.hf.folder import outline
 from src.models.llada_v import LLaDAV
+from src.models.lora import LoRA
 from src.models.tiling import anyres
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
-from src.objectives.optim import Optim
+from src.objectives.optim import Optim, init_state
 from src.objectives.proseco import ProSeCo
 from src.objectives.revision import RevisionObjective
 from src.text.tokenizer import Codec
 from src.train import main
 from src.training.memory_plan import (
     ACTIVATIONS,
+    ADAPTERS,
     AVERAGE,
     GATHERED,
     GRADIENTS,
+    IN_USE,
     LOGITS,
     PARAMETERS,
     PHASES,
+    RAW,
     REDUCED,
     STATES,
     TEMPORARY,
@@ -42,6 +47,8 @@ from src.training.memory_plan import (
     measure,
 )
 from src.types import Batch, SpecialIds
+from tests.adapters import with_adapters
+from tests.test_objectives import means
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, MLP, LAYERS, HEADS, KEY_HEADS = 50, 24, 40, 3, 4, 2
@@ -110,6 +117,61 @@ def test_an_average_takes_four_bytes_for_each_trained_parameter(gpus, precision)
     plan = measure(objective, make_batch(vision=True), gpus=gpus, precision=precision, ema=True)
     assert plan.trained < plan.parameters
     assert {plan.phases[phase][AVERAGE] for phase in PHASES} == {4 * plan.trained // gpus}
+    size = 2 if precision == "bf16-true" else 4
+    in_use = plan.phases[IN_USE]  # gradients stay until the next step begins
+    assert (
+        in_use[RAW] == in_use[GRADIENTS] == size * plan.trained // gpus and in_use[AVERAGE] == 4 * plan.trained // gpus
+    )
+    assert in_use[PARAMETERS] == size * plan.parameters // gpus and IN_USE in plan.table()
+
+
+def measured(objective: RevisionObjective, batch: Batch) -> dict[str, int]:
+    """Bytes of what lasts over real steps."""
+    optimizer = objective.make_optimizer()
+    init_state(optimizer)
+    means(objective, batch)
+    parameters = dict(objective.named_parameters())
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    parts = [getattr(tensor, "codes", tensor) for tensor in states]
+    quantized = [tensor for tensor in states if hasattr(tensor, "codes")]
+    return {
+        PARAMETERS: sum(p.nbytes for name, p in parameters.items() if ".lora_" not in name),
+        ADAPTERS: sum(p.nbytes for name, p in parameters.items() if ".lora_" in name),
+        GRADIENTS: sum(p.grad.nbytes for p in parameters.values() if p.grad is not None),
+        STATES: sum(part.nbytes for part in parts) + sum(t.scale.nbytes + t.qmap.nbytes for t in quantized),
+    }
+
+
+LOWBIT = pytest.mark.skipif(not find_spec("torchao"), reason="needs the extra lowbit")
+
+
+@pytest.mark.parametrize(
+    ("lora", "dtype", "training"),
+    [
+        (LoRA(rank=2, alpha=4.0), torch.bfloat16, {}),
+        (LoRA(rank=2, decoder=("q_proj",), vision=("fc1",), projector=True), torch.float32, {"vision_lr": 1e-4}),
+        pytest.param(None, torch.bfloat16, {"states": "8bit", "rounding": "stochastic"}, marks=LOWBIT),
+        pytest.param(None, torch.float32, {"states": "8bit"}, marks=LOWBIT),
+    ],
+)
+def test_what_lasts_is_what_a_real_step_has(lora, dtype, training):
+    """Parameters, adapters, gradients and states, to the byte."""
+
+    def model() -> LLaDAV:
+        base = make_model(vision=True).to(dtype)
+        if lora is None:
+            return base
+        adapted = with_adapters(base, lora)
+        for name, parameter in adapted.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if lora.is_float32(name) else dtype)
+        return adapted
+
+    batch = make_batch(vision=True)
+    precision = "bf16-mixed" if lora else "32-true"
+    plan = plan_of(model(), batch, precision=precision, **training)
+    with torch.autocast("cpu", torch.bfloat16, enabled=lora is not None):
+        expected = measured(make_objective(model(), **training), batch)
+    assert {row: plan.phases["optimizer"][row] for row in expected} == expected
 
 
 @pytest.mark.parametrize("gpus", [2, 3])

@@ -26,6 +26,8 @@ LISTED = {
     "_batches_that_stepped": "objectives/base.py: the step of the log is the optimizer step, also after a resume",
     "_last_train_dl_reload_epoch": "self_correction.py: rebuilds the loader of the epoch that has begun",
     "_trainer": "edit_noise.py: an objective that no trainer has yet",
+    "_new_buffer": "objectives/optim.py: the 8-bit states that torchao's optimizer makes in its first step",
+    "_AdamW": "objectives/optim.py: torchao's AdamW with stochastic rounding and states as wide as the weights",
     "_cdata": "memory_plan.py: the identity of a storage, which several tensors share",
     "torch._subclasses": "memory_plan.py: errors of code that reads values which fake tensors lack",
     "torch.utils._python_dispatch": "memory_plan.py: sees every operation of a planned step",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from callbacks.ema import EMA
 from src.distributed.parallel import Sharding, full_tensor
 from src.models.llada_v import LLaDAV
+from src.models.lora import LoRA
 from src.objectives.base import Objective, Setup
 from src.objectives.complementary import ComplementaryMasks
 from src.objectives.edit_noise import EditNoiseObjective
@@ -27,6 +28,7 @@ from src.objectives.refine import Refine
 from src.objectives.revision import RevisionObjective
 from src.objectives.uniform import UniformNoise
 from src.training.strategy import FSDP2
+from tests.adapters import with_adapters
 from tests.test_corruption import SPECIAL
 from tests.test_objectives import QUIET, batch_with_prompt, make, tiny_backbone
 
@@ -45,13 +47,21 @@ CASES = {
     "checkpointed": (ProSeCo, {}, {"checkpointing": "full"}),
     "compiled": (RevisionObjective, {"rate": 0.3}, {"micro_batch": 2, "compile": True}),
     "selective": (RevisionObjective, {"rate": 0.3}, {"checkpointing": "selective"}),
+    "adapters": (RevisionObjective, {"rate": 0.3}, {"micro_batch": 2}),
+    "adapters and head": (ProSeCo, {}, {"checkpointing": "full"}),
 }
+LORA = {"adapters": LoRA(rank=2), "adapters and head": LoRA(rank=3, decoder=("q_proj", "up_proj"), train=("lm_head",))}
 OPTIONS = {
     "full": {"attention": "full"},
     "prefix": {"attention": "prefix"},
     "shift": {"attention": "prefix", "shift": True},
 }
 STEPS = 3
+
+
+def backbone(name: str, attention: str) -> LLaDAV:
+    base = tiny_backbone(**OPTIONS[attention])
+    return with_adapters(base, LORA[name], seed=1) if name in LORA else base
 
 
 class Watch(L.Callback):
@@ -72,7 +82,7 @@ def run(
     objective: Objective = make(
         cls,
         **options,
-        backbone=lambda: tiny_backbone(**OPTIONS[attention]),
+        backbone=lambda: backbone(name, attention),
         optim=Optim(**{**SETTINGS, **training}, sharding=sharding),
     )
     batch = batch_with_prompt(8, padding=3)
@@ -124,14 +134,19 @@ def on_ranks(
 @pytest.mark.parametrize(
     ("strategy", "sharding", "world", "cases"),
     [
-        ("FSDP2", "None", 2, [("proseco", "prefix"), ("mask", "full"), ("revision", "full"), ("refine", "full")]),
+        ("FSDP2", "None", 2, [("proseco", "prefix"), ("mask", "full"), ("refine", "full"), ("adapters", "full")]),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
-                ("FSDP2", "None", 2, [("proseco", "shift"), ("revision", "prefix")]),
+                (
+                    "FSDP2",
+                    "None",
+                    2,
+                    [(name, "prefix") for name in ("proseco", "revision", *LORA)] + [("proseco", "shift")],
+                ),
                 ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
-                ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full")]),
+                ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full"), ("adapters", "full")]),
                 ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
             ]
         ),
@@ -145,7 +160,7 @@ def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, case
         for other in others:
             assert torch.equal(first["weights"], other["weights"]) and torch.equal(first["average"], other["average"])
             assert first["logged"] == other["logged"]
-        start = torch.cat([p.detach().flatten() for p in tiny_backbone(**OPTIONS[case[1]]).parameters()])
+        start = torch.cat([p.detach().flatten() for p in backbone(*case).parameters()])
         assert (one["weights"] - start).abs().max() > 1e-3
         torch.testing.assert_close(first["weights"], one["weights"], rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(first["average"], one["average"], rtol=1e-4, atol=2e-5)

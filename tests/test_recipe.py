@@ -10,8 +10,8 @@ import torch
 from datamodules.captions import CaptionData
 from src.metrics.fixing import count_looks
 from src.models.hf.folder import from_pretrained
-from src.objectives.base import Setup, _init_state
-from src.objectives.optim import Optim
+from src.objectives.base import Setup
+from src.objectives.optim import Optim, init_state
 from src.objectives.revision import RevisionObjective
 from src.prepare import main as prepare
 from src.text.tokenizer import Codec
@@ -72,7 +72,7 @@ def test_the_state_of_an_optimizer_made_in_advance_changes_no_step(fused):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
         optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
         if in_advance:
-            _init_state(optimizer)
+            init_state(optimizer)
         for step in range(1, 4):
             weight.grad = torch.arange(7.0) / step
             optimizer.step()

@@ -76,6 +76,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tokenizers": {"text"},
     "jinja2": {"text"},
     "rdkit": {"metrics"},
+    "peft": {"models"},
+    "torchao": {"objectives"},
     "openai": {"chat"},
     "aiohttp": {"chat"},
     "matplotlib": {"evaluation"},
@@ -115,6 +117,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
 ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
+    "lora": ["stage1", "stage2", "stage1,llada_v", "stage2,llada_v,parallel/fsdp2", "mask,ema"],
     "metrics/": ["evaluate_photos"],
     "sampler/": ["draft"],
     "judge/": ["eval/capmas", "eval/caparena", "eval/rubric"],

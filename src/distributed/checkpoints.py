@@ -121,6 +121,23 @@ def read_average(path: Path, module: nn.Module) -> dict[str, Tensor]:
     return shards
 
 
+def keep_trained(module: nn.Module) -> None:
+    """Leave parameters without gradients out of `module.state_dict()`, and do not miss them when one is loaded."""
+
+    def frozen() -> set[str]:
+        return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in frozen():
+            state.pop(prefix + name, None)
+
+    def allow(_: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = sorted(set(keys.missing_keys) - frozen())
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_post_hook(allow)
+
+
 def _size_and_checksum(file: Path) -> dict[str, int]:
     crc32 = 0
     with file.open("rb") as stream:

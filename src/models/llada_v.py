@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from src.io.errors import UserError
 from src.models.llada import CHECKPOINTING, Decoder, DecoderConfig
+from src.models.lora import apart
 from src.models.tiling import AnyRes, Layout, Size
 from src.models.vision import VisionPath
 from src.types import Positions, Prefix
@@ -53,6 +54,7 @@ class LLaDAV(nn.Module):
         self.original: dict = {}  # further fields of an original config.json, for an export in its layout
         self.image_id = image_id
         self.response_length: int | None = None  # that the model was trained with
+        self.lora: dict | None = None  # of a model with adapters, see `src.models.lora`
         self.model = Decoder(self.config)
         layout = AnyRes(**tiling) if tiling else None
         self.vision = VisionPath(vision, self.config.hidden_size, tiling=layout) if vision else None
@@ -70,12 +72,13 @@ class LLaDAV(nn.Module):
         """How images must be cut into tiles; None for a model without images."""
         return self.vision.layout if self.vision else None
 
-    def units(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    def units(self) -> Iterator[tuple[nn.Module | list[nn.Module], tuple[str, ...]]]:
         """The units of FSDP2, inner ones first, each with its entry points besides `forward`."""
         if self.vision:
             yield self.vision, ()
         yield self.model.embed_tokens, ()
         for block in self.model.layers:
+            yield from ((adapter, ()) for adapter in apart(block))
             yield block, ("keys_values",)
         yield self.lm_head, ()
         yield self, ("encode_prefix",)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from src.diffusion import corruption
 from src.diffusion.losses import Term, denominator, editable, positions_of, shares_of, term_sum
 from src.diffusion.noise import Noise
+from src.distributed.checkpoints import keep_trained
 from src.distributed.parallel import (
     Sharding,
     all_reduce_sum,
@@ -35,8 +36,8 @@ from src.distributed.parallel import (
     world_size,
 )
 from src.io.errors import UserError
-from src.objectives.optim import Optim
-from src.types import Batch, Corrupted, Corruption, Prefix, SpecialIds
+from src.objectives.optim import Optim, init_state, step_seed
+from src.types import Batch, Corrupted, Corruption, Kind, Prefix, SpecialIds
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class Objective(L.LightningModule):
             self.backbone.checkpoint(self.optim.checkpointing)
         if self.optim.compile:
             self.backbone.compile_blocks()
+        if getattr(self.backbone, "lora", None):
+            keep_trained(self)
         self._counts: dict[str, Tensor] = {}  # (hits, tries) of each logged share since the last log
         self.num_skipped = self._consecutive_skips = 0  # steps with non-finite gradients
 
@@ -136,7 +139,11 @@ class Objective(L.LightningModule):
                 level = (level + strata) / self.optim.strata
             if self.optim.antithetic:
                 level = (level + view / self.optim.views) % 1
-            views.append(self.corruption(batch, corruption.start(batch, self.levels(level)), noise))
+            state = self.corruption(batch, corruption.start(batch, self.levels(level)), noise)
+            if not self.optim.filler_loss:
+                filler = ~corruption.text_positions(batch.response, self.special.eot)
+                state.kind = state.kind.masked_fill(filler, int(Kind.FROZEN))
+            views.append(state)
         return views
 
     # The loss
@@ -207,6 +214,7 @@ class Objective(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         micro_batches = [(rows, self.corrupt(rows)) for rows in batch.split(self.optim.micro_batch or len(batch))]
         totals = self.denominators(micro_batches)
+        torch.manual_seed(step_seed(self.seed, self.global_step, rank()))  # of dropout, if resumed too
         optimizer, schedule = self._optimization()
         optimizer.zero_grad()
         sums = _summed([self.forward_backward(rows, views, totals) for rows, views in micro_batches])
@@ -219,7 +227,8 @@ class Objective(L.LightningModule):
             self._skip(batch, sums)
             return
         self._consecutive_skips = 0
-        rate = optimizer.param_groups[0]["lr"]  # of this step: the schedule then sets that of the next one
+        rate = float(optimizer.param_groups[0]["lr"])  # of this step: the schedule then sets that of the next one
+        torch.manual_seed(step_seed(self.seed, self.global_step, -1))  # of rounding: equal on all ranks
         optimizer.step()
         schedule.step()
         self._log("train", logged, list(sums), micro_batches)
@@ -238,6 +247,8 @@ class Objective(L.LightningModule):
         """
         if self.device_mesh is None or is_sharded(self.backbone):
             return
+        if (self.optim.states, self.optim.rounding) != ("full", "nearest"):
+            raise UserError("optim.states=8bit and rounding=stochastic are for one process, or parallel/ddp")
         replicas, mesh = self.device_mesh["data_parallel"], self.device_mesh
         mesh = replicas if mesh.size() == replicas.size() else mesh
         (self.optim.sharding or Sharding()).apply(self.backbone, mesh, precision=self.trainer.precision)
@@ -264,19 +275,16 @@ class Objective(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.num_skipped = checkpoint.get("num_skipped", 0)
 
-    def make_optimizer(self) -> torch.optim.AdamW:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters; freezes the vision tower if its learning rate is 0."""
-        groups = [{"params": list(parameters), "lr": lr} for parameters, lr in self._groups()]
-        betas = (self.optim.betas[0], self.optim.betas[1])
-        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.optim.weight_decay, fused=fused or None)
+        return self.optim.optimizer([{"params": list(group), "lr": lr} for group, lr in self._groups()])
 
     def configure_optimizers(self) -> Any:
         optim, optimizer = self.optim, self.make_optimizer()
         total = self.trainer.max_steps
         if total < 1:
             raise UserError(f"trainer.max_steps must be set, as the learning rate schedule depends on it, got {total}")
-        _init_state(optimizer)
+        init_state(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -364,15 +372,6 @@ class Objective(L.LightningModule):
     def _log_values(self, stage: str, values: dict[str, float], **options: Any) -> None:
         # NOTE: Lightning would copy numbers to the device, one by one
         self.log_dict({f"{stage}/{name}": torch.tensor(value) for name, value in values.items()}, **options)
-
-
-def _init_state(optimizer: torch.optim.AdamW) -> None:
-    """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.tensor(0.0, device=parameter.device if optimizer.defaults["fused"] else None)
-            optimizer.state[parameter] = {"step": step, **moments}
 
 
 def detached(prefix: Prefix) -> Prefix:

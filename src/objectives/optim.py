@@ -6,7 +6,11 @@ optim: {target: src.objectives.optim.Optim, lr: 5.0e-4, ...}
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from src.distributed.parallel import Sharding
 from src.io.errors import UserError
@@ -29,6 +33,10 @@ class Optim:
     compile: compile the model's blocks with torch.compile: slower start, faster steps
     sharding: how FSDP2 shards the model, if the trainer's strategy is `src.training.strategy.FSDP2`
     max_skipped: consecutive steps with non-finite gradients to skip; one more ends the training
+    filler_loss: whether the end-of-text filler behind eot has a loss; it is corrupted and attended to either way
+    states: of AdamW: `full`, of the dtype of the weights, or `8bit` (torchao): a quarter of the memory of float32
+    rounding: of updated bfloat16 weights: `nearest`, which loses updates below half their spacing, or `stochastic`
+        (torchao), which is right on average
 
     Raises UserError for invalid values and combinations.
     """
@@ -48,9 +56,23 @@ class Optim:
     compile: bool = False
     sharding: Sharding | None = None
     max_skipped: int = 3
+    filler_loss: bool = True
+    states: str = "full"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        for name, known in (("states", ("full", "8bit")), ("rounding", ("nearest", "stochastic"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"optim.{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
+        if (self.states, self.rounding) != ("full", "nearest"):
+            try:  # now, as only then can a checkpoint with its tensors be loaded
+                import torchao.optim  # noqa: F401 # pyright: ignore[reportMissingImports]
+            except ImportError as error:
+                message = (
+                    "optim.states=8bit and rounding=stochastic need torchao: pip install 'rediff-lightning[lowbit]'"
+                )
+                raise UserError(message) from error
         if self.decay != "cosine" and not (isinstance(self.decay, int | float) and 0 <= self.decay <= 1):
             raise UserError(f"decay must be 'cosine' or a share within 0..1, got {self.decay!r}")
         if self.antithetic and self.views < 2:
@@ -77,6 +99,23 @@ class Optim:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"optim.{name} must be at least 1, got {value}")
 
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW over groups of parameters, each with its `lr`. Raises UserError without torchao, if that is needed."""
+        options = {"betas": (self.betas[0], self.betas[1]), "weight_decay": self.weight_decay}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self.states == "full" and self.rounding == "nearest":
+            fused = all(parameter.device.type == "cuda" for parameter in parameters)
+            return torch.optim.AdamW(groups, **options, fused=fused or None)
+        if self.rounding == "stochastic" and any(p.dtype != torch.bfloat16 for p in parameters):
+            raise UserError(
+                "optim.rounding=stochastic is for bfloat16 weights, but some are trained in another dtype: set "
+                "model.dtype=bfloat16 and trainer.precision=bf16-true"
+            )
+        from torchao.optim import AdamW8bit, _AdamW  # pyright: ignore[reportMissingImports]
+
+        kind = AdamW8bit if self.states == "8bit" else _AdamW
+        return kind(groups, **options, bf16_stochastic_round=self.rounding == "stochastic")
+
     def factor(self, step: int, total: int) -> float:
         """Learning rate at optimizer step `step` of `total`, as a factor of the peak."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -85,3 +124,20 @@ class Optim:
             return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         decay_steps = float(self.decay) * total
         return warmup * (min(1.0, (total - step) / decay_steps) if decay_steps else 1.0)
+
+
+def init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of every parameter now: a checkpoint that lacks that of unused parameters cannot be loaded."""
+    quantizing: Any = optimizer if hasattr(optimizer, "_new_buffer") else None  # torchao's
+    for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
+        if quantizing:
+            moments = [quantizing._new_buffer(parameter, signed) for signed in (True, False)]
+        else:
+            moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
+        step = torch.tensor(0.0, device=parameter.device if optimizer.defaults.get("fused") else None)
+        optimizer.state[parameter] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's generator for dropout and rounding: a function of the run's seed, optimizer step and rank."""
+    return zlib.crc32(f"{seed}/{step}/{rank}".encode())

@@ -31,6 +31,7 @@ from src.cli.signals import Stop
 from src.io.errors import UserError
 from src.io.hub import hub_name
 from src.models.hf.folder import Deferred
+from src.models.hf.weights import is_adapter
 from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.objectives.base import Objective, Setup
@@ -53,6 +54,8 @@ def assemble(
     factory = partial(build, cfg.model, codec=codec)
     if isinstance(trainer.strategy, FSDP2) and cfg.model.target == STORED:
         options = {key: value for key, value in plain(cfg.model).items() if key not in ("target", "path")}
+        if options.get("lora"):
+            options["lora"] = build(options["lora"])
         factory = Deferred(cfg.model.path, {**options, "codec": codec})
     data, objective = data_and_objective(cfg, factory, **offers)
     if isinstance(data, ShardData):
@@ -107,11 +110,18 @@ def data_and_objective(cfg: DictConfig, backbone: Callable, *, images: bool = Tr
             known = run in available(config_root("conf"))
             first = f"train it first with `python -m src.train conf={run}`, or " if known else ""
             raise UserError(f"model.path: there is no {path}; {first}set model.path")
+        if is_adapter(path) and not cfg.model.get("lora"):
+            raise UserError(
+                f"model.path: {path} is an adapter: train it further with conf=...,lora, or merge it into its base "
+                f"first: python -m src.export conf=export model={path} out=NEW format=own"
+            )
     data = build(cfg.data, **offers)
     setup = Setup(backbone=backbone, special=offers["special"], optim=build(cfg.optim), seed=cfg.seed)
     objective = build(cfg.objective, setup=setup, **offers)
     if not isinstance(objective, Objective):
         raise UserError(f"objective: {cfg.objective.target} must be a subclass of src.objectives.base.Objective")
+    if cfg.model.get("lora"):
+        check_adapters(cfg, {parameter.dtype for parameter in objective.backbone.parameters()})
     if images and hasattr(data, "layout"):  # a datamodule without images has none
         check_layout(data.layout, objective.backbone.layout)
     return data, objective
@@ -139,6 +149,26 @@ def check_trainer(cfg: DictConfig) -> None:
     started = int(os.environ["WORLD_SIZE"]) if TorchElasticEnvironment.detect() else None
     if started and type(devices) is int and devices * nodes != started:  # each would train alone, in the same folder
         raise UserError(f"{started} processes were started, but trainer.devices={devices} and num_nodes={nodes}")
+
+
+def check_adapters(cfg: DictConfig, dtypes: set[torch.dtype]) -> None:
+    """Raise UserError for settings with which adapters would be trained wrongly, or not. dtypes: of the weights"""
+    precision, whole = cfg.trainer.get("precision"), set(cfg.model.lora.get("train") or ())
+    if precision in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision={precision} would train adapters in 16 bits: use bf16-mixed; the frozen weights "
+            "stay in model.dtype"
+        )
+    if len(dtypes) > 1 and precision != "bf16-mixed":
+        raise UserError(
+            f"the adapters are float32 and the frozen weights are not, but trainer.precision={precision}: use "
+            "bf16-mixed, or model.dtype=float32"
+        )
+    if cfg.get("gap") and not {"model.embed_tokens", "lm_head"} <= whole:
+        raise UserError(
+            f"gap={cfg.gap} is a new token, but adapters train neither its embedding nor its logit: add "
+            "model.embed_tokens and lm_head to model.lora.train"
+        )
 
 
 def silence_lightning() -> None:

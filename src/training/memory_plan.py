@@ -50,10 +50,13 @@ TYPES = {
     "bf16-mixed": (None, torch.bfloat16),
 }
 PHASES = ("forward", "saved", "backward", "optimizer")  # saved: the moment between the two passes
+IN_USE = "average"  # while the average is in use, in validation and drafting, whose own memory is not planned
 PARAMETERS, GRADIENTS, STATES, AVERAGE = "parameters", "gradients", "optimizer states", "averaged weights"
+ADAPTERS, RAW = "adapters", "raw weights, kept"
 GATHERED, REDUCED = "gathered weights", "gradients to be sharded"
 ACTIVATIONS, LOGITS, TEMPORARY = "activations", "logits and loss", "temporary"
-ROWS = (PARAMETERS, GRADIENTS, STATES, AVERAGE, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY)
+LASTING = (PARAMETERS, ADAPTERS, GRADIENTS, STATES, AVERAGE, RAW)
+ROWS = (*LASTING, GATHERED, REDUCED, ACTIVATIONS, LOGITS, TEMPORARY)
 BLOCK = re.compile(r"(.*?\.\d+)\.")  # gathered as a whole: an element of a list of layers
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -138,6 +141,7 @@ class Live(TorchDispatchMode):
 class Plan:
     """Bytes on each GPU: `phases` is {phase: {row: bytes}} at the peak of each phase.
 
+    With an average of the weights there is one phase more, `IN_USE`.
     parameters, trained: number of parameters of the whole model, and of those that are trained; prefix: its tokens
     """
 
@@ -148,7 +152,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return max(map(self.total, PHASES))
+        return max(map(self.total, self.phases))
 
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
@@ -159,10 +163,10 @@ class Plan:
         return text if float(text.split()[0]) else data_size(size, units=BINARY) if size else "0"
 
     def table(self) -> str:
-        rows = {row: [self.phases[phase][row] for phase in PHASES] for row in ROWS}
+        rows = {row: [self.phases[phase][row] for phase in self.phases] for row in ROWS}
         rows = {row: sizes for row, sizes in rows.items() if any(sizes)}
-        rows["sum"] = [self.total(phase) for phase in PHASES]
-        lines = [["", *PHASES], *([row, *map(self.format, sizes)] for row, sizes in rows.items())]
+        rows["sum"] = [self.total(phase) for phase in self.phases]
+        lines = [["", *self.phases], *([row, *map(self.format, sizes)] for row, sizes in rows.items())]
         return "".join(f"{row:26}" + "".join(f"{cell:>14}" for cell in cells) + "\n" for row, *cells in lines)
 
 
@@ -181,9 +185,11 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, em
     # 1. Parameters, gradients and optimizer states, which several GPUs share, and the optimizer step.
     objective.to(device="meta", dtype=dtype)
     shares = {row: size // gpus for row, size in _run_optimizer(objective, live).items()}
-    live.peaks["optimizer"][TEMPORARY] //= gpus
+    live.peaks["optimizer"][TEMPORARY] = live.peaks["optimizer"].get(TEMPORARY, 0) // gpus
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    in_use = Counter({**shares, RAW: sum(parameter.nbytes for parameter in trained) // gpus})
     if ema:
-        shares[AVERAGE] = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad) // gpus
+        shares[AVERAGE] = in_use[AVERAGE] = 4 * sum(parameter.numel() for parameter in trained) // gpus
 
     # 2. The passes over the last micro-batch. One GPU autocasts to the lower dtype; several gather parameters in it,
     #    and keep only shards of the gradients.
@@ -209,6 +215,8 @@ def measure(objective: Objective, batch: Batch, *, gpus: int, precision: str, em
             gradients[block] += parameter.nbytes * parameter.requires_grad
         phases["forward"][GATHERED] = phases["backward"][GATHERED] = sum(sorted(weights.values())[-2:])
         phases["backward"][REDUCED] = max(gradients.values())
+    if ema:
+        phases[IN_USE] = in_use
     sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     return Plan(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), prefix_tokens, phases)
 
@@ -222,14 +230,25 @@ def _run_optimizer(objective: Objective, live: Live) -> dict[str, int]:
         parameter.grad = torch.zeros_like(parameter)
     for group in optimizer.param_groups:
         group["foreach"] = True  # all parameters at once, as on a GPU
-    optimizer.step()
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
     with live:
         live.enter("optimizer", TEMPORARY)
-        optimizer.step()
+        if isinstance(optimizer, torch.optim.AdamW):  # torchao's is compiled into one kernel for each parameter
+            optimizer.step()
     optimizer.zero_grad()
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    tensors = {PARAMETERS: parameters, GRADIENTS: trained, STATES: states}
-    return {row: sum(tensor.nbytes for tensor in group) for row, group in tensors.items()}
+    adapters = {id(p) for name, p in objective.named_parameters() if ".lora_" in name}
+    tensors = {PARAMETERS: [p for p in parameters if id(p) not in adapters], GRADIENTS: trained, STATES: states}
+    tensors[ADAPTERS] = [p for p in parameters if id(p) in adapters]
+    return {row: sum(map(_num_bytes, group)) for row, group in tensors.items()}
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Those of the parts of a quantized tensor, whose own dtype is that which it stands for."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", lambda: ((), None))
+    parts, _ = flatten()
+    return sum(getattr(tensor, part).nbytes for part in parts) if parts else tensor.nbytes
 
 
 def _run_passes(

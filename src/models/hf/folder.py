@@ -4,6 +4,8 @@ model = from_pretrained("runs/mask/model")          or a name on the hub, such a
 model = outline("GSAI-ML/LLaDA-8B-Instruct")        the same on the meta device, without its weights
 load_weights(model, folder)                         into an existing model, also one sharded by FSDP2
 save_pretrained(model, codec, "runs/mask/model")    our own layout; `python -m src.export` writes the others
+from_pretrained("runs/mask/model", lora=LoRA())     with adapters to be trained (src/models/lora.py); the folder that is
+                                                    saved then holds these alone, and is read like any other
 
     config.json -> layout (src/models/hf/formats.py) -> empty model -> tensors one at a time (src/models/hf/weights.py)
 """
@@ -15,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from src.distributed.parallel import full_tensor, gather, is_sharded, rank
 from src.io.errors import UserError
 from src.io.files import publish
 from src.io.hub import hub_name, local_folder
+from src.io.settings import changes
 from src.models.hf.formats import FORMATS, Description, Layout, recognise
 from src.models.hf.weights import (
+    ADAPTER,
+    SINGLE,
     check_finite,
     is_model_folder,
     plan_shards,
@@ -40,6 +45,7 @@ from src.models.hf.weights import (
 )
 from src.models.llada import DecoderConfig
 from src.models.llada_v import LLaDAV
+from src.models.lora import DOWN, LoRA, file_name, own_name
 from src.text.tokenizer import NEEDED, NO_IMAGE_TOKEN, Codec, image_mark
 
 CONFIG = "config.json"
@@ -52,15 +58,24 @@ def save_pretrained(model: LLaDAV, codec: Codec, path: str | Path, *, max_shard_
 
     If the model is sharded, every rank must call this; rank 0 writes, gathering one file at a time.
     """
-    state = model.state_dict()
+    state, lora = model.state_dict(), LoRA.of(model.lora) if model.lora else None
+    if lora:
+        state = {file_name(name): tensor for name, tensor in state.items() if lora.is_trained(name)}
+        max_shard_bytes = 1e18  # one file
     if rank():
         for name in plan_shards(state, max_shard_bytes=max_shard_bytes).tensor_to_filename:
             full_tensor(state[name])
         return
     with replacing(Path(path)) as folder:
+        if lora and model.lora:
+            model.lora = {**model.lora, "sketch": sketch(model.lora["base"])}
         write_weights(folder, state, max_shard_bytes=max_shard_bytes)
         write_config(folder, FORMATS["own"].config(describe(model)))
         codec.save(folder)
+        if lora and model.lora:
+            (folder / SINGLE).rename(folder / ADAPTER)
+            layers = [name.removesuffix(DOWN) for name in model.state_dict() if name.endswith(DOWN)]
+            lora.config(layers, base=model.lora["base"]).save_pretrained(folder)
 
 
 def from_pretrained(
@@ -71,16 +86,18 @@ def from_pretrained(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     vision: dict | None = None,
+    lora: LoRA | None = None,
 ) -> LLaDAV:
     """Read a model folder, or a model from the Hugging Face hub; a local folder of that name takes precedence.
 
     codec: the tokenizer to be used with the model; attention: overrides the mode recorded in the checkpoint
     dtype: of all weights, default as stored; vision: vision tower fields that a released config.json lacks
+    lora: freeze the model, but for new adapters, or for those of the folder, if it is an adapter's with these settings
 
     Raises UserError if the tokenizer is not the model's own, if files are missing or damaged, if the config needs
     something that is not implemented, or if tensors are missing, unexpected, non-finite or have the wrong shape.
     """
-    folder, dtype, device = ModelFolder.open(path), read_dtype(dtype), device or "cpu"
+    folder, dtype, device = ModelFolder.open(path, lora=lora), read_dtype(dtype), device or "cpu"
     if codec and Codec.load(folder.path).fingerprint != codec.fingerprint:
         raise UserError(
             f"the model in {folder.path} was trained with a different tokenizer than "
@@ -91,9 +108,12 @@ def from_pretrained(
         check_vocabulary(folder, codec)
     model = folder.empty(attention=attention, vision=vision)
     check_tensors(model, folder.tensors, folder.path)
+    if folder.lora and not lora:
+        dtype = dtype or folder.tensors["model.norm.weight"].dtype  # of the base
     state = {}
     for name in folder.names:
-        state[name] = folder.read(name).to(device, dtype, copy=True)  # a view of the file would change with it
+        wanted = torch.float32 if lora and lora.is_float32(name) else dtype
+        state[name] = folder.read(name).to(device, wanted, copy=True)  # a view of the file would change with it
         check_finite(name, state[name], folder.path)
     model.load_state_dict(state, assign=True)
     _set_position_ids(model)
@@ -108,20 +128,26 @@ def outline(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     vision: dict | None = None,
+    lora: LoRA | None = None,
 ) -> LLaDAV:
     """The model that `from_pretrained` returns for the same arguments, on the meta device (`device` is ignored).
 
     Downloads no weights from the hub, and a folder with only a config.json is enough. Without weight files the dtype is
     `dtype` or float32, and the image mark is the codec's.
     """
-    path = local_folder(path, patterns=NEEDED)
-    if is_model_folder(path):
-        return from_pretrained(path, codec=codec, attention=attention, dtype=dtype, device="meta", vision=vision)
-    with reading(path / CONFIG):
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    folder = local_folder(path, patterns=NEEDED)
+    options: dict[str, Any] = {"attention": attention, "vision": vision}
+    if is_model_folder(folder):
+        return from_pretrained(path, codec=codec, dtype=dtype, device="meta", lora=lora, **options)
+    with reading(folder / CONFIG):
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         description = recognise(config).describe(config, {}, vision=vision, image_id=codec.image_id)
         description = replace(description.with_attention(attention), image_id=codec.image_id)
-        return build_empty(description).to(read_dtype(dtype))
+        model = build_empty(replace(description, lora=lora and lora.to_dict(path))).to(read_dtype(dtype))
+        for name, parameter in model.named_parameters():
+            if lora and lora.is_float32(name):
+                parameter.data = parameter.data.float()
+        return model
 
 
 @dataclass(frozen=True)
@@ -135,17 +161,17 @@ class Deferred:
         return outline(self.path, **self.options)
 
     def fill(self, model: LLaDAV) -> None:
-        load_weights(model, self.path)
+        load_weights(model, self.path, lora=self.options.get("lora"))
 
 
 @torch.no_grad()
-def load_weights(model: LLaDAV, path: str | Path) -> None:
+def load_weights(model: LLaDAV, path: str | Path, *, lora: LoRA | None = None) -> None:
     """Read the weights of a model folder into an allocated model, keeping the dtype and device of its parameters.
 
     Each rank reads its own part of a sharded parameter (DTensor), without communication. A model on the meta device
     needs `to_empty` first. Raises UserError as `from_pretrained` does.
     """
-    folder = ModelFolder.open(path)
+    folder = ModelFolder.open(path, lora=lora)
     check_tensors(model, folder.tensors, folder.path)
     for name, parameter in model.state_dict(keep_vars=True).items():
         assert not parameter.is_meta, f"{name} is on the meta device"  # a copy into it would go nowhere
@@ -195,7 +221,10 @@ def sketch(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder of any layout. `open` reads only config.json and the headers of the weight files."""
+    """A model folder of any layout. `open` reads only config.json and the headers of the weight files.
+
+    That of an adapter has the tensors of its base, too, by their names in the model with adapters.
+    """
 
     path: Path
     form: Layout
@@ -203,23 +232,54 @@ class ModelFolder:
     stored: dict[str, tuple[Path, Tensor]]  # name in the files -> file, tensor on the meta device
     names: dict[str, str]  # our tensor name -> name in the files
     hub: str | None = None  # name on the hub if the folder is a download
+    lora: dict[str, Any] | None = None  # `Description.lora`
+    fresh: dict[str, Tensor] = field(default_factory=dict)  # tensors of new adapters, on the meta device
 
     @classmethod
-    def open(cls, path: str | Path) -> ModelFolder:
-        """Raises UserError for missing or damaged files, an unknown layout, or quantized weights."""
-        hub, path = hub_name(path), local_folder(path)
+    def open(cls, path: str | Path, *, lora: LoRA | None = None) -> ModelFolder:
+        """lora: of new adapters, or those that the folder must have.
+
+        Raises UserError for missing or damaged files, an unknown layout, quantized weights, or other adapters.
+        """
+        given, hub, path = path, hub_name(path), local_folder(path)
         if not ((path / CONFIG).is_file() and is_model_folder(path)):
             raise UserError(f"{path} is not a model folder: it needs {CONFIG}, and model.safetensors or its index")
         with reading(path / CONFIG):
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         form, stored = recognise(config), stored_tensors(path)
+        if config.get("lora"):
+            return cls._open_adapter(path, config, stored, lora)
         shapes = {name: tuple(tensor.shape) for name, (_, tensor) in stored.items()}
-        return cls(path, form, config, stored, form.names(config, shapes), hub)
+        folder = cls(path, form, config, stored, form.names(config, shapes), hub)
+        if lora is None:
+            return folder
+        adapted, fresh = lora.adapted(folder.tensors)
+        names = {adapted[ours]: theirs for ours, theirs in folder.names.items()}
+        return replace(folder, names={**names, **dict.fromkeys(fresh, "")}, lora=lora.to_dict(given), fresh=fresh)
+
+    @classmethod
+    def _open_adapter(cls, path: Path, config: dict, stored: dict, lora: LoRA | None) -> ModelFolder:
+        settings, base = LoRA.of(config["lora"]), config["lora"]["base"]
+        asked = replace(lora, seed=settings.seed, dropout=settings.dropout) if lora else settings
+        if changed := changes(settings.to_dict(""), asked.to_dict(""), "in the folder"):
+            raise UserError(f"{path} holds an adapter with other settings than model.lora ({changed}): use its own")
+        try:
+            folder = cls.open(base, lora=settings)
+            is_same = config["lora"]["sketch"] == sketch(base)
+        except UserError as error:
+            raise UserError(
+                f"{path} is an adapter, and its base cannot be read (config.json, lora.base): {error}"
+            ) from error
+        if not is_same:
+            raise UserError(f"{path} is an adapter of other weights than those that are in {base} now")
+        own = {own_name(name): name for name in stored}
+        names = {**folder.names, **own}
+        return cls(path, FORMATS["own"], config, {**folder.stored, **stored}, names, lora=config["lora"])
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by our names, on the meta device."""
-        return {ours: self.stored[theirs][1] for ours, theirs in self.names.items()}
+        return {ours: self.stored[theirs][1] if theirs else self.fresh[ours] for ours, theirs in self.names.items()}
 
     @property
     def positions(self) -> int | None:
@@ -228,8 +288,10 @@ class ModelFolder:
         return fields.get("max_position_embeddings", fields.get("max_sequence_length"))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, by our name, as a view of the memory-mapped file."""
+        """One tensor, by our name, as a view of the memory-mapped file; that of a new adapter is computed."""
         theirs = self.names[name]
+        if self.lora and not theirs:
+            return LoRA.of(self.lora).initial(name, self.fresh[name].shape)
         return read_tensor(self.stored[theirs][0], theirs)
 
     def sorted_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -247,7 +309,7 @@ class ModelFolder:
         with reading(self.path / CONFIG):
             description = self.form.describe(config, shapes, vision=vision, image_id=image_id)
             DecoderConfig(**description.decoder)  # refuses missing and unknown fields
-        return description.with_attention(attention)
+        return replace(description.with_attention(attention), lora=self.lora)
 
     def empty(self, *, attention: str | None = None, vision: dict | None = None) -> LLaDAV:
         return build_empty(self.describe(attention=attention, vision=vision))
@@ -261,6 +323,7 @@ def describe(model: LLaDAV) -> Description:
         tiling=model.tiling,
         original=model.original,
         response_length=model.response_length,
+        lora=model.lora,
     )
 
 
@@ -270,6 +333,9 @@ def build_empty(description: Description) -> LLaDAV:
     with torch.device("meta"):
         model = LLaDAV(**arguments)
     model.original, model.response_length = description.original, description.response_length
+    if description.lora:
+        model.lora = description.lora
+        LoRA.of(description.lora).inject(model)
     return model
 
 

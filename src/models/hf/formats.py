@@ -33,6 +33,7 @@ class Description:
     tiling: dict[str, Any] | None = None
     response_length: int | None = None  # response length used in training
     original: dict[str, Any] = field(default_factory=dict)  # {"format": name, "fields": the fields that we do not use}
+    lora: dict[str, Any] | None = None  # of an adapter: the folder of its `base`, and the fields of `LoRA`
 
     def with_attention(self, attention: str | None) -> Description:
         """The same model with another attention mode, unless that is None."""
@@ -92,7 +93,7 @@ class Own(Format):
         return Description(**{field.name: config[field.name] for field in fields(Description) if field.name in config})
 
     def config(self, description: Description) -> dict:
-        optional = ("tiling", "response_length", "original")
+        optional = ("tiling", "response_length", "original", "lora")
         stored = {key: value for key, value in asdict(description).items() if value or key not in optional}
         return {"model_type": MODEL_TYPE, **stored}
 

@@ -29,7 +29,7 @@ from src.distributed.checkpoints import EMA
 from src.distributed.parallel import full_tensor
 from src.io.errors import UserError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 FAULTS = (
     *(OSError, EOFError, RuntimeError, KeyError, TypeError, json.JSONDecodeError, pickle.UnpicklingError),
@@ -49,12 +49,18 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX))
+    """Also that of an adapter (`src/models/lora.py`)."""
+    return any((Path(folder) / name).is_file() for name in (SINGLE, INDEX, ADAPTER))
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / ADAPTER).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    for name in (SINGLE, ADAPTER):
+        if (folder / name).is_file():
+            return [folder / name]
     with reading(folder / INDEX):
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
