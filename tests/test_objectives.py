@@ -326,7 +326,13 @@ def test_training_lowers_the_loss_and_logs_the_kinds(tmp_path):
     trainer.fit(objective, torch.utils.data.DataLoader([batch] * 30, batch_size=None))
     objective.trainer = None
     assert total(objective, batch) < 0.7 * before
-    assert {"train/mask", "train/syntax", "train/clean", "train/p_keep_clean", "train/p_fix_wrong"} <= set(logged)
+    assert {
+        "train/loss/mask",
+        "train/loss/syntax",
+        "train/loss/clean",
+        "train/p_keep_clean",
+        "train/p_fix_wrong",
+    } <= set(logged)
 
 
 def test_special_ids_stay_out_of_random_replacements():

@@ -65,7 +65,8 @@ WITHOUT_TORCH = {"root", "io", "scenes", "cli", "chat", "preparation", "prepare"
 THIRD_PARTY: dict[str, set[str]] = {
     "torch": {*VERB, *VERBS, "training"} - WITHOUT_TORCH,
     "numpy": {*VERB, *VERBS} - {"root", "cli", "chat"},
-    "tqdm": {"preparation", "rounds", "generation", "evaluation", "evaluate", "generate"},
+    "tqdm": {"io"},
+    "tensorboard": {"training"},
     "PIL": {*VERB, *VERBS} - {"root", "cli", "chat", "types", "diffusion", "samplers", "objectives", "distributed"},
     "lightning": {"training", "objectives", "callbacks", "datamodules", "train"},
     "omegaconf": {"cli", "generation", "training", *VERBS},
@@ -107,6 +108,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
 ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
+    "quality": ["mask", "stage2", "proseco"],
     "metrics/": ["evaluate_photos"],
     "sampler/": ["draft"],
     "judge/": ["eval/capmas", "eval/caparena", "eval/rubric"],

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torchmetrics import Metric
-from tqdm import tqdm
 
 from src.io.errors import UserError
+from src.io.progress import Bar
 from src.io.words import counted
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
@@ -27,7 +27,7 @@ from src.types import Batch
 logger = logging.getLogger(__name__)
 
 
-def first_batches(loader: Any, num: int, bar: tqdm | None = None) -> Iterator[Batch]:
+def first_batches(loader: Any, num: int, bar: Bar | None = None) -> Iterator[Batch]:
     """Batches of the first `num` samples of a loader. bar: counts the samples of the batches that are done."""
     left = num
     for batch in loader:

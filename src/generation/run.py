@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from src.cli.config import path_of
 from src.cli.instantiate import build, check, plain
@@ -32,6 +31,7 @@ from src.generation.responder import SAMPLER, Responder, choose_sampler
 from src.generation.writer import Output
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.settings import describe
 from src.io.words import counted
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
@@ -87,7 +87,7 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         unreadable: list[str] = []
         texts: list[tuple[str, str]] = []
         samples = readable((request for request in requests if request[0] not in out.keys), unreadable=unreadable)
-        with tqdm(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
+        with Bar(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
             while batch := list(islice(samples, cfg.batch_size)):
                 texts += out.add([sample.key for sample in batch], answer(batch), codec)
                 bar.update(len(batch))

@@ -20,11 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tqdm import tqdm
-
 from src.io.errors import UserError
 from src.io.files import atomic, publish, read_json, sha256, with_filename, write_json
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
@@ -263,7 +262,7 @@ class Dataset(ABC):
 
     def _scan(self, items: Items) -> dict:
         counts = Counts(partial(items.reject, "records"))
-        for item in tqdm(self.read(counts), desc="read", unit=" records", disable=None):
+        for item in Bar(self.read(counts), desc="read", unit="record"):
             if not items.add(item):
                 first = items[item.key]
                 self.merge(first, item, counts)
@@ -303,12 +302,10 @@ class Dataset(ABC):
         for place in (folder / REPORTS, *(folder / DATA / split for split in SPLITS)):
             place.mkdir(exist_ok=True)
         sizes = [sum(job.stop - job.start for job in some) for some in (jobs, open_jobs)]
-        unit = " images" if self.kind == "captions" else " texts"
+        unit = "image" if self.kind == "captions" else "text"
         processes = num_processes(self.processes, open_jobs)
         # smoothing: shards of several processes end in bursts
-        with tqdm(
-            total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, disable=None, smoothing=0
-        ) as bar:
+        with Bar(total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, smoothing=0) as bar:
             if processes > 1:
                 write_in_processes(open_jobs, self, folder, processes=processes, advance=bar.update)
             else:
