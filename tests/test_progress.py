@@ -27,7 +27,8 @@ def main(argv):
             time.sleep(0.01)
             outer.update()
             if n == 20:
-                with Bar(total=8, unit="draft", desc="revise") as revise, Bar(total=8, unit="draft", desc="draft") as draft:
+                options = {"total": 8, "unit": "draft"}
+                with Bar(desc="revise", **options) as revise, Bar(desc="draft", **options) as draft:
                     for _ in range(8):
                         draft.update()
                         revise.update()

@@ -99,5 +99,5 @@ def closing_bars() -> Iterator[None]:
     try:
         yield
     finally:
-        for bar in sorted(getattr(tqdm, "_instances", ()), key=lambda bar: -bar.pos):  # inner ones first
+        for bar in sorted(tqdm._instances, key=lambda bar: -bar.pos):  # inner ones first
             bar.close()

@@ -327,7 +327,8 @@ class Dataset(ABC):
         settings += [f"data.response_length={self.response_length}"]
         settings += [f"data.image_size={side}"] if (side := getattr(self, "image_size", None)) else []
         command = shlex.join(["python", "-m", "src.train", *settings])
-        return f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
+        wrote = f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}"
+        return f"{wrote}\nto look at it: python -m src.prepare show={shlex.quote(str(out))}\nnext: {command}"
 
 
 def _same(out: Path, index: dict, plan: dict) -> dict:

@@ -106,7 +106,7 @@ class Board(TensorBoardLogger):
     def _write_hparams(self, *, start: bool) -> None:
         """The settings, or that the run is finished. Without a list of metrics: TensorBoard shows all of all runs."""
         _, settings, end = hparams(self._settings, {})
-        self.experiment._get_file_writer().add_summary(settings if start else end)  # type: ignore[union-attr]
+        self.experiment.file_writer.add_summary(settings if start else end)
 
 
 def layout_of(tags: Iterable[str]) -> dict[str, dict[str, list]]:
