@@ -119,11 +119,12 @@ class Throughput(L.Callback):
         """Count the operations of the next training step, per sample."""
         step = pl_module.training_step
 
-        def counted(batch: Batch, batch_idx: int) -> None:
+        def counted(batch: Batch, batch_idx: int) -> Any:
             del pl_module.training_step  # from the object: the method of its class is back
             with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                step(batch, batch_idx)
+                output = step(batch, batch_idx)
             self._sample_flops = counter.get_total_flops() / len(batch)
+            return output
 
         pl_module.training_step = counted
 

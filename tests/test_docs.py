@@ -20,7 +20,16 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run: .* -->\n)?```(bash|python|yaml)\n(.*?)```", re.S)
 # In this order, as later pages use what earlier ones make.
-NAMES = ("docs/training", "docs/data", "docs/online", "docs/evaluation", "README", "docs/unequal", "docs/memory")
+NAMES = (
+    "docs/training",
+    "docs/tensorboard",
+    "docs/data",
+    "docs/online",
+    "docs/evaluation",
+    "README",
+    "docs/unequal",
+    "docs/memory",
+)
 PAGES = [f"{name}.md" for name in NAMES]
 SMALL = {
     "prepare conf=scenes": ["prepare.num_train=64", "prepare.num_val=8", "prepare.num_test=8"],
