@@ -243,7 +243,7 @@ class OneLayer(L.LightningModule):
 
 
 def test_utilization_counts_the_products_of_forward_and_backward(tmp_path):
-    """mfu / samples per second * peak: 2 * 64 * 32 operations of a sample in the layer, as many for its gradient."""
+    """mfu / samples per second * peak: 2 * 64 * 32 operations of a sample, as many for the gradient."""
     options = {"logger": TensorBoardLogger(tmp_path, name="tb", version=""), "enable_checkpointing": False}
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     throughput = Throughput(every_n_steps=2, peak_tflops=1e-6)

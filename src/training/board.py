@@ -34,38 +34,36 @@ class Chart(NamedTuple):
 
 
 CHARTS = [
-    Chart("loss", "loss", "(train|val)/loss$", "weighted sum of the terms: of training steps, and on validation data"),
-    Chart("loss", "training loss by kind", "train/loss/", "each term before its coefficient: what is hard to learn"),
-    Chart("loss", "validation loss by kind", "val/loss/", "the same on validation data; rising alone: overfitting"),
-    Chart("loss", "gradient norm", "train/(grad_norm|skipped)", "before clipping; steps skipped as it was not finite"),
-    Chart("loss", "learning rate", "train/lr$", "of the step that is made next"),
-    Chart("accuracy", "training accuracy by kind", "train/accuracy/", "share of tokens of a kind predicted correctly"),
-    Chart("accuracy", "validation accuracy by kind", "val/accuracy/", "the same on validation data"),
-    Chart("accuracy", "P(keep|clean), P(fix|wrong)", "(train|val)/p_(keep_clean|fix_wrong)", "right tokens that stay, "
-          "wrong ones that are corrected, over the noise levels of training; the plain mask objective has neither"),
-    Chart("by noise level", "P(fix|wrong)", "p_fix/", "share of the wrong tokens of validation texts that one forward "
-          "call corrects, with a share t of the tokens masked; high is good"),
-    Chart("by noise level", "1 - P(keep|clean)", "p_break/", "share of the right tokens that it would change: low is "
-          "good. Rising towards t=0: training shows too few finished texts"),
-    Chart("by noise level", "hidden words", "hidden word/", "share of hidden words of a scene that the model names"),
-    Chart("quality", "quality by tokens per step", r"\w+/tokens_per_step=", "of captions of validation images, at each "
-          "speed (conf=NAME,quality); the tab Images has the curve"),
-    Chart("speed", "tokens per second", "perf/tokens_per_s$", "response tokens, all ranks"),
-    Chart("speed", "data wait", "perf/data_wait", "share of the time between two steps: above .1, add data.workers"),
-    Chart("speed", "memory, GiB", "perf/memory_gib", "peak of the GPU on rank 0, or of the process without one"),
-    Chart("speed", "MFU", "perf/mfu", "share of the peak of a known GPU that matrix products use"),
-    Chart("speed", "skipped samples", "data/skipped/", "of damaged or missing data, by reason"),
-    Chart("online loop", "share of drafts that are right", "round/right_share", "no edit by the expert: should rise"),
-    Chart("online loop", "edits by kind", "round/kinds/", "placed edits of a round by kind of mistake"),
-    Chart("online loop", "yield", "round/yield", "share of the expert's edits that could be placed in the tokens"),
-    Chart("online loop", "P(fix), P(break)", "round/p_(fix|break)", "on the corrected drafts, before training on them"),
-    Chart("online loop", "rejected edits", "round/rejected/", "by reason (`src/text/align.py`)"),
-    Chart("online loop", "failed drafts", "round/failures/", "by reason; the next round asks again where it may help"),
-    Chart("online loop", "seconds of a round", "round/(seconds|waited_s)", "in all, and for the expert after the last "
-          "draft was drawn"),
-    Chart("online loop", "latency of the expert, s", "round/latency/", "percentiles of the time to an answer"),
-    Chart("online loop", "cost, dollars", "round/usage/cost", "of a round, if prices are set (docs/expert.md)"),
-]  # fmt: skip
+    Chart(*(cell.strip() for cell in line.split(" ; ")))
+    for line in r"""
+loss ; loss ; (train|val)/loss$ ; weighted sum of the terms: of training steps, and on validation data
+loss ; training loss by kind ; train/loss/ ; each term before its coefficient: what is hard to learn
+loss ; validation loss by kind ; val/loss/ ; the same on validation data; rising alone: overfitting
+loss ; gradient norm ; train/(grad_norm|skipped) ; before clipping; steps that were skipped as it was not finite
+loss ; learning rate ; train/lr$ ; of the step that is made next
+accuracy ; training accuracy by kind ; train/accuracy/ ; share of the tokens of a kind that are predicted correctly
+accuracy ; validation accuracy by kind ; val/accuracy/ ; the same on validation data
+accuracy ; P(keep given clean), P(fix given wrong) ; (train|val)/p_(keep_clean|fix_wrong) ; over the noise levels of training
+by noise level ; P(fix given wrong) ; p_fix/ ; wrong tokens that a forward call corrects, with a share t masked
+by noise level ; 1 - P(keep given clean) ; p_break/ ; true tokens that it changes; low is good, above all at t=0
+by noise level ; hidden words ; hidden word/ ; share of hidden words of a scene that the model names
+quality ; quality by tokens per step ; \w+/tokens_per_step= ; of captions (conf=NAME,quality); as a curve in Images
+speed ; tokens per second ; perf/tokens_per_s$ ; response tokens, all ranks
+speed ; data wait ; perf/data_wait ; share of the time between two steps; above 0.1 raise data.workers
+speed ; memory, GiB ; perf/memory_gib ; peak of the GPU of rank 0, or of the process without one
+speed ; MFU ; perf/mfu ; share of the peak of a known GPU that matrix products use
+speed ; skipped samples ; data/skipped/ ; of damaged or missing data, by reason
+online loop ; share of drafts that are right ; round/right_share ; without an edit by the expert; should rise
+online loop ; edits by kind ; round/kinds/ ; placed edits of a round by kind of mistake
+online loop ; yield ; round/yield ; share of the expert's edits that could be placed in the tokens
+online loop ; P(fix), P(break) ; round/p_(fix|break) ; on the corrected drafts, before training on them
+online loop ; rejected edits ; round/rejected/ ; by reason (`src/text/align.py`)
+online loop ; failed drafts ; round/failures/ ; by reason; the next round asks again where it may help
+online loop ; seconds of a round ; round/(seconds|waited_s) ; in all, and for the expert after the last draft was drawn
+online loop ; latency of the expert, s ; round/latency/ ; percentiles of the time to an answer
+online loop ; cost, dollars ; round/usage/cost ; of a round, if prices are set (docs/expert.md)
+""".strip().splitlines()
+]
 ABOUT = """Charts are in the tab **Custom Scalars**, all single ones in Scalars. A point at step n is about the weights
 after n steps; `train/*` is of the step that they make next. Samples are in Text and Images, settings in HParams.
 
@@ -121,7 +119,7 @@ def layout_of(tags: Iterable[str]) -> dict[str, dict[str, list]]:
 def about() -> str:
     """What the charts mean, a Markdown table."""
     rows = ["| group | chart | what it shows |", "|---|---|---|"]
-    return "\n".join([*rows, *(f"| {c.group} | {c.title.replace('|', '&#124;')} | {c.meaning} |" for c in CHARTS)])
+    return "\n".join([*rows, *(f"| {chart.group} | {chart.title} | {chart.meaning} |" for chart in CHARTS)])
 
 
 def earlier_tags(folder: str) -> set[str]:
