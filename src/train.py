@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
             weights = " with averaged weights" if averaged else ""
             sys.stdout.write(
                 f"{counted(trainer.global_step, 'step')} done; the model{weights} is in {run_dir / MODEL}; "
-                f"charts: tensorboard --logdir {run_dir}\n"
+                f"charts: tensorboard --logdir {run_dir.parent}\n"
             )
         trainer.strategy.barrier()  # a launcher may treat the exit of one process as a failure of the others
 

@@ -59,6 +59,9 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         return dict(super().format_dict) | ({"postfix": self.status()} if self.status else {})
 
+    def __str__(self) -> str:
+        return self._text()
+
     # tqdm draws through the following three; on a terminal as it sees fit, elsewhere not at all.
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
@@ -81,8 +84,11 @@ class Bar(tqdm):
 
     def _write_line(self, **values: Any) -> None:
         self.written_at, self.written_n = time.monotonic(), self.n
-        self.fp.write(self.format_meter(**(self.format_dict | values)) + "\n")
+        self.fp.write(self._text(**values) + "\n")
         self.fp.flush()
+
+    def _text(self, **values: Any) -> str:
+        return self.format_meter(**(self.format_dict | values)).replace("s/ ", "s/")  # `1.12s/draft`, `0.89 draft/s`
 
 
 class LogHandler(logging.StreamHandler):

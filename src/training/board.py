@@ -43,7 +43,7 @@ loss ; gradient norm ; train/(grad_norm|skipped) ; before clipping; steps that w
 loss ; learning rate ; train/lr$ ; of the step that is made next
 accuracy ; training accuracy by kind ; train/accuracy/ ; share of the tokens of a kind that are predicted correctly
 accuracy ; validation accuracy by kind ; val/accuracy/ ; the same on validation data
-accuracy ; P(keep given clean), P(fix given wrong) ; (train|val)/p_(keep_clean|fix_wrong) ; over the noise levels of training
+accuracy ; P(keep given clean), P(fix given wrong) ; (train|val)/p_(keep|fix)_ ; at all noise levels of training
 by noise level ; P(fix given wrong) ; p_fix/ ; wrong tokens that a forward call corrects, with a share t masked
 by noise level ; 1 - P(keep given clean) ; p_break/ ; true tokens that it changes; low is good, above all at t=0
 by noise level ; hidden words ; hidden word/ ; share of hidden words of a scene that the model names
@@ -85,6 +85,7 @@ class Board(TensorBoardLogger):
             if not self._tags:
                 self.experiment.add_text("about/charts", ABOUT + about(), 0)
                 self._write_hparams(start=True)
+        metrics = {name: value for name, value in metrics.items() if name != "epoch"}  # Lightning adds it to all
         super().log_metrics(metrics, step)
         self._tags |= metrics.keys()
         if (layout := layout_of(self._tags)) != self._layout:
