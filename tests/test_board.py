@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import json
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from src.preparation.scenes import Scenes
 from src.train import main
 from src.training.board import CHARTS, Board, about
-from tests.browser import CHROMIUM
-from tests.test_train import write_scenes
+from tests.browser import CHROMIUM, Chromium
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"seed": 0, "optim": {"lr": 1e-3, "betas": [0.9, 0.98], "vision_lr": None}}
@@ -75,38 +76,79 @@ def test_the_page_explains_every_chart():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Stage I, with a curve at each validation, and Stage II with two rounds, from the embedded base model."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "data").mkdir()
-    write_scenes(folder / "data" / "scenes", vocab_size=0, response_length=64, num_train=48)
+    """Stage I, and Stage II with two rounds, both with a curve at each validation, from the embedded base model."""
+    out = tmp_path_factory.mktemp("board")
+    sizes = {"num_train": 48, "num_val": 4, "num_test": 4, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
+    settings = {"tokenizer": "assets/base", "image_size": 48, "response_length": 64, "prompt": "Describe."}
+    Scenes(out=str(out / "data"), **sizes, **settings).run()
     every = ["callbacks.looks.every_n_steps=4", "callbacks.looks.num=4", "callbacks.samples.every_n_steps=4"]
     every += ["callbacks.quality.num=2", "callbacks.quality.tokens_per_step=[8,16]", "trainer.log_every_n_steps=1"]
     every += ["callbacks.throughput.every_n_steps=2", "callbacks.throughput.peak_tflops=1"]
-    data = ["tokenizer=assets/base", "data.batch_size=4", "data.workers=0", "trainer.limit_val_batches=1"]
-    data += [f"data.path={folder}/data/scenes", "model.path=assets/base", "optim.warmup_steps=1"]
-    loop = ["callbacks.self_correction.rounds=2", "callbacks.self_correction.drafts_per_round=8"]
-    loop += ["callbacks.self_correction.tokens_per_step=[16]", "callbacks.self_correction.allow_empty=true"]
+    every += [f"data.path={out}/data", "data.batch_size=4", "data.workers=0", "model.path=assets/base"]
+    every += ["trainer.max_steps=8", "data.epoch_batches=4", "trainer.limit_val_batches=1", "optim.warmup_steps=1"]
+    loop = [f"callbacks.self_correction.{name}" for name in ("rounds=2", "drafts_per_round=8", "tokens_per_step=[16]")]
     for name, more in {"stage1": [], "stage2": loop}.items():
-        settings = [f"run_dir={folder}/{name}", "trainer.max_steps=8", "data.epoch_batches=4", *data, *every, *more]
-        main([f"conf={name},quality", *settings])
-    return folder
+        main([f"conf={name},quality", f"run_dir={out}/runs/{name}", *every, *more])
+    return out / "runs"
+
+
+# All text of the page, also of its components, and the width of each picture that has loaded.
+WALK = """(function walk(node) {
+    let out = []
+    for (const child of node.childNodes) {
+        if (child.nodeType == 3 && child.data.trim()) out.push(child.data.trim())
+        if (child.nodeType != 1 || ['STYLE', 'SCRIPT', 'TEMPLATE'].includes(child.tagName)) continue
+        if (child.tagName == 'IMG' && child.naturalWidth > 8) out.push('image ' + child.naturalWidth)
+        out = out.concat(child.shadowRoot ? walk(child.shadowRoot) : [], walk(child))
+    }
+    return out
+})(document.body)"""
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_tensorboard_shows_every_chart_of_two_runs(runs, tmp_path):
+def test_tensorboard_shows_every_chart_of_two_runs_and_asks_no_other_host(runs, tmp_path):
+    layouts = [layout(read(runs / name)) for name in ("stage1", "stage2")]
+    charts = {(group, title) for groups in layouts for group, titles in groups.items() for title in titles}
+    assert {group for group, _ in charts} == {chart.group for chart in CHARTS}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [
-        str(Path(sys.executable).with_name("tensorboard")),
-        "--logdir",
-        str(runs),
-        "--port",
-        address.split(":")[2],
-    ]
-    server = subprocess.Popen(command, env={**os.environ, "TENSORBOARD_NO_NETWORK": "1"}, stderr=subprocess.DEVNULL)
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(runs), "--port", port]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stderr=subprocess.DEVNULL)
+    expected = {
+        "custom_scalars": {"stage1", "stage2", *(title for _, title in charts)},
+        "text": {"about/charts/text_summary", "samples/captions/text_summary", "what it shows", "reference"},
+        "images": {"samples/tokens", "quality/curve"},
+        "hparams": {"stage1", "stage2", "objective.target", "trainer.max_steps"},
+        "scalars": {"train", "val", "p_fix", "p_break", "quality", "perf", "round"},
+    }
     try:
-        pass
+        deadline = time.monotonic() + 120
+        while not served(f"http://127.0.0.1:{port}/data/runs"):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        with Chromium(tmp_path / "profile") as page:
+            for name, words in expected.items():
+                page.open(f"http://127.0.0.1:{port}/#{name}", height=6000)
+                page.until(f"{json.dumps(sorted(words))}.every(word => {WALK}.includes(word))")
+                if name == "custom_scalars":
+                    page.until(f"{WALK}.filter(text => text.match(/^Matches .[1-9]/)).length == {len(charts)}")
+                if name == "images":
+                    page.until(f"{WALK}.filter(text => text.startsWith('image ')).length == 4")
+                page.screenshot(tmp_path / f"{name}.png")
+            assert page.errors == []
+            hosts = {request.split("/")[2] for request in page.requests if not request.startswith("data:")}
+            assert hosts == {f"127.0.0.1:{port}"}
     finally:
         server.terminate()
+        server.wait()
+
+
+def served(url: str) -> bool:
+    """Whether TensorBoard has read both runs."""
+    try:
+        with urlopen(url) as answer:
+            return set(json.load(answer)) == {"stage1", "stage2"}
+    except OSError:
+        return False
