@@ -27,8 +27,8 @@ class Progress(L.Callback):
                 values = trainer.progress_bar_metrics.items()
                 return ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values)
 
-            steps = {"total": trainer.max_steps, "initial": trainer.global_step}
-            self.train = Bar(desc="train", unit="step", status=losses, disable=not trainer.is_global_zero, **steps)
+            options: dict[str, Any] = {"total": trainer.max_steps, "initial": trainer.global_step, "status": losses}
+            self.train = Bar(desc="train", unit="step", disable=not trainer.is_global_zero, **options)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if self.train is not None:
@@ -40,7 +40,10 @@ class Progress(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = sum(trainer.num_val_batches)  # inf for a loader without a length
-        options = {"total": int(total) if total < math.inf else None, "disable": not trainer.is_global_zero}
+        options: dict[str, Any] = {
+            "total": int(total) if total < math.inf else None,
+            "disable": not trainer.is_global_zero,
+        }
         self.val = Bar(desc="validate", unit="batch", **options)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:

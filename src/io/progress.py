@@ -105,5 +105,6 @@ def closing_bars() -> Iterator[None]:
     try:
         yield
     finally:
-        for bar in sorted(tqdm._instances, key=lambda bar: -bar.pos):  # inner ones first
+        bars = tqdm._instances  # type: ignore[attr-defined]
+        for bar in sorted(bars, key=lambda bar: -bar.pos):  # inner ones first
             bar.close()
