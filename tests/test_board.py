@@ -102,7 +102,7 @@ WALK = """(function walk(node) {
         out = out.concat(child.shadowRoot ? walk(child.shadowRoot) : [], walk(child))
     }
     return out
-})(document.body)"""
+})(document.body || document)"""
 
 
 @pytest.mark.browser

@@ -75,7 +75,7 @@ class Board(TensorBoardLogger):
 
     def __init__(self, run_dir: str | Path, *, settings: Mapping[str, Any]) -> None:
         super().__init__(run_dir, name="", version="")
-        self._settings, self._layout = dict(flat(settings)), {}
+        self._settings = dict(flat(settings))
         self._tags: set[str] | None = None  # None: nothing is logged yet
 
     @rank_zero_only
@@ -87,10 +87,9 @@ class Board(TensorBoardLogger):
                 self._write_hparams(start=True)
         metrics = {name: value for name, value in metrics.items() if name != "epoch"}  # Lightning adds it to all
         super().log_metrics(metrics, step)
-        self._tags |= metrics.keys()
-        if (layout := layout_of(self._tags)) != self._layout:
-            self._layout = layout
-            self.experiment.add_custom_scalars(layout)  # TensorBoard reads the last one
+        if new := metrics.keys() - self._tags:
+            self._tags |= new
+            self.experiment.add_custom_scalars(layout_of(self._tags))  # TensorBoard reads the last one
 
     @rank_zero_only
     def save(self) -> None:
@@ -103,7 +102,7 @@ class Board(TensorBoardLogger):
         super().finalize(status)
 
     def _write_hparams(self, *, start: bool) -> None:
-        """The settings, or that the run is finished. Without a list of metrics: TensorBoard shows all of all runs."""
+        """The settings, or that the run is finished. Without a list of metrics TensorBoard offers every scalar."""
         _, settings, end = hparams(self._settings, {})
         self.experiment.file_writer.add_summary(settings if start else end)
 
