@@ -446,9 +446,11 @@ def test_the_manifest_and_the_list_of_rejects(whole: Path) -> None:
 def test_prepare_ends_with_the_folder_and_a_command_that_fits(photos, tmp_path, capsys):
     names = {**SETTINGS, "images": photos, "annotations": photos / "a.json", "out": tmp_path / "my photos"}
     main(["conf=photos", *(f"prepare.{name}={value}" for name, value in names.items())])
-    *_, wrote, command = capsys.readouterr().out.splitlines()
+    *_, wrote, look, command = capsys.readouterr().out.splitlines()
     num_bytes = sum(path.stat().st_size for path in (tmp_path / "my photos").rglob("*.tar"))
-    assert wrote == f"wrote 27 images in 3 shards ({num_bytes / 1000:.1f} KB) to {tmp_path / 'my photos'}; next:"
+    assert wrote == f"wrote 27 images in 3 shards ({num_bytes / 1000:.1f} KB) to {tmp_path / 'my photos'}"
+    assert look == f"to look at it: python -m src.prepare show='{tmp_path / 'my photos'}'"
+    assert command.startswith("next: ")
     assert f"'data.path={tmp_path / 'my photos'}'" in command
     assert "data.response_length=24 data.image_size=24" in command
     check_verb(command)

@@ -171,7 +171,7 @@ def test_a_fault_of_the_machine_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 1
-    assert re.fullmatch(r"\nerror: /my/cache: Permission denied; once that .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: /my/cache: Permission denied; once that .*\n", capsys.readouterr().err)
 
 
 def test_a_mistake_in_a_worker_process_is_one_line(scenes, tmp_path, capsys):

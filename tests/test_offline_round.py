@@ -115,5 +115,6 @@ def test_the_report_gives_reasons() -> None:
         "30 drafted: 15 corrected, 4 right, 2 with no edit that could be placed, 7 failed, 2 unanswered",
         "failed: 7 (no_local_edit 6, timeout 1)",
         "edits: 40 placed, 6 could not be (unequal_length 5, absent 1)",
+        "to look at it: python -m src.prepare show='my rounds/r'",
         "next: python -m src.train conf=stage2 'data.rounds=[my rounds/r]' callbacks.self_correction=null",
     ]

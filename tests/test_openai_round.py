@@ -258,7 +258,7 @@ def test_a_training_does_not_wait_longer_than_its_deadline_and_asks_again_later(
     assert second["counts"]["late"] == late
     assert second["counts"]["revised"] + second["counts"]["failed"] == 6 + late
     assert requests == first["usage"]["requests"] + second["usage"]["requests"]
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder)).Reload()
     tags = {"round/late", "round/failures/deadline", "round/waited_s", "round/yield", "round/usage/requests"}
     assert tags <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("round/late")] == [0, late]

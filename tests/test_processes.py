@@ -88,7 +88,7 @@ def test_ranks_leave_one_run(whole):
     assert names == {"epoch=1-step=6.ckpt", "epoch=2-step=8.ckpt", "last.ckpt", "pre-round-0002.ckpt"}
     assert (whole / "checkpoints" / "last.ckpt").readlink() == Path("epoch=2-step=8.ckpt")
     assert json.loads((whole / "finished.json").read_text()) == {"steps": 8}
-    assert len(list((whole / "tensorboard").glob("events*"))) == 1
+    assert len(list(whole.glob("events*"))) == 1
     for number in (1, 2):
         folder = whole / "rounds" / f"round-000{number}"
         assert json.loads((folder / "index.json").read_text())["counts"]["drafted"] == NUM

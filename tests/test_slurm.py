@@ -101,7 +101,7 @@ def stops(run_dir: Path) -> list[int]:
 def logged_steps(run_dir: Path) -> list[int]:
     """The steps of the loss in all logs of a run, in order."""
     found: list[int] = []
-    for path in sorted((run_dir / "tensorboard").glob("events.*")):
+    for path in sorted(run_dir.glob("events.*")):
         events = EventAccumulator(str(path)).Reload()
         if "train/loss" in events.Tags()["scalars"]:
             found += [event.step for event in events.Scalars("train/loss")]

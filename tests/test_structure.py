@@ -67,7 +67,8 @@ WITHOUT_TORCH = {"root", "io", "scenes", "cli", "chat", "preparation", "prepare"
 THIRD_PARTY: dict[str, set[str]] = {
     "torch": {*VERB, *VERBS, "training"} - WITHOUT_TORCH,
     "numpy": {*VERB, *VERBS} - {"root", "cli", "chat"},
-    "tqdm": {"preparation", "rounds", "generation", "evaluation", "evaluate", "generate"},
+    "tqdm": {"io"},
+    "tensorboard": {"training"},
     "PIL": {*VERB, *VERBS} - {"root", "cli", "chat", "types", "diffusion", "samplers", "objectives", "distributed"},
     "lightning": {"training", "objectives", "callbacks", "datamodules", "train"},
     "omegaconf": {"cli", "generation", "training", *VERBS},
@@ -118,6 +119,7 @@ ON_TOP: dict[str, list[str]] = {
     "quickstart": ["mask", "stage1", "stage2"],
     "ema": ["mask", "proseco", "stage2", "stage2,parallel/fsdp2"],
     "lora": ["stage1", "stage2", "stage1,llada_v", "stage2,llada_v,parallel/fsdp2", "mask,ema"],
+    "quality": ["mask", "stage2", "proseco"],
     "metrics/": ["evaluate_photos"],
     "sampler/": ["draft"],
     "judge/": ["eval/capmas", "eval/caparena", "eval/rubric"],

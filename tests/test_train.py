@@ -55,7 +55,7 @@ def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
     assert json.loads((finished / "finished.json").read_text()) == {"steps": 10}
     assert {p.name for p in (finished / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert json.loads((finished / "model" / "config.json").read_text())["response_length"] == 40
-    assert list((finished / "tensorboard").glob("events*"))
+    assert list(finished.glob("events*"))
     state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)  # tensors and plain containers only
     assert (state["global_step"], len(state["optimizer_states"])) == (10, 1)
     assert "target: src.objectives.revision.RevisionObjective" in (finished / "config.yaml").read_text()
@@ -144,7 +144,7 @@ def test_mistakes_end_in_one_clear_line(scenes, finished, tmp_path, capsys, chan
 
 def logged(run_dir: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of a scalar; empty if there is none."""
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    events = EventAccumulator(str(run_dir)).Reload()
     return [(e.step, e.value) for e in events.Scalars(name)] if name in events.Tags()["scalars"] else []
 
 
@@ -198,12 +198,12 @@ def test_what_is_logged_at_a_step_is_of_that_step(stepwise):
 def test_a_resumed_run_logs_what_the_whole_one_does(stepwise, tmp_path):
     """From the middle of an epoch, and from its end, before which the whole run has validated."""
     whole, argv, _ = stepwise
-    names = EventAccumulator(str(whole / "tensorboard")).Reload().Tags()["scalars"]
+    names = EventAccumulator(str(whole)).Reload().Tags()["scalars"]
     names = [name for name in names if name in ("perf/samples_seen", "perf/tokens_seen") or "perf/" not in name]
     assert {"train/loss", "train/lr", "val/loss", "p_break/t=0", "perf/samples_seen"} <= set(names)
     for step in (4, 6):
         run_dir = tmp_path / f"run{step}"
-        shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("tensorboard", "model", "finished.json", "last*"))
+        shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("events*", "model", "finished.json", "last*"))
         for path in (run_dir / "checkpoints").iterdir():
             if int(path.stem.split("=")[-1]) > step:
                 path.unlink()

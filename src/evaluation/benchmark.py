@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torchmetrics import Metric
-from tqdm import tqdm
 
 from src.cli.config import load_config
 from src.evaluation.benchmarks import BenchmarkData
@@ -33,6 +32,7 @@ from src.generation.run import TEXTS, respond
 from src.io.errors import UserError
 from src.io.files import read_json, write_bytes, write_json
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.words import counted
 from src.judges.ask import JudgeModel
 from src.judges.base import Item, Judge
@@ -138,7 +138,7 @@ class Benchmark:
         ]
         open_ones = [pair for pair in dialogues if self.judge.replay(*pair, store).verdict is None]
         before = len(store.replies)
-        with tqdm(total=len(dialogues), initial=len(dialogues) - len(open_ones), unit="verdict", desc="judge") as bar:
+        with Bar(total=len(dialogues), initial=len(dialogues) - len(open_ones), unit="verdict", desc="judge") as bar:
             unfinished = self.judge.ask(open_ones, store, on_done=bar.update)
         text = f"judge: {counted(len(store.replies) - before, 'reply', 'replies')} added to {store.path}"
         if cost := store.usage["cost"]:

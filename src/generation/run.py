@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from src.cli.config import path_of
 from src.cli.instantiate import build, check, plain
@@ -32,6 +31,7 @@ from src.generation.requests import find_requests, is_split, of_files, readable
 from src.generation.writer import Output
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.settings import describe
 from src.io.words import counted
 from src.models.hf.folder import ModelFolder, check_vocabulary, sketch
@@ -96,7 +96,7 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         unreadable: list[str] = []
         texts: list[tuple[str, str]] = []
         samples = readable((request for request in requests if request[0] not in out.keys), unreadable=unreadable)
-        with tqdm(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
+        with Bar(total=count, initial=min(count, len(out.keys)), unit="text", desc="generate") as bar:
             while batch := list(islice(samples, cfg.batch_size)):
                 given = [sample.record.get("caption", cfg.caption) for sample in batch]
                 sampled = captioner.sample(batch, texts=given, **options)

@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tqdm import tqdm
-
 from src.io.errors import UserError
 from src.io.files import atomic, publish, read_json, sha256, with_filename, write_json
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
@@ -178,7 +177,7 @@ class Dataset(ABC):
             # 1. items, tokenizer, splits
             counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
             records = counts["records"]
-            for item in tqdm(self.read(records), desc="read", unit=" records", disable=None):
+            for item in Bar(self.read(records), desc="read", unit="record"):
                 if not items.add(item):
                     first = items[item.key]
                     self.merge(first, item, records)
@@ -267,12 +266,10 @@ class Dataset(ABC):
         for tar in {*(folder / DATA).glob("*/*.tar")} - {job.tar(folder) for job in jobs}:
             tar.unlink()  # of more items: an image was there when a killed run began
         sizes = [sum(job.stop - job.start for job in some) for some in (jobs, open_jobs)]
-        unit = " images" if self.kind == "captions" else " texts"
+        unit = "image" if self.kind == "captions" else "text"
         processes = num_processes(self.processes, open_jobs)
         # smoothing: shards of several processes end in bursts
-        with tqdm(
-            total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, disable=None, smoothing=0
-        ) as bar:
+        with Bar(total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, smoothing=0) as bar:
             if processes > 1:
                 write_in_processes(open_jobs, self, folder, processes=processes, advance=bar.update)
             else:
@@ -294,7 +291,8 @@ class Dataset(ABC):
         settings += [f"data.response_length={self.response_length}"]
         settings += [f"data.image_size={side}"] if (side := getattr(self, "image_size", None)) else []
         command = shlex.join(["python", "-m", "src.train", *settings])
-        return f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
+        wrote = f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}"
+        return f"{wrote}\nto look at it: python -m src.prepare show={shlex.quote(str(out))}\nnext: {command}"
 
 
 def _same(out: Path, index: dict, plan: dict) -> dict:
