@@ -87,7 +87,7 @@ class Bar(tqdm):
 
     def _write_line(self, **values: Any) -> None:
         self.written_at, self.written_n = time.monotonic(), self.n
-        self.fp.write(self._text(**values) + "\n")
+        self.fp.write(self._text(ncols=None, **values) + "\n")
         self.fp.flush()
 
     def _text(self, **values: Any) -> str:
