@@ -61,10 +61,10 @@ def in_pipe(code: str, every: float = 30.0) -> list[str]:
     return done.stderr.splitlines()
 
 
-def on_terminal(code: str, columns: int) -> list[str]:
+def on_terminal(code: str, columns: int, rows: int = 24) -> list[str]:
     """The screen at the end: lines as a terminal shows them, without trailing blanks."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=theirs, stdin=theirs)
     os.close(theirs)
     output = b""
@@ -114,6 +114,10 @@ def test_a_pipe_gets_the_last_line_and_none_of_quick_inner_bars():
     assert message.startswith("a message")
     assert re.fullmatch(r"train: 40/40 step \[00:\d\d<00:00, +[\d.]+ step/s, loss 0.5\]", train)
     assert re.fullmatch(r"read: 3 record \[00:\d\d, +[\d.]+ record/s\]", read)
+
+
+def test_a_terminal_without_a_size_is_as_a_pipe():
+    assert [line[:13] for line in on_terminal(NESTED, 80, rows=0)[1:]] == ["train: 40/40 ", "read: 3 recor"]
 
 
 def test_a_pipe_gets_a_line_now_and_then():

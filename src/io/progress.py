@@ -13,6 +13,7 @@ A bar inside another one vanishes when it is finished. Log messages appear above
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +47,9 @@ class Bar(tqdm):
         disable: bool = False,
         smoothing: float = 0.3,
     ) -> None:
-        self.is_plain, self.status = not sys.stderr.isatty(), status
+        # a terminal that does not say its size, as under `script`, would show nothing
+        self.is_plain = not (sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())))
+        self.status = status
         self.written_at, self.written_n = time.monotonic(), -1
         lines = {"bar_format": LINE, "mininterval": EVERY_S, "miniters": 1}
         options: dict[str, Any] = lines if self.is_plain else {"dynamic_ncols": True}
@@ -84,7 +87,7 @@ class Bar(tqdm):
 
     def _write_line(self, **values: Any) -> None:
         self.written_at, self.written_n = time.monotonic(), self.n
-        self.fp.write(self._text(**values) + "\n")
+        self.fp.write(self._text(ncols=None, **values) + "\n")
         self.fp.flush()
 
     def _text(self, **values: Any) -> str:
