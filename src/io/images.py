@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def convert(
 
 
 def load(
-    source: Path | bytes, *, size: int = 0, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    source: Path | bytes, *, size: int = 0, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode an image file, or the bytes of one: its first frame, upright and as RGB.
 
