@@ -180,7 +180,7 @@ def test_rows_of_other_runs_join_the_table_if_they_were_made_alike(tmp_path, cap
     command = [*common, f"captions={files['one']}", "judge.model=m", "stages=[score]", f"evaluate.out={tmp_path}/one-m"]
     main([*command, f"evaluate.also=[{tmp_path}/two-m/scores.json]"])
     table = capsys.readouterr().out
-    assert "| one | 60.00" in table and "| two | 60.00" in table and "prompt Describe it.; length 64" in table
+    assert "| one    | 60.00" in table and "| two    | 60.00" in table and "prompt Describe it.; length 64" in table
     with pytest.raises(SystemExit):
         main([*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"])
     assert "two does not belong in one table with one (judge.model: m in one, n now)" in capsys.readouterr().err
@@ -210,7 +210,7 @@ def test_battles_end_to_end(tmp_path, capsys):
     assert stats["caparena"]["mean"] == pytest.approx(60.0)  # three wins, two ties
     assert stats["caparena_consistency"]["mean"] == pytest.approx(0.6)
     assert stats[f"caparena_{BASELINES[2]}"]["mean"] == pytest.approx(0.5)  # one win of 200
-    assert "| mine | 60.00 ± " in capsys.readouterr().out
+    assert "| mine   | 60.00 ± " in capsys.readouterr().out
 
 
 # calibration
@@ -230,7 +230,8 @@ def write(path: Path, content: list[dict]) -> Path:
 
 
 def cells(text: str, metric: str) -> list[str]:
-    return next(line for line in text.splitlines() if line.startswith(f"| {metric} ")).strip("| ").split(" | ")
+    line = next(line for line in text.splitlines() if line.startswith(f"| {metric} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_a_calibration_says_how_the_scale_moves(tmp_path):

@@ -287,5 +287,5 @@ def test_clip_score_is_the_cosine_in_percent(tmp_path: Path):
     assert [row["clip_cut"] for row in metric.latest] == [0, 0, 1]
     with pytest.raises(UserError, match="no image of 'd'"):
         metric.check({"key": "d"})
-    with pytest.raises(UserError, match="holds no CLIP model"):
+    with pytest.raises(UserError, match="holds no CLIPModel with its AutoProcessor"):
         ClipScore(model=str(tmp_path / "photos"), images=str(tmp_path / "photos"))

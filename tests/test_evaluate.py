@@ -477,7 +477,7 @@ JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowh
         ({"curve": {"metric": "quality", "best": "most"}}, "got {'metric': 'quality', 'best': 'most'}"),
         ({"bound": {"draws": "many"}}, "draws: expected int, got 'many'"),
         ({"bound": {"drawz": 3}}, "evaluate.bound: expected {draws: NUMBER or null"),
-        ({"metrics": [JUDGE]}, "nowhere is not a causal language model with a tokenizer"),
+        ({"metrics": [JUDGE]}, "nowhere holds no AutoModelForCausalLM with its AutoTokenizer"),
         ({"metrics": [{"target": "src.metrics.answer.ExactMatch"}]}, "has no answer after ####"),
     ],
 )

@@ -219,7 +219,7 @@ def arena(orders: list[tuple[float | None, float | None]]) -> CapArenaScore:
     metric = CapArenaScore(num_images=len(orders))
     for row, (first, second) in enumerate(orders):
         asked = (first is not None) + (second is not None)
-        verdict = {"missing": 0, "baseline": 0, "as_first": first, "as_second": second, "asked": asked, "words": 1}
+        verdict = {"missing": 0, "baseline": 0, "as_first": first, "as_second": second, "orders": asked, "words": 1}
         metric.update(verdict, row)
     return metric
 

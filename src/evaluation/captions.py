@@ -19,23 +19,42 @@ from typing import Any
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.judges.base import Item
+from src.metrics.caption import summarise
 from src.metrics.text import SPECIAL
 
 NAMES = ("key", "image", "image_id", "file_name", "filename", "img")
 TEXTS = ("text", "caption", "response", "answer", "output")
 SETTINGS = ("prompt", "length")  # of the protocol, which lines of `src.generate` hold
+SPEED = "tokens_per_step"
 
 
 @dataclass(frozen=True)
 class Captions:
     """texts: by name of the image; cleaned: number of texts that special tokens were removed from
     settings: what every line says of `prompt` and `length`; None: not stated
+    speed: `tokens_per_step` likewise, and the `forwards` of a caption, its forward calls
     """
 
     texts: dict[str, str]
     sha256: str
     cleaned: int
     settings: dict[str, Any]
+    speed: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class System:
+    """A system under test. items: all of the benchmark, with its captions; others: number of captions of other images"""
+
+    captions: Captions
+    items: list[Item]
+    others: int
+    file: Path
+
+    @classmethod
+    def read(cls, file: Path, items: Sequence[Item]) -> System:
+        captions = read_captions(file)
+        return cls(captions, *match(items, captions, file), file)
 
 
 def read_captions(path: Path) -> Captions:
@@ -61,7 +80,9 @@ def read_captions(path: Path) -> Captions:
     if mixed := [name for name in SETTINGS if len(stated[name]) > 1]:
         raise UserError(f"captions: {path} mixes values of {mixed[0]}: {', '.join(map(str, stated[mixed[0]]))}")
     settings = {name: next(iter(values), None) for name, values in stated.items()}
-    return Captions(texts, sha256(path), sum(texts[name] != text.strip() for name, text in pairs), settings)
+    speeds, forwards = ([r[name] for r in records if name in r] for name in (SPEED, "forwards"))
+    speed = {SPEED: speeds[0] if len(set(speeds)) == 1 else None, "forwards": summarise(forwards) if forwards else None}
+    return Captions(texts, sha256(path), sum(texts[name] != text.strip() for name, text in pairs), settings, speed)
 
 
 def match(items: Sequence[Item], captions: Captions, path: Path) -> tuple[list[Item], int]:
@@ -87,6 +108,41 @@ def match(items: Sequence[Item], captions: Captions, path: Path) -> tuple[list[I
         name = next(iter(captions.texts), "nothing")
         raise UserError(f"captions: {path} is about other images: it has {name!r}, the benchmark {items[0].key!r}")
     return [replace(item, caption=texts.get(item.key)) for item in items], unknown
+
+
+def edit_marks(trace: dict[str, Any], text: str) -> list[tuple[int, int, str]]:
+    """(start, end, tokens before) of the characters of a caption that its sampler rewrote, from a line of a trace file.
+
+    [] if the text is not the one that the trace ends with.
+    """
+    special, before = trace["special"], dict[int, list[str]]()
+    for step in trace["steps"]:
+        for position, old, _ in step["rewritten"]:
+            before.setdefault(position, []).append(trace["pieces"][str(old)])
+    written, marks = "", list[tuple[int, int, str]]()
+    for position, token in enumerate(trace["steps"][-1]["tokens"]):
+        if token == special["eot"]:
+            break
+        start = len(written)
+        written += "" if token == special["eos"] else trace["pieces"][str(token)]
+        if position in before and written[start:].strip():
+            marks.append((start, len(written), " → ".join(before[position])))
+    shift = len(written) - len(written.lstrip())
+    return [(max(0, a - shift), b - shift, old) for a, b, old in marks] if written.strip() == text else []
+
+
+def read_marks(system: System) -> dict[str, list[tuple[int, int, str]]]:
+    """By key of the item, if there is a trace file beside the captions."""
+    file = system.file.with_suffix(".trace.jsonl")
+    if not file.exists():
+        return {}
+    marks, texts = {}, {item.key: item.caption for item in system.items if item.caption}
+    with file.open(encoding="utf-8") as stream:
+        for trace in map(json.loads, stream):
+            key = next((name for name in names_of([trace["key"]]) if name in texts), None)
+            if key is not None:
+                marks[key] = edit_marks(trace, texts[key])
+    return marks
 
 
 def names_of(names: Iterable[str]) -> list[str]:

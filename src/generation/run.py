@@ -55,10 +55,13 @@ class Responses:
     page: Path | None
 
 
-def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Responses:
+def respond(
+    cfg: DictConfig, *, images: Mapping[str, Path] | None = None, prompts: Mapping[str, str] | None = None
+) -> Responses:
     """Write a response for each image or question that the config names.
 
     images: files by key, to be answered instead of all that `cfg.images` holds
+    prompts: the question of each of them, where `cfg.prompt` is not that of all
     """
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     check(cfg)
@@ -78,7 +81,7 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
         answer = Responder(backbone, codec, sampler, positions=folder.positions, **options)
         source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
-        find = partial(source, prompt=cfg.prompt, layout=backbone.layout)
+        find = partial(source, prompt=prompts or cfg.prompt, layout=backbone.layout)
         count, requests = find()
         if cfg.num is not None:
             count, requests = min(count, cfg.num), islice(requests, cfg.num)

@@ -206,11 +206,11 @@ class Capture(CaptionMetric):
             means = [sum(column) / len(some) for column in zip(*values, strict=True)]
             tagged = float(all("nouns" in self.lines[each] for each in (text, *some)))
             self.latest.append(dict(zip(self.names, [*means, tagged], strict=True)))
-        self.accumulate(self.latest)
+        self.accumulate(records)
 
     def encode(self, phrases: list[str]) -> Tensor:
         assert self.encoder is not None
-        return embed(phrases, folder=self.encoder, batch_size=self.batch_size, device=self.total.device)
+        return embed(phrases, folder=self.encoder, batch_size=self.batch_size, device=self.device)
 
     def graphs_of(self, texts: Sequence[str]) -> list[SceneGraph]:
         """The merged and filtered graphs of texts. Raises UserError for one that has no line, if there is no parser."""
@@ -231,7 +231,7 @@ class Capture(CaptionMetric):
         assert self.parser is not None
         sentences = [sentences_of(text) for text in texts]
         flat = [sentence for some in sentences for sentence in some]
-        parsed = iter(parse(flat, folder=self.parser, batch_size=self.batch_size, device=self.total.device))
+        parsed = iter(parse(flat, folder=self.parser, batch_size=self.batch_size, device=self.device))
         new = [{"text": t, "graphs": [next(parsed) for _ in some]} for t, some in zip(texts, sentences, strict=True)]
         self.lines |= {line["text"]: line for line in new}
         if self.file:
