@@ -16,8 +16,8 @@ import pytest
 
 from src.cli.config import load_config
 from src.cli.instantiate import plain
-from src.evaluation.study import Cell, Plan, check_stage, hours_left, read_plan
 from src.evaluation.statistics import holm, paired_p
+from src.evaluation.study import Cell, Plan, check_stage, hours_left, read_plan
 from src.evaluation.study_report import write_study
 from src.io.errors import UserError
 from src.objectives.base import Objective

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.evaluation import markdown
 from src.evaluation.drawing import FILL, Piece, marked_text, sheet, text_box
 from src.evaluation.grid import expand
 from src.evaluation.pareto import Point, budgets_of, front_of, lines_of, plot, points_of, to_dict
-from src.evaluation import markdown
 from src.evaluation.report import budget_table, claims, report_text
 from src.evaluation.results import Cell
 from src.io.errors import UserError

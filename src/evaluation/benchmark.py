@@ -6,12 +6,11 @@
 
     generate   models x tokens/step -> captions/NAME-N.jsonl      `src.generation.run`, a line per caption
     judge      captions -> requests -> replies.jsonl              the only stage with network; each reply is kept
-    score      captions, replies.jsonl -> scores.json, verdicts.jsonl, items.jsonl, table.md
-                                                          pure: the same files, the same bytes
+    score      captions, replies.jsonl -> scores.json, verdicts.jsonl, items.jsonl, table.md     pure: the same bytes
 
 Captions of any system enter beside those of our models. Only what has changed is asked again: a reply is found by a
-hash of its request, which holds caption, prompt, image, model and settings (`src/judges/store.py`). The files of `score`
-are what `conf=eval/report` makes tables, plots and a page of (`src/evaluation/paper_tables.py`).
+hash of its request, which holds caption, prompt, image, model and settings (`src/judges/store.py`). From the files of
+`score` `conf=eval/report` makes tables, plots and a page (`src/evaluation/paper_tables.py`).
 """
 
 from __future__ import annotations
@@ -162,16 +161,22 @@ class Benchmark:
             "benchmark": type(self.data).__name__,
             "images": [len(items), self.data.digest],
             "judge": self.judge.settings if self.judge and self.judges else None,
-            "metrics": {name: judge.settings for name, judge in self.judges.items()},
+            "metrics": {name: judge.settings for name, judge in self.judges.items()}
+            | {type(metric).__name__: metric.settings for metric in self.metrics if hasattr(metric, "settings")},
         }
         # 2. Each system by itself.
         scores: dict[str, Score] = {}
         verdicts: list[dict[str, Any]] = []
-        options = {"max_failed": self.max_failed, "replicates": self.replicates}
         for name, system in systems.items():
             try:
                 scores[name], lines = score_system(
-                    system.items, self.judges, self.metrics, self.judge, store, **options
+                    system.items,
+                    self.judges,
+                    self.metrics,
+                    self.judge,
+                    store,
+                    max_failed=self.max_failed,
+                    replicates=self.replicates,
                 )
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error

@@ -7,7 +7,7 @@
     DetailCaps    DetailCaps-4870.parquet                     4,870 images with three references each
     Coco          captions_val2014.json, images/              references by five people; CHAIR
     PopeQuestions coco_pope_random.json, images/              yes-or-no questions about objects
-    Scenes        a prepared split of scenes                  exact facts, and questions made of them: nothing to download
+    Scenes        a prepared split of scenes                  exact facts, nothing to download
 
 conf/eval/*.yaml say where each comes from and what its licence allows.
 """
@@ -20,8 +20,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
-from typing import Any
 
 from PIL import Image
 
@@ -33,8 +31,6 @@ from src.io.shards import INDEX, read_tar
 from src.judges.base import Item
 from src.metrics.caparena import BASELINES
 from src.preparation.sources.parquet import read_parquet
-from src.scenes.grammar import NUMBERS
-from src.scenes.graph import BACKGROUNDS, COLOURS, SHAPES, Scene
 
 
 class BenchmarkData(ABC):
@@ -181,8 +177,8 @@ class Coco(BenchmarkData):
     get = (
         "curl -L http://images.cocodataset.org/zips/val2014.zip -o {folder}/val2014.zip && unzip -d {folder}/images "
         "{folder}/val2014.zip\n"
-        "  curl -L http://images.cocodataset.org/annotations/annotations_trainval2014.zip -o {folder}/a.zip && unzip -jd "
-        "{folder} {folder}/a.zip"
+        "  curl -L http://images.cocodataset.org/annotations/annotations_trainval2014.zip -o {folder}/a.zip && "
+        "unzip -jd {folder} {folder}/a.zip"
     )
 
     def __init__(self, *, folder: str, file: str = "captions_val2014.json", subset: str | None = None) -> None:
@@ -242,11 +238,7 @@ class PopeQuestions(BenchmarkData):
 
 
 class Scenes(BenchmarkData):
-    """A split of scenes (conf/scenes.yaml). Their images are unpacked into images/ beside it.
-
-    Questions are made of the facts, as CapMAS has them: about the background, the number of things, and the shape and
-    colour of each.
-    """
+    """A split of scenes (conf/scenes.yaml), whose facts are known. Their images are unpacked into images/ beside it."""
 
     get = "python -m src.prepare conf=scenes prepare.out={folder}"
 
@@ -271,28 +263,6 @@ class Scenes(BenchmarkData):
                 if not image.exists():
                     write_bytes(image, sample.data)
                 references = tuple(caption["text"] for caption in sample.record["captions"])
-                extra = {"scene": sample.record["scene"], **questions_of(sample.key, sample.record["scene"])}
-                row = len(items)
-                items.append(Item(key=sample.key, row=row, caption=None, image=image, references=references, extra=extra))
+                known = {"references": references, "extra": {"scene": sample.record["scene"]}}
+                items.append(Item(key=sample.key, row=len(items), caption=None, image=image, **known))
         return items
-
-
-def questions_of(key: str, scene: dict[str, Any]) -> dict[str, list[str]]:
-    """`questions` with up to four lettered options each, in an order drawn for the key, and `answers`, their letters."""
-    objects, random = Scene.from_dict(scene).objects, Random(key)
-    facts = [
-        ("Which colour has the background?", BACKGROUNDS, scene["background"]),
-        ("How many things are there?", NUMBERS, NUMBERS[len(objects) - 1]),
-    ]
-    for thing in objects:
-        place = f"{thing.row} {thing.column}"
-        facts += [(f"Which shape has the thing in the {place}?", SHAPES, thing.shape)]
-        facts += [(f"Which colour has the thing in the {place}?", COLOURS, thing.colour)]
-    questions, answers = [], []
-    for question, vocabulary, right in facts:
-        others = [word for word in vocabulary if word != right]
-        options = random.sample(others, 3) + [right]
-        random.shuffle(options)
-        questions.append("\n".join([question, *(f"{'ABCD'[n]}) {option}" for n, option in enumerate(options))]))
-        answers.append("ABCD"[options.index(right)])
-    return {"questions": questions, "answers": answers}

@@ -44,7 +44,10 @@ class Captions:
 
 @dataclass(frozen=True)
 class System:
-    """A system under test. items: all of the benchmark, with its captions; others: number of captions of other images"""
+    """A system under test.
+
+    items: all of the benchmark, with its captions; others: number of its captions of other images
+    """
 
     captions: Captions
     items: list[Item]
@@ -123,12 +126,12 @@ def edit_marks(trace: dict[str, Any], text: str) -> list[tuple[int, int, str]]:
     for position, token in enumerate(trace["steps"][-1]["tokens"]):
         if token == special["eot"]:
             break
-        start = len(written)
-        written += "" if token == special["eos"] else trace["pieces"][str(token)]
-        if position in before and written[start:].strip():
-            marks.append((start, len(written), " → ".join(before[position])))
+        piece = "" if token == special["eos"] else trace["pieces"][str(token)]
+        start, written = len(written) + len(piece) - len(piece.lstrip()), written + piece
+        if position in before and piece.strip():
+            marks.append((start, len(written), " → ".join(old.strip() for old in before[position])))
     shift = len(written) - len(written.lstrip())
-    return [(max(0, a - shift), b - shift, old) for a, b, old in marks] if written.strip() == text else []
+    return [(a - shift, b - shift, old) for a, b, old in marks] if written.strip() == text else []
 
 
 def read_marks(system: System) -> dict[str, list[tuple[int, int, str]]]:

@@ -5,10 +5,10 @@
     runs/*/scores.json, verdicts.jsonl, items.jsonl and published.json
     -> report.md, report.json, quality_by_tokens.png, quality_by_calls.png, captions.html
 
-A row is a system at its tokens per step, whoever made its captions. Systems NAME-seed0, NAME-seed1, ... are one row: the
-mean over training seeds with its standard error; of one seed the error is over images. Rows that were not made alike
-(images, judge, prompts of judge and model, length) are refused. The published numbers stand as they were published, and
-were judged by a model that is gone: compare measured rows with each other.
+A row is a system at its tokens per step, whoever made its captions. Systems NAME-seed0, NAME-seed1, ... are one row:
+the mean over training seeds with its standard error; of one seed the error is over images. Rows that were not made
+alike (images, judge, prompts of judge and model, length) are refused. The published numbers stand as they were
+published, and were judged by a model that is gone: compare measured rows with each other.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class PaperTables:
         return [*lines, *(line(system, "measured", measured[system]) for system in others)]
 
     def differences(self, values: Values) -> list[dict[str, Any]]:
-        """Each system minus the reference at the same speed, paired by image, with p-values adjusted for all of them."""
+        """Each system minus the reference at the same speed, paired by image; p-values adjusted for all of them."""
         systems = list(dict.fromkeys(system for system, _, _ in values))
         reference = self.reference or systems[0]
         if reference not in systems:

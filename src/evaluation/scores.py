@@ -9,13 +9,13 @@ An item whose replies are not all in the store is `missing`, like one without a 
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 from torchmetrics import Metric
 
 from src.evaluation import markdown
@@ -73,9 +73,9 @@ class Replicates:
             values.append(metric.compute()[metric.name]["mean"])
             for row, (c, t) in enumerate(zip(*(part.tolist() for part in metric.parts()), strict=True)):
                 by_image.setdefault(row, []).extend([c / t] if t else [])
-        of_images = [statistics.stdev(image) for image in by_image.values() if len(image) > 1]
-        spread = {f"{metric.name}_replicate_sd": plain(statistics.stdev(values), self.times)}
-        return {**spread, **({f"{metric.name}_image_sd": summarise(of_images)} if of_images else {})}
+        of_images = [float(np.std(image, ddof=1)) for image in by_image.values() if len(image) > 1]
+        spread = {f"{judge.name}_replicate_sd": plain(float(np.std(values, ddof=1)), self.times)}
+        return {**spread, **({f"{judge.name}_image_sd": summarise(of_images)} if of_images else {})}
 
 
 def judged_metric(
@@ -105,7 +105,7 @@ def score_system(
 ) -> tuple[Score, list[dict[str, Any]]]:
     """Statistics and counts of a system, and a line for each image and metric: {"key", "metric", "value", "weight"}.
 
-    A metric is the mean of its values with these weights. Of one without a judge it is the first of its names.
+    A metric is the mean of its values with these weights. Of one without a judge it is its headline.
     Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing.
     """
     stats: dict[str, Stat] = {}
@@ -136,9 +136,11 @@ def score_system(
     for metric in metrics:
         metric.reset()
         metric.update(texts, [item.record for item in present])
-        stats |= metric.compute()
-        if isinstance(metric, CaptionMetric):
-            name = metric.names[0]
+        new = metric.compute()
+        if twice := stats.keys() & new.keys():
+            raise UserError(f"two metrics have a statistic {min(twice)!r}: leave one out")
+        stats |= new
+        for name in (metric.headline or metric.names[:1]) if isinstance(metric, CaptionMetric) else ():
             values = zip(present, (scores[name] for scores in metric.latest), strict=True)
             lines += [{"key": item.key, "metric": name, "value": value, "weight": 1} for item, value in values]
     return {
@@ -155,7 +157,11 @@ def check_protocols(scores: Mapping[str, Score]) -> None:
     What is not stated, such as the prompt of a caption file by others, cannot be compared.
     """
     for (name, one), (other_name, other) in combinations(scores.items(), 2):
-        stated = [{k: v for k, v in score["protocol"].items() if v not in (None, [])} for score in (one, other)]
+        stated = []
+        for protocol in (one["protocol"], other["protocol"]):
+            metrics = {f"metrics.{metric}": settings for metric, settings in protocol.get("metrics", {}).items()}
+            flat = {**{k: v for k, v in protocol.items() if k != "metrics"}, **metrics}
+            stated.append({k: v for k, v in flat.items() if v not in (None, [])})
         first, second = ({k: p[k] for k in stated[0] if k in stated[1]} for p in stated)
         if different := changes(first, second, f"in {name}"):
             raise UserError(

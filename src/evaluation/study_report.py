@@ -92,7 +92,8 @@ def model_parts(plan: Plan, table: Table, split: str) -> list[str]:
     for title, columns in values.items():
         names = [name for name in table.arms if any(name in arms for arms in columns.values())]
         texts = {c: {name: stat_text(summarise(seeds)) for name, seeds in arms.items()} for c, arms in columns.items()}
-        parts.append(markdown.table([[title, *columns], *([n, *(texts[c].get(n, "-") for c in columns)] for n in names)]))
+        rows = ([name, *(texts[column].get(name, "-") for column in columns)] for name in names)
+        parts.append(markdown.table([[title, *columns], *rows]))
     lines = []
     for name, count in edits.items():
         if total := count.total():

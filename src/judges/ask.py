@@ -76,7 +76,7 @@ class JudgeModel(Reader):
         *,
         on_done: Callable[[], object] = lambda: None,
     ) -> Counter[str]:
-        """As of `Reader`. Raises ChatError for what no repetition mends, such as a wrong key; what is in flight is kept."""
+        """Raises ChatError for what no repetition mends, such as a wrong key; what is in flight is kept."""
         return asyncio.run(self._ask(conversations, store, on_done))
 
     async def _ask(
@@ -173,8 +173,9 @@ class JudgeModel(Reader):
         prices, total = self._limits.prices, sum(expected.values(), Counter[str]())
 
         def line(name: str, usage: Mapping[str, int]) -> str:
-            tokens = (counted(usage.get(f"{kind}_tokens", 0), f"{kind} token") for kind in ("prompt", "completion"))
-            return f"{name}: {counted(usage.get('requests', 0), 'request')}, {', '.join(tokens)}{cost_text(prices, usage)}"
+            counts = {"requests": "request", "prompt_tokens": "prompt token", "completion_tokens": "completion token"}
+            texts = (counted(usage.get(key, 0), word) for key, word in counts.items())
+            return f"{name}: {', '.join(texts)}{cost_text(prices, usage)}"
 
         return "\n".join(line(*row) for row in {**expected, "in all": total, "at most": most}.items())
 
@@ -200,4 +201,3 @@ def data_url(image: Path) -> str:
     """The file as it is, in base64."""
     mime = mimetypes.guess_type(image.name)[0] or "image/jpeg"
     return f"data:{mime};base64,{base64.b64encode(image.read_bytes()).decode()}"
-

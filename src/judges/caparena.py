@@ -5,8 +5,8 @@
 
 `as_first`: 1 if the caption under test won when it was shown first, 0 for a tie, -1 if it lost, None if it was not
 shown so or no reply could be read; `orders`: in how many it was shown; `words`: of the caption under test, as the
-released scorer counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders. Official
-mode shows one, drawn for each image from `seed` (the released scorer draws again in every run).
+released scorer counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders.
+Official mode shows one, drawn for each image from `seed` (the released scorer draws again in every run).
 """
 
 from __future__ import annotations

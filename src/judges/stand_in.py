@@ -16,7 +16,7 @@ from src.judges.reader import Conversation, Reader, names_of, send
 from src.judges.store import ReplyStore
 
 DAY = "1970-01-01T00:00:00+00:00"  # the same bytes whenever it is run
-LITTLE = frozenset("a an the of in on at to is are and or with there this that it its one".split())
+LITTLE = frozenset(re.findall(r"\w+", "a an the of in on at to is are and or with there this that it its one"))
 REASON = "This is said by a stand-in that compares words and knows nothing about language or images."
 _OPTION = re.compile(r"^([A-Z])\) *(.*)$", re.MULTILINE)
 _NUMBERED = re.compile(r"^(\d+)\. ", re.MULTILINE)
@@ -41,7 +41,7 @@ class StandIn(Reader):
             while request:
                 digest = self.digest(request)
                 if not (entry := store.replies.get(digest)):
-                    line = {"status": "ok", "text": stand_in_reply(request), "model": "stand-in", "usage": {}, "at": DAY}
+                    line = {"status": "ok", "text": stand_in_reply(request), "usage": {}, "at": DAY, **self.settings}
                     entry = store.add(digest, {**names_of(request, conversation.item), **line})
                 request = send(dialogue, entry)
             on_done()

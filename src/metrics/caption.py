@@ -85,12 +85,14 @@ class CaptionMetric(Metric):
     """A subclass lists its values in `names` and defines `score`. `latest`: the scores of the last `update`.
 
     breakdown: metrics of `compute` that get a table of their own in reports
+    headline: those of `names` that benchmarks keep for each image; (): the first
     """
 
     is_differentiable = False
     full_state_update = False
     names: tuple[str, ...]
     breakdown: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()
     rows: Any  # list of Tensors, or a Tensor once reduced over ranks
 
     def __init__(self) -> None:

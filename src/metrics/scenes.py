@@ -32,7 +32,7 @@ class SceneQuality(CaptionMetric):
     """Scores of captions against their scenes. Raises UserError for a record without a scene."""
 
     higher_is_better = True
-    names = ("coverage", "factuality", "syntax", "quality")
+    names = headline = ("coverage", "factuality", "syntax", "quality")
     breakdown = (*(f"precision_{kind}" for kind in KINDS), "recall_relation", "templates")
     sums: Tensor
     uses: Tensor
