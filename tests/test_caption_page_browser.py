@@ -61,7 +61,10 @@ def choose(page: Chromium, select: str, value: str) -> None:
 
 def test_images_are_sorted_by_any_score(page):
     assert page.ask(KEYS) == ["a", "b", "c"]
+    shown = "['whose', 'of'].map(id => document.getElementById(id).closest('label').offsetWidth > 0)"
+    assert page.ask(shown) == [False, False]  # one run, and the place has no system
     choose(page, "metric", "clair")
+    assert page.ask(shown) == [False, True]
     assert page.ask(KEYS) == ["b", "a", "c"]  # of the first system; without a score last
     page.point("document.getElementById('order')", click=True)
     assert page.ask(KEYS) == ["a", "b", "c"]

@@ -182,8 +182,8 @@ class PaperTables:
         yield f"# {published['title']}: the tables of the paper"
         yield (
             f"`published` is as in {published['source']}. `measured` is of {', '.join(map(str, self.runs))}: mean ± "
-            "standard error, over images, or over training seeds where there are several. Judged by other models at "
-            "another time: compare measured rows with each other."
+            "standard error, over images, or over training seeds where there are several; behind a metric stand the "
+            "tokens per step. Published rows were judged by another model: compare measured rows with each other."
         )
         yield markdown.bullets(published["notes"])
         # 1. The tables, split by metric where they are wide.
