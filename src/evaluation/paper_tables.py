@@ -119,7 +119,8 @@ class PaperTables:
                     if stat is None or stat["mean"] is None:
                         continue
                     value, times = values.setdefault((row, speed, column), Value()), scale(statistic)
-                    value.seeds.append({**stat, "mean": times * stat["mean"], "se": stat["se"] and times * stat["se"]})
+                    error = None if stat["se"] is None else times * stat["se"]
+                    value.seeds.append(Stat(mean=times * stat["mean"], se=error, n=stat["n"]))
                     value.forwards += [score["speed"]["forwards"]] if score["speed"]["forwards"] else []
                     for key, (c, t) in weighed.get((name, statistic), {}).items():
                         before = value.parts.get(key, (0.0, 0.0))
@@ -281,7 +282,7 @@ def pick(values: Values, system: str, columns: Mapping[str, Mapping[str, Stat]])
     """What a system has of the columns of a table; one that states no tokens per step stands at 1."""
     picked: dict[str, dict[str, Stat]] = {}
     for column, speeds in columns.items():
-        keys = {speed: [(system, int(speed), column)] for speed in speeds}
+        keys: dict[str, list[tuple[str, int | None, str]]] = {s: [(system, int(s), column)] for s in speeds}
         if "1" in keys:
             keys["1"].append((system, None, column))
         picked[column] = {s: values[key].stat for s, some in keys.items() for key in some if key in values}
@@ -315,7 +316,8 @@ def difference_row(line: Mapping[str, Any]) -> list[str]:
 def seed_rows(values: Values) -> Iterator[list[str]]:
     for (system, speed, column), value in values.items():
         if len(value.seeds) > 1:
-            means, errors = ([stat[name] for stat in value.seeds] for name in ("mean", "se"))
-            error = "-" if None in errors else f"{statistics.mean(errors):.2f}"
+            means = [stat["mean"] for stat in value.seeds]
+            errors = [stat["se"] for stat in value.seeds if stat["se"] is not None]
+            error = f"{statistics.mean(errors):.2f}" if errors else "-"
             each = ", ".join(f"{mean:.2f}" for mean in means)
             yield [system, column, str(speed or "-"), str(len(means)), each, f"{statistics.stdev(means):.2f}", error]

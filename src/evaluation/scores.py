@@ -140,9 +140,10 @@ def score_system(
         if twice := stats.keys() & new.keys():
             raise UserError(f"two metrics have a statistic {min(twice)!r}: leave one out")
         stats |= new
-        for name in (metric.headline or metric.names[:1]) if isinstance(metric, CaptionMetric) else ():
-            values = zip(present, (scores[name] for scores in metric.latest), strict=True)
-            lines += [{"key": item.key, "metric": name, "value": value, "weight": 1} for item, value in values]
+        if isinstance(metric, CaptionMetric):
+            pairs = list(zip(present, metric.latest, strict=True))
+            for name in metric.headline or metric.names[:1]:
+                lines += [{"key": item.key, "metric": name, "value": row[name], "weight": 1} for item, row in pairs]
     return {
         "stats": stats,
         "counts": {name: dict(count) for name, count in counts.items()},

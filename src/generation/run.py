@@ -80,7 +80,7 @@ def respond(
         backbone = build(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu").eval()
         options = {"seed": cfg.seed, "caption": cfg.caption, "suffix": cfg.suffix, "trace": trace}
         answer = Responder(backbone, codec, sampler, positions=folder.positions, **options)
-        source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
+        source: Any = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
         find = partial(source, prompt=prompts or cfg.prompt, layout=backbone.layout)
         count, requests = find()
         if cfg.num is not None:

@@ -30,7 +30,7 @@ from src.chat.limits import Limits
 from src.chat.profiles import THOUGHT_TOKENS, Profile, choose
 from src.io.words import counted
 from src.judges.base import Item, Request
-from src.judges.reader import Conversation, Reader, names_of, send
+from src.judges.reader import Conversation, Reader, identity_of, send
 from src.judges.stand_in import stand_in_reply
 from src.judges.store import ReplyStore
 
@@ -136,7 +136,7 @@ class JudgeModel(Reader):
         return store.add(
             digest,
             {
-                **names_of(request, item),
+                **identity_of(request, item),
                 "status": status,
                 "text": call.replies[-1] if call.replies else None,
                 "model": call.model,

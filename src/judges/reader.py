@@ -93,6 +93,6 @@ def reply_of(entry: Mapping[str, Any]) -> Reply:
     return Reply(text=text, status=entry["status"], model=entry["model"], usage=entry["usage"])
 
 
-def names_of(request: Request, item: Item) -> dict[str, Any]:
+def identity_of(request: Request, item: Item) -> dict[str, Any]:
     """What a line of the store says its request is about."""
     return {"key": item.key, "step": request.step, "attempt": request.attempt, "replicate": request.replicate}

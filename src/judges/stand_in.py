@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from src.judges.base import Request
-from src.judges.reader import Conversation, Reader, names_of, send
+from src.judges.reader import Conversation, Reader, identity_of, send
 from src.judges.store import ReplyStore
 
 DAY = "1970-01-01T00:00:00+00:00"  # the same bytes whenever it is run
@@ -42,7 +42,7 @@ class StandIn(Reader):
                 digest = self.digest(request)
                 if not (entry := store.replies.get(digest)):
                     line = {"status": "ok", "text": stand_in_reply(request), "usage": {}, "at": DAY, **self.settings}
-                    entry = store.add(digest, {**names_of(request, conversation.item), **line})
+                    entry = store.add(digest, {**identity_of(request, conversation.item), **line})
                 request = send(dialogue, entry)
             on_done()
         return Counter()
