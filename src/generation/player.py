@@ -29,6 +29,7 @@ from src.io.errors import UserError
 from src.io.files import write_bytes
 
 NUM_SHOWN = 16  # texts of a page, so that it stays small; the trace files have all of them
+TINY = 64  # pixels; at this size JPEG's blocks show
 PIXELS = 256  # longest side of an image on the page
 SUFFIX = ".trace.jsonl"
 UNMASKED, REWRITTEN, REMASKED = range(3)  # kinds of changes, as in player.html
@@ -113,8 +114,9 @@ def replay(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_url(image: Image.Image) -> str:
-    """A small JPEG of an image."""
+    """A small JPEG of an image, or a PNG of one that is small already."""
     small, stream = image.copy(), io.BytesIO()
     small.thumbnail((PIXELS, PIXELS))
-    small.convert("RGB").save(stream, "JPEG", quality=85, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    kind = "png" if max(small.size) <= TINY else "jpeg"
+    small.convert("RGB").save(stream, kind, quality=85, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
