@@ -131,7 +131,7 @@ class CaptionMetric(Metric):
         ]
         self.rows.append(torch.tensor(rows, dtype=torch.float64, device=self.device).view(-1, 1 + len(self.names)))
 
-    def values(self) -> dict[str, list[float]]:
+    def columns(self) -> dict[str, list[float]]:
         """The values of all captions by name, each key once; captions without a key all count."""
         rows: dict[float, list[float]] = {}
         for number, (key, *row) in enumerate(concatenated(self.rows).tolist()):
@@ -139,7 +139,7 @@ class CaptionMetric(Metric):
         return {name: [row[n] for row in rows.values()] for n, name in enumerate(self.names)}
 
     def compute(self) -> dict[str, Stat]:
-        return {name: summarise(values) for name, values in self.values().items()}
+        return {name: summarise(values) for name, values in self.columns().items()}
 
 
 class NgramMetric(CaptionMetric):
@@ -169,7 +169,7 @@ class NgramMetric(CaptionMetric):
         for name in self.distinct:
             hashes = concatenated(getattr(self, name))
             share = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
-            stats[name] = plain(share, len(self.values()[self.names[0]]))
+            stats[name] = plain(share, len(self.columns()[self.names[0]]))
         return stats
 
 

@@ -62,7 +62,7 @@ class Chair(CaptionMetric):
 
     def compute(self) -> dict[str, Stat]:
         stats = super().compute()
-        false, mentions = (sum(self.values()[name]) for name in ("chair_false", "chair_mentions"))
+        false, mentions = (sum(self.columns()[name]) for name in ("chair_false", "chair_mentions"))
         return {**stats, "chair_i": plain(false / mentions if mentions else 0.0, stats["chair_s"]["n"])}
 
     def objects_of(self, record: dict) -> set[str]:

@@ -46,7 +46,7 @@ class Pope(CaptionMetric):
         }
 
     def compute(self) -> dict[str, Stat]:
-        stats, values = super().compute(), self.values()
+        stats, values = super().compute(), self.columns()
         yes, hits, positives = (sum(values[f"pope_{name}"]) for name in ("yes", "hits", "positives"))
         shares = {"precision": (hits, yes), "recall": (hits, positives), "f1": (2 * hits, yes + positives)}
         n = stats["pope_yes"]["n"]
