@@ -54,7 +54,7 @@ def test_llmock_replies_become_verdicts(items, tmp_path):
     assert scores == [(0.85, 0), (0.4, 0), (0, 1)]
 
 
-@pytest.mark.skipif(bool(why := missing("fastapi", "uvicorn")), reason=why)
+@pytest.mark.skipif(bool(why := missing("fastapi", "uvicorn", "accelerate")), reason=why)
 def test_a_real_vision_model_is_asked_about_images_and_its_gibberish_fails(items, tmp_path):
     """Random weights behind `transformers serve`: both orders three times each, then the battle has failed."""
     model = tiny_vision_model(tmp_path / "model")
