@@ -13,15 +13,16 @@ import pytest
 from PIL import Image
 
 from src.evaluate import main
-from src.evaluation.benchmarks import CapArena, CapMAS, DetailCaps
+from src.evaluation.benchmarks import CapArena, CapMAS, Coco, DetailCaps, PopeQuestions, Scenes
 from src.evaluation.calibration import calibration_text
 from src.evaluation.captions import match
 from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
 from src.metrics.caparena import BASELINES
+from src.prepare import main as prepare
 from src.text.captions import read_captions
 from testing.servers.scripted import Request, Scripted, reply
-from tests.benchmarks import NUM, write_caparena, write_capmas
+from tests.benchmarks import NUM, captions_file, write_caparena, write_capmas, write_images
 
 # data
 
@@ -67,11 +68,82 @@ def test_detailcaps(tmp_path):
     assert again.digest != DetailCaps(folder=str(tmp_path)).digest
 
 
+def test_chair_of_coco(tmp_path, capsys):
+    """Two of three images; a caption names a cat that is not there."""
+    raw = tmp_path / "raw"
+    write_images(raw / "images", [f"COCO_val2014_{n:012}" for n in (7, 8, 9)])
+    images = [{"id": n, "file_name": f"COCO_val2014_{n:012}.jpg"} for n in (7, 8, 9)]
+    people = [{"image_id": n, "caption": f"Picture {n}."} for n in (7, 8, 9, 7)]
+    (raw / "captions_val2014.json").write_text(json.dumps({"images": images, "annotations": people}))
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    things = [{"image_id": n, "category_id": 1} for n in (7, 8, 9)]
+    content = {"images": images, "annotations": things, "categories": categories}
+    (raw / "instances_val2014.json").write_text(json.dumps(content))
+    (raw / "synonyms.txt").write_text("dog, puppy\ncat\n")
+    (raw / "subset.txt").write_text("9\n7\n")
+    items = Coco(folder=str(raw), subset=str(raw / "subset.txt")).items()
+    assert [(item.key, item.references) for item in items] == [
+        ("9", ("Picture 9.",)),
+        ("7", ("Picture 7.", "Picture 7.")),
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps({"COCO_val2014_000000000007.jpg": "A cat.", "9": "Two puppies."}))
+    settings = [f"captions={tmp_path}/mine.json", f"evaluate.data.folder={raw}", f"evaluate.out={tmp_path}/out"]
+    main(["conf=eval/chair", *settings, f"evaluate.data.subset={raw}/subset.txt"])
+    stats = json.loads((tmp_path / "out" / "scores.json").read_text())["mine"]["stats"]
+    assert (stats["chair_s"]["mean"], stats["chair_i"]["mean"], stats["chair_recall"]["mean"]) == (0.5, 0.5, 0.5)
+    (raw / "subset.txt").write_text("10\n")
+    with pytest.raises(UserError, match="has no image 10"):
+        Coco(folder=str(raw), subset=str(raw / "subset.txt")).items()
+
+
+def test_pope(tmp_path):
+    raw = tmp_path / "raw"
+    write_images(raw / "images", ["a", "b"])
+    rows = [
+        {"question_id": n, "image": f"{'ab'[n % 2]}.jpg", "text": f"Is there {n}?", "label": "yes"} for n in (1, 2, 3)
+    ]
+    (raw / "coco_pope_random.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    items = PopeQuestions(folder=str(raw)).items()
+    assert [(item.key, item.extra["prompt"]) for item in items] == [(str(n), f"Is there {n}?") for n in (1, 2, 3)]
+    (tmp_path / "mine.jsonl").write_text(
+        '{"key": 1, "text": "Yes."}\n{"key": 3, "text": "No"}\n{"key": 2, "text": "yes"}\n'
+    )
+    settings = [f"captions={tmp_path}/mine.jsonl", f"evaluate.data.folder={raw}", f"evaluate.out={tmp_path}/out"]
+    main(["conf=eval/pope", *settings])
+    stats = json.loads((tmp_path / "out" / "scores.json").read_text())["mine"]["stats"]
+    assert stats["pope_accuracy"]["mean"] == pytest.approx(2 / 3) and stats["pope_recall"]["mean"] == pytest.approx(
+        2 / 3
+    )
+
+
+def test_scenes(tmp_path):
+    """Exact scores of any system's captions of a prepared split: the true ones, and none for the last image."""
+    sizes = [f"prepare.num_{split}=3" for split in ("train", "val", "test")]
+    prepare(["conf=scenes", f"prepare.out={tmp_path}/scenes", "prepare.processes=1", *sizes])
+    items = Scenes(folder=str(tmp_path / "scenes")).items()
+    assert len(items) == 3 and Image.open(items[2].image).size == (48, 48)  # pyright: ignore[reportArgumentType]
+    (tmp_path / "mine.json").write_text(json.dumps({item.key: item.references[0] for item in items[:2]}))
+    settings = [
+        f"captions={tmp_path}/mine.json",
+        f"evaluate.data.folder={tmp_path}/scenes",
+        f"evaluate.out={tmp_path}/out",
+    ]
+    main(["conf=eval/scenes", *settings, "evaluate.max_failed=0.5"])
+    row = json.loads((tmp_path / "out" / "scores.json").read_text())["mine"]
+    assert row["stats"]["factuality"] == {"mean": 1.0, "se": 0.0, "n": 2} and row["counts"]["clair"]["no_caption"] == 1
+
+
 def test_what_is_missing_is_named_with_the_command_that_gets_it(tmp_path, capsys):
     for data, words in (
         (CapMAS, "no data.jsonl, COVERAGE_TEST_VQA, images; get them with\n  git clone https://github.com/adobe-"),
         (CapArena, "no caparena_auto_600.json, images; get them with\n  git clone"),
         (DetailCaps, "no DetailCaps-4870.parquet; get them with\n  hf download --repo-type dataset foundation-"),
+        (Coco, "no captions_val2014.json, images; get them with\n  curl -L http://images.cocodataset.org/zips/val2014"),
+        (
+            PopeQuestions,
+            "no coco_pope_random.json, images; get them with\n  git clone https://github.com/RUCAIBox/POPE",
+        ),
+        (Scenes, "no test; get them with\n  python -m src.prepare conf=scenes prepare.out="),
     ):
         with pytest.raises(UserError, match=words):
             data(folder=str(tmp_path / "nowhere")).items()
@@ -153,6 +225,30 @@ def test_one_table_has_one_protocol(change, words):
         check_protocols({"ours": row(), "theirs": row(**change)})
 
 
+def test_rows_of_other_runs_join_the_table_if_they_were_made_alike(tmp_path, capsys):
+    def judges(request: Request):
+        return reply('{"score": 60, "reason": "r"}')
+
+    write_capmas(tmp_path / "raw")
+    only = ["evaluate.judges.coverage=null", "evaluate.judges.factuality=null", "judge.key_env=null"]
+    common = ["conf=eval/capmas", f"evaluate.data.folder={tmp_path}/raw", *only]
+    files = {name: captions_file(tmp_path / f"{name}.jsonl") for name in ("one", "two")}
+    files["two"].write_text(files["two"].read_text().replace("A picture", "Some picture"))
+    with Scripted(judges) as server:
+        for name, judge in (("one", "m"), ("two", "m"), ("two", "n")):
+            run = [f"captions={files[name]}", f"judge.model={judge}", f"judge.base_url={server.url}"]
+            run += [f"evaluate.out={tmp_path}/{name}-{judge}", "stages=[judge,score]"]
+            main([*common, *run])
+    capsys.readouterr()
+    command = [*common, f"captions={files['one']}", "judge.model=m", "stages=[score]", f"evaluate.out={tmp_path}/one-m"]
+    main([*command, f"evaluate.also=[{tmp_path}/two-m/scores.json]"])
+    table = capsys.readouterr().out
+    assert "| one    | 60.00" in table and "| two    | 60.00" in table and "prompt Describe it.; length 64" in table
+    with pytest.raises(SystemExit):
+        main([*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"])
+    assert "two does not belong in one table with one (judge.model: m in one, n now)" in capsys.readouterr().err
+
+
 def test_battles_end_to_end(tmp_path, capsys):
     """A judge that prefers the caption under test if it is about an even picture, and the first one otherwise."""
 
@@ -177,7 +273,7 @@ def test_battles_end_to_end(tmp_path, capsys):
     assert stats["caparena"]["mean"] == pytest.approx(60.0)  # three wins, two ties
     assert stats["caparena_consistency"]["mean"] == pytest.approx(0.6)
     assert stats[f"caparena_{BASELINES[2]}"]["mean"] == pytest.approx(0.5)  # one win of 200
-    assert "| mine | 60.00 ± " in capsys.readouterr().out
+    assert "| mine   | 60.00 ± " in capsys.readouterr().out
 
 
 # calibration
@@ -197,7 +293,8 @@ def write(path: Path, content: list[dict]) -> Path:
 
 
 def cells(text: str, metric: str) -> list[str]:
-    return next(line for line in text.splitlines() if line.startswith(f"| {metric} ")).strip("| ").split(" | ")
+    line = next(line for line in text.splitlines() if line.startswith(f"| {metric} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_a_calibration_says_how_the_scale_moves(tmp_path):

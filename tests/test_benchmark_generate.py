@@ -59,7 +59,7 @@ def test_captions_are_those_of_generate(argv, tmp_path, capsys):
     assert list(scores) == ["mine-2", "mine-8"]
     assert scores["mine-2"]["stats"]["words"]["n"] == NUM
     assert scores["mine-2"]["protocol"]["prompt"] == PROMPT and scores["mine-2"]["protocol"]["length"] == 16
-    assert "| mine-8 |" in capsys.readouterr().out
+    assert "| mine-8 " in capsys.readouterr().out
     images, out = f"images={tmp_path}/raw/images/deep", tmp_path / "direct.jsonl"
     same = [f"prompt={PROMPT}", "length=16", "sampler=plain", "tokens_per_step=8", "batch_size=1"]
     generate(["conf=generate", f"model.path={tmp_path}/model", images, f"out={out}", *same])

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from src.evaluate import main
+from src.judges.base import Request as JudgeRequest
 from src.judges.store import ReplyStore
 from testing.files import read_jsonl
 from testing.servers.scripted import Http, Request, Scripted, reply
@@ -91,7 +92,7 @@ def test_a_run_asks_each_question_once_and_scores_without_network(argv, tmp_path
         assert stats["clair"] == {"mean": 0.8, "se": pytest.approx(0, abs=1e-9), "n": NUM}
         assert (stats["coverage"]["mean"], stats["coverage_abstained"]["mean"]) == (0.5, 0.5)
         assert (stats["factuality"]["mean"], stats["words"]["mean"]) == (1.0, 4.0)
-        assert "| mine | 80.00 " in capsys.readouterr().out
+        assert "| mine   | 80.00 " in capsys.readouterr().out
         command = argv(server, "stages=[score]")
     files = {name: (tmp_path / "out" / name).read_bytes() for name in ("scores.json", "verdicts.jsonl", "table.md")}
     (tmp_path / "out" / "scores.json").unlink()
@@ -224,3 +225,68 @@ def test_what_a_model_does_not_accept_is_not_sent_and_the_store_says_what_was(ar
     for line in stored(tmp_path):
         assert line["parameters"] == {k: v for k, v in body.items() if k not in ("model", "messages")}
         assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]+\+00:00", line["at"]) and line["model"] == "served"
+
+
+def test_a_dry_run_says_what_the_judge_would_take_and_sends_nothing(argv, tmp_path, capsys):
+    prices = (
+        "judge.limits.prices={target: src.chat.budget.Prices, input: 1000000.0, output: 0.0}"  # a dollar for a token
+    )
+    with Scripted(judges) as server:
+        main(argv(server, "dry=true", "judge.key_env=NO_SUCH_KEY", prices))
+        lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.strip().split("\n"))
+        assert server.requests == [] and not (tmp_path / "out" / "replies.jsonl").exists()
+        main(argv(server))
+        asked = len(server.requests)
+    assert asked == 4 * NUM and lines["in all"].startswith(f"{asked} requests, ")
+    assert lines["clair"].startswith(f"{NUM} requests, ") and lines["factuality"].startswith(f"{2 * NUM} requests, ")
+    tokens, dollars = re.search(r"([\d,]+) prompt tokens.*, ([\d.]+) dollars", lines["in all"]).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    assert float(dollars) == float(tokens.replace(",", "")) > 1000 * NUM  # an image each
+    with Scripted(judges) as server:
+        capsys.readouterr()
+        main(argv(server, "dry=true"))
+        assert "in all: 0 requests" in capsys.readouterr().out and server.requests == []
+
+
+def test_the_spread_of_repeated_verdicts_is_reported(argv, tmp_path):
+    """The judge says 80, then 60, then 70 of the same caption."""
+    times: Counter[str] = Counter()
+
+    def fickle(request: Request) -> Http:
+        times[request.text] += 1
+        return reply(f'{{"score": {(80, 60, 70)[times[request.text] - 1]}, "reason": "r"}}')
+
+    several = ("judge.limits.concurrency=1", "evaluate.replicates.times=3", "evaluate.replicates.images=2")
+    with Scripted(fickle) as server:
+        main(argv(server, *ONLY_CLAIR, *several))
+        assert len(server.requests) == NUM + 2 * 2
+    stats = scores(tmp_path)["stats"]
+    assert stats["clair"]["mean"] == pytest.approx(0.8)  # of the first time
+    assert stats["clair_replicate_sd"] == {"mean": pytest.approx(0.1), "se": None, "n": 3}
+    assert stats["clair_image_sd"]["mean"] == pytest.approx(0.1) and stats["clair_image_sd"]["n"] == 2
+
+
+def test_further_fields_may_not_replace_the_model_or_the_messages(argv, capsys):
+    with Scripted(judges) as server, pytest.raises(SystemExit):
+        main(argv(server, "judge.extra={model: another}"))
+    assert "extra: 'model' is not to be replaced" in capsys.readouterr().err and not server.requests
+
+
+def test_an_image_is_hashed_anew_only_if_its_file_has_changed(tmp_path):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"one")
+    os.utime(file, ns=(0, 0))
+    request = JudgeRequest(step="s", images=(file,))
+    first = request.digest("m")
+    file.write_bytes(b"two")
+    os.utime(file, ns=(0, 0))  # as if it had not been written
+    assert request.digest("m") == first
+    os.utime(file, ns=(1, 1))
+    assert request.digest("m") != first
+
+
+def test_a_benchmark_without_a_judge_makes_its_folder(argv, tmp_path):
+    with Scripted(judges) as server:
+        main(argv(server, "judge=null", *ONLY_CLAIR, "evaluate.judges.clair=null", f"evaluate.out={tmp_path}/a/b"))
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} >= {"scores.json", "verdicts.jsonl", "table.md"}
+    result = json.loads((tmp_path / "a" / "b" / "scores.json").read_text())["mine"]
+    assert result["stats"]["words"]["n"] == NUM and result["judged"] is None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -229,5 +232,53 @@ def test_clip_score_is_the_cosine_in_percent(tmp_path: Path):
     assert [row["clip_cut"] for row in metric.latest] == [0, 0, 1]
     with pytest.raises(UserError, match="no image of 'd'"):
         metric.check({"key": "d"})
-    with pytest.raises(UserError, match="holds no CLIP model"):
+    with pytest.raises(UserError, match="holds no CLIPModel with its AutoProcessor"):
         ClipScore(model=str(tmp_path / "photos"), images=str(tmp_path / "photos"))
+
+
+TWO_RANKS = """
+import json, os, sys
+import torch.distributed as dist
+from src.metrics.capture import Capture
+from src.metrics.clair import Clair
+
+folder, wordnet, rank, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=2, rank=rank)
+capture, clair = Capture(graphs=f"{folder}/graphs", wordnet=wordnet), Clair(num_images=5)
+for row in rows[rank]:
+    capture.update([f"caption {row}"], [{"key": f"k{row}", "captions": [{"text": "reference"}]}])
+    clair.update({"missing": 0, "score": row / 10, "failed": 0}, row)
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump({**capture.compute(), **clair.compute()}, file)
+dist.barrier()
+dist.destroy_process_group()
+os._exit(0)  # threads of gloo may abort a process that ends by itself
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3, 0], [4, 1]], [[*range(5)], []]], ids=["padded", "idle"])
+def test_ranks_count_each_caption_once(tmp_path: Path, wordnet: str, rows: list[list[int]]):
+    """Caption n names n of the reference's four objects: F1 is 2n / (n + 4), and CAPTURE 5/12 of it."""
+    names = ["apple", "brick", "cloud", "drum"]
+    lines = [{"text": f"caption {n}", "graphs": names[:n], "nouns": names} for n in range(5)]
+    lines += [{"text": "reference", "graphs": names, "nouns": names}]
+    (tmp_path / "graphs").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "ranks.py").write_text(TWO_RANKS)
+    root = str(Path(__file__).parents[1])
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path), wordnet]
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*command, str(rank), json.dumps(rows)], env=environment, cwd=root, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    scores = [5 / 12 * 2 * n / (n + 4) for n in range(5)]
+    mean = sum(scores) / 5
+    error = math.sqrt(sum((score - mean) ** 2 for score in scores) / 4 / 5)
+    for rank in range(2):
+        stats = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert stats["capture_hard"] == {"mean": pytest.approx(mean, abs=1e-5), "se": pytest.approx(error, abs=1e-5),
+                                         "n": 5}  # fmt: skip
+        assert stats["clair"] == {"mean": pytest.approx(0.2), "se": pytest.approx(math.sqrt(0.1 / 4 / 5)), "n": 5}

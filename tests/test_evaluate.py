@@ -356,7 +356,7 @@ JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowh
         ({**GRID, "grid": {"plain": {"steps": [8]}}}, "the steps follow from tokens_per_step"),
         ({"curve": {"metric": "quality", "best": "most"}}, "got {'metric': 'quality', 'best': 'most'}"),
         ({"bound": {"draws": "many"}}, "draws: expected int, got 'many'"),
-        ({"metrics": [JUDGE]}, "nowhere is not a causal language model with a tokenizer"),
+        ({"metrics": [JUDGE]}, "nowhere holds no AutoModelForCausalLM with its AutoTokenizer"),
         ({"metrics": [{"target": "src.metrics.answer.ExactMatch"}]}, "has no answer after ####"),
     ],
 )

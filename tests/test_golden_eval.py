@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,7 +222,7 @@ def arena(orders: list[tuple[float | None, float | None]]) -> CapArenaScore:
     metric = CapArenaScore(num_images=len(orders))
     for row, (first, second) in enumerate(orders):
         asked = (first is not None) + (second is not None)
-        verdict = {"missing": 0, "baseline": 0, "as_first": first, "as_second": second, "asked": asked, "words": 1}
+        verdict = {"missing": 0, "baseline": 0, "as_first": first, "as_second": second, "orders": asked, "words": 1}
         metric.update(verdict, row)
     return metric
 
@@ -284,3 +287,20 @@ def test_bleu_rouge_cider(case):
     assert stats["rouge_l"]["mean"] == pytest.approx(expect["rouge_l"], **near)
     assert stats["cider"]["mean"] == pytest.approx(expect["cider"], **near)
     assert cider.per_image() == pytest.approx(expect["cider_per_image"], **near)
+
+
+@pytest.mark.slow
+def test_another_set_of_cases_is_used_and_one_wrong_value_is_noticed(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "set")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "clair or errors_of_means"]
+
+    def codes() -> int:
+        environment = {**os.environ, "GOLDEN_EVAL": str(tmp_path / "set")}
+        return subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True).returncode
+
+    assert codes() == 0
+    content = load("uncertainty")
+    content["mean_cases"][0]["expect"]["se"] += 1e-6
+    (tmp_path / "set" / "uncertainty.json").write_text(json.dumps(content))
+    assert codes() == 1

@@ -32,7 +32,7 @@ def verdicts(kind: str) -> list[dict]:
     """Verdicts on 12 images, with failures of every kind."""
     some = []
     for row in range(12):
-        battle = {"baseline": row % 3, "asked": 2, "as_first": row % 3 - 1, "words": row}
+        battle = {"baseline": row % 3, "orders": 2, "as_first": row % 3 - 1, "words": row}
         battle |= {"as_second": None if row == 5 else (row + row // 4) % 3 - 1}
         clair = {"score": 0 if row in (3, 7) else row / 11, "failed": int(row in (3, 7))}
         coverage = {"total": 4 + row, "correct": row % 4, "abstained": row % 2, "failed": int(row == 2)}
@@ -81,8 +81,8 @@ def test_failed_claims_are_left_out_or_false():
 
 
 def test_failed_orders_are_left_out_or_lost():
-    won, lost = {"asked": 2, "as_first": 1, "as_second": 1}, {"asked": 2, "as_first": -1, "as_second": -1}
-    half = {"asked": 2, "as_first": 1, "as_second": None}
+    won, lost = {"orders": 2, "as_first": 1, "as_second": 1}, {"orders": 2, "as_first": -1, "as_second": -1}
+    half = {"orders": 2, "as_first": 1, "as_second": None}
     some = [{**won, "words": 3}, {**won, "words": 5}, lost, half, {"missing": 1, "as_first": None, "as_second": None}]
     stats = means("caparena", some)
     assert stats["caparena"] == pytest.approx(100 / 3)
@@ -120,7 +120,7 @@ def test_nothing_scored_is_no_number():
     assert math.isnan(stats["clair"]) and math.isnan(stats["clair_official"]) and stats["clair_worst"] == 0
     stats = means("factuality", [{"skipped": 1}])
     assert math.isnan(stats["factuality"]) and math.isnan(stats["factuality_worst"])
-    assert math.isnan(means("caparena", [{"asked": 1, "as_first": None, "as_second": None}])["caparena"])
+    assert math.isnan(means("caparena", [{"orders": 1, "as_first": None, "as_second": None}])["caparena"])
 
 
 # the same images more than once, and several ranks

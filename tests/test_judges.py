@@ -221,7 +221,7 @@ def test_winners(reply, winner):
 
 def test_battles_are_fought_in_both_orders():
     battle = item("a cat", rival="a bird", baseline=2)
-    counts = {"missing": 0, "baseline": 2, "asked": 2, "words": 2}
+    counts = {"missing": 0, "baseline": 2, "orders": 2, "words": 2}
     done = talk(CapArena(), battle, ["Judgment: Caption 1 is better"] * 2)  # always the first
     assert done.verdict == {**counts, "as_first": 1, "as_second": -1}
     first, second = (request.user for request in done.requests)

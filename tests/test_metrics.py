@@ -61,7 +61,7 @@ def test_scene_quality_of_hand_made_captions(text):
 
 def test_means_and_standard_errors_match_the_definition():
     metric = SceneQuality()
-    metric.update(list(HAND), [RECORD] * len(HAND))
+    metric.update(list(HAND), [{**RECORD, "key": text} for text in HAND])
     stats = metric.compute()
     for name in SceneQuality.names:
         stat, values = stats[name], [hand[name] for hand in HAND.values()]

@@ -58,4 +58,4 @@ def test_equal_systems_do_not_differ():
     ],
 )
 def test_holm(given, adjusted):
-    assert holm(given) == pytest.approx(adjusted)
+    assert holm(dict(enumerate(given))) == pytest.approx(dict(enumerate(adjusted)))

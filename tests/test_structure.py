@@ -109,6 +109,7 @@ SCHEMAS: dict[str, tuple[str, tuple[str, ...], list[str]]] = {
     "revise": ("revise", ("codec",), ["drafts=drafts", "out=rounds/round-0001", "tokenizer=model"]),
     "evaluate": ("evaluate", ("codec", "seed", "batch_size"), []),
     "eval/capmas": ("evaluate", (), ["captions=mine.jsonl"]),
+    "eval/report": ("evaluate", (), ["evaluate.runs=[runs/eval/capmas]"]),
     "study": ("study", (), []),
     "export": ("export", (), ["model=model", "out=exported"]),
     "serve": ("serve", (), ["model.path=model"]),
@@ -123,6 +124,7 @@ ON_TOP: dict[str, list[str]] = {
     "metrics/": ["evaluate_photos"],
     "sampler/": ["draft"],
     "judge/": ["eval/capmas", "eval/caparena", "eval/rubric"],
+    "judge/stand_in": ["eval/detailcaps"],  # on one without a judge, as others want `judge.model` here
     "expert/": ["revise", "stage2", "quickstart/stage2"],
     "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],

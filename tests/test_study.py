@@ -16,8 +16,9 @@ import pytest
 
 from src.cli.config import load_config
 from src.cli.instantiate import plain
+from src.evaluation.statistics import holm, paired_p
 from src.evaluation.study import Cell, Plan, check_stage, read_plan
-from src.evaluation.study_report import holm, paired_p, write_study
+from src.evaluation.study_report import write_study
 from src.io.errors import UserError
 from src.objectives.base import Objective
 from src.study import WHOLE, main

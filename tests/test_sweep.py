@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.evaluation import markdown
 from src.evaluation.drawing import FILL, Piece, marked_text, sheet, text_box
 from src.evaluation.grid import expand
 from src.evaluation.pareto import Point, budgets_of, front_of, lines_of, points_of, to_dict
-from src.evaluation.report import budget_table, claims, markdown, report_text
+from src.evaluation.report import budget_table, claims, report_text
 from src.evaluation.results import Cell
 from src.io.errors import UserError
 from src.metrics.caption import Mark
@@ -195,7 +196,7 @@ def test_the_report_by_hand(table):
     ]
     assert text.endswith("- quality at 8 tokens/step: stage2 refine - mask plain +0.300 ± 0.100\n")
     budgets = [["calls", "cell"], ["8", "best"]]
-    assert markdown(budgets) in (text := report_text(table, {}, SCORES, headline=["quality"], budgets=budgets))
+    assert markdown.table(budgets) in (text := report_text(table, {}, SCORES, headline=["quality"], budgets=budgets))
     assert "each best cell was chosen on these same captions" in text and "of the change of" not in text
 
 

@@ -93,7 +93,7 @@ def test_exact_match_compares_values():
     assert [score["exact_match"] for score in scores] == [1, 0, 0, 0]
     assert [score["answered"] for score in scores] == [1, 1, 0, 0]
     metric = ExactMatch()
-    metric.update(["#### 5", "#### 6", "#### 5.0"], [answered(5)] * 3)
+    metric.update(["#### 5", "#### 6", "#### 5.0"], [{**answered(5), "key": key} for key in "abc"])
     assert metric.compute()["exact_match"]["mean"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="'x' has no answer after ####"):
         metric.update(["#### 5"], [{"key": "x", "captions": [{"text": "five"}]}])

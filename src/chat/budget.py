@@ -41,6 +41,14 @@ class Prices:
         return (cost + usage.get("completion_tokens", 0) * self.output) / 1e6
 
 
+def cost_text(prices: Prices | None, usage: Mapping[str, float]) -> str:
+    """`, 1.23 dollars` for a usage, to stand behind its tokens; nothing without prices."""
+    if prices is None:
+        return ""
+    dollars = prices.cost(usage)
+    return f", {dollars:{'.2f' if dollars >= 1 else '.2g'}} dollars"
+
+
 class Budget:
     """Limits of the whole run (None: no limit). `spent` includes what is reserved for the `pending` requests."""
 

@@ -97,6 +97,8 @@ class Client:
                 f"the environment variable {key_env} holds no key, or one with blanks or line breaks; key_env=null is "
                 "for servers without one"
             )
+        if fixed := parameters.keys() & {"model", "messages"}:
+            raise UserError(f"extra: {min(fixed)!r} is not to be replaced; it holds further fields of a request")
         parts = urlsplit(base_url or "http://default")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 from src.io.errors import UserError
 
 OUTPUTS = ("json_schema", "text")
+THOUGHT_TOKENS = 1000  # hidden tokens before the reply of a reasoning model, for estimates
 _REASONING = re.compile(r"(^|/)(o\d|gpt-5)", re.IGNORECASE)
 
 

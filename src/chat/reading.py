@@ -1,6 +1,6 @@
 """What a model says in a reply: the text without its reasoning, and the JSON in it.
 
-said("<think>hm</think> Sure: {\"right\": true}")     'Sure: {"right": true}'
+without_thoughts("<think>hm</think> Sure: {\"right\": true}")     'Sure: {"right": true}'
 list(json_values('Sure: {"right": true} [1]'))       [{"right": True}, [1]]
 """
 
@@ -19,7 +19,7 @@ _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _BRACKET = re.compile(r"[\[{]")
 
 
-def said(text: str) -> str:
+def without_thoughts(text: str) -> str:
     """The text without reasoning in tags and without blanks around it."""
     return _THOUGHTS.sub("", clean(text[:LONGEST])).strip()
 

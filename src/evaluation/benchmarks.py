@@ -5,6 +5,9 @@
     CapMAS        data.jsonl, COVERAGE_TEST_VQA/, images/     1,000 images of DOCCI: CLAIR, Coverage, Factuality
     CapArena      caparena_auto_600.json, images/             600 images of DOCCI: battles with three models
     DetailCaps    DetailCaps-4870.parquet                     4,870 images with three references each
+    Coco          captions_val2014.json, images/              references by five people; CHAIR
+    PopeQuestions coco_pope_random.json, images/              yes-or-no questions about objects
+    Scenes        a prepared split of scenes                  exact facts, nothing to download
 
 conf/eval/*.yaml say where each comes from and what its licence allows.
 """
@@ -20,8 +23,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from datamodules.shards import decode
+from datamodules.stream import read_index
 from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_bytes
+from src.io.shards import INDEX, read_tar
 from src.judges.base import Item
 from src.metrics.caparena import BASELINES
 from src.preparation.records import read_parquet
@@ -92,9 +98,9 @@ class CapMAS(BenchmarkData):
         items = []
         for row, (record, image) in enumerate(zip(records, images, strict=True)):
             self.need(f"{self.questions}/{record['image']}.json")
-            asked = read_json(self.folder / self.questions / f"{record['image']}.json")
-            questions = ["\n".join(map(str.strip, question.split("\n"))) for question in asked["questions"]]
-            extra = {"questions": questions, "answers": asked["answers"], "dataset": record["dataset"]}
+            content = read_json(self.folder / self.questions / f"{record['image']}.json")
+            questions = ["\n".join(map(str.strip, question.split("\n"))) for question in content["questions"]]
+            extra = {"questions": questions, "answers": content["answers"], "dataset": record["dataset"]}
             key, references = record["image"], (record["caption"],)
             items.append(Item(key=key, row=row, caption=None, image=image, references=references, extra=extra))
         return items
@@ -159,4 +165,104 @@ class DetailCaps(BenchmarkData):
                 write_bytes(image, base64.b64decode(data) if isinstance(data, str) else data)
             references = tuple(record[name] for name in self.references)
             items.append(Item(key=record["image"], row=row, caption=None, image=image, references=references))
+        return items
+
+
+class Coco(BenchmarkData):
+    """Images of COCO with the captions of five people each; `image_id` is the name of an image.
+
+    file: of captions; subset: a text file with the image ids to take, one a line (None: all)
+    """
+
+    get = (
+        "curl -L http://images.cocodataset.org/zips/val2014.zip -o {folder}/val2014.zip && unzip -d {folder}/images "
+        "{folder}/val2014.zip\n"
+        "  curl -L http://images.cocodataset.org/annotations/annotations_trainval2014.zip -o {folder}/a.zip && "
+        "unzip -jd {folder} {folder}/a.zip"
+    )
+
+    def __init__(self, *, folder: str, file: str = "captions_val2014.json", subset: str | None = None) -> None:
+        super().__init__(folder=folder)
+        self.file, self.subset = file, subset
+
+    @property
+    def sources(self) -> list[Path]:
+        return [self.folder / self.file, *([Path(self.subset)] if self.subset else [])]
+
+    def items(self) -> list[Item]:
+        self.need(self.file, "images")
+        content = read_json(self.folder / self.file)
+        references: dict[int, list[str]] = {}
+        for row in content["annotations"]:
+            references.setdefault(row["image_id"], []).append(row["caption"])
+        stems = {row["id"]: Path(row["file_name"]).stem for row in content["images"]}
+        ids = list(map(int, Path(self.subset).read_text("utf-8").split())) if self.subset else list(stems)
+        if unknown := [number for number in ids if number not in stems]:
+            raise UserError(f"{self.subset}: {self.folder / self.file} has no image {unknown[0]}")
+        images = self.images([stems[number] for number in ids])
+        return [
+            Item(key=str(number), row=row, caption=None, image=image, references=tuple(references.get(number, ())))
+            for row, (number, image) in enumerate(zip(ids, images, strict=True))
+        ]
+
+
+class PopeQuestions(BenchmarkData):
+    """Questions about objects in images of COCO, to be answered with yes or no; the "caption" of an item is the answer.
+
+    file: one of the sets coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json
+    """
+
+    get = (
+        "git clone https://github.com/RUCAIBox/POPE && cp POPE/output/coco/*.json {folder}\n"
+        "  curl -L http://images.cocodataset.org/zips/val2014.zip -o {folder}/val2014.zip && unzip -d {folder}/images "
+        "{folder}/val2014.zip"
+    )
+
+    def __init__(self, *, folder: str, file: str = "coco_pope_random.json") -> None:
+        super().__init__(folder=folder)
+        self.file = file
+
+    @property
+    def sources(self) -> list[Path]:
+        return [self.folder / self.file]
+
+    def items(self) -> list[Item]:
+        self.need(self.file, "images")
+        lines = (self.folder / self.file).read_text("utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+        images = self.images([Path(record["image"]).stem for record in records])
+        return [
+            Item(key=str(r["question_id"]), row=row, caption=None, image=image, extra={"prompt": r["text"]})
+            for row, (r, image) in enumerate(zip(records, images, strict=True))
+        ]
+
+
+class Scenes(BenchmarkData):
+    """A split of scenes (conf/scenes.yaml), whose facts are known. Their images are unpacked into images/ beside it."""
+
+    get = "python -m src.prepare conf=scenes prepare.out={folder}"
+
+    def __init__(self, *, folder: str, split: str = "test") -> None:
+        super().__init__(folder=folder)
+        self.split = split
+
+    @property
+    def sources(self) -> list[Path]:
+        return [self.folder / self.split / INDEX]
+
+    def items(self) -> list[Item]:
+        self.need(self.split)
+        items = []
+        (self.folder / "images").mkdir(exist_ok=True)
+        for shard in read_index(self.folder / self.split).shards:
+            for raw in read_tar(shard.path):
+                sample = decode(raw)
+                if sample is None or "scene" not in sample.record:
+                    raise UserError(f"{self.folder / self.split} has a damaged sample or one that is no scene")
+                image = self.folder / "images" / f"{sample.key}.png"
+                if not image.exists():
+                    write_bytes(image, sample.data)
+                references = tuple(caption["text"] for caption in sample.record["captions"])
+                known = {"references": references, "extra": {"scene": sample.record["scene"]}}
+                items.append(Item(key=sample.key, row=len(items), caption=None, image=image, **known))
         return items

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from src.evaluation import markdown
+from src.evaluation.statistics import scipy_stats
 from src.io.errors import UserError
 from src.metrics.caption import summarise
 
 NEAR = 0.1  # two values from 0 to 1 that agree
-HEAD = "| metric | images | old | new | shift | rank correlation of images | of systems | agreement |"
+HEAD = ["metric", "images", "old", "new", "shift", "rank correlation of images", "of systems", "agreement"]
 
 
 def calibration_text(old_path: Path, new: Sequence[dict[str, Any]]) -> str:
@@ -31,11 +33,7 @@ def calibration_text(old_path: Path, new: Sequence[dict[str, Any]]) -> str:
     Agreement is the share of images whose values differ by at most 0.1; of CapArena, that have the same winner.
     Raises UserError without SciPy, or if no image was judged by both.
     """
-    try:
-        from scipy.stats import spearmanr
-    except ImportError as error:
-        raise UserError("a calibration needs SciPy: pip install rediff-lightning[eval]") from error
-
+    stats = scipy_stats()
     old = [json.loads(line) for line in old_path.read_text("utf-8").splitlines() if line.strip()]
     old_values = {(line["metric"], line["system"], line["key"]): line["value"] for line in old}
     pairs: dict[str, list[tuple[str, float, float]]] = {}  # metric -> (system, old, new)
@@ -47,9 +45,9 @@ def calibration_text(old_path: Path, new: Sequence[dict[str, Any]]) -> str:
 
     def rank(one: np.ndarray, other: np.ndarray) -> str:
         constant = len(one) < 3 or len(set(one)) == 1 or len(set(other)) == 1
-        return "" if constant else f"{spearmanr(one, other)[0]:.3f}"
+        return "" if constant else f"{stats.spearmanr(one, other)[0]:.3f}"
 
-    rows = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    rows = [HEAD]
     for metric, some in pairs.items():
         systems = np.array([system for system, _, _ in some])
         before, after = np.array([[a, b] for _, a, b in some], dtype=np.float64).T
@@ -66,5 +64,5 @@ def calibration_text(old_path: Path, new: Sequence[dict[str, Any]]) -> str:
             f"{shift['mean']:+.4g} ± {error:.2g}",
         ]
         cells += [rank(before, after), rank(*map(np.array, means)), f"{agree.mean():.3f}"]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+        rows.append(cells)
+    return markdown.table(rows) + "\n"

@@ -11,16 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from src.evaluation.grid import family
 from src.evaluation.results import Cell, Table
-from src.metrics.caption import Stat
+from src.metrics.caption import Stat, plain
 
 MARKERS = "osD^vP*Xh<>"
+MOST_ACROSS = 3  # panels in a row of a plot
 STYLES = ("-", "--", "-.", ":")
 
 
@@ -32,6 +33,11 @@ class Point(NamedTuple):
     seconds: Stat
     value: Stat
     good: float
+
+    @classmethod
+    def of(cls, cell: Cell, forwards: Stat, value: Stat) -> Point:
+        """Of a metric of which high is good, and without seconds."""
+        return cls(cell, forwards, plain(math.nan, 0), value, value["mean"])
 
     @property
     def row(self) -> tuple[str, str]:
@@ -102,8 +108,17 @@ def to_dict(points: Sequence[Point], *, metric: str, best: str) -> dict:
     return {"metric": metric, "best": best, "points": listed, "budgets": budgets}
 
 
-def plot(panels: Mapping[str, Sequence[Point]], path: Path, *, front: bool) -> None:
-    """Plot each metric against forward calls per caption: one colour per method and sampler.
+AXES = {"forwards": "forward calls per caption", "tokens_per_step": "tokens per step"}
+
+
+def plot(
+    panels: Mapping[str, Sequence[Point]],
+    path: Path,
+    *,
+    front: bool,
+    against: Literal["forwards", "tokens_per_step"] = "forwards",
+) -> None:
+    """Plot each metric against forward calls per caption or tokens per step: one colour per method and sampler.
 
     panels: metric -> its points; front: mark the Pareto front in grey
     """
@@ -112,20 +127,24 @@ def plot(panels: Mapping[str, Sequence[Point]], path: Path, *, front: bool) -> N
     several_methods = len({method for method, _ in rows}) > 1
     colours = colormaps["tab10" if len(rows) <= 10 else "tab20"]
     height = max(5.2, 1.0 + 0.19 * max(map(len, lines.values())))
-    figure = Figure(figsize=(4.5 + 6 * len(panels), height), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (metric, points) in zip(axes, panels.items(), strict=True):
+    across = min(len(panels), MOST_ACROSS)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(4.5 + 6 * across, height * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (metric, points) in zip(axes, panels.items(), strict=False):
         numbers = dict.fromkeys(rows, 0)  # of the lines of a method and sampler
         for (method, name), line in lines[metric].items():
             row = line[0].row
             axis.errorbar(
-                [point.calls for point in line],
+                [point.calls if against == "forwards" else point.cell.tokens_per_step for point in line],
                 [point.value["mean"] for point in line],
-                xerr=[2 * (point.forwards["se"] or 0.0) for point in line],
+                xerr=[2 * (point.forwards["se"] or 0.0) if against == "forwards" else 0.0 for point in line],
                 yerr=[2 * (point.value["se"] or 0.0) for point in line],
                 color=colours(rows.index(row) % colours.N), marker=MARKERS[numbers[row] % len(MARKERS)],
                 linestyle=STYLES[numbers[row] % len(STYLES)], markersize=5, linewidth=1.4, elinewidth=0.7, capsize=2,
-                alpha=0.85, label=f"{method}, {name}" if several_methods else name,
+                alpha=0.85, label=", ".join(filter(None, (method, name))) if several_methods else name,
             )  # fmt: skip
             numbers[row] += 1
         if front:
@@ -134,12 +153,12 @@ def plot(panels: Mapping[str, Sequence[Point]], path: Path, *, front: bool) -> N
             axis.step(calls, values, where="post", color="0.65", linewidth=4, alpha=0.6, zorder=0, label="Pareto front")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("forward calls per caption")
+        axis.set_xlabel(AXES[against])
         axis.set_title(f"{metric} (bars: ± 2 standard errors)", fontsize=11)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from torchmetrics import Metric
 
+from src.evaluation import markdown
 from src.evaluation.drawing import draw_examples
 from src.evaluation.pareto import Point, budgets_of, plot, points_of, to_dict
 from src.evaluation.results import Cell, ResultStore, Stats, Table
@@ -110,16 +111,7 @@ def report_text(
     if budgets:
         tables.append(budgets)
     lines = [BUDGETS] if budgets else [claim for metric in headline for claim in claims(scores, metric)]
-    blocks = [_bullets(notes), *map(markdown, tables), _bullets(lines)]
-    return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown.page([markdown.bullets(notes), *map(markdown.table, tables), markdown.bullets(lines)])
 
 
 def claims(scores: Scores, metric: str) -> list[str]:
@@ -184,10 +176,6 @@ def stat_text(stat: Stat | None, *, signed: bool = False) -> str:
 
 def _signed(stat: Stat) -> str:
     return f"{stat['mean']:+.3f}" + (f" ± {stat['se']:.3f}" if stat["se"] is not None else "")
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _axes(cells: Mapping[Cell, object]) -> tuple[list[tuple[str, str]], list[int]]:

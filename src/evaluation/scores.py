@@ -1,6 +1,6 @@
 """Scores of one system from the stored replies, and the table of several.
 
-    scores, verdicts = score_system(items, judges, metrics, model, store, max_failed=0.01)
+    scores, lines = score_system(items, judges, metrics, reader, store, max_failed=0.01, replicates=Replicates())
     check_protocols({"ours": scores, "theirs": ...})       one table has one protocol
     table_text(...)
 
@@ -10,26 +10,28 @@ An item whose replies are not all in the store is `missing`, like one without a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 from torchmetrics import Metric
 
+from src.evaluation import markdown
 from src.io.errors import UserError
 from src.io.progress import Bar
 from src.io.settings import changes
-from src.judges.ask import JudgeModel
 from src.judges.base import Item, Judge
 from src.judges.caparena import CapArena
 from src.judges.clair import Clair
 from src.judges.coverage import Coverage
 from src.judges.factuality import Factuality
+from src.judges.reader import Conversation, Reader, Replay
 from src.judges.rubric import Rubric
 from src.judges.store import ReplyStore
 from src.metrics import caparena, clair, coverage, factuality, rubric
-from src.metrics.caption import Stat
+from src.metrics.caption import CaptionMetric, Stat, plain, summarise
 from src.metrics.judged import JudgedMetric
 
 METRICS: dict[type[Judge], type[JudgedMetric]] = {
@@ -44,25 +46,68 @@ SHARES = ("clair", "coverage", "factuality", "rubric", "capture")  # printed tim
 Score = dict[str, Any]
 
 
-def judge_protocol(judge: Judge) -> dict[str, Any]:
-    """What a metric's numbers depend on besides the judging model: its settings, its words by their hash."""
-    settings = {name: value for name, value in vars(judge).items() if name != "prompt"}
-    if prompt := getattr(judge, "prompt", None):
-        settings |= {"prompt": prompt.digest, "version": prompt.version}
-    return settings
+@dataclass(frozen=True)
+class Replicates:
+    """How often the first `images` are judged, each time anew, to see how far the judge agrees with itself."""
+
+    times: int = 1
+    images: int = 100
+
+    def __post_init__(self) -> None:
+        if self.times < 1 or self.images < 2:
+            raise UserError(f"replicates: times must be at least 1 and images at least 2, got {self}")
+
+    def conversations(self, items: Sequence[Item], judge: Judge) -> list[Conversation]:
+        """All that have to be held, the repeated ones included."""
+        times = ((item, self.times if item.row < self.images else 1) for item in items)
+        return [Conversation(judge, item, number) for item, several in times for number in range(several)]
+
+    def spread(self, items: Sequence[Item], judge: Judge, reader: Reader, store: ReplyStore) -> dict[str, Stat]:
+        """Standard deviations over the times: `NAME_replicate_sd` of the metric of these images, and
+        `NAME_image_sd` of an image, the mean over images. {} if they are judged once.
+        """
+        if self.times < 2:
+            return {}
+        some, values = items[: self.images], list[float]()
+        by_image: dict[int, list[float]] = {}
+        for replicate in range(self.times):
+            metric, _ = judged_metric(some, judge, reader, store, replicate=replicate, max_failed=1.0)
+            values.append(metric.compute()[metric.name]["mean"])
+            for row, (c, t) in enumerate(zip(*(part.tolist() for part in metric.parts()), strict=True)):
+                by_image.setdefault(row, []).extend([c / t] if t else [])
+        of_images = [float(np.std(image, ddof=1)) for image in by_image.values() if len(image) > 1]
+        spread = {f"{judge.name}_replicate_sd": plain(float(np.std(values, ddof=1)), self.times)}
+        return {**spread, **({f"{judge.name}_image_sd": summarise(of_images)} if of_images else {})}
+
+
+def judged_metric(
+    items: Sequence[Item], judge: Judge, reader: Reader, store: ReplyStore, *, replicate: int = 0, max_failed: float
+) -> tuple[JudgedMetric, list[Replay]]:
+    """The metric with the verdicts on all items, from the store alone, and the replies behind each verdict."""
+    metric = METRICS[type(judge)](num_images=len(items), max_failed=max_failed)
+    replays = [reader.replay(Conversation(judge, item, replicate), store) for item in items]
+    for item, replay in zip(items, replays, strict=True):
+        verdict = replay.verdict
+        if verdict is None:  # as without a caption, for which there is no question
+            verdict = reader.replay(Conversation(judge, replace(item, caption=None)), store).verdict
+        assert verdict is not None
+        metric.update(verdict, item.row)
+    return metric, replays
 
 
 def score_system(
     items: Sequence[Item],
     judges: Mapping[str, Judge],
     metrics: Sequence[Metric],
-    model: JudgeModel | None,
+    reader: Reader | None,
     store: ReplyStore,
     *,
     max_failed: float,
+    replicates: Replicates,
 ) -> tuple[Score, list[dict[str, Any]]]:
-    """Statistics and counts of a system, and a line for each of its judged images: {"key", "metric", "value"}.
+    """Statistics and counts of a system, and a line for each image and metric: {"key", "metric", "value", "weight"}.
 
+    A metric is the mean of its values with these weights. Of one without a judge it is its headline.
     Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing.
     """
     stats: dict[str, Stat] = {}
@@ -70,41 +115,40 @@ def score_system(
     lines: list[dict[str, Any]] = []
     served: set[str] = set()
     days: set[str] = set()
+    no_caption = sum(item.caption is None for item in items)
     for name, judge in judges.items():
-        assert model
-        # 1. Verdicts, from the store alone.
-        metric = METRICS[type(judge)](num_images=len(items), max_failed=max_failed)
-        counts[name] = Counter(no_caption=sum(item.caption is None for item in items))
-        for item in items:
-            done = model.replay(judge, item, store)
-            verdict = done.verdict
-            if verdict is None:
-                counts[name]["no_reply"] += 1
-                verdict = model.replay(judge, replace(item, caption=None), store).verdict
-            assert verdict is not None  # no caption, no question
-            metric.update(verdict, item.row)
-            counts[name].update(entry["status"] for entry in done.replies)
-            served |= {entry["model"] for entry in done.replies if entry["model"]}
-            days |= {entry["at"][:10] for entry in done.replies}
-        # 2. Their statistics, and the value of each image.
+        assert reader
+        # 1. Statistics of the verdicts, the value of each image, and the spread of repeated verdicts.
+        metric, replays = judged_metric(items, judge, reader, store, max_failed=max_failed)
         stats |= metric.compute()
         parts = zip(items, *(part.tolist() for part in metric.parts()), strict=True)
-        lines += [{"key": item.key, "metric": name, "value": c / t} for item, c, t in parts if t]
+        lines += [{"key": item.key, "metric": name, "value": c / t, "weight": t} for item, c, t in parts if t]
+        stats |= replicates.spread(items, judge, reader, store)
+        # 2. What the replies were.
+        replies = [entry for replay in replays for entry in replay.replies]
+        counts[name] = Counter(entry["status"] for entry in replies)
+        counts[name]["no_caption"] = no_caption
+        if no_reply := sum(replay.verdict is None for replay in replays):
+            counts[name]["no_reply"] = no_reply
+        served |= {entry["model"] for entry in replies if entry["model"]}
+        days |= {entry["at"][:10] for entry in replies}
     # 3. What needs no judge.
     present = [item for item in items if item.caption is not None]
-    texts = [item.caption or "" for item in present]
-    records = [
-        {"key": item.key, "image": str(item.image), "captions": [{"text": text} for text in item.references]}
-        for item in present
-    ]
-    with Bar(total=len(metrics) * len(texts), unit="caption", desc="score") as bar:
+    with Bar(total=len(metrics) * len(present), unit="caption", desc="score") as bar:
         for metric in metrics:
             metric.reset()
-            for start in range(0, len(texts), CHUNK):
-                part = slice(start, start + CHUNK)
-                metric.update(texts[part], records[part])
-                bar.update(len(texts[part]))
-            stats |= metric.compute()
+            for start in range(0, len(present), CHUNK):
+                part = present[start : start + CHUNK]
+                metric.update([item.caption or "" for item in part], [item.record for item in part])
+                bar.update(len(part))
+                if isinstance(metric, CaptionMetric):
+                    pairs = list(zip(part, metric.latest, strict=True))
+                    for name in metric.headline or metric.names[:1]:
+                        lines += [{"key": i.key, "metric": name, "value": row[name], "weight": 1} for i, row in pairs]
+            new = metric.compute()
+            if twice := stats.keys() & new.keys():
+                raise UserError(f"two metrics have a statistic {min(twice)!r}: leave one out")
+            stats |= new
     return {
         "stats": stats,
         "counts": {name: dict(count) for name, count in counts.items()},
@@ -119,7 +163,11 @@ def check_protocols(scores: Mapping[str, Score]) -> None:
     What is not stated, such as the prompt of a caption file by others, cannot be compared.
     """
     for (name, one), (other_name, other) in combinations(scores.items(), 2):
-        stated = [{k: v for k, v in score["protocol"].items() if v not in (None, [])} for score in (one, other)]
+        stated = []
+        for protocol in (one["protocol"], other["protocol"]):
+            metrics = {f"metrics.{metric}": settings for metric, settings in protocol.get("metrics", {}).items()}
+            flat = {**{k: v for k, v in protocol.items() if k != "metrics"}, **metrics}
+            stated.append({k: v for k, v in flat.items() if v not in (None, [])})
         first, second = ({k: p[k] for k in stated[0] if k in stated[1]} for p in stated)
         if different := changes(first, second, f"in {name}"):
             raise UserError(
@@ -132,21 +180,25 @@ def table_text(scores: Mapping[str, Score]) -> str:
     names = list(dict.fromkeys(name for score in scores.values() for name in score["stats"]))
     judged = [name for name in names if any(name in score["counts"] for score in scores.values())]
     rows = [[system, *(_cell(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()]
-    headline = [*_markdown([["system", *judged], *rows]), ""] if judged else []
+    headline = markdown.table([["system", *judged], *rows]) if judged else ""
     details = [[name, *(_cell(name, score["stats"].get(name)) for score in scores.values())] for name in names]
-    notes = [_note(system, score) for system, score in scores.items()]
-    return "\n".join([*headline, *_markdown([["statistic", *scores], *details]), "", *notes]) + "\n"
+    notes = markdown.bullets(note(system, score) for system, score in scores.items())
+    return markdown.page([headline, markdown.table([["statistic", *scores], *details]), notes])
+
+
+def scale(name: str) -> int:
+    """What a statistic is multiplied with to be printed."""
+    return 100 if name.startswith(SHARES) and not name.endswith("_claims") else 1
 
 
 def _cell(name: str, stat: Stat | None) -> str:
     if stat is None or stat["mean"] is None:  # nothing to divide by
         return ""
-    times = 100 if name.startswith(SHARES) and not name.endswith("_claims") else 1
-    error = "" if stat["se"] is None else f" ± {times * stat['se']:.2f}"
-    return f"{times * stat['mean']:.2f}{error}"
+    error = "" if stat["se"] is None else f" ± {scale(name) * stat['se']:.2f}"
+    return f"{scale(name) * stat['mean']:.2f}{error}"
 
 
-def _note(system: str, score: Score) -> str:
+def note(system: str, score: Score) -> str:
     """A line on what is behind a row."""
     captions, protocol = score["captions"], score["protocol"]
     parts = [f"captions {captions['sha256'][:12]}"]
@@ -161,9 +213,4 @@ def _note(system: str, score: Score) -> str:
         first, last = score["judged"]
         judge = ", ".join(score["served"]) or protocol["judge"]["model"]
         parts.append(f"judged by {judge} on {first if first == last else f'{first} to {last}'}")
-    return f"- {system}: {'; '.join(parts)}"
-
-
-def _markdown(rows: Iterable[Sequence[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|---" * (head.count("|") - 1) + "|", *body]
+    return f"{system}: {'; '.join(parts)}"

@@ -10,14 +10,15 @@ t-test at each speed, and Holm's correction over the speeds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from src.evaluation import markdown
 from src.evaluation.pareto import plot, points_of
-from src.evaluation.report import markdown, stat_text
+from src.evaluation.report import stat_text
 from src.evaluation.results import Cell as Entry
+from src.evaluation.statistics import holm, paired_p
 from src.evaluation.study import STAGES, Plan, Table
-from src.io.errors import UserError
 from src.io.files import read_json, write_bytes
 from src.io.words import counted
 from src.metrics.caption import summarise
@@ -31,7 +32,7 @@ def write_study(plan: Plan, *, metrics: Sequence[str], command: str) -> str:
     """Write README.md and plots. Returns the text. metrics: that get a table each; command: that makes the report"""
     parts = ["# Study", f"`{command}` continues it and writes this page. Values are means over training seeds ± their "
              "standard error; each seed's value is the mean over the captions of the split."]  # fmt: skip
-    parts.append(_bullets([*status(plan), tried(plan)]))
+    parts.append(markdown.bullets([*status(plan), tried(plan)]))
     for split in STAGES:
         for table in plan.tables.values():
             values = values_of(plan, table, split)
@@ -65,14 +66,14 @@ def table_parts(table: Table, values: Values, metrics: Sequence[str]) -> list[st
     parts = []
     for metric in [*metrics, "forwards"]:
         lines = [[*row, *(cell(row, n, metric) for n in speeds)] for row in rows]
-        parts.append(markdown([[f"{metric} (seeds)", "sampler", *map(str, speeds)], *lines]))
+        parts.append(markdown.table([[f"{metric} (seeds)", "sampler", *map(str, speeds)], *lines]))
     kinds = sorted({name for stats in values.values() for name in stats if name.startswith(("precision_", "recall_"))})
     if kinds:
         lines = [[*row, str(n), *(cell(row, n, kind).partition(" ")[0] for kind in kinds)]
                  for row in rows for n in speeds if (row, n) in values]  # fmt: skip
-        parts.append(markdown([["arm", "sampler", "tokens/step", *kinds], *lines]))
-    parts += [_bullets(lines) for metric in metrics if (lines := comparisons(table, values, metric))]
-    parts += [_bullets([f"{arm.name}: {NOT_RUN}: {arm.missing}" for arm in table.arms.values() if arm.missing])]
+        parts.append(markdown.table([["arm", "sampler", "tokens/step", *kinds], *lines]))
+    parts += [markdown.bullets(lines) for metric in metrics if (lines := comparisons(table, values, metric))]
+    parts += [markdown.bullets([f"{arm.name}: {NOT_RUN}: {arm.missing}" for arm in table.arms.values() if arm.missing])]
     return [part for part in parts if part]
 
 
@@ -91,13 +92,14 @@ def model_parts(plan: Plan, table: Table, split: str) -> list[str]:
     for title, columns in values.items():
         names = [name for name in table.arms if any(name in arms for arms in columns.values())]
         texts = {c: {name: stat_text(summarise(seeds)) for name, seeds in arms.items()} for c, arms in columns.items()}
-        parts.append(markdown([[title, *columns], *([n, *(texts[c].get(n, "-") for c in columns)] for n in names)]))
+        rows = ([name, *(texts[column].get(name, "-") for column in columns)] for name in names)
+        parts.append(markdown.table([[title, *columns], *rows]))
     lines = []
     for name, count in edits.items():
         if total := count.total():
             shares = f"{count['truer'] / total:.1%} make the caption truer, {count['falser'] / total:.1%} less true"
             lines.append(f"{name}: of {counted(total, 'edit')}, by a second reader, {shares}")
-    return [*parts, *([_bullets(lines)] if lines else [])]
+    return [*parts, *([markdown.bullets(lines)] if lines else [])]
 
 
 def comparisons(table: Table, values: Values, metric: str) -> list[str]:
@@ -120,26 +122,6 @@ def comparisons(table: Table, values: Values, metric: str) -> list[str]:
         ]
         lines.append(f"{metric}, {' '.join(row)} - {table.reference.replace('/', ' ')}: {', '.join(texts)} tokens/step")
     return lines
-
-
-def paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p of a paired t-test (scipy); None for fewer than two seeds, or differences that are all equal."""
-    if len(differences) < 2 or max(differences) == min(differences):
-        return None
-    try:
-        from scipy.stats import ttest_1samp
-    except ImportError as error:
-        raise UserError("comparisons over seeds need scipy: pip install -e '.[eval]'") from error
-    return ttest_1samp(differences, 0.0).pvalue.item()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def holm(p_values: Mapping[int, float]) -> dict[int, float]:
-    """Holm's step-down adjustment (1979): of m sorted p, max over j <= i of min(1, (m - j) p_j), j from 0."""
-    adjusted, largest = {}, 0.0
-    for number, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p_values) - number) * p))
-        adjusted[name] = largest
-    return adjusted
 
 
 def values_of(plan: Plan, table: Table, split: str) -> Values:
@@ -183,7 +165,3 @@ def tried(plan: Plan) -> str:
     counts = ", ".join(f"{arm} {len(rows)}" for arm, rows in variants.items())
     total = sum(map(len, variants.values()))
     return f"variants tried on val: {total}" + (f" ({counts})" if counts else "")
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)

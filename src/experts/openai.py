@@ -19,9 +19,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from src.chat.budget import cost_text
 from src.chat.client import Call, ChatError, Client, Unanswered, read_completion
 from src.chat.limits import Limits
-from src.chat.profiles import Profile, choose
+from src.chat.profiles import THOUGHT_TOKENS, Profile, choose
 from src.experts.prompt import Prompt, show, tokens_of
 from src.experts.reply import SCHEMA, UNREADABLE, read_reply
 from src.io.errors import UserError
@@ -34,7 +35,6 @@ BETWEEN = "\x1e"  # between the replies in `raw`: ASCII's record separator
 RESERVED_FIELDS = {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "response_format"}
 DRAFTS_PER_REQUEST = 2  # drafts in progress for each request that may be in flight
 REPLY_TOKENS = 150  # of an average reply, for the estimate of a dry run
-THOUGHT_TOKENS = 1000  # hidden tokens before the reply of a reasoning model
 
 
 class OpenAIExpert(Expert):
@@ -175,9 +175,7 @@ class OpenAIExpert(Expert):
             "prompt_tokens": prompts * (1 + self._repair) + replies,
             "completion_tokens": requests * self._reply_limit,
         }
-        prices = self.client.budget.prices
-        dollars = [prices.cost(usage) if prices else 0.0 for usage in (expected, most)]
-        cost, most_cost = (f", {sum_:{'.2f' if sum_ >= 1 else '.2g'}} dollars" if prices else "" for sum_ in dollars)
+        cost, most_cost = (cost_text(self.client.budget.prices, usage) for usage in (expected, most))
         tokens = f"{counted(prompts, 'prompt token')}, {counted(replies, 'completion token')}"
         return (
             f"{counted(total, 'draft')}: {counted(total, 'request')}, {tokens}{cost}\n"

@@ -18,7 +18,7 @@ import re
 from typing import Any
 
 from src.chat.client import Unanswered, clean
-from src.chat.reading import json_values, said
+from src.chat.reading import json_values, without_thoughts
 from src.types import Edit
 
 KINDS = ("object", "attribute", "count", "place", "relation", "text", "syntax")  # of mistakes, explained in revise.md
@@ -48,7 +48,7 @@ _RIGHT = re.compile(r"\W*right\W*", re.IGNORECASE)
 
 def read_reply(text: str) -> tuple[tuple[Edit, ...], int]:
     """The edits of a reply, none where the draft is right, and its number of malformed items. Raises Unanswered."""
-    text = said(text)
+    text = without_thoughts(text)
     if not text:
         raise Unanswered("empty", retry=True)
     if _RIGHT.fullmatch(text):

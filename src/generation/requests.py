@@ -57,10 +57,13 @@ def find_requests(images: str | None, *, prompt: str | None, layout: Layout | No
     return of_files({file.relative_to(root).as_posix(): file for file in files}, prompt=prompt, layout=layout)
 
 
-def of_files(files: Mapping[str, Path], *, prompt: str, layout: Layout | None) -> tuple[int, Iterator[Request]]:
-    """The requests of image files by key, all with the same question."""
+def of_files(
+    files: Mapping[str, Path], *, prompt: str | Mapping[str, str], layout: Layout | None
+) -> tuple[int, Iterator[Request]]:
+    """The requests of image files by key, all with the same question, or each with the one of its key."""
     layout = _with_vision(layout)
-    return len(files), ((key, partial(_read_image, key, file, layout, prompt)) for key, file in files.items())
+    prompts = dict.fromkeys(files, prompt) if isinstance(prompt, str) else prompt
+    return len(files), ((key, partial(_read_image, key, file, layout, prompts[key])) for key, file in files.items())
 
 
 def _with_vision(layout: Layout | None) -> Layout:

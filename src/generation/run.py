@@ -59,10 +59,13 @@ class Responses:
     corrected: str | None
 
 
-def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Responses:
+def respond(
+    cfg: DictConfig, *, images: Mapping[str, Path] | None = None, prompts: Mapping[str, str] | None = None
+) -> Responses:
     """Write a response for each image or question that the config names.
 
     images: files by key, to be answered instead of all that `cfg.images` holds
+    prompts: the question of each of them, where `cfg.prompt` is not that of all
     """
     # 1. Sampler and tokenizer, and all mistakes that can be seen without the model.
     check(cfg)
@@ -84,8 +87,8 @@ def respond(cfg: DictConfig, *, images: Mapping[str, Path] | None = None) -> Res
         out = Output(path, settings=settings, trace=trace)
         captioner = Captioner(build(cfg.model, device=best_device()), codec, positions=folder.positions)
         options = {"sampler": sampler, "seed": cfg.seed, "suffix": cfg.suffix, "trace": trace or bool(theirs)}
-        source = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
-        find = partial(source, prompt=cfg.prompt, layout=captioner.backbone.layout)
+        source: Any = partial(find_requests, cfg.images) if images is None else partial(of_files, images)
+        find = partial(source, prompt=prompts or cfg.prompt, layout=captioner.backbone.layout)
         count, requests = find()
         if theirs:
             count, requests = min(count, len(theirs.texts)), theirs.select(requests)

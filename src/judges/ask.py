@@ -2,8 +2,8 @@
 
     model = JudgeModel(model="gpt-4.1-2025-04-14")
     with ReplyStore(path) as store:
-        model.ask([(Clair(), item), ...], store)       the missing replies, many at once
-    model.replay(Clair(), item, store).verdict         no network; None: a reply is missing
+        model.ask([Conversation(Clair(), item), ...], store)       the missing replies, many at once
+    model.replay(Conversation(Clair(), item), store).verdict       no network; None: a reply is missing
 
     judge.verdict(item) -> Request -> store? -> client (limits, budget, retries) -> store -> Reply -> judge
 
@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import mimetypes
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from src.chat.budget import cost_text
 from src.chat.client import Call, ChatError, Client, Unanswered
 from src.chat.limits import Limits
-from src.chat.profiles import Profile, choose
-from src.judges.base import Dialogue, Item, Judge, Reply, Request, Verdict
+from src.chat.profiles import THOUGHT_TOKENS, Profile, choose
+from src.io.words import counted
+from src.judges.base import Item, Request
+from src.judges.reader import Conversation, Reader, identity_of, send
+from src.judges.stand_in import stand_in_reply
 from src.judges.store import ReplyStore
 
 CHARS_PER_TOKEN = 3  # fewer than in English text, so that budgets are not exceeded
@@ -36,19 +39,8 @@ IMAGE_TOKENS = 1600  # of an image at high detail
 SETTLED = ("length", "empty")  # failures that may be retried, but not with the same request
 
 
-@dataclass
-class Replay:
-    """What the store has of a dialogue. verdict: None if a reply is missing; replies: lines of the store, in order"""
-
-    verdict: Verdict | None = None
-    replies: list[dict[str, Any]] = field(default_factory=list)
-
-
-class JudgeModel:
-    """A model behind an OpenAI-compatible server. The arguments: conf/judge/openai.yaml.
-
-    settings: all that a reply depends on besides its request; no address and no limit
-    """
+class JudgeModel(Reader):
+    """A model behind an OpenAI-compatible server. The arguments: conf/eval/capmas.yaml."""
 
     def __init__(
         self,
@@ -76,56 +68,38 @@ class JudgeModel:
             "profile": asdict(self._profile),
             **self._wished,
         }
-        self._identity = json.dumps(self.settings, sort_keys=True)
-
-    def replay(self, judge: Judge, item: Item, store: ReplyStore) -> Replay:
-        """The verdict that the replies in the store lead to."""
-        done, dialogue = Replay(), judge.verdict(item)
-        try:
-            request = next(dialogue)
-            while entry := store.replies.get(request.digest(self._identity)):
-                done.replies.append(entry)
-                request = dialogue.send(_reply(entry))
-        except StopIteration as end:
-            done.verdict = end.value
-        return done
 
     def ask(
         self,
-        dialogues: Sequence[tuple[Judge, Item]],
+        conversations: Sequence[Conversation],
         store: ReplyStore,
         *,
         on_done: Callable[[], object] = lambda: None,
     ) -> Counter[str]:
-        """Bring every dialogue to its end. Returns the number of those that did not get there, by reason.
-
-        on_done: called after each dialogue
-
-        Raises ChatError for what no repetition mends, such as a wrong key; what is in flight is kept.
-        """
-        return asyncio.run(self._ask(dialogues, store, on_done))
+        """Raises ChatError for what no repetition mends, such as a wrong key; what is in flight is kept."""
+        return asyncio.run(self._ask(conversations, store, on_done))
 
     async def _ask(
-        self, dialogues: Sequence[tuple[Judge, Item]], store: ReplyStore, on_done: Callable[[], object]
+        self, conversations: Sequence[Conversation], store: ReplyStore, on_done: Callable[[], object]
     ) -> Counter[str]:
         # 1. A client, whose budget is that of all runs that wrote to this store.
         client = Client(**self._server, model=self.model, parameters=self._extra, limits=self._limits)
-        for usage in (store.usage, *({f"lost_{k}": n for k, n in most.items()} for most in store.lost.values())):
+        for usage in (store.usage, *({f"lost_{k}": n for k, n in usage.items()} for usage in store.lost.values())):
             client.budget.charge(usage)
         unfinished: Counter[str] = Counter()
         locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # two systems may have written the same
 
-        async def finish(judge: Judge, item: Item) -> None:
+        async def finish(conversation: Conversation) -> None:
             try:
                 async with client.slot():
-                    dialogue = judge.verdict(item)
+                    dialogue = conversation.start()
                     request = next(dialogue, None)
                     while request:
-                        digest = request.digest(self._identity)
+                        digest = self.digest(request)
                         async with locks[digest]:
                             entry = store.replies.get(digest)
-                            entry = entry or await self._request(client, request, digest, item, store)
-                        request = _send(dialogue, entry)
+                            entry = entry or await self._request(client, request, digest, conversation.item, store)
+                        request = send(dialogue, entry)
                 on_done()
             except Unanswered as error:
                 unfinished[error.reason] += 1
@@ -136,9 +110,9 @@ class JudgeModel:
                 client.finish()
                 raise
 
-        # 2. All dialogues; those in flight end before an error is raised, as they are billed.
+        # 2. All conversations; those in flight end before an error is raised, as they are billed.
         async with client.session():
-            results = await asyncio.gather(*(finish(*dialogue) for dialogue in dialogues), return_exceptions=True)
+            results = await asyncio.gather(*map(finish, conversations), return_exceptions=True)
         errors = [result for result in results if result]
         if errors:
             raise errors[0]
@@ -148,14 +122,11 @@ class JudgeModel:
         self, client: Client, request: Request, digest: str, item: Item, store: ReplyStore
     ) -> dict[str, Any]:
         """Ask, and store the reply. Raises Unanswered if there is none to store, or ChatError."""
-        parameters, messages = self.parameters(request), self.messages(request)
-        limit = parameters[self._profile.limit]
-        prompt = len(request.system + request.user) // CHARS_PER_TOKEN + IMAGE_TOKENS * len(request.images) + 1
-        most = {"prompt_tokens": prompt, "completion_tokens": limit}
-        store.begin(digest, most)
+        parameters, messages, max_usage = self.parameters(request), self.messages(request), self._max_usage(request)
+        store.begin(digest, max_usage)
         call, status = Call(), "ok"
         try:
-            await client.ask(messages, most, call, **parameters)
+            await client.ask(messages, max_usage, call, **parameters)
         except (Unanswered, ChatError) as error:
             fatal = isinstance(error, ChatError)
             if fatal or (error.retry and error.reason not in SETTLED):
@@ -165,7 +136,7 @@ class JudgeModel:
         return store.add(
             digest,
             {
-                **{"key": item.key, "step": request.step, "attempt": request.attempt, "replicate": request.replicate},
+                **identity_of(request, item),
                 "status": status,
                 "text": call.replies[-1] if call.replies else None,
                 "model": call.model,
@@ -174,6 +145,39 @@ class JudgeModel:
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
+
+    def _max_usage(self, request: Request) -> dict[str, int]:
+        prompt = len(request.system + request.user) // CHARS_PER_TOKEN + IMAGE_TOKENS * len(request.images) + 1
+        return {"prompt_tokens": prompt, "completion_tokens": self.parameters(request)[self._profile.limit]}
+
+    def estimate(self, conversations: Sequence[Conversation], store: ReplyStore) -> str:
+        """A line for each judge and one for all, if replies are as long as a stand-in's and can be read at once."""
+        expected: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        most, new = Counter[str](), set[str]()
+        for conversation in conversations:
+            dialogue = conversation.start()
+            request = next(dialogue, None)
+            while request:
+                text, digest = stand_in_reply(request), self.digest(request)
+                if not (entry := store.replies.get(digest)):
+                    entry = {"status": "ok", "text": text, "model": self.model, "usage": {}}
+                    if digest not in new:  # two systems may have written the same
+                        new.add(digest)
+                        max_usage = self._max_usage(request)
+                        tokens = len(text) // CHARS_PER_TOKEN + THOUGHT_TOKENS * self._profile.thinks
+                        usage = {"requests": 1, **max_usage, "completion_tokens": tokens}
+                        expected[conversation.judge.name].update(usage)
+                        for name, value in {"requests": 1, **max_usage}.items():
+                            most[name] += conversation.judge.attempts * value
+                request = send(dialogue, entry)
+        prices, total = self._limits.prices, sum(expected.values(), Counter[str]())
+
+        def line(name: str, usage: Mapping[str, int]) -> str:
+            counts = {"requests": "request", "prompt_tokens": "prompt token", "completion_tokens": "completion token"}
+            texts = (counted(usage.get(key, 0), word) for key, word in counts.items())
+            return f"{name}: {', '.join(texts)}{cost_text(prices, usage)}"
+
+        return "\n".join(line(*row) for row in {**expected, "in all": total, "at most": most}.items())
 
     def parameters(self, request: Request) -> dict[str, Any]:
         """The fields of a request besides model and messages, as far as the model accepts what is wished for."""
@@ -193,21 +197,7 @@ class JudgeModel:
         return [{"role": role, "content": content} for role, content in roles.items() if content]
 
 
-def _send(dialogue: Dialogue, entry: Mapping[str, Any]) -> Request | None:
-    """The next request; None if the dialogue has ended."""
-    try:
-        return dialogue.send(_reply(entry))
-    except StopIteration:
-        return None
-
-
 def data_url(image: Path) -> str:
     """The file as it is, in base64."""
     mime = mimetypes.guess_type(image.name)[0] or "image/jpeg"
     return f"data:{mime};base64,{base64.b64encode(image.read_bytes()).decode()}"
-
-
-def _reply(entry: Mapping[str, Any]) -> Reply:
-    """A line of the store for its judge, which reads no text that is cut off or filtered."""
-    text = entry["text"] if entry["status"] == "ok" else None
-    return Reply(text=text, status=entry["status"], model=entry["model"], usage=entry["usage"])

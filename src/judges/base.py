@@ -1,8 +1,10 @@
 """What a judge is: a function that asks questions about one caption, one after another, and returns a verdict.
 
     class MyJudge(Judge):
+        name = "mine"                                                        src/judges/prompts/mine.yaml
+
         def verdict(self, item: Item) -> Dialogue:
-            reply = yield Request(step="score", user=f"Rate this caption: {item.caption}")
+            reply = yield self.request("score", {"caption": item.caption})
             return {"score": float(reply.text)}
 
 The same generator serves two stages. `judge` sends each request that the store of replies does not hold to a server and
@@ -15,16 +17,18 @@ a judge that asks the same again counts `attempt` up.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from src.io.errors import UserError
 from src.io.files import sha256
+from src.judges.prompt import Prompt
 
 RETRY_TEMPERATURE = 0.5  # of a request that is repeated: at 0 the reply would be as unusable as before
 Mode = Literal["strict", "official"]  # reading replies safely, or as the released scorer does, with its faults
@@ -47,6 +51,12 @@ class Item:
     references: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """As metrics that need no judge take it."""
+        captions = [{"text": text} for text in self.references]
+        return {"key": self.key, "image": str(self.image), "captions": captions, **self.extra}
+
     def need(self, name: str) -> Any:
         """A field, or an entry of `extra`. Raises UserError if there is none or it is empty."""
         value = getattr(self, name, None) or self.extra.get(name)
@@ -60,7 +70,7 @@ class Request:
     """One request to the judging model.
 
     step: which question of the judge it is; images: files that the user message shows
-    system, user: the messages; an empty one is not sent
+    system, user: the messages; an empty one is not sent. fields: what was filled into their templates
     sampling: temperature, top_p, max_tokens, ... as wished; what the model does not accept is not sent
     schema: JSON schema of the reply, for servers that enforce one
     attempt: counted up when an unusable reply is asked for again; replicate: of independent repetitions
@@ -69,6 +79,7 @@ class Request:
     step: str
     user: str = ""
     system: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
     images: tuple[Path, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     schema: dict[str, Any] | None = None
@@ -77,8 +88,20 @@ class Request:
 
     def digest(self, model: str) -> str:
         """Hash of all that the reply depends on; images count by their contents."""
-        content = {**asdict(self), "images": [sha256(image) for image in self.images], "model": model}
+        content = {**asdict(self), "images": [_image_digest(image) for image in self.images], "model": model}
+        del content["fields"]  # the messages have them
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _image_digest(image: Path) -> str:
+    """Hash of a file, which is read once as long as it does not change."""
+    stat = image.stat()
+    return _read_digest(image, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _read_digest(image: Path, _changed_at: int, _size: int) -> str:
+    return sha256(image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +119,26 @@ Dialogue = Generator[Request, Reply, Verdict]
 
 
 class Judge(ABC):
-    """One metric's questions. Has no state besides its settings: two calls with equal replies give equal verdicts."""
+    """One metric's questions. Has no state besides its settings: two calls with equal replies give equal verdicts.
+
+    prompts: folder with a file NAME.yaml of your own words (None: ours); attempts: requests until a reply can be read
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, *, mode: Mode = "strict", prompts: str | Path | None = None, attempts: int = 3) -> None:
+        self.mode, self.attempts = mode, attempts
+        self.prompt = Prompt.load(self.name, prompts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the metric's numbers depend on besides the judging model; of the prompt its hash."""
+        settings = {name: value for name, value in vars(self).items() if name != "prompt"}
+        return {**settings, "prompt": self.prompt.digest, "version": self.prompt.version}
+
+    def request(self, step: str, fields: Mapping[str, str], **settings: Any) -> Request:
+        """The request of a step, with the fields filled in. settings: further fields of `Request`"""
+        return Request(step=step, fields=fields, **self.prompt.messages(step, fields), **settings)
 
     @abstractmethod
     def verdict(self, item: Item) -> Dialogue:

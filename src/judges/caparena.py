@@ -1,12 +1,12 @@
 """CapArena: which caption of an image is better, that of the model under test or a rival's? (arXiv 2503.12329.)
 
     item.extra {"rival": caption, "baseline": number of the model that wrote it, in `CapArenaScore.baselines`}
-    verdict {"baseline", "asked", "as_first", "as_second", "words"}
+    verdict {"baseline", "orders", "as_first", "as_second", "words"}
 
 `as_first`: 1 if the caption under test won when it was shown first, 0 for a tie, -1 if it lost, None if it was not
-shown so or no reply could be read; `asked`: in how many orders; `words`: of the caption under test, as the released
-scorer counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders. Official
-mode shows one, drawn for each image from `seed` (the released scorer draws again in every run).
+shown so or no reply could be read; `orders`: in how many it was shown; `words`: of the caption under test, as the
+released scorer counts them. Judges prefer one place to the other, so strict mode shows the captions in both orders.
+Official mode shows one, drawn for each image from `seed` (the released scorer draws again in every run).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from src.chat.reading import said
+from src.chat.reading import without_thoughts
 from src.judges.base import Dialogue, Item, Judge, Mode, ask
-from src.judges.prompt import Prompt, bullets
+from src.judges.prompt import bullets
 
 ORDERS = ("as_first", "as_second")
 OFFICIAL_ATTEMPTS = 5
@@ -30,9 +30,9 @@ _TIE = re.compile(r"(?:it is |it's )?(?:a )?tie", re.IGNORECASE)
 
 
 class CapArena(Judge):
-    """prompts: folder with a caparena.yaml (None: ours); attempts: requests until a reply can be read
-    both_orders: None: in strict mode only; seed: of the order in which a single battle shows the captions
-    """
+    """both_orders: None: in strict mode only; seed: of the order in which a single battle shows the captions"""
+
+    name = "caparena"
 
     def __init__(
         self,
@@ -43,14 +43,12 @@ class CapArena(Judge):
         both_orders: bool | None = None,
         seed: int = 0,
     ) -> None:
-        self.mode, self.seed = mode, seed
-        self.attempts = attempts if mode == "strict" else OFFICIAL_ATTEMPTS
-        self.both_orders = mode == "strict" if both_orders is None else both_orders
-        self.prompt = Prompt.load("caparena", prompts)
+        super().__init__(mode=mode, prompts=prompts, attempts=attempts if mode == "strict" else OFFICIAL_ATTEMPTS)
+        self.seed, self.both_orders = seed, mode == "strict" if both_orders is None else both_orders
 
     def verdict(self, item: Item) -> Dialogue:
         outcomes: dict[str, float | None] = dict.fromkeys(ORDERS)
-        counts = {"missing": 0, "baseline": item.extra["baseline"], "asked": 0, "words": 0}
+        counts = {"missing": 0, "baseline": item.extra["baseline"], "orders": 0, "words": 0}
         if item.caption is None:
             return {**counts, **outcomes, "missing": 1}
         drawn = ORDERS[hashlib.sha256(f"{self.seed}:{item.key}".encode()).digest()[0] % 2]
@@ -61,7 +59,7 @@ class CapArena(Judge):
             if order == "as_second":
                 first, second = second, first
             fields = {"references": bullets(item.need("references")), "first": first, "second": second}
-            request = self.prompt.request("compare", fields, images=(item.need("image"),), sampling=sampling)
+            request = self.request("compare", fields, images=(item.need("image"),), sampling=sampling)
             if self.mode == "strict":
                 winner = yield from ask(request, read_winner, attempts=self.attempts)
             else:
@@ -69,7 +67,7 @@ class CapArena(Judge):
                 winner = OFFICIAL_WINNERS.get((judgment or "").removesuffix("."))
             won, lost = (1, 2) if order == "as_first" else (2, 1)
             outcomes[order] = None if winner is None else {won: 1, lost: -1, 0: 0}[winner]
-        return {**counts, **outcomes, "asked": len(orders), "words": len(item.caption.split(" "))}
+        return {**counts, **outcomes, "orders": len(orders), "words": len(item.caption.split(" "))}
 
 
 def read_winner(text: str) -> int | None:
@@ -77,7 +75,7 @@ def read_winner(text: str) -> int | None:
 
     A judgment begins its line; without one the reply as a whole must be a judgment. Markup is ignored.
     """
-    text = re.sub(r"[*_<>`\"#\[\]]", "", said(text))
+    text = re.sub(r"[*_<>`\"#\[\]]", "", without_thoughts(text))
     winners = {_winner(judgment) for judgment in _JUDGMENT.findall(text) or [text]}
     return winners.pop() if len(winners) == 1 else None
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
-from src.chat.reading import json_values, said
-from src.judges.base import Dialogue, Item, Judge, Mode, Verdict, ask
-from src.judges.prompt import Prompt, bullets
+from src.chat.reading import json_values, without_thoughts
+from src.judges.base import Dialogue, Item, Judge, Verdict, ask
+from src.judges.prompt import bullets
 
 SCHEMA = {
     "type": "object",
@@ -33,22 +32,21 @@ _SCORES = re.compile(
 
 
 class Clair(Judge):
-    """prompts: folder with a clair.yaml (None: ours); attempts: requests until a reply can be read"""
+    """In official mode an unreadable reply is asked for again in the same words at the same temperature."""
 
-    def __init__(self, *, mode: Mode = "strict", prompts: str | Path | None = None, attempts: int = 3) -> None:
-        self.mode, self.attempts = mode, attempts
-        self.prompt = Prompt.load("clair", prompts)
+    name = "clair"
 
     def verdict(self, item: Item) -> Dialogue:
         if item.caption is None:
             return {"missing": 1, "score": 0, "failed": 0}
         schema = SCHEMA if self.mode == "strict" else None
         fields = {"caption": item.caption, "references": bullets(item.need("references"))}
-        request = self.prompt.request("score", fields, sampling=SAMPLING, schema=schema)
+        request = self.request("score", fields, sampling=SAMPLING, schema=schema)
         if self.mode == "strict":
             score = yield from ask(request, read_score, attempts=self.attempts)
-            return {"missing": 0, "score": score or 0.0, "failed": float(score is None)}
-        verdict = yield from ask(request, official_verdict, attempts=self.attempts, hotter=False)
+            verdict = None if score is None else {"missing": 0, "score": score, "failed": 0}
+        else:
+            verdict = yield from ask(request, official_verdict, attempts=self.attempts, hotter=False)
         return verdict or {"missing": 0, "score": 0.0, "failed": 1}
 
 
@@ -57,7 +55,7 @@ def read_score(text: str) -> float | None:
 
     Above 0 and below 1 it is ambiguous: a reply may be on a scale from 0 to 1.
     """
-    text = said(text)
+    text = without_thoughts(text)
     objects = [{key.lower(): value for key, value in v.items()} for v in json_values(text) if isinstance(v, dict)]
     if values := [value["score"] for value in objects if "score" in value]:
         matches = [None if isinstance(value, bool) else _NUMBER.fullmatch(str(value)) for value in values]

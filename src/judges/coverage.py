@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from src.chat.reading import said
-from src.judges.base import Dialogue, Item, Judge, Mode, Verdict, again
-from src.judges.numbered import answers, pairs
-from src.judges.prompt import Prompt
+from src.judges.base import Dialogue, Item, Judge, Request, Verdict, again
+from src.judges.numbered import ask_all
 
 SAMPLING = {"temperature": 1e-7, "max_tokens": 4096}
 OFFICIAL_ATTEMPTS = 3
@@ -31,68 +28,66 @@ _LETTER = re.compile(r"[\s*_\"'`(\[]*([A-Za-z])(?:[*_\"'`)\]]*$|[*_).:,;\]]|\s+-
 
 
 class Coverage(Judge):
-    """prompts: folder with a coverage.yaml (None: ours); attempts: requests until every question has an answer"""
+    """In official mode there are always three attempts."""
 
-    def __init__(self, *, mode: Mode = "strict", prompts: str | Path | None = None, attempts: int = 3) -> None:
-        self.mode, self.attempts = mode, attempts
-        self.prompt = Prompt.load("coverage", prompts)
+    name = "coverage"
 
     def verdict(self, item: Item) -> Dialogue:
-        questions, key = item.need("questions"), [answer.upper() for answer in item.need("answers")]
+        questions, key = dict(enumerate(item.need("questions"))), [answer.upper() for answer in item.need("answers")]
         if item.caption is None:
             return {**counts([], key), "missing": 1}
+        caption = item.caption
+
+        def request(listing: str) -> Request:
+            return self.request("answer", {"caption": caption, "questions": listing}, sampling=SAMPLING)
+
         if self.mode == "official":
-            return (yield from self._official(item.caption, questions, key))
-        given: dict[int, str] = {}
-        for attempt in range(self.attempts):
-            if not (left := [number for number in range(len(questions)) if number not in given]):
-                break
-            listing = "\n\n".join(f"{number}. {questions[number]}" for number in left)
-            fields = {"caption": item.caption, "questions": listing}
-            reply = yield again(self.prompt.request("answer", fields, sampling=SAMPLING), attempt)
-            text = reply.text or ""
-            if not pairs(text) and _ABSTAINS.match(said(text)):
-                given |= dict.fromkeys(left, "")
-            given = {**answers(text, range(len(questions)), read_letter), **given}
-        return counts([given.get(number) for number in range(len(questions))], key)
-
-    def _official(self, caption: str, questions: Sequence[str], key: list[str]) -> Dialogue:
-        """Three attempts to get as many answers as questions, told apart by their order alone."""
-        listing = "\n\n".join(f"{number}. {question}" for number, question in enumerate(questions))
-        fields = {"caption": caption, "questions": listing}
-        request = self.prompt.request("answer", fields, sampling=SAMPLING)
-        values: list[str] = []
-        for attempt in range(OFFICIAL_ATTEMPTS):
-            reply = yield again(request, attempt, hotter=False)
-            if not reply.text:
-                return counts([], key)
-            whole = reply.text.strip().removesuffix(".") == UNKNOWN
-            values = [UNKNOWN] * len(key) if whole else official_values(reply.text)
-            if len(values) == len(key):
-                break
-        # NumPy compares a single answer with every key, and raises ValueError for any other number that differs
-        correct = np.array([value.upper() for value in values]) == np.array(key)
-        abstained = sum(value == UNKNOWN for value in values)
-        return {**counts([""] * len(key), key), "correct": float(correct.sum()), "abstained": abstained}
+            listing = "\n\n".join(f"{number}. {question}" for number, question in questions.items())
+            return (yield from official_dialogue(request(listing), key))
+        letters = yield from ask_all(
+            request, questions, read_letter, attempts=self.attempts, gap="\n\n", read_whole=read_abstention
+        )
+        return counts([letters.get(number) for number in questions], key)
 
 
-def counts(given: Sequence[str | None], key: Sequence[str]) -> Verdict:
+def official_dialogue(request: Request, key: list[str]) -> Dialogue:
+    """Three attempts to get as many answers as questions, told apart by their order alone."""
+    values: list[str] = []
+    for attempt in range(OFFICIAL_ATTEMPTS):
+        reply = yield again(request, attempt, hotter=False)
+        if not reply.text:
+            return counts([], key)
+        whole = reply.text.strip().removesuffix(".") == UNKNOWN
+        values = [UNKNOWN] * len(key) if whole else official_values(reply.text)
+        if len(values) == len(key):
+            break
+    # NumPy compares a single answer with every key, and raises ValueError for any other number that differs
+    correct = np.array([value.upper() for value in values]) == np.array(key)
+    abstained = sum(value == UNKNOWN for value in values)
+    return {**counts([""] * len(key), key), "correct": float(correct.sum()), "abstained": abstained}
+
+
+def counts(letters: Sequence[str | None], key: Sequence[str]) -> Verdict:
     """The verdict on the answers of an image: a capital letter, "" for an abstention, None for a failure."""
     return {
         "missing": 0,
-        "correct": sum(answer == right for answer, right in zip(given, key, strict=False)),
+        "correct": sum(answer == right for answer, right in zip(letters, key, strict=False)),
         "total": len(key),
-        "abstained": sum(answer == "" for answer in given),
-        "failed": len(key) - sum(answer is not None for answer in given),
-        "skipped": float(not given),
+        "abstained": letters.count(""),
+        "failed": len(key) - sum(letter is not None for letter in letters),
+        "skipped": float(not letters),
     }
 
 
 def read_letter(text: str) -> str | None:
     """The capital letter of an answer, "" for an abstention, None for anything else."""
-    if _ABSTAINS.match(text):
-        return ""
-    return match[1].upper() if (match := _LETTER.match(text)) else None
+    if (match := _LETTER.match(text)) and not _ABSTAINS.match(text):
+        return match[1].upper()
+    return read_abstention(text)
+
+
+def read_abstention(text: str) -> str | None:
+    return "" if _ABSTAINS.match(text) else None
 
 
 def official_values(text: str) -> list[str]:

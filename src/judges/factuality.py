@@ -8,14 +8,14 @@ claims without a verdict are asked about again; a caption without words has no c
 
 from __future__ import annotations
 
+import functools
 import re
-from pathlib import Path
 
-from src.chat.reading import said
-from src.judges.base import Dialogue, Item, Judge, Mode, Request, Verdict, again, ask
+from src.chat.reading import without_thoughts
+from src.judges.base import Dialogue, Item, Judge, Request, Verdict, again, ask
 from src.judges.coverage import official_pieces
-from src.judges.numbered import answers
-from src.judges.prompt import Prompt, bullets
+from src.judges.numbered import ask_all
+from src.judges.prompt import bullets
 
 SAMPLING = {"temperature": 1e-7, "max_tokens": 4096}
 OFFICIAL_ATTEMPTS = 3
@@ -27,16 +27,14 @@ _TRUTH = re.compile(r"[\W_]*(true|false)(?!\w|\s*/|\s+or\b)", re.IGNORECASE)
 
 
 class Factuality(Judge):
-    """prompts: folder with a factuality.yaml (None: ours); attempts: requests for the claims, and for all verdicts"""
+    """attempts: requests for the claims, and as many for all verdicts; in official mode there is no limit of them"""
 
-    def __init__(self, *, mode: Mode = "strict", prompts: str | Path | None = None, attempts: int = 3) -> None:
-        self.mode, self.attempts = mode, attempts
-        self.prompt = Prompt.load("factuality", prompts)
+    name = "factuality"
 
     def verdict(self, item: Item) -> Dialogue:
         if item.caption is None:
             return {**SKIPPED, "missing": 1}
-        split = self.prompt.request("split", {"caption": item.caption}, sampling=SAMPLING)
+        split = self.request("split", {"caption": item.caption}, sampling=SAMPLING)
         if self.mode == "official":
             return (yield from self._official(item, split))
         # 1. The claims.
@@ -45,27 +43,22 @@ class Factuality(Judge):
         if (claims := (yield from ask(split, read_claims, attempts=self.attempts))) is None:
             return SKIPPED
         # 2. Their verdicts.
-        numbers, given = range(1, len(claims) + 1), dict[int, bool]()
-        for attempt in range(self.attempts):
-            if not (left := [number for number in numbers if number not in given]):
-                break
-            listing = "\n".join(f"{number}. {claims[number - 1]}" for number in left)
-            reply = yield again(self._check(item, listing), attempt)
-            given = {**answers(reply.text or "", numbers, read_truth), **given}
-        failed = len(claims) - len(given)
-        return {"missing": 0, "true": sum(given.values()), "total": len(claims), "failed": failed, "skipped": 0}
+        check = functools.partial(self._check, item)
+        truths = yield from ask_all(check, dict(enumerate(claims, 1)), read_truth, attempts=self.attempts)
+        failed = len(claims) - len(truths)
+        return {"missing": 0, "true": sum(truths.values()), "total": len(claims), "failed": failed, "skipped": 0}
 
     def _official(self, item: Item, split: Request) -> Dialogue:
         """As released: if the verdicts fit the claims only after a third misfit, the image starts again."""
-        begun = asked = 0
-        while begun + asked < MOST_REQUESTS:
-            reply = yield again(split, begun, hotter=False)
-            begun += 1
+        splits = checks = 0  # requests so far
+        while splits + checks < MOST_REQUESTS:
+            reply = yield again(split, splits, hotter=False)
+            splits += 1
             if (lines := official_claims(reply.text or "")) is None:
                 return SKIPPED
-            for misfits in range(MOST_REQUESTS - begun - asked):
-                reply = yield again(self._check(item, "\n".join(lines)), asked, hotter=False)
-                asked += 1
+            for misfits in range(MOST_REQUESTS - splits - checks):
+                reply = yield again(self._check(item, "\n".join(lines)), checks, hotter=False)
+                checks += 1
                 if len(values := official_verdicts(reply.text or "")) == len(lines):
                     if misfits >= OFFICIAL_ATTEMPTS:
                         break
@@ -76,12 +69,12 @@ class Factuality(Judge):
     def _check(self, item: Item, claims: str) -> Request:
         """The request for the verdicts of numbered claims."""
         fields = {"references": bullets(item.need("references")), "claims": claims}
-        return self.prompt.request("check", fields, images=(item.need("image"),), sampling=SAMPLING)
+        return self.request("check", fields, images=(item.need("image"),), sampling=SAMPLING)
 
 
 def read_claims(text: str) -> list[str] | None:
     """The claims in a reply, of its numbered or bulleted lines; None if there are none."""
-    return [claim.strip() for claim in _CLAIM.findall(said(text))] or None
+    return [claim.strip() for claim in _CLAIM.findall(without_thoughts(text))] or None
 
 
 def read_truth(text: str) -> bool | None:

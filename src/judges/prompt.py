@@ -2,7 +2,7 @@
 
     prompt = Prompt.load("clair")                        src/judges/prompts/clair.yaml
     prompt = Prompt.load("clair", Path("originals"))     originals/clair.yaml
-    prompt.request("score", {"caption": ..., "references": ...}, sampling=...)
+    prompt.messages("score", {"caption": ..., "references": ...})       {"system": ..., "user": ...}
 
 A file holds `version` and, for each step of its judge, `STEP.system` and `STEP.user`; `$name` is filled in. A message
 that is absent is not sent. To use the words of a released scorer, which may not be copied into this project, write a
@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -28,7 +28,6 @@ from typing import Any
 import yaml
 
 from src.io.errors import UserError
-from src.judges.base import Request
 
 FOLDER = Path(__file__).with_name("prompts")
 
@@ -53,20 +52,20 @@ class Prompt:
         digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
         return cls(texts, digest, version)
 
-    def request(self, step: str, fields: Mapping[str, str], **settings: Any) -> Request:
-        """The request of a step, with the fields filled in. settings: further fields of `Request`
+    def messages(self, step: str, fields: Mapping[str, str]) -> dict[str, str]:
+        """`system` and `user` of a step, with the fields filled in.
 
-        Raises UserError if the messages of the step do not show every field, and no other.
+        Raises UserError if they do not show every field, and no other.
         """
         system, user = (Template(self.texts.get(f"{step}.{role}", "")) for role in ("system", "user"))
         shown = {*system.get_identifiers(), *user.get_identifiers()}
         if wrong := shown ^ fields.keys():
             names = ", ".join(f"${name}" for name in fields)
             raise UserError(f"{step}.system and {step}.user must show {names}; check {', '.join(sorted(wrong))}")
-        return Request(step=step, system=system.substitute(fields), user=user.substitute(fields), **settings)
+        return {"system": system.substitute(fields), "user": user.substitute(fields)}
 
 
-def bullets(texts: tuple[str, ...]) -> str:
+def bullets(texts: Sequence[str]) -> str:
     """The texts as a list; a single one stays as it is."""
     return texts[0] if len(texts) == 1 else "\n".join(f"- {text}" for text in texts)
 

@@ -1,7 +1,7 @@
 """Rubric: the facts of scene graphs as yes-or-no questions about a text, for any local model that reads.
 
     Rubric(graphs="graphs.jsonl")         graphs by text, of captions and references (`src.metrics.capture` writes them)
-    verdict {"recall_object_yes", "recall_object_asked", "recall_object_failed", "precision_object_yes", ...}
+    verdict {"recall_object_yes", "recall_object_facts", "recall_object_failed", "precision_object_yes", ...}
             and of each fact, by its words: {"recall: dog is brown": 1, ...}      1 yes, 0 no, None no usable reply
 
 Recall: which facts of the references does the caption state? Precision: which of the caption's do the references? Each
@@ -13,14 +13,13 @@ NOTE: prompt and averaging are ours; agreement with people was not measured, and
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from src.chat.reading import said
+from src.chat.reading import without_thoughts
 from src.io.errors import UserError
-from src.judges.base import Dialogue, Item, Judge, Reply, Request, again
-from src.judges.numbered import answers
-from src.judges.prompt import Prompt
+from src.judges.base import Dialogue, Item, Judge, Request
+from src.judges.numbered import ask_all
 from src.text.scene_graphs import merge, read_graphs
 
 SAMPLING = {"temperature": 0.0, "max_tokens": 4096}
@@ -29,11 +28,13 @@ cached_graphs = functools.cache(read_graphs)
 
 
 class Rubric(Judge):
-    """graphs: the file; prompts: folder with a rubric.yaml (None: ours); attempts: until every fact has an answer"""
+    """graphs: the file"""
+
+    name = "rubric"
 
     def __init__(self, *, graphs: str, prompts: str | Path | None = None, attempts: int = 3) -> None:
-        self.graphs, self.attempts = graphs, attempts
-        self.prompt = Prompt.load("rubric", prompts)
+        super().__init__(prompts=prompts, attempts=attempts)
+        self.graphs = graphs
 
     def verdict(self, item: Item) -> Dialogue:
         # 1. The facts of either side, and the text that may state them.
@@ -43,15 +44,21 @@ class Rubric(Judge):
         # 2. A request for each side. Without a caption nothing is asked.
         verdict: dict[str, float | None] = {"missing": float(item.caption is None)}
         for side, text in texts.items():
-            given = {} if item.caption is None else (yield from self._ask(text or "", list(facts[side])))
+            numbered = dict(enumerate(facts[side])) if item.caption is not None else {}
+            check = functools.partial(self._check, text or "")
+            given = yield from ask_all(check, numbered, read_yes, attempts=self.attempts)
+            answers = {fact: given.get(number) for number, fact in enumerate(facts[side])}
             # 3. Numbers by kind of fact, then each fact by its words.
             for kind in KINDS:
-                replies = [given.get(fact) for fact, of_kind in facts[side].items() if of_kind == kind]
-                verdict[f"{side}_{kind}_yes"] = replies.count(1)
-                verdict[f"{side}_{kind}_asked"] = len(replies)
-                verdict[f"{side}_{kind}_failed"] = replies.count(None)
-            verdict |= {f"{side}: {fact}": given.get(fact) for fact in facts[side]}
+                of_kind = [answers[fact] for fact in answers if facts[side][fact] == kind]
+                verdict[f"{side}_{kind}_yes"] = of_kind.count(1)
+                verdict[f"{side}_{kind}_facts"] = len(of_kind)
+                verdict[f"{side}_{kind}_failed"] = of_kind.count(None)
+            verdict |= {f"{side}: {fact}": answer for fact, answer in answers.items()}
         return verdict
+
+    def _check(self, text: str, statements: str) -> Request:
+        return self.request("check", {"text": text, "statements": statements}, sampling=SAMPLING)
 
     def facts_of(self, texts: Sequence[str]) -> dict[str, str]:
         """A sentence for each fact of the graph of the texts, and its kind. Raises UserError for one without graphs."""
@@ -64,21 +71,9 @@ class Rubric(Judge):
         attributes = {f"{name} is {value}": "attribute" for name, value in pairs}
         return {**objects, **attributes, **{" ".join(triple): "relation" for triple in graph.relations}}
 
-    def _ask(self, text: str, facts: Sequence[str]) -> Generator[Request, Reply, dict[str, float]]:
-        """The answer to each fact that got one."""
-        given: dict[int, float] = {}
-        for attempt in range(self.attempts):
-            if not (left := [number for number in range(len(facts)) if number not in given]):
-                break
-            listing = "\n".join(f"{number}. {facts[number]}" for number in left)
-            request = self.prompt.request("check", {"text": text, "statements": listing}, sampling=SAMPLING)
-            reply = yield again(request, attempt)
-            given |= answers(reply.text or "", left, read_yes)
-        return {facts[number]: answer for number, answer in given.items()}
-
 
 def read_yes(text: str) -> float | None:
     """1 for yes, 0 for no, None for anything else."""
-    word = said(text).strip(" \t*_.,;:!\"'`()[]").lower()
+    word = without_thoughts(text).strip(" \t*_.,;:!\"'`()[]").lower()
     first = word.split()[0].strip(".,;:*_") if word else ""
     return {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}.get(first)

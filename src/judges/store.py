@@ -1,7 +1,7 @@
 """The store of a judge's raw replies: a JSONL file that is only appended to.
 
     with ReplyStore(folder / "replies.jsonl") as store:
-        store.begin(digest, most)             a request is about to be sent
+        store.begin(digest, max_usage)        a request is about to be sent
         store.add(digest, {"text": ...})      its reply: on disk before anyone reads it
     ReplyStore(path).replies[digest]          what `score` reads; nothing is written
 
@@ -56,10 +56,10 @@ class ReplyStore:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def begin(self, digest: str, most: dict[str, int]) -> None:
+    def begin(self, digest: str, max_usage: dict[str, int]) -> None:
         """A request is about to be sent. Not synced: that costs as much as a reply, and a kill of the process loses
         nothing of it."""
-        self._add({"begun": digest, "most": most}, sync=False)
+        self._add({"begun": digest, "most": max_usage}, sync=False)
 
     def fail(self, digest: str, reason: str, usage: dict[str, Any]) -> None:
         """A request has ended without a reply that would be the same another time."""
@@ -75,8 +75,8 @@ class ReplyStore:
 
     def _keep(self, line: dict[str, Any]) -> None:
         if "begun" in line:
-            most = self.lost.get(line["begun"], {})  # begun a second time: the first one is not to come
-            self.usage.update({f"lost_{name}": value for name, value in most.items()})
+            lost = self.lost.get(line["begun"], {})  # begun a second time: the first one is not to come
+            self.usage.update({f"lost_{name}": value for name, value in lost.items()})
             self.lost[line["begun"]] = line["most"]
             return
         digest = line["reply"] if "reply" in line else line["unanswered"]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from src.metrics.caption import Stat
-from src.metrics.judged import MAX_FAILED, JudgedMetric, divide, plain, ratio
+from src.metrics.caption import Stat, divide, plain
+from src.metrics.judged import MAX_FAILED, JudgedMetric, ratio
 
 BASELINES = ("GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B")
 BATTLES = 200  # per baseline, whatever their real number: the released scorer's fixed denominator
@@ -28,7 +28,7 @@ class CapArenaScore(JudgedMetric):
     """
 
     name = "caparena"
-    columns = ("baseline", "as_first", "as_second", "asked", "words")
+    columns = ("baseline", "as_first", "as_second", "orders", "words")
 
     def __init__(
         self, *, num_images: int, max_failed: float = MAX_FAILED, baselines: Sequence[str] = BASELINES
@@ -40,7 +40,7 @@ class CapArenaScore(JudgedMetric):
         """(images,) mean outcome of each battle for the caption under test, -1 to 1; NaN if it has failed."""
         orders = self._orders()
         read = (~orders.isnan()).sum(1)
-        return torch.where((read == self.column("asked")) & (read > 0), orders.nanmean(1), math.nan)
+        return torch.where((read == self.column("orders")) & (read > 0), orders.nanmean(1), math.nan)
 
     def failed_share(self) -> Tensor:
         return self.outcomes().isnan().double()
@@ -50,14 +50,14 @@ class CapArenaScore(JudgedMetric):
         return 100 * outcomes.nan_to_num(0), (~outcomes.isnan()).double()
 
     def statistics(self) -> dict[str, Stat]:
-        outcomes, orders, asked = self.outcomes(), self._orders(), self.column("asked")
+        outcomes, orders, shown = self.outcomes(), self._orders(), self.column("orders")
         present = self.column("missing") == 0
         # failed orders, and captions that are missing, as losses
-        lost = asked - (~orders.isnan()).sum(1)
-        worst = torch.where(present, (orders.nansum(1) - lost) / asked, -1.0)
+        lost = shown - (~orders.isnan()).sum(1)
+        worst = torch.where(present, (orders.nansum(1) - lost) / shown, -1.0)
         columns = {}
         for number, baseline in enumerate(self.baselines):
-            mean = (orders.nansum(1) / asked)[present & (self.column("baseline") == number)]
+            mean = (orders.nansum(1) / shown)[present & (self.column("baseline") == number)]
             columns[f"caparena_{baseline}"] = plain(100 * float(mean.sum()) / BATTLES, len(mean))
         official = sum(column["mean"] for column in columns.values()) / len(columns)
         both = orders[~orders.isnan().any(1)]

@@ -2,8 +2,9 @@
 
     (texts, records) -> score(text, record) -> {name: value} per caption -> compute() -> {name: {mean, se, n}}
 
-`record` is the sample's JSON from the shard (`captions`, `scene`). States are sums or lists of hashes, so merging two
-halves of a test set, or reducing over ranks, gives the result of a single pass.
+`record` is the sample's JSON from the shard (`key`, `captions`, `scene`). The state is the values of each caption with
+a hash of its key. So ranks may score different numbers of captions, or none, and a caption that a sampler pads or
+repeats counts once. What a subclass adds (corpus n-grams, sums of facts) are sums, in which a repeat counts twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -55,6 +56,16 @@ def stat_of(total: float, squares: float, count: int) -> Stat:
     return Stat(mean=mean, se=math.sqrt(variance / count), n=count)
 
 
+def plain(value: float, count: int) -> Stat:
+    """A statistic without a standard error."""
+    return Stat(mean=value, se=None, n=count)
+
+
+def divide(total: Tensor | float, count: Tensor | float) -> float:
+    """NaN for nothing, where a released scorer ends in a ZeroDivisionError."""
+    return float(total) / float(count) if count else math.nan
+
+
 def ratio_stat(sums: list[float], count: int) -> Stat:
     """sum(s) / sum(n) and its linearised standard error, from the sums of s, n, s^2, sn, n^2 over `count` texts.
 
@@ -74,22 +85,26 @@ class CaptionMetric(Metric):
     """A subclass lists its values in `names` and defines `score`. `latest`: the scores of the last `update`.
 
     breakdown: metrics of `compute` that get a table of their own in reports
+    headline: those of `names` that benchmarks keep for each image; (): the first
     """
 
     is_differentiable = False
     full_state_update = False
     names: tuple[str, ...]
     breakdown: tuple[str, ...] = ()
-    total: Tensor
-    squares: Tensor
-    count: Tensor
+    headline: tuple[str, ...] = ()
+    rows: Any  # list of Tensors, or a Tensor once reduced over ranks
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("total", "squares"):
-            self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.reset()
         self.latest: list[dict[str, float]] = []
+
+    def reset(self) -> None:
+        super().reset()
+        # a rank without captions would otherwise offer float32 to the others
+        self.rows = [torch.empty(0, 1 + len(self.names), dtype=torch.float64, device=self.device)]
 
     def score(self, text: str, record: dict) -> dict[str, float]:
         """The values of `names` for one caption."""
@@ -106,19 +121,25 @@ class CaptionMetric(Metric):
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         """Add captions, each with the record of its sample."""
         self.latest = [self.score(text, record) for text, record in zip(texts, records, strict=True)]
-        self.accumulate(self.latest)
+        self.accumulate(records)
 
-    def accumulate(self, rows: Sequence[dict[str, float]]) -> None:
-        """Add the values of `names` of each caption to the sums."""
-        for scores in rows:
-            values = self.total.new_tensor([scores[name] for name in self.names])
-            self.total += values
-            self.squares += values.square()
-            self.count += 1
+    def accumulate(self, records: Sequence[dict]) -> None:
+        """Add `latest`, the values of `names` of each caption."""
+        rows = [
+            [hash53(str(record["key"])) if "key" in record else math.nan, *(scores[name] for name in self.names)]
+            for record, scores in zip(records, self.latest, strict=True)
+        ]
+        self.rows.append(torch.tensor(rows, dtype=torch.float64, device=self.device).view(-1, 1 + len(self.names)))
+
+    def columns(self) -> dict[str, list[float]]:
+        """The values of all captions by name, each key once; captions without a key all count."""
+        rows: dict[float, list[float]] = {}
+        for number, (key, *row) in enumerate(concatenated(self.rows).tolist()):
+            rows.setdefault(-1 - number if math.isnan(key) else key, row)
+        return {name: [row[n] for row in rows.values()] for n, name in enumerate(self.names)}
 
     def compute(self) -> dict[str, Stat]:
-        sums = zip(self.names, self.total.tolist(), self.squares.tolist(), strict=True)
-        return {name: stat_of(total, squares, int(self.count)) for name, total, squares in sums}
+        return {name: summarise(values) for name, values in self.columns().items()}
 
 
 class NgramMetric(CaptionMetric):
@@ -141,14 +162,14 @@ class NgramMetric(CaptionMetric):
         for text in texts:
             for name, ngrams in self.ngrams(text).items():
                 hashes = [hash64("\n".join(ngram)) for ngram in ngrams]
-                getattr(self, name).append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
+                getattr(self, name).append(torch.tensor(hashes, dtype=torch.int64, device=self.device))
 
     def compute(self) -> dict[str, Stat]:
         stats = super().compute()
         for name in self.distinct:
             hashes = concatenated(getattr(self, name))
             share = len(hashes.unique()) / len(hashes) if len(hashes) else 0.0
-            stats[name] = Stat(mean=share, se=None, n=int(self.count))
+            stats[name] = plain(share, len(self.columns()[self.names[0]]))
         return stats
 
 
@@ -173,3 +194,8 @@ def image_name(record: dict) -> str:
 def hash64(text: str) -> int:
     """To count distinct texts, as only tensors can be reduced over ranks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def hash53(text: str) -> float:
+    """The same in the bits that a float64 holds exactly."""
+    return float(hash64(text) & (2**53 - 1))

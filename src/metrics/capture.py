@@ -112,13 +112,13 @@ def add_soft(match: Match, vectors: dict[str, Tensor]) -> tuple[float, float]:
     """
     if not (match.candidate and match.reference and vectors):
         return match.hard, match.hard
-    sides = [torch.stack([vectors[spoken(phrase)] for phrase in side]).double() for side in match[1:]]
+    sides = [torch.stack([vectors[text_of(phrase)] for phrase in side]).double() for side in match[1:]]
     c, r = (torch.nn.functional.normalize(side, dim=1) for side in sides)
     cosines = c @ r.T  # (leftovers of the candidate, of the reference)
     return match.hard + float(cosines.amax(1).sum()), match.hard + float(cosines.amax(0).sum())
 
 
-def spoken(phrase: Phrase) -> str:
+def text_of(phrase: Phrase) -> str:
     return phrase if isinstance(phrase, str) else " ".join(phrase)
 
 
@@ -134,7 +134,7 @@ def score_graphs(pairs: Sequence[tuple[SceneGraph, SceneGraph]], related: Relate
     ]
     # 2. The vectors of what is left on both sides.
     sides = [side for row in matches for match in row if match.candidate and match.reference for side in match[1:]]
-    phrases = list(dict.fromkeys(spoken(phrase) for side in sides for phrase in side))
+    phrases = list(dict.fromkeys(text_of(phrase) for side in sides for phrase in side))
     vectors = dict(zip(phrases, encode(phrases), strict=True)) if encode and phrases else {}
     # 3. The scores.
     for (candidate, reference), row in zip(pairs, matches, strict=True):
@@ -185,6 +185,7 @@ class Capture(CaptionMetric):
         if not (graphs or parser):
             raise UserError("CAPTURE needs graphs of the texts: set parser= to a model folder, or graphs= to a file")
         self.file, self.parser, self.encoder = graphs, parser, encoder
+        self.settings = {"parser": parser, "encoder": encoder, "wordnet": wordnet, "order": order}
         self.order, self.batch_size = order, batch_size
         self.wordnet, self.stop = WordNet.load(wordnet), stop_words()
         self.lines = read_graphs(graphs) if graphs and (Path(graphs).exists() or not parser) else dict(EMPTY)
@@ -206,11 +207,11 @@ class Capture(CaptionMetric):
             means = [sum(column) / len(some) for column in zip(*values, strict=True)]
             tagged = float(all("nouns" in self.lines[each] for each in (text, *some)))
             self.latest.append(dict(zip(self.names, [*means, tagged], strict=True)))
-        self.accumulate(self.latest)
+        self.accumulate(records)
 
     def encode(self, phrases: list[str]) -> Tensor:
         assert self.encoder is not None
-        return embed(phrases, folder=self.encoder, batch_size=self.batch_size, device=self.total.device)
+        return embed(phrases, folder=self.encoder, batch_size=self.batch_size, device=self.device)
 
     def graphs_of(self, texts: Sequence[str]) -> list[SceneGraph]:
         """The merged and filtered graphs of texts. Raises UserError for one that has no line, if there is no parser."""
@@ -231,7 +232,7 @@ class Capture(CaptionMetric):
         assert self.parser is not None
         sentences = [sentences_of(text) for text in texts]
         flat = [sentence for some in sentences for sentence in some]
-        parsed = iter(parse(flat, folder=self.parser, batch_size=self.batch_size, device=self.total.device))
+        parsed = iter(parse(flat, folder=self.parser, batch_size=self.batch_size, device=self.device))
         new = [{"text": t, "graphs": [next(parsed) for _ in some]} for t, some in zip(texts, sentences, strict=True)]
         self.lines |= {line["text"]: line for line in new}
         if self.file:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat, image_name
+from src.metrics.caption import CaptionMetric, Stat, image_name, plain
 from src.metrics.text import words_of
 
 
@@ -62,8 +62,8 @@ class Chair(CaptionMetric):
 
     def compute(self) -> dict[str, Stat]:
         stats = super().compute()
-        *_, false, mentions = self.total.tolist()
-        return {**stats, "chair_i": Stat(mean=false / mentions if mentions else 0.0, se=None, n=int(self.count))}
+        false, mentions = (sum(self.columns()[name]) for name in ("chair_false", "chair_mentions"))
+        return {**stats, "chair_i": plain(false / mentions if mentions else 0.0, stats["chair_s"]["n"])}
 
     def objects_of(self, record: dict) -> set[str]:
         """By the name of the record's image, or its number as in COCO, with or without zeros before it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoProcessor, CLIPModel
@@ -17,6 +16,7 @@ from transformers import AutoProcessor, CLIPModel
 from src.io.errors import UserError
 from src.io.images import load
 from src.metrics.caption import CaptionMetric, image_name
+from src.metrics.pretrained import load_pretrained
 
 
 class ClipScore(CaptionMetric):
@@ -32,11 +32,7 @@ class ClipScore(CaptionMetric):
 
     def __init__(self, *, model: str, images: str | None = None, batch_size: int = 32) -> None:
         super().__init__()
-        try:
-            self.model: Any = CLIPModel.from_pretrained(model, local_files_only=True).eval().requires_grad_(False)
-            self.processor = AutoProcessor.from_pretrained(model, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{model} holds no CLIP model with its processor: {error}") from error
+        self.model, self.processor = load_pretrained(model, CLIPModel, AutoProcessor)
         self.max_length = self.model.config.text_config.max_position_embeddings
         self.files = {path.stem: path for path in Path(images).iterdir()} if images else {}
         self.batch_size = batch_size
@@ -51,7 +47,7 @@ class ClipScore(CaptionMetric):
 
     @torch.no_grad()
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
-        self.latest, device = [], self.total.device
+        self.latest, device = [], self.device
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
             images = [load(self.file_of(record)) for record in records[start : start + self.batch_size]]
@@ -70,4 +66,4 @@ class ClipScore(CaptionMetric):
                 {"clip_score": 100 * max(cosine, 0.0), "clip_cut": float(length > self.max_length)}
                 for cosine, length in zip(cosines.tolist(), lengths, strict=True)
             ]
-        self.accumulate(self.latest)
+        self.accumulate(records)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from src.metrics.caption import Stat
-from src.metrics.judged import JudgedMetric, divide, plain, ratio
+from src.metrics.caption import Stat, divide, plain
+from src.metrics.judged import JudgedMetric, ratio
 
 
 class Coverage(JudgedMetric):

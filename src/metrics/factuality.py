@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.metrics.caption import Stat
-from src.metrics.judged import JudgedMetric, divide, plain, ratio
+from src.metrics.caption import Stat, divide, plain
+from src.metrics.judged import JudgedMetric, ratio
 
 
 class Factuality(JudgedMetric):

@@ -6,16 +6,15 @@ embed(["dog", "grass"], folder="all-mpnet-base-v2")                        (2, D
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForSeq2SeqLM
 
-from src.io.errors import UserError
+from src.metrics.pretrained import load_pretrained
 
 TASK = "Generate Scene Graph: "  # what the parsers of FACTUAL were trained with
 BEAMS, MAX_INPUT, MAX_OUTPUT = 5, 64, 128  # tokens, as CAPTURE has them
@@ -30,7 +29,7 @@ def sentences_of(text: str) -> list[str]:
 @torch.no_grad()
 def parse(sentences: Sequence[str], *, folder: str, batch_size: int, device: Any = "cpu") -> list[str]:
     """The graph string of each sentence, by beam search. One cut at MAX_OUTPUT loses its broken last triple."""
-    model, tokenizer = load(folder, AutoModelForSeq2SeqLM)
+    model, tokenizer = load_pretrained(folder, AutoModelForSeq2SeqLM)
     graphs: list[str] = []
     for start in range(0, len(sentences), batch_size):
         batch = [TASK + sentence for sentence in sentences[start : start + batch_size]]
@@ -50,7 +49,7 @@ def parse(sentences: Sequence[str], *, folder: str, batch_size: int, device: Any
 @torch.no_grad()
 def embed(phrases: Sequence[str], *, folder: str, batch_size: int, device: Any = "cpu") -> Tensor:
     """Mean of the last hidden states over the tokens of each phrase, (N, D) float32, as sentence encoders pool them."""
-    model, tokenizer = load(folder, AutoModel)
+    model, tokenizer = load_pretrained(folder, AutoModel)
     vectors = []
     for start in range(0, len(phrases), batch_size):
         batch = list(phrases[start : start + batch_size])
@@ -59,14 +58,3 @@ def embed(phrases: Sequence[str], *, folder: str, batch_size: int, device: Any =
         mask = inputs["attention_mask"][..., None]
         vectors.append((states * mask).sum(1) / mask.sum(1))
     return torch.cat(vectors).cpu()
-
-
-@functools.cache
-def load(folder: str, kind: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, cached over all cells of an evaluation. Raises UserError for another folder."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no model of transformers with its tokenizer: {error}") from error
-    return model.eval().requires_grad_(False), tokenizer

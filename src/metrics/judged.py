@@ -22,7 +22,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from src.io.errors import UserError
-from src.metrics.caption import Stat
+from src.metrics.caption import Stat, divide, plain
 
 MAX_FAILED = 0.01
 
@@ -82,16 +82,6 @@ class JudgedMetric(Metric):
                 f"are missing; judge again, or set max_failed={math.ceil(failed * 100) / 100:g} and report it"
             )
         return {**self.statistics(), f"{self.name}_failed": plain(failed, len(self.table))}
-
-
-def plain(value: float, count: int) -> Stat:
-    """A statistic without a standard error."""
-    return Stat(mean=value, se=None, n=count)
-
-
-def divide(total: Tensor | float, count: Tensor | float) -> float:
-    """NaN for nothing, where a released scorer ends in a ZeroDivisionError."""
-    return float(total) / float(count) if count else math.nan
 
 
 def ratio(parts: tuple[Tensor, Tensor]) -> Stat:

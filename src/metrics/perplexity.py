@@ -7,17 +7,15 @@ WARN: dull, repetitive texts score well; read it together with `src.metrics.vari
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from src.io.errors import UserError
 from src.metrics.bound import NatsPerToken, perplexity_of
 from src.metrics.caption import Stat
+from src.metrics.pretrained import load_pretrained
 
 
 class GenerativePerplexity(NatsPerToken):
@@ -32,11 +30,12 @@ class GenerativePerplexity(NatsPerToken):
     def __init__(self, *, model: str, batch_size: int = 16, max_length: int = 1024) -> None:
         super().__init__()
         self.batch_size, self.path = batch_size, model
-        self.max_length = min(max_length, getattr(load(model)[0].config, "max_position_embeddings", max_length))
+        config = load_pretrained(model, AutoModelForCausalLM)[0].config
+        self.max_length = min(max_length, getattr(config, "max_position_embeddings", max_length))
 
     def update(self, texts: Sequence[str], records: Sequence[dict]) -> None:
         """Add texts; records are ignored."""
-        model, tokenizer = load(self.path)
+        model, tokenizer = load_pretrained(self.path, AutoModelForCausalLM)
         model, device = model.to(self.sums.device), self.sums.device
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         for start in range(0, len(texts), self.batch_size):
@@ -57,14 +56,3 @@ class GenerativePerplexity(NatsPerToken):
     def compute(self) -> dict[str, Stat]:
         nll = self.per_token()
         return {"gen_nll": nll, "gen_perplexity": perplexity_of(nll)}
-
-
-@functools.lru_cache(maxsize=1)
-def load(path: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, cached over all cells of an evaluation."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a causal language model with a tokenizer: {error}") from error
-    return model.eval().requires_grad_(False), tokenizer

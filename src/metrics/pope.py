@@ -8,12 +8,11 @@ A text answers the question whose `question_id` is the key of its record.
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
 from src.io.errors import UserError
-from src.metrics.caption import CaptionMetric, Stat
+from src.metrics.caption import CaptionMetric, Stat, divide, plain
 
 _ANSWER = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
@@ -47,8 +46,8 @@ class Pope(CaptionMetric):
         }
 
     def compute(self) -> dict[str, Stat]:
-        _, yes, _, hits, positives = self.total.tolist()
+        stats, values = super().compute(), self.columns()
+        yes, hits, positives = (sum(values[f"pope_{name}"]) for name in ("yes", "hits", "positives"))
         shares = {"precision": (hits, yes), "recall": (hits, positives), "f1": (2 * hits, yes + positives)}
-        stats = {f"pope_{name}": (a / b if b else math.nan) for name, (a, b) in shares.items()}
-        plain = {name: Stat(mean=value, se=None, n=int(self.count)) for name, value in stats.items()}
-        return {**super().compute(), **plain}
+        n = stats["pope_yes"]["n"]
+        return {**stats, **{f"pope_{name}": plain(divide(*share), n) for name, share in shares.items()}}

@@ -22,7 +22,7 @@ class Rubric(JudgedMetric):
         f"{side}_{kind}_{what}"
         for side in ("recall", "precision")
         for kind in KINDS
-        for what in ("yes", "asked", "failed")
+        for what in ("yes", "facts", "failed")
     )
 
     def sums(self, side: str, what: str) -> Tensor:
@@ -31,12 +31,12 @@ class Rubric(JudgedMetric):
 
     def share(self, side: str, *, worst: bool = False) -> Tensor:
         """(images,) share of the facts that are stated; 0 where there are none. worst: failed ones count as no"""
-        asked = self.sums(side, "asked") - (0 if worst else self.sums(side, "failed"))
-        return self.sums(side, "yes") / asked.clamp(min=1)
+        facts = self.sums(side, "facts") - (0 if worst else self.sums(side, "failed"))
+        return self.sums(side, "yes") / facts.clamp(min=1)
 
     def failed_share(self) -> Tensor:
-        asked = self.sums("recall", "asked") + self.sums("precision", "asked")
-        return (self.sums("recall", "failed") + self.sums("precision", "failed")) / asked.clamp(min=1)
+        facts = self.sums("recall", "facts") + self.sums("precision", "facts")
+        return (self.sums("recall", "failed") + self.sums("precision", "failed")) / facts.clamp(min=1)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         present = 1 - self.column("missing")
@@ -49,8 +49,8 @@ class Rubric(JudgedMetric):
         for side in ("precision", "recall"):
             stats[f"rubric_{side}"] = ratio((self.share(side) * present, present))
         for kind in KINDS:
-            asked = self.column(f"recall_{kind}_asked") - self.column(f"recall_{kind}_failed")
-            stats[f"rubric_recall_{kind}"] = ratio((self.column(f"recall_{kind}_yes"), asked))
+            facts = self.column(f"recall_{kind}_facts") - self.column(f"recall_{kind}_failed")
+            stats[f"rubric_recall_{kind}"] = ratio((self.column(f"recall_{kind}_yes"), facts))
         return stats
 
 

@@ -32,7 +32,7 @@ class SceneQuality(CaptionMetric):
     """Scores of captions against their scenes. Raises UserError for a record without a scene."""
 
     higher_is_better = True
-    names = ("coverage", "factuality", "syntax", "quality")
+    names = headline = ("coverage", "factuality", "syntax", "quality")
     breakdown = (*(f"precision_{kind}" for kind in KINDS), "recall_relation", "templates")
     sums: Tensor
     uses: Tensor
@@ -59,7 +59,8 @@ class SceneQuality(CaptionMetric):
                     self.uses[NUMBER[sentence.statement.kind, sentence.statement.template]] += 1
 
     def compute(self) -> dict[str, Stat]:
-        stats, count = super().compute(), int(self.count)
+        stats = super().compute()
+        count = stats["quality"]["n"]
         for kind, ratios in zip(KINDS, self.sums.tolist(), strict=True):
             for name, sums in zip(("precision", "recall"), ratios, strict=True):
                 no_value = Stat(mean=math.nan, se=None, n=count)  # if no caption claims such a fact

@@ -14,7 +14,7 @@ import torch
 
 from src.io.errors import UserError
 from src.io.shards import read_manifest, read_shard
-from src.metrics.caption import CaptionMetric, Stat, concatenated, hash64, summarise
+from src.metrics.caption import CaptionMetric, Stat, concatenated, hash64, plain, summarise
 from src.metrics.text import references_of
 
 Property = Literal["qed", "rings", "logp", "weight"]
@@ -51,23 +51,23 @@ class Smiles(CaptionMetric):
         molecules = [molecule for text in texts if (molecule := molecule_of(text)) is not None]
         hashes = [hash64(chemistry().MolToSmiles(molecule)) for molecule in molecules]
         values = [property_of(molecule, self.property) if self.property else 0.0 for molecule in molecules]
-        self.hashes.append(torch.tensor(hashes, dtype=torch.int64, device=self.total.device))
-        self.values.append(torch.tensor(values, dtype=torch.float64, device=self.total.device))
+        self.hashes.append(torch.tensor(hashes, dtype=torch.int64, device=self.device))
+        self.values.append(torch.tensor(values, dtype=torch.float64, device=self.device))
 
     def compute(self) -> dict[str, Stat]:
         stats = super().compute()
         hashes, values = concatenated(self.hashes).tolist(), concatenated(self.values).tolist()
         molecules = dict(zip(hashes, values, strict=True))
         num_distinct = len(molecules)
-        stats["unique"] = Stat(mean=num_distinct / len(hashes) if hashes else 0.0, se=None, n=len(hashes))
+        stats["unique"] = plain(num_distinct / len(hashes) if hashes else 0.0, len(hashes))
         if self.train_path is not None:
             trained_on = training_hashes(self.train_path)
             molecules = {digest: value for digest, value in molecules.items() if digest not in trained_on}
             novel = len(molecules) / num_distinct if num_distinct else 0.0
-            stats["novel"] = Stat(mean=novel, se=None, n=num_distinct)
-            stats["num_novel"] = Stat(mean=float(len(molecules)), se=None, n=int(self.count))
+            stats["novel"] = plain(novel, num_distinct)
+            stats["num_novel"] = plain(float(len(molecules)), stats["valid"]["n"])
         if self.property:
-            nothing = Stat(mean=float("nan"), se=None, n=0)
+            nothing = plain(float("nan"), 0)
             stats[self.property] = summarise(list(molecules.values())) if molecules else nothing
         return stats
 

@@ -29,12 +29,15 @@ SETTINGS = ("prompt", "length")  # of the protocol, which lines of `src.generate
 class Captions:
     """texts: by name of the image; cleaned: number of texts that special tokens were removed from
     settings: what every line says of `prompt` and `length`; None: not stated
+    tokens_per_step: likewise; forwards: forward calls of each caption that states them
     """
 
     texts: dict[str, str]
     sha256: str
     cleaned: int
     settings: dict[str, Any]
+    tokens_per_step: int | None = None
+    forwards: Sequence[float] = ()
 
 
 def read_captions(path: Path) -> Captions:
@@ -60,7 +63,9 @@ def read_captions(path: Path) -> Captions:
     if mixed := [name for name in SETTINGS if len(stated[name]) > 1]:
         raise UserError(f"captions: {path} mixes values of {mixed[0]}: {', '.join(map(str, stated[mixed[0]]))}")
     settings = {name: next(iter(values), None) for name, values in stated.items()}
-    return Captions(texts, sha256(path), sum(texts[name] != text.strip() for name, text in pairs), settings)
+    speeds, forwards = ([r[name] for r in records if name in r] for name in ("tokens_per_step", "forwards"))
+    cleaned = sum(texts[name] != text.strip() for name, text in pairs)
+    return Captions(texts, sha256(path), cleaned, settings, speeds[0] if len(set(speeds)) == 1 else None, forwards)
 
 
 def names_of(names: Iterable[str]) -> list[str]:
