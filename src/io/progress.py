@@ -51,7 +51,7 @@ class Bar(tqdm):
         self.is_plain = not (sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())))
         self.status = status
         self.written_at, self.written_n = time.monotonic(), -1
-        lines = {"bar_format": LINE, "mininterval": EVERY_S, "miniters": 1}
+        lines = {"bar_format": LINE, "mininterval": EVERY_S, "miniters": 1, "nrows": 24}
         options: dict[str, Any] = lines if self.is_plain else {"dynamic_ncols": True}
         options |= {"total": total, "initial": initial, "disable": disable, "smoothing": smoothing}
         super().__init__(iterable, desc=desc, unit=f" {unit}", leave=None, **options)
