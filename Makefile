@@ -69,11 +69,11 @@ test-slow: $(INSTALLED)
 test-slurm: $(INSTALLED)
 	$(RUN) pytest -m slurm tests/test_slurm.py
 
-# Servers of others: needs `pip install -e .[experts-test]` or HAProxy; tests whose server is missing are skipped.
+# Servers of others: needs `pip install -e .[experts-test]`; tests whose server is missing are skipped.
 test-servers: $(INSTALLED)
 	$(RUN) pytest -m servers
 
-# Needs Debian's package chromium.
+# Needs Debian's package chromium, and for the demo `pip install -e .[demo]`; tests whose part is missing are skipped.
 test-browser: $(INSTALLED)
 	$(RUN) pytest -m browser
 

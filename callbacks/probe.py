@@ -16,59 +16,29 @@ from typing import Any
 import lightning as L
 from torchmetrics import Metric
 
-from callbacks.ema import weights_for
-from src.distributed.parallel import gathered
-from src.io.errors import UserError
-from src.models.inference import evaluating
-from src.types import Batch
+from callbacks.look import Look
 
 
-class Probe(L.Callback):
-    """Logs the means of `metric` on `num` fixed samples every `every_n_steps` optimizer steps; nothing without
-    validation data."""
+class Probe(Look):
+    """Logs the means of `metric` on `num` fixed samples."""
 
-    def __init__(self, *, metric: Metric, every_n_steps: int, num: int = 64) -> None:
-        super().__init__()
-        if min(every_n_steps, num) < 1:
-            raise UserError(f"every_n_steps and num must be at least 1, got {every_n_steps} and {num}")
-        self.metric, self.every_n_steps, self.num = metric, every_n_steps, num
+    def __init__(self, *, metric: Metric, every_n_steps: int | None, num: int = 64) -> None:
+        super().__init__(every_n_steps=every_n_steps, num=num)
+        self.metric = metric
         metric.distributed_available_fn = lambda: False  # rank 0 alone computes it
-        self.last_step = 0  # step logged last, so a resumed run does not log it twice
-        self.batches: list[Batch] = []
 
     @property
     def state_key(self) -> str:
         return f"Probe({type(self.metric).__name__})"  # a run may have several probes
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_step = state_dict["last_step"]
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.batches, missing = [], self.num
-        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            self.batches.append(batch.rows(slice(0, missing)))
-            missing -= len(self.batches[-1])
-            if not missing:
-                break
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        step = trainer.global_step
-        if not self.batches or step % self.every_n_steps or step == self.last_step:
-            return
-        self.last_step = step
-        backbone: Any = pl_module.backbone
+    def look(self, trainer: L.Trainer, pl_module: Any) -> None:
         metric = self.metric.to(pl_module.device)
         metric.reset()
-        with weights_for(trainer, "evaluate"), gathered(backbone):  # on all ranks, so that rank 0 can then ask alone
-            if not trainer.is_global_zero:
-                return
-            with evaluating(pl_module):
-                for batch in self.batches:
-                    metric.update(backbone, batch.to(pl_module.device))
-        # `p_break at t=0` is the chart `p_break/t=0`: TensorBoard groups charts by what stands before a slash
-        values = {name.replace(" at ", "/"): stat["mean"] for name, stat in metric.compute().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        for batch in self.batches:
+            metric.update(pl_module.backbone, batch.to(pl_module.device))
+        self.log_scalars(trainer, {chart_name(name): stat["mean"] for name, stat in metric.compute().items()})
+
+
+def chart_name(name: str) -> str:
+    """`p_break at t=0` as `p_break/t=0`, `hidden word=shape` as `hidden word/shape`, as a slash makes groups."""
+    return name.replace(" at ", "/") if " at " in name else name.replace("=", "/")

@@ -16,16 +16,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from callbacks.ema import weights_for
-from src.distributed.parallel import gathered
+from callbacks.look import Look
 from src.evaluation.drawing import Colour, Piece, enlarge, sheet, text_box
 from src.evaluation.report import markdown
-from src.io.errors import UserError
-from src.models.inference import evaluating
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Batch, Sampled
@@ -37,11 +32,10 @@ REWRITTEN: Colour = (20, 60, 200)
 SIDE, TEXT, WIDTH = 144, 13, 300  # pixels
 
 
-class Samples(L.Callback):
-    """Logs drafts and refined captions of `num` fixed images every `every_n_steps` optimizer steps.
+class Samples(Look):
+    """Logs drafts and refined captions of `num` fixed images (at most a batch of them).
 
     sampler_plain writes the drafts, sampler_refine the refined captions; both start fully masked with the same seed.
-    Logs nothing without validation samples. Raises UserError if the trainer has no TensorBoard logger.
     """
 
     def __init__(
@@ -50,46 +44,20 @@ class Samples(L.Callback):
         sampler_plain: Sampler,
         sampler_refine: Sampler,
         codec: Codec,
-        every_n_steps: int,
+        every_n_steps: int | None,
         num: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if min(every_n_steps, num) < 1:
-            raise UserError(f"every_n_steps and num must be at least 1, got {every_n_steps} and {num}")
+        super().__init__(every_n_steps=every_n_steps, num=num)
         self.samplers = {"draft": sampler_plain, "refined": sampler_refine}
-        self.codec, self.every_n_steps, self.num, self.seed = codec, every_n_steps, num, seed
-        self.last_step = 0  # step logged last, so a resumed run does not log it twice
-        self.batch: Batch | None = None
+        self.codec, self.seed = codec, seed
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self.last_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_step = state_dict["last_step"]
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batch: Batch | None = next(iter(trainer.datamodule.val_dataloader()), None)  # type: ignore[attr-defined]
-        self.batch = batch and batch.rows(slice(0, self.num))
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers:
-            raise UserError("samples are logged to TensorBoard: the trainer needs a TensorBoardLogger")
-        self.writer = loggers[0].experiment
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        step = trainer.global_step
-        if self.batch is None or step % self.every_n_steps or step == self.last_step:
-            return
-        self.last_step = step
-        backbone: Any = pl_module.backbone
-        with weights_for(trainer, "evaluate"), gathered(backbone):  # on all ranks, so that rank 0 can then sample alone
-            if not trainer.is_global_zero:
-                return
-            with evaluating(pl_module), torch.no_grad():
-                prefix = backbone.encode_prefix(self.batch.to(pl_module.device).prefix)
-                options = {"keys": self.batch.keys, "seed": self.seed, "special": self.codec.special, "trace": True}
-                sampled = {name: sampler(backbone, prefix, **options) for name, sampler in self.samplers.items()}
-        self.publish(self.writer, self.batch, sampled["draft"], sampled["refined"], step)
+    def look(self, trainer: L.Trainer, pl_module: Any) -> None:
+        batch, backbone = self.batches[0], pl_module.backbone
+        prefix = backbone.encode_prefix(batch.to(pl_module.device).prefix)
+        options = {"keys": batch.keys, "seed": self.seed, "special": self.codec.special, "trace": True}
+        sampled = {name: sampler(backbone, prefix, **options) for name, sampler in self.samplers.items()}
+        self.publish(self.writer(trainer), batch, sampled["draft"], sampled["refined"], trainer.global_step)
 
     def publish(self, writer: Any, batch: Batch, draft: Sampled, refined: Sampled, step: int) -> None:
         captions = [["image", "draft", "refined", "reference"]]

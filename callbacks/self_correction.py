@@ -7,8 +7,11 @@
 
 The number of epochs alone determines which rounds are due, so a resumed run makes up for missing ones, in the hook that
 Lightning calls first: `on_train_start`, or `on_train_epoch_end` again if it resumes at the end of an epoch. A round
-leaves the random state of training unchanged. Needs `Trainer(reload_dataloaders_every_n_epochs=1)`, and `max_epochs=-1`
-if `max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
+leaves the random state of training unchanged.
+
+Needs a datamodule with `draft_settings`, `draft_dataloader`, `add_round` and `round_dataloader`, as
+`datamodules.captions.ShardData` has them, `Trainer(reload_dataloaders_every_n_epochs=1)`, and `max_epochs=-1` if
+`max_steps` is set: Lightning counts an epoch twice when it resumes at its end.
 
 Each rank drafts for its own images and asks about its own drafts, and holds the whole model in memory during the round
 (`src.distributed.parallel.gathered`). Drafts and rounds equal those of a single process.
@@ -18,10 +21,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -40,34 +43,11 @@ from src.rounds.drafts import Drafter, DraftSampler, cap_num_drafts
 from src.rounds.round import EmptyRound, RoundOptions, charge, read_round, reopen, run_round, update_manifest
 from src.rounds.stats import summary, yields
 from src.text.tokenizer import Codec
-from src.types import Batch, Expert, FailedRound, Round
+from src.types import Expert, FailedRound, Round
 
 logger = logging.getLogger(__name__)
 NUM_FIX_BATCHES = 8  # batches of a finished round on which P(fix) and P(break) are measured
 FIX_RATES = "one_look"  # their key in the manifest
-
-
-class OnlineDataModule(Protocol):
-    """The part of a datamodule that the callback uses."""
-
-    def draft_dataloader(self, round_number: int, num: int) -> Iterable[tuple[int, Batch]]:
-        """(number, batch) of this rank, of the `num` training samples of a round, with `records` and `images`.
-
-        No sample comes twice, and batches and their numbers are the same for any number of ranks.
-        """
-        ...
-
-    def draft_settings(self) -> Mapping[str, Any]:
-        """Everything that drafts depend on: the data, their order, their preprocessing, and `data_count` samples."""
-        ...
-
-    def add_round(self, path: str | Path) -> None:
-        """Train on this round too, from the next epoch on."""
-        ...
-
-    def round_dataloader(self, path: str | Path) -> Iterable[Batch]:
-        """This rank's share of the corrected drafts of a round; ranks get equally many batches."""
-        ...
 
 
 class SelfCorrection(L.Callback):
@@ -245,7 +225,7 @@ class SelfCorrection(L.Callback):
         for log in trainer.loggers:
             log.log_metrics(metrics, step=trainer.global_step)
 
-    def _round(self, number: int, datamodule: OnlineDataModule, pl_module: L.LightningModule) -> Round:
+    def _round(self, number: int, datamodule: Any, pl_module: L.LightningModule) -> Round:
         """Make a round; its manifest then also has P(fix) and P(break) of the model that drafted it."""
         backbone: Any = pl_module.backbone
         drafter = Drafter(

@@ -79,13 +79,8 @@ class ShardData(L.LightningDataModule):
         super().__init__()
         if self.workers:  # must be set before the fork, or the tokenizer warns in every worker
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        least = {
-            "batch_size": 1,
-            "response_length": 2,
-            "epoch_batches": 1,
-            "workers": 0,
-            "bucket": 1,
-        }  # response: a token and eot
+        # a response: a token and eot
+        least = {"batch_size": 1, "response_length": 2, "epoch_batches": 1, "workers": 0, "bucket": 1}
         for name, minimum in least.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, got {value}")
@@ -255,13 +250,8 @@ class ShardData(L.LightningDataModule):
     def draft_settings(self) -> dict[str, Any]:
         """Settings of the data that the drafts depend on; stored with the drafts."""
         index = self.index("train")
-        return {
-            "data": index.digest,
-            "data_count": index.count,
-            "data_seed": self.seed,
-            "batch_size": self.batch_size,
-            "response_length": self.response_length,
-        }
+        own = {"data": index.digest, "data_count": index.count, "data_seed": self.seed}
+        return {**own, "batch_size": self.batch_size, "response_length": self.response_length}
 
     def index(self, split: str) -> Index:
         """The data folder of a split, cut to `limit`. Raises UserError if it is empty."""
@@ -282,13 +272,11 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"{index.path} holds {index.kind!r}, expected {kind!r}")
         if index.tokenizer != self.codec.fingerprint:
             verbs = "src.draft and src.revise" if kind == "round" else "src.prepare"
-            folder_of_data = Path(self.path) / "tokenizer"
-            own = (
-                f", or set tokenizer={folder_of_data} if the model has fresh weights" if folder_of_data.is_dir() else ""
-            )
+            own = Path(self.path) / "tokenizer"
+            fresh = f", or set tokenizer={own} if the model has fresh weights" if own.is_dir() else ""
             raise UserError(
                 f"{index.path} was made with tokenizer {index.tokenizer}, but the tokenizer of the model is "
-                f"{self.codec.fingerprint}; make it again by {verbs} with this tokenizer{own}"
+                f"{self.codec.fingerprint}; make it again by {verbs} with this tokenizer{fresh}"
             )
         if self.codec.gap_id is None and any(index.content.get("counts", {}).get(name) for name in RESIZED):
             raise UserError(f"{index.path} was made with a gap token, but this run has none: set gap=TOKEN")

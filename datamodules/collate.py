@@ -160,7 +160,8 @@ class Collate:
 
     def prompt_ids(self, sample: Sample) -> list[int]:
         """The prompt, or as many masks: the unconditional prompt of the sampler (`masked_prefix`)."""
-        ids = self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None))
+        earlier = {name: sample.record[name] for name in ("turns", "system") if name in sample.record}
+        ids = self.codec.prompt_ids(sample.record["prompt"], images=int(sample.image is not None), **earlier)
         if self.first or not self.prompt_dropout:
             return ids
         drawn = choice(f"{self.seed}/{sample.passes}/{sample.key}/prompt", RESOLUTION)

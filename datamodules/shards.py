@@ -152,10 +152,5 @@ def decode(raw: dict[str, Any], *, image: bool = True) -> Sample | None:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()  # `convert` would copy an RGB image
             return Sample(raw["__key__"], record, data, picture if picture.mode == "RGB" else picture.convert("RGB"))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ):  # what Pillow and json raise on damaged bytes
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # of Pillow and json, on damaged bytes
         return None

@@ -124,13 +124,10 @@ def read_index(folder: str | Path, *, image: bool = True, cache: Cache | None = 
     else:
         data = file.read_bytes()
         content, digest = check_manifest(parse_json(data, str(file)), file), hashlib.sha256(data).hexdigest()
-    entries, shards, num_sources = content.pop("shards"), [], len(content.get("sources", [{}]))
+    entries, shards = content.pop("shards"), []
     for entry in entries:
         path = locate(folder, entry["name"], cache=cache, size=entry.get("bytes"), sha256=entry.get("sha256"))
         columns = {name: np.array(entry[name], dtype=kind) for name, kind in COLUMNS.items() if name in entry}
-        fits = all(len(values) == entry["count"] for values in columns.values())
-        if not fits or max(entry.get("source", ()), default=0) >= num_sources:
-            raise UserError(f"{file} is damaged: the lists of {entry['name']} do not fit it; make the data again")
         shards.append(Shard(path, entry["count"], image, **columns))
     if missing := [shard.path.name for shard in shards if isinstance(shard.path, Path) and not shard.path.is_file()]:
         raise UserError(

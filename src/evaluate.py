@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from src.cli.config import load_config
 from src.cli.entrypoint import main_guard
@@ -34,6 +33,7 @@ from src.evaluation.results import ResultStore, code_hash, signature
 from src.io.errors import UserError
 from src.io.files import sha256
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.models.hf.folder import fingerprint, from_pretrained, outline
 from src.models.inference import warn_if_length_differs, with_layout
 from src.models.tiling import check_layout
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     # 1. Settings: named samplers are loaded, the grid is expanded.
     cfg = load_config(argv, verb="src.evaluate", needs=NEEDS["src.evaluate"])
     if is_node(plain(cfg.evaluate)):  # a benchmark: src/evaluation/benchmark.py
-        sys.stdout.write(build(cfg.evaluate).run() + "\n")
+        sys.stdout.write(f"{build(cfg.evaluate).run()}\nall files are in {cfg.evaluate.out}\n")
         return
     settings = OmegaConf.create(complete(plain(cfg.evaluate)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
         missing = {name: [c for c in samplers if c.method == name and c not in store.table] for name in codecs}
         missing_probes = set(probed) - set(store.model_stats)
         total = (sum(map(len, missing.values())) + len(missing_probes)) * counts["taken"]
-        with tqdm(total=total, unit="caption", desc="evaluate", disable=not total) as bar:
+        with Bar(total=total, unit="caption", desc="evaluate", disable=not total) as bar:
             for method, missing_cells in missing.items():
                 if not missing_cells and method not in missing_probes:
                     continue
@@ -114,11 +114,11 @@ def main(argv: list[str]) -> None:
                     backbone, settings.data.response_length, name=f"{method}: evaluate.data.response_length"
                 )
                 if method in missing_probes:
-                    bar.set_description(f"{method} itself")
+                    bar.set_description_str(f"{method} itself")
                     batches = first_batches(loader, counts["taken"], bar)
                     store.add_model_stats(method, evaluate_model(backbone, probes, batches))
                 for cell in missing_cells:
-                    bar.set_description(cell.name)
+                    bar.set_description_str(cell.name)
                     answers = (samplers[cell], codecs[method], first_batches(loader, counts["taken"], bar), metrics)
                     store.add(cell, *evaluate_cell(backbone, *answers, seed=settings.seed))
                     check_names(store.table[cell], **report)

@@ -6,7 +6,7 @@
     python -m src.export conf=export model=GSAI-ML/LLaDA-8B-Instruct out=converted format=own
     python -m src.export conf=export model=runs/stage2/checkpoints/last.ckpt out=whole.ckpt format=lightning
 
-    tensors, config.json, tokenizer -> OUT, with the names and fields of the layout
+    tensors, config.json, tokenizer -> OUT, with the names and fields of the layout, and a model card (README.md)
 
 The tensors of a model folder or .ckpt file are memory-mapped, those of a sharded checkpoint are read into memory. The
 config.json and tokenizer of a checkpoint are those of the model folder `like`, default: the one its run started from.
@@ -42,6 +42,7 @@ from src.models.hf.formats import FORMATS, Description
 from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
 from src.models.lora import LoRA
 from src.text.tokenizer import FILES, NEEDED, PROMPT, Codec
+from src.training.card import CARD, model_card
 from src.training.run_dir import read_config
 
 LIGHTNING = "lightning"  # a single checkpoint file instead of a model folder
@@ -85,6 +86,8 @@ def export(cfg: DictConfig, out: Path) -> None:
     check_tensors(model, state, cfg.model)
     for name, tensor in state.items():
         check_finite(name, tensor.to(dtype or tensor.dtype), cfg.model)
+    model.load_state_dict(state, assign=True)
+    card = model_card(cfg.model, model=model, scores=cfg.scores)
     state = {form.theirs(name): state[name] for name in model.state_dict()}
     # 2. config.json; a model that did not come in this layout has no special ids yet
     config, has_tokenizer = form.config(description), (tokenizer / "tokenizer.json").is_file()
@@ -100,6 +103,7 @@ def export(cfg: DictConfig, out: Path) -> None:
     with replacing(out) as folder:
         write_weights(folder, state, dtype=dtype, max_shard_bytes=cfg.max_shard_bytes)
         write_config(folder, config)
+        card.save(folder / CARD)
         if form.name != "own":
             files = [file for pattern in (*FILES, PROMPT) for file in tokenizer.glob(pattern)]
             for file in (*files, *origin.glob("*.py")):

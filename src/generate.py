@@ -6,6 +6,7 @@
     python -m src.generate conf=generate model=llada model.path=... images=null prompt=questions.jsonl
     python -m src.generate conf=generate model.path=... images=null prompt=data/smiles/test temperature=1 cfg_scale=1
     python -m src.generate conf=generate model.path=... images=photos/ prompt=... num=8 html=trace.html
+    python -m src.generate conf=correct model.path=... images=photos/ prompt=... captions=theirs.jsonl
 
     file, folder, split or questions -> batches of readable samples -> sampler -> OUT, one JSON line per response
 
@@ -31,8 +32,11 @@ def main(argv: list[str]) -> None:
     """Write a response for each image or question that the config names."""
     done = respond(load_config(argv, verb="src.generate", needs=NEEDS["src.generate"], texts=TEXTS))
     # responses to standard output, a summary to standard error
-    sys.stdout.writelines(f"{key}: {text}\n" for key, text in done.texts[:SHOWN])
-    if len(done.texts) > SHOWN:
+    if done.corrected:
+        sys.stdout.write(done.corrected)
+    else:
+        sys.stdout.writelines(f"{key}: {text}\n" for key, text in done.texts[:SHOWN])
+    if len(done.texts) > SHOWN and not done.corrected:
         sys.stdout.write(f"... and {len(done.texts) - SHOWN} more in {done.path}\n")
     parts = [f"{counted(len(done.texts), 'caption')} written to {done.path}"]
     if done.skipped:

@@ -123,6 +123,7 @@ def report(finished_round: Round) -> str:
     if not counts["written"]:
         return "\n".join([*lines, "no draft was corrected: there is nothing to train on"])
     settings = [f"data.rounds=[{finished_round.path}]", "callbacks.self_correction=null"]
+    lines.append(f"to look at it: python -m src.prepare show={shlex.quote(str(finished_round.path))}")
     return "\n".join([*lines, f"next: {shlex.join(['python', '-m', 'src.train', 'conf=stage2', *settings])}"])
 
 

@@ -27,6 +27,7 @@ from src.evaluation.study import check_stage, hours_left, hours_of_cell, read_pl
 from src.evaluation.study_report import write_study
 from src.io.errors import UserError
 from src.io.lock import locked
+from src.io.progress import Bar
 
 WHOLE = "conf=study/a,study/b,study/c"
 
@@ -54,19 +55,21 @@ def main(argv: list[str]) -> None:
 
         # 3. The cells. The first one ever is the measurement, after which the plan is printed in hours.
         num_failed, announced = 0, False
-        for cell in missing:
-            hours = hours_of_cell(plan, cell.table, split)
-            if hours is not None and not announced:
-                sys.stdout.write(f"{hours_left(plan, split)}\n")
-                announced = True
-            if cfg.budget <= 0 or (time.monotonic() - started) / 60 + 60 * (hours or 0.0) > cfg.budget:
-                sys.stdout.write(f"budget={cfg.budget:g} minutes: {cell.name} is not begun\n")
-                break
-            result = run_cell(plan, cell, commit=commit)
-            num_failed += "failed" in result
-            ending = result.get("failed") or f"{result['seconds']:.0f} s"
-            sys.stdout.write(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}: {ending}\n")
-            sys.stdout.flush()
+        with Bar(total=len(cells), initial=len(cells) - len(missing), unit="cell", desc="study") as bar:
+            for cell in missing:
+                hours = hours_of_cell(plan, cell.table, split)
+                if hours is not None and not announced:
+                    bar.write(hours_left(plan, split))
+                    announced = True
+                if cfg.budget <= 0 or (time.monotonic() - started) / 60 + 60 * (hours or 0.0) > cfg.budget:
+                    bar.write(f"budget={cfg.budget:g} minutes: {cell.name} is not begun")
+                    break
+                result = run_cell(plan, cell, commit=commit)
+                num_failed += "failed" in result
+                ending = result.get("failed") or f"{result['seconds']:.0f} s"
+                bar.write(f"{cells.index(cell) + 1}/{len(cells)} {cell.name}: {ending}")
+                bar.update()
+                sys.stdout.flush()
 
         # 4. The report.
         text = write_study(plan, metrics=list(cfg.metrics), command=f"python -m src.study {argv[0]}")

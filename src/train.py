@@ -8,7 +8,7 @@
 
     RUN/config.yaml      repeats the run             RUN/checkpoints/  to resume from
     RUN/inputs.json      hashes of model and data    RUN/model/        the result, written last
-    RUN/tensorboard/     logs                        RUN/rounds/       online rounds (Stage II)
+    RUN/events.*         for TensorBoard             RUN/rounds/       online rounds (Stage II)
 
 The same command resumes a run that stopped, and does nothing if the run is finished; `resume=false` deletes the run and
 starts over. It refuses to resume if the settings, the initial model or the data have changed. SIGTERM, Ctrl-C and a
@@ -113,7 +113,8 @@ def main(argv: list[str]) -> None:
             write_json(run_dir / FINISHED, {"steps": trainer.global_step})
             weights = " with averaged weights" if averaged else ""
             sys.stdout.write(
-                f"{counted(trainer.global_step, 'step')} done; the model{weights} is in {run_dir / MODEL}\n"
+                f"{counted(trainer.global_step, 'step')} done; the model{weights} is in {run_dir / MODEL}; "
+                f"charts: tensorboard --logdir {run_dir.parent}\n"
             )
         trainer.strategy.barrier()  # a launcher may treat the exit of one process as a failure of the others
 

@@ -127,7 +127,7 @@ class Recorder:
             "trainer.max_steps=20", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=2",
             "optim.warmup_steps=5", "resume=false", *QUIET, ranks=ranks,
         )  # fmt: skip
-        return {"scalars": scalars(run / "tensorboard"), "tensors": tensors(run / "model" / "model.safetensors")}
+        return {"scalars": scalars(run), "tensors": tensors(run / "model" / "model.safetensors")}
 
     def losses(self) -> None:
         def one(name: str) -> None:

@@ -100,11 +100,10 @@ def golden_text_model(golden_folder_text):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A dataset of 48 training scenes with its own small tokenizer."""
-    from tests.test_train import write_scenes
+    from testing.scenes import write_scenes
 
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, response_length=40, num_train=48)
-    return out
+    sizes = {"response_length": 40, "objects": [1, 1], "tokenizer": None, "prompt": "Describe."}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,10 @@ Kill = tuple[int, str, int]  # rank, function ("module:name") or RENAME, number 
 
 @dataclass
 class Done:
-    """A finished job: exit code (negative: a signal) and output of each rank, and total seconds."""
+    """A finished job: exit code (negative: a signal) and output of each rank."""
 
     codes: list[int]
     printed: list[str]
-    seconds: float
 
 
 class Ranks:
@@ -51,7 +50,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        self._server.wait(timeout=120)
 
     def run(
         self,
@@ -85,8 +84,8 @@ class Ranks:
         }  # fmt: skip
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
-        codes, seconds = json.loads(self._server.stdout.readline())
-        return Done(codes, [(out / f"rank-{rank}.txt").read_text() for rank in job["ranks"]], seconds)
+        codes = json.loads(self._server.stdout.readline())
+        return Done(codes, [(out / f"rank-{rank}.txt").read_text() for rank in job["ranks"]])
 
 
 def free_port() -> int:
@@ -106,7 +105,7 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-def _run(job: dict[str, Any]) -> tuple[list[int], float]:
+def _run(job: dict[str, Any]) -> list[int]:
     began, port = time.monotonic(), str(free_port())
     running = {_fork(job, rank, port): rank for rank in job["ranks"]}
     codes: dict[int, int] = {}
@@ -119,7 +118,7 @@ def _run(job: dict[str, Any]) -> tuple[list[int], float]:
                 os.kill(process, signal.SIGKILL)
         else:
             time.sleep(0.02)
-    return [codes[rank] for rank in job["ranks"]], time.monotonic() - began
+    return [codes[rank] for rank in job["ranks"]]
 
 
 def _fork(job: dict[str, Any], rank: int, port: str) -> int:

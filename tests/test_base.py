@@ -36,7 +36,7 @@ def test_the_phases_of_the_base_model_follow_each_other(tmp_path, twin):
         train([conf, f"run_dir={runs[name]}", f"data.path={data}", start_from, *SHORT, *words])
         (events,) = runs[name].rglob("events.out*")
         logged = EventAccumulator(str(events)).Reload()
-        assert [event.step for event in logged.Scalars("hidden word=relation")] == [1, 2]
+        assert [event.step for event in logged.Scalars("hidden word/relation")] == [1, 2]
     config = json.loads((runs["detailed"] / "model" / "config.json").read_text())
     assert config["decoder"]["attention"] == ("full" if twin else "prefix")
     assert (runs["detailed"] / "model" / "model.safetensors").stat().st_size <= 12e6

@@ -15,12 +15,13 @@ from PIL import Image
 from src.evaluate import main
 from src.evaluation.benchmarks import CapArena, CapMAS, DetailCaps
 from src.evaluation.calibration import calibration_text
-from src.evaluation.captions import match, read_captions
+from src.evaluation.captions import match
 from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
 from src.metrics.caparena import BASELINES
+from src.text.captions import read_captions
 from testing.servers.scripted import Request, Scripted, reply
-from tests.benchmarks import NUM, captions_file, write_caparena, write_capmas
+from tests.benchmarks import NUM, write_caparena, write_capmas
 
 # data
 
@@ -104,16 +105,6 @@ def test_captions_in_every_form_find_their_images(tmp_path):
         assert [item.caption for item in matched] == [f"text {n}" for n in range(NUM)] and unknown == 0
 
 
-def test_captions_of_other_images_and_special_tokens_are_counted(tmp_path):
-    items = CapMAS(folder=str(write_capmas(tmp_path / "raw"))).items()
-    texts = {items[0].key: "<s>A cat<|mdm_mask|> sits.<|eot_id|>", items[1].key: "A  b", "other": "x"}
-    (tmp_path / "c.json").write_text(json.dumps(texts))
-    captions = read_captions(tmp_path / "c.json")
-    matched, unknown = match(items, captions, tmp_path / "c.json")
-    assert [item.caption for item in matched] == ["A cat sits.", "A  b", None, None, None]
-    assert (unknown, captions.cleaned, captions.settings) == (1, 1, {"prompt": None, "length": None})
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -160,30 +151,6 @@ def test_one_table_has_one_protocol(change, words):
     check_protocols({"ours": row(), "same": row(), "unstated": row(prompt=None, length=None, served=[])})
     with pytest.raises(UserError, match=rf"theirs does not belong in one table with ours \(.*{words}"):
         check_protocols({"ours": row(), "theirs": row(**change)})
-
-
-def test_rows_of_other_runs_join_the_table_if_they_were_made_alike(tmp_path, capsys):
-    def judges(request: Request):
-        return reply('{"score": 60, "reason": "r"}')
-
-    write_capmas(tmp_path / "raw")
-    only = ["evaluate.judges.coverage=null", "evaluate.judges.factuality=null", "judge.key_env=null"]
-    common = ["conf=eval/capmas", f"evaluate.data.folder={tmp_path}/raw", *only]
-    files = {name: captions_file(tmp_path / f"{name}.jsonl") for name in ("one", "two")}
-    files["two"].write_text(files["two"].read_text().replace("A picture", "Some picture"))
-    with Scripted(judges) as server:
-        for name, judge in (("one", "m"), ("two", "m"), ("two", "n")):
-            run = [f"captions={files[name]}", f"judge.model={judge}", f"judge.base_url={server.url}"]
-            run += [f"evaluate.out={tmp_path}/{name}-{judge}", "stages=[judge,score]"]
-            main([*common, *run])
-    capsys.readouterr()
-    command = [*common, f"captions={files['one']}", "judge.model=m", "stages=[score]", f"evaluate.out={tmp_path}/one-m"]
-    main([*command, f"evaluate.also=[{tmp_path}/two-m/scores.json]"])
-    table = capsys.readouterr().out
-    assert "| one | 60.00" in table and "| two | 60.00" in table and "prompt Describe it.; length 64" in table
-    with pytest.raises(SystemExit):
-        main([*command, f"evaluate.also=[{tmp_path}/two-n/scores.json]"])
-    assert "two does not belong in one table with one (judge.model: m in one, n now)" in capsys.readouterr().err
 
 
 def test_battles_end_to_end(tmp_path, capsys):
@@ -250,9 +217,3 @@ def test_a_calibration_says_how_the_scale_moves(tmp_path):
     # ranks of old 4, 3, 1.5, 1.5 and new 3, 2, 4, 1: by the definition of Spearman's correlation with ties
     assert cells(text, "caparena")[5:] == ["0.105", "", "0.750"]
     assert "coverage" not in text
-
-
-def test_a_calibration_without_common_images(tmp_path):
-    old = write(tmp_path / "old.jsonl", lines("clair", {"a": [0.1]}))
-    with pytest.raises(UserError, match="has no image, system and metric in common"):
-        calibration_text(old, lines("clair", {"b": [0.1]}))

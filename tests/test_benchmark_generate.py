@@ -14,6 +14,7 @@ from src.evaluate import main
 from src.generate import main as generate
 from src.text.tokenizer import Codec
 from testing.files import read_jsonl
+from testing.verbs import refusal
 from tests.benchmarks import NUM, write_capmas
 from tests.test_evaluate import write_model
 
@@ -67,6 +68,7 @@ def test_captions_are_those_of_generate(argv, tmp_path, capsys):
     assert ours == direct
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_kill_while_generating_loses_only_the_line_it_falls_into(argv, tmp_path):
     main(argv("calm", "stages=[generate]"))
@@ -83,12 +85,10 @@ def test_a_kill_while_generating_loses_only_the_line_it_falls_into(argv, tmp_pat
 
 
 def test_scoring_before_generating_names_the_stage(argv, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(argv("out", "stages=[score]"))
-    assert "mine-2.jsonl: run the stage generate first" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(argv("out", "stages=[generate,scores]"))
-    assert "stages: there is no 'scores'; a list of generate, judge, score" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(argv("out", "captions={mine-8: x.jsonl}"))
-    assert "captions and models: both have the name 'mine-8'" in capsys.readouterr().err
+    assert "mine-2.jsonl: run the stage generate first" in refusal(main, argv("out", "stages=[score]"), capsys)
+    assert "stages: there is no 'scores'; a list of generate, judge, score" in refusal(
+        main, argv("out", "stages=[generate,scores]"), capsys
+    )
+    assert "captions and models: both have the name 'mine-8'" in refusal(
+        main, argv("out", "captions={mine-8: x.jsonl}"), capsys
+    )

@@ -17,34 +17,32 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from callbacks.probe import Probe
+from callbacks.quality import Quality
 from callbacks.samples import KEPT, NEW, OLD, REWRITTEN, SIDE, Samples
 from callbacks.skipped import Skipped
 from callbacks.throughput import Throughput
 from datamodules.captions import CaptionData
 from src.evaluation.drawing import PAD
 from src.io.errors import UserError
+from src.metrics.caption import CaptionMetric
 from src.metrics.fixing import Looks, count_looks
 from src.models.llada_v import LLaDAV
 from src.objectives.base import Setup
 from src.objectives.mask import MaskPrediction
 from src.objectives.optim import Optim
-from src.preparation.scenes import Scenes
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
+from testing.scenes import write_scenes
 
 LENGTH, BATCH = 48, 4
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    Scenes(
-        out=str(out), **sizes, image_size=48, vocab_size=300, response_length=LENGTH, prompt="Describe the picture."
-    ).run()
-    return out
+    sizes = {"num_train": 40, "num_val": 6, "num_test": 1, "response_length": LENGTH, "per_shard": 64}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes, tokenizer=None)
 
 
 @pytest.fixture
@@ -165,7 +163,7 @@ def test_a_resumed_run_logs_each_step_once(path, codec, tmp_path):
     fit(path, codec, tmp_path, [first, Again(first), Throughput(every_n_steps=2)], steps=3)
     fit(path, codec, tmp_path, [samples(codec), Throughput(every_n_steps=2)], steps=6, ckpt=tmp_path / "last.ckpt")
     logged = events(tmp_path)
-    assert [event.step for event in logged.Tensors("samples/captions/text_summary")] == [2, 4, 6]
+    assert [event.step for event in logged.Tensors("samples/captions/text_summary")] == [2, 3, 4, 6]  # 3: the last
     seen = logged.Scalars("perf/samples_seen")
     assert [(event.step, event.value) for event in seen] == [(2, 2 * BATCH), (4, 4 * BATCH), (6, 6 * BATCH)]
     assert [event.value for event in logged.Scalars("perf/tokens_seen")] == [LENGTH * event.value for event in seen]
@@ -185,8 +183,72 @@ def test_looks_are_logged_by_noise_level_and_once(path, codec, tmp_path):
     for level, (fixed, wrong, broken, right) in zip(("0", "0.5"), counts.tolist(), strict=True):
         for name, share in {"p_fix": fixed / wrong, "p_break": broken / right}.items():
             seen = events(tmp_path).Scalars(f"{name}/t={level}")
-            assert [event.step for event in seen] == [2, 4]
+            assert [event.step for event in seen] == [2, 3, 4]  # 3: the last of the first run
             assert seen[-1].value == pytest.approx(share)
+
+
+class Length(CaptionMetric):
+    names = ("length",)
+
+    def score(self, text, record):
+        return {"length": len(text)}
+
+
+def test_quality_by_speed_is_measured_at_each_validation_and_continued(path, codec, tmp_path):
+    speeds, options = [12, 48], {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    sampler = Sampler(length=LENGTH, tokens_per_step=1)
+
+    def quality():
+        return Quality(metric=Length(), sampler=sampler, codec=codec, tokens_per_step=speeds, num=3, name="length")
+
+    fit(path, codec, tmp_path, [quality()], steps=2, **options)
+    later = quality()
+    trainer = fit(path, codec, tmp_path, [later], steps=4, ckpt=tmp_path / "last.ckpt", **options)
+    logged, batch = events(tmp_path), validation_batch(path, codec, 3)
+    assert [event.step for event in logged.Images("length/curve")] == list(later.curves) == [2, 4]
+    backbone = trainer.lightning_module.backbone.eval()  # as it stands after step 4
+    inputs = {"special": codec.special, "keys": batch.keys, "seed": 0}
+    for speed in speeds:
+        ids = sampler.with_steps(tokens_per_step=speed)(backbone, backbone.encode_prefix(batch.prefix), **inputs).ids
+        seen = logged.Scalars(f"length/tokens_per_step={speed}")
+        assert [event.step for event in seen] == [2, 4]
+        assert seen[-1].value == pytest.approx(np.mean([len(codec.decode(row)) for row in ids.tolist()]))
+
+
+class Rows:
+    """A batch of vectors, as far as `Throughput` reads it."""
+
+    def __init__(self, count: int) -> None:
+        self.inputs, self.editable = torch.ones(count, 64), torch.ones(count, 8, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+class OneLayer(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization, self.layer = False, torch.nn.Linear(64, 32, bias=False)
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.layer(batch.inputs).square().sum())
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_utilization_counts_the_products_of_forward_and_backward(tmp_path):
+    """mfu / samples per second * peak: 2 * 64 * 32 operations of a sample, as many for the gradient."""
+    options = {"logger": TensorBoardLogger(tmp_path, name="tb", version=""), "enable_checkpointing": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    throughput = Throughput(every_n_steps=2, peak_tflops=1e-6)
+    trainer = L.Trainer(max_steps=4, accelerator="cpu", callbacks=[throughput], default_root_dir=tmp_path, **options)
+    batches = torch.utils.data.DataLoader([Rows(3), Rows(3), Rows(5), Rows(5)], batch_size=None, collate_fn=lambda b: b)
+    trainer.fit(OneLayer(), batches)
+    shares, rates = (events(tmp_path).Scalars(f"perf/{name}") for name in ("mfu", "samples_per_s"))
+    operations = [share.value / rate.value * 1e6 for share, rate in zip(shares, rates, strict=True)]
+    assert operations == [pytest.approx(4 * 64 * 32, rel=1e-4)] * 2
 
 
 def test_throughput_tells_slow_data_from_slow_steps(path, codec, tmp_path, monkeypatch):
@@ -242,17 +304,3 @@ def test_skipped_samples_are_logged_by_reason_over_restarts_and_limited(path, co
     # a share is one of the epoch, and at least 100 samples: 96 after 8 passes, 108 after 9
     with pytest.raises(UserError, match=r"10\d samples were skipped, and data.max_skipped allows 100"):
         fit(data, codec, tmp_path, [Skipped(every_n_steps=1)], steps=99)
-
-
-def test_the_table_marks_what_changed_and_escapes_the_rest(path, codec, tmp_path):
-    batch = validation_batch(path, codec, 1)
-    batch.keys, batch.records = ["a_1"], [{"captions": [{"text": "x\ny <b>"}]}]
-    with SummaryWriter(str(tmp_path / "tb")) as writer:
-        texts = ("A gray background carries objects.", "A pink background carries two objects.")
-        samples(codec).publish(writer, batch, *(sampled(codec, text) for text in texts), 7)
-    (event,) = events(tmp_path).Tensors("samples/captions/text_summary")
-    cells = event.tensor_proto.string_val[0].decode().splitlines()[2].strip("| ").split(" | ")
-    assert [cell.strip() for cell in cells] == [
-        "a\\_1", "A **gray** background carries objects.",
-        "A **pink** background carries **two** objects.", "x y \\<b\\>",
-    ]  # fmt: skip

@@ -20,7 +20,7 @@ from datamodules.captions import CaptionData
 from datamodules.collate import image_inputs
 from src.io.errors import UserError
 from src.io.shards import write_shards
-from src.models.tiling import Square, anyres, resized
+from src.models.tiling import anyres
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
 
@@ -131,44 +131,6 @@ def test_rows_of_several_images_are_filled_with_empty_tiles() -> None:
     assert not pixels[1].any() and not pixels[2, 4:].any()
 
 
-def test_a_square_is_normalised_as_ever() -> None:
-    """The pixels that the embedded model was trained with: resized as a whole, then from 0..255 to -1..1."""
-    image = Image.effect_noise((60, 40), 90).convert("RGB")
-    tiles = image_inputs([[image]], Square(48))["pixel_values"][0]
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**sizes, "image_size": 48, "patch_size": 16}
-    backbone = tiny(Codec.train([WORDS], vocab_size=80), decoder=sizes, vision=vision)
-    seen: list[torch.Tensor] = []
-    backbone.vision.vision_tower.embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    backbone.vision.features(tiles)
-    resized = np.array(image.resize((48, 48), Image.Resampling.BICUBIC))
-    expected = torch.from_numpy(resized).permute(2, 0, 1).float() / 127.5 - 1
-    torch.testing.assert_close(seen[0][0], expected, rtol=0, atol=1e-6)
-
-
-def test_the_loader_resizes_as_the_config_says(tmp_path: Path, codec: Codec) -> None:
-    """By torch; by Pillow where it is asked for or where prompts are made as the released inference code does."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8))
-    for split in ("train", "val"):
-        write(tmp_path / split, codec, [record(codec, 0)], "captions", [png(image)])
-    ways = {
-        "torch": data(tmp_path, codec, image_size=96),
-        "pillow": data(tmp_path, codec, image_size=96, resize="pillow"),
-    }
-    ways["upstream"] = data(tmp_path, codec.with_format(join="upstream"), image_size=96)
-    pixels = {}
-    for name, module in ways.items():
-        (batch,) = module.val_dataloader()
-        pixels[name] = batch.prefix["pixel_values"][0, 0].permute(1, 2, 0)
-        assert module.draft_settings()["resize"] == ("torch" if name == "torch" else "pillow")
-    expected = torch.from_numpy(np.array(image.resize((96, 96), Image.Resampling.BICUBIC)))
-    assert torch.equal(pixels["pillow"], expected) and torch.equal(pixels["upstream"], expected)
-    assert torch.equal(pixels["torch"], torch.from_numpy(resized(image, [(96, 96)], "torch")[0]))
-    assert not torch.equal(pixels["torch"], expected)
-    with pytest.raises(UserError, match=r"data\.resize must be one of torch, pillow, got 'opencv'"):
-        data(tmp_path, codec, resize="opencv")
-
-
 def test_tiled_images_reach_a_model_of_the_same_layout(tmp_path: Path, codec: Codec) -> None:
     """Images of different shapes in one batch, as shards hold them, and micro-batches of it."""
     shapes = [(20, 12), (8, 8), (9, 40), (31, 33)]
@@ -213,9 +175,7 @@ def test_training_takes_each_image_once_and_captions_by_pass(folder: Path, codec
     assert {key: codec.decode(ids) for key, ids in rows} == {key: texts[2] for key, texts in taken.items()}
 
 
-def test_too_long_responses_are_cut_and_reported_once(
-    folder: Path, codec: Codec, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_long_responses_are_cut_and_reported_once(folder, codec, caplog):
     right, wrong = codec.encode("A red ring.")[0], codec.encode("A blue cross.")[0]
     changed = [i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
     length = changed[-1]  # the cut goes through or before the second span
@@ -251,21 +211,6 @@ def test_rounds_are_mixed_in_by_share(folder: Path, round_folder: Path, codec: C
 def test_share_of_captions(folder: Path, round_folder: Path, codec: Codec, share: float, drafts: int) -> None:
     module = data(folder, codec, rounds=(str(round_folder),), data_share=share)
     assert {int(b.drafted.sum()) for b in module.train_dataloader()} == {drafts}
-
-
-def test_a_round_smaller_than_a_batch_is_cycled(tmp_path: Path, folder: Path, codec: Codec) -> None:
-    small = write(tmp_path / "small", codec, [draft(codec, n) for n in range(2)], "round")
-    (batch,) = data(folder, codec, rounds=(str(small),)).train_dataloader()
-    assert set(batch.keys[1:]) == {"d000", "d001"}
-
-
-def test_fixed_number_of_batches_goes_round_the_data_evenly(folder: Path, codec: Codec) -> None:
-    module = data(folder, codec, epoch_batches=3)
-    module.trainer = trainer = SimpleNamespace(current_epoch=0, global_rank=0, world_size=1)  # type: ignore[assignment]
-    seen: list[str] = []
-    for trainer.current_epoch in range(5):  # 5 epochs of 12 rows are 3 passes over 20 images
-        seen += [k for b in module.train_dataloader() for k in b.keys]
-    assert sorted(seen) == sorted([f"k{n:03d}" for n in range(20)] * 3)
 
 
 def test_ranks_get_equal_and_different_parts(folder: Path, round_folder: Path, codec: Codec) -> None:
@@ -392,9 +337,7 @@ def fit(module: Recorder, datamodule: CaptionData, **settings: Any) -> list[tupl
 
 
 @pytest.mark.parametrize(("save_at", "workers"), [(3, 0), (5, 0), (6, 0), (6, 2)])
-def test_a_trainer_resumes_on_the_very_next_batch(
-    tmp_path: Path, folder: Path, round_folder: Path, codec: Codec, save_at: int, workers: int
-) -> None:
+def test_a_trainer_resumes_on_the_very_next_batch(tmp_path, folder, round_folder, codec, save_at, workers):
     """Epochs of 5, 3 and 3 batches; a checkpoint within epoch 0, at its end, within epoch 1 (on a round)."""
     path = tmp_path / "saved.ckpt"
     whole = fit(Recorder(path, save_at, round_folder), data(folder, codec, workers=workers))

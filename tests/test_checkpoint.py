@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,16 +91,6 @@ def test_weights_are_cast_when_they_are_read(model, sharded):
         from_pretrained(sharded, dtype="int8")
 
 
-def test_loaded_weights_are_no_view_of_the_file(model, codec, tmp_path):
-    """Who overwrites the file does not change a model that is in use."""
-    save_pretrained(model, codec, tmp_path / "model")
-    again = from_pretrained(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    with file.open("r+b") as stream:
-        stream.write(b"\xff" * file.stat().st_size)
-    assert same(again, model)
-
-
 def test_an_allocated_model_keeps_its_dtype_and_one_on_meta_is_allocated_first(model, codec, sharded):
     other = tiny(codec, decoder=DECODER, vision=VISION, seed=2).bfloat16()
     kept = other.lm_head.weight
@@ -117,27 +103,6 @@ def test_an_allocated_model_keeps_its_dtype_and_one_on_meta_is_allocated_first(m
     load_weights(bare.to_empty(device="cpu"), sharded)
     assert same(bare, model)
     assert torch.equal(bare.vision.vision_tower.embeddings.position_ids, torch.arange(4)[None])
-
-
-def test_the_attention_mode_may_be_another(model, sharded):
-    assert from_pretrained(sharded, attention="prefix").config == replace(model.config, attention="prefix")
-    with pytest.raises(ValueError, match="attention must be 'full' or 'prefix', got 'causal'"):
-        from_pretrained(sharded, attention="causal")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_takes_little_more_memory_than_the_model(codec, tmp_path):
-    """Peak of a real process: the model and less than a shard. All shards at once would be twice the model."""
-    decoder = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
-    large = tiny(codec, decoder=decoder, vision=None)
-    size = sum(parameter.nbytes for parameter in large.parameters())
-    save_pretrained(large, codec, tmp_path / "model", max_shard_bytes=size / 4)
-    command = [sys.executable, "-m", "benchmarks.loading", "--side", "ours", "--folder", str(tmp_path / "model")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
-    assert report["fingerprint"] == fingerprint(large)
-    assert size <= report["memory"] < 1.25 * size
 
 
 # Damage
@@ -316,57 +281,3 @@ def test_a_tokenizer_and_an_outline_need_no_weights_of_the_hub(hub, codec, golde
 
 
 # FSDP2
-
-SHARDED = """
-import os
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from src.models.hf.folder import ModelFolder, from_pretrained, load_weights
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}.store", world_size=2, rank=rank)
-whole = from_pretrained(folder)
-model = ModelFolder.open(folder).empty()
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
-model.to_empty(device="cpu")
-for turn in range(2):  # one rank after the other: a rank that had to meet the others would wait for ever
-    if rank == turn:
-        load_weights(model, folder)
-        for name, parameter in model.state_dict().items():
-            assert isinstance(parameter, DTensor), name
-            expected = whole.state_dict()[name].chunk(2)
-            mine = expected[rank] if rank < len(expected) else whole.state_dict()[name][:0]
-            assert torch.equal(parameter.to_local(), mine), name
-    dist.barrier()
-assert sum(p.to_local().numel() for p in model.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
-ids = torch.arange(7)[None]
-image = {"pixel_values": torch.zeros(1, 1, 3, 6, 6, dtype=torch.uint8), "num_tiles": torch.ones(1, 1, dtype=torch.long),
-         "image_sizes": torch.full((1, 1, 2), 6), "prompt_ids": torch.tensor([[model.image_id, 3]])}
-for module in (model, *model.model.layers):
-    module.unshard()
-with torch.no_grad():
-    logits, expected = (m.forward(m.encode_prefix(image), ids) for m in (model, whole))
-assert torch.equal(logits, expected)
-dist.destroy_process_group()
-os._exit(0)  # threads of gloo may abort a process that ends by itself
-"""
-
-
-@pytest.mark.dist
-def test_each_rank_reads_its_part_of_a_sharded_model(sharded, tmp_path):
-    code = tmp_path / "load.py"
-    code.write_text(SHARDED)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    commands = [[sys.executable, str(code), str(sharded), str(rank)] for rank in range(2)]
-    ranks = [subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)

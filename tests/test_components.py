@@ -202,14 +202,6 @@ def test_building_checks_first_and_names_who_refused(tmp_path):
     assert failure(build, nested) == "parts.0 (src.parts.Inner): size must not be negative, got -1"
 
 
-@pytest.mark.usefixtures("parts")
-def test_what_a_component_of_a_user_raises_keeps_its_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        build({"target": "src.parts.where", "path": str(tmp_path / "gone")})
-    conv = {"target": "torch.nn.Conv2d", "in_channels": 3, "out_channels": 2, "kernel_size": 1, "groups": 2}
-    assert "torch.nn.Conv2d: in_channels must be divisible" in failure(build, conv)
-
-
 # options that a subclass hands on
 
 

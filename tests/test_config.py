@@ -13,7 +13,6 @@ from omegaconf.errors import ReadonlyConfigError
 
 import src
 from src.cli.config import load_config, load_part, save_config
-from src.cli.help import help_text
 from src.io.errors import UserError
 
 BASE = """
@@ -340,7 +339,7 @@ from src.cli.entrypoint import main_guard
 def main(argv):
     cfg = load_config(argv)
     check(cfg)
-    sys.stdout.write(str(len(build(cfg.noise).start) == 1) + " " + str(cfg.total))
+    sys.stdout.write(build(cfg.cache).folder + " " + str(cfg.total))
 
 if __name__ == "__main__":
     main()
@@ -348,7 +347,7 @@ if __name__ == "__main__":
 
 
 def test_a_real_verb_prints_one_line_and_exits_with_2(conf, tmp_path):
-    conf(base="noise: {target: src.diffusion.noise.Noise, keys: [a], seed: 1}\ntotal: 4\n")
+    conf(base="cache: {target: src.io.remote.Cache, folder: here, max_gb: 1}\ntotal: 4\n")
     (tmp_path / "add.py").write_text(VERB)
 
     def run(*argv: str) -> subprocess.CompletedProcess:
@@ -357,28 +356,11 @@ def test_a_real_verb_prints_one_line_and_exits_with_2(conf, tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True, check=False)
 
     good, helped = run("conf=base"), run("--help")
-    typo, unbound = run("conf=base", "totl=1"), run("conf=base", "noise.seed=x")
-    assert (good.returncode, good.stdout, good.stderr) == (0, "True 4", "")
+    typo, unbound = run("conf=base", "totl=1"), run("conf=base", "cache.max_gb=x")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "here 4", "")
     assert helped.returncode == 0
     assert "Add numbers." in helped.stdout
     assert re.search(r"configurations:\n +base\n", helped.stdout)
     assert (typo.returncode, typo.stdout) == (2, "")
     assert typo.stderr == "error: unknown key 'totl'; did you mean 'total'?\n"
-    assert (unbound.returncode, unbound.stderr) == (2, "error: noise.seed: expected int, got 'x'\n")
-
-
-def test_help_names_what_fits_the_verb_a_line_each(conf):
-    root = conf(
-        revise="# Corrections of drafts.\ndrafts: ???\nexpert: {target: a.B}\n",
-        export="# A model folder.\nformat: own\nlike: null\n",
-        expert__mine="# My own expert.\n# More of it.\nexpert: {target: a.Mine}\n",
-        expert__long="# " + "A first line of more than one hundred and twenty columns, " * 2 + "wrapped at a word.\n",
-    )
-    text = help_text("src.revise", "Do it.", root)
-    assert text.startswith("Do it.\n")
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.startswith("    ")][1:]
-    assert lines == [["revise", "Corrections of drafts."], ["expert/mine", "My own expert."]]
-    assert all(word in text for word in ("conf=NAME", "+key=value", "--print"))
-    other = help_text("mine", None, root)  # a program of the user's own: all of them
-    assert all(name in other for name in ("revise", "export", "expert/mine", "expert/long"))
-    assert max(map(len, other.splitlines())) <= 120 and "wrapped at a word." in " ".join(other.split())
+    assert (unbound.returncode, unbound.stderr) == (2, "error: cache.max_gb: expected float, got 'x'\n")

@@ -17,29 +17,22 @@ import src.revise
 from datamodules.captions import CaptionData
 from datamodules.collate import Collate
 from datamodules.shards import Sample
-from src.experts.scenes import ScenesExpert
-from src.io.files import read_json
 from src.io.shards import INDEX, read_manifest, read_shard, write_shard
 from src.models.tiling import Square
 from src.preparation.photos import Photos
-from src.preparation.scenes import Scenes
 from src.text.tokenizer import Codec
-from src.types import Draft, Failure
+from testing.files import contents
+from testing.scenes import BASE, write_scenes
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 NUM = 8
-SIZES: dict[str, Any] = {
-    "image_size": 48, "vocab_size": 300, "response_length": 64, "prompt": "Describe.", "num_train": NUM, "num_val": 1,
-    "num_test": 1, "captions_per_image": 1, "objects": [1, 1], "noise": 2.0, "tokenizer": str(BASE),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), **SIZES).run()
-    return out
+    counts = {"num_train": NUM, "num_val": 1, "num_test": 1, "objects": [1, 1]}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **counts)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +57,11 @@ def revise_arguments(drafts: Path, out: Path, tokenizer: Path = BASE) -> list[st
     return ["conf=revise", f"drafts={drafts}", f"out={out}", f"tokenizer={tokenizer}"]
 
 
-def refusal(main: Callable, argv: list[str], capsys) -> str:
+def error_of(main: Callable, argv: list[str], capsys) -> str:
     """The only line of an error, beside progress."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = refusal(main, argv, capsys).replace("\r", "\n").splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
     return error
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -148,46 +134,12 @@ def test_samples_of_a_wrong_form_are_left_out_counted_and_named(scenes, tmp_path
     assert all(message.split()[0] in lost for message in named)
 
 
-def test_drafting_says_how_many_images_it_could_not_read(scenes, tmp_path, capsys):
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    rewrite(data, BAD[0], which=(1, 4))
-    src.draft.main(draft_arguments(data, tmp_path / "drafts", f"num={NUM}"))
-    assert f"{tmp_path / 'drafts'}: 6 drafts (2 images could not be read)\n" in capsys.readouterr().out
-
-
 # --- drafts and rounds --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [(["tokens_per_step=[]"], "tokens_per_step must name at least one"), (["round=0"], "round must be at least 1"),
-     (["round=-5"], "round must be at least 1"), (["out=null"], "out: expected a path, got None")],
-)  # fmt: skip
-def test_drafts_that_cannot_be(scenes, tmp_path, capsys, settings, message):
-    assert message in refusal(src.draft.main, draft_arguments(scenes, tmp_path / "d", *settings), capsys)
-    assert not (tmp_path / "d" / INDEX).exists()
-
-
-def test_without_a_readable_image_nothing_is_finished(scenes, tmp_path, capsys):
-    """Once the data are mended, the same command draws."""
-    data = Path(shutil.copytree(scenes, tmp_path / "data"))
-    (shard,) = (data / "train").glob("*.tar")
-    content = shard.read_bytes()
-    shard.write_bytes(b"")
-    argv = draft_arguments(data, tmp_path / "d")
-    assert "nothing was drafted, as no training sample could be read" in refusal(src.draft.main, argv, capsys)
-    shard.write_bytes(content)
-    src.draft.main(argv)
-    assert f"{NUM} drafts\n" in capsys.readouterr().out
 
 
 def cut(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def other(path: Path) -> None:
@@ -197,11 +149,9 @@ def other(path: Path) -> None:
     write_shard(path, samples)
 
 
-DAMAGES = [cut, empty, Path.unlink, other]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "finished"), [(cut, True), (Path.unlink, True), (other, True), (cut, False), (other, False)]
+)
 def test_a_damaged_shard_of_drafts_is_drawn_again(scenes, drawn, drafts, damage, finished):
     """Without its index, a shard that is whole cannot be known to be another one."""
     damage(drafts / "drafts-000001-00.tar")
@@ -213,57 +163,22 @@ def test_a_damaged_shard_of_drafts_is_drawn_again(scenes, drawn, drafts, damage,
     assert changed == ({"drafts-000001-00.tar"} if damage is other and not finished else set())
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [cut, Path.unlink, other])
 def test_revising_damaged_drafts_names_the_shard(drafts, tmp_path, capsys, damage):
     damage(drafts / "drafts-000001-00.tar")
-    error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
+    error = error_of(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
     assert error.startswith(f"error: {drafts}/drafts-000001-00.tar is damaged (")
     assert error.endswith("); repeat the `src.draft` command, which draws it again")
-
-
-def test_what_are_no_drafts_is_named(scenes, drafts, tmp_path, capsys):
-    argv = revise_arguments(scenes / "train", tmp_path / "round")
-    assert "train holds 'captions', not drafts" in refusal(src.revise.main, argv, capsys)
-    index = read_json(drafts / INDEX)
-    del index["settings"]
-    (drafts / INDEX).write_text(json.dumps(index))
-    error = refusal(src.revise.main, revise_arguments(drafts, tmp_path / "round"), capsys)
-    assert f"{drafts / INDEX} is damaged" in error
-
-
-def test_the_wrong_tokenizer_is_noticed_before_anything_is_asked(drafts, tmp_path, capsys):
-    Codec.train(["a red ring"], vocab_size=300).save(tmp_path / "codec")
-    argv = revise_arguments(drafts, tmp_path / "round", tmp_path / "codec")
-    assert "was written with tokenizer" in refusal(src.revise.main, argv, capsys)
-    assert not list(tmp_path.rglob("journal*"))
-
-
-def test_a_record_without_a_real_scene_fails_alone():
-    draft = Draft(
-        key="k", prompt="", text="a ring", token_ids=[1], reference="", record={"scene": {"bad": 1}}, image=b"",
-        steps=1, sampler={}, fingerprint="", seed=0,
-    )  # fmt: skip
-    assert ScenesExpert()._answer(draft) == Failure("damaged_scene")
 
 
 # --- records of folders -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["{", "[1]", "{}", '{"format": 2, "kind": "captions", "tokenizer": null, "shards": [{}]}',
-     '{"format": 2, "kind": "captions", "tokenizer": null, "shards": [{"name": "a.tar", "count": "x"}]}'],
-)  # fmt: skip
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"format": 2, "kind": "captions", "tokenizer": null}'])
 def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(ValueError, match=rf"{tmp_path / INDEX} is damaged"):
         read_manifest(tmp_path)
-
-
-def test_damaged_settings_of_drafts_are_named(scenes, drafts, capsys):
-    (drafts / "settings.json").write_text("{")
-    error = refusal(src.draft.main, draft_arguments(scenes, drafts), capsys)
-    assert error.startswith(f"error: {drafts / 'settings.json'} is damaged")
 
 
 # --- preparing ----------------------------------------------------------------------------------------------------

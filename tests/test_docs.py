@@ -27,15 +27,8 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run: .* -->\n)?```(bash|python|yaml)\n(.*?)```", re.S)
 # In this order, as later pages use what earlier ones make.
 NAMES = (
-    "docs/training",
-    "docs/data",
-    "docs/online",
-    "docs/evaluation",
-    "README",
-    "docs/unequal",
-    "docs/memory",
-    "docs/lora",
-    "docs/llada_v",
+    *("docs/training", "docs/tensorboard", "docs/data", "docs/online", "docs/evaluation", "docs/serving", "README"),
+    *("docs/unequal", "docs/memory", "docs/lora", "docs/llada_v"),
 )
 PAGES = [f"{name}.md" for name in NAMES]
 SMALL = {

@@ -22,7 +22,6 @@ from src.cli.signals import Stop, Stopped
 from src.distributed.checkpoints import read_full
 from src.distributed.parallel import Sharding, full_tensor
 from src.export import main as export
-from src.io.errors import UserError
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import model_state
 from src.objectives.mask import MaskPrediction
@@ -162,6 +161,7 @@ on_rank(Path({folder!r}), int(os.environ.get("LOCAL_RANK", 0)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_share_the_average_and_checkpoints_go_from_one_to_many_and_back(tmp_path):
     """Parameters stay gathered after the validation (reshard=False), as which training must not take the average."""
@@ -243,7 +243,9 @@ def test_the_run_and_the_export_verb_write_the_weights_that_they_are_asked_for(s
     )
 
 
-@pytest.mark.parametrize(("use_for", "weights"), [("[draft]", "ema"), ("[evaluate,export]", "raw")])
+@pytest.mark.parametrize(
+    ("use_for", "weights"), [("[draft]", "ema"), pytest.param("[evaluate,export]", "raw", marks=pytest.mark.slow)]
+)
 def test_rounds_are_drafted_by_the_chosen_weights(scenes, tmp_path, use_for, weights):
     """With train_from=start, weights and average go back to those before the first round."""
     argv = layered(stage_two(scenes, tmp_path / "run"))
@@ -258,15 +260,3 @@ def test_rounds_are_drafted_by_the_chosen_weights(scenes, tmp_path, use_for, wei
         torch.load(tmp_path / "run" / "checkpoints" / name)["ema_updates"] for name in (before.name, "last.ckpt")
     ]
     assert updates == [3, 2]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"decay": 1.0}, "callbacks.ema.decay must be at least 0 and less than 1, got 1.0"),
-        ({"decay": 0.9, "use_for": ["drafts"]}, "callbacks.ema.use_for: 'drafts' is none of evaluate, draft, export"),
-    ],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(UserError, match=message):
-        EMA(**settings)

@@ -9,7 +9,6 @@ import errno
 import importlib
 import re
 import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,10 +19,9 @@ import torch
 
 import src
 from src.cli.entrypoint import main_guard
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 MINE = """
 import torch
 from src.io.errors import UserError
@@ -70,12 +68,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("errors") / "scenes"
-    Scenes(
-        out=str(path), num_train=16, num_val=8, num_test=8, captions_per_image=1, objects=[1, 1], image_size=48,
-        noise=0.0, vocab_size=512, prompt="Describe the picture.", response_length=64, tokenizer=str(BASE),
-    ).run()  # fmt: skip
-    return path
+    return write_scenes(tmp_path_factory.mktemp("errors") / "scenes", num_train=16, objects=[1, 1])
 
 
 @pytest.fixture
@@ -162,26 +155,6 @@ def test_an_exception_of_a_component_keeps_its_traceback(kind, part, argv, insta
     assert traceback.extract_tb(error.__traceback__)[-1].filename.endswith("mine.py")
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["train", "conf=mask", "trainer.max_step=3"], "error: unknown key 'trainer.max_step'; did you mean"),
-        (
-            ["train", "conf=mask", "objective.floor=2", "run_dir={out}"],
-            "error: src.objectives.mask.MaskPrediction: floor",
-        ),
-        (["evaluate", "conf=evaluate", "evaluate.num=0"], "error: evaluate.num must be at least 1"),
-        (["export", "conf=export", "model=nowhere", "out={out}"], "error: "),
-    ],
-)
-def test_a_mistake_of_the_user_is_one_line(argv, message, tmp_path):
-    command = [sys.executable, "-m", f"src.{argv[0]}", *(word.format(out=tmp_path / "o") for word in argv[1:])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(message)
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 def test_a_mistake_that_a_component_reports_is_one_line(install, scenes, tmp_path, capsys):
     install("UserError")
     error = raised("train", *TRAINING, "objective.target=src.mine.Objective", scenes=scenes, out=tmp_path / "run")
@@ -198,7 +171,7 @@ def test_a_fault_of_the_machine_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 1
-    assert re.fullmatch(r"\nerror: /my/cache: Permission denied; once that .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: /my/cache: Permission denied; once that .*\n", capsys.readouterr().err)
 
 
 def test_a_mistake_in_a_worker_process_is_one_line(scenes, tmp_path, capsys):

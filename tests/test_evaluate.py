@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.captions import CaptionData
 from src.cli.config import load_config, load_part
@@ -27,23 +21,23 @@ from src.cli.instantiate import build, plain
 from src.evaluate import main
 from src.evaluation.grid import complete
 from src.evaluation.results import Cell, ResultStore, code_hash
-from src.generation.responder import choose_sampler
+from src.generation.run import sampler_of
 from src.io.shards import read_manifest, read_shard
 from src.metrics.bound import response_nats
 from src.metrics.text import ReferenceOverlap
 from src.models.hf.folder import from_pretrained, save_pretrained
 from src.models.llada_v import LLaDAV
 from src.preparation.photos import Photos
-from src.preparation.scenes import Scenes
-from src.preparation.text import Pairs
 from src.samplers.sampler import Sampler
 from src.scenes.graph import Scene
 from src.scenes.score import score_caption
 from src.text.tokenizer import Codec
 from testing.files import read_jsonl
+from testing.scenes import write_scenes
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH, NUM = 48, 5
+LENGTH, NUM, PROMPT = 48, 5, "Describe the picture."
 PLAIN = {"target": "src.samplers.sampler.Sampler", "length": LENGTH}
 REFINE = {**PLAIN, "reviser": {"target": "src.samplers.rediff.OverwriteAll"}, "post_steps": 2}
 PROSECO = {**PLAIN, "reviser": {"target": "src.samplers.proseco.Corrector", "every": 1}}
@@ -57,11 +51,15 @@ SWEEP = {  # settings of a sweep: four cells of one model at more than one speed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    counts = {"num_train": 40, "num_val": 2, "num_test": 8, "captions_per_image": 1, "objects": [1, 2], "noise": 2.0}
-    sizes = {"image_size": 48, "vocab_size": 300, "response_length": LENGTH}
-    Scenes(out=str(out), **counts, **sizes, prompt="Describe the picture.").run()
-    return out
+    sizes = {
+        "num_train": 40,
+        "num_val": 2,
+        "response_length": LENGTH,
+        "per_shard": 64,
+        "tokenizer": None,
+        "prompt": PROMPT,
+    }
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
 def write_model(path, codec, *, seed=0, vision=True, image_size=48):
@@ -145,46 +143,23 @@ def test_images_are_cut_as_the_models_take_them(conf, data, models, tmp_path, ca
     unnamed = {**captions_of(data), "image_size": None, "tiling": None}
     main([conf(models=alone, data=unnamed, out=str(tmp_path / "null"))])
     assert read_jsonl(tmp_path / "null" / "captions" / "mask-plain-32.jsonl") == named
-    error = refused(conf(models=alone, data={**unnamed, "image_size": 32}), capsys)
+    error = refusal(main, [conf(models=alone, data={**unnamed, "image_size": 32})], capsys)
     assert "one tile of 32 pixels, model means one tile of 48 pixels; set data.image_size=48" in error
     other = write_model(tmp_path / "other", Codec.load(data / "tokenizer"), image_size=64)
-    error = refused(conf(models={**alone, "other": str(other)}, data=unnamed), capsys)
+    error = refusal(main, [conf(models={**alone, "other": str(other)}, data=unnamed)], capsys)
     assert "one tile of 48 pixels, model means one tile of 64 pixels" in error
 
 
-def test_images_are_resized_as_in_training(data):
-    sizes = ["evaluate.data.image_size=48", f"evaluate.data.path={data}"]
-    for given, used in (("null", "torch"), ("torch", "torch"), ("pillow", "pillow")):
-        node = completed("conf=evaluate", *sizes, f"evaluate.data.resize={given}")["data"]
-        assert build(node, codec=Codec.load(data / "tokenizer"), seed=0, batch_size=2).collate.resize == used
-
-
-@pytest.mark.parametrize(("split", "count"), [("train", 40), ("val", 2), ("test", 8)])
-def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
-    conf, data, models, tmp_path, split, count
-):
-    """Also the training split, which training shuffles and cuts to whole batches."""
-    keys = [
-        s["json"]["key"] for e in read_manifest(data / split)["shards"] for s in read_shard(data / split / e["name"])
-    ]
-    assert len(keys) == count
-    outputs = []
-    for size in (count - 1, 64):
-        outputs.append(tmp_path / f"out{size}")
-        main(
-            [
-                conf(
-                    split=split,
-                    num=count,
-                    batch_size=size,
-                    models={"mask": str(models / "mask")},
-                    bound={"draws": 2},
-                    out=str(outputs[-1]),
-                )
-            ]
-        )
+def test_a_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(conf, data, models, tmp_path):
+    """The training split, which training shuffles and cuts to whole batches."""
+    shards = read_manifest(data / "train")["shards"]
+    keys = [s["json"]["key"] for shard in shards for s in read_shard(data / "train" / shard["name"])]
+    assert len(keys) == 40
+    settings = {"split": "train", "num": 40, "models": {"mask": str(models / "mask")}, "bound": {"draws": 2}}
     tables, bounds = [], []
-    for out in outputs:
+    for size in (39, 64):
+        out = tmp_path / f"out{size}"
+        main([conf(**settings, batch_size=size, out=str(out))])
         assert [line["key"] for line in read_jsonl(out / "captions" / "mask-plain-32.jsonl")] == keys
         result = json.loads((out / "results.json").read_text())
         for stats in result["methods"]["mask"].values():
@@ -193,8 +168,6 @@ def test_every_split_is_evaluated_whole_and_in_order_whatever_the_batch_size(
         bounds.append(result["model_stats"]["mask"]["nelbo"]["mean"])
     assert tables[0] == tables[1]
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-6)  # sums in another order
-    with Image.open(outputs[0] / "captions.png") as first, Image.open(outputs[1] / "captions.png") as second:
-        assert first.size == second.size  # as many examples
 
 
 def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
@@ -228,13 +201,6 @@ def test_results_are_those_of_the_captions(conf, data, tmp_path, capsys):
         assert Image.open(tmp_path / "out" / name).size > (400, 300)
 
 
-def test_hidden_words_are_a_table_of_their_own(conf, models, tmp_path, capsys):
-    main([conf(words={}, looks=None, num=3, models={"mask": str(models / "mask")}, samplers={"plain": PLAIN})])
-    words = read(tmp_path)["model_stats"]["mask"]
-    assert {"hidden word=shape", "hidden word=background"} <= words.keys()
-    assert f"| mask        | {words['hidden word=shape']['mean']:.3f} " in capsys.readouterr().out
-
-
 def test_the_captions_are_what_the_sampler_writes_in_batches_of_any_size(conf, data, models, tmp_path):
     settings = {"models": {"mask": str(models / "mask")}, "samplers": {"plain": {**PLAIN, "temperature": 1.0}}}
     main([conf(**settings, batch_size=2, seed=3)])
@@ -244,19 +210,6 @@ def test_the_captions_are_what_the_sampler_writes_in_batches_of_any_size(conf, d
     sampled = sampler(backbone, backbone.encode_prefix(batch.prefix), special=codec.special, keys=batch.keys, seed=3)
     texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
     assert [line["text"] for line in captions(tmp_path, "mask-plain-32")] == texts
-
-
-def test_a_split_with_fewer_images_and_another_length_say_so(conf, models, data, tmp_path, capsys, caplog):
-    model = from_pretrained(models / "mask")
-    model.response_length = 32
-    save_pretrained(model, Codec.load(data / "tokenizer"), tmp_path / "model")
-    main([conf(models={"mask": str(tmp_path / "model")}, num=9, batch_size=9)])
-    assert "mask: evaluate.data.response_length=48, but the model was trained with response length 32" in caplog.text
-    assert "evaluate.num=9, but the split test has only 8 samples: evaluating those" in caplog.text
-    assert "standard error over 8 captions" in capsys.readouterr().out
-    assert read(tmp_path)["meta"]["data"]["taken"] == 8
-    main([conf(num=2, batch_size=9)])  # a batch that is larger than num, and than the picture
-    assert len(captions(tmp_path, "mask-plain-32")) == 2
 
 
 def test_damaged_images_are_left_out_and_counted(conf, data, tmp_path):
@@ -294,58 +247,18 @@ def test_photographs_are_compared_with_their_captions(tmp_path):
     assert line["scores"]["word_f1"] == ReferenceOverlap().score(line["text"], record)["word_f1"]
 
 
-def test_texts_without_images_are_evaluated(conf, tmp_path):
-    """Prompts with answers: no picture, exact match against the record, the judge's perplexity, variety by tokens."""
-    folder = pairs(tmp_path, [f"{a} + {b} = {a + b}\n#### {a + b}" for a in range(9) for b in range(9)])
-    codec = Codec.load(folder / "tokenizer")
-    judge = tmp_path / "judge"
-    GPT2LMHeadModel(GPT2Config(vocab_size=codec.vocab_size, n_embd=16, n_layer=1, n_head=2)).save_pretrained(judge)
-    codec.tokenizer.save_pretrained(judge)
-    metrics = [
-        {"target": "src.metrics.answer.ExactMatch"},
-        {"target": "src.metrics.variety.Variety", "unit": "tokens"},
-        {"target": "src.metrics.perplexity.GenerativePerplexity", "model": str(judge)},
-    ]
-    settings = {**SWEEP, "models": {"m": str(write_model(tmp_path / "text", codec, vision=False))}, "metrics": metrics}
-    settings |= {"headline": ["exact_match", "gen_nll"], "bound": {"draws": 2}, "split": "val"}
-    settings |= {"data": text_of(folder), "curve": {"metric": "gen_nll", "best": "lowest"}}
-    main([conf(**settings)])
-    results, points = read(tmp_path), read(tmp_path, "curve")["points"]
-    stats = results["methods"]["m"]["proseco[passes=1]"]["16"]
-    assert {"exact_match", "token_entropy", "token_distinct_2", "gen_perplexity", "forwards", "seconds"} <= set(stats)
-    assert stats["exact_match"]["n"] == min(NUM, results["meta"]["data"]["taken"])
-    assert results["model_stats"]["m"]["nelbo"]["mean"] > 0
-    lowest = min(points, key=lambda point: (point["value"]["mean"], point["forwards"]["mean"]))
-    assert lowest["front"]
-    assert not (tmp_path / "out" / "captions.png").exists()
-
-
-def pairs(tmp_path, answers: list[str]) -> Path:
-    """A prepared dataset of prompts and answers."""
-    lines = [{"question": f"Question {n}?", "answer": answer} for n, answer in enumerate(answers)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    sizes = {"response_length": LENGTH, "vocab_size": 300}
-    files = {"out": str(tmp_path / "pairs"), "files": str(tmp_path / "pairs.jsonl")}
-    Pairs(**files, prompt="question", response="answer", **sizes).run()
-    return tmp_path / "pairs"
-
-
-def text_of(folder) -> dict:
-    return {"target": "datamodules.text.TextData", "path": str(folder), "response_length": LENGTH}
-
-
 def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tmp_path, capsys):
     codec, mine = Codec.load(data / "tokenizer"), tmp_path / "mine"
     config = json.loads((write_model(mine, codec, seed=5) / "config.json").read_text())
     weights = load_file(mine / "model.safetensors")
     save_file({**weights, "lm_head.weight": weights["lm_head.weight"] * math.inf}, mine / "model.safetensors")
     names = {"models": {"mask": str(models / "mask"), "mine": str(mine)}}
-    assert "has NaN or infinite values" in refused(conf(**names), capsys)  # after the cells of the first model
+    assert "has NaN or infinite values" in refusal(main, [conf(**names)], capsys)  # after the cells of the first model
     first = inodes(tmp_path)
     assert set(first) == {"mask-plain-32", "mask-refine-32"} and list(read(tmp_path)["methods"]) == ["mask"]
     save_file(weights, mine / "model.safetensors")
     (mine / "config.json").write_text(json.dumps({**config, "decoder": {**config["decoder"], "num_hidden_layers": 2}}))
-    assert "does not match its config" in refused(conf(**names), capsys)  # before any cell
+    assert "does not match its config" in refusal(main, [conf(**names)], capsys)  # before any cell
     (mine / "config.json").write_text(json.dumps(config))
     main([conf(**names)])
     second = inodes(tmp_path)
@@ -360,34 +273,6 @@ def test_a_rerun_does_only_what_is_missing_or_has_changed(conf, data, models, tm
     main([conf(**names, seed=1), "evaluate.models.mine=null", f"+evaluate.models.more={mine}"])
     assert all(inodes(tmp_path)[name] != third[name] for name in first)
     assert set(read(tmp_path)["meta"]["cells"]) == {*first, "more-plain-32", "more-refine-32"}
-
-
-@pytest.mark.slow
-def test_a_kill_loses_only_the_cell_it_falls_into(conf, models, tmp_path):
-    """SIGKILL in the middle; the rerun keeps what was done and ends like a run that nothing has disturbed."""
-    sweep = {"grid": {"proseco": {"reviser": {"passes": [1, 2, 3, 4]}}}, "tokens_per_step": [1, 2]}
-    settings = {**SWEEP, **sweep, "models": {"m": str(models / "mask")}, "bound": {"draws": 2}}
-    argument = conf(**settings)
-    process = subprocess.Popen([sys.executable, "-m", "src.evaluate", argument], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(inodes(tmp_path)) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    first, methods = inodes(tmp_path), read(tmp_path)["methods"]
-    finished = {Cell("m", s, int(n)).file for s, cells in methods["m"].items() for n in cells}
-    assert 2 <= len(finished) < 10
-    main([argument])
-    again, final = inodes(tmp_path), read(tmp_path)
-    assert {name for name in first if first[name] == again[name]} >= finished
-    assert len(again) == 10
-    main([conf(**settings, out=str(tmp_path / "calm" / "out"))])
-    calm = read(tmp_path / "calm")
-    for results in (final, calm):
-        for stats in (stats for row in results["methods"]["m"].values() for stats in row.values()):
-            del stats["seconds"]
-    assert (final["methods"], final["model_stats"]) == (calm["methods"], calm["model_stats"])
 
 
 def test_code_that_makes_the_numbers_makes_them_stale(tmp_path):
@@ -436,7 +321,7 @@ def test_a_sampler_by_name_is_that_of_generate_with_the_response_length_of_the_d
     samplers = completed(conf(), "evaluate.samplers.refine=refine", "+evaluate.samplers.mine=released")["samplers"]
     for name, file in (("refine", "refine"), ("mine", "released")):
         argv = [f"model.path={models / 'mask'}", "images=i", f"sampler={file}", f"length={LENGTH}"]
-        generates = choose_sampler(load_config(["conf=generate", *argv]))
+        generates = sampler_of(load_config(["conf=generate", *argv]))
         assert settings_of(build(samplers[name])) == settings_of(generates)
         assert load_part("sampler", file)["length"] != LENGTH
     assert samplers["plain"] == PLAIN
@@ -461,13 +346,8 @@ JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowh
     ("changed", "words"),
     [
         ({"models": {"mask": None}}, "evaluate.models and evaluate.samplers: one of each must be left"),
-        ({"samplers": {"plain": 3}}, "evaluate.samplers.plain: expected a mapping with `target:` or null, got 3"),
         ({"samplers": {"plain": "plane"}}, "no configuration 'sampler/plane'; did you mean 'sampler/plain'?"),
         ({"samplers": {"plain": {**PLAIN, "reviser": "OverwriteAll"}}}, "samplers.plain.reviser: expected"),
-        ({"split": "tests"}, "evaluate.split must be train, val or test, got 'tests'"),
-        ({"num": 0}, "evaluate.num must be at least 1, got 0"),
-        ({"headline": []}, "evaluate.headline: name at least one metric, for example [quality]"),
-        ({"tokens_per_step": [0, 8]}, "evaluate.tokens_per_step: expected a list of whole numbers such as [1, 8]"),
         ({**GRID, "grid": {"prosec": {}}}, "there is no sampler 'prosec'; did you mean 'proseco'"),
         ({**GRID, "grid": {"proseco": {"reviser": {"passe": [1]}}}}, "no option 'reviser.passe'; did you mean 'rev"),
         ({**GRID, "grid": {"plain": {"temperature": 1}}}, "evaluate.grid.plain.temperature: expected a list of plain"),
@@ -476,28 +356,18 @@ JUDGE = {"target": "src.metrics.perplexity.GenerativePerplexity", "model": "nowh
         ({**GRID, "grid": {"plain": {"steps": [8]}}}, "the steps follow from tokens_per_step"),
         ({"curve": {"metric": "quality", "best": "most"}}, "got {'metric': 'quality', 'best': 'most'}"),
         ({"bound": {"draws": "many"}}, "draws: expected int, got 'many'"),
-        ({"bound": {"drawz": 3}}, "evaluate.bound: expected {draws: NUMBER or null"),
         ({"metrics": [JUDGE]}, "nowhere is not a causal language model with a tokenizer"),
         ({"metrics": [{"target": "src.metrics.answer.ExactMatch"}]}, "has no answer after ####"),
     ],
 )
 def test_mistakes_are_one_error_before_anything_runs(changed, words, conf, tmp_path, capsys):
-    assert words in refused(conf(**changed), capsys)
+    assert words in refusal(main, [conf(**changed)], capsys)
     assert not (tmp_path / "out").exists()
-
-
-def refused(argument: str, capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main([argument])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "error: " in message and "Traceback" not in message
-    return message
 
 
 def test_all_missing_models_are_listed_with_the_command_that_trains_them(conf, models, monkeypatch, tmp_path, capsys):
     folders = {"mine": "elsewhere/model", "mask": str(models / "mask"), "other": "runs/stage1/model"}
-    assert refused(conf(models=folders), capsys).splitlines() == [
+    assert refusal(main, [conf(models=folders)], capsys).splitlines() == [
         "error: no model 'mine' in elsewhere/model",
         "  no model 'other' in runs/stage1/model: train it with `python -m src.train conf=stage1`",
         "  or set evaluate.models.NAME to another model folder or to null",
@@ -505,19 +375,15 @@ def test_all_missing_models_are_listed_with_the_command_that_trains_them(conf, m
 
 
 def test_names_of_metrics_and_cells_and_tokenizers_are_checked(conf, models, tmp_path, capsys):
-    assert "evaluate.headline: no metric qualty; there are coverage" in refused(conf(headline=["qualty"]), capsys)
-    assert "evaluate.curve: no metric qualty" in refused(conf(curve={"metric": "qualty"}), capsys)
+    argv = [conf(headline=["qualty"])]
+    assert "evaluate.headline: no metric qualty; there are coverage" in refusal(main, argv, capsys)
+    assert "evaluate.curve: no metric qualty" in refusal(main, [conf(curve={"metric": "qualty"})], capsys)
     names = {"m": str(models / "mask"), "m-x": str(models / "mask")}
-    message = refused(conf(models=names, samplers={"x-y": PLAIN, "y": PLAIN}), capsys)
+    message = refusal(main, [conf(models=names, samplers={"x-y": PLAIN, "y": PLAIN})], capsys)
     assert "two cells of the evaluation have the same name" in message
     other = write_model(tmp_path / "other", Codec.train(["another vocabulary"], vocab_size=40))
-    message = refused(conf(models={"mask": str(models / "mask"), "other": str(other)}), capsys)
+    message = refusal(main, [conf(models={"mask": str(models / "mask"), "other": str(other)})], capsys)
     assert "tokenizers: mask, other" in message
-
-
-def test_an_evaluation_may_have_no_metrics(conf, models, tmp_path):
-    main([conf(models={"m": str(models / "mask")}, samplers={"plain": PLAIN}, metrics=None, headline=["forwards"])])
-    assert read(tmp_path)["methods"]["m"]["plain"]["32"]["forwards"]["n"] == NUM
 
 
 def test_the_curve_is_that_of_the_results(conf, models, tmp_path, capsys):

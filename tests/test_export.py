@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from src.export import main
@@ -24,6 +20,7 @@ from src.models.hf.weights import weight_files
 from src.models.llada_v import LLaDAV
 from src.models.tiny import tiny
 from src.text.tokenizer import Codec
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER = {
@@ -191,33 +188,16 @@ def test_a_text_model_fits_every_layout(codec, tmp_path, form):
     assert names.get(form, "lm_head.weight") in state(tmp_path / form)
 
 
-def test_weights_are_written_in_the_dtype_that_is_asked_for_or_refused(model, codec, tmp_path, capsys):
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = 1e30
-    save_pretrained(model, codec, tmp_path / "model")
-    assert "as float16" in error(capsys, model=tmp_path / "model", out=tmp_path / "out", dtype="float16")
-    assert not (tmp_path / "out").exists()
-    export(model=tmp_path / "model", out=tmp_path / "out", dtype="bfloat16")
-    assert same(from_pretrained(tmp_path / "out").state_dict(), model.bfloat16().state_dict())
-    assert config(tmp_path / "out")["torch_dtype"] == "bfloat16"
-
-
 # Checkpoints of a run
 
 
 class Step(L.LightningModule):
-    """One step that changes every weight, of a backbone that may be sharded."""
+    """One step that changes every weight."""
 
-    def __init__(self, backbone: LLaDAV, *, sharded: bool = False) -> None:
+    def __init__(self, backbone: LLaDAV) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.backbone, self.sharded, self.other = backbone, sharded, torch.nn.Linear(2, 2)
-
-    def configure_model(self):
-        if self.sharded:
-            fully_shard(self.backbone, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.other, mesh=self.device_mesh["data_parallel"])
-            self.sharded = False
+        self.backbone, self.other = backbone, torch.nn.Linear(2, 2)
 
     def training_step(self, batch, index):
         for parameter in self.parameters():
@@ -229,7 +209,7 @@ class Step(L.LightningModule):
 
 
 def train(backbone: LLaDAV, checkpoint: Path, **settings) -> LLaDAV:
-    step = Step(backbone, sharded="strategy" in settings)
+    step = Step(backbone)
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, **settings,
@@ -249,8 +229,9 @@ def run(codec, tmp_path):
     def make(**node) -> Path:
         codec.save(tmp_path / "tokenizer")
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-        config = {"format": 2, "model": node, "tokenizer": str(tmp_path / "tokenizer"), "data": {"response_length": 96}}
-        config |= {"objective": {}, "trainer": {}, "run_dir": str(tmp_path / "run")}
+        config = {"format": 2, "name": "mine", "seed": 0, "model": node, "tokenizer": str(tmp_path / "tokenizer")}
+        config |= {"data": {"response_length": 96, "batch_size": 1}, "trainer": {"max_steps": 1}}
+        config |= {"objective": {"target": "src.objectives.mask.Mask"}, "run_dir": str(tmp_path / "run")}
         OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
         return tmp_path / "run" / "checkpoints" / "last.ckpt"
 
@@ -291,47 +272,11 @@ def test_a_checkpoint_of_fresh_weights_and_one_that_was_moved(codec, run, cached
     assert same(from_pretrained(tmp_path / "moved", codec=codec).state_dict(), model.state_dict())
 
 
-@pytest.mark.dist
-def test_a_sharded_checkpoint_of_several_processes(codec, run, tmp_path):
-    """Two real processes with Lightning's strategy for FSDP2; the export needs neither."""
-    checkpoint = run(**TINY, seed=5)
-    code = f"""
-import torch
-from pathlib import Path
-from lightning.pytorch.strategies import ModelParallelStrategy
-from src.models.tiny import tiny
-from src.text.tokenizer import Codec
-from tests.test_export import train
-
-model = tiny(Codec.load({str(tmp_path / "tokenizer")!r}), decoder={DECODER}, vision=None, seed=5)
-strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-model = train(model, Path({str(checkpoint)!r}), devices=2, strategy=strategy)
-state = {{name: tensor.full_tensor() for name, tensor in model.state_dict().items()}}
-torch.save(state, {str(tmp_path / "whole.pt")!r} + (".1" if torch.distributed.get_rank() else ""))
-"""
-    (tmp_path / "fit.py").write_text(code)
-    command, env = [sys.executable, str(tmp_path / "fit.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    assert checkpoint.is_dir()
-    export(model=checkpoint, out=tmp_path / "out", format="llada", max_shard_bytes=3000)
-    expected = torch.load(tmp_path / "whole.pt")
-    assert same(from_pretrained(tmp_path / "out", codec=codec).state_dict(), expected)
-    assert not same(tiny(codec, decoder=DECODER, vision=None, seed=5).state_dict(), expected)
-    (checkpoint / "__0_0.distcp").unlink()
-    with pytest.raises(SystemExit):
-        export(model=checkpoint, out=tmp_path / "broken", format="llada")
-    assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
-
-
 # Mistakes
 
 
 def error(capsys, **settings) -> str:
-    with pytest.raises(SystemExit) as ended:
-        export(**settings)
-    assert ended.value.code == 2
-    return capsys.readouterr().err.strip()
+    return refusal(lambda settings: export(**settings), settings, capsys).strip()
 
 
 def test_mistakes_are_explained_in_a_line(model, codec, tmp_path, capsys):

@@ -142,25 +142,6 @@ def test_what_has_no_share_is_never_drawn():
     assert pick(weight, chance).tolist() == [1, 1, 3, 3]
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_settings_that_do_not_fit_are_refused(kind):
-    for settings, words in (
-        ({"temperature": -1.0}, "got -1"),
-        ({"cfg_scale": -0.5}, "got -0.5"),
-        ({"steps": 0}, "0 steps"),
-        ({"steps": 2, "tokens_per_step": 3}, "steps=2"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            kind(length=8, **settings)
-    sampler = kind(length=8, steps=4).with_steps(tokens_per_step=2)
-    assert (type(sampler), sampler.schedule.tokens_per_step, sampler.schedule.steps) == (kind, 2, None)
-    backbone = Fixed(torch.zeros(1, 8, V))
-    with pytest.raises(ValueError, match="cannot begin with a given text"):
-        sample(sampler, backbone, start=torch.zeros(1, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="2 keys for a prefix of 1 rows"):
-        sample(sampler, backbone, keys=["a", "b"])
-
-
 class Knows(Fixed):
     """The best network there can be for places that know nothing of each other: Bayes on the noise it has seen."""
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from src.models.hf.folder import from_pretrained
 from src.models.hf.formats import FORMATS, MODEL_TYPE, Description, LlamaStyle, OlmoStyle, recognise
@@ -101,13 +100,6 @@ def test_several_fields_are_named_at_once_and_missing_ones_too(golden, edited, w
         load(edited(which, **fields), golden)
 
 
-def test_an_original_that_says_less_is_read_the_same(golden, edited, golden_text_model):
-    """Key heads default to the heads, and the embedding to the vocabulary."""
-    config = golden.json("llada_text_tiny_olmo.config")
-    less = {"embedding_size": None} | ({"n_kv_heads": None} if config["n_kv_heads"] == config["n_heads"] else {})
-    assert load(edited("llada", **less), golden).config == golden_text_model.config
-
-
 def test_the_rope_base_may_stand_where_transformers_5_writes_it(golden, edited, golden_model):
     base = golden.json("llada_v_tiny.config")["rope_theta"]
     parameters = {"rope_type": "default", "rope_theta": base}
@@ -133,17 +125,6 @@ def test_heads_come_from_what_is_given_or_nested_or_the_name_or_nowhere(golden, 
     folder = edited("llada_v", vision_config={"num_attention_heads": heads, "model_type": "siglip"})
     assert from_pretrained(folder).vision_config["num_attention_heads"] == heads
     assert load(folder, golden, num_attention_heads=1).vision_config["num_attention_heads"] == 1
-
-
-def test_the_name_of_a_known_tower_says_its_heads_and_layers(golden, edited):
-    """Not its sizes: those of the golden tensors are others, and so is their number of layers."""
-    folder = edited("llada_v", mm_vision_tower="here/siglip2-so400m-patch14-384")
-    stored = golden.meta["vision_layers_stored"]
-    with pytest.raises(
-        ValueError, match=r"vision.vision_tower.encoder.layers.\d+.* is missing.* and \d+ more"
-    ) as error:
-        from_pretrained(folder)
-    assert f"layers.{stored - 1}." not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -185,22 +166,6 @@ def test_grids_may_be_written_in_tiles(golden, edited):
         shutil.rmtree(folder)
     folder = edited("llada_v", image_grid_pinpoints="(1x1),...,(2x3)", mm_vision_tower=f"here/tower-patch4-{side}")
     assert from_pretrained(folder, vision={"num_attention_heads": 1}).tiling["grids"] == expected
-
-
-def test_a_tower_that_is_named_must_be_stored(golden, edited):
-    folder = edited("llada_v")
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    save_file({k: v for k, v in state.items() if not k.startswith(TOWER)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"names the vision tower .*, but there are none of it"):
-        load(folder, golden)
-
-
-def test_fields_of_a_tower_need_a_tower(golden, golden_folder_text, edited):
-    with pytest.raises(ValueError, match="holds text models only"):
-        from_pretrained(golden_folder_text, vision={"num_attention_heads": 4})
-    with pytest.raises(ValueError, match="no mm_vision_tower"):
-        from_pretrained(edited("llada_v", mm_vision_tower=None), vision={"num_attention_heads": 4})
 
 
 def description(**changes) -> Description:

@@ -21,7 +21,6 @@ from src.diffusion.noise import Noise
 from src.io.files import read_json
 from src.io.shards import read_manifest, read_shard
 from src.metrics.text import response_counts
-from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
 from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
@@ -29,10 +28,11 @@ from src.text.align import Span as TokenSpan
 from src.text.align import apply_spans, locate
 from src.text.tokenizer import BOS, Codec
 from src.types import Batch, Edit, Kind, Prefix
+from testing.scenes import BASE, write_scenes
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
-NUM, LENGTH = 24, 64
+NUM, PROMPT = 24, "Describe the picture."
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +90,6 @@ def test_a_corrected_draft_in_a_batch(codec: Codec) -> None:
     assert sorted(set(row.span)) == [0, 1, 2]
 
 
-def test_a_stretched_draft_is_cut_at_the_response_length(codec: Codec) -> None:
-    """What goes over it is lost, its end included, and a correction that the cut goes through is none."""
-    text = "A small ring is red."
-    ids = [*codec.encode(text)[0], codec.eot_id]
-    inside = draft_row(correction(codec, text, Edit("A", "A A")))
-    assert len(inside.response) == len(ids) + 1
-    cut = inside.fit(len(ids), codec.eos_id)
-    assert codec.decode(cut.response) == "A A small ring is red."
-    assert codec.eot_id not in cut.response
-    through = draft_row(correction(codec, text, Edit("red", "red small blue"))).fit(len(ids) - 1, codec.eos_id)
-    assert not any(through.span)
-    assert through.flawed == through.response
-
-
 def spans_with_gaps(codec: Codec, rows: int = 400) -> Batch:
     """Four spans a row: one that removes, one that replaces, one that removes, one that puts in."""
     text = "A a small red ring is is red."
@@ -141,13 +127,7 @@ def test_corrections_with_gaps_are_shown_as_made_by_their_share(codec: Codec, sh
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(
-        out=str(out), image_size=48, vocab_size=300,
-        response_length=LENGTH, prompt="Describe the picture.", num_train=NUM,
-        num_val=1, num_test=2, captions_per_image=1, objects=[1, 2], noise=2.0, tokenizer=str(BASE),
-    ).run()  # fmt: skip
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", num_train=NUM, num_val=1, num_test=2, prompt=PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +169,7 @@ def test_a_round_with_a_gap_places_what_a_round_without_drops(drafts: Path, tmp_
             assert row.response == apply_spans(ids, [TokenSpan(**span) for span in record["spans"]])
 
 
-def refused(train: list[str], capsys: pytest.CaptureFixture) -> str:
-    with pytest.raises(SystemExit):
-        src.train.main(train)
-    return capsys.readouterr().err
-
-
+@pytest.mark.slow
 def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Train with it: the model's folder has it, for drafting, revising, captions and evaluation."""
     monkeypatch.chdir(tmp_path)
@@ -206,13 +181,15 @@ def test_a_gap_is_given_once_and_then_known(data: Path, drafts: Path, tmp_path: 
         f"data.path={data}",
     ]  # fmt: skip
     message = "was made with a gap token, but this run has none: set gap=TOKEN"
-    assert f"{tmp_path / 'round'} {message}" in refused(train, capsys)
+    assert f"{tmp_path / 'round'} {message}" in refusal(src.train.main, train, capsys)
     src.train.main([*train, f"gap={BOS}"])
     model = tmp_path / "run" / "model"
     assert yaml.safe_load((model / "prompt.yaml").read_text())["gap"] == BOS
     assert Codec.load(model).gap_id is not None
     (Path("run") / "finished.json").unlink()
-    assert f"holds a run with other settings (gap: {BOS} in the run, null now)" in refused(train, capsys)
+    assert f"holds a run with other settings (gap: {BOS} in the run, null now)" in refusal(
+        src.train.main, train, capsys
+    )
 
     again = ["conf=draft", f"model.path={model}", f"data.path={data}", "out=drafts", "tokens_per_step=[16]", "num=4"]
     src.draft.main(again)

@@ -86,15 +86,6 @@ def test_prompt_and_response_are_the_ids_of_training(name, codec, golden) -> Non
             assert (system, [text for _, text in said]) == (case["system"], [text for _, text in case["messages"]])
 
 
-def test_special_ids(codec, golden) -> None:
-    meta = golden.meta
-    assert codec.banned_ids == sorted(meta["suppressed_ids"])
-    assert (codec.mask_id, codec.eos_id, codec.eot_id) == (meta["mask_id"], meta["eos_id"], meta["eot_id"])
-    assert codec.image_id == meta["image_placeholder"]
-    assert codec.special.vocab_size == meta["tokenizer_len"] < meta["vocab_size"]
-    assert codec.tokenizer.convert_tokens_to_ids(list(meta["special_ids"])) == list(meta["special_ids"].values())
-
-
 def test_a_saved_copy_makes_the_same_prompts(codec, golden, tmp_path) -> None:
     case = golden.json("prompt_case")
     codec.with_format(system=case["system"], join="upstream").save(tmp_path)

@@ -100,10 +100,6 @@ def test_packing(golden_model, wide, cases, name):
     assert layout.num_tokens(size, side=side) == len(tokens)
 
 
-def test_images_with_and_without_shrinking_are_there(cases):
-    assert {bool((case["final_hw"] != case["unpadded_hw"]).any()) for case in cases.values()} == {True, False}
-
-
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_embeddings_and_logits_of_a_prompt(golden, golden_model, wide, cases, name):

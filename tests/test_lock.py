@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ import pytest
 import src.draft
 from src.io.errors import UserError
 from src.io.lock import locked
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "assets" / "base"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Holds a lock, and so does not the child that outlives it.
 HOLDING = """
@@ -30,28 +31,6 @@ with locked(sys.argv[1]):
         time.sleep(60)
         os._exit(0)
     sys.stdin.read()
-"""
-# Runs a verb with a limit on the size of files, or with signals to itself within a call of a function.
-VERB = """
-import importlib, os, resource, signal, sys
-
-verb, where, *argv = sys.argv[1:]
-main = importlib.import_module(f"src.{verb}").main
-if where.startswith("bytes="):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(where[6:]), resource.RLIM_INFINITY))
-else:
-    module, name, number = where.split("/")
-    module, _, owner = module.partition(":")
-    holder = importlib.import_module(module)
-    holder = getattr(holder, owner) if owner else holder
-    plain = getattr(holder, name)
-
-    def signalled(*args, **kwargs):
-        os.kill(os.getpid(), int(number))
-        return plain(*args, **kwargs)
-
-    setattr(holder, name, signalled)
-main(argv)
 """
 
 
@@ -84,19 +63,21 @@ def test_a_lock_is_held_by_one_process_and_given_up_when_that_is_killed(tmp_path
     assert list(path.parent.iterdir()) == [path]
 
 
-def run(command: list[str], **env: str) -> tuple[int, list[str]]:
-    """Exit code and the lines of stderr."""
-    done = subprocess.run(
-        command, cwd=ROOT, env={**ENV, **env}, capture_output=True, text=True, timeout=300, check=False
-    )
-    return done.returncode, [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as server:
+        yield server
+
+
+def run(ranks: Ranks, verb: str, argv: list[str], out: Path, **options) -> tuple[int, list[str]]:
+    """Exit code and the printed lines of a verb in a process of its own."""
+    done = ranks.run(argv, verb=verb, out=out, world=1, **options)
+    return done.codes[0], [line for line in done.printed[0].replace("\r", "\n").splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), **SIZES, prompt="Describe.", noise=2.0, tokenizer=str(BASE)).run()
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **SIZES)
 
 
 SIZES = {
@@ -126,10 +107,6 @@ def arguments(verb: str, data: Path, drafts: Path, out: Path) -> list[str]:
     return ["conf=mask", f"data.path={data}", f"run_dir={out}", "trainer.accelerator=cpu", *more]
 
 
-def slow(*case: object) -> object:
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize("verb", ["prepare", "train", "draft", "revise"])
 def test_a_verb_leaves_alone_what_another_process_writes(data, drafts, tmp_path, capsys, verb):
     out = tmp_path / "out"
@@ -143,16 +120,16 @@ def test_a_verb_leaves_alone_what_another_process_writes(data, drafts, tmp_path,
 @pytest.mark.parametrize(
     ("verb", "size", "file"),
     [
-        slow("prepare", 4000, "scenes.partial"),
+        ("prepare", 4000, "scenes.partial"),
         ("train", 40000, ".ckpt"),
-        slow("draft", 4000, "drafts-000000-00.tar"),
-        ("revise", 300, "journal-rank-0000.jsonl"),
+        ("draft", 4000, "drafts-000000-00.tar"),
+        ("revise", 1200, "journal-rank-0000.jsonl"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_path, verb, size, file):
+def test_a_file_that_cannot_be_written_is_named_in_one_line(ranks, data, drafts, tmp_path, verb, size, file):
     """A limit on the size of files acts as a full disk does. The same command goes on without it."""
     argv = arguments(verb, data, drafts, tmp_path / "scenes")
-    code, lines = run([sys.executable, "-c", VERB, verb, f"bytes={size}", *argv])
+    code, lines = run(ranks, verb, argv, tmp_path, file_limit={0: size})
     assert code == 1, lines
     assert lines[-1].startswith("error: "), lines
     assert file in lines[-1]
@@ -164,24 +141,27 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(data, drafts, tmp_pa
 @pytest.mark.parametrize(
     ("verb", "where", "number"),
     [
-        slow("prepare", "src.preparation.scenes/render", signal.SIGINT),
-        slow("draft", "src.rounds.drafts:Drafter/draw", signal.SIGTERM),
+        ("prepare", "src.preparation.scenes/render", signal.SIGINT),
+        ("draft", "src.rounds.drafts:Drafter/draw", signal.SIGTERM),
         ("revise", "src.rounds.round/write_shards", signal.SIGINT),
         ("train", "src.training.build/check_layout", signal.SIGTERM),  # before the training begins
     ],
 )
-def test_a_signal_ends_a_verb_in_one_line(data, drafts, tmp_path, verb, where, number):
+def test_a_signal_ends_a_verb_in_one_line(ranks, data, drafts, tmp_path, verb, where, number):
     argv = arguments(verb, data, drafts, tmp_path / "scenes")
-    code, lines = run([sys.executable, "-c", VERB, verb, f"{where}/{int(number)}", *argv])
+    patch = {"patches": ["tests.test_stop:signals_itself"], "environment": {"SIGNALLED": f"{where}/1/{int(number)}"}}
+    code, lines = run(ranks, verb, argv, tmp_path, **patch)
     assert code == 128 + number
     assert lines[-1] == f"stopped by {number.name}; the same command continues"
     assert not any("Traceback" in line for line in lines)
     importlib.import_module(f"src.{verb}").main(argv)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, number):
-    (tmp_path / "lightning.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    code, lines = run([sys.executable, "-m", "src.train", "conf=mask"], PYTHONPATH=path)
-    assert (code, lines) == (128 + number, [f"stopped by {number.name} before it started; the same command starts it"])
+def test_a_signal_during_the_imports_ends_in_one_line(tmp_path):
+    number = int(signal.SIGTERM)
+    (tmp_path / "lightning.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(60)\n")
+    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "src.train", "conf=mask"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    message = "stopped by SIGTERM before it started; the same command starts it"
+    assert (done.returncode, done.stderr.strip()) == (128 + number, message)

@@ -21,7 +21,8 @@ from src.samplers.sampler import Sampler
 from src.train import main
 from src.types import Batch, SpecialIds
 from testing.files import read_jsonl
-from tests.test_train import arguments, write_scenes
+from testing.scenes import write_scenes
+from tests.test_train import arguments
 
 SAMPLERS = {
     "proseco": ("proseco", []),
@@ -33,16 +34,18 @@ SAMPLERS = {
     "self_draft": ("refine", []),
     "calibrated": ("calibrated", []),
 }
+QUICK = {"proseco", "uniform", "self_draft"}  # two passes, no masks, drafts of its own
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(out, vocab_size=300, response_length=40, num_train=24)
-    return out
+    sizes = {"num_train": 24, "response_length": 40, "objects": [1, 1], "tokenizer": None, "prompt": "Describe."}
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", **sizes)
 
 
-@pytest.mark.parametrize("conf", SAMPLERS)
+@pytest.mark.parametrize(
+    "conf", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_a_method_trains_and_samples(conf, scenes, tmp_path):
     main(arguments(scenes, tmp_path / "run", "trainer.max_steps=2", "data.batch_size=4", conf=conf))
     sampler, more = SAMPLERS[conf]

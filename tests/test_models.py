@@ -97,17 +97,6 @@ def test_square_images_are_put_among_float32_words_under_autocast():
 
 
 @torch.no_grad()
-def test_pixels_are_normalised_in_float32_whatever_the_weights_are():
-    vision = make(vision=VISION).bfloat16().vision
-    assert vision is not None
-    levels = torch.arange(3 * 48 * 48).reshape(1, 3, 48, 48) % 256
-    seen = []
-    vision.vision_tower.embeddings.patch_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    assert vision.features(levels.to(torch.uint8)).dtype == torch.bfloat16
-    assert torch.equal(seen[0], ((levels.double() / 255 - 0.5) / 0.5).bfloat16())
-
-
-@torch.no_grad()
 def test_with_shift_the_first_token_of_all_keeps_its_own_logits():
     """As in Dream: l'[0] = l[0], l'[i] = l[i - 1]."""
     plain, shifted = (make(shift=shift).model for shift in (False, True))

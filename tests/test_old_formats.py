@@ -19,6 +19,7 @@ from src.models.hf.folder import ModelFolder
 from src.preparation.scenes import Scenes
 from src.train import main as train
 from src.training.run_dir import check_folder
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
@@ -56,9 +57,8 @@ def test_the_config_of_a_run(tmp_path, capsys):
     cfg = load_config(["conf=mask", f"run_dir={tmp_path / 'run'}"])
     old = {key: value for key, value in OmegaConf.to_container(cfg).items() if key != "format"}  # type: ignore[union-attr]
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
-    with pytest.raises(SystemExit):
-        train([f"conf={tmp_path / 'old.yaml'}"])
-    assert "this config has format 1, this version reads format 2" in capsys.readouterr().err
+    argv = [f"conf={tmp_path / 'old.yaml'}"]
+    assert "this config has format 1, this version reads format 2" in refusal(train, argv, capsys)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(old))
     with pytest.raises(UserError, match="holds a run of format 1, not 2; set another run_dir"):

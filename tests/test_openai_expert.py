@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from src.chat.budget import Prices
 from src.chat.client import ChatError, ServerDown
@@ -128,42 +125,6 @@ def test_every_draft_is_answered_once_and_with_its_own_answer(codec) -> None:
 # the request
 
 
-def test_what_a_request_holds(codec) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (100, 50), "red").save(stream, "PNG")
-    draft = draft_of(codec, 1, image=stream.getvalue())
-    with Scripted(lambda request: reply(RIGHT)) as server:
-        expert = OpenAIExpert(
-            codec=codec, model="some/model", base_url=server.url, key_env="EXPERT_KEY", profile="vllm", image_side=40,
-            detail="low", temperature=0.5, seed=7, max_completion_tokens=99, extra={"top_k": 3}, limits=QUICK,
-        )  # fmt: skip
-        asyncio.run(collect(expert, [draft]))
-    (request,) = server.requests
-    body = request.body
-    assert request.path == "/v1/chat/completions"
-    assert request.headers["authorization"] == f"Bearer {KEY}"
-    assert {name: body[name] for name in ("model", "temperature", "seed", "max_tokens", "top_k")} == {
-        "model": "some/model", "temperature": 0.5, "seed": 7, "max_tokens": 99, "top_k": 3,
-    }  # fmt: skip
-    assert body["response_format"]["type"] == "json_schema"
-    assert "stream" not in body
-    shown = body["messages"][1]["content"][0]["image_url"]
-    assert shown["detail"] == "low"
-    assert shown["url"].startswith("data:image/jpeg;base64,")
-    assert draft.text in request.text
-
-
-def test_a_damaged_image_and_an_empty_draft_cost_nothing(codec) -> None:
-    with Scripted(lambda request: reply(RIGHT)) as server:
-        expert = OpenAIExpert(codec=codec, model="m", base_url=server.url, key_env=None, limits=QUICK)
-        drafts = [draft_of(codec, 0, image=b"no image"), replace(draft_of(codec, 1), text=" ")]
-        answers = dict(asyncio.run(collect(expert, drafts)))
-    assert {key: (answer.reason, answer.usage) for key, answer in answers.items()} == {
-        "k0": ("bad_image", {}), "k1": ("empty_draft", {}),
-    }  # fmt: skip
-    assert server.requests == []
-
-
 def test_the_key_is_nowhere(codec, caplog, monkeypatch, tmp_path) -> None:
     """Not in settings, attributes, answers, errors or logs, even if the server repeats it."""
     caplog.set_level(logging.DEBUG)
@@ -222,7 +183,6 @@ def why(answer: Failure) -> Failure:
         (Http(200, b'{"choices": []}'), Failure("no_choices", retry=True), 3),
         (Http(200, b'{"error": {"message": "upstream"}}'), Failure("server_error", retry=True), 3),
         (Http(200, b'{"choices": [{"mess'), Failure("malformed_body", retry=True), 3),
-        (Http(200, b"<html>ok</html>", {"content-type": "text/html"}), Failure("malformed_body", retry=True), 3),
         (Http(200, b"[" * 100_000), Failure("malformed_body", retry=True), 3),
         (
             Http(200, b'{"choices": [{"message": {"content": 3}}], "usage": "x"}'),
@@ -232,10 +192,7 @@ def why(answer: Failure) -> Failure:
         (error(500), Failure("server_error", retry=True), 3),
         (error(400, "your image is odd"), Failure("bad_request", retry=True), 1),
         (error(400, "flagged by the content policy", code="content_policy_violation"), Failure("content_filter"), 1),
-        (error(403, "input was flagged by moderation"), Failure("content_filter"), 1),
         (error(400, "maximum context length is 4096 tokens"), Failure("too_long"), 1),
-        (error(413), Failure("too_long"), 1),
-        (error(422, "extra inputs are not permitted"), Failure("bad_request", retry=True), 1),
         (b"", Failure("connection", retry=True), 3),
         (reply(GOOD).encoded()[:-20], Failure("connection", retry=True), 3),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", Failure("connection", retry=True), 3),
@@ -339,14 +296,6 @@ def test_what_stays_unusable_stays_to_be_counted(codec, second) -> None:
     assert locate(codec, run.drafts[0].token_ids, revision.edits).rejected == Counter(absent=1)
 
 
-def test_repair_can_be_off_and_is_not_asked_for_without_need(codec) -> None:
-    off = Run(codec, lambda request: reply(with_edits(("purple", "blue"))), repair=0)
-    assert (len(off.requests), [e.org for e in off.revision.edits]) == (1, ["purple"])
-    assert len(Run(codec, lambda request: reply(GOOD)).requests) == 1
-    with pytest.raises(ValueError, match="repair must be 0 or 1, got 2"):
-        OpenAIExpert(codec=codec, model="m", key_env=None, repair=2)
-
-
 # limits
 
 
@@ -362,31 +311,17 @@ def test_a_budget_of_money_is_used_up_and_not_passed(codec) -> None:
     assert run.expert.client.budget.spent["cost"] > 1
 
 
-def test_an_estimate_is_near_what_is_sent_and_below_what_may_be(codec) -> None:
-    limits = replace(QUICK, prices=Prices(input=1, output=4))
-    run = Run(codec, lambda request: reply(GOOD), 3, limits=limits, max_completion_tokens=300)
-    estimate = run.expert.estimate(run.drafts, total=300)
-    counts = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d", estimate)]
-    drafts, requests, prompts, replies, cost, most_requests, most_tokens, most_cost = counts
-    assert (drafts, requests, most_requests, replies) == (300, 300, 600, 300 * 150)
-    assert prompts == pytest.approx(300 * sum(len(request.text) for request in run.requests) / 3 / 3.5, rel=0.05)
-    assert cost == pytest.approx((prompts + 4 * replies) / 1e6, abs=0.005)
-    assert most_tokens > 2 * prompts + 600 * 300
-    assert most_cost > 2 * cost
-    assert "0 prompt tokens" in run.expert.estimate([], total=0)
-
-
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_is_kept_to(codec, status: int) -> None:
     """By the draft that got it; after a 429 by all others too."""
     limits = replace(QUICK, concurrency=2)
-    fault = error(status, retry_after="0.5")
+    fault = error(status, retry_after="1.5")
     run = Run(codec, lambda request: reply(GOOD, delay=0.05) if request.number else fault, 6, limits=limits)
     refused, *others = run.requests
     again = [request.at - refused.at for request in others if number_of(request) == number_of(refused)]
     assert len(again) == 1
-    assert again[0] >= 0.5
-    early = [request for request in others if request.at - refused.at < 0.5]
+    assert again[0] >= 1.5
+    early = [request for request in others if request.at - refused.at < 1.5]
     assert len(early) == (1 if status == 429 else 5)  # the one that was in flight
 
 
@@ -449,10 +384,8 @@ def test_a_draft_waits_no_longer_than_its_deadline(codec) -> None:
     ids=str,
 )
 def test_a_server_that_refuses_or_stays_away_is_an_error_that_says_so(codec, answer, message: str) -> None:
-    began = time.monotonic()
     with pytest.raises(ServerDown, match=message):
         Run(codec, lambda request: answer, 20, limits=replace(QUICK, give_up_s=0.5))
-    assert time.monotonic() - began < 4
 
 
 # in a round

@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 
 from src.io.shards import read_manifest
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 from testing.servers.scripted import Http, Request, Scripted, reply
-from tests.ranks import ROOT, Done, Kill, Ranks
+from tests.ranks import Done, Kill, Ranks
 from tests.test_processes import NUM, common, rounds, same
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-BASE = ROOT / "assets" / "base"
 AT_ONCE = 4  # requests of both ranks together
 SERVER = "import sys; sys.path.insert(0, {root!r}); import src.experts.openai; from tests.ranks import serve; serve()"
 
@@ -73,10 +72,7 @@ class Course:
 @pytest.fixture(scope="module")
 def course(tmp_path_factory) -> Iterator[Course]:
     folder = tmp_path_factory.mktemp("data")
-    Scenes(out=str(folder / "scenes"), image_size=48,
-        response_length=64, prompt="Describe the image in detail.", num_train=48,
-           num_val=8, num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
-           tokenizer=str(BASE)).run()  # fmt: skip
+    write_scenes(folder / "scenes")
     with pytest.MonkeyPatch.context() as patch, Scripted(corrects) as server:
         patch.setattr("tests.ranks.SERVER", SERVER)  # to import the SDK takes as long as all the rest of a start
         with Ranks() as ranks:
@@ -112,16 +108,14 @@ def numbers(run_dir: Path) -> set[int]:
         pytest.param(0, "src.rounds.round:write_shards", 0, 0, marks=SLOW, id="all answered"),
         pytest.param(0, "src.io.shards:write_shard", 1, 0, marks=SLOW, id="second shard of a round"),
         pytest.param(0, "src.io.shards:write_index", 0, 0, marks=SLOW, id="before the manifest"),
-        pytest.param(0, "src.rounds.round:publish", 1, 0, id="before the rename, second round"),
+        pytest.param(0, "src.rounds.round:publish", 1, 0, marks=SLOW, id="before the rename, second round"),
         pytest.param(0, "src.rounds.round:read_round", 0, 0, marks=SLOW, id="after the rename"),
         pytest.param(1, STEP, 0, 0, marks=SLOW, id="first step"),
         pytest.param(0, STEP, 2, 0, marks=SLOW, id="first step after the second round"),
         pytest.param(1, READ, 8, AT_ONCE, marks=SLOW, id="a reply has come, second round"),
     ],
 )
-def test_a_kill_at_any_moment_asks_nothing_twice(
-    course, whole, tmp_path, record_property, rank, what, number, most
-) -> None:
+def test_a_kill_at_any_moment_asks_nothing_twice(course, whole, tmp_path, record_property, rank, what, number, most):
     """most: replies that may be lost; `record_property` tells what was (--junitxml)."""
     killed = course.train(tmp_path, kill=[(rank, what, number)])
     assert killed.codes[rank] == -9, killed.printed

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from src.chat.client import Unanswered
-from src.chat.profiles import PROFILES, Profile, choose
+from src.chat.profiles import PROFILES, Profile
 from src.chat.reading import LONGEST
-from src.experts.prompt import FILE, Prompt, show, tokens_of
+from src.experts.prompt import FILE, Prompt, show
 from src.experts.reply import MOST_EDITS, SCHEMA, read_reply
 from src.text.tokenizer import BOS, Codec
 from src.types import Draft, Edit
@@ -166,12 +166,6 @@ def test_another_wording_has_another_digest(tmp_path) -> None:
     assert Prompt(CODEC).digest == "5af9073bb958bb4d"  # of the journals so far: another one asks all drafts again
 
 
-def test_tokens_grow_with_text_and_pixels() -> None:
-    messages, longer = (Prompt(CODEC).first(_draft(reference=text), None) for text in ("A blue ring.", "word " * 700))
-    assert tokens_of(longer, None) - tokens_of(messages, None) == pytest.approx(1000, rel=0.02)
-    assert tokens_of(messages, show(_png((640, 480)), 1024)) - tokens_of(messages, None) == 512
-
-
 def _shown(image: bytes, side: int) -> tuple[bytes, Image.Image]:
     """The bytes that are sent, and the image in them."""
     picture = show(image, side)
@@ -197,16 +191,6 @@ def test_a_larger_image_becomes_smaller(mode: str) -> None:
         assert np.asarray(shown).min() > 250
 
 
-def test_a_smaller_image_shows_the_same_and_stands_upright() -> None:
-    ramp = np.tile(np.linspace(0, 255, 200, dtype=np.uint8), (100, 1))
-    stream, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees: dark at the top
-    Image.fromarray(ramp).save(stream, "JPEG", exif=exif)
-    pixels = np.asarray(_shown(stream.getvalue(), 50)[1], dtype=float)
-    assert pixels.shape == (50, 25)
-    assert np.abs(pixels - np.linspace(0, 255, 50)[:, None]).max() < 8
-
-
 @pytest.mark.parametrize("image", [b"no image", _png((9, 9))[:20]])
 def test_a_damaged_image_is_a_failure(image: bytes) -> None:
     with pytest.raises(Unanswered, match="bad_image"):
@@ -227,11 +211,3 @@ def test_a_profile_sends_what_the_model_takes() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="does not accept temperature, seed; set it to null"):
         Profile(temperature=False).parameters(limit=9, **FORM, sampling={"temperature": 1.0, "effort": None, "seed": 3})
-
-
-@pytest.mark.parametrize(
-    ("model", "thinks"),
-    [("o4-mini", True), ("openai/o3", True), ("gpt-5-mini", True), ("gpt-4o", False), ("Qwen/Qwen2.5-VL-7B", False)],
-)
-def test_auto_goes_by_the_name(model: str, thinks: bool) -> None:
-    assert choose("auto", model).thinks is thinks

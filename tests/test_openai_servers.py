@@ -1,21 +1,16 @@
-"""The expert against servers that we did not write: `transformers serve`, llmock, HAProxy. They are the extra
-`experts-test`, and HAProxy a package of the system; without them these tests are skipped.
-"""
+"""The expert against servers that we did not write, `transformers serve` and llmock: the extra `experts-test`."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import time
 from collections import Counter
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from src.chat.client import ChatError, ServerDown
 from src.chat.limits import Limits
 from src.experts.openai import OpenAIExpert
 from src.text.align import locate
@@ -23,10 +18,8 @@ from src.text.tokenizer import Codec
 from src.types import Draft, Failure, Revision
 from testing.servers.real import (
     free_port,
-    haproxy,
     llmock,
     missing,
-    read_log,
     tell,
     tiny_vision_model,
     transformers_serve,
@@ -38,7 +31,6 @@ GOOD = '{"right": false, "edits": [{"org": "red", "target": "blue", "reason": "b
 
 pytestmark = pytest.mark.servers
 needs_llmock = pytest.mark.skipif(bool(why := missing("llmock")), reason=why)
-needs_haproxy = pytest.mark.skipif(bool(why := missing("llmock", program="haproxy")), reason=why)
 needs_transformers = pytest.mark.skipif(bool(why := missing("fastapi", "uvicorn")), reason=why)
 
 
@@ -142,40 +134,6 @@ def test_llmock_faults_that_pass(codec) -> None:
 
 
 @needs_llmock
-def test_llmock_faults_at_random(codec) -> None:
-    rates = [f"--error-rate={status}={rate}" for status, rate in ((429, 0.15), (500, 0.05), (502, 0.05), (408, 0.02))]
-    with llmock("--latency-ms", "5", *rates) as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        expert = expert_of(codec, url)
-        answers = ask(expert, drafts_of(codec, 200))
-        seen = tell(url, "requests")["requests"]
-    assert kinds(answers) == {"revised": 200}
-    assert sum(request["status"] == 200 for request in seen) == 200
-    assert len(seen) > 230
-
-
-@needs_llmock
-def test_llmock_a_rate_limiter_is_kept_to(codec) -> None:
-    """240 a minute and 30 drafts at once: answered, with hardly a refusal, since its headers are read."""
-    with llmock("--rpm", "240") as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        expert = expert_of(codec, url)
-        assert kinds(ask(expert, drafts_of(codec, 30))) == {"revised": 30}
-        seen = tell(url, "requests")["requests"]
-    assert len(seen) <= 40
-
-
-@needs_llmock
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_llmock_what_cannot_be_mended_stops_the_round(codec, status: int) -> None:
-    with llmock() as url:
-        tell(url, "scenario", {"behaviors": [{"type": "fail", "status": status, "times": None}]})
-        with pytest.raises(ChatError, match=str(status)):
-            ask(expert_of(codec, url), drafts_of(codec, 100))
-        assert len(tell(url, "requests")["requests"]) <= LIMITS.concurrency
-
-
-@needs_llmock
 def test_llmock_dies_in_the_middle_and_comes_back(codec) -> None:
     """Killed with requests under way, back three seconds later: all are answered, none of the others asked again."""
     port = free_port()
@@ -203,79 +161,6 @@ def test_llmock_dies_in_the_middle_and_comes_back(codec) -> None:
     assert again <= 120 - 40 + 5  # a few replies may arrive while the test script is about to end the server
 
 
-@needs_llmock
-def test_llmock_that_stays_away_is_told(codec) -> None:
-    with llmock() as url:
-        pass
-    began = time.monotonic()
-    with pytest.raises(ServerDown, match="connection"):
-        ask(expert_of(codec, url, limits=replace(LIMITS, give_up_s=1.0)), drafts_of(codec, 50))
-    assert time.monotonic() - began > 1
-
-
-BROKEN = r"""
-  http-request return status 200 content-type application/json string '{"choices": [{"mes' if { rand(100) lt 6 }
-  http-request return status 200 content-type application/json string '{"choices": []}' if { rand(100) lt 6 }
-  http-request return status 429 content-type text/plain string slow hdr retry-after 0.2 if { rand(100) lt 6 }
-  http-request reject if { rand(100) lt 6 }
-  http-request return status 502 content-type text/html string '<html>bad gateway</html>' if { rand(100) lt 6 }
-"""
-
-
-@needs_haproxy
-def test_haproxy_breaks_http(codec, tmp_path: Path) -> None:
-    """Half a JSON body with status 200, empty choices, 429, a cut connection, an HTML 502: a quarter of all."""
-    with llmock() as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        with haproxy(tmp_path, BROKEN, to=url) as front:
-            expert = expert_of(codec, front, limits=replace(LIMITS, attempts=12))
-            assert kinds(ask(expert, drafts_of(codec, 100))) == {"revised": 100}
-        seen = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
-    counts = expert.client.counts
-    assert len({"malformed_body", "no_choices", "rate_limited", "connection", "server_error"} & counts.keys()) >= 4
-    assert len(seen) == 100
-
-
-CUT = r"""
-  http-response set-var(txn.fault) str(half) if { rand(100) lt 12 }
-  http-response set-var(txn.fault) str(truncated) if !{ var(txn.fault) -m found } { rand(100) lt 12 }
-  http-response return status 200 content-type application/json string '{"choices": [' if { var(txn.fault) -m str half }
-  http-response set-header content-length 5000 if { var(txn.fault) -m str truncated }
-  http-response set-header connection close if { var(txn.fault) -m str truncated }
-"""
-
-
-@needs_haproxy
-def test_haproxy_breaks_replies_that_were_paid(codec, tmp_path: Path) -> None:
-    """Each of them, and no other, is asked for again: by the record of the server and that of the proxy."""
-    with llmock() as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        with haproxy(tmp_path, CUT, to=url) as front:
-            expert = expert_of(codec, front, limits=replace(LIMITS, attempts=20))
-            assert kinds(ask(expert, drafts_of(codec, 60))) == {"revised": 60}
-        paid = [request for request in tell(url, "requests")["requests"] if request["method"] == "POST"]
-    passed = read_log(tmp_path)
-    whole = Counter(one.draft for one in passed if one.whole)
-    broken = Counter(one.fault for one in passed if one.fault)
-    assert whole == dict.fromkeys(map(str, range(60)), 1)
-    assert len(paid) == len(passed) == 60 + broken.total()
-    assert expert.client.counts == {
-        "answered": 60, "malformed_body": broken["half"], "connection": broken["truncated"],
-    }  # fmt: skip
-
-
-@needs_haproxy
-def test_haproxy_swallows_requests_and_has_no_backend(codec, tmp_path: Path) -> None:
-    with llmock() as url:
-        tell(url, "scenario", {"behaviors": [say(GOOD, None)]})
-        with haproxy(tmp_path, "  http-request silent-drop if { rand(10) lt 2 }", to=url) as front:
-            expert = expert_of(codec, front, limits=replace(LIMITS, timeout_s=0.5))
-            assert kinds(ask(expert, drafts_of(codec, 40))) == {"revised": 40}
-        assert expert.client.counts["timeout"] > 0
-    with haproxy(tmp_path, "", to=url) as front, pytest.raises(ServerDown, match="server_error"):
-        ask(expert_of(codec, front, limits=replace(LIMITS, give_up_s=1.0)), drafts_of(codec, 40))
-
-
 @pytest.fixture(scope="module")
 def served_model(tmp_path_factory):
     """(address, name) of a tiny random vision model behind `transformers serve`."""
@@ -295,11 +180,3 @@ def test_transformers_gibberish_is_counted(codec, served_model) -> None:
     assert expert.client.counts == {"answered": 6}
     assert set(kinds(answers)) <= {"revised", "length", "malformed", "wrong_schema", "empty", "contradiction"}
     assert expert.client.budget.spent["tokens"] > 6 * 300  # it has counted the prompts
-
-
-@needs_transformers
-def test_transformers_refuses_what_it_does_not_know(codec, served_model) -> None:
-    url, model = served_model
-    limits = replace(LIMITS, concurrency=2, timeout_s=60)
-    with pytest.raises(ChatError, match=r"every request is rejected.*see `profile`"):
-        ask(expert_of(codec, url, model=model, extra={"fruit": "apple"}, limits=limits), drafts_of(codec, 5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -14,7 +13,6 @@ import pytest
 from src.io.shards import read_shard, write_shard
 from src.text.tokenizer import Codec
 from src.types import Batch
-from tests.test_captions import record, write
 from tests.test_mixing import SOURCES, codec, describe, folder, keys, module  # noqa: F401  (fixtures)
 
 EVEN = {"vicrit": 1, "sharegpt4v": 1}
@@ -128,29 +126,6 @@ def test_damage_of_validation_and_drafts_is_counted_apart(folder: Path, codec: C
     assert sum(made.notes.values()) == 1
 
 
-def test_what_an_epoch_takes_and_leaves_out_is_said(folder: Path, codec: Codec, caplog: Any) -> None:  # noqa: F811
-    """21, 20 and 20 samples of three sources."""
-    with caplog.at_level(logging.INFO):
-        module(folder, codec, batch_size=7, weights={}).train_dataloader()
-        module(folder, codec, batch_size=7, weights=EVEN).train_dataloader()
-    assert [entry.getMessage().split(":")[0] for entry in caplog.records] == [
-        "each epoch leaves out 2 of 72 samples (21 of vicrit x 2, 20 of sharegpt4v x 0.5, 20 of llava x 1)",
-        "each epoch leaves out 5 of 61 samples",
-    ]
-
-
-def test_images_that_are_resized_to_the_default_size_are_said_once(tmp_path: Path, codec: Codec, caplog: Any) -> None:  # noqa: F811
-    for name, sizes in (("large", [[96, 96]] * 9), ("mixed", [[96, 50]] + [[96, 96]] * 8), ("right", [[48, 48]] * 9)):
-        write(tmp_path / name / "train", codec, [record(codec, n) for n in range(9)], "captions")
-        describe(tmp_path / name / "train", {"sizes": sizes})
-        made = module(tmp_path / name, codec, image_size=48)
-        made.train_dataloader()
-        made.train_dataloader()
-    (entry,) = caplog.records
-    assert "large holds images of 96 pixels" in entry.getMessage()
-    assert "data.image_size=48: set data.image_size=96" in entry.getMessage()
-
-
 @pytest.mark.parametrize("worlds", [(2, 3), (3, 1, 2), (1, 4), (2, 1, 2, 3)])
 @pytest.mark.parametrize("rounds", [False, True])
 def test_other_ranks_read_what_is_left_of_an_epoch_once(
@@ -185,14 +160,6 @@ def test_other_ranks_read_what_is_left_of_an_epoch_once(
     assert len(set(seen)) == len(everything) - len(everything) % step  # all that the first ranks would have read
     padding = sum(seen.values()) - len(seen)
     assert padding < worlds[-1] * 2 and set(seen.values()) <= {1, 2}
-
-
-def test_a_fixed_number_of_batches_stays_with_other_ranks(folder: Path, codec: Codec) -> None:  # noqa: F811
-    first = module(folder, codec, place=(0, 2), epoch_batches=9)
-    next(iter(loader := first.train_dataloader()))
-    second = module(folder, codec, place=(2, 3), epoch_batches=9)
-    second.load_state_dict({"rounds": [], "loader": loader.state_dict()})
-    assert (len(second.train_dataloader()), len(keys(second.train_dataloader()))) == (9, 8)
 
 
 @pytest.mark.parametrize("settings", [{}, {"epoch_batches": 9}])

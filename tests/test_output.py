@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.text.tokenizer import Codec
 from testing.files import read_jsonl
+from testing.verbs import refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -46,26 +44,6 @@ def keys(out: Path) -> list[str]:
     return [line["key"] for line in read_jsonl(out)]
 
 
-@pytest.mark.slow
-def test_two_processes_do_not_write_one_file(model, tmp_path):
-    out, file = tmp_path / "out.jsonl", questions(tmp_path, 150)
-    command = [sys.executable, "-m", "src.generate", *argv(model, out, file)]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
-            assert first.poll() is None, first.stderr and first.stderr.read()
-            time.sleep(0.05)
-        with pytest.raises(SystemExit) as refused:
-            main(argv(model, out, file))
-        assert refused.value.code == 2 and first.poll() is None
-        assert first.wait(timeout=120) == 0
-    finally:
-        first.kill()
-        first.wait()
-    assert sorted(keys(out)) == sorted(f"q{number}" for number in range(150))
-
-
 def test_a_full_disk_is_one_line_and_a_rerun_continues(model, tmp_path, capsys):
     """No file of this process may grow beyond a size for a while: the system refuses as where a disk is full."""
     out, whole, file = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", questions(tmp_path, 6)
@@ -91,9 +69,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_continues(model, tmp_path, capsys):
 )
 def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(SystemExit):
-        main(argv(model, out.format(folder=tmp_path, file=tmp_path / "file")))
-    message = capsys.readouterr().err
+    message = refusal(main, argv(model, out.format(folder=tmp_path, file=tmp_path / "file")), capsys)
     assert words in message and "Traceback" not in message
     assert "generate:" not in message  # no progress bar: the model was not run
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
@@ -103,14 +79,5 @@ def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
 def test_a_file_of_somebody_else_is_left_alone(content, model, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     out.write_text(content)
-    with pytest.raises(SystemExit):
-        main(argv(model, out))
-    assert f"line 1 of {out} is broken" in capsys.readouterr().err
+    assert f"line 1 of {out} is broken" in refusal(main, argv(model, out), capsys)
     assert out.read_text() == content
-
-
-def test_a_run_without_a_line_leaves_no_file(model, tmp_path):
-    (tmp_path / "questions.jsonl").write_text('{"key": "a"}\n')
-    with pytest.raises(SystemExit):
-        main(argv(model, tmp_path / "out.jsonl", tmp_path / "questions.jsonl", "trace=true"))
-    assert [path.name for path in tmp_path.iterdir()] == ["questions.jsonl"]

@@ -23,12 +23,10 @@ from src.objectives.revision import RevisionObjective
 from src.objectives.sampler_levels import SamplerLevels
 from src.objectives.self_draft import SelfDraft
 from src.objectives.trajectories import Trajectories
-from src.rounds.round import steps_with_gaps
 from src.samplers.calibrated import CalibratedEdit
-from src.samplers.rediff import OverwriteAll
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
-from src.types import Batch, Corrupted, Draft, Kind
+from src.types import Batch, Corrupted, Kind
 from tests.backbones import small_model
 from tests.test_corruption import SPECIAL, make_batch
 from tests.test_editing import ROWS, best, probabilities, table
@@ -169,14 +167,6 @@ def test_collated_drafts_carry_their_steps(codec):
     assert steps(kept, record) is None
 
 
-def test_inserted_gaps_come_with_the_token_before_them():
-    draft = Draft("k", "", "", [5, 9, 6], 4, "", {}, "f", 0, unmasked_at=[2, 0, 1, 3, 3])
-    gap = 9
-    assert steps_with_gaps(draft, [5, 9, 6]) == [2, 0, 1, 3, 3]
-    assert steps_with_gaps(draft, [5, gap, 9, 6, gap]) == [2, 0, 0, 1, 1, 3, 3]
-    assert steps_with_gaps(draft, [gap, 5, 9, 6]) == [2, 2, 0, 1, 3, 3]
-
-
 # 3. self-drafts
 
 
@@ -297,10 +287,3 @@ def test_calibrated_edits_equal_the_written_out_rule(prior, rounds):
                 new[i] = best(shares[i])
             x = new
         assert sampled.traces[0][-1].tokens == x
-
-
-def test_without_rounds_it_is_rediffs_own_decoding():
-    options = {"length": LENGTH, "tokens_per_step": 3}
-    for other in (CalibratedEdit(prior=0.2, rounds=0), OverwriteAll()):
-        ids = sample_table(Sampler(**options, reviser=other)).ids
-        assert torch.equal(ids, sample_table(Sampler(**options, reviser=OverwriteAll())).ids)

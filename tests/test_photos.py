@@ -13,11 +13,10 @@ from PIL import Image
 
 from src.cli.help import docstring, help_text
 from src.io.shards import read_shard
-from src.preparation.counts import Counts, Skip, table
-from src.preparation.items import Items, fill_splits
+from src.preparation.counts import Counts
 from src.preparation.photos import Photos
-from src.preparation.sources.reader import read_entries
-from src.preparation.splits import Item, hashed_share, split_of
+from src.preparation.sources.source import read_entries
+from src.preparation.splits import hashed_share, split_of
 from src.prepare import __doc__ as prepare_help
 from src.prepare import main
 from testing.files import read_jsonl
@@ -88,17 +87,6 @@ def test_the_largest_split_fills_empty_ones(train: int, val: int, test: int, mov
     assert {split: set(keys[split]) for split in SPLITS} == {split: set(expected[split]) for split in SPLITS}
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_whatever_the_hashes_say(split: str, count: int, tmp_path: Path) -> None:
-    names = names_with(split, count)
-    dataset(tmp_path, [record(name) for name in names]).run()
-    keys = split_keys(tmp_path)
-    assert sorted(key for split_names in keys.values() for key in split_names) == sorted(map(stem, names))
-    assert keys["train"]
-    assert count < 3 or all(keys.values())
-
-
 def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
     names, bad, long = names_with("train", 4), names_with("val", 2, "bad-{}.png"), names_with("test", 1, "long-{}.png")
     records = [*map(record, names), *map(record, bad), {"image": long[0], "caption": "cat, " * 90}]
@@ -107,13 +95,6 @@ def test_what_cannot_be_used_fills_no_split(tmp_path: Path) -> None:
     (example,) = index["examples"]["val"].items()
     assert example[0] == "undecodable_image" and example[1] in bad
     assert index["examples"]["test"]["captions too long"].startswith(f"{long[0]}: ")
-
-
-def test_all_photos_of_an_image_move_together(tmp_path: Path) -> None:
-    names = names_with("train", 3)
-    dataset(tmp_path, [record(name, prompt=prompt) for name in names for prompt in ("Q", "R")]).run()
-    for keys in split_keys(tmp_path).values():
-        assert len(keys) == 2 and len(set(keys)) == 1
 
 
 def test_splits_in_the_records_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,32 +113,6 @@ def test_an_empty_train_is_one_error_and_leaves_nothing(tmp_path: Path, capsys: 
         main(["conf=photos", f"prepare.out={out}", *files])
     assert (stop.value.code, out.exists()) == (2, False)
     assert "error: nothing could be used for train" in capsys.readouterr().err
-
-
-def test_few_usable_images_are_looked_at_once(tmp_path: Path) -> None:
-    """Each look may decode an image."""
-    photos = Items(tmp_path / "items.db")
-    for n in range(4):
-        photos.add(Item(key=f"k{n}", name=f"{n}", source="", split="val", share=0.9 + n / 100))
-    decoded: list[str] = []
-    fill_splits(photos, lambda photo: decoded.append(photo.key) or photo.key in ("k1", "k3"))
-    assert sorted(decoded) == sorted(set(decoded))
-    assert {photo.key: photo.split for photo in photos} == {"k0": "val", "k1": "train", "k2": "val", "k3": "val"}
-
-
-def test_the_table_is_aligned_and_has_examples_of_what_is_left_out() -> None:
-    counts = Counts()
-    for file in ("a/b.jpg", "c.jpg"):
-        counts.skip("missing_image", file)
-    counts.skip(Skip("missing_field", " (its fields: a)"), "c.jsonl:3")
-    counts["merged"] += 1000
-    counts["later_turns"] += 0
-    assert table({"records": counts, "val": {"written": 0}}, {"records": counts.examples}).splitlines() == [
-        "records      2  missing image (left out), such as a/b.jpg",
-        "records      1  missing field (left out), such as c.jsonl:3 (its fields: a)",
-        "records  1,000  merged",
-        "val          0  written",
-    ]
 
 
 HELP_RECORDS = [line.strip() for line in (prepare_help or "").splitlines() if line.startswith("    {")]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from src.diffusion import corruption
@@ -44,9 +43,7 @@ from src.training.memory_plan import (
     REDUCED,
     STATES,
     TEMPORARY,
-    Live,
     Plan,
-    Shapes,
     measure,
 )
 from src.types import Batch, SpecialIds
@@ -272,40 +269,6 @@ def test_micro_batches_bound_activations_and_find_gradients():
     assert cut.phases["forward"][GRADIENTS] == 4 * size(SHAPES)
 
 
-def test_storages_are_counted_once_until_they_are_freed_by_label():
-    weight = torch.ones(1024, requires_grad=True)
-    with Live() as live:
-        live.enter("forward", "activations")
-        hidden = weight.exp()
-        part = hidden.view(2, 512)[1]  # no memory of its own
-        loss = hidden.exp().sum()  # each exp keeps its result
-        assert live.now == {"activations": 2 * 4096 + 4}
-        live.enter("backward", "temporary")
-        loss.backward()
-        live.hold(weight.grad, "gradients")
-        del loss, hidden
-        assert live.now == {"activations": 4096, "temporary": 0, "gradients": 4096}  # `part` needs the first
-        del part
-    assert live.now == {"activations": 0, "temporary": 0, "gradients": 4096}
-    assert live.peaks["forward"] == {"activations": 2 * 4096 + 4}
-
-
-def test_code_runs_without_data_and_still_knows_masks_and_indices():
-    shapes = Shapes()
-    table = torch.nn.Embedding(10, 1 << 30, device="meta")  # 40 GiB
-    with shapes.fake:
-        table.to_empty(device="cpu")
-    ids, keep = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[True, False, True], [False, False, True]])
-    with shapes:
-        chosen = table(ids)[keep]
-        assert chosen.shape == (3, 1 << 30)
-        losses = torch.zeros(keep.shape)
-        losses[keep] = F.cross_entropy(chosen, ids[keep], reduction="none")
-        assert int(keep.sum()) == 3 and ids[keep].tolist() == [1, 3, 6]
-        losses.sum().backward()
-    assert table.weight.grad.shape == (10, 1 << 30)
-
-
 # precision
 
 
@@ -314,27 +277,6 @@ def test_autocast_keeps_a_copy_of_what_is_multiplied_until_the_step_is_over():
     matrices = [shape for shape in SHAPES if len(shape) == 2][1:]  # the embedding is looked up
     assert plan.phases["optimizer"][ACTIVATIONS] == pytest.approx(2 * size(matrices), abs=100)
     assert plan.phases["saved"][PARAMETERS] == 4 * size(SHAPES)
-
-
-def test_several_gpus_compute_in_the_lower_type_and_keep_the_higher():
-    plan = plan_of(make_model(), make_batch(), gpus=2, precision="bf16-mixed")
-    full = plan_of(make_model(), make_batch(), gpus=2)
-    assert plan.phases["saved"][PARAMETERS] == full.phases["saved"][PARAMETERS]
-    assert plan.phases["forward"][GATHERED] * 2 == full.phases["forward"][GATHERED]
-    assert plan.phases["optimizer"][ACTIVATIONS] == 0
-    assert plan.phases["saved"][ACTIVATIONS] < full.phases["saved"][ACTIVATIONS]
-
-
-def test_noise_is_the_same_when_half_precision_is_the_default_type():
-    editable = torch.ones(2, 5, dtype=torch.bool)
-    draw = lambda: (Noise(["a", "b"], seed=0).level(), Noise(["a", "b"], seed=0).uniform(editable))  # noqa: E731
-    expected = draw()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        drawn = draw()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, drawn, strict=True))
 
 
 # mistakes

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +23,8 @@ from src.io.images import ImageProblem, convert, fit, load
 from src.preparation.counts import Counts
 from src.preparation.photos import Photo, Photos
 from src.preparation.scenes import Scenes
-from src.preparation.sources.base import Entry
-from src.preparation.sources.reader import read_entries
+from src.preparation.sources.formats import Entry
+from src.preparation.sources.source import read_entries
 from src.preparation.splits import hashed_share, split_of
 from src.prepare import main
 from src.scenes.graph import Scene, draw_scene
@@ -34,6 +32,7 @@ from src.scenes.render import render
 from src.scenes.score import score_caption
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import SPECIAL, Codec
+from testing.files import contents
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -60,10 +59,6 @@ def samples(folder: Path) -> list[Sample]:
         return []
     stream = Stream([index], seed=0, shuffle=False)
     return list(Reader(stream).samples(stream.places(0, index.count)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # --- scenes ------------------------------------------------------------------------------------------
@@ -214,26 +209,16 @@ GOOD = b'{"image": "a.jpg", "caption": "\xc3\x89t\xc3\xa9. "}'
         # lines and objects over several lines, whatever the file is called
         ("a.json", b'{\n "image_id": 42,\n "text": "one",\n "question_id": 1, "prompt": "p"}\n{\n' + GOOD,
          ["42", "a.jpg"], {"broken_json": "a.json:5"}),
-        # mappings
-        ("a.json", b'{"x.png": "a cat", "y.avif": ["a dog"]}', ["x.png", "y.avif"], {}),
-        ("a.json", b'{"0": {"filename": "x.png", "caption": "a cat", "negative_caption": "a dog"}}', ["x.png"], {}),
-        ("a.json", b'{"images": [{"id": 3, "file_name": "x.png"}], "annotations": [{"image_id": 3, "caption": "a"}]}',
-         ["x.png"], {}),
         ("a.json", b"\xef\xbb\xbf[" + GOOD + b", 2]", ["a.jpg"], {"not_a_record": "a.json#2"}),
         # tables: a comma that is not quoted, a quotation mark that is not closed, a text of 140 kB
         ("a.csv", b'\xef\xbb\xbfimage,caption\na.jpg,x\nb.jpg,"y ""z"",\n"\nc.jpg,red, and grey\nd.jpg,"e\nf.jpg,g\n',
          ["a.jpg", "b.jpg"], {"broken_row": "a.csv:5 (3 cells for 2 columns)"}),
         ("a.tsv", b"image\tcaption\r\na.jpg\tx\r\n\xff\ty\r\nc.jpg\t" + b"z" * 140_000 + b"\r\nd.jpg\tw\r\n",
          ["a.jpg", "c.jpg", "d.jpg"], {"not_utf-8": "a.tsv:3"}),
-        ("a.json", b'[{"image": "a.jpg", "captions": ["x", "\\ud83d"]}, {"image": "b.jpg", "captions": ["x", " "]}]',
-         ["b.jpg"], {"not_utf-8": "a.json#1"}),
     ],
-    ids=["lines", "worse lines", "several lines", "file names", "records by name", "coco", "list", "csv", "tsv",
-         "surrogate"],
+    ids=["lines", "worse lines", "several lines", "list", "csv", "tsv"],
 )  # fmt: skip
-def test_one_reader_for_all_files(
-    tmp_path: Path, name: str, content: bytes, images: list[str], skipped: dict[str, str]
-) -> None:
+def test_one_reader_for_all_files(tmp_path, name, content, images, skipped):
     (tmp_path / name).write_bytes(content)
     records, counts = entries(tmp_path / name)
     assert [entry.image for entry in records] == images
@@ -422,9 +407,7 @@ def cmyk() -> Image.Image:
         (grey(200, "int32"), "TIFF", {}, (200, 200, 200)),
     ],
 )
-def test_images_of_any_mode_become_rgb(
-    tmp_path: Path, image: Image.Image, form: str, options: dict, pixel: tuple[int, int, int]
-) -> None:
+def test_images_of_any_mode_become_rgb(tmp_path, image, form, options, pixel):
     image.save(tmp_path / "a", form, **options)
     for source in (tmp_path / "a", (tmp_path / "a").read_bytes()):
         assert np.abs(np.subtract(load(source).getpixel((1, 1)), pixel)).max() <= (form == "JPEG")
@@ -591,27 +574,6 @@ def test_what_the_tokenizer_lacks_is_left_out_and_counted(tmp_path: Path) -> Non
     assert index["examples"]["train"]["prompt_not_in_vocabulary"] == "p0.png: Quo vadis?"
 
 
-def test_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
-    annotations = write_json(tmp_path / "a.json", [{"image": "none.jpg", "caption": "x"}])
-    settings = {**PHOTOS, "images": str(tmp_path), "annotations": str(annotations)}
-    with pytest.raises(UserError, match=r"(?s)nothing could be used.*1  missing image"):
-        Photos(out=str(tmp_path / "out"), **settings).run()
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="no image folder"):
-        Photos(out=str(tmp_path / "out"), **{**settings, "images": str(tmp_path / "none")}).run()
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_scale_prepares_and_reads_its_records() -> None:
-    """A row for each step, with the memory of its processes."""
-    command = [sys.executable, "-m", "benchmarks.data", "--scale", "300", "--workers", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert not result.returncode, result.stderr
-    prepared, read = ([cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:])
-    assert (prepared[0], read[0]) == ("prepare", "epoch")
-    assert min(float(value) for row in (prepared, read) for value in row[5].split()[:1]) > 50
-
-
 # --- real files --------------------------------------------------------------------------------------
 
 
@@ -629,35 +591,3 @@ def test_odd_images_decode_or_are_reported() -> None:
             assert (small.size, small.mode) == ((16, 16), "RGB")
         if size := row.get("rgb_size_after_exif_transpose"):
             assert list(load(path).size) == size, path.name
-
-
-@needs_real_data
-@pytest.mark.parametrize(
-    ("name", "usable", "counts"),
-    [
-        ("CompreCap__GPT-4o_first5.json", 5, {}),
-        ("InternLM-XComposer__multi_turn_multi_images_example.json", 0, {"several_images": 2}),
-        ("InternLM-XComposer__only_text_example.json", 0, {"no_image": 2}),
-        ("InternLM-XComposer__single_turn_single_image_example.json", 2, {}),
-        ("LLaMA-Factory__mllm_demo.json", 6, {"later_turns": 6}),
-        ("LLaVA__caps_boxes_coco2014_val_80.jsonl", 80, {}),
-        ("LLaVA__coco2014_val_gpt4_qa_30x3.jsonl", 90, {}),
-        ("POPE__Instruction1_llava_first12.json", 12, {}),
-        ("ReDiff__readme_sample.json", 1, {}),
-        ("lmms-finetune__multi_images.json", 0, {"system_text": 2}),
-        ("lmms-finetune__single_image.json", 1, {"system_text": 1}),
-        ("lmms-finetune__single_image_has_text_only.json", 1, {"no_image": 2, "system_text": 1}),
-        ("lmms-finetune__video.json", 0, {"video": 1, "system_text": 1}),
-        ("LLaVA__qa90_questions.jsonl", None, {}),
-        ("POPE__coco_pope_random_first30.json", None, {}),
-    ],
-)
-def test_real_formats(name: str, usable: int | None, counts: dict[str, int]) -> None:
-    path = SHARED / "formats" / name
-    if usable is None:
-        with pytest.raises(ValueError, match="no known annotation format: the first record has the keys question_id"):
-            entries(path)
-        return
-    records, counted = entries(path)
-    assert len(records) == usable
-    assert counted.items() >= counts.items()

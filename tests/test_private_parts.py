@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("src", "callbacks", "datamodules")
@@ -28,6 +29,7 @@ LISTED = {
     "_trainer": "edit_noise.py: an objective that no trainer has yet",
     "_new_buffer": "objectives/optim.py: the 8-bit states that torchao's optimizer makes in its first step",
     "_AdamW": "objectives/optim.py: torchao's AdamW with stochastic rounding and states as wide as the weights",
+    "_instances": "progress.py: the bars that are open, to close them before an error is printed",
     "_cdata": "memory_plan.py: the identity of a storage, which several tensors share",
     "torch._subclasses": "memory_plan.py: errors of code that reads values which fake tensors lack",
     "torch.utils._python_dispatch": "memory_plan.py: sees every operation of a planned step",
@@ -94,6 +96,12 @@ def test_the_mesh_of_fsdp2():
     assert list(inspect.signature(strategy._setup_distributed).parameters) == []
     source = inspect.getsource(ModelParallelStrategy.setup_environment)
     assert source.index("_setup_distributed()") < source.index("_device_mesh")
+
+
+def test_the_bars_that_are_open():
+    with tqdm(total=1) as bar:
+        assert bar in tqdm._instances
+    assert bar not in tqdm._instances
 
 
 def test_parts_of_torch():

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from src.distributed.checkpoints import is_intact, read_full
 from src.export import main as export
-from src.preparation.scenes import Scenes
 from src.rounds.drafts import read_drafts
-from tests.ranks import RENAME, ROOT, Ranks
+from testing.scenes import BASE, write_scenes
+from testing.verbs import refusal
+from tests.ranks import RENAME, Ranks
 from tests.test_rounds import digests, journaled
 
 pytestmark = pytest.mark.dist
-BASE = ROOT / "assets" / "base"
 LOST = re.compile(r"rank (\d): error: .*\n.*another process of this run has ended or does not answer")
 NUM = 11  # drafts of a round: ranks get unequal shares of them
 
@@ -33,12 +33,7 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "scenes"
-    Scenes(out=str(out), image_size=48,
-        response_length=64, prompt="Describe the image in detail.", num_train=48, num_val=8,
-           num_test=8, captions_per_image=1, objects=[1, 2], noise=2.0, per_shard=16, vocab_size=400,
-           tokenizer=str(BASE)).run()  # fmt: skip
-    return out
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes")
 
 
 def common(scenes: Path) -> list[str]:
@@ -93,7 +88,7 @@ def test_ranks_leave_one_run(whole):
     assert names == {"epoch=1-step=6.ckpt", "epoch=2-step=8.ckpt", "last.ckpt", "pre-round-0002.ckpt"}
     assert (whole / "checkpoints" / "last.ckpt").readlink() == Path("epoch=2-step=8.ckpt")
     assert json.loads((whole / "finished.json").read_text()) == {"steps": 8}
-    assert len(list((whole / "tensorboard").glob("events*"))) == 1
+    assert len(list(whole.glob("events*"))) == 1
     for number in (1, 2):
         folder = whole / "rounds" / f"round-000{number}"
         assert json.loads((folder / "index.json").read_text())["counts"]["drafted"] == NUM
@@ -102,7 +97,8 @@ def test_ranks_leave_one_run(whole):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "world"), [("ddp", 2), ("fsdp2", 3), pytest.param("fsdp2", 1, marks=pytest.mark.slow)]
+    ("parallel", "world"),
+    [("fsdp2", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("ddp", 2), ("fsdp2", 1)])],
 )
 def test_drafts_and_rounds_do_not_depend_on_the_ranks(ranks, scenes, whole, tmp_path, parallel, world):
     """The first round: weights then have taken other batches."""
@@ -123,6 +119,7 @@ def test_copies_and_shares_train_alike(ranks, scenes, whole, tmp_path):
     assert max((moved[name] - tensor).abs().max() for name, tensor in first.items()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, scenes, whole, tmp_path, parallel):
     """Killed twice right after the second round, which newer weights have drafted; as if it had not been."""
@@ -146,6 +143,7 @@ def test_ranks_go_back_to_the_start_before_they_train_on_a_further_round(ranks, 
     assert not same(straight, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_by_hand_on_many_processes_is_the_same_round(ranks, scenes, whole, tmp_path):
     """The verbs, as torchrun starts them; the first time one is killed."""
@@ -184,12 +182,12 @@ BOTH = (0, 1)
 @pytest.mark.parametrize(
     ("who", "what", "number"),
     [
-        ((1,), STEP, 5),
-        ((1,), ANSWER, 2),
         ((0,), "src.distributed.checkpoints:publish", 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ((1,), STEP, 5),
+                ((1,), ANSWER, 2),
                 (BOTH, STEP, 7),
                 ((1,), DRAFT, 1),
                 ((0,), ANSWER, 6),
@@ -265,6 +263,7 @@ def at_the_second_epoch(run_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+@pytest.mark.slow
 def test_at_the_start_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_path):
     """Two ranks wrote it. One that shares with nobody and one without any strategy read it in different ways."""
     at_the_second_epoch(copied)
@@ -307,9 +306,8 @@ def test_in_the_middle_of_an_epoch_other_ranks_go_on(ranks, scenes, copied, tmp_
 def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys):
     folder = copied / "checkpoints" / "epoch=1-step=6.ckpt"
     damage(folder / "__0_0.distcp")
-    with pytest.raises(SystemExit):
-        export(["conf=export", f"model={folder}", f"out={tmp_path}/out", "format=own"])
-    assert "epoch=1-step=6.ckpt is damaged" in capsys.readouterr().err
+    argv = ["conf=export", f"model={folder}", f"out={tmp_path}/out", "format=own"]
+    assert "epoch=1-step=6.ckpt is damaged" in refusal(export, argv, capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +348,6 @@ def test_an_expert_that_never_answers_is_given_up(ranks, scenes, tmp_path):
     assert done.codes[0] == 1, done.printed
     assert "error: expert scenes has not answered for 3 s; its 0 answers are kept" in done.printed[1]
     assert LOST.search(done.printed[0])[1] == "0"
-    assert done.seconds < 40
     assert ranks.run(argv, out=tmp_path).codes == [0, 0]
 
 
@@ -381,7 +378,6 @@ def test_a_port_in_use_ends_all_ranks(ranks, scenes, tmp_path):
     assert done.codes == [1, 1], done.printed
     assert LOST.search(done.printed[0])
     assert f"rank 1: error: no process of this run answers at 127.0.0.1, port {port}" in done.printed[1]
-    assert done.seconds < 60
 
 
 def test_a_rank_that_does_not_come_ends_the_others(ranks, scenes, tmp_path):

@@ -134,11 +134,22 @@ def on_ranks(
 @pytest.mark.parametrize(
     ("strategy", "sharding", "world", "cases"),
     [
-        ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
-        ("FSDP2", "None", 2, [(name, "prefix") for name in ("proseco", "revision", *LORA)] + [("proseco", "shift")]),
-        ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
-        ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full"), ("adapters", "full")]),
-        ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
+        ("FSDP2", "None", 2, [("proseco", "prefix"), ("mask", "full"), ("refine", "full"), ("adapters", "full")]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("FSDP2", "None", 2, [(name, "full") for name in CASES if name != "compiled"]),
+                (
+                    "FSDP2",
+                    "None",
+                    2,
+                    [(name, "prefix") for name in ("proseco", "revision", *LORA)] + [("proseco", "shift")],
+                ),
+                ("FSDP2", "Sharding(reshard=False)", 2, [("proseco", "prefix"), ("refine", "full")]),
+                ("DDP", "None", 2, [("mask", "full"), ("proseco", "prefix"), ("refine", "full"), ("adapters", "full")]),
+                ("partial(FSDP2, replicas=2)", "None", 4, [("proseco", "prefix"), ("revision", "full")]),
+            ]
+        ),
     ],
 )
 def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, cases):
@@ -157,6 +168,7 @@ def test_ranks_give_the_numbers_of_one(tmp_path, strategy, sharding, world, case
             assert step == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_computing_in_bfloat16_keeps_float32_parameters_and_nearly_the_same_loss(tmp_path):
     first, _ = on_ranks(tmp_path, [("revision", "prefix")], "FSDP2", "Sharding(compute='bfloat16')")
@@ -178,6 +190,7 @@ def test_compiled_blocks_give_the_same_numbers(tmp_path):
     torch.testing.assert_close(first["compiled", "prefix"]["weights"], expected["weights"], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_what_gets_no_gradient_can_be_saved_and_resumed(tmp_path):
     """A vision path that no image reaches, trained or with its tower frozen: straight on, and over a checkpoint."""

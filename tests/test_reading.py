@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -112,31 +111,6 @@ def test_a_shard_that_disappears_is_asked_for_once(tmp_path: Path) -> None:
     (folder.parent / "again" / gone.name).rename(gone)  # back again: only the next reader asks for it
     assert [s.key for s in read_all(reader)] == [s.key for s in whole]
     assert {s.key for s in read_all(Reader(stream))} == {f"s{n:03d}" for n in range(30)}
-
-
-@pytest.mark.parametrize(
-    ("bad", "instead"),
-    [(range(10, 74), ["s000", "s009"]), ([*range(10, 60), *range(61, 74, 3)], ["s062", "s065"])],
-)
-def test_stand_ins_cost_no_more_than_the_samples_that_are_unusable(
-    tmp_path: Path, bad: Sequence[int], instead: list[str]
-) -> None:
-    """64 samples of a shard, and most of them. A reader that begins in their middle takes the same ones."""
-    stream = Stream([read_index(make(tmp_path / "d", 74, per_shard=64))], seed=1, shuffle=False)
-    decoded = Counter[str]()
-
-    def misfit(sample: Sample) -> str | None:
-        decoded[sample.key] += 1
-        return "bad" if sample.record["number"] in bad else None
-
-    places = list(all_places(stream))
-    whole = list(Reader(stream, misfit=misfit).samples(places))
-    assert len(whole) == 74 and not {s.record["number"] for s in whole} & set(bad)
-    assert [whole[n].key for n in (61, 73)] == instead  # the next of the shard, cyclically, or of the other shard
-    assert decoded.total() <= 74 + 2 * len(bad)  # each one when it is read, and once as, or for, a stand-in
-    for start in (11, 40, 63, 70):
-        resumed = list(Reader(stream, misfit=misfit).samples(places[start:]))
-        assert [(s.key, s.passes) for s in resumed] == [(s.key, s.passes) for s in whole[start:]]
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails")

@@ -17,7 +17,6 @@ from src.prepare import main as prepare
 from src.text.tokenizer import Codec
 from src.train import main as train
 from tests.test_captions import CANVAS, codec, folder, round_folder  # noqa: F401  (fixtures)
-from tests.test_corruption import SPECIAL
 from tests.test_objectives import tiny_backbone
 
 
@@ -45,25 +44,6 @@ def test_four_passes_have_four_noise_levels_and_their_own_captions(folder, codec
     assert sum(len(set(texts)) > 1 for texts in captions.values()) > 10  # of two captions, drawn anew in each pass
 
 
-def test_a_round_that_is_added_brings_new_noise(folder, codec, round_folder):  # noqa: F811
-    """The share of data in a batch shrinks then, so epoch 1 comes back to samples of epoch 0."""
-    data = CaptionData(
-        path=str(folder), codec=codec, batch_size=8, response_length=CANVAS, image_size=4, epoch_batches=2,
-        data_share=0.5,
-    )  # fmt: skip
-    objective = RevisionObjective(Setup(backbone=tiny_backbone, special=codec.special, optim=Optim(lr=1e-3)))
-    levels = defaultdict(list)
-    for epoch in range(2):
-        loader = data.train_dataloader()
-        loader.epoch = lambda epoch=epoch: epoch
-        for batch in loader:
-            for key, level in zip(batch.keys, objective.corrupt(batch)[0].rate.tolist(), strict=True):
-                levels[key].append(level)
-        data.add_round(round_folder)
-    again = [seen for key, seen in levels.items() if len(seen) > 1 and key.startswith("k")]
-    assert len(again) > 2 and all(len(set(seen)) == len(seen) for seen in again)
-
-
 @pytest.mark.slow
 def test_a_short_training_breaks_no_more_of_a_text_without_masks(tmp_path):
     """P(break) on texts without masks is at most 1.25 times that with a tenth of the tokens masked.
@@ -82,16 +62,6 @@ def test_a_short_training_breaks_no_more_of_a_text_without_masks(tmp_path):
         broken, right = counts[:, 2], counts[:, 3]
         ratios[t_min] = float((broken / right)[0] / (broken / right)[1])
     assert ratios[0.0] <= 1.25 < ratios[0.1]
-
-
-def test_ids_that_are_never_written_are_no_predictions():
-    special = SPECIAL
-    logits = torch.zeros(2, special.vocab_size + 3)
-    logits[:, [special.mask, *special.banned]] = 5.0
-    logits[:, special.vocab_size :] = 5.0
-    logits[0, 7], logits[1, 8] = 1.0, 1.0
-    assert special.argmax(logits).tolist() == [7, 8]
-    assert special.argmax(logits[:0]).tolist() == []
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from src.generate import main
-from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.llada_v import LLaDAV
 from src.samplers.sampler import Sampler
@@ -79,15 +78,6 @@ def test_no_system_text(golden, golden_folder_v, golden_model, tmp_path):
     assert (line["system"], line["text"]) == ("", bare.decode(sampled.ids[0].tolist()))
 
 
-def test_an_empty_prompt_goes_before_that_of_the_data(model, codec, photo, tmp_path):
-    sample = {"__key__": "a", "json": {"prompt": "Why is a red ring round?"}, "png": photo.read_bytes()}
-    write_shards(tmp_path / "test", [sample], prefix="test", per_shard=1, kind="captions", tokenizer=codec.fingerprint)
-    (own,) = run(model, tmp_path / "own.jsonl", f"images={tmp_path / 'test'}")
-    (bare,) = run(model, tmp_path / "bare.jsonl", f"images={tmp_path / 'test'}", "prompt=")
-    (same,) = run(model, tmp_path / "same.jsonl", f"images={photo}", "prompt=")
-    assert bare["text"] == same["text"] != own["text"]
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -118,16 +108,6 @@ def test_wrong_settings(setting, message, model, tmp_path, capsys):
     assert message in refused(capsys, model, tmp_path / "out", *argv)
 
 
-def test_a_byte_order_mark_and_blank_lines_are_passed_over(model, tmp_path):
-    lines = ['{"key": "a", "prompt": "Why?"}', "", '{"key": "b", "prompt": "Why\u2028not?"}', "  ", ""]
-    plain = questions(tmp_path, "\n".join(lines[::2][:2]))
-    expected = run(model, tmp_path / "plain.jsonl", "images=null", plain)
-    marked = questions(tmp_path, b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    lines = run(model, tmp_path / "marked.jsonl", "images=null", marked)
-    assert [(line["key"], line["text"]) for line in lines] == [(line["key"], line["text"]) for line in expected]
-    assert [line["key"] for line in lines] == ["a", "b"]
-
-
 @pytest.fixture
 def small(model, tmp_path) -> Path:
     """The model as if it had come with an original config that knows its positions."""
@@ -146,16 +126,6 @@ def test_more_tokens_than_the_model_is_for(small, tmp_path, capsys, caplog):
     assert len(run(small, tmp_path / "out", "images=null", questions(tmp_path, "".join(lines)))) == 2
     (warned,) = [record.getMessage() for record in caplog.records if "exceed the model's 40" in record.getMessage()]
     assert warned.startswith("y" * 20)
-
-
-def test_the_tokenizer_of_another_model(model, tmp_path, capsys):
-    shutil.copytree(model, tmp_path / "m")
-    rows = json.loads((model / "config.json").read_text())["decoder"]["vocab_size"]
-    Codec.train(["What makes others so unlike this one?"], vocab_size=999, alphabet="bytes").save(tmp_path / "m")
-    tokens = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert (most := max(tokens.values())) >= rows
-    message = refused(capsys, tmp_path / "m", tmp_path / "out", "images=null", "prompt=Why?")
-    assert f"ids up to {most}, but the model in {tmp_path / 'm'} has a vocabulary of {rows}" in message
 
 
 @pytest.mark.parametrize("text", ["Who won? #1 answer", "1", "ROMEO:", "why " * 400])  # the last is too long for a path

@@ -27,8 +27,6 @@ from src.chat.journal import Journal
 from src.distributed.parallel import Team
 from src.experts.reference import ReferenceExpert
 from src.experts.scenes import ScenesExpert
-from src.io.settings import describe
-from src.io.shards import write_shards
 from src.models.hf.folder import fingerprint
 from src.rounds.drafts import Drafter, draw_drafts, read_drafts
 from src.rounds.round import RoundOptions, read_round, revise_round, run_round
@@ -38,6 +36,7 @@ from src.scenes.graph import draw_scene
 from src.scenes.render import render
 from src.text.tokenizer import Codec
 from src.types import Batch, Draft, Edit, Expert, Failure, Prefix, Revision
+from testing.child import in_child
 
 NUM, CANVAS, RIGHT = 11, 64, {"s03", "s07"}  # the drafts of RIGHT hold no mistake
 
@@ -177,20 +176,6 @@ def journaled(folder: Path) -> list[str]:
     return [json.loads(line)["key"] for line in lines]
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked process; 0, or the number of the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return -code
-
-
 def kill_at_rename(number: int) -> None:
     """Kill this process right before its n-th rename, from 0; the interpreter announces each one."""
     seen = iter(range(10**6))
@@ -299,8 +284,9 @@ def test_drafting_goes_on_while_the_expert_works(case, tmp_path):
 
 def resumed_equals_whole(case: Case, whole: Path, folder: Path, killed: Callable[[Path], object]) -> bool:
     """Kill a round, finish it in another process, and compare; false when the kill came too late."""
-    if in_child(lambda: killed(folder)) == 0:
+    if (code := in_child(lambda: killed(folder))) == 0:
         return False
+    assert code == -signal.SIGKILL
     work = folder.with_name(f".{folder.name}.partial")
     finished = folder if folder.exists() else work
     answered = journaled(finished)
@@ -349,20 +335,6 @@ def test_killed_between_answers(case, whole, tmp_path, num_answers):
     assert resumed_equals_whole(case, whole, tmp_path / "round-0001", killed)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_killed_while_drafting(case, whole, tmp_path):
-    def killed(folder: Path) -> None:
-        numbers = iter(range(100))
-
-        def draw(batch):
-            if next(numbers) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        case.run(folder, Diligent(folder.parent / "asked"), draw=draw)
-
-    assert resumed_equals_whole(case, whole, tmp_path / "round-0001", killed)
-
-
 def test_finished_round_is_returned_as_it_is(case, whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
 
@@ -383,57 +355,15 @@ def test_finished_round_of_other_settings_is_refused(case, whole, tmp_path, name
 
 def test_finished_round_of_another_expert_is_refused(case, whole, tmp_path):
     for expert in (ScenesExpert(), ReferenceExpert()):
-        with pytest.raises(
-            ValueError, match=r"round made with other settings \(expert\.name: .* in the round, \w+ now"
-        ):
+        message = r"round made with other settings \(expert\.name: .* in the round, \w+ now"
+        with pytest.raises(ValueError, match=message):
             case.run(whole, expert)
-        with pytest.raises(
-            ValueError, match=r"round made with other settings \(expert\.name: .* in the round, \w+ now"
-        ):
+        with pytest.raises(ValueError, match=message):
             revise_round(whole, whole / "drafts", options=case.options(expert))
-    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
-    revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
+    for _ in range(2):
+        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=2)))
     with pytest.raises(ValueError, match=r"\(expert\.max_words: 2 in the round, 3 now\); choose another folder"):
         revise_round(tmp_path / "r", whole / "drafts", options=case.options(ReferenceExpert(max_words=3)))
-    manifest = json.loads((tmp_path / "r" / "index.json").read_text())
-    assert manifest["expert"] == {"name": "reference", "class": "ReferenceExpert", "max_words": 2}
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_answers_of_an_expert_with_other_settings_are_not_reused(case, whole, tmp_path):
-    """Killed with all answers in the journal and the round written, right before it gets its name."""
-    folder = tmp_path / "round-0001"
-    again = lambda expert: revise_round(folder, whole / "drafts", options=case.options(expert))  # noqa: E731
-
-    def killed() -> None:
-        kill_at_rename(4)  # 3 shards, their index, the round
-        again(ReferenceExpert(max_words=2))
-
-    assert in_child(killed) == signal.SIGKILL
-    partial_ = tmp_path / ".round-0001.partial"
-    assert len(journaled(partial_)) == NUM
-    assert (partial_ / "index.json").exists()
-    made = again(ReferenceExpert(max_words=3))
-    assert made.manifest["expert"]["max_words"] == 3
-    assert len(journaled(folder)) == 2 * NUM
-
-
-def test_experts_are_described_by_their_public_attributes_or_their_settings(case):
-    class Remote:
-        name = "remote"
-
-        def __init__(self) -> None:
-            self.codec, self.model, self.limits = case.codec, "m", (1, {"a": None})
-            self._key = "secret"
-
-    expert = Remote()
-    content = {"codec": case.codec.fingerprint, "model": "m", "limits": [1, {"a": None}]}
-    assert describe(expert) == {"class": "Remote", **content}
-    expert.client = object()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="is not a setting"):
-        describe(expert)
-    expert.settings = {"model": "m"}  # type: ignore[attr-defined]
-    assert describe(expert) == {"class": "Remote", "model": "m"}
 
 
 def test_unfinished_round_of_other_weights_is_drafted_again_but_answers_stay(case, tmp_path):
@@ -492,12 +422,6 @@ def test_unfinished_drafts_are_refused(case, tmp_path):
     next(draw_drafts(tmp_path / "drafts", enumerate(case.batches()), case.drafter(), team=Team()))
     with pytest.raises(ValueError, match=r"drafts is not a finished data folder"):
         revise_round(tmp_path / "r", tmp_path / "drafts", options=case.options(ScenesExpert()))
-
-
-def test_drafts_of_another_tokenizer_are_refused(case, whole, tmp_path):
-    other = Codec.train(["one two three"], vocab_size=300)
-    with pytest.raises(ValueError, match=other.fingerprint):
-        revise_round(tmp_path / "r", whole / "drafts", options=case.options(ScenesExpert(), codec=other))
 
 
 # --- journal ------------------------------------------------------------------------------------------------------
@@ -589,35 +513,3 @@ def test_an_answer_for_which_the_disk_has_no_room_leaves_nothing(tmp_path):
     with Journal(tmp_path / "j", expert="e") as journal:
         assert [journal.answer(a_draft(key)) is not None for key in "abc"] == [True, False, True]
     assert len((tmp_path / "j").read_text().splitlines()) == 2
-
-
-# --- shards -------------------------------------------------------------------------------------------------------
-
-
-def samples(count: int) -> list[dict]:
-    return [{"__key__": f"k{n}", "json": {"n": n, "text": "é"}, "png": bytes([n]), "_note": 1} for n in range(count)]
-
-
-def write(folder: Path, items, **changed) -> dict:
-    values = {"prefix": "train", "per_shard": 3, "kind": "captions", "tokenizer": None}
-    return write_shards(folder, items, **{**values, **changed})
-
-
-def test_interrupted_shards_are_started_over(tmp_path):
-    def broken():
-        yield from samples(8)
-        raise OSError("disk")
-
-    with pytest.raises(OSError, match="disk"):
-        write(tmp_path, broken())
-    assert not (tmp_path / "index.json").exists()
-    write(tmp_path, samples(2))
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["index.json", "train-000000.tar"]
-    with pytest.raises(ValueError, match="already finished"):
-        write(tmp_path, samples(2))
-
-
-@pytest.mark.parametrize("key", ["a.b", "a/b", "", "x" * 91])
-def test_keys_that_a_tar_cannot_hold_are_refused(tmp_path, key):
-    with pytest.raises(ValueError, match="a key must have"):
-        write(tmp_path, [{"__key__": key, "json": {}}])

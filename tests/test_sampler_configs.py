@@ -20,10 +20,10 @@ SPECIAL = SpecialIds(mask=MASK, eos=EOS, eot=EOT, banned=(MASK,), vocab_size=V)
 
 
 @torch.no_grad()
-def sample(sampler):
+def sample(sampler, **options):
     backbone = Recording(small_model(V, sharpness=1.0))
     prefix = backbone.encode_prefix({"prompt_ids": torch.tensor([[4, 9, 7], [5, 6, 21], [12, 4, 3]])})
-    return sampler(backbone, prefix, special=SPECIAL, keys=["a", "b", "c"], seed=0), len(backbone.texts)
+    return sampler(backbone, prefix, special=SPECIAL, keys=["a", "b", "c"], seed=0, **options), len(backbone.texts)
 
 
 @pytest.mark.parametrize(("tokens_per_step", "cfg_scale"), [(4, 0.0), (8, 0.5)])
@@ -46,3 +46,20 @@ def test_a_budget_is_kept_with_every_mask_filled(name):
     assert MASK not in sampled.ids
     assert sampled.forwards.max() <= 7  # passes of a corrector are counted too
     assert int(sampled.forwards.sum()) == rows
+
+
+@pytest.mark.parametrize("name", ["plain", "random", "threshold", "refine", "released", "edit_speed", "remdm_cap"])
+def test_what_is_settled_stays(name):
+    """Whatever a server has sent of a stream is the beginning of the response."""
+    node = load_part("sampler", name, root=ROOT / "conf")
+    node |= {"temperature": 1.0, "tokens_per_step": 4, "steps": None, **({"blocks": 4} if "blocks" in node else {})}
+    sampler, most = build(node), 0
+    sampled, _ = sample(sampler, trace=True)
+    for ids, steps in zip(sampled.ids.tolist(), sampled.traces, strict=True):
+        text = ids[: ids.index(EOT) + 1] if EOT in ids else ids
+        for step in steps:
+            count = sampler.settled(step.tokens, MASK)
+            assert step.tokens[:count][: len(text)] == text[:count]
+            most = max(most, count if MASK in step.tokens else 0)
+    if name in ("plain", "refine", "random"):
+        assert most >= 16  # words of a block at least, before the end

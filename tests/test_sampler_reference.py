@@ -200,7 +200,7 @@ def test_a_budget_counts_both_calls_of_a_guided_step(limit, spent):
     assert MASK not in sampled.ids
 
 
-@pytest.mark.parametrize("case", SPEEDS)
+@pytest.mark.parametrize("case", SPEEDS[1:4])
 @pytest.mark.parametrize("revising", [None, {}, {"share": 0.5, "begin": 0.5}])
 def test_an_early_stop_spares_what_is_behind_it(case, revising):
     reviser = None if revising is None else OverwriteAll(**revising)
@@ -221,9 +221,8 @@ def test_a_given_beginning_is_continued():
     assert sum(row.edits for row in rows) > 0
 
 
-@pytest.mark.parametrize("case", SPEEDS)
-@pytest.mark.parametrize("revising", [None, {}])
-@pytest.mark.parametrize("eos_behind_eot", [False, True])
+@pytest.mark.parametrize("case", [SPEEDS[1], SPEEDS[3]])
+@pytest.mark.parametrize(("revising", "eos_behind_eot"), [(None, False), ({}, False), ({}, True)])
 def test_a_row_is_done_when_only_its_end_is_left(case, revising, eos_behind_eot):
     """Fewer calls than with all steps; end-of-text inside a text only where that is allowed."""
     reviser = None if revising is None else OverwriteAll()

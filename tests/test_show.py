@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -177,13 +176,3 @@ def test_mistakes_are_one_line(argv, tmp_path, monkeypatch, capsys) -> None:
         main(argv)
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_samples_that_are_gone_are_a_finding(rows, tmp_path, capsys) -> None:
-    rows[0]["split"] = "test"
-    out = prepare(tmp_path, rows)
-    shutil.rmtree(out / "train")
-    index = json.loads((out / "test" / "index.json").read_text())
-    (out / "test" / "index.json").write_text(json.dumps({**index, "shards": []}))
-    _, findings = shown(capsys, f"show={out}")
-    assert findings == {"a split that has lost samples": (2, f"train: 0 of {NUM - 1} are in its index.json")}

@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.preparation.scenes import Scenes
+from testing.scenes import BASE, write_scenes
 from tests.slurm import Slurm, missing, until
 from tests.test_stop import ROOT, arguments, same_weights
 
 pytestmark = pytest.mark.slurm
 STEPS, EPOCH, DRAFTS = 40, 20, 64
-BASE = "assets/base"
 CLUSTER = """\
 cluster:
   target: src.training.slurm.Cluster
@@ -75,12 +74,8 @@ def submit(slurm: Slurm, folder: Path, argv: list[str], **limits) -> str:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """Scenes of which the embedded base model gets some wrong, as there is to be something to correct."""
-    out = tmp_path_factory.mktemp("data") / "pictures"
-    Scenes(out=str(out), tokenizer=BASE, image_size=48, vocab_size=512,
-        response_length=64, prompt="Describe the picture.",
-           num_train=64, num_val=8, num_test=8, captions_per_image=1, objects=[2, 3], noise=4.0,
-           per_shard=16).run()  # fmt: skip
-    return out
+    sizes = {"num_train": 64, "objects": [2, 3], "noise": 4.0, "prompt": "Describe the picture."}
+    return write_scenes(tmp_path_factory.mktemp("data") / "pictures", **sizes)
 
 
 def stage_two(pictures: Path, run_dir: Path, parallel: str) -> list[str]:
@@ -106,7 +101,7 @@ def stops(run_dir: Path) -> list[int]:
 def logged_steps(run_dir: Path) -> list[int]:
     """The steps of the loss in all logs of a run, in order."""
     found: list[int] = []
-    for path in sorted((run_dir / "tensorboard").glob("events.*")):
+    for path in sorted(run_dir.glob("events.*")):
         events = EventAccumulator(str(path)).Reload()
         if "train/loss" in events.Tags()["scalars"]:
             found += [event.step for event in events.Scalars("train/loss")]
@@ -264,22 +259,3 @@ def test_a_run_waits_for_the_one_that_makes_its_model(slurm, scenes, tmp_path):
     other = submit(slurm, tmp_path, [*follow, f"run_dir={never}2", f"cluster.after={job}"])
     slurm.run("scancel", job)
     until(lambda: slurm.job(other)["JobState"] == "CANCELLED", seconds=60)
-
-
-def test_a_wrong_config_is_refused_and_nothing_is_queued(slurm, scenes, tmp_path):
-    argv = arguments(scenes, tmp_path / "run", "objective.rate=often")
-    done = subprocess.run(command(tmp_path, argv), cwd=ROOT, env=slurm.env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: objective.rate: expected float, got 'often'\n"
-    assert not slurm.run("squeue", "-h")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_whose_job_is_queued_is_not_given_away(slurm, scenes, tmp_path):
-    argv = arguments(scenes, tmp_path / "run", "cluster.extra=[--hold]")
-    job = submit(slurm, tmp_path, argv)
-    with pytest.raises(AssertionError, match=f"belongs to job {job}, which is not done"):
-        submit(slurm, tmp_path, argv)
-    slurm.run("scancel", job)
-    until(lambda: slurm.job(job)["JobState"] == "CANCELLED", seconds=60)
-    assert slurm.job(job)["Restarts"] == "0"

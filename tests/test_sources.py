@@ -212,19 +212,12 @@ def test_the_whole_question_of_alpaca_is_asked(case: str, tmp_path: Path) -> Non
         (("a.jpg", "x/b.jpg"), ["photos/a.jpg", "photos/x/b.jpg", "C:\\my\\photos\\a.jpg"], ["a.jpg", "x/b.jpg", None]),
     ],
 )  # fmt: skip
-def test_a_picture_is_found_or_missing_but_never_another_one(
-    images: tuple[str, ...], names: list[str], files: list[str | None], tmp_path: Path
-) -> None:
+def test_a_picture_is_found_or_missing_but_never_another_one(images, names, files, tmp_path):
     entries, counts = read(tmp_path, "a.jsonl", lines(*map(record, names)), images)
     paths = {entry.place: path.relative_to(tmp_path / "photos").as_posix() for entry, path in entries if path}
     places = [f"a.jsonl:{number}" for number in range(1, len(names) + 1)]
     assert [paths.get(place) for place in places] == files
     assert counts["missing_image"] + counts["ambiguous_image"] == files.count(None)
-
-
-def test_the_example_of_a_missing_picture_names_the_other_one(tmp_path: Path) -> None:
-    _, counts = read(tmp_path, "a.jsonl", lines(record("vg/a.jpg"), record("a.jpg")), ("a.jpg",))
-    assert counts.examples == {"missing_image": f"vg/a.jpg ({tmp_path / 'photos' / 'a.jpg'} is in another folder)"}
 
 
 @pytest.mark.parametrize(("on_disk", "named"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -463,25 +456,6 @@ def test_a_picture_in_two_splits_under_two_prompts_or_sources_stays_in_the_first
     assert [source["left_out"]["records"]["image_in_two_splits"]["count"] for source in manifest["sources"]] == [1, 1]
 
 
-def test_pictures_of_one_name_in_two_folders_keep_the_splits_they_are_given(tmp_path: Path) -> None:
-    rows = []
-    for split, number in (("train", 1), ("val", 1), ("test", 2), ("train", 2)):
-        picture(tmp_path / split / f"{number}.jpg")
-        rows.append({**record(f"{split}/{number}.jpg", f"{split} {number}"), "split": split})
-    rows.append({**record("train/1.jpg", "a caption of the test set"), "split": "test"})
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    settings = {"image_size": 8, "response_length": 32, "prompt": "Q", "vocab_size": 300, "images": str(tmp_path)}
-    index = Photos(out=str(tmp_path / "out"), annotations=str(tmp_path / "a.json"), **settings).run()
-    texts = {
-        (tar.parent.name, caption["text"])
-        for tar in (tmp_path / "out").rglob("*.tar")
-        for sample in read_shard(tar)
-        for caption in sample["json"]["captions"]
-    }
-    assert texts == {("train", "train 1"), ("train", "train 2"), ("val", "val 1"), ("test", "test 2")}
-    assert index["counts"]["records"]["image_in_two_splits"] == 1
-
-
 def test_coco_ids_join_as_text_and_never_become_file_names(tmp_path: Path) -> None:
     tables = {
         "images": [{"id": 1, "file_name": "3.jpg"}, {"id": 2, "file_name": "1.jpg"}, {"id": 4, "file_name": "1.jpg"}],
@@ -532,17 +506,6 @@ def test_a_limit_takes_the_same_records_from_all_parts_of_a_source(tmp_path: Pat
     source = Source(annotations=str(tmp_path / "a.jsonl"), images=str(tmp_path / "photos"), max=100)
     assert [int(entry.captions[0].text) for entry, _ in source.read(Counts(), seed=0)] == taken
     assert [int(entry.captions[0].text) for entry, _ in source.read(Counts(), seed=1)] != taken
-
-
-def test_a_source_of_which_nothing_is_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = three_sources(tmp_path)
-    (tmp_path / "two.json").write_text(json.dumps([record("0.jpg", "much too long " * 20)]))
-    settings = {"image_size": 8, "response_length": 32, "prompt": "Any?", "vocab_size": 300}
-    index = Photos(out=str(tmp_path / "out"), sources={**sources, "three": None}, **settings).run()
-    assert [source["name"] for source in index["sources"]] == ["one", "two"]
-    assert "nothing of the source two could be used; rejects.jsonl says why" in caplog.text
-    (example,) = [row["captions too long"] for row in index["examples"].values() if "captions too long" in row]
-    assert "0.jpg: " in example and "prepare.response_length=32 holds 31" in example
 
 
 @pytest.mark.parametrize(

@@ -2,67 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from datamodules.captions import CaptionData
 from src.cli.signals import Stop, Stopped
+from src.text.tokenizer import Codec
 from src.train import main
+from tests.ranks import Ranks
 from tests.test_train import arguments as small_run
 from tests.test_train import same_weights
 
 ROOT = Path(__file__).parents[1]
-# At the nth call of a method: sends signals to itself and all its workers, or to rank 1 alone, or creates a file.
-TRAINING = """
-import importlib, os, subprocess, sys, time
-from src.train import main
-
-if not sys.argv[1]:
-    main(sys.argv[2:])
-    sys.exit()
-place, method, nth, *numbers = sys.argv[1].split("/")
-module, _, owner = place.partition(":")
-holder = importlib.import_module(module)
-holder = getattr(holder, owner) if owner else holder
-plain, calls = getattr(holder, method), []
-
-def signalled(*args, **kwargs):
-    calls.append(method)
-    if len(calls) == int(nth) and numbers[0] == "touch":
-        subprocess.run(["touch", "/" + "/".join(numbers[1:])])
-        time.sleep(5)  # the drafts are drawn in less time than the file is looked for
-    elif len(calls) == int(nth) and numbers[0] == "rank1":
-        if os.environ.get("LOCAL_RANK") == "1":
-            subprocess.run(["kill", f"-{numbers[1]}", str(os.getpid())])
-    elif len(calls) == int(nth):
-        for number in numbers:
-            subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"])  # what it sends itself is another thing
-    return plain(*args, **kwargs)
-
-setattr(holder, method, signalled)
-main(sys.argv[2:])
-"""
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
 STEP = "src.objectives.revision:RevisionObjective/training_step"
-# Reads one batch, says which worker made it, and waits to be killed.
-READING = """
-import multiprocessing, sys
-from datamodules.captions import CaptionData
-from src.text.tokenizer import Codec
 
-codec = Codec.load(f"{sys.argv[1]}/tokenizer")
-data = CaptionData(path=sys.argv[1], codec=codec, batch_size=16, response_length=40, image_size=48, workers=1)
-batches = iter(data.train_dataloader())
-next(batches)
-print(multiprocessing.active_children()[0].pid, flush=True)
-sys.stdin.read()
-"""
+
+def signals_itself(rank: int) -> None:
+    """Patch of a rank: at the nth call of a method, signals to itself and its workers, or to rank 1, or a stop file."""
+    place, method, nth, *numbers = os.environ["SIGNALLED"].split("/")
+    os.setpgid(0, 0)
+    module, _, owner = place.partition(":")
+    holder = importlib.import_module(module)
+    holder = getattr(holder, owner) if owner else holder
+    plain, calls = getattr(holder, method), []
+
+    def signalled(*args, **kwargs):
+        calls.append(method)
+        if len(calls) == int(nth) and numbers[0] == "touch":
+            Path("/", *numbers[1:]).touch()
+            time.sleep(3)  # the drafts are drawn in less time than the file is looked for
+        elif len(calls) == int(nth) and numbers[0] == "rank1":
+            if rank == 1:
+                subprocess.run(["kill", f"-{numbers[1]}", str(os.getpid())])
+        elif len(calls) == int(nth):
+            for number in numbers:
+                subprocess.run(
+                    ["kill", f"-{number}", "--", f"-{os.getpgrp()}"]
+                )  # what it sends itself is another thing
+        return plain(*args, **kwargs)
+
+    setattr(holder, method, signalled)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as server:
+        yield server
 
 
 def arguments(scenes: Path, run_dir: Path, *more: str, conf: str = "stage1") -> list[str]:
@@ -76,16 +72,16 @@ def stage_two(scenes: Path, run_dir: Path) -> list[str]:
     return arguments(scenes, run_dir, *loop, "data.epoch_batches=10", conf="stage2")
 
 
-def signalled(where: str, argv: list[str]) -> tuple[int, str]:
+@pytest.fixture
+def signalled(ranks, tmp_path):
     """Exit code and the last line of a training that sends itself signals."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = Path(tempfile.mkdtemp(), "training.py")  # a file, as Lightning runs it again for the second rank
-    script.write_text(TRAINING)
-    command = [sys.executable, str(script), where, *argv]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, start_new_session=True, capture_output=True, text=True, timeout=400
-    )  # fmt: skip
-    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+
+    def run(where: str, argv: list[str], world: int = 1) -> tuple[int, str]:
+        patches = ["tests.test_stop:signals_itself"] if where else []
+        done = ranks.run(argv, out=tmp_path, world=world, patches=patches, environment={"SIGNALLED": where})
+        return done.codes[0], (done.printed[0].strip().splitlines() or [""])[-1]
+
+    return run
 
 
 def step_of(run_dir: Path) -> int:
@@ -116,7 +112,9 @@ def whole(scenes, tmp_path_factory) -> Path:
         ("callbacks.checkpoint:Checkpoint/on_train_epoch_end/1", signal.SIGTERM, 13),  # too late for the step before
     ],
 )
-def test_a_signal_saves_the_step_and_the_same_command_continues(scenes, whole, tmp_path, where, number, step):
+def test_a_signal_saves_the_step_and_the_same_command_continues(
+    signalled, scenes, whole, tmp_path, where, number, step
+):
     argv = arguments(scenes, tmp_path / "run")
     code, line = signalled(f"{where}/{int(number)}", argv)
     assert line == f"stopped at step {step} of 16 by {number.name}; the same command continues"
@@ -127,13 +125,13 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(scenes, whole, t
     assert same_weights(whole, tmp_path / "run")
 
 
-def test_a_second_signal_does_not_wait(scenes, tmp_path):
+def test_a_second_signal_does_not_wait(signalled, scenes, tmp_path):
     code, _ = signalled(f"{STEP}/3/{int(signal.SIGTERM)}/{int(signal.SIGTERM)}", arguments(scenes, tmp_path / "run"))
     assert code == -signal.SIGTERM
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_path):
+def test_a_file_stops_once_and_the_same_command_continues(signalled, scenes, whole, tmp_path):
     """By a file before the first step, then by the signal for which it stands; workers get that too."""
     run_dir = tmp_path / "run"
     argv, stop = arguments(scenes, run_dir), run_dir / "STOP"
@@ -148,7 +146,7 @@ def test_a_file_stops_once_and_the_same_command_continues(scenes, whole, tmp_pat
     assert same_weights(whole, run_dir)
 
 
-def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
+def test_a_file_ends_drafting_within_seconds(signalled, scenes, tmp_path):
     argv = stage_two(scenes, tmp_path / "run")
     stop = tmp_path / "run" / "STOP"
     code, line = signalled(f"src.rounds.drafts:Drafter/draw/3/touch/{stop}", argv)
@@ -158,24 +156,24 @@ def test_a_file_ends_drafting_within_seconds(scenes, tmp_path):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "number"), [("ddp", signal.SIGTERM), ("fsdp2", signal.SIGUSR1)])
-def test_one_rank_gets_a_signal_and_all_stop_at_the_same_step(scenes, tmp_path, parallel, number):
+def test_one_rank_gets_a_signal_and_all_stop_at_the_same_step(signalled, scenes, tmp_path, parallel, number):
     def command(run_dir: str) -> list[str]:
         two = ["trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2"]
         return arguments(scenes, tmp_path / run_dir, *two, conf=f"stage1,parallel/{parallel}")
 
-    code, line = signalled(f"{STEP}/3/rank1/{int(number)}", command("run"))
+    code, line = signalled(f"{STEP}/3/rank1/{int(number)}", command("run"), 2)
     file = f" ({tmp_path}/run/STOP)" if number == signal.SIGUSR1 else ""
     assert line == f"stopped at step 3 of 16 by {number.name}{file}; the same command continues"
     assert code == 128 + number
     assert step_of(tmp_path / "run") == 3
     for run_dir in ("run", "whole"):
-        code, _ = signalled("", command(run_dir))
+        code, _ = signalled("", command(run_dir), 2)
         assert code == 0
     assert same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(("nth", "step"), [pytest.param(3, 0, marks=pytest.mark.slow), (9, 10)])
-def test_drafting_stops_at_once_and_keeps_what_is_drawn(scenes, tmp_path, nth, step):
+def test_drafting_stops_at_once_and_keeps_what_is_drawn(signalled, scenes, tmp_path, nth, step):
     """Six shards a round; in the first round and in the second."""
     argv = stage_two(scenes, tmp_path / "run")
     code, line = signalled(f"src.rounds.drafts:Drafter/draw/{nth}/{int(signal.SIGTERM)}", argv)
@@ -192,16 +190,25 @@ def test_drafting_stops_at_once_and_keeps_what_is_drawn(scenes, tmp_path, nth, s
 
 
 def test_workers_end_with_a_parent_that_was_killed(scenes):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", READING, str(scenes)]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout is not None
-        worker = parent.stdout.readline().decode().strip()
-        assert runs(worker)
-        parent.kill()
+    readable, writable = os.pipe()
+    parent = os.fork()
+    if not parent:
+        with contextlib.suppress(BaseException):
+            sizes = {"batch_size": 16, "response_length": 40, "image_size": 48, "workers": 1}
+            data = CaptionData(path=str(scenes), codec=Codec.load(scenes / "tokenizer"), **sizes)
+            batches = iter(data.train_dataloader())
+            next(batches)
+            os.write(writable, str(multiprocessing.active_children()[0].pid).encode())
+            time.sleep(600)
+        os._exit(1)
+    worker = os.read(readable, 20).decode()
+    assert runs(worker)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
     deadline = time.monotonic() + 20
     while runs(worker):
         assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.05)
 
 
 def runs(process: str) -> bool:

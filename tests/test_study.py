@@ -16,7 +16,7 @@ import pytest
 
 from src.cli.config import load_config
 from src.cli.instantiate import plain
-from src.evaluation.study import Cell, Plan, check_stage, hours_left, read_plan
+from src.evaluation.study import Cell, Plan, check_stage, read_plan
 from src.evaluation.study_report import holm, paired_p, write_study
 from src.io.errors import UserError
 from src.objectives.base import Objective
@@ -151,21 +151,6 @@ def test_the_report_has_means_over_seeds_differences_and_what_did_not_run(tmp_pa
     assert "## t, test" not in text
 
 
-def test_the_report_has_what_is_measured_of_models_and_edits(tmp_path):
-    plan = plan_of(tmp_path, seeds=2)
-    stat = lambda mean: {"mean": mean, "se": None, "n": 9}  # noqa: E731
-    for cell, share in zip(plan.cells("val"), (0.5, 0.9, 0.7, None), strict=True):  # of one, two, one, two
-        model = {"repaired by wrong tokens=1": stat(share), "repaired by wrong tokens=8": stat(0.25)}
-        edits = {"edits": {"truer": 5, "same": 2, "falser": 1}} if cell.arm.name == "two" else {}
-        finish(plan, cell, 1.0, model=model, **edits)
-    text = write_study(plan, metrics=["quality"], command="x")
-    assert "| repaired by wrong tokens | 1            | 8            |" in text
-    assert "| one                      | 0.600 ±0.100 | 0.250 ±0.000 |" in text
-    assert "| two                      | 0.900        | 0.250 ±0.000 |" in text
-    assert "- two: of 16 edits, by a second reader, 62.5% make the caption truer, 12.5% less true" in text
-    assert "- one: of" not in text
-
-
 def test_a_table_may_evaluate_the_models_of_another_on_other_data(tmp_path):
     table = {"passes": 4, "tokens_per_step": [1], "reference": "one/plain", "seeds": [0], "arms": {"one": ARM}}
     other = {**table, "evaluate": ["evaluate.data.path={data}-other"]}
@@ -176,21 +161,6 @@ def test_a_table_may_evaluate_the_models_of_another_on_other_data(tmp_path):
     paths = [load_config(plan.commands(cell)[-1][1:]).evaluate for cell in (here, there)]
     assert [str(path.data.path) for path in paths] == [f"{tmp_path}/data", f"{tmp_path}/data-other"]
     assert paths[0].out != paths[1].out and plan.file(here) != plan.file(there)
-
-
-def test_variants_that_were_given_up_are_counted(tmp_path):
-    for speeds in ([1, 8], [1, 4], [1, 2]):  # three versions of the evaluation, of two samplers each
-        plan = plan_of(tmp_path, seeds=2, tokens_per_step=speeds, arms={"one": ARM})
-        for cell in plan.cells("val"):
-            finish(plan, cell, 1.0)
-    assert "variants tried on val: 6 (one 6)" in write_study(plan, metrics=["quality"], command="x")
-
-
-def test_the_plan_in_hours_is_that_of_the_cells_that_ran(tmp_path):
-    plan = plan_of(tmp_path, seeds=5)
-    for cell in plan.cells("val")[:2]:
-        finish(plan, cell, 1.0)  # 36 seconds each
-    assert hours_left(plan, "val") == "8 of 10 cells left, 0.08 hours (t 0.08)"
 
 
 # the verb
@@ -216,6 +186,7 @@ def wait_for(condition, process: subprocess.Popen | None = None, *, seconds: flo
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes_its_training_and_goes_on_past_an_arm_that_fails(tmp_path, capsys):
     argv = [settings(tmp_path), "budget=60"]
     # 1. budget=0 runs nothing, not even the setup.

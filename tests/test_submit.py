@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from src.cli.config import load_config
 from src.submit import main
 from src.training.slurm import CODE, Cluster, script
+from testing.verbs import refusal
 from tests.test_stop import ROOT, arguments
 
 SIZES = {"nodes": 2, "gpus_per_node": 8, "cpus_per_task": 12, "time": "1-00:00:00", "stop_before": 600}
@@ -84,12 +85,6 @@ def test_the_job_is_the_golden_one(monkeypatch):
     assert text == GOLDEN + (ROOT / "src" / "training" / "job.sbatch").read_text()
 
 
-@pytest.mark.parametrize("seeds", [[], [0, 2]])
-def test_bash_takes_the_job(tmp_path, seeds):
-    text = script(cluster(seeds=seeds), name="x y", run_dir=tmp_path / "it's $HOME", command=["conf=a\n)"])
-    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-
-
 class Job:
     """The batch job in a real bash, with stand-ins for srun and scontrol in front of PATH."""
 
@@ -139,16 +134,6 @@ def test_a_signal_stops_the_processes_and_queues_the_job_again(tmp_path):
     train = f"-m src.train conf={job.run}/config.yaml"
     assert called[1] == f"srun --cpus-per-task=12 --kill-on-bad-exit=1 --wait=120 {sys.executable} {train}"
     assert (tmp_path / "seen").read_text() == f"n7 15042 {job.run}/code 1\n"
-
-
-def test_processes_that_do_not_end_in_time_are_not_waited_for(tmp_path):
-    job = Job(tmp_path, "sleep 20", stop_before=2)
-    job.process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 15
-    while not job.requeued():  # which would end the job
-        assert time.monotonic() < deadline and job.process.poll() is None
-        time.sleep(0.1)
-    job.process.kill()
 
 
 @pytest.mark.parametrize(
@@ -222,46 +207,36 @@ def finish(run: Path) -> None:
     (run / "model" / "model.safetensors").touch()
 
 
-def refusal(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ("trainer.max_step=5", "error: unknown key 'trainer.max_step'; did you mean 'trainer.max_steps'?\n"),
-        ("objective.rate=often", "error: objective.rate: expected float, got 'often'\n"),
-        ("data.path=/nowhere", "error: "),
         ("trainer.devices=2", "error: trainer.devices=2, but the job of this cluster has 1; set it to 1\n"),
         ("callbacks.stop=null", "error: no callback is callbacks.stop.SaveAndStop"),
-        ("trainer.max_steps=0", "error: trainer.max_steps must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_config_is_one_error_and_nothing_is_written(scenes, tmp_path, sbatch, capsys, more, message):
-    error = refusal(job_arguments(scenes, tmp_path / "run", more), capsys)
+    error = refusal(main, job_arguments(scenes, tmp_path / "run", more), capsys)
     assert error.startswith(message) and error.count("\n") == 1
     assert not (tmp_path / "run").exists() and not (sbatch / "calls").exists()
 
 
 def test_without_a_cluster_or_sbatch(scenes, tmp_path, monkeypatch, capsys):
-    assert "conf=stage2,cluster/NAME" in refusal(arguments(scenes, tmp_path / "run"), capsys)
+    assert "conf=stage2,cluster/NAME" in refusal(main, arguments(scenes, tmp_path / "run"), capsys)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "no sbatch on this machine" in refusal(job_arguments(scenes, tmp_path / "run"), capsys)
+    assert "no sbatch on this machine" in refusal(main, job_arguments(scenes, tmp_path / "run"), capsys)
 
 
 def test_a_folder_of_another_run_is_refused(scenes, tmp_path, sbatch, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "thesis.tex").touch()
-    assert "is not a run's folder" in refusal(job_arguments(scenes, run_dir), capsys)
+    assert "is not a run's folder" in refusal(main, job_arguments(scenes, run_dir), capsys)
     (run_dir / "thesis.tex").unlink()
     main(job_arguments(scenes, run_dir))
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "epoch=0-step=6.ckpt").touch()
-    error = refusal(job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
+    error = refusal(main, job_arguments(scenes, run_dir, "objective.rate=0.3"), capsys)
     assert "holds a run with other settings (objective.rate: 0.1 in the run, 0.3 now)" in error
 
 
@@ -270,11 +245,11 @@ def test_a_run_waits_for_the_job_that_makes_its_model(scenes, tmp_path, sbatch, 
     beside = "${run_dir}/../first/model"  # as in conf/stage2.yaml, where run_dir is not there yet
     then = job_arguments(scenes, tmp_path / "then", f"model={node.replace('PATH', beside)}")
     then = [argument for argument in then if not argument.startswith("model.")]
-    assert f"{first}/model" in refusal(then, capsys)
-    error = refusal([*then, "cluster.after=42"], capsys)
+    assert f"{first}/model" in refusal(main, then, capsys)
+    error = refusal(main, [*then, "cluster.after=42"], capsys)
     assert f"nor a run that trains it ({first}/config.yaml): submit that run first" in error
     main(job_arguments(scenes, first))
-    error = refusal([*then, "cluster.after=42", "data.image_size=96"], capsys)
+    error = refusal(main, [*then, "cluster.after=42", "data.image_size=96"], capsys)
     assert "mean one tile of 96" in error  # against the model that is to come
     main([*then, "cluster.after=42"])
     script = (tmp_path / "then" / "job.sbatch").read_text()
@@ -286,7 +261,7 @@ def test_what_a_refused_job_was_to_replace_stays(scenes, tmp_path, sbatch, capsy
     main(job_arguments(scenes, run_dir))
     finish(run_dir)
     (sbatch / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: invalid account' >&2\nexit 1\n")
-    error = refusal(job_arguments(scenes, run_dir, "resume=false", "objective.rate=0.3"), capsys)
+    error = refusal(main, job_arguments(scenes, run_dir, "resume=false", "objective.rate=0.3"), capsys)
     assert error == "error: sbatch refuses the job: sbatch: error: invalid account\n"
     assert (run_dir / "model" / "model.safetensors").exists() and (run_dir / "finished.json").exists()
     assert OmegaConf.select(load_config([f"conf={run_dir}/config.yaml"]), "objective.rate") != 0.3
@@ -298,23 +273,6 @@ def test_dry_prints_the_job_and_writes_nothing(scenes, tmp_path, capsys):
     assert text.startswith("#!/bin/bash\n# python -m src.submit conf=stage1,model/tiny,cluster/example ")
     assert "--gpus-per-node" not in text and "#SBATCH --nodes=1\n" in text
     assert not (tmp_path / "run").exists()
-
-
-def test_to_look_at_a_job_takes_no_key_but_to_submit_it_does(scenes, tmp_path, sbatch, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    model = [f"callbacks.self_correction.{setting}" for setting in ("drafts_per_round=8", "rounds=1")]
-    conf, *rest = job_arguments(scenes, tmp_path / "run", *model, "expert=openai")
-    argv = [conf.replace("stage1", "stage2"), *rest]
-    main([*argv, "dry=true"])
-    assert "-m src.train" in capsys.readouterr().out
-    assert "OPENAI_API_KEY holds no key" in refusal(argv, capsys)
-
-
-def test_what_only_all_processes_would_notice_is_said_here(scenes, tmp_path, caplog):
-    sizes = ["cluster.nodes=8", "cluster.gpus_per_node=0", "trainer.devices=1", "trainer.accelerator=cpu"]
-    conf, *rest = arguments(scenes, tmp_path / "run", *sizes, "data.batch_size=8", "dry=true")
-    main([f"{conf},cluster/example", *rest])
-    assert "a step has 64 rows, but there are 48 training samples" in caplog.text
 
 
 def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys):
@@ -331,7 +289,7 @@ def test_a_run_keeps_its_config_and_the_program(scenes, tmp_path, sbatch, capsys
         } == {p.relative_to(run_dir / "code") for p in (run_dir / "code" / name).rglob("*") if p.is_file()}
     assert (run_dir / "code" / "VERSION").read_text().startswith(("commit ", "no commit: "))
     (sbatch / "queue").write_text("42 RUNNING\n")
-    assert "belongs to job 42, which is not done" in refusal(job_arguments(scenes, run_dir), capsys)
+    assert "belongs to job 42, which is not done" in refusal(main, job_arguments(scenes, run_dir), capsys)
 
 
 def test_the_job_runs_the_kept_program(scenes, tmp_path, sbatch):

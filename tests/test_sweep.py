@@ -13,7 +13,7 @@ from PIL import Image
 
 from src.evaluation.drawing import FILL, Piece, marked_text, sheet, text_box
 from src.evaluation.grid import expand
-from src.evaluation.pareto import Point, budgets_of, front_of, lines_of, plot, points_of, to_dict
+from src.evaluation.pareto import Point, budgets_of, front_of, lines_of, points_of, to_dict
 from src.evaluation.report import budget_table, claims, markdown, report_text
 from src.evaluation.results import Cell
 from src.io.errors import UserError
@@ -134,16 +134,6 @@ def test_the_table_of_budgets_by_hand():
     ]
     corpus = budget_table(points, {cell: {} for cell in cells}, "q")
     assert [line[-1] for line in corpus[1:]] == ["-", "+0.400", "+0.150"]  # nothing to pair
-
-
-def test_plots_of_many_lines_of_one_point_and_without_errors(tmp_path):
-    points = [point(2**e, 0.1 * e, sampler=f"p[n={n}]", speed=9 - e) for e in range(1, 3) for n in range(12)]
-    for panels in ({"q": points}, {"q": points[:1], "other": points[:1]}):
-        plot(panels, tmp_path / "curve.png", front=True)
-        image = Image.open(tmp_path / "curve.png").convert("RGB")
-        assert len(image.getcolors(1 << 22) or []) > 20
-    points[0].value["se"] = None
-    plot({"q": [points[0]], "nothing": []}, tmp_path / "quality.png", front=False)
 
 
 # the report: two methods, two speeds; the baseline loses 0.4, the contender 0.1

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from src.preparation.counts import Counts, Reject
+from src.preparation.counts import Counts
 from src.preparation.records import read_records
-from src.preparation.text import Pairs
 from tests.test_sources import read
 
 MARK, NEXT = "(a quotation mark)", "(it may go on in the next line)"
@@ -111,7 +110,7 @@ PIECES = ["a", "b ", "c, d, e", "\n", '"q"', "word "]
 def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names: str, tmp_path: Path) -> None:
     """One is put before or behind a cell or a line, or one is taken out, anywhere in a proper table."""
     num_read = 0
-    for seed in range(300):
+    for seed in range(120):
         rng = random.Random(seed)
         rows = [(names.format(n), "".join(rng.choices(PIECES, k=rng.randrange(1, 6))).strip() + ".") for n in range(9)]
         quoting = csv.QUOTE_MINIMAL if seed % 2 else csv.QUOTE_ALL
@@ -129,55 +128,8 @@ def test_a_stray_quotation_mark_never_cuts_or_joins_texts(delimiter: str, names:
         read = [tuple(row.values()) for _, row in read_records(tmp_path / "a.csv", Counts())]
         assert {unquoted(row) for row in read} <= {unquoted(row) for row in rows}, text
         num_read += len(read)
-    assert num_read > 300 * 4
-
-
-@pytest.mark.parametrize(
-    ("content", "texts", "broken"),
-    [
-        ('image_id,caption\n42,"Big, red barn\n43,a ruler of 15"\n44,A\n', ["A"], [2, 3]),
-        ('caption,image_id\n"Big, red barn,42\na ruler of 15",43\nA,44\n', ["A"], [2, 3]),
-        ('image_id, caption\n42, "Big, red barn\n43, a ruler of 15"\n44, A\n', ["A"], [2, 3]),
-        ('image_id,caption\n42,"Big, red\nbarn, 5\n43 doors"\n', ["Big, red\nbarn, 5\n43 doors"], []),
-        ('caption, image_id\n"Big, red barn, 42\na ruler of 15", 43\nA, 44\n', ["A"], [2, 3]),
-        ('caption,image_id\n"1, 2\nand so on, you see",43\n', ["1, 2\nand so on, you see"], []),
-        ('x,caption\na,"1, 2, 3\n3,4, 5\n6,7, 8"\n', ["1, 2, 3\n3,4, 5\n6,7, 8"], []),
-        ("caption\nA dog.\nA cat, black.\nA; b|c\td, e\n", ["A dog.", "A cat, black.", "A; b|c\td, e"], []),
-        ('caption\n"A cat, ""black""."\nB\n"C", "C"\nD\n', ['A cat, "black".'], [3, 4, 5]),
-        ("caption,,\nA dog,,\nB,,\n", ["A dog", "B"], []),
-    ],
-)  # fmt: skip
-def test_captions_of_numbers_and_of_a_single_column(
-    content: str, texts: list[str], broken: list[int], tmp_path: Path
-) -> None:
-    (tmp_path / "a.csv").write_text(content)
-    counts = Counts((rejects := list[Reject]()).append)
-    assert [row["caption"] for _, row in read_records(tmp_path / "a.csv", counts)] == texts
-    assert [place.partition(" ")[0] for _, _, place in rejects] == [f"a.csv:{line}" for line in broken]
+    assert num_read > 120 * 4
 
 
 def unquoted(row: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(cell.replace('"', "") for cell in row)
-
-
-@pytest.mark.parametrize(
-    ("content", "pairs", "broken"),
-    [
-        ("1+1?,2, and no more\n2+2?,4\n", ["4"], [2]),
-        ('2+2?,"4\n3+3?,6\n\n4+4?,8"\n5+5?,10\n', ["10"], [2, 3, 4, 5]),
-        ('"2+2?,4\n3+3?",6\n5+5?,10\n', ["10"], [2, 3]),
-        ('Which?,"a.jpg, red\nb.jpg, blue"\nNext?,"A\n\nthen B"\n', ["a.jpg, red\nb.jpg, blue", "A\n\nthen B"], []),
-        ('1+1?,2\n1+2?,3\nSay hi,"He said "hi"\nand then, left."\n2+2?,4\n3+3?,6\n', ["2"], [3, 4, 5, 6, 7]),
-    ],
-)  # fmt: skip
-def test_prompts_and_responses_are_never_cut_or_joined(
-    content: str, pairs: list[str], broken: list[int], tmp_path: Path
-) -> None:
-    """`conf=sft` has the same reader; without file names rows cannot be told from a text behind a wrong mark."""
-    (tmp_path / "a.csv").write_text(" Question,Answer \n" + content)
-    dataset = Pairs(out="", files=str(tmp_path / "a.csv"), prompt="question", response="answer", response_length=64)
-    rejects: list[Reject] = []
-    items = list(dataset.read(counts := Counts(rejects.append)))
-    assert [item.text for item in items] == pairs
-    assert [place.partition(" ")[0] for _, _, place in rejects] == [f"a.csv:{line}" for line in broken]
-    assert counts["records"] == len(pairs) + len(broken)

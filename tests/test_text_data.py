@@ -18,7 +18,6 @@ from datamodules.stream import Stream, read_index
 from datamodules.text import TextData
 from src.evaluate import main as evaluate
 from src.generate import main as generate
-from src.io.shards import write_shards
 from src.models.hf.folder import save_pretrained
 from src.models.tiny import tiny
 from src.prepare import main as prepare
@@ -79,11 +78,6 @@ def test_packed_rows_come_as_they_were_cut(folder: Path) -> None:
     trained = [sample.record["captions"][0] for sample in stored(folder / "text" / "train")]
     assert any(module.codec.encode(row["text"])[0] != row["ids"] for row in trained)  # why the ids are kept
     assert not module.notes
-
-
-def test_rows_of_another_length_than_the_response_length_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"rows of 12 tokens, .* is 16; set data\.response_length=12"):
-        data(folder, "text", response_length=16).train_dataloader()
 
 
 def test_responses_end_in_eot_behind_prompts_of_different_length(folder: Path) -> None:
@@ -204,16 +198,3 @@ def test_models_of_text_are_evaluated(folder: Path, tmp_path: Path, kind: str) -
     evaluate([f"conf={file}"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["mine"]
     assert results["plain"]["8"]["word_f1"]["n"] == 3
-
-
-def test_only_texts_are_prompts(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    codec = Codec.load(folder / "sft" / "tokenizer")
-    save_pretrained(tiny(codec, decoder=SIZES, vision=None), codec, tmp_path / "model")
-    write_shards(tmp_path / "photos", [], prefix="s", per_shard=8, kind="captions", tokenizer=codec.fingerprint)
-    for prompt, message in (
-        (tmp_path / "photos", "holds 'captions', not texts"),
-        ("null", "a split of a text dataset"),
-    ):
-        with pytest.raises(SystemExit):
-            generate(["conf=generate", f"model.path={tmp_path / 'model'}", "images=null", f"prompt={prompt}"])
-        assert message in capsys.readouterr().err

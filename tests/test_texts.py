@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from src.preparation.counts import Counts
 from src.preparation.smiles import Smiles, count_rings
 from src.preparation.text import Packed, Pairs, Texts
 from src.prepare import main
-from src.text.tokenizer import BOS, EOS, SPECIAL, Codec, _pieces
-from testing.files import read_jsonl
+from src.text.tokenizer import BOS, EOS, SPECIAL, Codec
+from testing.verbs import refusal
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the folder of real data is not there")
@@ -164,34 +162,14 @@ def test_files_that_name_their_split_keep_it_and_train_gets_nothing_of_test(tmp_
     assert index["counts"]["records"]["duplicate_text"] == 1
 
 
-def test_what_texts_are_left_out_for_besides_their_words(tmp_path: Path) -> None:
-    """A split that is none, and a field to keep that cannot be stored."""
-    more = [
-        {"split": "dev"},
-        {"split": 1},
-        {"split": "fold 2"},
-        {"id": ["a", "\ud83d"]},
-        {"id": "\u00e9"},
-        {"split": None},
-    ]
-    file = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q{n}", "answer": "a", **m} for n, m in enumerate(more)])
-    items = list(pairs(tmp_path, files=str(file), keep=["id"]).read(counts := Counts()))
-    assert [(item.prompt, item.extra) for item in items] == [("q0", {}), ("q4", {"id": "\u00e9"}), ("q5", {})]
-    assert items[0].split == "val" and items[0].share is None
-    assert counts == {"records": 6, "unknown_split": 2, "not_utf-8": 1}
-
-
 def test_nothing_usable_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "reply": "r"}])
-    with pytest.raises(SystemExit) as stop:
-        main(["conf=sft", f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}"])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "nothing could be used" in message
+    message = refusal(main, ["conf=sft", f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}"], capsys)
+    assert "nothing could be used" in message
     assert "1  missing field (left out), such as a.jsonl:1 (its fields: question, reply)" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
-    with pytest.raises(SystemExit):
-        main(["conf=text", f"prepare.files={{dev: {file}}}", f"prepare.out={tmp_path / 'out'}"])
-    assert "files names ['dev']" in capsys.readouterr().err
+    argv = ["conf=text", f"prepare.files={{dev: {file}}}", f"prepare.out={tmp_path / 'out'}"]
+    assert "files names ['dev']" in refusal(main, argv, capsys)
 
 
 # --- molecules ---------------------------------------------------------------------------------------
@@ -308,69 +286,17 @@ def test_prompts_and_texts_that_spell_out_special_tokens_are_text(tmp_path: Path
         (["conf=text", "prepare.files={train: a.txt}", "prepare.split=rows"], "no file a.txt"),
     ],
 )
-def test_mistakes_are_one_line(
-    settings: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(settings, words, tmp_path, capsys):
     file = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "C", "key": 1}])
-    with pytest.raises(SystemExit) as stop:
-        main([settings[0], f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}", *settings[1:]])
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+    argv = [settings[0], f"prepare.files={file}", f"prepare.out={tmp_path / 'out'}", *settings[1:]]
+    assert words in refusal(main, argv, capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_class_without_molecules_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "m.csv"
-    file.write_text("smiles\n" + "".join("C" * n + "\n" for n in range(1, 30)))
-    Smiles(out=str(tmp_path / "out"), files=str(file), response_length=40, prompt_format="plain").run()
-    assert "all molecules of train are of class 1, as the percentile 90 of rings is 0" in caplog.text
-
-
-def test_one_enormous_word_does_not_stall_the_training_of_a_tokenizer() -> None:
-    """Quadratic in the word, this takes minutes; the pieces are the text, and other texts stay whole."""
-    word = "abcdefghij" * 100_000
-    start = time.monotonic()
-    Codec.train([word], vocab_size=300, alphabet="bytes")
-    assert time.monotonic() - start < 20
-    for text in (word, "a " * 5000, " " * 5000 + "b", "\n" * 3000):
-        pieces = _pieces(text)
-        assert "".join(pieces) == text
-        assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) <= 1000
-    assert _pieces("a " * 5000) == ["a " * 5000]
 
 
 # --- real files --------------------------------------------------------------------------------------
 
 
-@needs_real_data
-def test_real_humaneval(tmp_path: Path) -> None:
-    file = SHARED / "text" / "humaneval.jsonl"
-    fields: dict[str, Any] = {"prompt": "prompt", "response": "canonical_solution", "keep": ["test", "entry_point"]}
-    _, rows, _ = made(pairs(tmp_path, files=str(file), response_length=1000, max_prompt=None, **fields))
-    written = {(r["prompt"], r["captions"][0]["text"], r["test"]) for split in SPLITS for r in rows[split]}
-    assert written == {(line["prompt"], line["canonical_solution"], line["test"]) for line in read_jsonl(file)}
-
-
-@needs_real_data
-def test_real_documents_in_the_tokens_of_gpt2(tmp_path: Path) -> None:
-    file, out = SHARED / "text" / "c4_demo.jsonl", tmp_path / "out"
-    main(["conf=text", f"prepare.files={file}", f"prepare.out={out}", f"prepare.tokenizer={SHARED / 'tokenizer_gpt2'}"])
-    codec = Codec.load(out / "tokenizer")
-    assert (codec.eos_id, codec.encode("Hello world")[0]) == (50256, [15496, 995])  # as GPT-2's own tokenizer has it
-    documents = {line["text"].strip() for line in read_jsonl(file)}
-    for split in SPLITS:
-        pieces = codec.tokenizer.decode(ids_of(records(out / split))).split(EOS)
-        assert {piece.strip() for piece in pieces[:-1]} <= documents and len(pieces) > 1
-
-
 # --- record files that people have -------------------------------------------------------------------
-
-
-def test_a_column_named_split_in_any_spelling_is_obeyed(tmp_path: Path) -> None:
-    rows = [f"q{n},a{n},{split}" for n, split in enumerate(("Train", "VAL", "test ", "fold"))]
-    (tmp_path / "a.csv").write_text("\n".join(["question,answer,Split", *rows]))
-    items = list(pairs(tmp_path, files=str(tmp_path / "a.csv")).read(counts := Counts()))
-    assert [(item.split, item.share) for item in items] == [("train", None), ("val", None), ("test", None)]
-    assert counts["unknown_split"] == 1
 
 
 def test_no_value_and_lost_turns_are_never_trained(tmp_path: Path) -> None:

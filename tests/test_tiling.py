@@ -94,30 +94,6 @@ def test_packed_tokens_equal_those_of_another_implementation() -> None:
     assert set(shrunk) == {True, False}
 
 
-@pytest.mark.parametrize("size", [(100, 34), (34, 100), (60, 60), (61, 200), (7, 5), (300, 9), (129, 128)])
-def test_the_grid_of_a_white_image(size: tuple[int, int]) -> None:
-    """The image lies in the middle of the black square, untouched on one side, and its features are those kept."""
-    layout, side = anyres(16), 4
-    tiles = layout.tiles(Image.new("RGB", size, "white"))
-    columns, rows = layout.grid(size)
-    height, width = 16 * rows, 16 * columns
-    assert (tiles[0] == 255).all()
-    assert np.isin(tiles, (0, 255)).all()
-    white = np.zeros((height, width), dtype=bool)
-    for number, tile in enumerate(tiles[1:]):
-        top, left = 16 * (number // columns), 16 * (number % columns)
-        white[top : top + 16, left : left + 16] = (tile == 255).all(-1)
-    places = [np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))]  # rows, columns
-    (top, bottom), (left, right) = ((int(numbers[0]), int(numbers[-1]) + 1) for numbers in places)
-    assert white[top:bottom, left:right].all()
-    assert (top, left) == ((height - bottom + top) // 2, (width - right + left) // 2)
-    assert bottom - top == height or right - left == width
-    assert abs((right - left) / (bottom - top) / (size[0] / size[1]) - 1) < 1 / min(bottom - top, right - left) + 0.02
-    for kept, first, last in zip(layout.unpadded(size, side=side), (top, left), (bottom, right), strict=True):
-        assert abs(kept.start - first / 16 * side) < 1
-        assert abs(kept.stop - last / 16 * side) < 1
-
-
 def test_the_grid_keeps_most_pixels_then_wastes_least() -> None:
     """Against a search in whole numbers."""
     for size in random_sizes(200, 3, 300):
@@ -155,17 +131,6 @@ def test_the_resize_of_torch_is_within_one_grey_level_of_pillows(kind: str) -> N
     assert 0 < (all_differences > 0).mean() < 0.01  # above 0: torch made them
 
 
-def test_tiles_of_both_resizes_are_the_same_image() -> None:
-    image = Image.effect_noise((150, 90), 60).convert("RGB")
-    for layout in (Square(40), anyres(32)):
-        ours, pillows = (layout.tiles(image, resize=resize) for resize in ("torch", "pillow"))
-        assert np.abs(ours.astype(int) - pillows).max() <= 1
-        into = np.zeros((len(ours) + 3, *ours.shape[1:]), dtype=np.uint8)
-        layout.tiles(image, resize="torch", out=into[2 : 2 + len(ours)])
-        np.testing.assert_array_equal(into[2 : 2 + len(ours)], ours)
-        assert not into[:2].any() and not into[2 + len(ours) :].any()
-
-
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (2, 1), (3, 2500)])
 @pytest.mark.parametrize("resize", ["torch", "pillow"])
 def test_thin_images_keep_a_feature_of_each_row_and_train(size: tuple[int, int], resize: str) -> None:
@@ -201,16 +166,6 @@ def test_pixels_are_normalised_in_float32_before_they_become_bfloat16() -> None:
     assert torch.equal(seen[0], torch.from_numpy(expected).bfloat16())
     early = inputs[0].bfloat16().div(127.5).sub(1)
     assert not torch.equal(seen[0], early)  # the cast first gives other values
-
-
-def test_a_square_is_the_whole_image() -> None:
-    image = noise(12, 12)
-    np.testing.assert_array_equal(Square(12).tiles(image), np.asarray(image)[None])
-    resized = image.resize((7, 7), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(Square(7).tiles(image), np.asarray(resized)[None])
-    assert Square(7).tiles(noise(30, 5)).shape == (1, 7, 7, 3)
-    assert Square(7).num_tiles((30, 5)) == 1
-    assert Square(7).num_tokens((30, 5), side=3) == 9
 
 
 @pytest.mark.parametrize(

@@ -137,16 +137,6 @@ def test_the_released_formats_differ_where_they_should(folder) -> None:
     assert short.fingerprint == seen.fingerprint != text.fingerprint
 
 
-def test_upstream_drops_a_token_only_behind_a_prompt_that_starts_with_bos(folder, tmp_path) -> None:
-    template = "{{ messages[0]['content'] }}"
-    file = write(tmp_path / "f.yaml", template=template, join="upstream", image=f"{IMAGE}\n")
-    plain = Codec.load(folder, prompt_format=file)
-    assert plain.prompt_ids(QUESTION) == ids_of(plain, plain.image_id, f"\n{QUESTION}")
-    write(file, template=BOS + template, join="upstream", image=f"{IMAGE}\n")
-    begun = Codec.load(folder, prompt_format=file)
-    assert begun.prompt_ids(QUESTION) == ids_of(begun, BOS, begun.image_id, QUESTION)
-
-
 def test_which_format_is_taken(folder, codec) -> None:
     own = "{{ messages[0]['content'] }}" + EOT
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "chat_template": own}
@@ -180,15 +170,6 @@ def test_folders_of_earlier_versions_keep_their_fingerprint(tmp_path) -> None:
     codec.save(tmp_path)
     assert Codec.load(tmp_path).fingerprint == codec.fingerprint
     assert Codec.load(tmp_path).special == codec.special
-
-
-def test_a_tokenizer_without_a_config_knows_its_special_tokens(folder, codec) -> None:
-    bare = Codec.load(folder, prompt_format="tiny")
-    assert bare.fingerprint == codec.fingerprint
-    assert bare.special == codec.special
-    assert bare.prompt_ids(QUESTION) == codec.prompt_ids(QUESTION)
-    spelt = ids_of(bare, ANSWER, BOS, IMAGE, EOT)
-    assert bare.decode([*spelt, *bare.encode(ANSWER)[0]]) == ANSWER
 
 
 def test_what_a_response_may_not_contain(folder, tmp_path, codec) -> None:

@@ -234,14 +234,3 @@ def test_calls_are_counted_as_they_are_made_and_no_text_is_asked_about_twice(cfg
         before = [[MASK] * 8, *(step.tokens for step in trace)]
         changed = sum(a != b for a, b in pairwise(before))
         assert len(texts) <= changed
-
-
-def test_what_is_reused_gives_the_steps_of_asking_again(monkeypatch):
-    rows = range(6)
-    sampler = Sampler(length=L, steps=L, unmask=Bernoulli(), temperature=1.0, reviser=OverwriteAll())
-    sampled = run(sampler, fixed(6), rows)
-    monkeypatch.setattr("src.samplers.predictor.Predictor.known", lambda _, tokens: torch.zeros(len(tokens)) > 0)
-    asking = run(sampler, fixed(6), rows)
-    assert [[s.tokens for s in t] for t in sampled.traces] == [[s.tokens for s in t] for t in asking.traces]
-    assert (sampled.forwards < asking.forwards).all()
-    assert asking.forwards.tolist() == [len(trace) for trace in asking.traces]

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from src.cli.help import help_text
 from src.cli.signals import EXIT_BASE, Stop, Stopped
 from src.io.errors import UserError
+from src.io.progress import LogHandler, closing_bars
 
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers, which raise types of their own
 WORKER = "in DataLoader worker process"  # such an error holds the traceback, then type and message
@@ -40,9 +41,9 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
             module = sys.modules[main.__module__]
             sys.stdout.write(help_text(module.__spec__.name if module.__spec__ else "", module.__doc__))
             return
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
         try:
-            with Stop():
+            with Stop(), closing_bars():
                 main(argv)
         except UserError as error:
             message = str(error)
@@ -58,7 +59,7 @@ def main_guard(main: Callable[[list[str]], None]) -> Callable[..., None]:
                 raise
             filename, reason = getattr(error, "filename", None), getattr(error, "strerror", None) or os.strerror(code)
             place = f"{filename}: " if filename else ""
-            sys.stderr.write(f"\nerror: {place}{reason}; once that is fixed, the same command continues\n")
+            sys.stderr.write(f"error: {place}{reason}; once that is fixed, the same command continues\n")
             sys.exit(1)
 
     return guarded

@@ -22,6 +22,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "src.draft": ("data", "num", "round", "sampler"),
     "src.revise": ("drafts", "expert"),
     "src.export": ("format", "like"),
+    "src.serve": ("model", "limits", "hosts"),
+    "src.demo": ("pictures", "samplers"),
 }
 NAME = 30  # columns for the name of a configuration
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

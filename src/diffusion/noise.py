@@ -28,9 +28,16 @@ class Noise:
     same calls in the same order repeat them, whatever the other rows ask for."""
 
     def __init__(
-        self, keys: Sequence[str], *, seed: int, passes: Sequence[int] | None = None, draw: str | int = 0
+        self,
+        keys: Sequence[str],
+        *,
+        seed: int | Sequence[int],
+        passes: Sequence[int] | None = None,
+        draw: str | int = 0,
     ) -> None:
-        names = [f"{seed}/{p}/{key}/{draw}" for key, p in zip(keys, passes or [0] * len(keys), strict=True)]
+        seeds = [seed] * len(keys) if isinstance(seed, int) else seed
+        rows = zip(seeds, passes or [0] * len(keys), keys, strict=True)
+        names = [f"{seed}/{number}/{key}/{draw}" for seed, number, key in rows]
         digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
         self.start = torch.tensor(
             [int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64

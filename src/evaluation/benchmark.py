@@ -21,23 +21,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torchmetrics import Metric
-from tqdm import tqdm
 
 from src.cli.config import load_config
 from src.evaluation.benchmarks import BenchmarkData
 from src.evaluation.calibration import calibration_text
-from src.evaluation.captions import Captions, match, read_captions
+from src.evaluation.captions import match
 from src.evaluation.results import without_nan
 from src.evaluation.scores import Score, check_protocols, judge_protocol, score_system, table_text
 from src.generation.run import TEXTS, respond
 from src.io.errors import UserError
 from src.io.files import read_json, write_bytes, write_json
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.words import counted
 from src.judges.ask import JudgeModel
 from src.judges.base import Item, Judge
 from src.judges.store import ReplyStore
 from src.metrics.judged import MAX_FAILED
+from src.text.captions import Captions, read_captions
 
 Stage = Literal["generate", "judge", "score"]
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Benchmark:
         ]
         open_ones = [pair for pair in dialogues if self.judge.replay(*pair, store).verdict is None]
         before = len(store.replies)
-        with tqdm(total=len(dialogues), initial=len(dialogues) - len(open_ones), unit="verdict", desc="judge") as bar:
+        with Bar(total=len(dialogues), initial=len(dialogues) - len(open_ones), unit="verdict", desc="judge") as bar:
             unfinished = self.judge.ask(open_ones, store, on_done=bar.update)
         text = f"judge: {counted(len(store.replies) - before, 'reply', 'replies')} added to {store.path}"
         if cost := store.usage["cost"]:

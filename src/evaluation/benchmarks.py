@@ -24,7 +24,7 @@ from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_bytes
 from src.judges.base import Item
 from src.metrics.caparena import BASELINES
-from src.preparation.sources.parquet import read_parquet
+from src.preparation.records import read_parquet
 
 
 class BenchmarkData(ABC):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torchmetrics import Metric
-from tqdm import tqdm
 
 from src.io.errors import UserError
+from src.io.progress import Bar
 from src.io.words import counted
 from src.metrics.caption import CaptionMetric, Stat, summarise
 from src.metrics.text import response_counts
@@ -27,7 +27,7 @@ from src.types import Batch
 logger = logging.getLogger(__name__)
 
 
-def first_batches(loader: Any, num: int, bar: tqdm | None = None) -> Iterator[Batch]:
+def first_batches(loader: Any, num: int, bar: Bar | None = None) -> Iterator[Batch]:
     """Batches of the first `num` samples of a loader. bar: counts the samples of the batches that are done."""
     left = num
     for batch in loader:
@@ -44,10 +44,11 @@ def count_samples(loader: Any, num: int, metrics: Sequence[Metric], *, split: st
     """Number of samples `taken`, and of samples `left_out` as damaged; later samples take the place of those."""
     # a record that a metric cannot score fails here, before the first caption
     taken, per_caption = 0, [metric for metric in metrics if isinstance(metric, CaptionMetric)]
-    for batch in first_batches(loader, num):
-        taken += len(batch)
-        for metric, record in product(per_caption, batch.records):
-            metric.check(record)
+    with Bar(total=num, unit="sample", desc="check") as bar:
+        for batch in first_batches(loader, num, bar):
+            taken += len(batch)
+            for metric, record in product(per_caption, batch.records):
+                metric.check(record)
     if not taken:
         raise UserError(f"the split {split} has no samples to evaluate")
     if taken < num:

@@ -141,3 +141,23 @@ def plot(panels: Mapping[str, Sequence[Point]], path: Path, *, front: bool) -> N
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def speed_figure(speeds: Sequence[int], curves: Mapping[int, Sequence[float]], *, metric: str) -> Figure:
+    """A metric against tokens per step, a line for each training step of `curves`; the newest one stands out."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    *earlier, newest = curves
+    for number, step in enumerate(earlier):
+        axis.plot(speeds, curves[step], color=str(0.9 - 0.4 * number / len(earlier)), linewidth=1)
+    axis.plot(speeds, curves[newest], color="C0", marker="o", linewidth=2, label=f"step {newest}")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(speeds)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens per step")
+    axis.set_ylabel(metric)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower left")
+    return figure

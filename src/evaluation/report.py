@@ -67,6 +67,7 @@ def write_report(
     write_bytes(store.out / "table.md", text.encode())
     if any(examples.images):
         draw_examples(captions, metrics, examples).save(store.out / "captions.png")
+    logger.info("%s: table.md (below), plots, captions/ and results.json", store.out)
     return text
 
 

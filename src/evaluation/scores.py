@@ -18,6 +18,7 @@ from typing import Any
 from torchmetrics import Metric
 
 from src.io.errors import UserError
+from src.io.progress import Bar
 from src.io.settings import changes
 from src.judges.ask import JudgeModel
 from src.judges.base import Item, Judge
@@ -38,6 +39,7 @@ METRICS: dict[type[Judge], type[JudgedMetric]] = {
     Factuality: factuality.Factuality,
     Rubric: rubric.Rubric,
 }
+CHUNK = 256  # captions scored between two movements of the bar
 SHARES = ("clair", "coverage", "factuality", "rubric", "capture")  # printed times 100, as in the papers
 Score = dict[str, Any]
 
@@ -95,10 +97,14 @@ def score_system(
         {"key": item.key, "image": str(item.image), "captions": [{"text": text} for text in item.references]}
         for item in present
     ]
-    for metric in metrics:
-        metric.reset()
-        metric.update(texts, records)
-        stats |= metric.compute()
+    with Bar(total=len(metrics) * len(texts), unit="caption", desc="score") as bar:
+        for metric in metrics:
+            metric.reset()
+            for start in range(0, len(texts), CHUNK):
+                part = slice(start, start + CHUNK)
+                metric.update(texts[part], records[part])
+                bar.update(len(texts[part]))
+            stats |= metric.compute()
     return {
         "stats": stats,
         "counts": {name: dict(count) for name, count in counts.items()},

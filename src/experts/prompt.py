@@ -17,10 +17,11 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from src.chat.client import Unanswered
 from src.experts.reply import SCHEMA
+from src.io.images import ImageProblem, load, shrink
 from src.text.tokenizer import Codec
 from src.types import Draft, Edit
 
@@ -95,15 +96,11 @@ def show(image: bytes, side: int) -> Picture | None:
         with Image.open(io.BytesIO(image)) as opened:
             size, mime = opened.size, PLAIN_TYPES.get(opened.format or "")
             if mime is None or max(size) > side:
-                picture = ImageOps.exif_transpose(opened)
-                picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-                if picture.mode not in ("RGB", "L"):  # transparent pixels become white
-                    layer = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+                picture = shrink(load(image, size=side), side)
                 stream = io.BytesIO()
                 picture.save(stream, "JPEG", quality=JPEG_QUALITY)
                 image, size, mime = stream.getvalue(), picture.size, "image/jpeg"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (ImageProblem, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Unanswered("bad_image") from error
     return Picture(f"data:{mime};base64,{base64.b64encode(image).decode()}", *size)
 

@@ -9,7 +9,6 @@ readings.jsonl, draft -> the reading as the reference -> local differences (src/
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +34,6 @@ class ReadingExpert(ReferenceExpert):
         lines = map(json.loads, Path(readings).read_text(encoding="utf-8").splitlines())
         self._texts = {line["key"]: line["text"] for line in lines}
 
-    async def revise(self, drafts: Sequence[Draft]) -> AsyncIterator[tuple[str, Revision | Failure]]:
-        """Yield (key, answer) for each draft."""
-        for draft in drafts:
-            key, _, _ = draft.key.rpartition("@s")
-            yield draft.key, self.answer(replace(draft, reference=self._texts.get(key, ""), record={}))
+    def answer(self, draft: Draft) -> Revision | Failure:
+        key, _, _ = draft.key.rpartition("@s")
+        return super().answer(replace(draft, reference=self._texts.get(key, ""), record={}))

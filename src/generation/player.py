@@ -15,7 +15,7 @@ import base64
 import gzip
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ from PIL import Image
 
 from src.cli.config import path_of
 from src.generation.requests import Request, readable
+from src.generation.writer import trace_line
 from src.io.errors import UserError
 from src.io.files import write_bytes
+from src.text.tokenizer import Codec
+from src.types import TraceStep
 
 NUM_SHOWN = 16  # texts of a page, so that it stays small; the trace files have all of them
 TINY = 64  # pixels; at this size JPEG's blocks show
 PIXELS = 256  # longest side of an image on the page
 SUFFIX = ".trace.jsonl"
 UNMASKED, REWRITTEN, REMASKED = range(3)  # kinds of changes, as in player.html
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE, TOKENS = Path(__file__).with_suffix(".html"), Path(__file__).with_name("tokens.css")
 
 
 def page_paths(cfg: DictConfig) -> tuple[Path | None, list[Path]]:
@@ -69,10 +72,20 @@ def write_page(path: Path, files: Sequence[Path], requests: Iterable[Request]) -
         }
         for sample in islice(samples, len(keys))
     ]
-    data = {"names": [file.name.removesuffix(SUFFIX) for file in files], "texts": texts}
-    packed = base64.b64encode(gzip.compress(json.dumps(data).encode(), mtime=0)).decode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", packed).encode())
+    write_bytes(path, _fill([file.name.removesuffix(SUFFIX) for file in files], texts).encode())
+
+
+def trace_page(codec: Codec, sides: Mapping[str, list[TraceStep]], image: Image.Image | None = None) -> str:
+    """The page, as HTML, of the traces of one text by one or two names, such as for a notebook."""
+    replayed = [replay(trace_line(codec, "", steps)) for steps in sides.values()]
+    return _fill([*sides], [{"key": "", "prompt": "", "image": image and data_url(image), "sides": replayed}])
+
+
+def _fill(names: list[str], texts: list[dict[str, Any]]) -> str:
+    data = json.dumps({"names": names, "texts": texts}).encode()
+    page = TEMPLATE.read_text(encoding="utf-8").replace("{{tokens}}", TOKENS.read_text(encoding="utf-8"))
+    return page.replace("{{data}}", base64.b64encode(gzip.compress(data, mtime=0)).decode())
 
 
 def read_traces(file: Path) -> dict[str, dict[str, Any]]:

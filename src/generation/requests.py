@@ -25,7 +25,7 @@ from datamodules.shards import Sample, decode
 from datamodules.stream import Index, read_index
 from datamodules.text import TextData
 from src.io.errors import UserError
-from src.io.images import ImageProblem, fit, load
+from src.io.images import ImageProblem, fit, load, to_rgb
 from src.io.shards import INDEX, read_tar
 from src.models.tiling import Layout, Square
 
@@ -128,10 +128,22 @@ def _read_questions(file: Path) -> dict[str, str]:
     return questions
 
 
-def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
+def read_image(source: Path | str | bytes | Image.Image, layout: Layout, **limits: Any) -> Image.Image:
+    """An image file, the bytes of one, or an image, as RGB for a model. limits: of `load`, for images of strangers.
+
+    Raises ImageProblem if it cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        image = to_rgb(source, tags={})
+    else:
+        source = Path(source) if isinstance(source, str) else source
+        image = load(source, size=layout.size if isinstance(layout, Square) else 0, **limits)
     # a square layout would distort an image, so it is pasted onto a grey square
-    image = fit(load(file, size=layout.size), layout.size) if isinstance(layout, Square) else load(file)
-    return Sample(key, {"prompt": prompt}, b"", image)
+    return fit(image, layout.size) if isinstance(layout, Square) else image
+
+
+def _read_image(key: str, file: Path, layout: Layout, prompt: str) -> Sample:
+    return Sample(key, {"prompt": prompt}, b"", read_image(file, layout))
 
 
 def _of_split(index: Index, prompt: str | None, *, image: bool) -> Iterator[Request]:

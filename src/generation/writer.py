@@ -45,23 +45,29 @@ class Output:
         if self.trace_path:  # traces are written before their captions, so a kill can leave some too many
             _restore(self.trace_path, keep=lambda line: line["key"] in self.keys)
 
-    def add(self, keys: list[str], sampled: Sampled, codec: Codec) -> list[tuple[str, str]]:
-        """Append a line per row. Returns (key, text) of each."""
-        texts = [codec.decode(ids) for ids in sampled.ids.tolist()]
+    def add(
+        self, keys: list[str], sampled: Sampled, codec: Codec, *, more: list[dict[str, Any]] | None = None
+    ) -> list[tuple[str, str]]:
+        """Append a line per row, with `more` fields, also instead of ours. Returns (key, text) of each."""
         if self.trace_path:
-            traces = []
-            special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
-            for key, steps in zip(keys, sampled.traces or [], strict=True):
-                rows = [{"text": _text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
-                traces.append({"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows})
-            _append(self.trace_path, traces)
-        counts = zip(sampled.forwards.tolist(), sampled.edits.tolist(), strict=True)
+            traces = zip(keys, sampled.traces or [], strict=True)
+            _append(self.trace_path, [trace_line(codec, key, steps) for key, steps in traces])
+        columns = (keys, sampled.ids.tolist(), sampled.forwards.tolist(), sampled.edits.tolist())
         lines = [
-            {"key": key, "text": text, "forwards": int(forwards), "edits": int(edits), **self.settings}
-            for key, text, (forwards, edits) in zip(keys, texts, counts, strict=True)
+            {"key": key, "text": codec.decode(ids), "forwards": int(forwards), "edits": int(edits)}
+            | extra
+            | self.settings
+            for key, ids, forwards, edits, extra in zip(*columns, more or [{}] * len(keys), strict=True)
         ]
         _append(self.path, lines)
-        return list(zip(keys, texts, strict=True))
+        return [(line["key"], line["text"]) for line in lines]
+
+
+def trace_line(codec: Codec, key: str, steps: list[TraceStep]) -> dict[str, Any]:
+    """A line of a trace file, see `Output`."""
+    special = {"mask": codec.mask_id, "eot": codec.eot_id, "eos": codec.eos_id}
+    rows = [{"text": text_with_masks(codec, step.tokens), **asdict(step)} for step in steps]
+    return {"key": key, "special": special, "pieces": _pieces(codec, steps), "steps": rows}
 
 
 def _append(path: Path, lines: Iterable[dict]) -> None:
@@ -69,7 +75,7 @@ def _append(path: Path, lines: Iterable[dict]) -> None:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _text_with_masks(codec: Codec, ids: list[int]) -> str:
+def text_with_masks(codec: Codec, ids: list[int]) -> str:
     """The text of an unfinished response up to its first eot, with _ for each mask."""
     text, span = "", list[int]()
     for token in ids[: ids.index(codec.eot_id)] if codec.eot_id in ids else ids:

@@ -55,10 +55,14 @@ def convert(
     return stream.getvalue()
 
 
-def load(source: Path | bytes, *, size: int = 0) -> Image.Image:
+def load(
+    source: Path | bytes, *, size: int = 0, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Decode an image file, or the bytes of one: its first frame, upright and as RGB.
 
-    JPEGs much larger than `size` (0: none) are decoded at reduced size. Raises ImageProblem.
+    size: JPEGs much larger than this (0: none) are decoded at reduced size
+    formats: Pillow's names of those to read, for images of strangers; None: all that are installed
+    Raises ImageProblem, before pixels are decoded where there are more than `max_pixels`.
     """
     if isinstance(source, Path) and not source.is_file():
         raise ImageProblem("missing_image")
@@ -67,8 +71,8 @@ def load(source: Path | bytes, *, size: int = 0) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for corrupt EXIF; unusable images raise
         try:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > MAX_PIXELS:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+                if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 if size:
                     image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth

@@ -7,8 +7,7 @@
     `pipe:ssh host cat /data/{}`        a command that prints a file, whose name takes the place of {}
 
 Processes of a node share the cache: one of them downloads a file, under a temporary name until its size and sha256 are
-those of the index, and the others wait for it; if it fails, they fail too. A connection that breaks is made again, and
-goes on where it was.
+those of the index, and the others wait for it. A connection that breaks is made again, and goes on where it was.
 
 Passwords and queries (signatures, tokens) are neither shown nor stored: a URL names them as $VARIABLE, whose value is
 taken from the environment when a connection is made.
@@ -191,19 +190,11 @@ class Remote:
         path = folder / f"{digest[:32]}-{Path(self.name).name}"
         if file := self._cached(path):
             return file
-        failed = path.with_name(f".{path.name}.failed.tmp")  # written when a download has failed; removed by `trim`
-        before = _changed(failed)
         with FileLock(folder / f".{int(digest[:8], 16) % LOCKS:02}.lock", timeout=DEADLINE + PATIENCE):
             if file := self._cached(path):  # by another process meanwhile
                 return file
-            if _changed(failed) > before:
-                raise OSError(f"{self}: another process could not download it")
-            try:
-                with atomic(path) as stream:
-                    self._download(stream, patience=PATIENCE)
-            except OSError:
-                failed.touch()
-                raise
+            with atomic(path) as stream:
+                self._download(stream, patience=PATIENCE)
             file = path.open("rb")  # before it can be removed
             self.cache.trim()
             return file
@@ -267,13 +258,6 @@ class Remote:
         if out.tell() != (size or out.tell()) or (self.sha256 and sha256(Path(out.name)) != self.sha256):
             out.seek(0)
             raise WrongContentError("the content is not the one that the index describes")
-
-
-def _changed(path: Path) -> int:
-    """When a file was changed, in ns; 0 if there is none."""
-    with suppress(FileNotFoundError):
-        return path.stat().st_mtime_ns
-    return 0
 
 
 class WrongContentError(OSError):

@@ -12,11 +12,11 @@ from itertools import pairwise
 
 from src.io.errors import UserError
 from src.metrics.caption import CaptionMetric, Ngram, NgramMetric, repeated_share
+from src.text.captions import SPECIAL
 from src.types import SpecialIds
 
 _MARK = re.compile(r"[.,;:!?](?:\s*[.,;:!?])+")
 _END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s*\Z")
-SPECIAL = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|\[(?:MASK|PAD|UNK|CLS|SEP)\]|<(?:mask|pad|unk|bos|eos|image)>")
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 

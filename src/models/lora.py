@@ -134,9 +134,13 @@ class LoRA:
         except ImportError as error:
             raise UserError("LoRA needs peft: pip install 'rediff-lightning[lora]'") from error
         return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, base_model_name_or_path=base,
-            target_modules=layers, modules_to_save=list(self.train) or None,
-        )  # fmt: skip
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  peft writes and reads any number
+            lora_dropout=self.dropout,
+            base_model_name_or_path=base,
+            target_modules=layers,
+            modules_to_save=list(self.train) or None,
+        )
 
     def inject(self, model: Any) -> None:
         """Put adapters into a model on the meta device, and freeze all but these and `train`."""

@@ -367,7 +367,7 @@ class Objective(L.LightningModule):
         num_rows = sum(len(rows) for rows, _ in micro_batches)
         loss = sum(term.coef * losses[term.name] for term in terms)
         self._log_values(stage, {"loss": loss}, batch_size=num_rows, prog_bar=True)
-        self._log_values(stage, {name: losses[name] for name in shown} | shares, batch_size=num_rows)
+        self._log_values(stage, {f"loss/{name}": losses[name] for name in shown} | shares, batch_size=num_rows)
 
     def _log_values(self, stage: str, values: dict[str, float], **options: Any) -> None:
         # NOTE: Lightning would copy numbers to the device, one by one

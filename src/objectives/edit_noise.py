@@ -53,10 +53,8 @@ class EditNoiseObjective(Objective):
             second_terms=(Term("edit", None, "one", reduce, coef=edit),),
             t_min=t_min,
         )
-        self.begin, self.edit_noise = (
-            begin,
-            EditNoise(special=setup.special, rate=rate, operations=operations, window=window),
-        )
+        self.begin = begin
+        self.edit_noise = EditNoise(special=setup.special, rate=rate, operations=operations, window=window)
 
     def second_input(
         self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise

@@ -38,9 +38,4 @@ class HybridNoise(Objective):
     ) -> None:
         rows = ((Kind.MASK, mask), (Kind.SYNTAX, wrong), (Kind.CLEAN, clean))
         terms = tuple(Term(kind.name.lower(), kind, weight, reduce, coef=c, floor=floor) for kind, c in rows if c)
-        super().__init__(
-            setup,
-            corruption=Hybrid(special=setup.special, share=share),
-            terms=terms,
-            t_min=t_min,
-        )
+        super().__init__(setup, corruption=Hybrid(special=setup.special, share=share), terms=terms, t_min=t_min)

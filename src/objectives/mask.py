@@ -24,9 +24,4 @@ class MaskPrediction(Objective):
         floor: float = 0.0,
     ) -> None:
         terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        super().__init__(
-            setup,
-            corruption=Absorb(special=setup.special),
-            terms=terms,
-            t_min=t_min,
-        )
+        super().__init__(setup, corruption=Absorb(special=setup.special), terms=terms, t_min=t_min)

@@ -65,17 +65,11 @@ class ProSeCo(Objective):
         if begin < 0:
             raise UserError(f"begin must be at least 0, got {begin}")
         correction = partial(Term, kind=None, weight=correct_weight, reduce=reduce, coef=correct, floor=floor)
+        terms, second_terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),), (correction("correct"),)
         if errors:
             second_terms = (correction("wrong", only="wrong"), correction("right", only="right", form="probability"))
-        else:
-            second_terms = (correction("correct"),)
-        super().__init__(
-            setup,
-            corruption=Absorb(special=setup.special),
-            terms=(Term("mask", Kind.MASK, weight, reduce, floor=floor),),
-            second_terms=second_terms,
-            t_min=t_min,
-        )
+        mask = Absorb(special=setup.special)
+        super().__init__(setup, corruption=mask, terms=terms, second_terms=second_terms, t_min=t_min)
         self.fill, self.pick, self.begin = fill, pick, begin
         self.replace = Replace(special=setup.special, rate=rate)
 

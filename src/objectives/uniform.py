@@ -17,17 +17,8 @@ class UniformNoise(Objective):
     """One term on all tokens. weight, reduce and floor: see `Term`; the others: see `Objective`."""
 
     def __init__(
-        self,
-        setup: Setup,
-        *,
-        t_min: float = 0.001,
-        weight: str = "one",
-        reduce: str = "answer_len",
-        floor: float = 0.0,
+        self, setup: Setup, *, t_min: float = 0.001, weight: str = "one", reduce: str = "answer_len", floor: float = 0.0
     ) -> None:
-        super().__init__(
-            setup,
-            corruption=Replace(special=setup.special, rate=1.0, dynamic=True, filler=True),  # with probability t
-            terms=(Term("token", None, weight, reduce, floor=floor),),
-            t_min=t_min,
-        )
+        replace = Replace(special=setup.special, rate=1.0, dynamic=True, filler=True)  # with probability t
+        terms = (Term("token", None, weight, reduce, floor=floor),)
+        super().__init__(setup, corruption=replace, terms=terms, t_min=t_min)

@@ -15,34 +15,24 @@ import shlex
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tqdm import tqdm
-
 from src.io.errors import UserError
 from src.io.files import atomic, publish, read_json, sha256, with_filename, write_json
 from src.io.lock import locked
+from src.io.progress import Bar
 from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
 from src.preparation.counts import Counts, table
-from src.preparation.items import Items, disk_errors, fill_splits
+from src.preparation.items import Items, fill_splits, new_items
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
-from src.preparation.workers import (
-    DATA,
-    ITEMS,
-    REPORTS,
-    Job,
-    WorkerLost,
-    is_finished,
-    num_processes,
-    write,
-    write_in_processes,
-)  # fmt: skip
+from src.preparation.workers import DATA, ITEMS, REPORTS, Job, is_finished, num_processes, write, write_in_processes
 from src.text.tokenizer import NEEDED, Codec
 
 log = logging.getLogger(__name__)
@@ -144,12 +134,11 @@ class Dataset(ABC):
             # 2. write, or continue what was begun with the same plan, and rename
             _begin(folder, plan)
             try:
-                with with_filename(folder), disk_errors(folder):  # also of the tokenizer's files and of SQLite
+                with with_filename(folder):  # also of the tokenizer's files
                     index = self._write(folder, plan)
-            except WorkerLost:
-                raise  # nothing is wrong with the dataset
-            except UserError:
-                shutil.rmtree(folder, ignore_errors=True)
+            except UserError as error:
+                if not isinstance(error.__cause__, BrokenProcessPool):  # nothing is wrong with the dataset
+                    shutil.rmtree(folder)
                 raise
             if out.exists():  # at once, as a half of it might pass for a dataset after a kill
                 out.rename(folder / OLD)
@@ -183,51 +172,43 @@ class Dataset(ABC):
 
     def _write(self, folder: Path, plan: dict) -> dict:
         """Write tokenizer, splits and index.json into a folder; return the index."""
-        is_continued = (folder / ITEMS).exists()
-        items, data = Items(folder / ITEMS), folder / DATA
-        try:
-            # 1. items, tokenizer, splits: an earlier run may have done some of this
-            scan = items.once("scan", partial(self._scan, items))
-            if is_continued and (missing := scan["counts"]["records"]["counts"].get("missing_image")):
-                log.warning(
-                    "images of %s were missing when they were read: if they are there now, remove %s and begin again",
-                    counted(missing, "record"),
-                    folder,
-                )
-            items.once("tokenizer", partial(self._make_tokenizer, items, data / "tokenizer"))
-            codec = Codec.load(data / "tokenizer")
-            division = items.once("divide", partial(self._divide, items, codec))
+        data, manifest = folder / DATA, Manifest(self.mixture)
+        with new_items(folder / ITEMS) as items, atomic(data / REJECTS) as rejects:
+            # 1. items, tokenizer, splits
+            counts = {part: Counts(partial(manifest.reject, part, rejects)) for part in PARTS}
+            records = counts["records"]
+            for item in Bar(self.read(records), desc="read", unit="record"):
+                if not items.add(item):
+                    first = items[item.key]
+                    self.merge(first, item, records)
+                    items.update(first)
+            kept, num_counted = len(items), records.total()
+            codec = self._make_tokenizer(items, data / "tokenizer")
+            extra = self.divide(items, codec, counts)
+            kept -= records.total() - num_counted
+            sizes = {**dict.fromkeys(SPLITS, 0), **items.number(self.seed if self.order == "hash" else None)}
             # 2. shards
             jobs = [
-                Job(split, number, start, min(start + self.per_shard, length))
-                for split, length in division["sizes"].items()
-                for number, start in enumerate(range(0, length, self.per_shard))
+                Job(split, number, start, min(start + self.per_shard, sizes[split]))
+                for split in SPLITS
+                for number, start in enumerate(range(0, sizes[split], self.per_shard))
             ]
             self._write_shards(jobs, folder, codec, items)
             # 3. an index for each split
-            counts = {part: Counts() for part in PARTS}
-            for part, report in (*scan["counts"].items(), *division["counts"].items()):
-                counts[part].add(report)
-            manifest = Manifest(self.mixture)
-            with atomic(data / REJECTS) as stream:
-                for part, reject in items.rejects():
-                    stream.write(manifest.reject(part, reject))
-                for split in SPLITS:
-                    shards = []
-                    for job in (job for job in jobs if job.split == split):
-                        report = read_json(job.report(folder))
-                        counts[split].add(report)
-                        stream.writelines(manifest.reject(split, reject) for reject in report["rejects"])
-                        manifest.lengths[split].update(dict(report["lengths"]))
-                        if report["entry"]:
-                            shards.append(report["entry"])
-                            manifest.shard(split, report["entry"])
-                    extra = {"sources": manifest.sources, **division["extra"]}
-                    common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
-                    write_index(data / split, shards, **common, extra=extra)
-                    counts[split]["written"] = sum(shard["count"] for shard in shards)
-        finally:
-            items.close()
+            for split in SPLITS:
+                shards = []
+                for job in (job for job in jobs if job.split == split):
+                    report = read_json(job.report(folder))
+                    counts[split].add(report)
+                    for reject in report["rejects"]:
+                        manifest.reject(split, rejects, reject)
+                    manifest.lengths[split].update(dict(report["lengths"]))
+                    if report["entry"]:
+                        shards.append(report["entry"])
+                        manifest.shard(split, report["entry"])
+                common = {"kind": self.kind, "tokenizer": codec.fingerprint, "counts": counts[split]}
+                write_index(data / split, shards, **common, extra={"sources": manifest.sources, **extra})
+                counts[split]["written"] = sum(shard["count"] for shard in shards)
         # 4. what became of all of it
         index = {
             "format": FORMAT,
@@ -237,7 +218,7 @@ class Dataset(ABC):
             "counts": {part: numbers if part in SPLITS else +numbers for part, numbers in counts.items() if numbers},
             "examples": {part: numbers.examples for part, numbers in counts.items() if numbers.examples},
             "sources": manifest.sources,
-            **division["extra"],
+            **extra,
         }
         empty = [split for split in SPLITS if not counts[split]["written"]]
         if "train" in empty:
@@ -249,28 +230,15 @@ class Dataset(ABC):
                 "prepare.files={val: FILE}, or prepare.split=rows to cut a single one)",
                 " and in ".join(empty),
             )
-        if without := manifest.sources_without_samples():
-            log.warning(
-                "nothing of the source%s %s could be used; %s says why of each record",
-                "s"[: len(without) > 1],
-                " and ".join(without),
-                REJECTS,
-            )
-        kept = scan["items"] - sum(division["counts"]["records"]["counts"].values())
-        write_json(data / MANIFEST, manifest.content(index, kept=kept, sizes=division["sizes"]))
+        content = manifest.content(index, kept=kept, sizes=sizes)
+        if without := [source["name"] for source in content["sources"] if not source["samples"]]:
+            names = f"source{'s'[: len(without) > 1]} {' and '.join(without)}"
+            log.warning("nothing of the %s could be used; %s says why of each record", names, REJECTS)
+        write_json(data / MANIFEST, content)
         write_json(data / INDEX, index)
         return index
 
-    def _scan(self, items: Items) -> dict:
-        counts = Counts(partial(items.reject, "records"))
-        for item in tqdm(self.read(counts), desc="read", unit=" records", disable=None):
-            if not items.add(item):
-                first = items[item.key]
-                self.merge(first, item, counts)
-                items.update(first)
-        return {"counts": {"records": counts.report()}, "items": len(items)}
-
-    def _make_tokenizer(self, items: Items, folder: Path) -> dict:
+    def _make_tokenizer(self, items: Items, folder: Path) -> Codec:
         if self.tokenizer:
             codec = Codec.adopt(self.tokenizer, prompt_format=self.prompt_format)
         else:
@@ -286,29 +254,22 @@ class Dataset(ABC):
                     f"take {codec.vocab_size}"
                 )
         codec.save(folder)
-        return {}
-
-    def _divide(self, items: Items, codec: Codec) -> dict:
-        counts = {part: Counts(partial(items.reject, part)) for part in PARTS}
-        extra = self.divide(items, codec, counts)
-        sizes = items.number(self.seed if self.order == "hash" else None)
-        reports = {part: numbers.report() for part, numbers in counts.items()}
-        return {"counts": reports, "extra": extra, "sizes": {split: sizes.get(split, 0) for split in SPLITS}}
+        return Codec.load(folder)
 
     def _write_shards(self, jobs: Sequence[Job], folder: Path, codec: Codec, items: Items) -> None:
         """Write the shards that are not there yet."""
-        open_jobs = [job for job in jobs if not is_finished(job, self, items, folder)]
-        if num_kept := len(jobs) - len(open_jobs):
-            log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
         for place in (folder / REPORTS, *(folder / DATA / split for split in SPLITS)):
             place.mkdir(exist_ok=True)
+        open_jobs = [job for job in jobs if not is_finished(job, self, codec, items, folder)]
+        if num_kept := len(jobs) - len(open_jobs):
+            log.info("continuing in %s: %d of %d shards are there", folder, num_kept, len(jobs))
+        for tar in {*(folder / DATA).glob("*/*.tar")} - {job.tar(folder) for job in jobs}:
+            tar.unlink()  # of more items: an image was there when a killed run began
         sizes = [sum(job.stop - job.start for job in some) for some in (jobs, open_jobs)]
-        unit = " images" if self.kind == "captions" else " texts"
+        unit = "image" if self.kind == "captions" else "text"
         processes = num_processes(self.processes, open_jobs)
         # smoothing: shards of several processes end in bursts
-        with tqdm(
-            total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, disable=None, smoothing=0
-        ) as bar:
+        with Bar(total=sizes[0], initial=sizes[0] - sizes[1], desc="write", unit=unit, smoothing=0) as bar:
             if processes > 1:
                 write_in_processes(open_jobs, self, folder, processes=processes, advance=bar.update)
             else:
@@ -330,7 +291,8 @@ class Dataset(ABC):
         settings += [f"data.response_length={self.response_length}"]
         settings += [f"data.image_size={side}"] if (side := getattr(self, "image_size", None)) else []
         command = shlex.join(["python", "-m", "src.train", *settings])
-        return f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}; next:\n  {command}"
+        wrote = f"wrote {samples} in {counted(len(shards), 'shard')} ({amount}) to {out}"
+        return f"{wrote}\nto look at it: python -m src.prepare show={shlex.quote(str(out))}\nnext: {command}"
 
 
 def _same(out: Path, index: dict, plan: dict) -> dict:

@@ -1,7 +1,6 @@
 """The items of a dataset between reading and writing: on disk, so that memory does not grow with their number.
 
-    items = Items(folder / "items.db", seed=0)
-    items.once("scan", read)        a stage: its changes and its result are one transaction, so a killed one is redone
+    items = Items(folder / "items.db")
     items.add(item)  items[key]  items.update(item)  items.remove(item)  items.move(name, "val")  items.of("train")
     items.number()                  fixes the order of each split
     items.between("train", 0, 512)  the items of a shard, in any process
@@ -13,52 +12,41 @@ added meanwhile.
 from __future__ import annotations
 
 import errno
-import json
-import os
 import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from src.io.errors import UserError
-from src.preparation.counts import Reject
 from src.preparation.splits import SPLITS, hash64
 
 PAGE = 1000  # items in memory
 TABLES = """
-    CREATE TABLE IF NOT EXISTS items (
+    PRAGMA journal_mode = OFF;
+    PRAGMA synchronous = OFF;
+    CREATE TABLE items (
         id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, name BLOB NOT NULL, split TEXT NOT NULL, share REAL,
         data BLOB NOT NULL);
-    CREATE INDEX IF NOT EXISTS by_split ON items (split, id);
-    CREATE INDEX IF NOT EXISTS by_name ON items (name);
-    CREATE TABLE IF NOT EXISTS numbers (split TEXT, number INTEGER, id INTEGER, PRIMARY KEY (split, number))
+    CREATE INDEX by_split ON items (split, id);
+    CREATE INDEX by_name ON items (name);
+    CREATE TABLE numbers (split TEXT, number INTEGER, id INTEGER, PRIMARY KEY (split, number))
         WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS rejects (part TEXT, source TEXT, reason TEXT, place TEXT);
-    CREATE TABLE IF NOT EXISTS stages (name TEXT PRIMARY KEY, result TEXT);
 """
-
-
-class Movable(NamedTuple):
-    """An item whose split is not given."""
-
-    key: str
-    name: str
-    split: str
-    share: float
 
 
 class Items:
     """Items by key, in an SQLite file.
 
-    read_only: for worker processes, once nothing changes any more
+    path: of a new file, in place of an old one; read_only: for worker processes, once `number` has been called
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         # No locks of SQLite's own, which some network file systems lack: the builder locks the whole dataset.
         mode = "mode=ro&immutable=1" if read_only else "nolock=1"
+        if not read_only:
+            path.unlink(missing_ok=True)
         # A tokenizer is trained in a thread of its own, which reads texts while this one waits.
         self._db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, check_same_thread=False)
         if not read_only:
@@ -66,15 +54,6 @@ class Items:
 
     def close(self) -> None:
         self._db.close()
-
-    def once(self, stage: str, make: Callable[[], dict]) -> dict:
-        """The result of a stage, which is plain data; `make` is called if no process has finished the stage yet."""
-        row = self._db.execute("SELECT result FROM stages WHERE name = ?", (stage,)).fetchone()
-        if row is None:
-            with self._db:
-                row = (json.dumps(make()),)
-                self._db.execute("INSERT INTO stages VALUES (?, ?)", (stage, *row))
-        return json.loads(row[0])
 
     def add(self, item: Any) -> bool:
         """Append an item; False, and nothing is done, if there is one of that key."""
@@ -132,12 +111,12 @@ class Items:
         ).fetchall():
             yield self[key]
 
-    def movable(self) -> Iterator[Movable]:
-        """The items whose split is not given."""
-        for key, name, split, share in self._db.execute(
+    def movable(self) -> Iterator[tuple[str, str, str, float]]:
+        """(key, name, split, share) of the items whose split is not given."""
+        for key, name, *rest in self._db.execute(
             "SELECT key, name, split, share FROM items WHERE share IS NOT NULL ORDER BY id"
         ):
-            yield Movable(key, name.decode("utf-8", "surrogatepass"), split, share)
+            yield key, name.decode("utf-8", "surrogatepass"), *rest
 
     def sizes(self) -> dict[str, int]:
         """The number of names in each split that has one."""
@@ -150,24 +129,24 @@ class Items:
             "INSERT INTO numbers SELECT split, ROW_NUMBER() OVER (PARTITION BY split ORDER BY rank(key), id) - 1, id "
             "FROM items"
         )
+        self._db.commit()
         return dict(self._db.execute("SELECT split, COUNT(*) FROM numbers GROUP BY split"))
 
-    def between(self, split: str, start: int, stop: int) -> Iterator[Any]:
+    def between(self, split: str, start: int, stop: int) -> list[Any]:
         """The items of a split with numbers from `start` to `stop` (exclusive)."""
         query = "SELECT number, data FROM numbers JOIN items USING (id) WHERE numbers.split = ? AND number >= ? "
-        for number, data in self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall():
-            item = _load(split, data)
-            item.number = number
-            yield item
+        rows = self._db.execute(query + "AND number < ? ORDER BY number", (split, start, stop)).fetchall()
+        return [_load(split, data, number) for number, data in rows]
 
-    def reject(self, part: str, reject: Reject) -> None:
-        """Keep what was left out."""
-        self._db.execute("INSERT INTO rejects VALUES (?, ?, ?, ?)", (part, *reject))
 
-    def rejects(self) -> Iterator[tuple[str, Reject]]:
-        """What was left out, in the order in which it was: (part, (source, reason, place))."""
-        for part, *reject in self._db.execute("SELECT part, source, reason, place FROM rejects ORDER BY rowid"):
-            yield part, tuple(reject)
+@contextmanager
+def new_items(path: Path) -> Iterator[Items]:
+    """Items in a new file; a full disk is an OSError that names it."""
+    try:
+        with closing(Items(path)) as items:
+            yield items
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, str(error), str(path)) from error
 
 
 def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
@@ -181,10 +160,10 @@ def fill_splits(items: Items, usable: Callable[[Any], bool]) -> None:
         if any(is_usable(item.key) for item in items.of(split)):
             continue
         sizes, sign = items.sizes(), 1 if split == "train" else -1
-        for item in sorted(items.movable(), key=lambda item: (-sizes[item.split], sign * item.share)):
-            others = (other.key for other in items.of(item.split) if other.name != item.name)
-            if is_usable(item.key) and (split == "train" or any(map(is_usable, others))):
-                items.move(item.name, split)
+        for key, name, old, _ in sorted(items.movable(), key=lambda row: (-sizes[row[2]], sign * row[3])):
+            others = (other.key for other in items.of(old) if other.name != name)
+            if is_usable(key) and (split == "train" or any(map(is_usable, others))):
+                items.move(name, split)
                 break
 
 
@@ -192,23 +171,7 @@ def _name(name: str) -> bytes:
     return name.encode("utf-8", "surrogatepass")  # of a file: it need not be Unicode
 
 
-def _load(split: str, data: bytes) -> Any:
+def _load(split: str, data: bytes, number: int = 0) -> Any:
     item = pickle.loads(data)
-    item.split = split
+    item.split, item.number = split, number
     return item
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors of a full or broken disk into an OSError that names the file, of a damaged file into a
-    UserError."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        primary = error.sqlite_errorcode & 0xFF  # the rest tells what was being done
-        if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise UserError(f"{path} was damaged ({error}) and is removed: the same command begins again") from error
-        if primary not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            raise
-        code = errno.ENOSPC if primary == sqlite3.SQLITE_FULL else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error

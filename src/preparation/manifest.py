@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,16 +33,13 @@ class Manifest:
         self._samples: Counter[int] = Counter()  # by the number of their source
         self._left_out: dict[str, dict[str, dict[str, dict]]] = {}  # source -> part -> reason
 
-    def sources_without_samples(self) -> list[str]:
-        return [source["name"] for number, source in enumerate(self.sources) if not self._samples[number]]
-
-    def reject(self, part: str, reject: Reject) -> bytes:
-        """Count what was left out; returns its line in rejects.jsonl."""
+    def reject(self, part: str, stream: BinaryIO, reject: Reject) -> None:
+        """Count what was left out, and write its line of rejects.jsonl."""
         source, reason, place = reject
         reasons = self._left_out.setdefault(source, {}).setdefault(part, {})
         reasons.setdefault(reason, {"count": 0, "example": place})["count"] += 1
         line = {"part": part, "source": source, "reason": reason, "place": place}
-        return (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        stream.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
     def shard(self, split: str, entry: Mapping[str, Any]) -> None:
         """Add a shard by its index entry."""

@@ -24,7 +24,7 @@ from src.preparation.builder import Dataset
 from src.preparation.counts import Counts
 from src.preparation.items import Items
 from src.preparation.sources import coco
-from src.preparation.sources.base import Caption
+from src.preparation.sources.formats import Caption
 from src.preparation.sources.source import Source
 from src.preparation.splits import Item, hashed_share, split_of
 from src.preparation.swaps import locate_swaps

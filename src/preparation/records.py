@@ -15,8 +15,9 @@ What cannot be read is counted and left out, with its file and line (`:17`) or n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from src.io.errors import UserError
 from src.preparation.counts import Counts, Skip
 from src.preparation.json_text import NOT_UTF8, JsonText, open_text
 from src.preparation.sources import coco
-from src.preparation.sources.parquet import read_parquet
 from src.preparation.splits import SPLIT_NAMES
 from src.preparation.tables import read_table
 
 NAN = {"nan", "<na>"}  # what Pandas writes for no value
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"}
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+ROWS = 16  # of Parquet in memory, which may hold images
 FILE_NAME = re.compile(r"\.\w{2,5}$")
 NUM_KEYS = 100  # of an object, from which its form is told
 LARGE = 10_000  # values: a larger object that begins a .json file is the whole file
@@ -58,6 +59,22 @@ def read_records(
             yield place, value
         else:
             counts.skip(value if isinstance(value, Skip) else "not_a_record", place)
+
+
+def matching_files(names: str | Sequence[str]) -> list[str]:
+    """The files of one name or several; one with * stands for all that match.
+
+    Raises UserError if none matches, and for a name that is not UTF-8.
+    """
+    files = []
+    for name in [names] if isinstance(names, str) else names:
+        matching = sorted(glob(name)) if "*" in name else [name]
+        if not matching:
+            raise UserError(f"no file {name}")
+        files += matching
+    if odd := [name for name in files if NOT_UTF8.search(name)]:
+        raise UserError(f"the name of the file {odd[0]!r} is not UTF-8: rename it")
+    return files
 
 
 def text_of(record: dict, field: str) -> str:
@@ -173,6 +190,21 @@ def _keyed(key: str, value: Any, name: str) -> Any:
     if isinstance(value, dict):
         return {name: key, **value}
     return {"image": key, "captions": value} if name == "image" else value
+
+
+def read_parquet(path: Path) -> Iterator[Value]:
+    """(place, record) of each row. Raises UserError if the file is damaged or pyarrow is missing."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install -e '.[data]'") from error
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=ROWS) for row in batch.to_pylist())
+            yield from ((f"{path.name}#{number}", row) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, Any, bool]]:

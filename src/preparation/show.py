@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 from tarfile import TarError
-from textwrap import fill
+from textwrap import fill, shorten
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,7 @@ def _look(views: Iterable[View], settings: Mapping, chosen: set[int], findings: 
         kept += [view] * (num - 1 in chosen)
     for text, keys in sorted(keys_of_text.items(), key=lambda pair: -len(pair[1]))[:5]:
         if views_of_image and len(keys) > max(4, num / 200):  # 0.5 %
-            name = f'one caption on {len(keys)} samples: "{_short(text, 60)}"'
+            name = f'one caption on {len(keys)} samples: "{shorten(text, 60, placeholder="...")}"'
             findings[name], findings.examples[name] = len(keys), keys[0]
     for same in views_of_image.values():
         names = {"image in several splits"} if len({view.split for view in same}) > 1 else set()
@@ -292,7 +292,3 @@ def _marked(text: str, spans: Sequence[tuple[int, int, str, str]]) -> str:
             out += f"{escape(text[done:start])}<del>{escape(false)}</del> <ins>{escape(true)}</ins>"
             done = end
     return out + escape(text[done:])
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -15,7 +15,6 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +22,7 @@ from src.io.errors import UserError
 from src.preparation.builder import Dataset
 from src.preparation.counts import Counts, Skip
 from src.preparation.items import Items
-from src.preparation.records import check_turns, clean, read_records, text_of, value_of, with_input
+from src.preparation.records import check_turns, clean, matching_files, read_records, text_of, value_of, with_input
 from src.preparation.splits import SPLITS, Item, hashed_share, split_named, split_of
 from src.text.prompt_format import IMAGE
 from src.text.tokenizer import Codec
@@ -65,8 +64,7 @@ class Texts(Dataset):
         if unknown := set(by_split) - {*SPLITS, ""}:
             raise UserError(f"files names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
         groups = {split: by_split.get(split) or [] for split in ("test", "val", "train", "")}
-        named = [(split, f) for split, files in groups.items() for f in ([files] if isinstance(files, str) else files)]
-        return [(split, file) for split, f in named for file in (sorted(glob(f)) if "*" in f else []) or [f]]
+        return [(split, file) for split, names in groups.items() for file in matching_files(names)]
 
     @abstractmethod
     def parse(self, record: dict) -> tuple[str, str, dict]:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from src.distributed.parallel import Team
 from src.io.errors import UserError
 from src.io.files import read_json, sha256, write_json
+from src.io.progress import Bar
 from src.io.settings import changes, describe
 from src.io.shards import INDEX, image_name, read_manifest, read_shard, shard_entry, write_index, write_shard
 from src.io.words import counted
@@ -151,7 +151,7 @@ def draw_drafts(
         return
     # 2. Draw what is missing. Batches are split among the speeds, rotated from batch to batch to even out remainders.
     speeds, shards, num_drawn, seconds = drafter.tokens_per_step, [], 0, 0.0
-    with tqdm(total=-(-drafter.num // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
+    with Bar(total=-(-drafter.num // team.size), desc="draft", unit="draft", disable=not team.is_rank0) as bar:
         for number, batch in batches:
             for offset in range(min(len(speeds), len(batch))):
                 part = batch.rows(slice(offset, None, len(speeds)))

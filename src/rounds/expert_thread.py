@@ -19,9 +19,8 @@ from concurrent.futures import Future, wait
 from contextlib import AsyncExitStack
 from threading import Thread
 
-from tqdm import tqdm
-
 from src.chat.journal import Answer, Journal
+from src.io.progress import Bar
 from src.types import DEADLINE, Draft, Expert, FailedRound, Failure
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class ExpertThread:
     """
 
     def __init__(
-        self, expert: Expert, journal: Journal, bar: tqdm, *, patience: float, deadline: float | None = None
+        self, expert: Expert, journal: Journal, bar: Bar, *, patience: float, deadline: float | None = None
     ) -> None:
         self.expert, self.journal, self.bar, self.patience = expert, journal, bar, patience
         self.deadline = math.inf if deadline is None else deadline

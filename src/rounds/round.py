@@ -32,12 +32,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from src.chat.journal import Journal
 from src.distributed.parallel import Team, world_size
 from src.io.errors import UserError
 from src.io.files import publish, write_json
+from src.io.progress import Bar
 from src.io.settings import changes, describe, differences
 from src.io.shards import INDEX, image_name, read_manifest, write_shards
 from src.rounds.drafts import Drafter, draw_drafts, read_drafts, read_drafts_index
@@ -137,7 +136,7 @@ def _ask_and_write(
     # a process that was killed before it renamed the folder may have left an index
     team.on_rank0(lambda: (work / INDEX).unlink(missing_ok=True))
     # 1. Ask about this rank's drafts, those of the previous round first.
-    bar = tqdm(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.is_rank0)
+    bar = Bar(total=-(-total // team.size), desc="revise", unit="draft", disable=not team.is_rank0)
     with (
         journal_of(work, expert, rank=team.rank) as journal,
         bar,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -15,6 +17,7 @@ from src.samplers.predictor import Predictor
 from src.samplers.schedule import Schedule
 from src.types import Backbone, Prefix, Sampled, SpecialIds, TraceStep
 
+Step = dict[str, Tensor]  # what a step did to all rows: the input of `traces_of`
 DRAWS = ("sampler", "unmask", "score", "reviser")  # noise for tokens, policies, the random score, revisers
 
 
@@ -53,6 +56,10 @@ class AnySampler:
         """The same sampler at another speed."""
         return type(self)(**{**vars(self), "tokens_per_step": tokens_per_step, "steps": steps})
 
+    def settled(self, tokens: Sequence[int], mask: int) -> int:
+        """How many leading tokens of an unfinished response no later step can change, for those who read along."""
+        return 0
+
     @torch.no_grad()
     def __call__(
         self,
@@ -61,47 +68,72 @@ class AnySampler:
         *,
         special: SpecialIds,
         keys: list[str],
-        seed: int,
+        seed: int | Sequence[int],
         start: Tensor | None = None,
         suffix: Tensor | None = None,
         trace: bool = False,
     ) -> Sampled:
         """Responses for the rows of `prefix`, one key each.
 
+        seed: of all rows, or one for each
         start: (B, L) ids to begin with, filled with end-of-text; rows without masks only get the post steps
         suffix: (S,) ids behind every response, which the model attends to; not part of the result
         trace: record every step of every row in `Sampled.traces`
 
         Raises ValueError for keys or a start of another shape than the prefix and the response length demand.
         """
+        options = {"special": special, "keys": keys, "seed": seed, "start": start, "suffix": suffix}
+        run, steps = self.stepwise(backbone, prefix, trace=trace, **options), list[Step]()
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as end:
+                return replace(end.value, traces=traces_of(steps, len(keys)) if trace else None)
+            if trace:
+                steps.append(step)
+
+    @torch.no_grad()
+    def stepwise(
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        *,
+        special: SpecialIds,
+        keys: list[str],
+        seed: int | Sequence[int],
+        start: Tensor | None = None,
+        suffix: Tensor | None = None,
+        trace: bool = True,
+    ) -> Generator[Step, None, Sampled]:
+        """The same one step at a time: yields what each step did, and returns the responses. Closing it stops.
+
+        trace: with the confidence of token edits, which takes a little time
+        """
         started = time.perf_counter()
         if len(prefix.embeds) != len(keys):
             raise ValueError(f"{len(keys)} keys for a prefix of {len(prefix.embeds)} rows")
         predict = Predictor(backbone, prefix, special, length=self.length, cfg_scale=self.cfg_scale, suffix=suffix)
         noise = {name: Noise(keys, seed=seed, draw=name) for name in DRAWS}
-        steps: list[dict[str, Tensor]] | None = [] if trace else None
         try:
-            tokens, edits, remasks, unmasked_at = self.write(predict, noise, start, steps)
+            tokens, edits, remasks, unmasked_at = yield from self.write(predict, noise, start, trace=trace)
         finally:
             predict.release()
-        traces = None if steps is None else traces_of(steps, len(keys))
         # The first eot ends the text; behind it is end-of-text.
         eot = (tokens == special.eot).long()
         ids = tokens.masked_fill(eot.cumsum(1) - eot > 0, special.eos)
         seconds = time.perf_counter() - started
-        return Sampled(ids, predict.forwards, edits, remasks, unmasked_at, seconds, traces)
+        return Sampled(ids, predict.forwards, edits, remasks, unmasked_at, seconds)
 
     def write(
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tokens (B, L), how many were rewritten (B,) and remasked (B,), and `Sampled.unmasked_at` (B, L).
-
-        noise: one of each of `DRAWS`; steps: what `traces_of` needs of each step is appended here
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, *, trace: bool
+    ) -> Generator[Step, None, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yields what each step did, for `traces_of`, and returns the tokens (B, L), how many were rewritten (B,) and
+        remasked (B,), and `Sampled.unmasked_at` (B, L). noise: one of each of `DRAWS`; trace: as in `stepwise`
         """
         raise NotImplementedError
 
 
-def traces_of(steps: list[dict[str, Tensor]], num_rows: int) -> list[list[TraceStep]]:
+def traces_of(steps: list[Step], num_rows: int) -> list[list[TraceStep]]:
     """The trace of each row, from tensors of each step: its `rows` (B,) bool, `forwards` (B,), tokens `before` and
     `after` it, and the other fields of `TraceStep` as (B, L) masks and confidences."""
     traces: list[list[TraceStep]] = [[] for _ in range(num_rows)]

@@ -33,6 +33,10 @@ class OverwriteAll(Reviser):
         if not 0 <= self.begin <= 1:
             raise UserError(f"begin must be within 0..1, got {self.begin}")
 
+    @property
+    def within_block(self) -> bool:
+        return self.scope == "block"
+
     def editable(self, state: State) -> Tensor:
         where = state.visible if self.scope == "all" else state.visible & state.block
         if self.begin == 1:

@@ -75,6 +75,11 @@ class Reviser:
     selects_positions: every mask is proposed to be unmasked, and `remask` alone decides which ones are
     """
 
+    @property
+    def within_block(self) -> bool:
+        """Whether it changes tokens of the current block only (post steps aside), so that the blocks before it stay."""
+        return type(self).editable is Reviser.editable
+
     random: bool = False
     uses_all_steps: ClassVar[bool] = False
     can_veto: ClassVar[bool] = False

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from src.diffusion.corruption import text_positions
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.samplers.base import AnySampler
+from src.samplers.base import AnySampler, Step
 from src.samplers.predictor import Prediction, Predictor, read
 from src.samplers.reviser import Reviser, State
 from src.samplers.schedule import Progress, Schedule
@@ -159,9 +160,17 @@ class Sampler(AnySampler):
     def schedule(self) -> Schedule:
         return replace(super().schedule, blocks=self.blocks, shift=self.shift)
 
+    def settled(self, tokens: Sequence[int], mask: int) -> int:
+        """All before the first mask if visible tokens stay; the blocks before its block if only a block is revised."""
+        first = tokens.index(mask) if mask in tokens else self.length
+        if self.reviser is None:
+            return first
+        waits = self.post_steps or self.reviser.uses_all_steps or not self.reviser.within_block
+        return 0 if waits else first - first % self.schedule.block_length
+
     def write(
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, *, trace: bool
+    ) -> Generator[Step, None, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Step until every row is done; the host only asks which rows are."""
         reviser, look, step = self.reviser or Reviser(), self._look, self._step
         if self.compile:
@@ -195,9 +204,8 @@ class Sampler(AnySampler):
             else:
                 called = active
             first = predict.first(run.tokens, plan.where, called)
-            changes = step(run, plan, first, progress, predict, noise, trace=steps is not None)
-            if steps is not None:
-                steps.append({**changes, "forwards": predict.forwards})
+            changes = step(run, plan, first, progress, predict, noise, trace=trace)
+            yield {**changes, "forwards": predict.forwards}
         return progress.text(run.tokens), run.edits, run.remasks, run.unmasked_at
 
     def _look(self, run: Run, progress: Progress, predict: Predictor, noise: dict[str, Noise]) -> Plan:
@@ -237,7 +245,7 @@ class Sampler(AnySampler):
         noise: dict[str, Noise],
         *,
         trace: bool,
-    ) -> dict[str, Tensor]:
+    ) -> Step:
         """One step of every row: predict (done) -> refine -> unmask -> overwrite -> remask. Returns what it did."""
         special, policy, reviser = predict.special, self.unmask or TopK(), self.reviser or Reviser()
         state, eligible, editable, last = plan.state, plan.eligible, plan.editable, plan.last

@@ -10,6 +10,7 @@ are never noise, or texts would end where no model meant it.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from src.diffusion.noise import Noise
 from src.io.errors import UserError
-from src.samplers.base import AnySampler
+from src.samplers.base import AnySampler, Step
 from src.samplers.predictor import Predictor
 from src.samplers.unmask import PART
 
@@ -38,8 +39,8 @@ class FromNoise(AnySampler):
     compile: bool = False
 
     def write(
-        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, steps: list[dict[str, Tensor]] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, predict: Predictor, noise: dict[str, Noise], start: Tensor | None, *, trace: bool
+    ) -> Generator[Step, None, tuple[Tensor, Tensor, Tensor, Tensor]]:
         if start is not None:
             raise UserError("this sampler starts from noise and cannot begin with a given text: leave start out")
         # 1. noise: random ordinary ids
@@ -73,11 +74,10 @@ class FromNoise(AnySampler):
             before, tokens = tokens, torch.cat(drawn).view_as(tokens)
             rewritten = tokens != before
             edits = edits + rewritten.sum(1)
-            if steps is not None:
-                changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere}
-                confidence = prediction.confidence(rewritten, tokens)
-                made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
-                steps.append({**made, **changes, "confidence": confidence})
+            changes = {"unmasked": nowhere, "rewritten": rewritten, "remasked": nowhere}
+            confidence = prediction.confidence(rewritten, tokens) if trace else nowhere.double()
+            made = {"rows": everywhere[:, 0], "forwards": predict.forwards, "before": before, "after": tokens}
+            yield {**made, **changes, "confidence": confidence}
         return tokens, edits, torch.zeros_like(edits), torch.full_like(tokens, -1)
 
     def transition(self, probs: Tensor, place: Tensor, random: Tensor, *, left: int, steps: int) -> Tensor:

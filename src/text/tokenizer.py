@@ -253,12 +253,14 @@ class Codec:
         joined = "".join(texts)
         return texts if BROKEN not in joined and joined == self.decode(ids) else None
 
-    def prompt_ids(self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def prompt_ids(
+        self, question: str, *, images: int = 1, turns: Sequence[tuple[str, str]] = (), system: str | None = None
+    ) -> list[int]:
         """Ids of a prompt up to the start of the response, with `image_id` in place of each image.
 
         images: their number. If the texts contain `<image>` exactly as often, that is where the images go; any other
             `<image>` is plain text, and the images go before the first question
-        turns: earlier (question, answer) pairs
+        turns: earlier (question, answer) pairs; system: in place of the format's text; None keeps it
         Raises UserError if the chat template fails, or does not give each image its place.
         """
         # 1. What users write is disguised, so that it spells no special token
@@ -270,7 +272,8 @@ class Codec:
         def content(text: str) -> str:
             return IMAGE.join(map(disguise, text.split(IMAGE))) if num_marks == images else disguise(text)
 
-        system, turns = disguise(form.system or ""), [(content(user), content(answer)) for user, answer in turns]
+        system = disguise((form.system or "") if system is None else system)
+        turns = [(content(user), content(answer)) for user, answer in turns]
         messages = replace(form, system=system).messages(content(question), images=images, turns=turns)
         # 2. The released templates always open the answer, those of other models only with add_generation_prompt
         try:

@@ -20,7 +20,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 
 from callbacks.self_correction import SelfCorrection
@@ -36,6 +35,8 @@ from src.models.inference import warn_if_length_differs
 from src.models.tiling import check_layout
 from src.objectives.base import Objective, Setup
 from src.text.tokenizer import Codec
+from src.training.board import Board
+from src.training.run_dir import fixed_settings
 from src.training.strategy import DDP, FSDP2
 from src.types import Kind
 
@@ -172,7 +173,7 @@ def check_adapters(cfg: DictConfig, dtypes: set[torch.dtype]) -> None:
 
 
 def silence_lightning() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "tensorboard"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # names the failed process
     for message in (
@@ -199,7 +200,7 @@ def _trainer(cfg: DictConfig, *, run_dir: Path, **offers: Any) -> L.Trainer:
     try:
         return build(
             node,
-            logger=TensorBoardLogger(run_dir, name="tensorboard", version=""),
+            logger=Board(run_dir, settings=fixed_settings(cfg)),
             callbacks=callbacks,
             # Lightning's own requeue saves inside a signal handler, where ranks can deadlock
             plugins=[SLURMEnvironment(auto_requeue=False)] if started_by_srun else None,

@@ -34,10 +34,11 @@ from src.io.settings import changes
 from src.io.shards import INDEX
 from src.models.hf.folder import fingerprint
 from src.models.hf.weights import is_model_folder
+from src.training.board import EVENTS
 
 STOP, REQUEUE = "STOP", "REQUEUE"  # files in the run folder, between a batch job and its processes
 CONFIG, INPUTS, FINISHED, MODEL = "config.yaml", "inputs.json", "finished.json", "model"
-OWN = (FINISHED, MODEL, "checkpoints", "rounds", "tensorboard", INPUTS, CONFIG)
+OWN = (FINISHED, MODEL, "checkpoints", "rounds", EVENTS, INPUTS, CONFIG)  # patterns
 LOOP = "callbacks.self_correction"
 # Settings that must not change on resume. `max_steps` is one: the learning rate schedule spans it.
 FIXED = (
@@ -93,7 +94,7 @@ def begin(cfg: DictConfig, run_dir: Path) -> None:
     """Write the config and the input hashes of this run into the folder. `resume=false` first removes the old run."""
     run_dir.mkdir(parents=True, exist_ok=True)
     leftovers = list((run_dir / "checkpoints").glob(".*.tmp"))  # of a save that was killed
-    for path in leftovers if cfg.resume else [run_dir / name for name in OWN]:
+    for path in leftovers if cfg.resume else [path for name in OWN for path in run_dir.glob(name)]:
         remove(path)
     if not SLURMEnvironment.detect():  # in a Slurm job the batch script removes it
         (run_dir / STOP).unlink(missing_ok=True)
@@ -146,7 +147,7 @@ def inputs(cfg: DictConfig) -> dict[str, str]:
 
 
 def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
-    if changed := changes(_fixed_settings(old), _fixed_settings(cfg), "in the run"):
+    if changed := changes(fixed_settings(old), fixed_settings(cfg), "in the run"):
         longer = ""
         if old.trainer.max_steps < cfg.trainer.max_steps:  # the learning rate was planned for those
             longer = f". To train its model for more steps: run_dir=NEW model=trained model.path={run_dir / MODEL}"
@@ -159,7 +160,7 @@ def _check_same(cfg: DictConfig, run_dir: Path, old: DictConfig) -> None:
         raise UserError(f"{run_dir} was trained from files that have changed since ({changed}); {REMEDY}")
 
 
-def _fixed_settings(cfg: DictConfig) -> dict[str, Any]:
+def fixed_settings(cfg: DictConfig) -> dict[str, Any]:
     """The values of the keys in FIXED, without the settings in FREE."""
     settings = OmegaConf.create(plain(cfg))
     for key in FREE:

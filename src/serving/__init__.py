@@ -1,0 +1,1 @@
+"""The server: OpenAI's chat-completions protocol in front of one model."""
