@@ -88,8 +88,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_original(folder: Path, own: Path) -> None:
     """A model with LLaDA-V's layout, names and tiles, and small numbers."""
-    codec, sizes = Codec.load(ROOT / "assets" / "base"), {"hidden_size": 16, "intermediate_size": 24}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    texts = ["A plain picture, number 0123456789 of eight. Please describe the image in detail. Describe the picture."]
+    codec = Codec.train(texts, vocab_size=400)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 384, "patch_size": 14}
     decoder = {"vocab_size": codec.vocab_size, **sizes}
     model = LLaDAV(decoder=decoder, vision=vision, tiling=anyres(384).to_dict(), image_id=codec.image_id)
