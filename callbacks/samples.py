@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from callbacks.look import Look
+from src.evaluation import markdown
 from src.evaluation.drawing import Colour, Piece, enlarge, sheet, text_box
-from src.evaluation.report import markdown
 from src.samplers.sampler import Sampler
 from src.text.tokenizer import Codec
 from src.types import Batch, Sampled
@@ -88,7 +88,7 @@ class Samples(Look):
                 ]
                 boxes.append(text_box(pieces, width=WIDTH, size=TEXT, gap=4))
             tokens.append([enlarge(batch.images[row], side=SIDE) if any(batch.images) else blank, *boxes])
-        writer.add_text("samples/captions", markdown(captions), step)
+        writer.add_text("samples/captions", markdown.table(captions), step)
         writer.add_image("samples/tokens", np.asarray(sheet(tokens)), step, dataformats="HWC")
         writer.flush()
 
