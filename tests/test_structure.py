@@ -55,6 +55,7 @@ ROOMS = {
         generation   <- types io cli text models samplers datamodules
         serving      <- types io cli text models samplers datamodules generation
         evaluation   <- types io cli text models samplers datamodules metrics judges preparation generation
+        adapters     <- types io text models samplers datamodules metrics generation
         callbacks    <- types io cli text models samplers distributed metrics rounds evaluation
     """.strip().splitlines()
 }
@@ -94,6 +95,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pydantic": {"serving"},
     "uvicorn": {"serve"},
     "gradio": {"generation"},
+    "lm_eval": {"adapters"},
 }
 
 # How a yaml file is checked: the lowest layer it stands on -> its verb, what that offers, values for its `???`.

@@ -1,0 +1,1 @@
+"""Our models behind the evaluation harness lm-eval."""
