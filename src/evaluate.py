@@ -55,8 +55,7 @@ def main(argv: list[str]) -> None:
     # 1. Settings: named samplers are loaded, the grid is expanded.
     cfg = load_config(argv, verb="src.evaluate", needs=NEEDS["src.evaluate"])
     if is_node(plain(cfg.evaluate)):  # a benchmark: src/evaluation/benchmark.py
-        where = "" if cfg.evaluate.get("dry") else f"all files are in {cfg.evaluate.out}\n"
-        sys.stdout.write(f"{build(cfg.evaluate).run()}\n{where}")
+        sys.stdout.write(f"{build(cfg.evaluate).run()}\n")
         return
     settings = OmegaConf.create(complete(plain(cfg.evaluate)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
