@@ -1,4 +1,4 @@
-"""The adapter to lm-eval: generation settings, likelihoods, and tasks of theirs on local data."""
+"""The adapters to lm-eval and lmms-eval: generation settings, likelihoods, and tasks of theirs on local data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ import torch.nn.functional as F
 from src.adapters.harness import Harness
 from src.generation.captioner import Captioner, Request
 from src.io.errors import UserError
+from src.scenes.graph import draw_scene
+from src.scenes.render import render
 from tests.test_generate import LENGTH, backbone, codec, model, photos
 
 __all__ = ["backbone", "codec", "model", "photos"]  # fixtures
 ROOT = Path(__file__).parents[1]
+BASE = ROOT / "assets" / "base"
 PROMPTS = ["Where is the ring?", "Describe the picture.", "A small red ring", "below it."]
 FAST = {"length": LENGTH, "tokens_per_step": 4}
 
@@ -159,3 +163,31 @@ def run(command: str) -> str:
     done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.servers
+@needs("lmms_eval")
+def test_a_task_of_lmms_eval(tmp_path):
+    """Their POPE on two scenes, from the command line, by the embedded base model."""
+    from datasets import Dataset, DatasetDict
+
+    scenes = [draw_scene(Random(seed), objects=(1, 2)) for seed in range(2)]
+    images = [render(scene, Random(0), size=48, noise=0.0) for scene in scenes]
+    docs = [
+        {"image": image, "question": "Describe the picture.", "answer": "no", "question_id": str(n), "category": "adv"}
+        for n, image in enumerate(images)
+    ]
+    DatasetDict({"test": Dataset.from_list(docs)}).save_to_disk(str(tmp_path / "data"))
+    pope = Path(importlib.util.find_spec("lmms_eval").origin).parent / "tasks" / "pope" / "pope.yaml"
+    task = {"include": str(pope), "task": "local_pope", "dataset_path": str(tmp_path / "data")}
+    task |= {"dataset_kwargs": {"load_from_disk": True}, "lmms_eval_specific_kwargs": {"default": {"post_prompt": ""}}}
+    (tmp_path / "local_pope.yaml").write_text(json.dumps(task))
+    out = tmp_path / "out"
+    command = f"src.adapters.lmms_eval --model rediff --model_args path={BASE},tokens_per_step=4 --tasks local_pope"
+    run(f"{command} --batch_size 2 --include_path {tmp_path} --output_path {out} --log_samples")
+    captions = Captioner.load(BASE).caption(images, tokens_per_step=4)
+    assert len({caption.text for caption in captions}) == 2
+    lines = map(json.loads, next(out.rglob("*samples_local_pope.jsonl")).read_text().splitlines())
+    written = {line["doc_id"]: line["pope_accuracy"] for line in lines}
+    assert [written[n]["prediction"] for n in range(2)] == [caption.text.lower().strip() for caption in captions]
+    assert all(written[n]["score"] == 0 for n in range(2))  # a caption is no "no"

@@ -95,6 +95,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pydantic": {"serving"},
     "uvicorn": {"serve"},
     "gradio": {"generation"},
+    "lmms_eval": {"adapters"},
     "lm_eval": {"adapters"},
 }
 
