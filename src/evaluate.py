@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     # 1. Settings: named samplers are loaded, the grid is expanded.
     cfg = load_config(argv, verb="src.evaluate", needs=NEEDS["src.evaluate"])
     if is_node(plain(cfg.evaluate)):  # a benchmark: src/evaluation/benchmark.py
-        sys.stdout.write(f"{build(cfg.evaluate).run()}\nall files are in {cfg.evaluate.out}\n")
+        sys.stdout.write(f"{build(cfg.evaluate).run()}\n")
         return
     settings = OmegaConf.create(complete(plain(cfg.evaluate)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -214,7 +214,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_the_run_and_the_export_verb_write_the_weights_that_they_are_asked_for(scenes, tmp_path, capsys):
     argv = layered(arguments(scenes, tmp_path / "run", "trainer.max_steps=3", "optim.vision_lr=0"))
     main(argv)
-    assert f"3 steps done; the model with averaged weights is in {tmp_path}/run/model\n" in capsys.readouterr().out
+    assert f"3 steps done; the model with averaged weights is in {tmp_path}/run/model;" in capsys.readouterr().out
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     raw, average = (exported(last, tmp_path / kind, f"weights={kind}") for kind in ("raw", "ema"))

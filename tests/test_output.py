@@ -64,12 +64,12 @@ def test_a_full_disk_is_one_line_and_a_rerun_continues(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("out", "words"),
-    [("{folder}", "Is a directory"), ("{file}/x.jsonl", "File exists"), ("", "out: expected a path, got ''")],
+    ("out", "words", "code"),
+    [("{folder}", "Is a directory", 1), ("{file}/x.jsonl", "File exists", 1), ("", "out: expected a path, got ''", 2)],
 )
-def test_where_nothing_can_be_written(out, words, model, tmp_path, capsys):
+def test_where_nothing_can_be_written(out, words, code, model, tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    message = refusal(main, argv(model, out.format(folder=tmp_path, file=tmp_path / "file")), capsys)
+    message = refusal(main, argv(model, out.format(folder=tmp_path, file=tmp_path / "file")), capsys, code=code)
     assert words in message and "Traceback" not in message
     assert "generate:" not in message  # no progress bar: the model was not run
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"

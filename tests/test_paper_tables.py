@@ -181,7 +181,7 @@ def test_a_benchmark_and_its_report_need_no_key_and_no_network(tmp_path, capsys)
     assert "judged by stand-in on 1970-01-01" in capsys.readouterr().out
     main(["conf=eval/report", f"evaluate.runs=[{tmp_path}/out]", f"evaluate.out={tmp_path}/report"])
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "report" / "report.md").read_text() + "\n"
+    assert printed == f"{(tmp_path / 'report' / 'report.md').read_text()}\nall files are in {tmp_path}/report\n"
     good_row = json.loads((tmp_path / "report" / "report.json").read_text())["tables"]["table1"][-2]
     assert good_row["row"] == "good" and good_row["values"]["CLAIR"]["1"]["mean"] == 100.0  # the references' own words
     assert good_row["values"]["CLAIR"]["1"]["n"] == NUM

@@ -497,7 +497,7 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "conf=photos", f"prepare.out={out}", f"prepare.images={images}", f"prepare.annotations={annotations}",
         *_settings(PHOTOS),
     ])  # fmt: skip
-    *lines, wrote, command = capsys.readouterr().out.splitlines()
+    *lines, wrote, look, command = capsys.readouterr().out.splitlines()
     limit = PHOTOS["response_length"]
     num_tokens = len(Codec.load(out / "tokenizer").encode(("word " * 100).strip())[0])
     # the photos of train lie in the order of their hashes, and so do the reasons
@@ -514,7 +514,8 @@ def test_photos_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "val       1  written",
         "test      0  written",
     ]
-    assert wrote.startswith("wrote 6 images in 2 shards (30.7 KB) to ") and "conf=mask,model/tiny" in command
+    assert wrote.startswith("wrote 6 images in 2 shards (30.7 KB) to ") and f"show={out}" in look
+    assert "conf=mask,model/tiny" in command
     assert json.loads((out / "index.json").read_text())["counts"]["train"]["undecodable_image"] == 1
     photos = {s.key[:2]: s for s in samples(out / "train")}
     assert [c["text"] for c in photos["p3"].record["captions"]] == ["A red box.", "Box 3."]

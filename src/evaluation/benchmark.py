@@ -111,7 +111,7 @@ class Benchmark:
                     printed.append(self.ask(systems, store))
             if "score" in self.stages:
                 printed.append(self.score(items, systems, ReplyStore(store_path)))
-            return "\n".join(printed)
+            return "\n".join([*printed, f"all files are in {self.out}"])
 
     def write_captions(self, items: Sequence[Item]) -> None:
         """Stage `generate`: the captions of our models, in files that a second call continues."""

@@ -84,7 +84,7 @@ class PaperTables:
         self.published = read_json(Path(published) if published else PUBLISHED)
 
     def run(self) -> str:
-        """Write all files. Returns the text of report.md."""
+        """Write all files. Returns the text of report.md, and where it lies."""
         for run in self.runs:
             if missing := [name for name in FILES if not (run / name).is_file()]:
                 raise UserError(f"{run} has no {missing[0]}: run its benchmark with the stage `score` first")
@@ -105,7 +105,7 @@ class PaperTables:
         write_json(self.out / "report.json", without_nan({**content, "runs": {str(k): v for k, v in scores.items()}}))
         self.plot(values)
         write_caption_page(self.out / "captions.html", self.runs, num=self.images)
-        return text
+        return f"{text}\nall files are in {self.out}"
 
     def read_values(self, scores: Mapping[Path, Mapping[str, Score]]) -> Values:
         """Raises UserError for a number that two runs have, and for a column of two benchmarks."""

@@ -102,12 +102,17 @@ class LogHandler(logging.StreamHandler):
             super().emit(record)
 
 
+def close_bars() -> None:
+    """Close every open bar, inner ones first, so that what is printed next has a line of its own."""
+    bars = tqdm._instances  # type: ignore[attr-defined]
+    for bar in sorted(bars, key=lambda bar: -bar.pos):
+        bar.close()
+
+
 @contextmanager
 def closing_bars() -> Iterator[None]:
-    """Context at whose end no bar is open, also after an error, whose message then has a line of its own."""
+    """Context at whose end no bar is open, also after an error."""
     try:
         yield
     finally:
-        bars = tqdm._instances  # type: ignore[attr-defined]
-        for bar in sorted(bars, key=lambda bar: -bar.pos):  # inner ones first
-            bar.close()
+        close_bars()

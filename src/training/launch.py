@@ -31,6 +31,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from src.cli.signals import EXIT_BASE, STOP_FILE_SIGNAL
 from src.distributed.parallel import RemoteRankError, Team, rank
 from src.io.errors import UserError
+from src.io.progress import close_bars
 from src.training.run_dir import REQUEUE, STOP
 from src.training.strategy import DDP, FSDP2
 
@@ -146,8 +147,9 @@ def exit_stopped(trainer: L.Trainer, number: signal.Signals, run_dir: Path) -> N
     if not trainer.is_global_zero:
         return
     by = f"{number.name} ({run_dir / STOP})" if number is STOP_FILE_SIGNAL else number.name
+    close_bars()
     sys.stderr.write(
-        f"\nstopped at step {trainer.global_step} of {trainer.max_steps} by {by}; the same command continues\n"
+        f"stopped at step {trainer.global_step} of {trainer.max_steps} by {by}; the same command continues\n"
     )
     if not SLURMEnvironment.detect():
         sys.exit(EXIT_BASE + number)
