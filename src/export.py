@@ -140,6 +140,7 @@ def _source(cfg: DictConfig) -> tuple[dict[str, Tensor], Description, Path, Path
     frozen: dict[str, Tensor] = {}  # of a checkpoint that holds only adapters
     if cfg.like:
         like = ModelFolder.open(cfg.like)
+        frozen = {name: like.read(name) for name in like.names} if like.lora else {}
         description, tokenizer, origin = like.describe(vision=vision), like.path, like.path
     else:
         frozen, description, tokenizer, origin = _read_run(path, vision)

@@ -18,6 +18,7 @@ from src.evaluation.calibration import calibration_text
 from src.evaluation.captions import match
 from src.evaluation.scores import check_protocols
 from src.io.errors import UserError
+from src.judges.base import Item
 from src.metrics.caparena import BASELINES
 from src.prepare import main as prepare
 from src.text.captions import read_captions
@@ -175,6 +176,14 @@ def test_captions_in_every_form_find_their_images(tmp_path):
         (tmp_path / file).write_text(text)
         matched, unknown = match(items, read_captions(tmp_path / file), tmp_path / file)
         assert [item.caption for item in matched] == [f"text {n}" for n in range(NUM)] and unknown == 0
+
+
+def test_a_whole_name_comes_before_a_part_of_another(tmp_path):
+    items = [Item(key=key, row=row, caption=None) for row, key in enumerate(["a", "x/a", "y/b", "z/b"])]
+    texts = {"a": "1", "x/a.jpg": "2", "b": "of either"}
+    (tmp_path / "mine.json").write_text(json.dumps(texts))
+    matched, unknown = match(items, read_captions(tmp_path / "mine.json"), tmp_path / "mine.json")
+    assert [item.caption for item in matched] == ["1", "2", None, None] and unknown == 1
 
 
 @pytest.mark.parametrize(

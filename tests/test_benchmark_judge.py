@@ -290,3 +290,14 @@ def test_a_benchmark_without_a_judge_makes_its_folder(argv, tmp_path):
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} >= {"scores.json", "verdicts.jsonl", "table.md"}
     result = json.loads((tmp_path / "a" / "b" / "scores.json").read_text())["mine"]
     assert result["stats"]["words"]["n"] == NUM and result["judged"] is None
+
+
+def test_missing_captions_are_an_error_without_a_judge_too(argv, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text("".join((tmp_path / "mine.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    with Scripted(judges) as server:
+        settings = argv(server, "judge=null", *ONLY_CLAIR, "evaluate.judges.clair=null")
+        message = f"mine: 1 captions of {NUM} are missing; make them, or set max_failed=0.2 and report it"
+        assert message in refusal(main, settings, capsys)
+        main([*settings, "evaluate.max_failed=0.2"])
+        assert "; 1 missing" in capsys.readouterr().out
+        assert "num must be at least 1, got 0" in refusal(main, [*settings, "evaluate.num=0"], capsys)

@@ -121,6 +121,7 @@ def test_loaded_from_a_folder(backbone, codec, photos, tmp_path):
         (lambda c, p: c.caption(p / "a.png", sampler="refin"), "did you mean 'sampler/refine'"),
         (lambda c, p: c.caption(p / "a.png", steps=2, tokens_per_step=2), "give one of tokens_per_step and steps"),
         (lambda c, p: c.caption(p / "a.png", tokens=2), "tokens"),
+        (lambda c, p: c.caption(p / "a.png", batch_size=-1), "batch_size must be at least 1, got -1"),
         (lambda c, p: c.revise(p / "a.png", TEXTS[0], sampler="plain"), "rewrites no finished text"),
         (lambda c, p: c.revise(p / "a.png", " ".join(TEXTS), length=8), "a response has room for 7"),
         (lambda c, p: c.revise(p / "a.png", "", sampler=Posterior(length=LENGTH)), "rewrites no finished text"),

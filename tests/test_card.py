@@ -66,13 +66,26 @@ def test_the_card_of_a_run_names_all_runs_before_it_and_their_data(runs):
     assert "drawn scenes of a few shapes" in text and "None were given." in text
 
 
+def test_a_run_that_was_made_again_from_its_own_child_ends_the_list(runs):
+    config = OmegaConf.load(runs / "stage1" / "config.yaml")
+    config.model.path = str(runs / "stage2" / "model")
+    OmegaConf.save(config, runs / "stage1" / "config.yaml")
+    _, text = export(runs / "stage2" / "model", runs / "out")
+    assert "1. stage1: " in text and "2. stage2: " in text and "3. " not in text
+    assert f"It starts from `{runs / 'stage2' / 'model'}`" in text
+
+
 def test_a_model_without_a_run_says_so(runs):
     _, text = export(runs / "base", runs / "out")
     assert "more is not known here" in text and "Not known here" in text and "1. " not in text
 
 
 def test_scores_are_those_of_this_model_or_refused(runs, capsys):
-    cells = {speed: {"quality": {"mean": 1 / int(speed), "se": 0.01, "n": 96}} for speed in ("1", "4")}
+    no_value = {"mean": None, "se": None, "n": 0}  # of captions without a claim
+    cells = {
+        speed: {"quality": {"mean": 1 / int(speed), "se": 0.01, "n": 96}, "factuality": no_value}
+        for speed in ("1", "4")
+    }
     meta = {
         "models": {"ours": fingerprint(runs / "stage1" / "model")},
         "seed": 0,

@@ -134,6 +134,18 @@ def test_only_what_the_model_is_sure_of_changes(folder, codec, capsys):
     assert f"| changed | 2 | {num_changed} |" in capsys.readouterr().out
 
 
+def test_a_whole_name_comes_before_a_part_of_another(folder):
+    Image.open(folder / "photos" / "a.png").save(folder / "photos" / "more" / "a.png")
+    texts = {"a.png": "A red ring.", "more/a.png": "A blue ring.", "b": "Half a \ud83d character."}
+    (folder / "theirs.json").write_text(json.dumps(texts))
+    lines = correct(folder, "threshold=1", f"captions={folder / 'theirs.json'}")
+    assert {line["key"]: line["text"] for line in lines} == {
+        "a.png": "A red ring.",
+        "b.png": "Half a ? character.",
+        "more/a.png": "A blue ring.",
+    }
+
+
 def test_a_threshold_of_one_changes_nothing(folder, capsys):
     lines = correct(folder, "threshold=1")
     assert [line["text"] for line in lines] == [line["before"] for line in lines]
@@ -147,6 +159,7 @@ def test_a_threshold_of_one_changes_nothing(folder, capsys):
         (["caption=A ring."], "captions=.* are of images: give images, and no other caption"),
         (["sampler=refine"], "threshold=0.9: sampler=refine has none; use edit_quality"),
         (["sampler=plain", "threshold=null"], "a sampler without post steps rewrites no finished text"),
+        (["num=0"], "num must be at least 1, got 0"),
         (["threshold=1.5"], "tau must be within 0..1, got 1.5"),
         (["captions=nowhere.jsonl"], "captions: nowhere.jsonl cannot be read"),
         (["images=PHOTOS/without.png"], "is about other images: it has 'a.png', images has 'without.png'"),

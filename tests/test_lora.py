@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_peft_reads_the_folder_of_an_adapter(tmp_path):
     torch.testing.assert_close(logits(again, batch, tokens), expected)
     assert fingerprint(again) == fingerprint(model) == fingerprint(tmp_path / "adapter")
     assert (expected - logits(tiny_backbone(vocab_size=60), batch, tokens)).abs().max() > 0.05
+    # It may be trained further with another dropout.
+    further = from_pretrained(tmp_path / "adapter", lora=replace(lora, dropout=0.5))
+    assert further.model.layers[0].mlp.up_proj.lora_dropout["default"].p == 0.5
     # The base must be there, and be the same.
     save_pretrained(disturbed(model), codec, tmp_path / "other")
     save_pretrained(tiny_backbone(vocab_size=60, hidden_size=32), codec, tmp_path / "base")
@@ -188,7 +192,11 @@ def test_a_checkpoint_and_its_model_export_the_same(adapter, tmp_path, capsys):
     export(["conf=export", f"model={last}", f"out={tmp_path / 'ema'}", "format=own", "weights=ema"])
     export(["conf=export", f"model={last}", f"out={tmp_path / 'raw'}", "format=own", "weights=raw"])
     export(["conf=export", f"model={adapter / 'model'}", f"out={tmp_path / 'model'}", "format=own"])
-    assert fingerprint(tmp_path / "ema") == fingerprint(tmp_path / "model") != fingerprint(tmp_path / "raw")
+    moved = shutil.copy(last, tmp_path / "moved.ckpt")
+    like = [f"like={adapter / 'model'}", "format=own", "weights=ema"]
+    export(["conf=export", f"model={moved}", f"out={tmp_path / 'moved'}", *like])
+    prints = {name: fingerprint(tmp_path / name) for name in ("ema", "raw", "model", "moved")}
+    assert prints["ema"] == prints["model"] == prints["moved"] != prints["raw"]
 
 
 def test_adapters_are_used_like_models(adapter, scenes, finished, tmp_path, capsys):
@@ -240,14 +248,16 @@ def test_mistakes_are_explained(scenes, finished, tmp_path, capsys, settings, me
 
 
 def test_merging_needs_no_rounding_where_the_sum_is_exact():
-    lora = LoRA(rank=1, alpha=1.0, decoder=("q_proj",))
+    lora = LoRA(rank=1, alpha=1.0, decoder=("q_proj",), train=("lm_head",))
     state = {
+        "lm_head.weight": torch.ones(2, 2),
         "a.base_layer.weight": torch.eye(2, dtype=torch.bfloat16),
         "a.lora_A.default.weight": torch.tensor([[1.0, 0.0]]),
         "a.lora_B.default.weight": torch.tensor([[2.0], [2.0**-12]]),
     }
     merged, lost = lora.merge(state)
     assert merged["a.weight"].tolist() == [[3.0, 0.0], [2.0**-12, 1.0]] and lost == 0
+    assert merged["lm_head.weight"].dtype == torch.bfloat16  # of the base, as a model has one dtype
     exact, _ = replace(lora, alpha=2.0).merge(state, torch.float32)
     assert exact["a.weight"].tolist() == [[5.0, 0.0], [2.0**-11, 1.0]]
     state["a.lora_B.default.weight"] = torch.tensor([[2.0**-12], [0.0]])  # below half the spacing at 1

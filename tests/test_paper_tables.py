@@ -128,13 +128,28 @@ def test_differences_are_paired_by_image_and_adjusted_for_their_number(tmp_path)
         ({"judge": {"model": "k"}}, {"b": None}, r"b of .* does not belong in one table with a of .*judge\.model"),
         ({"length": 64}, {"b": None}, "length: 128 in a of .*, 64 now"),
         ({"benchmark": "CapArena", "metrics": {}, "length": 64}, {"a": None}, "length: 128 in a of"),
-        ({}, {"a": None}, "both have clair: give one of these runs"),
+        ({}, {"a": None}, "both have clair of a: give one of these runs"),
+        (
+            {"benchmark": "Scenes"},
+            {"b": None},
+            "its clair is of the benchmark Scenes, not CapMAS; make a report of each",
+        ),
     ],
 )
 def test_what_was_not_made_alike_is_refused(tmp_path, other, systems, words):
     runs = write_run(tmp_path / "one", {"a": None}), write_run(tmp_path / "two", systems, **other)
     with pytest.raises(UserError, match=words):
         report_of(tmp_path / "out", *runs)
+
+
+def test_a_number_that_needs_no_judge_counts_once(tmp_path):
+    runs = [write_run(tmp_path / name, {"ours-4": 4}, metric="capture") for name in ("one", "two")]
+    for run in runs:
+        scores = json.loads((run / "scores.json").read_text())
+        scores["ours-4"]["counts"] = {}
+        (run / "scores.json").write_text(json.dumps(scores))
+    with pytest.raises(UserError, match=r"one and .*two both have capture of ours-4: give one of these runs"):
+        report_of(tmp_path / "out", *runs, columns={"CAPTURE": "capture"})
 
 
 def test_mistakes_of_a_report(tmp_path):
@@ -149,7 +164,9 @@ def test_mistakes_of_a_report(tmp_path):
 
 
 def test_official_numbers_have_no_errors(tmp_path):
-    _, content = report_of(tmp_path / "out", write_run(tmp_path / "run", {"a": None}), official=True)
+    run = write_run(tmp_path / "run", {"a": None, "b": None})
+    _, content = report_of(tmp_path / "out", run, official=True)
+    assert content["differences"] == []  # which would be of the strict verdicts
     assert content["tables"]["table1"][-1]["values"]["CLAIR"] == {"1": {"mean": 50.0, "se": None, "n": IMAGES}}
 
 

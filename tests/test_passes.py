@@ -201,19 +201,24 @@ def test_the_second_pass_begins_when_told(name, options):
     assert passes == [1, 1, 1, 2, 2]
 
 
-def test_edit_noise_equals_the_written_out_loop():
-    batch = batch_with_prompt()
-    objective = make(EditNoiseObjective, rate=0.5)
+@pytest.mark.parametrize("filler_loss", [True, False])
+def test_edit_noise_equals_the_written_out_loop(filler_loss):
+    batch = batch_with_prompt(padding=0)
+    batch.response[:, 6], batch.response[:, 7:] = SPECIAL.eot, SPECIAL.eos
+    objective = make(EditNoiseObjective, rate=0.5, optim=Optim(lr=1e-3, filler_loss=filler_loss))
     (state,) = objective.corrupt(batch)
     edited = drafts(objective, batch)[0]
     assert not (edited == SPECIAL.mask).any()
     first = token_losses(objective.backbone, batch, state)
     second = token_losses(objective.backbone, batch, Corrupted(edited, state.target, state.kind, state.rate))
-    expected = 0.0
+    expected, size = 0.0, 12 if filler_loss else 7
     for row in range(len(batch)):
-        masked = sum(v for i, v in enumerate(first[row]) if state.tokens[row, i] == SPECIAL.mask)
-        expected += (masked / state.rate[row].item() + sum(second[row])) / len(first[row]) / len(batch)
+        masked = sum(v for i, v in enumerate(first[row][:size]) if state.tokens[row, i] == SPECIAL.mask)
+        expected += (masked / state.rate[row].item() + sum(second[row][:size])) / size / len(batch)
+    objective._counts.clear()
     assert total(objective, batch).item() == pytest.approx(expected, rel=1e-4)
+    tries = [objective._counts[f"accuracy/{kind}"][1].item() for kind in ("clean", "syntax")]
+    assert sum(tries) == size * len(batch)
 
 
 def test_complementary_masks_hide_every_token_once():

@@ -592,3 +592,36 @@ def test_odd_images_decode_or_are_reported() -> None:
             assert (small.size, small.mode) == ((16, 16), "RGB")
         if size := row.get("rgb_size_after_exif_transpose"):
             assert list(load(path).size) == size, path.name
+
+
+FORMATS: dict[str, tuple[int | None, dict[str, int]]] = {  # file -> usable records (None: refused), what is left out
+    "CompreCap__GPT-4o_first5.json": (5, {}),
+    "InternLM-XComposer__multi_turn_multi_images_example.json": (0, {"several_images": 2, "later_turns": 20}),
+    "InternLM-XComposer__only_text_example.json": (0, {"no_image": 2}),
+    "InternLM-XComposer__single_turn_single_image_example.json": (2, {}),
+    "LLaMA-Factory__mllm_demo.json": (6, {"later_turns": 6}),
+    "LLaVA__caps_boxes_coco2014_val_80.jsonl": (80, {}),
+    "LLaVA__coco2014_val_gpt4_qa_30x3.jsonl": (90, {}),
+    "LLaVA__qa90_gpt4_answer.jsonl": (None, {}),
+    "LLaVA__qa90_questions.jsonl": (None, {}),
+    "POPE__Instruction1_llava_first12.json": (12, {}),
+    "POPE__coco_pope_random_first30.json": (None, {}),
+    "ReDiff__readme_sample.json": (1, {}),
+    "lmms-finetune__multi_images.json": (0, {"system_text": 2}),
+    "lmms-finetune__single_image.json": (1, {"system_text": 1}),
+    "lmms-finetune__single_image_has_text_only.json": (1, {"no_image": 2, "system_text": 1}),
+    "lmms-finetune__video.json": (0, {"video": 1, "system_text": 1}),
+}
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", FORMATS)
+def test_real_annotations_are_read(name: str) -> None:
+    usable, left_out = FORMATS[name]
+    if usable is None:
+        with pytest.raises(UserError, match="no known annotation format: the first record has the keys question_id"):
+            entries(SHARED / "formats" / name)
+        return
+    records, counts = entries(SHARED / "formats" / name)
+    read = usable + sum(number for reason, number in left_out.items() if reason != "later_turns")
+    assert (len(records), dict(counts)) == (usable, {"records": read, **left_out})

@@ -35,7 +35,8 @@ from src.generation.captioner import Captioner
 from src.io.shards import read_manifest
 from src.preparation.scenes import Scenes
 from src.serving.app import Limits, Service, build_app
-from src.serving.engine import Engine
+from src.serving.engine import Engine, Job
+from src.serving.protocol import read_chat
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "base"
@@ -213,6 +214,19 @@ def test_a_client_that_hangs_up_frees_the_sampler(server):
     assert server.engine.counts["answered"] == answered + 1
 
 
+def test_a_stream_closed_before_its_first_step_is_cancelled(server):
+    async def cancelled() -> bool:
+        chat = read_chat(json.dumps({"model": "base", "messages": [{"role": "user", "content": "a"}]}).encode())
+        sampler = server.service.sampler(None, None, None, None)
+        job = Job(sample=server.service._read_sample(chat, sampler)[0], sampler=sampler, seed=0, watched=True)
+        stream = server.service._stream(chat, job, {}, 1)
+        await anext(stream)
+        await stream.aclose()
+        return job.cancelled
+
+    assert asyncio.run(cancelled())
+
+
 def test_a_full_queue_is_429(server, monkeypatch):
     monkeypatch.setattr(server.engine, "max_waiting", 1)
     stream = server.ask(picture(6), stream=True, trace=True, **LONG)
@@ -244,6 +258,15 @@ BAD = {
         request(None) | {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         400,
         "the last message must be the user's",
+    ),
+    "an image without its place": (
+        request(None)
+        | {"messages": [{"role": "user", "content": [{"type": "image_url", "url": data_url(picture(0))}]}]},
+        400,
+        "messages.0.content.0.image_url.image_url: Field required",
+    ),
+    "a text without text": (
+        request(None) | {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "text: Field required",
     ),
     "a file elsewhere": (request(None, url="http://127.0.0.1:1/a.png"), 400, "must be a data: URL"),
     "a local file": (request(None, url="file:///etc/passwd"), 400, "must be a data: URL"),

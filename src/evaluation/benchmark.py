@@ -87,6 +87,8 @@ class Benchmark:
         self.models = {name: folder for name, folder in (models or {}).items() if folder is not None}
         self.runs = {f"{name}-{n}": (folder, n) for name, folder in self.models.items() for n in tokens_per_step}
         self.generate = dict(generate or {})
+        if num is not None and num < 1:
+            raise UserError(f"num must be at least 1, got {num}")
         if both := self.files.keys() & self.runs.keys():
             raise UserError(f"captions and models: both have the name {min(both)!r}; rename one")
         if not self.files and not self.runs:
@@ -183,7 +185,12 @@ class Benchmark:
             captions = system.captions
             scores[name] |= {
                 "protocol": {**protocol, **captions.settings, "served": scores[name]["served"]},
-                "captions": {"sha256": captions.sha256, "other_images": system.others, "cleaned": captions.cleaned},
+                "captions": {
+                    "sha256": captions.sha256,
+                    "missing": sum(item.caption is None for item in system.items),
+                    "other_images": system.others,
+                    "cleaned": captions.cleaned,
+                },
                 "speed": system.speed,
             }
             verdicts += [{"system": name, **line} for line in lines]

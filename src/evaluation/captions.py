@@ -12,7 +12,7 @@ from typing import Any
 from src.io.errors import UserError
 from src.judges.base import Item
 from src.metrics.caption import summarise
-from src.text.captions import Captions, names_of, read_captions
+from src.text.captions import Captions, key_finder, names_of, read_captions
 
 SPEED = "tokens_per_step"
 
@@ -46,15 +46,11 @@ def match(items: Sequence[Item], captions: Captions, path: Path) -> tuple[list[I
 
     Raises UserError if no caption is of an image of the benchmark, or two are of one.
     """
-    owners: dict[str, set[str]] = {}
-    for item in items:
-        for name in names_of([item.key, *([item.image.name] if item.image else [])]):
-            owners.setdefault(name, set()).add(item.key)
+    find = key_finder({item.key: [item.key, *([item.image.name] if item.image else [])] for item in items})
     texts: dict[str, str] = {}
     unknown = 0
     for name, text in captions.texts.items():
-        key = next((next(iter(owners[n])) for n in names_of([name]) if len(owners.get(n, ())) == 1), None)
-        if key is None:
+        if (key := find(name)) is None:
             unknown += 1
         elif key in texts:
             raise UserError(f"captions: {path} has two captions of {key!r}; keep one")

@@ -108,22 +108,35 @@ class PaperTables:
         return f"{text}\nall files are in {self.out}"
 
     def read_values(self, scores: Mapping[Path, Mapping[str, Score]]) -> Values:
+        """Raises UserError for a number that two runs have, and for a column of two benchmarks."""
         values: Values = {}
+        runs: dict[tuple[str, int | None, str], Path] = {}
+        benchmarks: dict[str, tuple[str, str]] = {}  # of a column, and the row that brought it
         for run, systems in scores.items():
             weighed = read_verdicts(run / "verdicts.jsonl")
             for name, score in systems.items():
                 speed = score["speed"][SPEED]
-                row = re.sub(r"-seed\d+$", "", name.removesuffix(f"-{speed}"))
+                of_seed = name.removesuffix(f"-{speed}")
+                row = re.sub(r"-seed\d+$", "", of_seed)
                 for column, statistic in self.columns.items():
                     official = f"{statistic}_official" if self.official else statistic
-                    stat = score["stats"].get(official if official in score["stats"] else statistic)
+                    chosen = official if official in score["stats"] else statistic
+                    stat = score["stats"].get(chosen)
                     if stat is None or stat["mean"] is None:
                         continue
+                    if (first := runs.setdefault((of_seed, speed, column), run)) != run:
+                        raise UserError(f"{first} and {run} both have {statistic} of {name}: give one of these runs")
+                    here, (there, place) = score["protocol"]["benchmark"], benchmarks.get(column, ("", ""))
+                    if benchmarks.setdefault(column, (here, f"{name} of {run}"))[0] != here:
+                        raise UserError(
+                            f"{name} of {run} does not belong in one table with {place}: its {statistic} is of the "
+                            f"benchmark {here}, not {there}; make a report of each"
+                        )
                     value, times = values.setdefault((row, speed, column), Value()), scale(statistic)
                     error = None if stat["se"] is None else times * stat["se"]
                     value.seeds.append(Stat(mean=times * stat["mean"], se=error, n=stat["n"]))
                     value.forwards += [score["speed"]["forwards"]] if score["speed"]["forwards"] else []
-                    for key, (c, t) in weighed.get((name, statistic), {}).items():
+                    for key, (c, t) in weighed.get((name, chosen), {}).items():
                         before = value.parts.get(key, (0.0, 0.0))
                         value.parts[key] = before[0] + c * times, before[1] + t
         return values
@@ -256,11 +269,9 @@ def check_runs(scores: Mapping[Path, Mapping[str, Score]]) -> None:
         check_protocols(group)
     for benchmark in benchmarks.values():
         for (place, one), (other_place, other) in combinations(benchmark.items(), 2):
-            if place.partition(" of ")[0] == other_place.partition(" of ")[0]:
-                if one["captions"]["sha256"] != other["captions"]["sha256"]:
-                    raise UserError(f"{place} and {other_place} are of different captions: rename one of the systems")
-                if twice := one["counts"].keys() & other["counts"].keys():
-                    raise UserError(f"{place} and {other_place} both have {min(twice)}: give one of these runs")
+            is_one_system = place.partition(" of ")[0] == other_place.partition(" of ")[0]
+            if is_one_system and one["captions"]["sha256"] != other["captions"]["sha256"]:
+                raise UserError(f"{place} and {other_place} are of different captions: rename one of the systems")
 
 
 def read_verdicts(file: Path) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:

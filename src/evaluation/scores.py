@@ -9,6 +9,7 @@ An item whose replies are not all in the store is `missing`, like one without a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +109,7 @@ def score_system(
     """Statistics and counts of a system, and a line for each image and metric: {"key", "metric", "value", "weight"}.
 
     A metric is the mean of its values with these weights. Of one without a judge it is its headline.
-    Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing.
+    Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing, or of the captions.
     """
     stats: dict[str, Stat] = {}
     counts: dict[str, Counter[str]] = {}
@@ -132,7 +133,12 @@ def score_system(
             counts[name]["no_reply"] = no_reply
         served |= {entry["model"] for entry in replies if entry["model"]}
         days |= {entry["at"][:10] for entry in replies}
-    # 3. What needs no judge.
+    # 3. What needs no judge, of the images with a caption.
+    if metrics and no_caption > max_failed * len(items):
+        share = math.ceil(100 * no_caption / len(items)) / 100
+        raise UserError(
+            f"{no_caption} captions of {len(items)} are missing; make them, or set max_failed={share:g} and report it"
+        )
     present = [item for item in items if item.caption is not None]
     with Bar(total=len(metrics) * len(present), unit="caption", desc="score") as bar:
         for metric in metrics:
@@ -205,7 +211,8 @@ def note(system: str, score: Score) -> str:
     parts += [
         f"{name} {protocol[name] if protocol[name] is not None else 'not stated'}" for name in ("prompt", "length")
     ]
-    parts += [f"{captions[name]} {name.replace('_', ' ')}" for name in ("cleaned", "other_images") if captions[name]]
+    names = ("missing", "cleaned", "other_images")
+    parts += [f"{captions[name]} {name.replace('_', ' ')}" for name in names if captions.get(name)]
     for name, count in score["counts"].items():
         problems = [f"{reason} {number}" for reason, number in count.items() if number and reason != "ok"]
         parts += [f"{name}: {', '.join(problems)}"] if problems else []

@@ -197,6 +197,8 @@ class Captioner:
 
         Raises UserError for an image that cannot be read, or a text or prompt that does not fit.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         captions = []
         for start in range(0, len(requests), batch_size):
             arguments = self._arguments(requests[start : start + batch_size], sampler)

@@ -23,7 +23,7 @@ from typing import Any
 from datamodules.shards import Sample
 from src.generation.requests import Request
 from src.io.errors import UserError
-from src.text.captions import names_of, read_captions
+from src.text.captions import key_finder, read_captions
 from src.text.tokenizer import Codec
 from src.types import Sampled, TraceStep
 
@@ -37,19 +37,14 @@ class TheirCaptions:
         self.path, self.codec, self.length = path, codec, length
         captions = read_captions(path)
         self.texts, self.sha256 = captions.texts, captions.sha256
-        self.owners: dict[str, set[str]] = {}  # name, with or without folders and extension -> names in the file
-        for name in self.texts:
-            for other in names_of([name]):
-                self.owners.setdefault(other, set()).add(name)
+        self.find = key_finder({name: [name] for name in self.texts})
         self.used: set[str] = set()
 
     def select(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Raises UserError for two images of one caption, and at the end if no caption is of any image."""
         key = ""
         for key, read in requests:
-            owners = (self.owners.get(name, set()) for name in names_of([key]))
-            name = next((next(iter(names)) for names in owners if len(names) == 1), None)
-            if name is None:
+            if (name := self.find(key)) is None:
                 continue
             if name in self.used:
                 raise UserError(

@@ -134,8 +134,9 @@ def _check_request(cfg: DictConfig, codec: Codec, sampler: AnySampler, *, positi
     """Raise UserError for a request that would be answered wrongly without a word, or not in hours."""
     if has_image := cfg.images is not None:
         path_of(cfg, "images")
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {cfg.batch_size}")
+    for name in ("batch_size", "num"):
+        if cfg[name] is not None and cfg[name] < 1:
+            raise UserError(f"{name} must be at least 1, got {cfg[name]}")
     many = cfg.prompt is not None and (cfg.prompt.endswith(".jsonl") or is_split(cfg.prompt))
     if many and has_image:
         raise UserError(f"prompt={cfg.prompt} is not a question: with images, one question serves for all of them")

@@ -158,20 +158,21 @@ class LoRA:
     def merge(self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], float]:
         """The tensors without adapters, W + alpha / rank * B A in `dtype` (None: that of W); and what rounding costs.
 
-        The second value is the rounding error of the sums as a share of what the adapter adds: from about 1, the
-        adapter is lost in it.
+        Modules that were trained as a whole, in float32, get that dtype, too. The second value is the rounding error of
+        the sums as a share of what the adapter adds: from about 1, the adapter is lost in it.
         """
         merged, error, change = {}, 0.0, 0.0
+        dtype = dtype or next(tensor.dtype for name, tensor in state.items() if BASE in name)
         for name, tensor in state.items():
             layer, adapted, kind = name.rpartition(BASE)
             if name.endswith((DOWN, UP)):
                 continue
             if not adapted or kind != "weight":
-                merged[name.replace(BASE, ".")] = tensor
+                merged[name.replace(BASE, ".")] = tensor.to(dtype) if self.is_trained(name) else tensor
                 continue
             delta = self.alpha / self.rank * (state[layer + UP].float() @ state[layer + DOWN].float())
             exact = tensor.float() + delta
-            merged[f"{layer}.weight"] = exact.to(dtype or tensor.dtype)
+            merged[f"{layer}.weight"] = exact.to(dtype)
             error += float((merged[f"{layer}.weight"].float() - exact).square().sum())
             change += float(delta.square().sum())
         return merged, math.sqrt(error / change) if change else 0.0

@@ -61,4 +61,6 @@ class EditNoiseObjective(Objective):
     ) -> Corrupted | None:
         if self._trainer is not None and self.global_step < self.begin * self.trainer.max_steps:
             return None
-        return self.edit_noise(batch, start(batch, state.rate), noise)
+        clean = start(batch, state.rate)
+        clean.kind = clean.kind.masked_fill(state.where(Kind.FROZEN), int(Kind.FROZEN))  # filler without a loss
+        return self.edit_noise(batch, clean, noise)

@@ -183,8 +183,8 @@ class Service:
     async def _stream(self, chat: Chat, job: Job, head: dict[str, Any], prompt_tokens: int) -> AsyncIterator[bytes]:
         """Server-sent events. Clients join the texts, so one is sent once no later step can change it."""
         codec, num_sent, number = self.captioner.codec, 0, 0
-        yield chunk(head, {"role": "assistant", "content": ""})
         try:
+            yield chunk(head, {"role": "assistant", "content": ""})
             while isinstance(step := await job.events.get(), TraceStep):
                 number += 1
                 if chat.trace:

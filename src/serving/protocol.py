@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from src.cli.instantiate import hint
 
@@ -38,15 +38,26 @@ class Address(BaseModel):
     url: str
 
 
-class Part(BaseModel):
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: Address | None = None
+class Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Picture(BaseModel):
+    type: Literal["image_url"]
+    image_url: Address
+
+
+Part = Annotated[Text | Picture, Field(discriminator="type")]
+
+
+def as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[list[Part], BeforeValidator(as_parts)]
 
 
 class StreamOptions(BaseModel):
@@ -103,9 +114,9 @@ def conversation(
     """
     system, texts, urls = list[str](), list[str](), list[str]()
     for number, message in enumerate(messages):
-        parts = [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content
-        text = "".join(part.text for part in parts).encode("utf-8", "replace").decode()  # JSON may hold half characters
-        shown = [part.image_url.url for part in parts if part.image_url]
+        text = "".join(part.text for part in message.content if isinstance(part, Text))
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half characters
+        shown = [part.image_url.url for part in message.content if isinstance(part, Picture)]
         if message.role in ("system", "developer"):
             system.append(text)
         elif message.role != ("user", "assistant")[len(texts) % 2] or (shown and message.role == "assistant"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,9 +69,21 @@ def read_captions(path: Path) -> Captions:
 
 
 def names_of(names: Iterable[str]) -> list[str]:
-    """Each name, without its folders, and without its extension."""
+    """Each name, without its extension, without its folders, and without both."""
     paths = [PurePosixPath(name) for name in names]
-    return list(dict.fromkeys([*map(str, paths), *(path.name for path in paths), *(path.stem for path in paths)]))
+    shorter = [*(str(path.parent / path.stem) for path in paths), *(path.name for path in paths)]
+    return list(dict.fromkeys([*map(str, paths), *shorter, *(path.stem for path in paths)]))
+
+
+def key_finder(names: Mapping[str, Iterable[str]]) -> Callable[[str], str | None]:
+    """A function from a name to the key that it means, by the names of each key: the key itself before all others, then
+    the only one of which it leaves out folders or extension. None if there is none, or several."""
+    keys: dict[str, str | None] = {}
+    for key, some in names.items():
+        for name in names_of(some):
+            keys[name] = key if keys.get(name, key) == key else None
+    keys |= {names_of([key])[0]: key for key in names}
+    return lambda name: next((keys[other] for other in names_of([name]) if keys.get(other) is not None), None)
 
 
 def _one_of(keys: Sequence[str], record: dict[str, Any]) -> Any:
@@ -79,5 +91,7 @@ def _one_of(keys: Sequence[str], record: dict[str, Any]) -> Any:
 
 
 def _clean(text: str) -> str:
-    """Without special tokens, which some systems leave in; runs of blanks where they were become one."""
-    return re.sub(r"[ \t]{2,}", " ", SPECIAL.sub(" ", text)).strip() if SPECIAL.search(text) else text.strip()
+    """Without special tokens, which some systems leave in; runs of blanks where they were become one. Halves of
+    characters, which no file can hold, become question marks."""
+    text = re.sub(r"[ \t]{2,}", " ", SPECIAL.sub(" ", text)) if SPECIAL.search(text) else text
+    return text.strip().encode("utf-8", "replace").decode()

@@ -72,11 +72,13 @@ def model_card(source: str | Path, *, model: LLaDAV, scores: str | None = None) 
 def lineage(source: str | Path) -> tuple[list[DictConfig], str | Path]:
     """The configs of the runs that made a model or checkpoint, the first one first, and what the first started from."""
     runs: list[DictConfig] = []
+    folders: set[Path] = set()
     while True:
         path = Path(source).resolve()
         folder = next((parent for parent in path.parents[:2] if (parent / CONFIG).is_file()), None)
-        if folder is None or hub_name(source):
+        if folder is None or folder in folders or hub_name(source):  # a run may have been made again from its own child
             return runs, source
+        folders.add(folder)
         runs.insert(0, read_config(folder))
         following = OmegaConf.select(runs[0], "model.path")
         if following is None:
@@ -121,7 +123,7 @@ def score_table(path: str, weights: str) -> str:
         raise UserError(f"scores={path} has no results of this model (fingerprint {weights})")
     samplers = results["methods"][names[0]]
     cells = [cell for speeds in samplers.values() for cell in speeds.values()]
-    metrics = [name for name in SHOWN if all(name in cell for cell in cells)]
+    metrics = [name for name in SHOWN if all(name in cell and cell[name]["mean"] is not None for cell in cells)]
     lines = [f"| sampler | tokens per step | {' | '.join(metrics)} |", "|---" * (2 + len(metrics)) + "|"]
     for sampler, speeds in samplers.items():
         for speed, cell in speeds.items():

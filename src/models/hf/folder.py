@@ -260,8 +260,9 @@ class ModelFolder:
     @classmethod
     def _open_adapter(cls, path: Path, config: dict, stored: dict, lora: LoRA | None) -> ModelFolder:
         settings, base = LoRA.of(config["lora"]), config["lora"]["base"]
-        asked = replace(lora, seed=settings.seed, dropout=settings.dropout) if lora else settings
-        if changed := changes(settings.to_dict(""), asked.to_dict(""), "in the folder"):
+        asked = replace(lora, seed=settings.seed) if lora else settings  # dropout may differ: no tensor depends on it
+        same = replace(asked, dropout=settings.dropout)
+        if changed := changes(settings.to_dict(""), same.to_dict(""), "in the folder"):
             raise UserError(f"{path} holds an adapter with other settings than model.lora ({changed}): use its own")
         try:
             folder = cls.open(base, lora=settings)
@@ -272,9 +273,9 @@ class ModelFolder:
             ) from error
         if not is_same:
             raise UserError(f"{path} is an adapter of other weights than those that are in {base} now")
-        own = {own_name(name): name for name in stored}
-        names = {**folder.names, **own}
-        return cls(path, FORMATS["own"], config, {**folder.stored, **stored}, names, lora=config["lora"])
+        names = {**folder.names, **{own_name(name): name for name in stored}}
+        used = {**config["lora"], "dropout": asked.dropout}
+        return cls(path, FORMATS["own"], config, {**folder.stored, **stored}, names, lora=used)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
