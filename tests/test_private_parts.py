@@ -30,6 +30,8 @@ LISTED = {
     "_new_buffer": "objectives/optim.py: the 8-bit states that torchao's optimizer makes in its first step",
     "_AdamW": "objectives/optim.py: torchao's AdamW with stochastic rounding and states as wide as the weights",
     "_instances": "progress.py: the bars that are open, to close them before an error is printed",
+    "lm_eval.__main__": "adapters: the command line of lm-eval (tests/test_harnesses.py)",
+    "lmms_eval.__main__": "adapters: the command line of lmms-eval",
     "_cdata": "memory_plan.py: the identity of a storage, which several tensors share",
     "torch._subclasses": "memory_plan.py: errors of code that reads values which fake tensors lack",
     "torch.utils._python_dispatch": "memory_plan.py: sees every operation of a planned step",
