@@ -260,8 +260,10 @@ class ModelFolder:
     @classmethod
     def _open_adapter(cls, path: Path, config: dict, stored: dict, lora: LoRA | None) -> ModelFolder:
         settings, base = LoRA.of(config["lora"]), config["lora"]["base"]
-        asked = replace(lora, seed=settings.seed) if lora else settings  # dropout may differ: no tensor depends on it
-        same = replace(asked, dropout=settings.dropout)
+        configured = (
+            replace(lora, seed=settings.seed) if lora else settings
+        )  # dropout may differ: no tensor depends on it
+        same = replace(configured, dropout=settings.dropout)
         if changed := changes(settings.to_dict(""), same.to_dict(""), "in the folder"):
             raise UserError(f"{path} holds an adapter with other settings than model.lora ({changed}): use its own")
         try:
@@ -274,7 +276,7 @@ class ModelFolder:
         if not is_same:
             raise UserError(f"{path} is an adapter of other weights than those that are in {base} now")
         names = {**folder.names, **{own_name(name): name for name in stored}}
-        used = {**config["lora"], "dropout": asked.dropout}
+        used = {**config["lora"], "dropout": configured.dropout}
         return cls(path, FORMATS["own"], config, {**folder.stored, **stored}, names, lora=used)
 
     @property
