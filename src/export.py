@@ -34,10 +34,10 @@ from src.cli.help import NEEDS
 from src.cli.instantiate import build, check, plain
 from src.distributed.checkpoints import MANIFEST, is_intact, read_full
 from src.io.errors import UserError
-from src.io.files import FORMAT, atomic
+from src.io.files import FORMAT, atomic, replacing
 from src.io.hub import local_folder
 from src.io.words import counted, data_size
-from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, replacing, write_config
+from src.models.hf.folder import ModelFolder, build_empty, check_tensors, describe, write_config
 from src.models.hf.formats import FORMATS, Description
 from src.models.hf.weights import check_finite, is_checkpoint, model_state, read_dtype, write_weights
 from src.models.lora import LoRA

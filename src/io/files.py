@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -91,6 +92,21 @@ def publish(temporary: Path, path: Path) -> None:
         sync_path(item)
     os.replace(temporary, path)
     sync_path(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new folder that replaces `path` when the block ends; readers never see a partial folder."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    publish(partial, path)
 
 
 def sync_path(path: Path) -> None:

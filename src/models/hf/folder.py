@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.distributed.parallel import full_tensor, gather, is_sharded, rank
 from src.io.errors import UserError
-from src.io.files import publish
+from src.io.files import replacing
 from src.io.hub import hub_name, local_folder
 from src.io.settings import changes
 from src.models.hf.formats import FORMATS, Description, Layout, recognise
@@ -260,10 +258,8 @@ class ModelFolder:
     @classmethod
     def _open_adapter(cls, path: Path, config: dict, stored: dict, lora: LoRA | None) -> ModelFolder:
         settings, base = LoRA.of(config["lora"]), config["lora"]["base"]
-        configured = (
-            replace(lora, seed=settings.seed) if lora else settings
-        )  # dropout may differ: no tensor depends on it
-        same = replace(configured, dropout=settings.dropout)
+        configured = replace(lora, seed=settings.seed) if lora else settings
+        same = replace(configured, dropout=settings.dropout)  # which may differ: no tensor depends on it
         if changed := changes(settings.to_dict(""), same.to_dict(""), "in the folder"):
             raise UserError(f"{path} holds an adapter with other settings than model.lora ({changed}): use its own")
         try:
@@ -365,21 +361,6 @@ def check_vocabulary(folder: ModelFolder, codec: Codec) -> None:
             f"the tokenizer has ids up to {largest}, but the model in {folder.path} has a vocabulary of "
             f"{num_rows}: it is the tokenizer of another model"
         )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new folder that replaces `path` when the block ends; readers never see a partial folder."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    shutil.rmtree(path, ignore_errors=True)
-    publish(partial, path)
 
 
 def write_config(folder: Path, config: dict) -> None:
