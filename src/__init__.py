@@ -57,9 +57,10 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
 
 
-# Waiting threads of torch sleep instead of spinning: beside another process on 2 cores, two that spin took 1.8 to 3.9
-# times as long (results/threads.md). Has to be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Waiting threads of torch spin for some microseconds and then sleep: they meet soon on idle cores, and take no time from
+# another process (results/threads.md). Has to be set before torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
 _keep_freed_memory()
 _check_sibling_packages()
 _handle_help_and_signals()
