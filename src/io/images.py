@@ -77,10 +77,9 @@ def load(
                 if size:
                     image.draft(None, (2 * size, 2 * size))  # JPEG only: decode at half, a quarter or an eighth
                 image.load()
-                upright: Image.Image = image
                 with suppress(*BROKEN):  # the pixels are intact even where the EXIF block is broken
-                    upright = ImageOps.exif_transpose(image)
-                return to_rgb(upright, tags=getattr(image, "tag_v2", {}))
+                    ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image, tags=getattr(image, "tag_v2", {}))
         except Image.DecompressionBombError as error:
             raise ImageProblem("image_too_large") from error
         except BROKEN as error:
@@ -88,13 +87,13 @@ def load(
 
 
 def to_rgb(image: Image.Image, *, tags: Mapping[int, Any]) -> Image.Image:
-    """Convert any mode to RGB, transparency on white. tags: those of a TIFF file."""
+    """Convert any mode to RGB, transparency on white. tags: those of a TIFF file. An RGB image is returned itself."""
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, tags)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
 
 
 def _to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
