@@ -207,6 +207,41 @@ def test_what_was_lost_in_flight_stays_on_the_bill(tmp_path):
     assert store.usage == {"requests": 1, "prompt_tokens": 8, **lost}
 
 
+KILLED = """
+import os, signal, sys
+from src.evaluate import main
+replace, left = os.replace, int(sys.argv[1])
+def replace_or_die(*names):
+    global left
+    left -= 1
+    os.kill(os.getpid(), signal.SIGKILL) if left < 0 else replace(*names)
+os.replace = replace_or_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_kill_while_scoring_leaves_whole_files_and_a_rerun_makes_the_same(argv, tmp_path):
+    names = ("scores.json", "verdicts.jsonl", "items.jsonl", "table.md")
+    with Scripted(judges) as server:
+        main(argv(server))
+        command, asked = argv(server, "stages=[score]"), len(server.requests)
+        files = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+        for name in names:
+            (tmp_path / "out" / name).unlink()
+        for done in (0, 2):  # files that got their names before the kill
+            killed = subprocess.run([sys.executable, "-c", KILLED, str(done), *command], cwd=ROOT, capture_output=True)
+            assert killed.returncode == -signal.SIGKILL
+            there = {
+                name: (tmp_path / "out" / name).read_bytes() for name in names if (tmp_path / "out" / name).exists()
+            }
+            assert there == {name: files[name] for name in names[:done]}
+        main(command)
+        assert len(server.requests) == asked
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == files
+
+
 @pytest.mark.parametrize(
     ("model", "sent", "unsent"),
     [
@@ -292,12 +327,13 @@ def test_a_benchmark_without_a_judge_makes_its_folder(argv, tmp_path):
     assert result["stats"]["words"]["n"] == NUM and result["judged"] is None
 
 
-def test_missing_captions_are_an_error_without_a_judge_too(argv, tmp_path, capsys):
+def test_missing_captions_are_an_error_before_a_judge_is_asked(argv, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text("".join((tmp_path / "mine.jsonl").read_text().splitlines(keepends=True)[:-1]))
     with Scripted(judges) as server:
         settings = argv(server, "judge=null", *ONLY_CLAIR, "evaluate.judges.clair=null")
-        message = f"mine: 1 captions of {NUM} are missing; make them, or set max_failed=0.2 and report it"
+        message = f"mine: 1 captions of {NUM} are missing, aar_test_04604 among them; make them, or set evaluate.max_"
         assert message in refusal(main, settings, capsys)
+        assert message in refusal(main, argv(server), capsys) and not server.requests  # before anything is paid for
         main([*settings, "evaluate.max_failed=0.2"])
         assert "; 1 missing" in capsys.readouterr().out
         assert "num must be at least 1, got 0" in refusal(main, [*settings, "evaluate.num=0"], capsys)
