@@ -123,6 +123,16 @@ def test_differences_are_paired_by_image_and_adjusted_for_their_number(tmp_path)
     assert "Differences from b" in text
 
 
+def test_a_reference_without_a_speed_is_compared_with_every_speed(tmp_path):
+    run = write_run(tmp_path / "run", {"ours-4": 4, "ours-8": 8, "qwen": None})
+    _, content = report_of(tmp_path / "out", run, reference="qwen")
+    lines = content["differences"]
+    assert [(line["system"], line["tokens_per_step"]) for line in lines] == [("ours", 4), ("ours", 8)]
+    for line in lines:
+        pairs = zip(values_of(f"ours-{line['tokens_per_step']}"), values_of("qwen"), strict=True)
+        assert line["difference"] == pytest.approx(stat_of([100 * (x - y) for x, y in pairs])["mean"])
+
+
 @pytest.mark.parametrize(
     ("other", "systems", "words"),
     [
@@ -200,6 +210,9 @@ def test_a_benchmark_and_its_report_need_no_key_and_no_network(tmp_path, capsys)
     main(["conf=eval/report", f"evaluate.runs=[{tmp_path}/out]", f"evaluate.out={tmp_path}/report"])
     printed = capsys.readouterr().out
     assert printed == f"{(tmp_path / 'report' / 'report.md').read_text()}\nall files are in {tmp_path}/report\n"
+    beside = printed.split("## Beside the scores")[1].split("##")[0].splitlines()
+    row = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (beside[4], beside[6])), strict=True))
+    assert (row["system"], row["words"], row["claims"]) == ("good", "5.00 ± 0.00", "1.00 ± 0.00")
     good_row = json.loads((tmp_path / "report" / "report.json").read_text())["tables"]["table1"][-2]
     assert good_row["row"] == "good" and good_row["values"]["CLAIR"]["1"]["mean"] == 100.0  # the references' own words
     assert good_row["values"]["CLAIR"]["1"]["n"] == NUM

@@ -29,7 +29,7 @@ from src.evaluation.caption_page import write_caption_page
 from src.evaluation.captions import SPEED
 from src.evaluation.pareto import Point, plot
 from src.evaluation.results import Cell, without_nan
-from src.evaluation.scores import Score, check_protocols, note, scale
+from src.evaluation.scores import Score, cell_text, check_protocols, note, scale
 from src.evaluation.statistics import compare, holm
 from src.io.errors import UserError
 from src.io.files import read_json, write_bytes, write_json
@@ -39,6 +39,14 @@ from src.text.captions import SETTINGS
 PUBLISHED = Path(__file__).with_name("published.json")
 FILES = ("scores.json", "verdicts.jsonl", "items.jsonl")
 MOST_COLUMNS = 8  # of a table; one with more is split by metric
+BESIDE = {  # statistics without which the scores mislead, and their names in the report
+    "factuality_claims": "claims",
+    "coverage_abstained": "% of questions left open",
+    "words": "words",
+    "duplicate_bigrams": "share of repeated bigrams",
+    "unfinished": "share unfinished",
+    "empty": "share empty",
+}
 GENERATED = 128  # tokens of a published caption: a forward call per step
 
 
@@ -162,14 +170,17 @@ class PaperTables:
         return [*lines, *(line(system, "measured", measured[system]) for system in others)]
 
     def differences(self, values: Values) -> list[dict[str, Any]]:
-        """Each system minus the reference at the same speed, paired by image; p-values adjusted for all of them."""
+        """Each system minus the reference at the same speed, paired by image; p-values adjusted for all of them.
+
+        A reference that states no speed, such as an autoregressive model, is compared with all speeds.
+        """
         systems = list(dict.fromkeys(system for system, _, _ in values))
         reference = self.reference or systems[0]
         if reference not in systems:
             raise UserError(f"evaluate.reference: there is no system {reference!r}; there are {', '.join(systems)}")
         lines = []
         for (system, speed, column), value in values.items():
-            other = values.get((reference, speed, column))
+            other = values.get((reference, speed, column)) or values.get((reference, None, column))
             if system == reference or other is None:
                 continue
             keys = [key for key in value.parts if key in other.parts]
@@ -212,6 +223,10 @@ class PaperTables:
                 yield f"No run given belongs here{hint}."
         if rows := self.other_rows(values):
             yield "## Other benchmarks, without published numbers"
+            yield markdown.table(rows)
+        if rows := beside_rows(scores):
+            yield "## Beside the scores"
+            yield "Means over captions. Factuality rises when text collapses, as fewer claims are left to be wrong."
             yield markdown.table(rows)
         # 2. Differences, and what seeds do.
         if differences:
@@ -256,7 +271,7 @@ class PaperTables:
         return [head, *rows] if rows else []
 
     def plot(self, values: Values) -> list[str]:
-        """Quality against tokens per step and forward calls, beside the published curves. Returns the names of files."""
+        """Quality by tokens per step and by forward calls, beside the published curves. Returns the names of files."""
         measured: dict[str, list[Point]] = {column: [] for _, _, column in values}
         for (system, speed, column), value in values.items():
             if speed is not None:
@@ -279,6 +294,14 @@ class PaperTables:
             files.append("quality_by_calls.png")
             plot(with_calls, self.out / files[1], front=False)
         return files
+
+
+def beside_rows(scores: Mapping[Path, Mapping[str, Score]]) -> list[list[str]]:
+    """A row for each system of each run with what they have of `BESIDE`; [] if that is nothing."""
+    systems = [(run, name, score["stats"]) for run, some in scores.items() for name, score in some.items()]
+    names = [name for name in BESIDE if any(name in stats for _, _, stats in systems)]
+    rows = [[str(run), name, *(cell_text(n, stats.get(n)) for n in names)] for run, name, stats in systems]
+    return [["run", "system", *(BESIDE[name] for name in names)], *rows] if names else []
 
 
 def check_runs(scores: Mapping[Path, Mapping[str, Score]]) -> None:

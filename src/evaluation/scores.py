@@ -183,9 +183,11 @@ def table_text(scores: Mapping[str, Score]) -> str:
     if shares := [share for share in SHARES if any(name.startswith(share) for name in names)]:
         legend += f"; times 100: {', '.join(shares)} and their parts, but not numbers of claims"
     judged = [name for name in names if any(name in score["counts"] for score in scores.values())]
-    rows = [[system, *(_cell(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()]
+    rows = [
+        [system, *(cell_text(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()
+    ]
     headline = markdown.table([["system", *judged], *rows]) if judged else ""
-    details = [[name, *(_cell(name, score["stats"].get(name)) for score in scores.values())] for name in names]
+    details = [[name, *(cell_text(name, score["stats"].get(name)) for score in scores.values())] for name in names]
     notes = markdown.bullets(note(system, score) for system, score in scores.items())
     return markdown.page([f"{legend}.", headline, markdown.table([["statistic", *scores], *details]), notes])
 
@@ -195,7 +197,7 @@ def scale(name: str) -> int:
     return 100 if name.startswith(SHARES) and not name.endswith("_claims") else 1
 
 
-def _cell(name: str, stat: Stat | None) -> str:
+def cell_text(name: str, stat: Stat | None) -> str:
     if stat is None or stat["mean"] is None:  # nothing to divide by
         return ""
     error = "" if stat["se"] is None else f" ± {scale(name) * stat['se']:.2f}"
