@@ -23,7 +23,7 @@ from src.evaluate import main
 from src.judges.base import Request as JudgeRequest
 from src.judges.store import ReplyStore
 from testing.files import read_jsonl
-from testing.servers.scripted import Http, Request, Scripted, reply
+from testing.servers.scripted import Http, Request, Scripted, error, reply
 from testing.verbs import refusal
 from tests.benchmarks import NUM, captions_file, write_capmas
 
@@ -180,6 +180,30 @@ def test_replies_that_cannot_be_read_are_asked_again_and_counted(argv, tmp_path,
     assert result["stats"]["clair"]["n"] == NUM - 1
     assert result["stats"]["clair_worst"]["mean"] == pytest.approx(0.8 * (NUM - 1) / NUM)
     assert result["counts"]["clair"] == {"no_caption": 0, "ok": NUM + 1, "length": 1}
+
+
+REFUSALS = {  # forms in which servers refuse, and what the store says
+    "refusal": reply(None, refusal="I cannot help with that."),
+    "content_filter": error(400, "The response was filtered: content_filter", code="content_filter"),
+    "empty": reply(""),
+}
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_refused_caption_fails_in_every_metric_and_is_not_asked_about_anew(argv, tmp_path, status):
+    def refuse_the_first(request: Request) -> Http:
+        return REFUSALS[status] if "number 0" in request.text else judges(request)
+
+    with Scripted(refuse_the_first) as server:
+        for _ in range(2):  # the second time asks nothing
+            main(argv(server, "evaluate.max_failed=0.5"))
+            asked = len(server.requests)
+            assert asked == 4 * (NUM - 1) + 3 * 3  # three attempts at each of the three first questions about it
+    result = scores(tmp_path)
+    for name in ("clair", "coverage", "factuality"):
+        assert result["counts"][name] == {"no_caption": 0, "ok": result["counts"][name]["ok"], status: 3}
+        assert result["stats"][f"{name}_failed"]["mean"] == pytest.approx(1 / NUM)
+        assert result["stats"][f"{name}_worst"]["mean"] == pytest.approx(result["stats"][name]["mean"] * (1 - 1 / NUM))
 
 
 def test_a_budget_leaves_the_rest_open_for_the_next_run(argv, tmp_path, capsys):
