@@ -92,7 +92,9 @@ def test_a_run_asks_each_question_once_and_scores_without_network(argv, tmp_path
         assert stats["clair"] == {"mean": 0.8, "se": pytest.approx(0, abs=1e-9), "n": NUM}
         assert (stats["coverage"]["mean"], stats["coverage_abstained"]["mean"]) == (0.5, 0.5)
         assert (stats["factuality"]["mean"], stats["words"]["mean"]) == (1.0, 4.0)
-        assert "| mine   | 80.00 " in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "| mine   | 80.00 " in printed and f"CapMAS, {NUM} texts: mean ± standard error over texts; " in printed
+        assert "times 100: clair, coverage, factuality and their parts, but not numbers of claims." in printed
         command = argv(server, "stages=[score]")
     files = {name: (tmp_path / "out" / name).read_bytes() for name in ("scores.json", "verdicts.jsonl", "table.md")}
     (tmp_path / "out" / "scores.json").unlink()

@@ -179,7 +179,7 @@ def table_text(scores: Mapping[str, Score]) -> str:
     """Markdown: the judged metrics with a row per system, all statistics with a row each, what may have gone wrong."""
     names = list(dict.fromkeys(name for score in scores.values() for name in score["stats"]))
     protocol = next(iter(scores.values()))["protocol"]
-    legend = f"{protocol['benchmark']}, {protocol['images'][0]:,} images: mean ± standard error over images"
+    legend = f"{protocol['benchmark']}, {protocol['images'][0]:,} texts: mean ± standard error over texts"
     if shares := [share for share in SHARES if any(name.startswith(share) for name in names)]:
         legend += f"; times 100: {', '.join(shares)} and their parts, but not numbers of claims"
     judged = [name for name in names if any(name in score["counts"] for score in scores.values())]
