@@ -189,8 +189,9 @@ def test_a_whole_name_comes_before_a_part_of_another(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"key": "a"}', "cannot be read as"),
-        ("a.jsonl", "{", "cannot be read as"),
+        ("a.jsonl", '{"key": "a"}', "has none of text, caption"),
+        ("a.jsonl", '{"key": "a", "text": "x"}\n{', "line 2, "),
+        ("a.jsonl", '{"key": "a", "text": null}', "the caption of 'a' is None, not a text"),
         ("a.json", "[1]", "cannot be read as"),
         ("a.json", '{"a": 3}', "cannot be read as"),
         ("a.jsonl", '{"key": "a", "text": "x"}\n{"key": "a", "text": "y"}', "has two captions of 'a'"),

@@ -23,7 +23,7 @@ from src.evaluate import main
 from src.judges.base import Request as JudgeRequest
 from src.judges.store import ReplyStore
 from testing.files import read_jsonl
-from testing.servers.scripted import Http, Request, Scripted, reply
+from testing.servers.scripted import Http, Request, Scripted, error, reply
 from testing.verbs import refusal
 from tests.benchmarks import NUM, captions_file, write_capmas
 
@@ -92,7 +92,9 @@ def test_a_run_asks_each_question_once_and_scores_without_network(argv, tmp_path
         assert stats["clair"] == {"mean": 0.8, "se": pytest.approx(0, abs=1e-9), "n": NUM}
         assert (stats["coverage"]["mean"], stats["coverage_abstained"]["mean"]) == (0.5, 0.5)
         assert (stats["factuality"]["mean"], stats["words"]["mean"]) == (1.0, 4.0)
-        assert "| mine   | 80.00 " in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "| mine   | 80.00 " in printed and f"CapMAS, {NUM} texts: mean ± standard error over texts; " in printed
+        assert "times 100: clair, coverage, factuality and their parts, but not numbers of claims." in printed
         command = argv(server, "stages=[score]")
     files = {name: (tmp_path / "out" / name).read_bytes() for name in ("scores.json", "verdicts.jsonl", "table.md")}
     (tmp_path / "out" / "scores.json").unlink()
@@ -182,6 +184,30 @@ def test_replies_that_cannot_be_read_are_asked_again_and_counted(argv, tmp_path,
     assert result["counts"]["clair"] == {"no_caption": 0, "ok": NUM + 1, "length": 1}
 
 
+REFUSALS = {  # forms in which servers refuse, and what the store says
+    "refusal": reply(None, refusal="I cannot help with that."),
+    "content_filter": error(400, "The response was filtered: content_filter", code="content_filter"),
+    "empty": reply(""),
+}
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_refused_caption_fails_in_every_metric_and_is_not_asked_about_anew(argv, tmp_path, status):
+    def refuse_the_first(request: Request) -> Http:
+        return REFUSALS[status] if "number 0" in request.text else judges(request)
+
+    with Scripted(refuse_the_first) as server:
+        for _ in range(2):  # the second time asks nothing
+            main(argv(server, "evaluate.max_failed=0.5"))
+            asked = len(server.requests)
+            assert asked == 4 * (NUM - 1) + 3 * 3  # three attempts at each of the three first questions about it
+    result = scores(tmp_path)
+    for name in ("clair", "coverage", "factuality"):
+        assert result["counts"][name] == {"no_caption": 0, "ok": result["counts"][name]["ok"], status: 3}
+        assert result["stats"][f"{name}_failed"]["mean"] == pytest.approx(1 / NUM)
+        assert result["stats"][f"{name}_worst"]["mean"] == pytest.approx(result["stats"][name]["mean"] * (1 - 1 / NUM))
+
+
 def test_a_budget_leaves_the_rest_open_for_the_next_run(argv, tmp_path, capsys):
     with Scripted(judges) as server:
         limits = ("judge.limits.max_requests=2", "evaluate.max_failed=0.9")
@@ -205,6 +231,41 @@ def test_what_was_lost_in_flight_stays_on_the_bill(tmp_path):
     assert not store.lost and set(store.replies) == {"a"}
     lost = {"lost_prompt_tokens": 18, "lost_completion_tokens": 8}
     assert store.usage == {"requests": 1, "prompt_tokens": 8, **lost}
+
+
+KILLED = """
+import os, signal, sys
+from src.evaluate import main
+replace, left = os.replace, int(sys.argv[1])
+def replace_or_die(*names):
+    global left
+    left -= 1
+    os.kill(os.getpid(), signal.SIGKILL) if left < 0 else replace(*names)
+os.replace = replace_or_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_kill_while_scoring_leaves_whole_files_and_a_rerun_makes_the_same(argv, tmp_path):
+    names = ("scores.json", "verdicts.jsonl", "items.jsonl", "table.md")
+    with Scripted(judges) as server:
+        main(argv(server))
+        command, asked = argv(server, "stages=[score]"), len(server.requests)
+        files = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+        for name in names:
+            (tmp_path / "out" / name).unlink()
+        for done in (0, 2):  # files that got their names before the kill
+            killed = subprocess.run([sys.executable, "-c", KILLED, str(done), *command], cwd=ROOT, capture_output=True)
+            assert killed.returncode == -signal.SIGKILL
+            there = {
+                name: (tmp_path / "out" / name).read_bytes() for name in names if (tmp_path / "out" / name).exists()
+            }
+            assert there == {name: files[name] for name in names[:done]}
+        main(command)
+        assert len(server.requests) == asked
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == files
 
 
 @pytest.mark.parametrize(
@@ -292,12 +353,13 @@ def test_a_benchmark_without_a_judge_makes_its_folder(argv, tmp_path):
     assert result["stats"]["words"]["n"] == NUM and result["judged"] is None
 
 
-def test_missing_captions_are_an_error_without_a_judge_too(argv, tmp_path, capsys):
+def test_missing_captions_are_an_error_before_a_judge_is_asked(argv, tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_text("".join((tmp_path / "mine.jsonl").read_text().splitlines(keepends=True)[:-1]))
     with Scripted(judges) as server:
         settings = argv(server, "judge=null", *ONLY_CLAIR, "evaluate.judges.clair=null")
-        message = f"mine: 1 captions of {NUM} are missing; make them, or set max_failed=0.2 and report it"
+        message = f"mine: 1 captions of {NUM} are missing, aar_test_04604 among them; make them, or set evaluate.max_"
         assert message in refusal(main, settings, capsys)
+        assert message in refusal(main, argv(server), capsys) and not server.requests  # before anything is paid for
         main([*settings, "evaluate.max_failed=0.2"])
         assert "; 1 missing" in capsys.readouterr().out
         assert "num must be at least 1, got 0" in refusal(main, [*settings, "evaluate.num=0"], capsys)

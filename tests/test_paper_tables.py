@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_differences_are_paired_by_image_and_adjusted_for_their_number(tmp_path)
     assert "Differences from b" in text
 
 
+def test_a_reference_without_a_speed_is_compared_with_every_speed(tmp_path):
+    run = write_run(tmp_path / "run", {"ours-4": 4, "ours-8": 8, "qwen": None})
+    _, content = report_of(tmp_path / "out", run, reference="qwen")
+    lines = content["differences"]
+    assert [(line["system"], line["tokens_per_step"]) for line in lines] == [("ours", 4), ("ours", 8)]
+    for line in lines:
+        pairs = zip(values_of(f"ours-{line['tokens_per_step']}"), values_of("qwen"), strict=True)
+        assert line["difference"] == pytest.approx(stat_of([100 * (x - y) for x, y in pairs])["mean"])
+
+
 @pytest.mark.parametrize(
     ("other", "systems", "words"),
     [
@@ -129,17 +140,34 @@ def test_differences_are_paired_by_image_and_adjusted_for_their_number(tmp_path)
         ({"length": 64}, {"b": None}, "length: 128 in a of .*, 64 now"),
         ({"benchmark": "CapArena", "metrics": {}, "length": 64}, {"a": None}, "length: 128 in a of"),
         ({}, {"a": None}, "both have clair of a: give one of these runs"),
-        (
-            {"benchmark": "Scenes"},
-            {"b": None},
-            "its clair is of the benchmark Scenes, not CapMAS; make a report of each",
-        ),
     ],
 )
 def test_what_was_not_made_alike_is_refused(tmp_path, other, systems, words):
     runs = write_run(tmp_path / "one", {"a": None}), write_run(tmp_path / "two", systems, **other)
     with pytest.raises(UserError, match=words):
         report_of(tmp_path / "out", *runs)
+
+
+def test_scores_of_another_benchmark_are_in_no_table_of_the_paper(tmp_path):
+    runs = write_run(tmp_path / "one", {"ours-4": 4}), write_run(tmp_path / "two", {"ours-4": 4}, benchmark="Scenes")
+    text, _ = report_of(tmp_path / "out", *runs)
+    mean = f"{100 * stat_of(values_of('ours-4'))['mean']:.2f}"
+    rows = [line for line in text.splitlines() if line.startswith("| ours ")]
+    other = text.split("## Other benchmarks, without published numbers")[1].split("##")[0]
+    assert "CLAIR of Scenes" in other and other.count(mean) == 1
+    assert sum(mean in row for row in rows) == 3  # Tables 2 and 6, where `rows` sets it, and the one of scenes
+    _, content = report_of(tmp_path / "scenes", runs[1])
+    assert all(line["source"] == "published" for lines in content["tables"].values() for line in lines)
+
+
+def test_the_report_says_on_how_many_images_and_by_whom(tmp_path):
+    text, _ = report_of(tmp_path / "out", write_run(tmp_path / "run", {"a": None}))
+    assert "- Measured on 40 images of CapMAS, published on 1,000; judge: j." in text
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert links == ["captions.html"] and (tmp_path / "out" / "captions.html").exists()  # no speed, so nothing to plot
+    text, _ = report_of(tmp_path / "speed", write_run(tmp_path / "fast", {"a-4": 4}))
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert len(links) == 3 and all((tmp_path / "speed" / link).exists() for link in links)
 
 
 def test_a_number_that_needs_no_judge_counts_once(tmp_path):
@@ -178,10 +206,13 @@ def test_a_benchmark_and_its_report_need_no_key_and_no_network(tmp_path, capsys)
     bad = captions_file(tmp_path / "bad.jsonl")
     settings = [f"captions={{good: {good}, bad: {bad}}}", f"evaluate.data.folder={tmp_path}/raw"]
     main(["conf=eval/capmas,judge/stand_in", *settings, f"evaluate.out={tmp_path}/out"])
-    assert "judged by stand-in on 1970-01-01" in capsys.readouterr().out
+    assert "judged by a stand-in that compares words\n" in capsys.readouterr().out
     main(["conf=eval/report", f"evaluate.runs=[{tmp_path}/out]", f"evaluate.out={tmp_path}/report"])
     printed = capsys.readouterr().out
     assert printed == f"{(tmp_path / 'report' / 'report.md').read_text()}\nall files are in {tmp_path}/report\n"
+    beside = printed.split("## Beside the scores")[1].split("##")[0].splitlines()
+    row = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (beside[4], beside[6])), strict=True))
+    assert (row["system"], row["words"], row["claims"]) == ("good", "5.00 ± 0.00", "1.00 ± 0.00")
     good_row = json.loads((tmp_path / "report" / "report.json").read_text())["tables"]["table1"][-2]
     assert good_row["row"] == "good" and good_row["values"]["CLAIR"]["1"]["mean"] == 100.0  # the references' own words
     assert good_row["values"]["CLAIR"]["1"]["n"] == NUM

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -128,7 +129,16 @@ class Benchmark:
         files = {**self.files, **{name: self._file(name) for name in self.runs}}
         if missing := [file for name, file in files.items() if name in self.runs and not file.exists()]:
             raise UserError(f"there is no {missing[0]}: run the stage generate first")
-        return {name: System.read(file, items) for name, file in files.items()}
+        systems = {name: System.read(file, items) for name, file in files.items()}
+        for name, system in systems.items():
+            missing = [item.key for item in system.items if item.caption is None]
+            if len(missing) > self.max_failed * len(items):  # before anyone is asked about the others
+                share = math.ceil(100 * len(missing) / len(items)) / 100
+                raise UserError(
+                    f"{name}: {len(missing)} captions of {len(items)} are missing, {missing[0]} among them; make them, "
+                    f"or set evaluate.max_failed={share:g} and report it"
+                )
+        return systems
 
     def conversations(self, systems: Mapping[str, System]) -> list[Conversation]:
         """All that the judges have to hold."""
@@ -188,6 +198,7 @@ class Benchmark:
                 "captions": {
                     "sha256": captions.sha256,
                     "missing": sum(item.caption is None for item in system.items),
+                    "empty": sum(item.caption == "" for item in system.items),
                     "other_images": system.others,
                     "cleaned": captions.cleaned,
                 },

@@ -8,7 +8,8 @@
 A row is a system at its tokens per step, whoever made its captions. Systems NAME-seed0, NAME-seed1, ... are one row:
 the mean over training seeds with its standard error; of one seed the error is over images. Rows that were not made
 alike (images, judge, prompts of judge and model, length) are refused. The published numbers stand as they were
-published, and were judged by a model that is gone: compare measured rows with each other.
+published, and were judged by a model that is gone: compare measured rows with each other. Scores of another benchmark
+than a published column's (the exact ones of scenes, say) have a table of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from src.evaluation.caption_page import write_caption_page
 from src.evaluation.captions import SPEED
 from src.evaluation.pareto import Point, plot
 from src.evaluation.results import Cell, without_nan
-from src.evaluation.scores import Score, check_protocols, note, scale
+from src.evaluation.scores import Score, cell_text, check_protocols, note, scale
 from src.evaluation.statistics import compare, holm
 from src.io.errors import UserError
 from src.io.files import read_json, write_bytes, write_json
@@ -38,6 +39,14 @@ from src.text.captions import SETTINGS
 PUBLISHED = Path(__file__).with_name("published.json")
 FILES = ("scores.json", "verdicts.jsonl", "items.jsonl")
 MOST_COLUMNS = 8  # of a table; one with more is split by metric
+BESIDE = {  # statistics without which the scores mislead, and their names in the report
+    "factuality_claims": "claims",
+    "coverage_abstained": "% of questions left open",
+    "words": "words",
+    "duplicate_bigrams": "share of repeated bigrams",
+    "unfinished": "share unfinished",
+    "empty": "share empty",
+}
 GENERATED = 128  # tokens of a published caption: a forward call per step
 
 
@@ -99,26 +108,27 @@ class PaperTables:
         differences = self.differences(values)
         # 2. Files.
         self.out.mkdir(parents=True, exist_ok=True)
-        text = markdown.page(self.blocks(scores, values, tables, differences))
+        plots = self.plot(values)
+        text = markdown.page(self.blocks(scores, values, tables, differences, plots))
         write_bytes(self.out / "report.md", text.encode())
         content = {"published": self.published["source"], "tables": tables, "differences": differences}
         write_json(self.out / "report.json", without_nan({**content, "runs": {str(k): v for k, v in scores.items()}}))
-        self.plot(values)
         write_caption_page(self.out / "captions.html", self.runs, num=self.images)
         return f"{text}\nall files are in {self.out}"
 
     def read_values(self, scores: Mapping[Path, Mapping[str, Score]]) -> Values:
-        """Raises UserError for a number that two runs have, and for a column of two benchmarks."""
+        """Raises UserError for a number that two runs have."""
         values: Values = {}
         runs: dict[tuple[str, int | None, str], Path] = {}
-        benchmarks: dict[str, tuple[str, str]] = {}  # of a column, and the row that brought it
         for run, systems in scores.items():
             weighed = read_verdicts(run / "verdicts.jsonl")
             for name, score in systems.items():
-                speed = score["speed"][SPEED]
+                speed, benchmark = score["speed"][SPEED], score["protocol"]["benchmark"]
+                published = self.published["benchmarks"].get(benchmark, {"columns": ()})["columns"]
                 of_seed = name.removesuffix(f"-{speed}")
                 row = re.sub(r"-seed\d+$", "", of_seed)
-                for column, statistic in self.columns.items():
+                for title, statistic in self.columns.items():
+                    column = title if title in published else f"{title} of {benchmark}"
                     official = f"{statistic}_official" if self.official else statistic
                     chosen = official if official in score["stats"] else statistic
                     stat = score["stats"].get(chosen)
@@ -126,12 +136,6 @@ class PaperTables:
                         continue
                     if (first := runs.setdefault((of_seed, speed, column), run)) != run:
                         raise UserError(f"{first} and {run} both have {statistic} of {name}: give one of these runs")
-                    here, (there, place) = score["protocol"]["benchmark"], benchmarks.get(column, ("", ""))
-                    if benchmarks.setdefault(column, (here, f"{name} of {run}"))[0] != here:
-                        raise UserError(
-                            f"{name} of {run} does not belong in one table with {place}: its {statistic} is of the "
-                            f"benchmark {here}, not {there}; make a report of each"
-                        )
                     value, times = values.setdefault((row, speed, column), Value()), scale(statistic)
                     error = None if stat["se"] is None else times * stat["se"]
                     value.seeds.append(Stat(mean=times * stat["mean"], se=error, n=stat["n"]))
@@ -166,14 +170,17 @@ class PaperTables:
         return [*lines, *(line(system, "measured", measured[system]) for system in others)]
 
     def differences(self, values: Values) -> list[dict[str, Any]]:
-        """Each system minus the reference at the same speed, paired by image; p-values adjusted for all of them."""
+        """Each system minus the reference at the same speed, paired by image; p-values adjusted for all of them.
+
+        A reference that states no speed, such as an autoregressive model, is compared with all speeds.
+        """
         systems = list(dict.fromkeys(system for system, _, _ in values))
         reference = self.reference or systems[0]
         if reference not in systems:
             raise UserError(f"evaluate.reference: there is no system {reference!r}; there are {', '.join(systems)}")
         lines = []
         for (system, speed, column), value in values.items():
-            other = values.get((reference, speed, column))
+            other = values.get((reference, speed, column)) or values.get((reference, None, column))
             if system == reference or other is None:
                 continue
             keys = [key for key in value.parts if key in other.parts]
@@ -191,6 +198,7 @@ class PaperTables:
         values: Values,
         tables: Mapping[str, list[dict[str, Any]]],
         differences: Sequence[Mapping[str, Any]],
+        plots: Sequence[str],
     ) -> Iterator[str]:
         """The parts of report.md."""
         published = self.published
@@ -198,9 +206,10 @@ class PaperTables:
         yield (
             f"`published` is as in {published['source']}. `measured` is of {', '.join(map(str, self.runs))}: mean ± "
             "standard error, over images, or over training seeds where there are several; behind a metric stand the "
-            "tokens per step. Published rows were judged by another model: compare measured rows with each other."
+            "tokens per step, and what states none stands at 1. Published rows were judged by another model: compare "
+            "measured rows with each other."
         )
-        yield markdown.bullets(published["notes"])
+        yield markdown.bullets([*self.what_was_measured(scores), *published["notes"]])
         # 1. The tables, split by metric where they are wide.
         for name, lines in tables.items():
             yield f"## Table {name.removeprefix('table')}: {published['captions'][name]}"
@@ -210,13 +219,21 @@ class PaperTables:
             for group in groups:
                 yield markdown.table([*table_rows(lines, group)])
             if all(line["source"] == "published" for line in lines):
-                yield "No run given belongs here; `evaluate.rows` sets systems beside rows."
+                hint = "" if name in published["open"] else "; `evaluate.rows` sets systems beside rows"
+                yield f"No run given belongs here{hint}."
+        if rows := self.other_rows(values):
+            yield "## Other benchmarks, without published numbers"
+            yield markdown.table(rows)
+        if rows := beside_rows(scores):
+            yield "## Beside the scores"
+            yield "Means over captions. Factuality rises when text collapses, as fewer claims are left to be wrong."
+            yield markdown.table(rows)
         # 2. Differences, and what seeds do.
         if differences:
             yield f"## Differences from {differences[0]['reference']}"
             yield (
                 "Paired bootstrap over images (10,000 resamples); p-values adjusted for all lines (Holm). Images alone "
-                "vary in it: how far seeds vary is below."
+                "vary in it, training seeds and the judge do not. Of a few images its errors are too small."
             )
             head = ["system", "metric", "tokens/step", "difference", "95 % interval", "p", "p (Holm)", "images"]
             yield markdown.table([head, *map(difference_row, differences)])
@@ -224,23 +241,43 @@ class PaperTables:
             yield "## Seeds"
             head = ["system", "metric", "tokens/step", "seeds", "each", "sd over seeds", "se over images of one"]
             yield markdown.table([head, *seed_rows(values)])
-        yield "## Quality"
-        yield "![quality by tokens per step](quality_by_tokens.png)"
-        if any(value.forwards for value in values.values()):
-            yield "![quality by forward calls](quality_by_calls.png)"
+        yield "## Plots and captions"
+        yield from (f"![{file.removesuffix('.png').replace('_', ' ')}]({file})" for file in plots)
         yield "[The captions beside each other](captions.html)"
         # 3. What is behind the rows.
         yield "## Runs"
         yield markdown.bullets(f"{run}: {note(*row)}" for run, systems in scores.items() for row in systems.items())
 
-    def plot(self, values: Values) -> None:
-        """Quality against tokens per step and against forward calls, beside the published curves."""
-        measured: dict[str, list[Point]] = {column: [] for column in self.columns}
+    def what_was_measured(self, scores: Mapping[Path, Mapping[str, Score]]) -> Iterator[str]:
+        """A line for each benchmark, whose rows have all the same images and judge: how many, and which."""
+        protocols = [score["protocol"] for systems in scores.values() for score in systems.values()]
+        for benchmark, protocol in {protocol["benchmark"]: protocol for protocol in protocols}.items():
+            images, judge = protocol["images"][0], protocol["judge"]
+            published = self.published["benchmarks"].get(benchmark, {"images": images})["images"]
+            text = f"Measured on {images:,} images of {benchmark}"
+            text += "" if images == published else f", published on {published:,}"
+            yield f"{text}; {'judge: ' + judge['model'] if judge else 'without a judge'}."
+
+    def other_rows(self, values: Values) -> list[list[str]]:
+        """A table of the columns that no published one is of; [] if there are none."""
+        published = {column for by in self.published["benchmarks"].values() for column in by["columns"]}
+        columns = list(dict.fromkeys(key[2] for key in values if key[2] not in published))
+        systems = dict.fromkeys(key[:2] for key in values if key[2] in columns)
+        head = ["row", "tokens/step", *columns]
+        rows = []
+        for system, speed in systems:
+            some = (values.get((system, speed, column)) for column in columns)
+            rows.append([system, str(speed or "-"), *(number_text(value and value.stat) for value in some)])
+        return [head, *rows] if rows else []
+
+    def plot(self, values: Values) -> list[str]:
+        """Quality by tokens per step and by forward calls, beside the published curves. Returns the names of files."""
+        measured: dict[str, list[Point]] = {column: [] for _, _, column in values}
         for (system, speed, column), value in values.items():
             if speed is not None:
                 calls = summarise([stat["mean"] for stat in value.forwards]) if value.forwards else plain(math.nan, 0)
                 measured[column].append(Point.of(Cell(system, "", speed), calls, value.stat))
-        published: dict[str, list[Point]] = {column: [] for column in self.columns}
+        published: dict[str, list[Point]] = {column: [] for column in measured}
         for name in self.published["open"]:
             for row, columns in self.published["tables"][name].items():
                 for column, numbers in columns.items():
@@ -249,11 +286,22 @@ class PaperTables:
                         if column in published and cell not in [point.cell for point in published[column]]:
                             published[column].append(Point.of(cell, plain(steps, 0), stat))
         shown = {column: [*points, *published[column]] for column, points in measured.items() if points}
+        files = ["quality_by_tokens.png"] if shown else []
         if shown:
-            plot(shown, self.out / "quality_by_tokens.png", front=False, against=SPEED)
+            plot(shown, self.out / files[0], front=False, against=SPEED)
         with_calls = {c: [point for point in points if point.calls > 0] for c, points in shown.items()}
         if any(not point.cell.sampler for points in with_calls.values() for point in points):
-            plot(with_calls, self.out / "quality_by_calls.png", front=False)
+            files.append("quality_by_calls.png")
+            plot(with_calls, self.out / files[1], front=False)
+        return files
+
+
+def beside_rows(scores: Mapping[Path, Mapping[str, Score]]) -> list[list[str]]:
+    """A row for each system of each run with what they have of `BESIDE`; [] if that is nothing."""
+    systems = [(run, name, score["stats"]) for run, some in scores.items() for name, score in some.items()]
+    names = [name for name in BESIDE if any(name in stats for _, _, stats in systems)]
+    rows = [[str(run), name, *(cell_text(n, stats.get(n)) for n in names)] for run, name, stats in systems]
+    return [["run", "system", *(BESIDE[name] for name in names)], *rows] if names else []
 
 
 def check_runs(scores: Mapping[Path, Mapping[str, Score]]) -> None:
@@ -304,7 +352,7 @@ def pick(values: Values, system: str, columns: Mapping[str, Mapping[str, Stat]])
 def table_rows(lines: Iterable[Mapping[str, Any]], columns: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
     one_speed = all(len(speeds) == 1 for speeds in columns.values())
     pairs = [(column, speed) for column, speeds in columns.items() for speed in speeds]
-    yield ["row", "", *(column if one_speed else f"{column}, {speed}" for column, speed in pairs)]
+    yield ["row", "source", *(column if one_speed else f"{column}, {speed}" for column, speed in pairs)]
     for line in lines:
         stats = (line["values"].get(column, {}).get(speed) for column, speed in pairs)
         yield [line["row"], line["source"], *map(number_text, stats)]

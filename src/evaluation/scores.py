@@ -9,7 +9,6 @@ An item whose replies are not all in the store is `missing`, like one without a 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +108,7 @@ def score_system(
     """Statistics and counts of a system, and a line for each image and metric: {"key", "metric", "value", "weight"}.
 
     A metric is the mean of its values with these weights. Of one without a judge it is its headline.
-    Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing, or of the captions.
+    Raises UserError if more than `max_failed` of a metric's verdicts failed or are missing.
     """
     stats: dict[str, Stat] = {}
     counts: dict[str, Counter[str]] = {}
@@ -132,13 +131,8 @@ def score_system(
         if no_reply := sum(replay.verdict is None for replay in replays):
             counts[name]["no_reply"] = no_reply
         served |= {entry["model"] for entry in replies if entry["model"]}
-        days |= {entry["at"][:10] for entry in replies}
+        days |= {entry["at"][:10] for entry in replies if entry["at"]}
     # 3. What needs no judge, of the images with a caption.
-    if metrics and no_caption > max_failed * len(items):
-        share = math.ceil(100 * no_caption / len(items)) / 100
-        raise UserError(
-            f"{no_caption} captions of {len(items)} are missing; make them, or set max_failed={share:g} and report it"
-        )
     present = [item for item in items if item.caption is not None]
     with Bar(total=len(metrics) * len(present), unit="caption", desc="score") as bar:
         for metric in metrics:
@@ -184,12 +178,18 @@ def check_protocols(scores: Mapping[str, Score]) -> None:
 def table_text(scores: Mapping[str, Score]) -> str:
     """Markdown: the judged metrics with a row per system, all statistics with a row each, what may have gone wrong."""
     names = list(dict.fromkeys(name for score in scores.values() for name in score["stats"]))
+    protocol = next(iter(scores.values()))["protocol"]
+    legend = f"{protocol['benchmark']}, {protocol['images'][0]:,} texts: mean ± standard error over texts"
+    if shares := [share for share in SHARES if any(name.startswith(share) for name in names)]:
+        legend += f"; times 100: {', '.join(shares)} and their parts, but not numbers of claims"
     judged = [name for name in names if any(name in score["counts"] for score in scores.values())]
-    rows = [[system, *(_cell(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()]
+    rows = [
+        [system, *(cell_text(name, score["stats"].get(name)) for name in judged)] for system, score in scores.items()
+    ]
     headline = markdown.table([["system", *judged], *rows]) if judged else ""
-    details = [[name, *(_cell(name, score["stats"].get(name)) for score in scores.values())] for name in names]
+    details = [[name, *(cell_text(name, score["stats"].get(name)) for score in scores.values())] for name in names]
     notes = markdown.bullets(note(system, score) for system, score in scores.items())
-    return markdown.page([headline, markdown.table([["statistic", *scores], *details]), notes])
+    return markdown.page([f"{legend}.", headline, markdown.table([["statistic", *scores], *details]), notes])
 
 
 def scale(name: str) -> int:
@@ -197,7 +197,7 @@ def scale(name: str) -> int:
     return 100 if name.startswith(SHARES) and not name.endswith("_claims") else 1
 
 
-def _cell(name: str, stat: Stat | None) -> str:
+def cell_text(name: str, stat: Stat | None) -> str:
     if stat is None or stat["mean"] is None:  # nothing to divide by
         return ""
     error = "" if stat["se"] is None else f" ± {scale(name) * stat['se']:.2f}"
@@ -211,13 +211,13 @@ def note(system: str, score: Score) -> str:
     parts += [
         f"{name} {protocol[name] if protocol[name] is not None else 'not stated'}" for name in ("prompt", "length")
     ]
-    names = ("missing", "cleaned", "other_images")
-    parts += [f"{captions[name]} {name.replace('_', ' ')}" for name in names if captions.get(name)]
+    counts = {"missing": "missing", "empty": "empty", "cleaned": "cleaned of special tokens"}
+    counts |= {"other_images": "of other images"}
+    parts += [f"{captions[name]} {words}" for name, words in counts.items() if captions.get(name)]
     for name, count in score["counts"].items():
         problems = [f"{reason} {number}" for reason, number in count.items() if number and reason != "ok"]
         parts += [f"{name}: {', '.join(problems)}"] if problems else []
-    if score["judged"]:
-        first, last = score["judged"]
-        judge = ", ".join(score["served"]) or protocol["judge"]["model"]
-        parts.append(f"judged by {judge} on {first if first == last else f'{first} to {last}'}")
+    if score["served"]:
+        days = " to ".join(dict.fromkeys(score["judged"] or []))
+        parts.append(f"judged by {', '.join(score['served'])}{f' on {days}' if days else ''}")
     return f"{system}: {'; '.join(parts)}"

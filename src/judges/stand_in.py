@@ -15,7 +15,7 @@ from src.judges.base import Request
 from src.judges.reader import Conversation, Reader, identity_of, send
 from src.judges.store import ReplyStore
 
-DAY = "1970-01-01T00:00:00+00:00"  # the same bytes whenever it is run
+MODEL = "a stand-in that compares words"  # what stands beside its scores
 LITTLE = frozenset(re.findall(r"\w+", "a an the of in on at to is are and or with there this that it its one"))
 REASON = "This is said by a stand-in that compares words and knows nothing about language or images."
 _OPTION = re.compile(r"^([A-Z])\) *(.*)$", re.MULTILINE)
@@ -26,7 +26,7 @@ class StandIn(Reader):
     """Replies by `stand_in_reply`, in the forms that the prompts ask for."""
 
     def __init__(self) -> None:
-        self.settings = {"model": "stand-in"}
+        self.settings = {"model": MODEL}
 
     def ask(
         self,
@@ -41,7 +41,7 @@ class StandIn(Reader):
             while request:
                 digest = self.digest(request)
                 if not (entry := store.replies.get(digest)):
-                    line = {"status": "ok", "text": stand_in_reply(request), "usage": {}, "at": DAY, **self.settings}
+                    line = {"status": "ok", "text": stand_in_reply(request), "usage": {}, "at": "", **self.settings}
                     entry = store.add(digest, {**identity_of(request, conversation.item), **line})
                 request = send(dialogue, entry)
             on_done()

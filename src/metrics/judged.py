@@ -79,7 +79,7 @@ class JudgedMetric(Metric):
         if failed > self.max_failed:
             raise UserError(
                 f"{self.name}: {failed:.1%} of the verdicts failed, {int(missing.sum())} captions of {len(self.table)} "
-                f"are missing; judge again, or set max_failed={math.ceil(failed * 100) / 100:g} and report it"
+                f"are missing; judge again, or set evaluate.max_failed={math.ceil(failed * 100) / 100:g} and report it"
             )
         return {**self.statistics(), f"{self.name}_failed": plain(failed, len(self.table))}
 

@@ -45,13 +45,13 @@ def read_captions(path: Path) -> Captions:
     try:
         content = path.read_text("utf-8-sig")
         if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in content.split("\n") if line.strip()]
+            records = [_parse(line, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
         else:
             records = json.loads(content)
         if isinstance(records, dict):
             records = [{"key": name, "text": text} for name, text in records.items()]
         pairs = [(str(_one_of(NAMES, record)), _one_of(TEXTS, record)) for record in records]
-        texts = {name: _clean(text) for name, text in pairs}
+        texts = {name: _clean(text, name) for name, text in pairs}
     except (OSError, ValueError, LookupError, TypeError) as error:
         forms = '{"key": "a.jpg", "text": "A caption."} a line (.jsonl), or {"a.jpg": "A caption."} (.json)'
         raise UserError(f"captions: {path} cannot be read as {forms}: {error}") from error
@@ -86,12 +86,23 @@ def key_finder(names: Mapping[str, Iterable[str]]) -> Callable[[str], str | None
     return lambda name: next((keys[other] for other in names_of([name]) if keys.get(other) is not None), None)
 
 
+def _parse(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}, {error}") from error
+
+
 def _one_of(keys: Sequence[str], record: dict[str, Any]) -> Any:
-    return record[next((key for key in keys if key in record), keys[0])]
+    if key := next((key for key in keys if key in record), None):
+        return record[key]
+    raise ValueError(f"{str(record)[:80]} has none of {', '.join(keys)}")
 
 
-def _clean(text: str) -> str:
+def _clean(text: Any, name: str) -> str:
     """Without special tokens, which some systems leave in; runs of blanks where they were become one. Halves of
     characters, which no file can hold, become question marks."""
+    if not isinstance(text, str):
+        raise TypeError(f"the caption of {name!r} is {text!r}, not a text")
     text = re.sub(r"[ \t]{2,}", " ", SPECIAL.sub(" ", text)) if SPECIAL.search(text) else text
     return text.strip().encode("utf-8", "replace").decode()
