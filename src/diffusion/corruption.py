@@ -27,7 +27,7 @@ def start(batch: Batch, rate: Tensor) -> Corrupted:
     return Corrupted(batch.response.clone(), batch.response, kind, rate)
 
 
-def _write(state: Corrupted, where: Tensor, tokens: Tensor, kind: Kind) -> Corrupted:
+def write(state: Corrupted, where: Tensor, tokens: Tensor, kind: Kind) -> Corrupted:
     """The state with `tokens` (B, L), labelled `kind`, at the true positions of `where` (B, L)."""
     kinds = state.kind.masked_fill(where, int(kind))
     return Corrupted(torch.where(where, tokens, state.tokens), state.target, kinds, state.rate)
@@ -48,7 +48,7 @@ class Absorb:
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         hit = noise.uniform(batch.editable) < state.rate[:, None]  # (B, L)
         hit &= state.where(Kind.CLEAN)
-        return _write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+        return write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
 
 
 class Replace:
@@ -88,7 +88,7 @@ class Replace:
         hit &= state.where(Kind.CLEAN) & (tokens != state.target)
         if not self.filler:
             hit &= text_positions(state.target, self.eot)
-        return _write(state, hit, tokens, Kind.SYNTAX)
+        return write(state, hit, tokens, Kind.SYNTAX)
 
     def draw(self, batch: Batch, noise: Noise) -> Tensor:
         """(B, L) a replacement id for each position."""
@@ -118,7 +118,7 @@ class Span:
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         hit = self._span_positions(batch, noise) & state.where(Kind.CLEAN)
-        return _write(state, hit, batch.flawed, self.kind)
+        return write(state, hit, batch.flawed, self.kind)
 
     def _span_positions(self, batch: Batch, noise: Noise) -> Tensor:
         """(B, L) bool: the positions of the spans to use."""
@@ -169,7 +169,7 @@ class Trajectory:
         num_steps = batch.unmasked_at.amax(1) + 1  # (B,)
         shown = num_steps - (state.rate * num_steps).long()  # (B,) steps made
         hit = (batch.unmasked_at >= shown[:, None]) & state.where(Kind.CLEAN)
-        return _write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+        return write(state, hit, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
 
 
 def _spans_at(batch: Batch, where: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class Hybrid:
         chance, clean = noise.uniform(batch.editable) * (1 + c)[:, None], state.where(Kind.CLEAN)
         masked = clean & (chance < t[:, None])
         replaced = clean & ~masked & (chance < (t + c)[:, None])
-        state = _write(state, masked, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
-        return _write(state, replaced, self.replace.draw(batch, noise), Kind.SYNTAX)
+        state = write(state, masked, torch.full_like(state.tokens, self.mask_id), Kind.MASK)
+        return write(state, replaced, self.replace.draw(batch, noise), Kind.SYNTAX)
 
 
 OPERATIONS = ("substitute", "swap", "duplicate", "shift")
@@ -247,7 +247,7 @@ class EditNoise:
             for place, token in zip(where, text, strict=True):
                 edited[row][place] = token
         new_tokens = torch.tensor(edited, device=state.tokens.device).reshape(state.tokens.shape)
-        return _write(state, new_tokens != state.tokens, new_tokens, Kind.SYNTAX)
+        return write(state, new_tokens != state.tokens, new_tokens, Kind.SYNTAX)
 
 
 def _edit(text: list[int], operation: str, place: int, span: int, token: int) -> None:
@@ -270,7 +270,7 @@ class Only:
 
     def __call__(self, batch: Batch, state: Corrupted, noise: Noise) -> Corrupted:
         state = self.corruption(batch, state, noise)
-        return _write(state, state.where(Kind.CLEAN), state.tokens, self.rest)
+        return write(state, state.where(Kind.CLEAN), state.tokens, self.rest)
 
 
 class Chain:

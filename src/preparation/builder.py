@@ -28,7 +28,7 @@ from src.io.progress import Bar
 from src.io.settings import as_json, changes, differences
 from src.io.shards import DATASET, FORMAT, INDEX, write_index
 from src.io.words import counted, data_size
-from src.preparation.counts import Counts, table
+from src.preparation.counts import Counts, Skip, table
 from src.preparation.items import Items, fill_splits, new_items
 from src.preparation.manifest import MANIFEST, REJECTS, Manifest
 from src.preparation.splits import SPLITS
@@ -46,9 +46,9 @@ PARTS = ("records", *SPLITS)  # of the counts: what is read, and the samples of 
 class Dataset(ABC):
     """Base of all datasets: a subclass reads items and makes samples of them.
 
-    response_length: in tokens; texts of more than response_length - 1 tokens are left out, so that end-of-turn fits
+    response_length: in tokens; `samples` leaves out what `check_response` refuses
     tokenizer:     folder of a tokenizer, to which missing special tokens are added; null trains one
-    vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet and the special tokens
+    vocab_size:    upper limit for a new tokenizer; 0 means only its alphabet (single bytes) and the special tokens
     prompt_format: a file in src/text/prompts; null uses that of the tokenizer's folder, or `tiny` for a new tokenizer
     per_shard:     items of one shard
     processes:     that write shards; null: one per core, fewer for small datasets. The bytes do not depend on it
@@ -110,6 +110,15 @@ class Dataset(ABC):
     @abstractmethod
     def samples(self, items: Iterable[Any], codec: Codec, counts: Counts) -> Iterator[dict]:
         """Samples for `write_shard` of items of a split. A sample depends on its own item only."""
+
+    def check_response(self, text: str, codec: Codec) -> None:
+        """Raises `Skip` if the tokenizer cannot give a response back, or it leaves no room for end-of-turn."""
+        if codec.loses(text):
+            raise Skip("not_in_vocabulary")
+        if (num_tokens := len(codec.encode(text)[0])) >= self.response_length:
+            limit = f"prepare.response_length={self.response_length} holds {self.response_length - 1}"
+            reason = "captions too long" if self.kind == "captions" else "responses too long"
+            raise Skip(reason, f": {num_tokens} tokens, and {limit}")
 
     def run(self) -> dict:
         """Write the dataset unless it exists; return its index.json."""

@@ -21,7 +21,7 @@ from src.io.errors import UserError
 from src.io.images import ImageProblem, convert, load
 from src.models.tiling import resizer
 from src.preparation.builder import Dataset
-from src.preparation.counts import Counts
+from src.preparation.counts import Counts, Skip
 from src.preparation.items import Items
 from src.preparation.sources import coco
 from src.preparation.sources.formats import Caption
@@ -184,14 +184,13 @@ class Photos(Dataset):
                 continue
             captions = []
             for caption in photo.captions.values():
-                if codec.loses(caption.text):
-                    counts.skip("not_in_vocabulary", photo.source)
-                elif (num := len(codec.encode(caption.text)[0])) >= self.response_length:
-                    limit = f"prepare.response_length={self.response_length} holds {self.response_length - 1}"
-                    counts.skip("captions too long", f"{photo.source}: {num} tokens, and {limit}")
-                else:
-                    swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
-                    captions.append({"text": caption.text, "swaps": swaps})
+                try:
+                    self.check_response(caption.text, codec)
+                except Skip as reason:
+                    counts.skip(reason, photo.source)
+                    continue
+                swaps = locate_swaps(codec, caption.text, caption.swaps, counts)
+                captions.append({"text": caption.text, "swaps": swaps})
             if not captions:
                 counts.skip("no_usable_caption", photo.source)
                 continue

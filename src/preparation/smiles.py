@@ -92,9 +92,7 @@ class Smiles(Texts):
         return "", smiles, {self.value: number}
 
     def check(self, item: Text, codec: Codec) -> None:
-        super().check(item, codec)
-        if len(codec.encode(item.text)[0]) >= self.response_length:
-            raise Skip("responses too long")
+        self.check_response(item.text, codec)
 
     @property
     def training(self) -> str:

@@ -222,8 +222,6 @@ class Pairs(Texts):
     def check(self, item: Text, codec: Codec) -> None:
         if codec.loses(item.prompt):
             raise Skip("not_in_vocabulary")
-        super().check(item, codec)
         if self.max_prompt is not None and len(codec.prompt_ids(item.prompt, images=0)) > self.max_prompt:
             raise Skip("prompts too long")
-        if len(codec.encode(item.text)[0]) >= self.response_length:
-            raise Skip("responses too long")
+        self.check_response(item.text, codec)
