@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         stop.deferred = trainer.world_size > 1
         try:
             with stop, _user_errors(trainer, max_steps=cfg.trainer.max_steps):
-                trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
+                trainer.fit(objective, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except Stopped as stopped:
             exit_stopped(trainer, stopped.signal, run_dir)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from src import types as nouns
 from src.cli.config import load_config
 from src.cli.help import NEEDS
 from src.cli.signals import Stop
+from src.distributed.checkpoints import read_full
 from src.io.shards import INDEX
 from src.objectives.revision import RevisionObjective
 from src.train import main
@@ -59,6 +61,28 @@ def test_a_run_leaves_its_config_logs_checkpoints_and_model(finished):
     state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)  # tensors and plain containers only
     assert (state["global_step"], len(state["optimizer_states"])) == (10, 1)
     assert "target: src.objectives.revision.RevisionObjective" in (finished / "config.yaml").read_text()
+
+
+class Call:
+    """Its pickle makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_that_holds_code_is_refused(scenes, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "finished.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        torch.save({"state_dict": {}, "call": Call(tmp_path / "made")}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        main(arguments(scenes, tmp_path / "run"))
+    with pytest.raises(pickle.UnpicklingError):
+        read_full(path)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of os.fork
