@@ -57,8 +57,8 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free memory at the end of the heap that is kept
 
 
-# Waiting threads of torch spin for some microseconds and then sleep: they meet soon on idle cores, and take no time from
-# another process (results/threads.md). Has to be set before torch is imported.
+# Waiting threads of torch spin for some microseconds and then sleep: they meet soon on idle cores, and take no time
+# from another process (results/threads.md). Has to be set before torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "500")
 _keep_freed_memory()

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 class Harness:
     """A model and a sampler behind an evaluation harness.
 
-    path, device, dtype, prompt_format: as in `Captioner.load`; sampler, settings: as in `Captioner.sampler`
+    path, dtype, prompt_format: as in `Captioner.load`; sampler, settings: as in `Captioner.sampler`
+    device: also; "cuda:0", the default of both harnesses, means the CPU where there is no CUDA device
     batch_size: a number, also as text
     """
 
@@ -51,6 +52,7 @@ class Harness:
     ) -> None:
         if not str(batch_size).isdigit() or not int(batch_size):
             raise UserError(f"batch_size must be a number, at least 1, got {batch_size!r}")
+        device = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
         self.captioner = Captioner.load(path, device=device, dtype=dtype, prompt_format=prompt_format)
         self.sampler = self.captioner.sampler(sampler, **settings)
         self.seed, self.batch_size = seed, int(batch_size)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from src.adapters.harness import Harness
 from src.generation.captioner import Request
 from src.io.errors import UserError
@@ -33,13 +31,11 @@ class ReDiff(LM):
         path: str,
         *,
         draws: int = 32,
-        device: str | None = None,  # "cuda:0" by lm-eval's default, also where there is none
         max_batch_size: int | None = None,  # given by lm-eval, for its batch_size=auto
         **settings: Any,
     ) -> None:
         super().__init__()
-        device = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
-        self.harness = Harness(path, device=device, **settings)
+        self.harness = Harness(path, **settings)
         self.draws = draws
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from src.adapters.harness import Harness
 from src.generation.captioner import Request
 from src.io.errors import UserError
@@ -37,13 +35,11 @@ class ReDiff(lmms):
         self,
         path: str,
         *,
-        device: str | None = None,  # "cuda:0" by lmms-eval's default, also where there is none
         max_batch_size: int | None = None,  # given by lmms-eval
         **settings: Any,
     ) -> None:
         super().__init__()
-        device = None if str(device).startswith("cuda") and not torch.cuda.is_available() else device
-        self.harness = Harness(path, device=device, **settings)
+        self.harness = Harness(path, **settings)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         questions = {id(request): self._question(*request.args) for request in requests}  # one for repeats

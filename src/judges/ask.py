@@ -2,8 +2,8 @@
 
     model = JudgeModel(model="gpt-4.1-2025-04-14")
     with ReplyStore(path) as store:
-        model.ask([Conversation(Clair(), item), ...], store)       the missing replies, many at once
-    model.replay(Conversation(Clair(), item), store).verdict       no network; None: a reply is missing
+        model.ask([Conversation(Clair(), item), ...], store, bar.update)   the missing replies, many at once
+    model.replay(Conversation(Clair(), item), store).verdict           no network; None: a reply is missing
 
     judge.verdict(item) -> Request -> store? -> client (limits, budget, retries) -> store -> Reply -> judge
 
@@ -70,11 +70,7 @@ class JudgeModel(Reader):
         }
 
     def ask(
-        self,
-        conversations: Sequence[Conversation],
-        store: ReplyStore,
-        *,
-        on_done: Callable[[], object] = lambda: None,
+        self, conversations: Sequence[Conversation], store: ReplyStore, on_done: Callable[[], object]
     ) -> Counter[str]:
         """Raises ChatError for what no repetition mends, such as a wrong key; what is in flight is kept."""
         return asyncio.run(self._ask(conversations, store, on_done))

@@ -1,7 +1,7 @@
 """What replies to the requests of judges: a model behind a server (`src.judges.ask`), or a stand-in without one.
 
-reader.ask([Conversation(Clair(), item), ...], store)        stage `judge`: the replies that the store lacks
-reader.replay(Conversation(Clair(), item), store).verdict    stage `score`; None: a reply is missing
+reader.ask([Conversation(Clair(), item), ...], store, on_done)        stage `judge`: the replies that the store lacks
+reader.replay(Conversation(Clair(), item), store).verdict             stage `score`; None: a reply is missing
 """
 
 from __future__ import annotations
@@ -63,11 +63,7 @@ class Reader(ABC):
 
     @abstractmethod
     def ask(
-        self,
-        conversations: Sequence[Conversation],
-        store: ReplyStore,
-        *,
-        on_done: Callable[[], object] = lambda: None,
+        self, conversations: Sequence[Conversation], store: ReplyStore, on_done: Callable[[], object]
     ) -> Counter[str]:
         """Bring every conversation to its end. Returns the number of those that did not get there, by reason.
 

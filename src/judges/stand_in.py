@@ -29,11 +29,7 @@ class StandIn(Reader):
         self.settings = {"model": MODEL}
 
     def ask(
-        self,
-        conversations: Sequence[Conversation],
-        store: ReplyStore,
-        *,
-        on_done: Callable[[], object] = lambda: None,
+        self, conversations: Sequence[Conversation], store: ReplyStore, on_done: Callable[[], object]
     ) -> Counter[str]:
         for conversation in conversations:
             dialogue = conversation.start()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -61,34 +61,17 @@ class AnySampler:
         return 0
 
     @torch.no_grad()
-    def __call__(
-        self,
-        backbone: Backbone,
-        prefix: Prefix,
-        *,
-        special: SpecialIds,
-        keys: list[str],
-        seed: int | Sequence[int],
-        start: Tensor | None = None,
-        suffix: Tensor | None = None,
-        trace: bool = False,
-    ) -> Sampled:
-        """Responses for the rows of `prefix`, one key each.
+    def __call__(self, backbone: Backbone, prefix: Prefix, *, trace: bool = False, **options: Any) -> Sampled:
+        """Responses for the rows of `prefix`. options: the other arguments of `stepwise`
 
-        seed: of all rows, or one for each
-        start: (B, L) ids to begin with, filled with end-of-text; rows without masks only get the post steps
-        suffix: (S,) ids behind every response, which the model attends to; not part of the result
         trace: record every step of every row in `Sampled.traces`
-
-        Raises ValueError for keys or a start of another shape than the prefix and the response length demand.
         """
-        options = {"special": special, "keys": keys, "seed": seed, "start": start, "suffix": suffix}
         run, steps = self.stepwise(backbone, prefix, trace=trace, **options), list[Step]()
         while True:
             try:
                 step = next(run)
             except StopIteration as end:
-                return replace(end.value, traces=traces_of(steps, len(keys)) if trace else None)
+                return replace(end.value, traces=traces_of(steps, len(end.value.ids)) if trace else None)
             if trace:
                 steps.append(step)
 
@@ -105,9 +88,14 @@ class AnySampler:
         suffix: Tensor | None = None,
         trace: bool = True,
     ) -> Generator[Step, None, Sampled]:
-        """The same one step at a time: yields what each step did, and returns the responses. Closing it stops.
+        """Responses one step at a time: yields what each step did, and returns the responses. Closing it stops.
 
+        keys: one for each row; seed: of all rows, or one for each
+        start: (B, L) ids to begin with, filled with end-of-text; rows without masks only get the post steps
+        suffix: (S,) ids behind every response, which the model attends to; not part of the result
         trace: with the confidence of token edits, which takes a little time
+
+        Raises ValueError for keys or a start of another shape than the prefix and the response length demand.
         """
         started = time.perf_counter()
         if len(prefix.embeds) != len(keys):
