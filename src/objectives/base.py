@@ -66,10 +66,10 @@ class Objective(L.LightningModule):
 
     corruption: makes the input of the first pass; terms: the losses of that pass
     second_terms: the losses of a second pass, whose input `second_input` derives from the logits of the first
-    t_min: noise levels are uniform on [t_min, 1)
+    t_min, t_max: noise levels are uniform on [t_min, t_max)
 
-    Raises UserError if there are no terms, two of one name, t_min is outside [0, 1), or a term of the second pass has
-    reduce=tokens: its positions are not known when the denominators are computed.
+    Raises UserError if there are no terms, two of one name, 0 <= t_min < t_max <= 1 does not hold, or a term of the
+    second pass has reduce=tokens: its positions are not known when the denominators are computed.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Objective(L.LightningModule):
         terms: tuple[Term, ...],
         second_terms: tuple[Term, ...] = (),
         t_min: float,
+        t_max: float = 1.0,
     ) -> None:
         super().__init__()
         if not terms and not second_terms:
@@ -88,13 +89,14 @@ class Objective(L.LightningModule):
             raise UserError("reduce=tokens cannot be used by a second pass, use 'batch_tokens' or 'answer_len'")
         if len({term.name for term in (*terms, *second_terms)}) < len((*terms, *second_terms)):
             raise UserError(f"each term needs a name of its own, got {[t.name for t in (*terms, *second_terms)]}")
-        if not 0 <= t_min < 1:
-            raise UserError(f"t_min must be at least 0 and less than 1, got {t_min}")
+        if not 0 <= t_min < t_max <= 1:
+            raise UserError(f"t_min must be at least 0 and less than {t_max}, got {t_min}")
         self.automatic_optimization = False
         self.backbone: Any = setup.backbone()  # an nn.Module that implements `src.types.Backbone`
         self._fill: Callable[[nn.Module], None] | None = getattr(setup.backbone, "fill", None)
         self.special, self.optim, self.seed = setup.special, setup.optim, setup.seed
-        self.corruption, self.first_terms, self.second_terms, self.t_min = corruption, terms, second_terms, t_min
+        self.corruption, self.first_terms, self.second_terms = corruption, terms, second_terms
+        self.t_min, self.t_max = t_min, t_max
         self.terms = (*terms, *second_terms)
         if self.optim.checkpointing != "none":
             self.backbone.checkpoint(self.optim.checkpointing)
@@ -116,7 +118,7 @@ class Objective(L.LightningModule):
 
     def levels(self, quantile: Tensor) -> Tensor:
         """(B,) noise levels, from their quantiles (B,) on [0, 1), which `Optim` may spread evenly."""
-        return self.t_min + (1 - self.t_min) * quantile
+        return self.t_min + (self.t_max - self.t_min) * quantile
 
     def second_input(
         self, batch: Batch, state: Corrupted, where: Tensor, logits: Tensor, noise: Noise

@@ -19,9 +19,11 @@ class MaskPrediction(Objective):
         setup: Setup,
         *,
         t_min: float = 0.001,
+        t_max: float = 1.0,
         weight: str = "inverse_rate",
         reduce: str = "answer_len",
         floor: float = 0.0,
     ) -> None:
         terms = (Term("mask", Kind.MASK, weight, reduce, floor=floor),)
-        super().__init__(setup, corruption=Absorb(special=setup.special), terms=terms, t_min=t_min)
+        corruption = Absorb(special=setup.special)
+        super().__init__(setup, corruption=corruption, terms=terms, t_min=t_min, t_max=t_max)
