@@ -98,7 +98,9 @@ golden: $(INSTALLED)
 base: $(INSTALLED)
 	$(RUN) src.prepare conf=scenes_large
 	$(RUN) src.prepare conf=base_phases/brief_scenes
+	$(RUN) src.prepare conf=base_phases/pairs_scenes
 	$(RUN) src.train conf=base_phases/tower
+	$(RUN) src.train conf=base_phases/pairs
 	$(RUN) src.train conf=base_phases/brief
 	$(RUN) src.train conf=base_phases/detailed
 	$(RUN) src.evaluate conf=base_phases/evaluate
@@ -110,7 +112,9 @@ base: $(INSTALLED)
 
 # After `make base`, from the same tower; not embedded.
 base-full: $(INSTALLED)
-	$(RUN) src.train conf=base_phases/brief,base_phases/full run_dir=runs/base-full-brief
+	$(RUN) src.train conf=base_phases/pairs,base_phases/full run_dir=runs/base-full-pairs
+	$(RUN) src.train conf=base_phases/brief,base_phases/full run_dir=runs/base-full-brief \
+		model.path=runs/base-full-pairs/model
 	$(RUN) src.train conf=base_phases/detailed,base_phases/full run_dir=runs/base-full \
 		model.path=runs/base-full-brief/model
 

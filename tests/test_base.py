@@ -36,14 +36,15 @@ SHORT = [
 @pytest.mark.slow
 @pytest.mark.parametrize("twin", ["", ",base_phases/full"])
 def test_the_phases_of_the_base_model_follow_each_other(tmp_path, twin):
-    large, brief = tmp_path / "large", tmp_path / "brief"
+    large, brief, pairs = tmp_path / "large", tmp_path / "brief", tmp_path / "pairs"
     prepare(["conf=scenes_large", f"prepare.out={large}", *FEW])
     prepare(["conf=base_phases/brief_scenes", f"prepare.out={brief}", *FEW])
-    runs = {name: tmp_path / name for name in ("tower", "brief-run", "detailed")}
+    prepare(["conf=base_phases/pairs_scenes", f"prepare.out={pairs}", *FEW])
+    runs = {name: tmp_path / f"{name}-run" for name in ("tower", "pairs", "brief", "detailed")}
     train(["conf=base_phases/tower", f"run_dir={runs['tower']}", f"data.path={brief}", *SHORT])
     words = ["callbacks.words.every_n_steps=1", "callbacks.words.num=8"]
-    for name, start, data in (("brief-run", "tower", brief), ("detailed", "brief-run", large)):
-        conf = f"conf=base_phases/{name.removesuffix('-run')}{twin}"
+    for name, start, data in (("pairs", "tower", pairs), ("brief", "pairs", brief), ("detailed", "brief", large)):
+        conf = f"conf=base_phases/{name}{twin}"
         start_from = f"model.path={runs[start] / 'model'}"
         train([conf, f"run_dir={runs[name]}", f"data.path={data}", start_from, *SHORT, *words])
         (events,) = runs[name].rglob("events.out*")

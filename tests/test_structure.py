@@ -46,7 +46,7 @@ ROOMS = {
         models       <- types io text distributed
         metrics      <- types io diffusion text scenes
         chat         <- types io distributed
-        objectives   <- types diffusion samplers distributed scenes
+        objectives   <- types diffusion text samplers distributed scenes
         experts      <- types io text scenes chat
         judges       <- types io text scenes chat
         rounds       <- types io text distributed chat models
@@ -129,7 +129,7 @@ ON_TOP: dict[str, list[str]] = {
     "judge/": ["eval/capmas", "eval/caparena", "eval/rubric"],
     "judge/stand_in": ["eval/detailcaps"],  # on one without a judge, as others want `judge.model` here
     "expert/": ["revise", "stage2", "quickstart/stage2"],
-    "base_phases/full": ["base_phases/brief", "base_phases/detailed"],
+    "base_phases/full": ["base_phases/pairs", "base_phases/brief", "base_phases/detailed"],
     "model/": ["mask", "stage1"],
     "cluster/": ["stage1", "stage2", "stage2,parallel/fsdp2"],
     "parallel/": ["mask", "stage1", "stage2", "proseco"],
@@ -401,4 +401,4 @@ def test_make_target_runs_existing_verbs(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     for line in done.stdout.replace("\\\n", " ").splitlines():
         if "-m src." in line:
-            check_verb(line)
+            check_verb(line.partition(" 2>&1")[0])

@@ -96,8 +96,7 @@ class Objective(L.LightningModule):
         self._fill: Callable[[nn.Module], None] | None = getattr(setup.backbone, "fill", None)
         self.special, self.optim, self.seed = setup.special, setup.optim, setup.seed
         self.corruption, self.first_terms, self.second_terms = corruption, terms, second_terms
-        self.t_min, self.t_max = t_min, t_max
-        self.terms = (*terms, *second_terms)
+        self.t_min, self.t_max, self.terms = t_min, t_max, (*terms, *second_terms)
         if self.optim.checkpointing != "none":
             self.backbone.checkpoint(self.optim.checkpointing)
         if self.optim.compile:
