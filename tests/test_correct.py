@@ -103,7 +103,7 @@ def correct(folder: Path, *settings: str) -> list[dict]:
     return read_jsonl(folder / "out.jsonl")
 
 
-def test_only_what_the_model_is_sure_of_changes(folder, codec, capsys):
+def test_only_what_the_model_is_sure_of_changes(folder, codec, capsys, caplog):
     lines = {line["key"]: line for line in correct(folder, "threshold=0.4", "batch_size=3")}
     printed = capsys.readouterr()
     assert list(lines) == ["a.png", "b.png", "d.png", "more/c.jpg"]
@@ -128,6 +128,7 @@ def test_only_what_the_model_is_sure_of_changes(folder, codec, capsys):
     num_tokens = sum(len(codec.encode(line["before"])[0]) for line in lines.values())
     assert f"| all | 4 | {num_tokens} |\n| changed | 2 | {num_changed} |\n" in printed.out
     assert "| left as they are: too_long | 1 | |" in printed.out and "a.png: " in printed.out
+    assert "generate: 4/4 text" in printed.err and "1 caption has no image, such as that of gone.png" in caplog.text
     # the file is one of captions, and the same command adds nothing to it
     assert read_captions(folder / "out.jsonl").texts == {key: line["text"] for key, line in lines.items()}
     assert list(lines.values()) == correct(folder, "threshold=0.4", "batch_size=3")

@@ -112,7 +112,23 @@ def test_in_the_browser(address, tmp_path):
         page.point("document.querySelector('#correct')", click=True)
         page.until(f"{counts.format('corrected')}.includes('done')")
         assert "edited" in page.ask(classes.format("corrected"))
-        # 6. nothing came from elsewhere
+        # 6. texts and a file that cannot be used
+        notices = "document.body.textContent.includes('{}')"
+        for typed, notice in (("   ", "type a text first"), ("Ein Bär.", "it would read")):
+            page.ask("document.querySelector('#text textarea').select()")
+            page.call("Input.insertText", text=typed)
+            page.point("document.querySelector('#correct')", click=True)
+            page.until(notices.format(notice))
+        (tmp_path / "text.png").write_bytes(b"no picture")
+        page.open(address, height=1000)
+        page.until("!!document.querySelector('#picture input[type=file]')")
+        root = page.call("DOM.getDocument")["root"]["nodeId"]
+        place = page.call("DOM.querySelector", nodeId=root, selector="#picture input[type=file]")["nodeId"]
+        page.call("DOM.setFileInputFiles", nodeId=place, files=[str(tmp_path / "text.png")])
+        page.until("!!document.querySelector('#picture img')")
+        page.point("document.querySelector('#write')", click=True)
+        page.until(notices.format("text.png"))
+        # 7. nothing came from elsewhere
         assert page.errors == []
         hosts = {url.split("/")[2] for url in page.requests if not url.startswith(("data:", "blob:"))}
         assert hosts == {address.split("/")[2]}

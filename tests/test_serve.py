@@ -9,10 +9,8 @@ import io
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -379,30 +377,6 @@ def test_the_examples_of_the_page(server, tmp_path, capsys, monkeypatch):
 
 
 # the verb
-
-
-@pytest.mark.slow
-def test_sigterm_lets_a_request_finish(tmp_path):
-    command = [sys.executable, "-m", "src.serve", f"model.path={BASE}", "port=0", "name=base", "grace_seconds=600"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    try:
-        url = re.search(r"http://\S+/v1", process.stdout.readline())[0]  # type: ignore[union-attr, index]
-        client = openai.OpenAI(base_url=url, api_key="any", max_retries=0)
-        stream = client.chat.completions.create(
-            stream=True, **request(picture(0), sampler="flow", steps=60, temperature=1.0, trace=True)
-        )
-        chunks = [next(stream), next(stream)]
-        process.send_signal(signal.SIGTERM)
-        chunks += stream
-        assert chunks[-1].choices[0].finish_reason and len(chunks) > 60
-        with pytest.raises(openai.APIConnectionError):
-            client.models.list()
-        assert process.wait(timeout=60) == 0
-        assert process.stderr.read() == "ended: 1 request answered in 1 batch\n"  # type: ignore[union-attr]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     captioner = Captioner.load("assets/base")
     captions = captioner.caption(["a.png", "b.png"], sampler="refine", tokens_per_step=4)
-    captioner.revise("a.png", "A small red ring is in the top left.").text
+    captioner.revise("a.png", "A small red ring is in the upper left.").text
     for state in captioner.stream("a.png", tokens_per_step=4):
         state.text, state.tokens
 

@@ -67,6 +67,7 @@ def build_page(
             with gr.Column(scale=1, min_width=280):
                 options = {"sources": ["upload", "clipboard"], "type": "filepath", "format": "png", "height": 260}
                 image = gr.Image(label="drop a picture, or pick one below", elem_id="picture", **options)
+                image.preprocess = lambda file: file and file.path  # as it is: `Captioner` reads it, or says why not
                 options = {"columns": 3, "height": 255, "format": "png", "allow_preview": False, "buttons": []}
                 gallery = gr.Gallery([scene for scene, _ in pictures], show_label=False, elem_id="scenes", **options)
                 question = gr.Textbox(prompt, label="prompt")
@@ -118,6 +119,11 @@ class Actions:
     def correct(
         self, image: str | None, prompt: str, seed: int | None, pause: float, text: str, sampler: str, passes: int
     ) -> Iterator[str]:
+        text, codec = text.strip(), self.captioner.codec
+        if not text:
+            raise self._notice("type a text first")
+        if (known := codec.decode(codec.encode(text)[0])) != text:
+            raise self._notice(f"the model's tokenizer lacks some characters: it would read {known!r}")
         options = {"prompt": prompt, "seed": seed or 0, "text": text, "post_steps": passes}
         stream = self.captioner.stream(self._chosen(image), sampler=sampler, **options)
         for (panel,) in self._play([panels(f"corrected by {sampler}", stream)], pause):

@@ -106,13 +106,16 @@ def respond(
                 more = theirs.lines(batch, sampled) if theirs else None
                 texts += out.add([sample.key for sample in batch], sampled, codec, more=more)
                 bar.update(len(batch))
+            if theirs:
+                count = bar.total = len(theirs.used)
     # 4. The page.
     if html is not None:
         write_page(html, [*compared, path.with_suffix(SUFFIX)], find()[1])
     if theirs:
-        count = len(theirs.used)
-        if cfg.num is None and count < len(theirs.texts):
-            logger.warning("%s of %s have no image", counted(len(theirs.texts) - count, "caption"), theirs.path)
+        alone = [name for name in theirs.texts if name not in theirs.used]
+        if cfg.num is None and alone:
+            what = counted(len(alone), "caption has", "captions have")
+            logger.warning("%s: %s no image, such as that of %s", theirs.path, what, alone[0])
     corrected = report(path, codec) if theirs else None
     return Responses(path, texts, count - len(texts) - len(unreadable), unreadable, html, corrected)
 

@@ -269,7 +269,9 @@ def _page(folder: Path, views: Sequence[View]) -> str:
         title = escape(f"{view.split} {view.key}")
         articles.append(f"<article>{image}<small>{title}</small><p><b>{escape(view.prompt)}</b></p>{texts}</article>")
     head = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>"
-    return f"{head}<h1>{escape(str(folder))}</h1><p><del>false</del> <ins>true</ins></p>\n" + "\n".join(articles) + "\n"
+    has_spans = any(spans for view in views for _, spans in view.texts)
+    legend = "<p>marked: <del>false</del> <ins>true</ins> words</p>" if has_spans else ""
+    return f"{head}<h1>{escape(str(folder))}</h1>{legend}\n" + "\n".join(articles) + "\n"
 
 
 def _thumbnail(data: bytes) -> str:

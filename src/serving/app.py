@@ -255,7 +255,8 @@ def build_app(service: Service, *, key: str | None, hosts: Collection[str]) -> S
 
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = Refused(error.status_code, error.detail, code=error.detail.lower().replace(" ", "_"))
+            message = f"{error.detail}: the paths here are {', '.join(route.path for route in routes)}"
+            error = Refused(error.status_code, message, code=error.detail.lower().replace(" ", "_"))
         return refusal(error if isinstance(error, Refused) else Refused(500, "the server failed", code="internal"))
 
     routes = [
