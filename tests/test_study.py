@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,3 +222,18 @@ def test_a_killed_study_resumes_its_training_and_goes_on_past_an_arm_that_fails(
     assert cells["mask"]["results"]["plain"]["8"]["quality"]["n"] == 8
     assert cells["mask"]["model"]["repaired by wrong tokens=2"]["n"] == 16  # two in each of eight captions
     assert "resuming from" in log.read_text() and cells["mask"]["commit"]
+
+
+@pytest.mark.slow
+def test_two_calls_share_the_cells(tmp_path):
+    """Both start at once; each runs one of the two cells, and the last report has both."""
+    argv = ["conf=study/small", "budget=60", *(f"{name}={tmp_path / name}" for name in ("out", "runs", "data"))]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "src.study", *argv]
+    calls = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ran = [re.findall(r"^\d/2 (small-\w+)-seed0\S*: \d+ s$", call.communicate()[0], re.M) for call in calls]
+    assert [call.returncode for call in calls] == [0, 0]
+    assert sorted(ran) == [["small-mask"], ["small-stage1"]]
+    for log in tmp_path.glob("runs/*/seed0/log.txt"):
+        assert log.read_text().count("$ src.train") == 1
+    assert "mask/plain" in (text := (tmp_path / "out" / "README.md").read_text()) and "stage1/refine" in text
