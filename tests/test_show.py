@@ -104,7 +104,9 @@ def test_what_is_right_is_not_named_and_the_page_shows_it(rows, tmp_path, capsys
     for seed in range(9):  # the sample with a false word comes up
         shown(capsys, f"show={out / 'train'}", f"seed={seed}")
         page = Page((out / "train" / "contact.html").read_text())
-        if "cat" in page.texts["del"]:
+        has_span = "cat" in page.texts.get("del", ())
+        assert has_span == ("marked: " in page.texts["p"])
+        if has_span:
             assert "fox" in page.texts["ins"] and "What < is it?" in page.texts["b"]
             assert "A <red> cat fox sits & waits." in "".join(page.texts["p"])
             return
