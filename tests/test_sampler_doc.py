@@ -19,7 +19,7 @@ from tests.test_sampler_reference import KEYS, PROMPTS, SPECIAL, encode, ending,
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(?:python|yaml)\n(.*?)```", (ROOT / "docs" / "samplers.md").read_text(), re.S)
-ALGORITHM, REVISER, YAML = BLOCKS
+ALGORITHM, REVISER, YAML, _ = BLOCKS
 
 
 @pytest.mark.parametrize("attention", ["full", "prefix"])

@@ -143,7 +143,8 @@ def test_malformed_rows_are_counted_with_an_example_and_left_out(tmp_path: Path)
     assert index["examples"]["records"] == {
         "broken_json": "rows.jsonl:10", "not_utf-8": "rows.jsonl:11",
         "missing_field": "rows.jsonl:12 (its fields: question, answer)", "not_a_text": "rows.jsonl:13",
-        "empty_text": "rows.jsonl:14", "image_mark": "rows.jsonl:16", "responses too long": "rows.jsonl:17",
+        "empty_text": "rows.jsonl:14", "image_mark": "rows.jsonl:16",
+        "responses too long": "rows.jsonl:17: 201 tokens, and prepare.response_length=40 holds 39",
         "prompts too long": "rows.jsonl:18", "duplicate_text": "rows.jsonl:19",
     }  # fmt: skip
     pairs_written = {(row["prompt"], row["captions"][0]["text"]) for split in SPLITS for row in rows[split]}

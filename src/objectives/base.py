@@ -132,8 +132,8 @@ class Objective(L.LightningModule):
         """One corrupted response per view; a pure function of seed, pass, key and view."""
         views = []
         for view in range(self.optim.views):
-            noise = self._noise(batch, view)
-            of_level = self._noise(batch, "levels") if self.optim.antithetic else noise
+            noise = self.noise(batch, view)
+            of_level = self.noise(batch, "levels") if self.optim.antithetic else noise
             level = of_level.level(device=batch.response.device)  # (B,), on [0, 1)
             if self.optim.strata and batch.order:
                 strata = torch.tensor(batch.order).to(level.device, non_blocking=True) % self.optim.strata
@@ -168,7 +168,7 @@ class Objective(L.LightningModule):
         unpadded, *numbers = torch.stack([batch.editable.all(), *counts]).tolist()
         attend = None if unpadded else batch.editable
         for view, state in enumerate(views):
-            noise = self._noise(batch, f"{view}/passes")
+            noise = self.noise(batch, f"{view}/passes")
             for second, terms in enumerate((self.first_terms, self.second_terms)):
                 if state is None:
                     break
@@ -329,7 +329,7 @@ class Objective(L.LightningModule):
         if rank() == 0:
             log.warning("%s: the step is skipped", message)
 
-    def _noise(self, batch: Batch, draw: str | int) -> Noise:
+    def noise(self, batch: Batch, draw: str | int) -> Noise:
         return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
 
     def _count(self, logits: Tensor, state: Corrupted, at: tuple[Tensor, ...], terms: tuple[Term, ...]) -> None:

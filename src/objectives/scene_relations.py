@@ -54,7 +54,7 @@ class HiddenRelations(MaskPrediction):
 
     def _hide(self, batch: Batch, state: Corrupted, directions: Tensor, view: int) -> Corrupted:
         directions = directions & ~state.where(Kind.FROZEN)
-        drawn = self._noise(batch, f"{view}/relations").level(device=directions.device) < self.share  # (B,)
+        drawn = self.noise(batch, f"{view}/relations").level(device=directions.device) < self.share  # (B,)
         chosen = (drawn & directions.any(1))[:, None]
         kind = state.kind.masked_fill(chosen & state.where(Kind.MASK), int(Kind.CLEAN))
         kind = kind.masked_fill(chosen & directions, int(Kind.MASK))
