@@ -17,7 +17,7 @@ def one_graph(objective: Objective, batch: Batch) -> None:
     prefix = objective.backbone.encode_prefix(batch.prefix)
     losses = []
     for view, first in enumerate(views):
-        state, noise = first, objective._noise(batch, f"{view}/passes")
+        state, noise = first, objective.noise(batch, f"{view}/passes")
         for terms in (objective.first_terms, objective.second_terms):
             if state is None:
                 break
