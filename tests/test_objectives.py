@@ -251,6 +251,17 @@ def test_strata_spread_the_levels_of_consecutive_samples_over_ranks_and_batches(
     assert torch.allclose(inside, torch.cat(drawn_alone), atol=1e-5)  # and its place in the eighth is its own
 
 
+def test_noise_levels_are_uniform_between_both_ends():
+    """Each is that of the whole range, shrunk to [0.2, 0.6)."""
+    batch = batch_with_prompt(64, padding=0)
+    (state,) = make(MaskPrediction, t_min=0.2, t_max=0.6).corrupt(batch)
+    expected = 0.2 + 0.4 * Noise(batch.keys, seed=0, draw=0).level()
+    assert torch.allclose(state.rate, expected, atol=1e-6) and 0.2 <= state.rate.min() < state.rate.max() < 0.6
+    for t_min, t_max in ((0.6, 0.2), (0.2, 1.1), (-0.1, 0.5)):
+        with pytest.raises(UserError, match=f"got t_min={t_min} and t_max={t_max}"):
+            make(MaskPrediction, t_min=t_min, t_max=t_max)
+
+
 def test_released_stage_two_divides_by_a_rate_that_hid_nothing():
     """The gap between paper and code: the same spans, but divided by the row's t."""
     batch = batch_with_prompt(4, padding=0)

@@ -90,7 +90,7 @@ class Objective(L.LightningModule):
         if len({term.name for term in (*terms, *second_terms)}) < len((*terms, *second_terms)):
             raise UserError(f"each term needs a name of its own, got {[t.name for t in (*terms, *second_terms)]}")
         if not 0 <= t_min < t_max <= 1:
-            raise UserError(f"t_min must be at least 0 and less than {t_max}, got {t_min}")
+            raise UserError(f"0 <= t_min < t_max <= 1 must hold, got t_min={t_min} and t_max={t_max}")
         self.automatic_optimization = False
         self.backbone: Any = setup.backbone()  # an nn.Module that implements `src.types.Backbone`
         self._fill: Callable[[nn.Module], None] | None = getattr(setup.backbone, "fill", None)
@@ -322,14 +322,13 @@ class Objective(L.LightningModule):
         message = f"the gradients are not finite after step {self.trainer.global_step} (samples {', '.join(keys[:8])}"
         message += ", ...)" if len(keys) > 8 else ")"
         if self._consecutive_skips > self.optim.max_skipped:
-            raise Diverged(
-                f"{message}, {self._consecutive_skips} times in a row: lower optim.lr, or go back to an "
-                "older checkpoint"
-            )
+            advice = "lower optim.lr, or go back to an older checkpoint"
+            raise Diverged(f"{message}, {self._consecutive_skips} times in a row: {advice}")
         if rank() == 0:
             log.warning("%s: the step is skipped", message)
 
     def noise(self, batch: Batch, draw: str | int) -> Noise:
+        """The random numbers of a draw (a name, or a view) for each row: a function of seed, pass, key and draw."""
         return Noise(batch.keys, seed=self.seed, passes=batch.passes, draw=draw)
 
     def _count(self, logits: Tensor, state: Corrupted, at: tuple[Tensor, ...], terms: tuple[Term, ...]) -> None:
